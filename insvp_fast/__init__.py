@@ -1,0 +1,28 @@
+"""InsVP, instance visual prompting for frozen Vision Transformers: the reference's numbers, faster."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from insvp_fast.config import InsVPConfig
+    from insvp_fast.model import InsVPViT
+    from insvp_fast.native import native_status
+    from insvp_fast.reference import InsVPReference
+
+__version__ = "0.1.0"
+__all__ = ["InsVPConfig", "InsVPReference", "InsVPViT", "native_status"]
+
+_HOME = {"InsVPConfig": "config", "InsVPReference": "reference", "InsVPViT": "model", "native_status": "native"}
+
+
+def __getattr__(name: str) -> Any:
+    # loaded when first asked for: `insvp --help` must not wait for torch
+    if name in _HOME:
+        return getattr(import_module(f"insvp_fast.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'insvp_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

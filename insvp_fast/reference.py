@@ -1,0 +1,375 @@
+"""The specification: InsVP in stock PyTorch and stock timm blocks, one equation after another.
+
+Equation numbers are those of the paper (InsVP, ACM MM 2024). Nothing here is tuned and nothing here imports a kernel; everything fast in
+this package is measured against these functions.
+
+Letters: B images, C channels, H and W image size, P patch side, N patches, K = C·P·P pixels of a patch, R hidden width of the patch
+prompter, T tokens of the backbone (prefix + N), L prompt tokens of a block, S = T + L, D embedding width, J blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm import create_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from insvp_fast.config import InsVPConfig
+
+__all__ = ["GlobalPrompter", "ImagePrompt", "InsVPReference", "PatchPrompter", "SpecificPrompter"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the operations
+
+
+def unfold(image: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, K]
+    """Cut an image into patches, row by row, each flattened as channel, row, column."""
+    B, C, H, W = image.shape
+    P = patch_size
+    return image.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, (H // P) * (W // P), C * P * P)
+
+
+def fold(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:  # [B, N, K] -> [B, C, H, W]
+    """The inverse of ``unfold``."""
+    B, _, K = patches.shape
+    P = patch_size
+    C = K // (P * P)
+    return patches.reshape(B, height // P, width // P, C, P, P).permute(0, 3, 1, 4, 2, 5).reshape(B, C, height, width)
+
+
+def simam(image: Tensor) -> Tensor:  # [B, C, H, W]
+    """Weigh each pixel by its SimAM energy, the parameter-free attention of the authors' release."""
+    H, W = image.shape[-2:]
+    deviation = (image - image.mean(dim=(2, 3), keepdim=True)).square()
+    energy = deviation / (4 * (deviation.sum(dim=(2, 3), keepdim=True) / (H * W - 1) + 1e-3)) + 0.5
+    return image * energy.sigmoid()
+
+
+def superpose(
+    image: Tensor,  # [B, C, H, W]
+    global_prompt: Tensor | None,  # [B, C, H, W]
+    w1: Tensor,  # [R, K]
+    b1: Tensor,  # [R]
+    w2: Tensor,  # [K, R]
+    b2: Tensor,  # [K]
+    patch_size: int,
+    global_weight: float,
+    patch_weight: float,
+) -> Tensor:  # [B, N, K]
+    """The prompted image x + w_g·p_g + w_l·G_l(x), unfolded into patches (eq. 5, 6 and 7)."""
+    x = unfold(image, patch_size)
+    p_l = F.linear(F.linear(x, w1, b1).relu(), w2, b2)
+    if global_prompt is None:
+        return x + patch_weight * p_l
+    return x + (global_weight * unfold(global_prompt, patch_size) + patch_weight * p_l)
+
+
+def superpose_bwd(
+    grad: Tensor,  # [B, N, K]
+    image: Tensor,
+    hidden: Tensor,  # [B, N, R], after the ReLU
+    w1: Tensor,
+    w2: Tensor,
+    patch_size: int,
+    global_weight: float,
+    patch_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``superpose`` by image, global prompt, w1, b1, w2 and b2, written out."""
+    H, W = image.shape[-2:]
+    x, grad = unfold(image, patch_size).flatten(0, 1), grad.flatten(0, 1)
+    hidden = hidden.flatten(0, 1)
+    d_patch = patch_weight * grad
+    d_hidden = (d_patch @ w2) * (hidden > 0)
+    d_image = fold((grad + d_hidden @ w1).view(image.shape[0], -1, grad.shape[-1]), patch_size, H, W)
+    d_global = fold((global_weight * grad).view(image.shape[0], -1, grad.shape[-1]), patch_size, H, W)
+    return d_image, d_global, d_hidden.T @ x, d_hidden.sum(0), d_patch.T @ hidden, d_patch.sum(0)
+
+
+def norm_insert(
+    residual: Tensor,  # [B, T, D]
+    branch: Tensor | None,  # [B, T, D], what the preceding half-block adds
+    prompts: Tensor | None,  # [B, L, D]
+    weight: Tensor,  # [D]
+    bias: Tensor,  # [D]
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, S, D]
+    """Residual addition, then LayerNorm of the tokens and, placed behind them, of the prompts.
+
+    Behind the tokens and not between them: attention does not care for the order of its keys, and the T queries stay one strided block.
+    """
+    residual = residual if branch is None else residual + branch
+    tokens = residual if prompts is None else torch.cat([residual, prompts.to(residual.dtype)], dim=1)
+    return residual, F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
+
+
+def norm_insert_bwd(
+    grad_residual: Tensor,  # [B, T, D]
+    grad_normed: Tensor,  # [B, S, D]
+    normalised: Tensor,  # [B, S, D], before the affine map
+    rstd: Tensor,  # [B, S, 1]
+    weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``norm_insert`` by the residual (and so by the branch) and by the prompts, written out."""
+    T = grad_residual.shape[1]
+    g = grad_normed * weight
+    d = rstd * (g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True))
+    return grad_residual + d[:, :T], d[:, T:]
+
+
+def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:  # [B, S, 3·D] -> [B, T, D]
+    """Softmax attention of the first ``num_queries`` tokens to all S, from the packed product (heads folded into D)."""
+    q, k, v = split_heads(qkv, num_heads)
+    probabilities = (scale * q[:, :, :num_queries] @ k.mT).softmax(dim=-1)
+    return merge_heads(probabilities @ v)
+
+
+def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:  # -> [B, S, 3·D]
+    """The gradient of ``attention`` by the packed product, written out; rows that ask no query have none there."""
+    q, k, v = split_heads(qkv, num_heads)
+    q = q[:, :, :num_queries]
+    d_out = grad.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    p = (scale * q @ k.mT).softmax(dim=-1)
+    d_p = d_out @ v.mT
+    d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True)) * scale
+    d_q = F.pad(d_scores @ k, (0, 0, 0, k.shape[2] - num_queries))
+    return torch.cat([merge_heads(d) for d in (d_q, d_scores.mT @ q, p.mT @ d_out)], dim=-1)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:  # [B, S, 3·D] -> three [B, heads, S, d]
+    """Queries, keys and values as views of their packed product."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def merge_heads(x: Tensor) -> Tensor:  # [B, heads, S, d] -> [B, S, D]
+    """Put the heads side by side again."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its exact (erf) form."""
+    return F.gelu(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the prompters
+
+
+class GlobalPrompter(nn.Module):
+    """G_g: two dilated convolutions with a ReLU between, dropout after (eq. 4). [B, C, H, W] -> [B, C, H, W]."""
+
+    def __init__(self, channels: int, config: InsVPConfig) -> None:
+        super().__init__()
+        (k1, k2), (d1, d2) = config.global_kernels, config.global_dilations
+        self.conv1 = nn.Conv2d(channels, config.global_hidden, k1, padding="same", dilation=d1)
+        self.conv2 = nn.Conv2d(config.global_hidden, channels, k2, padding="same", dilation=d2)
+        self.dropout = nn.Dropout(config.global_dropout)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.dropout(self.conv2(self.conv1(image).relu()))
+
+
+class PatchPrompter(nn.Module):
+    """G_l: two fully connected layers with a ReLU between, on every flattened patch (eq. 5). [B, C, H, W] -> [B, C, H, W]."""
+
+    def __init__(self, channels: int, patch_size: int, config: InsVPConfig) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.fc1 = nn.Linear(channels * patch_size**2, config.patch_hidden)
+        self.fc2 = nn.Linear(config.patch_hidden, channels * patch_size**2)
+        self.dropout = nn.Dropout(config.patch_dropout)
+
+    def forward(self, image: Tensor) -> Tensor:
+        patches = self.fc2(self.fc1(unfold(image, self.patch_size)).relu())
+        return self.dropout(fold(patches, self.patch_size, *image.shape[-2:]))
+
+
+class SpecificPrompter(nn.Module):
+    """G_s: three convolutions with pooling between that make L tokens from an image (eq. 9). [B, C, H, W] -> [B, L, D].
+
+    The paper reshapes [c·L, grid, grid] to [L, D], which needs D = c·grid². Its own case is c = 3 and grid = P = 16; for other widths c and
+    grid come from ``token_grid``. Each pooling window is the largest that fits, on the centre of the image, and for 224 pixels, P = 16 and D = 768
+    all sizes are those of the authors' release.
+    """
+
+    def __init__(self, channels: int, patch_size: int, embed_dim: int, config: InsVPConfig) -> None:
+        super().__init__()
+        self.token_channels, self.grid = self.token_grid(embed_dim, patch_size)
+        L, (k1, k2, k3) = config.prompt_length, config.specific_kernels
+        self.conv1 = nn.Conv2d(channels, L, k1, padding="same")
+        self.conv2 = nn.Conv2d(L, self.token_channels * L, k2, padding="same")
+        self.conv3 = nn.Conv2d(self.token_channels * L, self.token_channels * L, k3, padding="same")
+        self.dropout = nn.Dropout(config.specific_dropout)
+
+    @staticmethod
+    def token_grid(embed_dim: int, patch_size: int) -> tuple[int, int]:
+        """(c, grid) with c·grid² = D and grid as close to the patch side as divides."""
+        fits = [grid for grid in range(1, embed_dim + 1) if embed_dim % grid**2 == 0]
+        grid = min(fits, key=lambda grid: (abs(grid - patch_size), -grid))
+        return embed_dim // grid**2, grid
+
+    def forward(self, image: Tensor) -> Tensor:
+        B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
+        x = pool_centre(F.leaky_relu(self.conv1(image)), 3 * self.grid + 4)
+        x = F.leaky_relu(self.conv2(self.dropout(x)))
+        x = F.max_pool2d(crop_centre(x, 3 * self.grid, 3 * self.grid), 3)
+        return self.conv3(self.dropout(x)).reshape(B, L, D)
+
+
+def pool_centre(x: Tensor, size: int) -> Tensor:
+    """Max-pool to ``size`` x ``size`` with the largest equal windows that fit on the centre of a map."""
+    H, W = (side // size * size or side for side in x.shape[-2:])
+    return F.adaptive_max_pool2d(crop_centre(x, H, W), size)
+
+
+def crop_centre(x: Tensor, height: int, width: int) -> Tensor:
+    """The central ``height`` x ``width`` of the last two dimensions."""
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[..., top : top + height, left : left + width]
+
+
+# -------------------------------------------------------------------------------------------------------------------------- the model
+
+
+class ImagePrompt(NamedTuple):
+    """The image prompt and what it is made of, each [B, C, H, W]; None where switched off."""
+
+    patch: Tensor | None
+    global_: Tensor | None
+    prompt: Tensor | None
+    prompted: Tensor
+
+
+class InsVPReference(nn.Module):
+    """InsVP around a frozen timm Vision Transformer, exactly as the equations say.
+
+    Args:
+        backbone: a timm model name, or a timm ``VisionTransformer``, which is taken over as it is: it gets frozen and gives up its head.
+        num_classes: classes of a new head; None keeps the backbone's own head, 0 returns pooled features.
+        config: the hyper-parameters; ``InsVPConfig()``, the paper's, if not given.
+        pretrained, backbone_kwargs: for ``timm.create_model``, where the backbone is a name.
+
+    Shapes: images [B, C, H, W] in, logits [B, num_classes] out. Trained: the prompters, the common prompts and the head. Everything under
+    ``backbone`` is frozen and stays in evaluation mode.
+
+    Raises:
+        TypeError: if the backbone is not a timm ``VisionTransformer``.
+        ValueError: if its patches are not square, or the configuration asks for blocks that it does not have.
+    """
+
+    backbone: VisionTransformer
+    specific_prompter_type: type[SpecificPrompter] = SpecificPrompter
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int | None = None,
+        config: InsVPConfig | None = None,
+        *,
+        pretrained: bool = False,
+        **backbone_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, str):
+            backbone = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
+        elif pretrained or backbone_kwargs:
+            raise ValueError(f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given")
+        if not isinstance(backbone, VisionTransformer):
+            raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
+        patch_height, patch_width = backbone.patch_embed.patch_size
+        if patch_height != patch_width:
+            raise ValueError(f"the backbone has {patch_height}x{patch_width} patches: expected square ones")
+        if num_classes is not None:
+            backbone.reset_classifier(num_classes)
+        self.num_classes = backbone.num_classes
+        self.head = backbone.get_classifier()
+        backbone.reset_classifier(0)
+        self.backbone = backbone.requires_grad_(False).eval()
+
+        self.config = config = config or InsVPConfig()
+        self.patch_size = patch_height
+        self.prompted_blocks = config.block_indices(len(backbone.blocks))
+        # a hybrid's patch embedding is a whole network: the image channels are those of its first convolution
+        weight = next(module.weight for module in backbone.patch_embed.modules() if isinstance(module, nn.Conv2d))
+        C, P, D = weight.shape[1], self.patch_size, backbone.embed_dim
+        with torch.device(weight.device):
+            self.global_prompter = GlobalPrompter(C, config) if config.global_prompt else None
+            self.patch_prompter = PatchPrompter(C, P, config) if config.patch_prompt else None
+            specific = config.specific_prompt and bool(self.prompted_blocks)
+            self.specific_prompter = self.specific_prompter_type(C, P, D, config) if specific else None
+            common = config.common_prompt and bool(self.prompted_blocks)
+            shape = (len(self.prompted_blocks), config.prompt_length, D)
+            self.common_prompts = nn.Parameter(torch.empty(shape).uniform_(-1, 1)) if common else None
+        for module in self.children():
+            module.to(weight.dtype)
+        if self.common_prompts is not None:
+            self.common_prompts.data = self.common_prompts.data.to(weight.dtype)
+        self.head.requires_grad_(True)
+        self.train()
+
+    def train(self, mode: bool = True) -> InsVPReference:
+        """Set the mode of what is trained; the frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def image_prompt(self, image: Tensor) -> ImagePrompt:
+        """The image prompt and its parts (eq. 4 to 7), each [B, C, H, W]; a prompt that is switched off is None."""
+        return self._image_prompt(simam(image) if self.config.simam else image)
+
+    def _image_prompt(self, image: Tensor) -> ImagePrompt:
+        (w_g, w_l), p_g, p_l, prompt = self.config.blend_image, None, None, None
+        if self.global_prompter is not None:
+            p_g = self.global_prompter(image)  # (4)
+            prompt = w_g * p_g
+        if self.patch_prompter is not None:
+            p_l = self.patch_prompter(image)  # (5)
+            prompt = w_l * p_l if prompt is None else prompt + w_l * p_l  # (6)
+        return ImagePrompt(p_l, p_g, prompt, image if prompt is None else image + prompt)  # (7)
+
+    def specific_prompt(self, image: Tensor, prompted: Tensor) -> Tensor | None:
+        """p_s, [B, L, D], from the image or from the prompted image (eq. 9)."""
+        if self.specific_prompter is None:
+            return None
+        return self.specific_prompter(image if self.config.specific_input == "image" else prompted)
+
+    def feature_prompt(self, block: int, p_s: Tensor | None, batch: int) -> Tensor | None:
+        """p_j = w_c·c_j + w_s·p_s, [B, L, D], or None for a block without prompts of its own (eq. 8 and 10)."""
+        if block not in self.prompted_blocks:
+            return None
+        w_c, w_s = self.config.blend_feature
+        if self.common_prompts is None:
+            return w_s * p_s if p_s is not None else None
+        c_j = self.common_prompts[self.prompted_blocks.index(block)].expand(batch, -1, -1)
+        c_j = F.dropout(c_j, self.config.common_dropout, self.training)
+        return w_c * c_j if p_s is None else w_c * c_j + w_s * p_s
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The tokens after the backbone's last norm, [B, T, D], prompts left out."""
+        backbone = self.backbone
+        image = simam(image) if self.config.simam else image
+        prompted = self._image_prompt(image).prompted
+        p_s = self.specific_prompt(image, prompted)
+        h = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(prompted))))  # (1)
+        n, L, carried = backbone.num_prefix_tokens, self.config.prompt_length, None
+        for j, block in enumerate(backbone.blocks):
+            p_j = self.feature_prompt(j, p_s, image.shape[0])
+            p_j = carried if p_j is None else p_j
+            if p_j is None:
+                h = block(h)  # (2)
+            else:
+                z = block(torch.cat([h[:, :n], p_j.to(h.dtype), h[:, n:]], dim=1))  # (11)
+                h = torch.cat([z[:, :n], z[:, n + L :]], dim=1)
+                carried = z[:, n : n + L] if self.config.carry_prompts else None
+        return backbone.norm(h)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the tokens as the backbone does and, unless ``pre_logits``, classify (eq. 3)."""
+        pooled = self.backbone.forward_head(tokens, pre_logits=True)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, num_classes]."""
+        return self.forward_head(self.forward_features(image))
