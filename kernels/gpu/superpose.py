@@ -1,0 +1,272 @@
+"""The image prompt in one pass over the pixels, tokens already unfolded (equations 5 to 7): Triton kernels and launchers.
+
+Letters: B images, C channels, H, W image size, P patch side, N = (H/P)(W/P) patches in row-major order, M = B*N patches of
+the batch, K = C*P*P values of a patch (channel, row, column), R hidden width of the patch prompter, S splits of M.
+
+A program owns BLOCK_M consecutive patches and walks K. Lanes run along a patch's pixel row and then along the neighbouring
+patch, so that reads of the image use whole sectors and the tokens are written contiguously. Neither the unfolded image nor
+the patch prompt exists in memory; the second look at a pixel is served by the cache.
+
+Arithmetic: everything is accumulated in fp32. The operands of the matrix products have the dtype that image and tokens
+promote to. When both are the same 16-bit dtype the weights are rounded to it, as autocast does; otherwise the products are
+exact to fp32 ("ieee", or three TF32 passes on NVIDIA, whose tensor cores have no fp32).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}  # multiprocessors: the grid of the weight gradients is bound to it
+
+
+@triton.jit
+def _patch_offsets(m, P: tl.constexpr, GRID: tl.constexpr, STRIDES: tl.constexpr):
+    """First pixel of patch m [BLOCK_M]; int64, since a batch may exceed 2^31 elements."""
+    n = m % (GRID[0] * GRID[1])
+    image = (m // (GRID[0] * GRID[1])).to(tl.int64) * STRIDES[0]
+    return image + (n // GRID[1]) * (P * STRIDES[2]) + (n % GRID[1]) * (P * STRIDES[3])
+
+
+@triton.jit
+def _pixel_offsets(k, P: tl.constexpr, STRIDES: tl.constexpr):
+    """Place of value k = (channel, row, column) relative to its patch [BLOCK_K]."""
+    return (k // (P * P)) * STRIDES[1] + (k // P % P) * STRIDES[2] + (k % P) * STRIDES[3]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _superpose_fwd_kernel(
+    image_ptr, global_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, tokens_ptr, hidden_ptr, M, global_weight, patch_weight,
+    K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr, GLOBAL: tl.constexpr,
+    HAS_GLOBAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m = (offs_m < M)[:, None]
+    mask_r = offs_r < R
+    image_ptrs = image_ptr + _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
+    global_ptrs = global_ptr + _patch_offsets(offs_m, P, GRID, GLOBAL)[:, None]
+
+    hidden = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        u = tl.load(image_ptrs + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask_m & mask_k[None, :], 0.0).to(COMPUTE)
+        w1 = tl.load(w1_ptr + offs_r[:, None] * K + offs_k[None, :], mask_r[:, None] & mask_k[None, :], 0.0).to(COMPUTE)
+        hidden = tl.dot(u, tl.trans(w1), hidden, input_precision=PRECISION)
+    hidden += tl.load(b1_ptr + offs_r, mask_r, 0.0).to(tl.float32)[None, :]
+    hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu does
+    rows = offs_m.to(tl.int64)[:, None]
+    tl.store(hidden_ptr + rows * R + offs_r[None, :], hidden, mask_m & mask_r[None, :])
+
+    hidden = hidden.to(COMPUTE)
+    for k0 in range(0, K, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        mask = mask_m & mask_k[None, :]
+        u = tl.load(image_ptrs + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask, 0.0).to(COMPUTE)
+        w2 = tl.load(w2_ptr + offs_k[:, None] * R + offs_r[None, :], mask_k[:, None] & mask_r[None, :], 0.0).to(COMPUTE)
+        prompt = tl.dot(hidden, tl.trans(w2), input_precision=PRECISION)
+        prompt += tl.load(b2_ptr + offs_k, mask_k, 0.0).to(tl.float32)[None, :]
+        out = u.to(tl.float32) + patch_weight * prompt
+        if HAS_GLOBAL:
+            out += global_weight * tl.load(
+                global_ptrs + _pixel_offsets(offs_k, P, GLOBAL)[None, :], mask, 0.0
+            ).to(tl.float32)  # fmt: skip
+        tl.store(tokens_ptr + rows * K + offs_k[None, :], out.to(tokens_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _superpose_bwd_kernel(
+    grad_ptr, hidden_ptr, w1_ptr, w2_ptr, d_hidden_ptr, d_image_ptr, d_global_ptr, M, global_weight, patch_weight,
+    K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr,
+    NEED_IMAGE: tl.constexpr, NEED_GLOBAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m = (offs_m < M)[:, None]
+    mask_r = offs_r < R
+    rows = offs_m.to(tl.int64)[:, None]
+    places = _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
+
+    d_hidden = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        mask = mask_m & mask_k[None, :]
+        grad = tl.load(grad_ptr + rows * K + offs_k[None, :], mask, 0.0).to(COMPUTE)
+        w2 = tl.load(w2_ptr + offs_k[:, None] * R + offs_r[None, :], mask_k[:, None] & mask_r[None, :], 0.0).to(COMPUTE)
+        d_hidden = tl.dot(grad, w2, d_hidden, input_precision=PRECISION)
+        if NEED_GLOBAL:
+            out = (global_weight * grad.to(tl.float32)).to(d_global_ptr.dtype.element_ty)
+            tl.store(d_global_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :], out, mask)
+    spots = rows * R + offs_r[None, :]
+    hidden = tl.load(hidden_ptr + spots, mask_m & mask_r[None, :], 0.0)
+    d_hidden = tl.where(hidden <= 0, 0.0, patch_weight * d_hidden)
+    tl.store(d_hidden_ptr + spots, d_hidden, mask_m & mask_r[None, :])
+
+    if NEED_IMAGE:
+        d_hidden = d_hidden.to(COMPUTE)
+        for k0 in range(0, K, BLOCK_K):
+            offs_k = k0 + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < K
+            mask = mask_m & mask_k[None, :]
+            grad = tl.load(grad_ptr + rows * K + offs_k[None, :], mask, 0.0).to(COMPUTE)
+            w1 = tl.load(w1_ptr + offs_r[:, None] * K + offs_k[None, :], mask_r[:, None] & mask_k[None, :], 0.0)
+            out = grad.to(tl.float32) + tl.dot(d_hidden, w1.to(COMPUTE), input_precision=PRECISION)
+            out = out.to(d_image_ptr.dtype.element_ty)
+            tl.store(d_image_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :], out, mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _superpose_bwd_weight_kernel(
+    grad_ptr, image_ptr, hidden_ptr, d_hidden_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, M, patch_weight,
+    K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of split s over its fixed share of patches: every S-th block of them; summed over s afterwards."""
+    split = tl.program_id(1)
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_k = offs_k < K
+    mask_r = offs_r < R
+    pixels = _pixel_offsets(offs_k, P, IMAGE)[None, :]
+
+    dw1 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    dw2 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    db1 = tl.zeros((BLOCK_R,), tl.float32)
+    db2 = tl.zeros((BLOCK_K,), tl.float32)
+    for m0 in range(split * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        mask_m = (offs_m < M)[:, None]
+        rows = offs_m.to(tl.int64)[:, None]
+        grad = tl.load(grad_ptr + rows * K + offs_k[None, :], mask_m & mask_k[None, :], 0.0).to(COMPUTE)
+        places = _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
+        u = tl.load(image_ptr + places + pixels, mask_m & mask_k[None, :], 0.0).to(COMPUTE)
+        hidden = tl.load(hidden_ptr + rows * R + offs_r[None, :], mask_m & mask_r[None, :], 0.0)
+        d_hidden = tl.load(d_hidden_ptr + rows * R + offs_r[None, :], mask_m & mask_r[None, :], 0.0)
+        dw2 = tl.dot(tl.trans(grad), hidden.to(COMPUTE), dw2, input_precision=PRECISION)
+        dw1 = tl.dot(tl.trans(u), d_hidden.to(COMPUTE), dw1, input_precision=PRECISION)
+        db2 += tl.sum(grad.to(tl.float32), 0)
+        db1 += tl.sum(d_hidden, 0)
+
+    weight = mask_k[:, None] & mask_r[None, :]
+    tl.store(dw1_ptr + split * R * K + offs_r[None, :] * K + offs_k[:, None], dw1, weight)
+    tl.store(dw2_ptr + split * R * K + offs_k[:, None] * R + offs_r[None, :], patch_weight * dw2, weight)
+    tl.store(db1_ptr + split * R + offs_r, db1, mask_r & (tl.program_id(0) == 0))
+    tl.store(db2_ptr + split * K + offs_k, patch_weight * db2, mask_k)
+
+
+INTERPRETED = not isinstance(_superpose_fwd_kernel, triton.JITFunction)
+
+
+def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
+    """Tile sizes, warps and stages of kernel `kind` ("fwd", "bwd", "bwd_weight"); `dtype` is that of the matrix operands."""
+    if not 1 <= R <= 128:
+        raise ValueError(f"superpose: the hidden width must be 1 to 128, got {R}")
+    BLOCK_R = max(16, triton.next_power_of_2(R))
+    BLOCK_M, BLOCK_K, num_warps = (64, 64, 4)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, num_warps=num_warps, num_stages=2)
+
+
+def weight_splits(M: int, K: int, config: dict[str, int], arch: int | str) -> int:
+    """Shares of the patches in the weight-gradient kernel: two programs per multiprocessor in all, at most one per block."""
+    return min(triton.cdiv(M, config["BLOCK_M"]), 2 * PROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"]))
+
+
+def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int | str) -> dict:
+    """Compile-time constants and launch options of one kernel for images [B, C, H, W]; `dtypes` of image and tokens."""
+    _, C, H, W = shape
+    compute = torch.promote_types(*dtypes)
+    exact = "ieee" if isinstance(arch, str) else "tf32x3"
+    compute_tl = tl.float32 if INTERPRETED else getattr(tl, str(compute).removeprefix("torch."))
+    config = launch_config(kind, P, C * P * P, R, compute, arch)
+    return dict(K=C * P * P, P=P, R=R, GRID=(H // P, W // P), COMPUTE=compute_tl, PRECISION=exact, **config)
+
+
+def _arch(device: torch.device) -> int | str:
+    """The row of the tables that serves this device."""
+    if device.type != "cuda":
+        return 90  # the interpreter: any row will do
+    if torch.version.hip:
+        return "gfx942"
+    return {8: 80, 9: 90}.get(torch.cuda.get_device_capability(device)[0], 100)
+
+
+def _require_gpu(x: Tensor) -> None:
+    if not x.is_cuda and not INTERPRETED:
+        raise RuntimeError(
+            f"superpose: the Triton kernels run on CUDA and ROCm tensors, not on {x.device}; "
+            "on CPU only in the interpreter (TRITON_INTERPRET=1 set before triton is imported)"
+        )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """NCHW or channels_last as they are, anything else copied: few compiled variants, and offsets inside an image fit int32."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def superpose_fwd(
+    image: Tensor, global_prompt: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+    patch_size: int, global_weight: float, patch_weight: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Superpose the patch prompt and the global prompt on an image and return it unfolded, with the hidden activations.
+
+    image, global_prompt [B, C, H, W] in fp32, fp16 or bf16; w1 [R, K], b1 [R], w2 [K, R], b2 [K]; returns tokens [B, N, K] in
+    `dtype` and hidden [B, N, R] in fp32. Raises RuntimeError on a CPU tensor outside of the interpreter, ValueError for R
+    outside 1 to 128. Equations 5 to 7 of InsVP (MM 2024):
+    hidden = relu(u w1^T + b1), tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
+    """
+    _require_gpu(image)
+    (B, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
+    image = _dense(image)
+    prompt = image if global_prompt is None else _dense(global_prompt)
+    const = constants("fwd", image.shape, P, R, (image.dtype, dtype), _arch(image.device))
+    M, N = B * (H // P) * (W // P), (H // P) * (W // P)
+    tokens = torch.empty((B, N, K), dtype=dtype, device=image.device)
+    hidden = torch.empty((B, N, R), dtype=torch.float32, device=image.device)
+    weights = (w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous())
+    if M:
+        with torch.cuda.device_of(image):
+            _superpose_fwd_kernel[(triton.cdiv(M, const["BLOCK_M"]),)](
+                image, prompt, *weights, tokens, hidden, M, global_weight, patch_weight,
+                IMAGE=image.stride(), GLOBAL=prompt.stride(), HAS_GLOBAL=global_prompt is not None, **const,
+            )  # fmt: skip
+    return tokens, hidden
+
+
+def superpose_bwd(
+    grad: Tensor, image: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor,
+    patch_size: int, global_weight: float, patch_weight: float, need_image: bool, need_global: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `superpose_fwd`: d_image, d_global, dw1, db1, dw2, db2, all contiguous.
+
+    grad [B, N, K] in the dtype of the tokens, the rest as in the forward. d_image [B, C, H, W] has the dtype of the image,
+    d_global [B, C, H, W] that of `grad`, the weight gradients that of their weight; a gradient that is not needed is empty.
+    No atomics: each split sums its fixed share of the patches, then the splits are summed in order; same inputs, same bits.
+    """
+    _require_gpu(grad)
+    (B, C, H, W), P, (R, K), new = image.shape, patch_size, w1.shape, dict(device=grad.device)
+    image, grad, hidden = _dense(image), grad.contiguous(), hidden.contiguous()
+    M, arch, dtypes = hidden.numel() // R, _arch(grad.device), (image.dtype, grad.dtype)
+    d_image = torch.empty((B, C, H, W) if need_image else (0,), dtype=image.dtype, **new)
+    d_global = torch.empty((B, C, H, W) if need_global else (0,), dtype=grad.dtype, **new)
+    d_hidden = torch.empty((M, R), dtype=torch.float32, **new)
+    rows = constants("bwd", image.shape, P, R, dtypes, arch)
+    sums = constants("bwd_weight", image.shape, P, R, dtypes, arch)
+    S = weight_splits(M, K, sums, arch)
+    partial = [torch.empty((S, *size), dtype=torch.float32, **new) for size in ((R, K), (R,), (K, R), (K,))]
+    if M:
+        with torch.cuda.device_of(grad):
+            _superpose_bwd_kernel[(triton.cdiv(M, rows["BLOCK_M"]),)](
+                grad, hidden, w1.contiguous(), w2.contiguous(), d_hidden, d_image, d_global, M, global_weight, patch_weight,
+                IMAGE=(C * H * W, H * W, W, 1), NEED_IMAGE=need_image, NEED_GLOBAL=need_global, **rows,
+            )  # fmt: skip
+            _superpose_bwd_weight_kernel[(triton.cdiv(K, sums["BLOCK_K"]), S)](
+                grad, image, hidden, d_hidden, *partial, M, patch_weight, IMAGE=image.stride(), **sums
+            )
+    weights = zip(partial, (w1, w1, w2, w2), strict=True)
+    return d_image, d_global, *(part.sum(0).to(like.dtype) for part, like in weights)
