@@ -1,0 +1,176 @@
+// superpose: image, prompts and patch prompter -> the prompted image, unfolded; forward and backward.
+// Here: the C functions, the packing of the weights, the threads. The arithmetic is in superpose_kernel.h.
+#include <cstdlib>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "superpose.h"
+
+namespace insvp_fast {
+namespace {
+
+const SuperposeKernels& kernels() {
+#ifdef INSVP_FAST_X86
+  if (isa() == Isa::avx512) return superpose_avx512;
+  if (isa() == Isa::avx2) return superpose_avx2;
+#endif
+  return superpose_generic;
+}
+
+int thread_id() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+Geometry geometry(int64_t C, int64_t H, int64_t W, int64_t P, int64_t R) {
+  Geometry g{C, H, W, P, (H / P) * (W / P), C * P * P, R, 0, 0};
+  g.width = ceil_div(g.K, 32) * 32;
+  g.stride = g.width / 16 % 2 ? g.width : g.width + 16;
+  return g;
+}
+
+// Aligned memory handed out piece by piece; all pieces are whole cache lines.
+struct Workspace {
+  float *base, *next;
+  explicit Workspace(int64_t floats)
+      : base(static_cast<float*>(std::aligned_alloc(64, larger(floats, 16) * sizeof(float)))), next(base) {}
+  ~Workspace() { std::free(base); }
+  float* take(int64_t floats) {
+    float* piece = next;
+    next += floats;
+    return piece;
+  }
+};
+
+void pack_w1(float* to, const float* w1, const Geometry& g) {
+  for (int64_t r = 0; r < g.R; ++r, to += g.stride) {
+    std::memcpy(to, w1 + r * g.K, g.K * sizeof(float));
+    std::memset(to + g.K, 0, (g.stride - g.K) * sizeof(float));
+  }
+}
+
+void pack_w2(float* to, const float* w2, float scale, const Geometry& g) {
+  for (int64_t r = 0; r < g.R; ++r, to += g.stride) {
+    for (int64_t k = 0; k < g.K; ++k) to[k] = scale * w2[k * g.R + r];
+    std::memset(to + g.K, 0, (g.stride - g.K) * sizeof(float));
+  }
+}
+
+// The patches whose weight gradients are summed together. It depends on the number of patches alone, so that the
+// sums are the same bits for every number of threads; at most 64 chunks bound the memory.
+int64_t chunk_size(int64_t patches) {
+  return larger(96, ceil_div(ceil_div(patches, 64), kTile) * kTile);
+}
+
+struct WeightGrads {
+  float *dw1, *db1, *dw2, *db2;  // [R, K], [R], [K, R], [K]; null: not wanted
+  bool any() const { return dw1 || db1 || dw2 || db2; }
+};
+
+int64_t partial_size(const Geometry& g) { return (2 * g.R + 1) * g.stride + ceil_div(g.R, 16) * 16; }
+
+Partial partial_at(float* p, const Geometry& g) {
+  return {p, p + g.R * g.stride, p + (2 * g.R + 1) * g.stride};
+}
+
+// Adds the other chunks' partials to the first one, `from` to `to` of each, in a fixed order.
+void sum_partials(float* partials, int64_t chunks, int64_t size, int64_t from, int64_t to) {
+  for (int64_t c = 1; c < chunks; ++c) {
+    const float* other = partials + c * size;
+    for (int64_t i = from; i < to; ++i) partials[i] += other[i];
+  }
+}
+
+void finish(const WeightGrads& out, const Partial& sums, float patch_weight, const Geometry& g) {
+  if (out.dw1)
+    for (int64_t r = 0; r < g.R; ++r) std::memcpy(out.dw1 + r * g.K, sums.dw1 + r * g.stride, g.K * sizeof(float));
+  if (out.db1) std::memcpy(out.db1, sums.db1, g.R * sizeof(float));
+  if (out.dw2)
+    for (int64_t k = 0; k < g.K; ++k)
+      for (int64_t r = 0; r < g.R; ++r) out.dw2[k * g.R + r] = patch_weight * sums.dw2[r * g.stride + k];
+  if (out.db2)
+    for (int64_t k = 0; k < g.K; ++k) out.db2[k] = patch_weight * sums.dw2[g.R * g.stride + k];
+}
+
+}  // namespace
+}  // namespace insvp_fast
+
+using namespace insvp_fast;
+
+// Both return 0, or -1 where the workspace cannot be had. A null global_prompt is absent; a null gradient is not wanted.
+// Tensors are contiguous: images [B, C, H, W], tokens and grad [B, N, K], hidden [B, N, R], w1 [R, K], w2 [K, R].
+
+INSVP_FAST_API int superpose_fwd(
+    void* image, int image_type, void* global_prompt, int global_type, const float* w1, const float* b1,
+    const float* w2, const float* b2, void* tokens, int tokens_type, float* hidden, int64_t B, int64_t C, int64_t H,
+    int64_t W, int64_t P, int64_t R, float global_weight, float patch_weight, int threads) {
+  const Geometry g = geometry(C, H, W, P, R);
+  const int64_t patches = B * g.N, tiles = ceil_div(patches, kTile), scratch_size = kScratchTiles * kTile * g.stride;
+  threads = static_cast<int>(larger(1, smaller(threads, tiles)));
+
+  Workspace memory((2 * R + 1) * g.stride + threads * scratch_size);
+  if (!memory.base) return -1;
+  float *packed1 = memory.take(R * g.stride), *packed2 = memory.take((R + 1) * g.stride);
+  float* scratch = memory.take(threads * scratch_size);
+  pack_w1(packed1, w1, g);
+  pack_w2(packed2, w2, patch_weight, g);
+  std::memset(packed2 + R * g.stride, 0, g.stride * sizeof(float));
+  for (int64_t k = 0; k < g.K; ++k) packed2[R * g.stride + k] = patch_weight * b2[k];
+
+  const SuperposeFwd args{g, {image, DType(image_type)}, {global_prompt, DType(global_type)},
+                          {tokens, DType(tokens_type)}, hidden, packed1, b1, packed2, global_weight};
+  const auto tile = kernels().fwd;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t t = 0; t < tiles; ++t)
+    tile(args, t * kTile, smaller(kTile, patches - t * kTile), scratch + thread_id() * scratch_size);
+  return 0;
+}
+
+INSVP_FAST_API int superpose_bwd(
+    void* grad, int grad_type, void* image, int image_type, const float* hidden, const float* w1, const float* w2,
+    void* d_image, int d_image_type, void* d_global, int d_global_type, float* dw1, float* db1, float* dw2, float* db2,
+    int64_t B, int64_t C, int64_t H, int64_t W, int64_t P, int64_t R, float global_weight, float patch_weight,
+    int threads) {
+  const Geometry g = geometry(C, H, W, P, R);
+  const WeightGrads out{dw1, db1, dw2, db2};
+  const int64_t patches = B * g.N, chunk = chunk_size(patches), chunks = ceil_div(patches, chunk);
+  const int64_t scratch_size = kScratchTiles * kTile * g.stride, size = partial_size(g);
+  const int64_t partials_size = out.any() ? larger(1, chunks) * size : 0;
+  threads = static_cast<int>(larger(1, smaller(threads, chunks)));
+
+  Workspace memory(2 * R * g.stride + threads * scratch_size + partials_size);
+  if (!memory.base) return -1;
+  float *packed1 = memory.take(R * g.stride), *packed2 = memory.take(R * g.stride);
+  float *scratch = memory.take(threads * scratch_size), *partials = memory.take(partials_size);
+  pack_w1(packed1, w1, g);
+  pack_w2(packed2, w2, patch_weight, g);
+
+  const SuperposeBwd args{g, {grad, DType(grad_type)}, {image, DType(image_type)}, {d_image, DType(d_image_type)},
+                          {d_global, DType(d_global_type)}, hidden, packed1, packed2, global_weight, out.any()};
+  const auto tile = kernels().bwd;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const Partial sums = out.any() ? partial_at(partials + c * size, g) : Partial{};
+    if (out.any()) std::memset(partials + c * size, 0, size * sizeof(float));
+    for (int64_t first = c * chunk, end = smaller(patches, first + chunk); first < end; first += kTile)
+      tile(args, first, smaller(kTile, end - first), scratch + thread_id() * scratch_size, sums);
+  }
+  if (!out.any()) return 0;
+
+  if (chunks == 0) std::memset(partials, 0, size * sizeof(float));
+#pragma omp parallel for num_threads(threads)
+  for (int64_t from = 0; from < size; from += 1024)
+    sum_partials(partials, chunks, size, from, smaller(size, from + 1024));
+  finish(out, partial_at(partials, g), patch_weight, g);
+  return 0;
+}

@@ -1,0 +1,54 @@
+// What superpose.cpp and the files of the instruction sets agree on.
+//
+// Letters: B images, C channels, H, W image size, P patch side, N patches of an image, K = C*P*P, R hidden width.
+// Rows of length K are held in memory of our own with `stride` floats, zero from K to `width`.
+#pragma once
+#include "common.h"
+
+namespace insvp_fast {
+
+constexpr int kTile = 12;        // patches computed together, so that a weight that was loaded is used 12 times
+constexpr int kMaxHidden = 256;  // largest R
+
+struct Geometry {
+  int64_t C, H, W, P, N, K, R;
+  int64_t width;   // K rounded up to whole steps of the widest instruction set
+  int64_t stride;  // an odd number of cache lines: the rows of a tile then fall into different cache sets
+};
+
+struct SuperposeFwd {
+  Geometry g;
+  Array image, global_prompt, tokens;
+  float* hidden;    // [B*N, R]
+  const float* w1;  // [R, stride]
+  const float* b1;  // [R]
+  const float* w2;  // [R + 1, stride], transposed, times patch_weight; the last row is the bias
+  float global_weight;
+};
+
+struct SuperposeBwd {
+  Geometry g;
+  Array grad, image, d_image, d_global;
+  const float* hidden;  // [B*N, R]
+  const float *w1, *w2;  // as above, w2 without the bias
+  float global_weight;
+  bool need_weights;
+};
+
+// One chunk's sums for the weight gradients; dw2 and db2 still lack the factor patch_weight.
+struct Partial {
+  float* dw1;  // [R, stride]
+  float* dw2;  // [R + 1, stride], transposed; the last row is db2
+  float* db1;  // [R]
+};
+
+// Each computes the `count` <= kTile patches from `first` on; `scratch` holds kScratchTiles * kTile rows.
+constexpr int kScratchTiles = 2;
+struct SuperposeKernels {
+  void (*fwd)(const SuperposeFwd&, int64_t first, int64_t count, float* scratch);
+  void (*bwd)(const SuperposeBwd&, int64_t first, int64_t count, float* scratch, const Partial&);
+};
+
+extern const SuperposeKernels superpose_generic, superpose_avx2, superpose_avx512;
+
+}  // namespace insvp_fast

@@ -1,0 +1,91 @@
+"""Builds the optional native CPU library; everything static is in pyproject.toml.
+
+``INSVP_FAST_NATIVE=1`` requires the library, ``0`` forbids it; by default it is built where a compiler is found.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "libinsvp_fast_cpu"
+IN_PLACE = ROOT / "insvp_fast" / f"{LIBRARY}.so"
+MODES = {"": "auto", "auto": "auto", "1": "require", "0": "forbid"}
+
+mode = MODES.get(os.environ.get("INSVP_FAST_NATIVE", "").lower())
+if mode is None:
+    sys.exit("INSVP_FAST_NATIVE must be 1 (require), 0 (forbid) or auto")
+compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+native = mode == "require" or (mode == "auto" and compiler is not None)
+
+
+class CMakeBuild(build_ext):
+    """Builds the library with CMake and puts it beside the Python modules."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Plain ``.so``: the library is no extension module and serves every Python version."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Builds the library, or goes on without one unless it is required."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            self._cmake(target)
+        except Exception as error:
+            target.unlink(missing_ok=True)
+            if self.editable_mode:
+                IN_PLACE.unlink(missing_ok=True)  # an older library would go on being used
+            if mode == "require":
+                raise
+            print(f"*** insvp_fast: native CPU kernels NOT built: {error}", file=sys.stderr)
+
+    def _cmake(self, target: Path) -> None:
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if compiler is None or cmake is None:
+            raise RuntimeError("no C++ compiler found" if compiler is None else "cmake not found")
+        work = ROOT / "build" / "cmake"
+        configure = [cmake, "-S", str(ROOT), "-B", str(work), "-DCMAKE_BUILD_TYPE=Release"]
+        if ninja:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # pip removes the cmake and ninja it fetched for a build, and a tree that names them is then useless.
+        key, stamp = "\n".join([*configure, compiler]), work / "configured_by.txt"
+        if work.exists() and not (stamp.exists() and stamp.read_text() == key):
+            shutil.rmtree(work)
+        subprocess.check_call(configure, env={**os.environ, "CXX": compiler})
+        stamp.write_text(key)
+        subprocess.check_call([cmake, "--build", str(work), "--parallel"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(work / target.name, target)
+
+
+class Wheel(bdist_wheel):
+    """One wheel per platform: the library is loaded with ctypes and binds to no Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """``py3-none-<platform>`` with the library, ``py3-none-any`` without."""
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if self.distribution.has_ext_modules() else (python, abi, platform)
+
+
+if not native:
+    IN_PLACE.unlink(missing_ok=True)  # build_ext will not run, and an editable tree must not keep an older library
+
+kernel_packages = find_packages("kernels")
+setup(
+    packages=[
+        *find_packages(include=["insvp_fast", "insvp_fast.*"]),
+        *(f"insvp_fast.kernels.{name}" for name in kernel_packages),
+    ],
+    package_dir={f"insvp_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in kernel_packages},
+    # optional: setuptools must not copy the library of a build that was allowed to fail
+    ext_modules=[Extension(f"insvp_fast.{LIBRARY}", sources=[], optional=mode != "require")] if native else [],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    # evaluated in an isolated build only: fetched where there is a compiler but no cmake
+    setup_requires=["cmake>=3.18", "ninja"] if native and compiler and not shutil.which("cmake") else [],
+)
