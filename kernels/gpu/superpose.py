@@ -156,8 +156,9 @@ def _superpose_bwd_weight_kernel(
     weight = mask_k[:, None] & mask_r[None, :]
     tl.store(dw1_ptr + split * R * K + offs_r[None, :] * K + offs_k[:, None], dw1, weight)
     tl.store(dw2_ptr + split * R * K + offs_k[:, None] * R + offs_r[None, :], patch_weight * dw2, weight)
-    tl.store(db1_ptr + split * R + offs_r, db1, mask_r & (tl.program_id(0) == 0))
     tl.store(db2_ptr + split * K + offs_k, patch_weight * db2, mask_k)
+    if tl.program_id(0) == 0:
+        tl.store(db1_ptr + split * R + offs_r, db1, mask_r)
 
 
 INTERPRETED = not isinstance(_superpose_fwd_kernel, triton.JITFunction)
@@ -174,7 +175,7 @@ def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: i
 
 def weight_splits(M: int, K: int, config: dict[str, int], arch: int | str) -> int:
     """Shares of the patches in the weight-gradient kernel: two programs per multiprocessor in all, at most one per block."""
-    return min(triton.cdiv(M, config["BLOCK_M"]), 2 * PROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"]))
+    return min(triton.cdiv(M, config["BLOCK_M"]), max(1, 2 * PROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"])))
 
 
 def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int | str) -> dict:

@@ -1,0 +1,57 @@
+"""Without a GPU the Triton kernels run in the interpreter, on CPU tensors; with one, the same tests run on it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 will change what an unset variable means
+if not torch.cuda.is_available():
+    # Triton reads the variable while it is imported; set later, half of its functions would not be interpreted.
+    assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could choose the interpreter"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("insvp_fast", deadline=None)  # an interpreted kernel's first call takes seconds
+settings.load_profile("insvp_fast")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton kernels run in this session."""
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill fresh floating-point memory with NaN, so that an element that nobody writes shows."""
+
+    def poisoned(function):
+        def call(*args, **kwargs):
+            fresh = function(*args, **kwargs)
+            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def aot(tmp_path_factory) -> list[dict]:
+    """What the compiler makes of every kernel; in a child, since an interpreting process cannot compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # an old cache would answer for an old compiler
+    command = [sys.executable, "-m", "insvp_fast.aot"]
+    child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
