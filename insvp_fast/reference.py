@@ -358,12 +358,16 @@ class InsVPReference(nn.Module):
             p_j = self.feature_prompt(j, p_s, image.shape[0])
             p_j = carried if p_j is None else p_j
             if p_j is None:
-                h = block(h)  # (2)
+                h = self.run_block(block, h)  # (2)
             else:
-                z = block(torch.cat([h[:, :n], p_j.to(h.dtype), h[:, n:]], dim=1))  # (11)
+                z = self.run_block(block, torch.cat([h[:, :n], p_j.to(h.dtype), h[:, n:]], dim=1))  # (11)
                 h = torch.cat([z[:, :n], z[:, n + L :]], dim=1)
                 carried = z[:, n : n + L] if self.config.carry_prompts else None
         return backbone.norm(h)
+
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """B_j, a stock block."""
+        return block(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the tokens as the backbone does and, unless ``pre_logits``, classify (eq. 3)."""

@@ -1,0 +1,96 @@
+"""Frozen weights in the form that a product wants: cast, transposed and packed once, and again when the weight changes.
+
+A frozen backbone multiplies by the same matrices in every step, forward by W and backward by W transposed. Under autocast PyTorch casts
+them anew at every use, and oneDNN reorders them anew at every call; here each form is made once. A form is found by the weight's storage and
+version counter, so it is never stale: loading a state dict, moving or casting the model and in-place updates all make it anew. (Writes
+through ``weight.data`` escape PyTorch's version counter, here as in autograd.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["cpu_product", "linear", "linear_bwd"]
+
+_Key = tuple[object, ...]
+_forms: dict[_Key, tuple[StorageWeakRef, int, Tensor]] = {}
+
+
+def form_of(weight: Tensor, name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+    """The form ``name`` of ``weight`` in ``dtype``, made by ``make`` where it is new or the weight has changed."""
+    if weight.is_inference():  # has no version counter
+        return make()
+    storage = StorageWeakRef(weight.untyped_storage())  # keeps the address from being used again, not the memory
+    key = (storage.cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, name, dtype)
+    kept = _forms.get(key)
+    if kept is None or kept[1] != weight._version:
+        for old in [old for old, (owner, _, _) in _forms.items() if owner.expired()]:
+            del _forms[old]
+        with torch.no_grad():
+            kept = _forms[key] = (storage, weight._version, make())
+    return kept[2]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [..., D_in] -> [..., D_out]
+    """x @ weight.T + bias in the dtype of x, accumulated in fp32."""
+    bias = bias if bias is None or bias.dtype == x.dtype else form_of(bias, "cast", x.dtype, lambda: bias.to(x.dtype))
+    return _product(x, weight, "forward", bias)
+
+
+def linear_bwd(grad: Tensor, weight: Tensor) -> Tensor:  # [..., D_out] -> [..., D_in]
+    """grad @ weight, the gradient of ``linear`` by x."""
+    return _product(grad, weight, "backward", None)
+
+
+def _product(x: Tensor, weight: Tensor, direction: str, bias: Tensor | None) -> Tensor:
+    def matrix() -> Tensor:  # [out, in] as F.linear wants it
+        return weight if direction == "forward" else weight.T
+
+    if x.device.type == "cpu" and x.numel():
+        how = cpu_product(x.dtype)
+        if how == "packed":
+            packed = form_of(weight, f"packed {direction}", x.dtype, lambda: _pack(matrix().to(x.dtype)))
+            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        if how == "widened":
+            wide = form_of(weight, "cast", torch.float32, weight.float) if weight.dtype != torch.float32 else weight
+            wide = wide if direction == "forward" else wide.T
+            return F.linear(x.float(), wide, None if bias is None else bias.float()).to(x.dtype)
+    if weight.dtype == x.dtype:
+        return F.linear(x, matrix(), bias)
+    cast = form_of(weight, "cast", x.dtype, lambda: weight.to(x.dtype))
+    return F.linear(x, cast if direction == "forward" else cast.T, bias)
+
+
+@cache
+def cpu_product(dtype: torch.dtype) -> str:
+    """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "widened" or "plain".
+
+    "packed": oneDNN with prepacked weights, where the CPU has the instructions for it (AVX-512; in 16 bits also AMX or AVX-NE-CONVERT) and a
+    self-test passes. "widened": 16-bit operands multiplied in fp32, where the CPU has no 16-bit products and PyTorch's own are scalar
+    code. "plain": ``torch.nn.functional.linear``; with AVX2 alone, oneDNN's packed fp32 product is no faster than it.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    if not half and (dtype != torch.float32 or "AVX512" not in torch.backends.cpu.get_cpu_capability()):
+        return "plain"
+    if _packing_works(dtype):
+        return "packed"
+    return "widened" if half else "plain"
+
+
+def _packing_works(dtype: torch.dtype) -> bool:
+    x, w = torch.linspace(-1, 1, 7 * 48).view(7, 48).to(dtype), torch.linspace(1, -1, 64 * 48).view(64, 48).to(dtype)
+    try:
+        y = torch.ops.mkldnn._linear_pointwise(x, _pack(w), None, "none", [], "")
+    except (AttributeError, RuntimeError):  # private operators: absent from this build, or refused on this CPU
+        return False
+    return torch.allclose(y.double(), x.double() @ w.double().T, rtol=0, atol=50 * torch.finfo(dtype).eps)
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())

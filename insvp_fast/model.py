@@ -1,0 +1,157 @@
+"""InsVPViT: the reference's function, computed by the operations of this package."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from insvp_fast import backbone as frozen_backbone
+from insvp_fast import ops, prompters, reference
+from insvp_fast.reference import InsVPReference
+
+__all__ = ["InsVPViT"]
+
+
+class InsVPViT(InsVPReference):
+    """InsVP around a frozen timm Vision Transformer; constructor, state dict and numbers are those of ``InsVPReference``.
+
+    Keeps timm's interface (``forward_features``, ``forward_head``, ``get_classifier``, ``reset_classifier``, ``no_weight_decay``,
+    ``set_grad_checkpointing``) and works under autocast, ``torch.compile``, DDP, ``copy.deepcopy`` and ``torch.export``. Products are computed in
+    the autocast dtype, else in that of the backbone. A backbone that the fast operations do not cover runs through the reference's own
+    path, exactly, and says so once with a warning.
+
+    Args, shapes and errors: see ``InsVPReference``.
+    """
+
+    specific_prompter_type = prompters.SpecificPrompter
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.grad_checkpointing = False
+        reason = frozen_backbone.misfit(self.backbone) or self._carries_prompts()
+        self.fast = reason is None
+        if reason is not None:
+            warnings.warn(f"InsVPViT runs through the general path, exact but not fast: {reason}", stacklevel=2)
+
+    def _carries_prompts(self) -> str | None:
+        """Prompts that run on into blocks without their own need their full computation, which only the general path has."""
+        later = range(self.prompted_blocks[0], len(self.backbone.blocks)) if self.prompted_blocks else ()
+        carried = self.config.carry_prompts and any(j not in self.prompted_blocks for j in later)
+        return "carry_prompts with blocks that have no prompts of their own" if carried else None
+
+    # ------------------------------------------------------------------------------------------------------------------------ forward
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The tokens after the backbone's last norm, [B, T, D], prompts left out."""
+        return self._features(image, None) if self.fast else super().forward_features(image)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, num_classes]."""
+        one_token = self.fast and self.backbone.global_pool == "token" and self.backbone.attn_pool is None
+        return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
+
+    def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
+        """All tokens after the last norm, or only the first ``num_queries``."""
+        backbone, device, P = self.backbone, image.device.type, self.patch_size
+        self._check(image)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else backbone.patch_embed.proj.weight.dtype
+        image = reference.simam(image) if self.config.simam else image
+        patches, prompted = self._prompted_patches(image, dtype)
+        p_s = self.specific_prompt(image, prompted)
+        prompts = [self.feature_prompt(j, p_s, image.shape[0]) for j in range(len(backbone.blocks))]
+        with torch.autocast(device, enabled=False):  # the operations choose their own precision
+            residual, branch = frozen_backbone.embed(backbone, patches, (image.shape[-2] // P, image.shape[-1] // P)), None
+            for j, block in enumerate(backbone.blocks):
+                last = j == len(backbone.blocks) - 1
+                arguments = block, residual, branch, prompts[j], dtype, num_queries if last else None
+                residual, branch = self._run(frozen_backbone.forward_block, *arguments)
+            tokens = residual if branch is None else residual + branch
+        return backbone.norm(tokens)
+
+    def _prompted_patches(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x~ unfolded, [B, N, K] in ``dtype``, and, only if the specific prompter reads it, folded."""
+        P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
+        if prompter is None or (self.training and self.config.patch_dropout > 0):  # its mask is drawn between the two steps
+            prompted = self._image_prompt(image).prompted
+            return reference.unfold(prompted, P).to(dtype), prompted
+        p_g = None if self.global_prompter is None else self.global_prompter(image)
+        folded = self.config.specific_input == "prompted" and self.specific_prompter is not None
+        weights = prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias
+        with torch.autocast(device, enabled=False):
+            patches = ops.superpose(image, p_g, *weights, P, *self.config.blend_image, dtype=image.dtype if folded else dtype)
+        prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
+        return patches.to(dtype), prompted
+
+    def _run(self, function: Any, *args: Any) -> Any:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """A stock block of the general path."""
+        return self._run(block, tokens)
+
+    def _check(self, image: Tensor) -> None:
+        embedding, P = self.backbone.patch_embed, self.patch_size
+        channels = embedding.proj.in_channels
+        if image.ndim != 4 or image.shape[1] != channels:
+            raise ValueError(f"image has shape {tuple(image.shape)}: expected [B, {channels}, H, W]")
+        if embedding.img_size is not None and embedding.strict_img_size and tuple(image.shape[-2:]) != tuple(embedding.img_size):
+            raise ValueError(
+                f"image has {image.shape[-2]}x{image.shape[-1]} pixels: this backbone expects {embedding.img_size[0]}x{embedding.img_size[1]};"
+                " create it with img_size=... or dynamic_img_size=True for others"
+            )
+        if image.shape[-2] % P or image.shape[-1] % P:
+            raise ValueError(f"image has {image.shape[-2]}x{image.shape[-1]} pixels: expected multiples of the patch side {P}")
+
+    # ---------------------------------------------------------------------------------------------------------------- timm's interface
+
+    @property
+    def num_features(self) -> int:
+        """D, the width of the features."""
+        return self.backbone.num_features
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of the backbone's weights: mean, std, interpolation, input size and source."""
+        return self.backbone.pretrained_cfg
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a new head, trained, on the device and in the dtype of the backbone; 0 classes for pooled features."""
+        self.backbone.reset_classifier(num_classes, global_pool)
+        self.num_classes, self.head = num_classes, self.backbone.get_classifier().requires_grad_(True)
+        self.backbone.reset_classifier(0)
+        self.head.train(self.training)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the trained tensors that are embeddings and not weights, for timm's optimiser factory."""
+        return {"common_prompts"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for backward and compute the block again there; the numbers stay the same."""
+        self.grad_checkpointing = enable
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trained parameters and of all."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trained and of all parameters, and what each trained part contributes."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+        parts: dict[str, int] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                part = name.split(".")[0]
+                parts[part] = parts.get(part, 0) + parameter.numel()
+        for part, count in parts.items():
+            print(f"  {part}: {count:,}")

@@ -1,0 +1,334 @@
+"""The operations: one contract each, carried out by whatever is fastest where the tensors are.
+
+Every operation is the function of the same name in ``reference.py``, with its gradient written out. Where an operation has kernels, its
+schema is registered with PyTorch and PyTorch's dispatcher is the device table: the reference formula for every device, the native library
+over it for CPU, Triton over it for CUDA and ROCm. Gradients are first-order only.
+
+Letters as in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import Library, register_fake
+
+from insvp_fast import frozen, native, reference
+
+__all__ = ["attention", "gelu", "linear", "norm_insert", "superpose"]
+
+_LIBRARY = Library("insvp_fast", "DEF")
+
+
+def _define(schema: str) -> None:
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# --------------------------------------------------------------------------------------------------------------------------- superpose
+
+_define(
+    "superpose_fwd(Tensor image, Tensor? global_prompt, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int patch_size, "
+    "float global_weight, float patch_weight, ScalarType dtype) -> (Tensor, Tensor)"
+)
+_define(
+    "superpose_bwd(Tensor grad, Tensor image, Tensor hidden, Tensor w1, Tensor w2, int patch_size, "
+    "float global_weight, float patch_weight, bool need_image, bool need_global) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def superpose(
+    image: Tensor,
+    global_prompt: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    patch_size: int,
+    global_weight: float,
+    patch_weight: float,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The prompted image x + w_g·p_g + w_l·G_l(x), unfolded into patches, in one pass (eq. 5, 6 and 7).
+
+    Args:
+        image, global_prompt: [B, C, H, W], fp32, bf16 or fp16; no global prompt, no such term.
+        w1, b1, w2, b2: the patch prompter, [R, K], [R], [K, R], [K].
+        dtype: of the result; the image's if not given. Arithmetic is fp32.
+        impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
+
+    Returns:
+        [B, N, K]
+
+    Raises:
+        ValueError: for shapes that do not fit, or an unknown ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
+    """
+    B, C, H, W = image.shape
+    K = C * patch_size**2
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch side {patch_size}")
+    if global_prompt is not None and global_prompt.shape != image.shape:
+        raise ValueError(f"global_prompt has shape {tuple(global_prompt.shape)}: expected that of the image, {tuple(image.shape)}")
+    R = w1.shape[0]
+    for name, weight, shape in (("w1", w1, (R, K)), ("b1", b1, (R,)), ("w2", w2, (K, R)), ("b2", b2, (K,))):
+        if weight.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected {shape}")
+    if impl not in _SUPERPOSE:
+        raise ValueError(f"impl={impl!r}: expected one of {sorted(_SUPERPOSE)}")
+    blend = patch_size, float(global_weight), float(patch_weight)
+    return _Superpose.apply(image, global_prompt, w1, b1, w2, b2, *blend, dtype or image.dtype, impl)
+
+
+class _Superpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, impl):
+        forward = _SUPERPOSE[impl][0]
+        tokens, hidden = forward(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+        ctx.save_for_backward(image, hidden, w1, w2)
+        ctx.blend = patch_size, global_weight, patch_weight
+        ctx.impl = impl
+        return tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        backward = _SUPERPOSE[ctx.impl][1]
+        need_image, need_global = ctx.needs_input_grad[:2]
+        grads = backward(grad, *ctx.saved_tensors, *ctx.blend, need_image, need_global)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
+
+
+def _superpose_fwd_reference(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    wide = _widened(image.dtype)
+    x = image.to(wide)
+    p_g = None if global_prompt is None else global_prompt.to(wide)
+    w1, b1, w2, b2 = (w.to(wide) for w in (w1, b1, w2, b2))
+    hidden = torch.nn.functional.linear(reference.unfold(x, patch_size), w1, b1).relu()
+    tokens = reference.superpose(x, p_g, w1, b1, w2, b2, patch_size, global_weight, patch_weight)
+    return tokens.to(dtype), hidden
+
+
+def _superpose_bwd_reference(grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global):
+    wide = _widened(image.dtype)
+    operands = [t.to(wide) for t in (grad, image, hidden, w1, w2)]
+    d_image, d_global, *d_weights = reference.superpose_bwd(*operands, patch_size, global_weight, patch_weight)
+    d_image = d_image.to(image.dtype) if need_image else image.new_empty(0)
+    d_global = d_global.to(grad.dtype) if need_global else grad.new_empty(0)
+    return d_image, d_global, *d_weights
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _superpose_fwd_cpu(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    p_g_dtype = image.dtype if global_prompt is None else global_prompt.dtype
+    covered = w1.dtype == torch.float32 and native.available(image.dtype, p_g_dtype, dtype)
+    run = native.superpose_fwd if covered else _superpose_fwd_reference
+    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+
+
+def _superpose_bwd_cpu(grad, image, hidden, w1, w2, *blend):
+    covered = w1.dtype == torch.float32 and native.available(grad.dtype, image.dtype)
+    run = native.superpose_bwd if covered else _superpose_bwd_reference
+    return run(grad, image, hidden, w1, w2, *blend)
+
+
+def _superpose_fwd_triton(*args):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    return kernel.superpose_fwd(*args)
+
+
+def _superpose_bwd_triton(*args):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    return kernel.superpose_bwd(*args)
+
+
+@register_fake("insvp_fast::superpose_fwd", lib=_LIBRARY)
+def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    B, _, H, W = image.shape
+    N = (H // patch_size) * (W // patch_size)
+    hidden = image.new_empty(B, N, w1.shape[0], dtype=_widened(image.dtype))
+    return image.new_empty(B, N, w1.shape[1], dtype=dtype), hidden
+
+
+@register_fake("insvp_fast::superpose_bwd", lib=_LIBRARY)
+def _(grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global):
+    (R, K), wide = w1.shape, hidden.dtype
+    d_image = image.new_empty(image.shape if need_image else 0)
+    d_global = grad.new_empty(image.shape if need_global else 0)
+    return d_image, d_global, *(hidden.new_empty(shape, dtype=wide) for shape in ((R, K), (R,), (K, R), (K,)))
+
+
+_LIBRARY.impl("superpose_fwd", _superpose_fwd_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("superpose_bwd", _superpose_bwd_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("superpose_fwd", _superpose_fwd_cpu, "CPU")
+_LIBRARY.impl("superpose_bwd", _superpose_bwd_cpu, "CPU")
+_LIBRARY.impl("superpose_fwd", _superpose_fwd_triton, "CUDA")
+_LIBRARY.impl("superpose_bwd", _superpose_bwd_triton, "CUDA")
+
+_SUPERPOSE = {
+    "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),
+    "reference": (_superpose_fwd_reference, _superpose_bwd_reference),
+    "native": (native.superpose_fwd, native.superpose_bwd),
+    "triton": (_superpose_fwd_triton, _superpose_bwd_triton),
+}
+
+# ------------------------------------------------------------------------------------------------------------------------------ linear
+
+_define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_define("linear_bwd(Tensor grad, Tensor weight) -> Tensor")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias with a frozen weight: no gradient for it, nothing of x kept, cast and packed once (see ``frozen.py``).
+
+    Args:
+        x: [..., D_in]; its dtype is that of the product and of the result.
+        weight, bias: [D_out, D_in] and [D_out] or None, in any floating dtype; they must not require a gradient.
+
+    Raises:
+        ValueError: if the weight requires a gradient, which would be lost.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("ops.linear is for frozen weights: expected requires_grad=False, use torch.nn.functional.linear")
+    return _Linear.apply(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.insvp_fast.linear.default(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        (weight,) = ctx.saved_tensors
+        return torch.ops.insvp_fast.linear_bwd.default(grad, weight), None, None
+
+
+@register_fake("insvp_fast::linear", lib=_LIBRARY)
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@register_fake("insvp_fast::linear_bwd", lib=_LIBRARY)
+def _(grad, weight):
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+_LIBRARY.impl("linear", frozen.linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_bwd", frozen.linear_bwd, "CompositeExplicitAutograd")
+
+# ------------------------------------------------------------------------------------------------------------------------- norm_insert
+
+
+def norm_insert(
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition, then LayerNorm of the tokens and of the prompts, placed behind them in one buffer for the QKV product.
+
+    Args:
+        residual: [B, T, D], the stream; statistics are taken in at least fp32.
+        branch: [B, T, D], what the preceding half-block adds to it, or None.
+        prompts: [B, L, D], or None.
+        weight, bias, eps: of the frozen LayerNorm.
+        dtype: of the normalised buffer, the next product's; the residual's if not given.
+
+    Returns:
+        The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. Kept for backward: the normalised values before
+        the affine map, in ``dtype``, and one number per token.
+    """
+    return _NormInsert.apply(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
+
+
+class _NormInsert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual, branch, prompts, weight, bias, eps, dtype):
+        residual = residual.clone() if branch is None else residual + branch  # an input must not be an output
+        B, T, D = residual.shape
+        L = 0 if prompts is None else prompts.shape[1]
+        normalised = residual.new_empty(B, T + L, D, dtype=dtype)
+        rstd = residual.new_empty(B, T + L, 1, dtype=_widened(residual.dtype))
+        for tokens, rows in ((residual, slice(0, T)), (prompts, slice(T, T + L))):
+            if tokens is not None:
+                tokens = tokens.to(_widened(residual.dtype))
+                normalised[:, rows], _, rstd[:, rows] = torch.native_layer_norm(tokens, (D,), None, None, eps)
+        ctx.save_for_backward(normalised, rstd, weight)
+        ctx.has_branch, ctx.has_prompts = branch is not None, prompts is not None
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        return residual, _affine(normalised, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_residual, grad_normed):
+        normalised, rstd, weight = ctx.saved_tensors
+        wide = rstd.dtype
+        d_residual, d_prompts = reference.norm_insert_bwd(
+            grad_residual.to(wide), grad_normed.to(wide), normalised.to(wide), rstd, weight.to(wide)
+        )
+        d_branch = d_residual.to(ctx.branch_dtype) if ctx.has_branch else None
+        return d_residual.to(grad_residual.dtype), d_branch, d_prompts if ctx.has_prompts else None, None, None, None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x * weight if bias is None else torch.addcmul(bias.to(weight.dtype), x, weight)
+    return y.to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- attention
+
+
+def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    """Softmax attention of the first ``num_queries`` tokens to all S, from the packed product.
+
+    Args:
+        qkv: [B, S, 3·D], heads folded into D.
+        scale: of the scores before the softmax.
+
+    Returns:
+        [B, num_queries, D]. Kept for backward: ``qkv``, and on a GPU what the SDPA backend needs.
+    """
+    if qkv.device.type == "cpu":
+        return _Attention.apply(qkv, num_heads, num_queries, scale)
+    q, k, v = reference.split_heads(qkv, num_heads)
+    return reference.merge_heads(torch.nn.functional.scaled_dot_product_attention(q[:, :, :num_queries], k, v, scale=scale))
+
+
+class _Attention(torch.autograd.Function):
+    """The explicit products, probabilities recomputed in backward: on a CPU faster than SDPA's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv, num_heads, num_queries, scale):
+        ctx.save_for_backward(qkv)
+        ctx.shape = num_heads, num_queries, scale
+        return reference.attention(qkv, num_heads, num_queries, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        (qkv,) = ctx.saved_tensors
+        return reference.attention_bwd(grad, qkv, *ctx.shape), None, None, None
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- gelu
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its exact (erf) form, any shape and floating dtype; kept for backward: ``x``."""
+    return torch.nn.functional.gelu(x)
