@@ -17,7 +17,6 @@ from torch import Tensor
 _ABI = 1
 _LIBRARY = Path(__file__).with_name("libinsvp_fast_cpu.so")
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-_MAX_HIDDEN = 256
 
 _ptr, _int, _i64, _f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -104,8 +103,6 @@ def _sizes(image: Tensor, w1: Tensor, patch_size: int) -> tuple[int, int, int, i
     R, P = w1.shape[0], patch_size
     if P < 1 or H % P or W % P:
         raise ValueError(f"image size {H}x{W} is not a multiple of the patch size {P}")
-    if not 1 <= R <= _MAX_HIDDEN:
-        raise ValueError(f"hidden width must be 1 to {_MAX_HIDDEN}, got {R}")
     return B, C, H, W, P, R, (H // P) * (W // P), C * P * P
 
 

@@ -33,11 +33,14 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 Geometry geometry(int64_t C, int64_t H, int64_t W, int64_t P, int64_t R) {
-  Geometry g{C, H, W, P, (H / P) * (W / P), C * P * P, R, 0, 0};
+  Geometry g{C, H, W, P, (H / P) * (W / P), C * P * P, R, 0, 0, 0};
   g.width = ceil_div(g.K, 32) * 32;
   g.stride = g.width / 16 % 2 ? g.width : g.width + 16;
+  g.ld = ceil_div(R + 1, 16) * 16;
   return g;
 }
+
+int64_t scratch_floats(const Geometry& g) { return 2 * kTile * (g.stride + g.ld); }
 
 // Aligned memory handed out piece by piece; all pieces are whole cache lines.
 struct Workspace {
@@ -115,7 +118,7 @@ INSVP_FAST_API int superpose_fwd(
     const float* w2, const float* b2, void* tokens, int tokens_type, float* hidden, int64_t B, int64_t C, int64_t H,
     int64_t W, int64_t P, int64_t R, float global_weight, float patch_weight, int threads) {
   const Geometry g = geometry(C, H, W, P, R);
-  const int64_t patches = B * g.N, tiles = ceil_div(patches, kTile), scratch_size = kScratchTiles * kTile * g.stride;
+  const int64_t patches = B * g.N, tiles = ceil_div(patches, kTile), scratch_size = scratch_floats(g);
   threads = static_cast<int>(larger(1, smaller(threads, tiles)));
 
   Workspace memory((2 * R + 1) * g.stride + threads * scratch_size);
@@ -144,7 +147,7 @@ INSVP_FAST_API int superpose_bwd(
   const Geometry g = geometry(C, H, W, P, R);
   const WeightGrads out{dw1, db1, dw2, db2};
   const int64_t patches = B * g.N, chunk = chunk_size(patches), chunks = ceil_div(patches, chunk);
-  const int64_t scratch_size = kScratchTiles * kTile * g.stride, size = partial_size(g);
+  const int64_t scratch_size = scratch_floats(g), size = partial_size(g);
   const int64_t partials_size = out.any() ? larger(1, chunks) * size : 0;
   threads = static_cast<int>(larger(1, smaller(threads, chunks)));
 

@@ -7,13 +7,13 @@
 
 namespace insvp_fast {
 
-constexpr int kTile = 12;        // patches computed together, so that a weight that was loaded is used 12 times
-constexpr int kMaxHidden = 256;  // largest R
+constexpr int kTile = 12;  // patches computed together, so that a weight that was loaded is used 12 times
 
 struct Geometry {
   int64_t C, H, W, P, N, K, R;
   int64_t width;   // K rounded up to whole steps of the widest instruction set
   int64_t stride;  // an odd number of cache lines: the rows of a tile then fall into different cache sets
+  int64_t ld;      // floats from one patch's hidden row to the next, R + 1 at least
 };
 
 struct SuperposeFwd {
@@ -42,8 +42,7 @@ struct Partial {
   float* db1;  // [R]
 };
 
-// Each computes the `count` <= kTile patches from `first` on; `scratch` holds kScratchTiles * kTile rows.
-constexpr int kScratchTiles = 2;
+// Each computes the `count` <= kTile patches from `first` on; `scratch` holds two tiles of rows, then two of hidden rows.
 struct SuperposeKernels {
   void (*fwd)(const SuperposeFwd&, int64_t first, int64_t count, float* scratch);
   void (*bwd)(const SuperposeBwd&, int64_t first, int64_t count, float* scratch, const Partial&);

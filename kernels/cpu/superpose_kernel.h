@@ -58,10 +58,10 @@ inline void fold(Array image, const float* x, const Tile& t, const Geometry& g, 
 }
 
 template <int ROWS>
-inline void project_rows(float* out, int64_t ld, const float* x, const float* w, const Geometry& g) {
+inline void project_rows(float* out, const float* x, const float* w, const Geometry& g) {
   constexpr int M = 3;  // M * ROWS sums and the operands fill 16 registers
   static_assert(kTile % M == 0);
-  for (int64_t m = 0; m < kTile; m += M, x += M * g.stride, out += M * ld) {
+  for (int64_t m = 0; m < kTile; m += M, x += M * g.stride, out += M * g.ld) {
     vec acc[M][ROWS] = {};
     for (int64_t k = 0; k < g.width; k += kWidth)
       for (int r = 0; r < ROWS; ++r) {
@@ -69,19 +69,19 @@ inline void project_rows(float* out, int64_t ld, const float* x, const float* w,
         for (int j = 0; j < M; ++j) acc[j][r] += load(x + j * g.stride + k) * wk;
       }
     for (int j = 0; j < M; ++j)
-      for (int r = 0; r < ROWS; ++r) out[j * ld + r] = sum(acc[j][r]);
+      for (int r = 0; r < ROWS; ++r) out[j * g.ld + r] = sum(acc[j][r]);
   }
 }
 
 // out[m, r] = sum over k of x[m, k] * w[r, k]
-inline void project(float* out, int64_t ld, const float* x, const float* w, const Geometry& g) {
+inline void project(float* out, const float* x, const float* w, const Geometry& g) {
   int64_t r = 0;
-  for (; r + 4 <= g.R; r += 4) project_rows<4>(out + r, ld, x, w + r * g.stride, g);
-  for (; r < g.R; ++r) project_rows<1>(out + r, ld, x, w + r * g.stride, g);
+  for (; r + 4 <= g.R; r += 4) project_rows<4>(out + r, x, w + r * g.stride, g);
+  for (; r < g.R; ++r) project_rows<1>(out + r, x, w + r * g.stride, g);
 }
 
 // x[m, k] += sum over r < rows of h[m, r] * w[r, k]
-inline void expand(float* x, const float* h, int64_t ld, const float* w, int64_t rows, const Geometry& g) {
+inline void expand(float* x, const float* h, const float* w, int64_t rows, const Geometry& g) {
   constexpr int M = 6;
   static_assert(kTile % M == 0);
   for (int64_t k = 0; k < g.width; k += 2 * kWidth)
@@ -95,7 +95,7 @@ inline void expand(float* x, const float* h, int64_t ld, const float* w, int64_t
       for (int64_t r = 0; r < rows; ++r) {
         const vec w0 = load(w + r * g.stride + k), w1 = load(w + r * g.stride + k + kWidth);
         for (int j = 0; j < M; ++j) {
-          const float hr = h[(m + j) * ld + r];
+          const float hr = h[(m + j) * g.ld + r];
           acc[j][0] += hr * w0;
           acc[j][1] += hr * w1;
         }
@@ -108,7 +108,7 @@ inline void expand(float* x, const float* h, int64_t ld, const float* w, int64_t
 }
 
 template <int ROWS>
-inline void accumulate_rows(float* dw, const float* h, int64_t ld, const float* x, const Geometry& g) {
+inline void accumulate_rows(float* dw, const float* h, const float* x, const Geometry& g) {
   for (int64_t k = 0; k < g.width; k += 2 * kWidth) {
     vec acc[ROWS][2];
     for (int r = 0; r < ROWS; ++r) {
@@ -118,8 +118,8 @@ inline void accumulate_rows(float* dw, const float* h, int64_t ld, const float* 
     for (int m = 0; m < kTile; ++m) {
       const vec x0 = load(x + m * g.stride + k), x1 = load(x + m * g.stride + k + kWidth);
       for (int r = 0; r < ROWS; ++r) {
-        acc[r][0] += h[m * ld + r] * x0;
-        acc[r][1] += h[m * ld + r] * x1;
+        acc[r][0] += h[m * g.ld + r] * x0;
+        acc[r][1] += h[m * g.ld + r] * x1;
       }
     }
     for (int r = 0; r < ROWS; ++r) {
@@ -130,68 +130,65 @@ inline void accumulate_rows(float* dw, const float* h, int64_t ld, const float* 
 }
 
 // dw[r, k] += sum over m of h[m, r] * x[m, k]
-inline void accumulate(float* dw, const float* h, int64_t ld, const float* x, int64_t rows, const Geometry& g) {
+inline void accumulate(float* dw, const float* h, const float* x, int64_t rows, const Geometry& g) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) accumulate_rows<4>(dw + r * g.stride, h + r, ld, x, g);
-  for (; r < rows; ++r) accumulate_rows<1>(dw + r * g.stride, h + r, ld, x, g);
+  for (; r + 4 <= rows; r += 4) accumulate_rows<4>(dw + r * g.stride, h + r, x, g);
+  for (; r < rows; ++r) accumulate_rows<1>(dw + r * g.stride, h + r, x, g);
 }
 
 void superpose_fwd_tile(const SuperposeFwd& a, int64_t first, int64_t count, float* scratch) {
   const Geometry& g = a.g;
   const Tile tile(g, first, count);
-  const int64_t ld = g.R + 1;
-  float *x = scratch, *p = scratch + kTile * g.stride;
-  float h[kTile * (kMaxHidden + 1)];
+  float *x = scratch, *p = x + kTile * g.stride, *h = p + kTile * g.stride;
 
   unfold(x, a.image, tile, g, 1.0f);
-  project(h, ld, x, a.w1, g);
+  project(h, x, a.w1, g);
   for (int64_t m = 0; m < kTile; ++m) {
     for (int64_t r = 0; r < g.R; ++r) {
-      const float z = h[m * ld + r] + a.b1[r];
-      h[m * ld + r] = z < 0 ? 0 : z;  // keeps a NaN, as torch's relu does
+      const float z = h[m * g.ld + r] + a.b1[r];
+      h[m * g.ld + r] = z < 0 ? 0 : z;  // keeps a NaN, as torch's relu does
     }
-    h[m * ld + g.R] = 1.0f;  // meets the bias in w2's last row
+    h[m * g.ld + g.R] = 1.0f;  // meets the bias in w2's last row
   }
   if (a.global_prompt.data) {
     unfold(p, a.global_prompt, tile, g, a.global_weight);
     for (int64_t i = 0; i < kTile * g.stride; i += kWidth) store(x + i, load(x + i) + load(p + i));
   }
-  expand(x, h, ld, a.w2, g.R + 1, g);
+  expand(x, h, a.w2, g.R + 1, g);
   for (int64_t m = 0; m < count; ++m) {
     write(a.tokens, (first + m) * g.K, x + m * g.stride, g.K, 1.0f);
-    __builtin_memcpy(a.hidden + (first + m) * g.R, h + m * ld, g.R * sizeof(float));
+    __builtin_memcpy(a.hidden + (first + m) * g.R, h + m * g.ld, g.R * sizeof(float));
   }
 }
 
 void superpose_bwd_tile(const SuperposeBwd& a, int64_t first, int64_t count, float* scratch, const Partial& sums) {
   const Geometry& g = a.g;
   const Tile tile(g, first, count);
-  const int64_t ld = g.R + 1;
-  float *grad = scratch, *x = scratch + kTile * g.stride;
-  float h[kTile * (kMaxHidden + 1)] = {}, dh[kTile * (kMaxHidden + 1)];
+  float *grad = scratch, *x = grad + kTile * g.stride, *h = x + kTile * g.stride, *dh = h + kTile * g.ld;
 
   for (int64_t m = 0; m < count; ++m) {
     read(grad + m * g.stride, a.grad, (first + m) * g.K, g.K, 1.0f);
-    __builtin_memcpy(h + m * ld, a.hidden + (first + m) * g.R, g.R * sizeof(float));
-    h[m * ld + g.R] = 1.0f;  // meets db2 in dw2's last row
+    __builtin_memcpy(h + m * g.ld, a.hidden + (first + m) * g.R, g.R * sizeof(float));
+    h[m * g.ld + g.R] = 1.0f;  // meets db2 in dw2's last row
   }
   clear_rest(grad, tile, g);
+  __builtin_memset(h + count * g.ld, 0, (kTile - count) * g.ld * sizeof(float));
   if (a.d_global.data) fold(a.d_global, grad, tile, g, a.global_weight);
 
   if (!a.need_weights && !a.d_image.data) return;
-  project(dh, ld, grad, a.w2, g);
+  project(dh, grad, a.w2, g);
   for (int64_t m = 0; m < kTile; ++m)
-    for (int64_t r = 0; r < g.R; ++r) dh[m * ld + r] = h[m * ld + r] > 0 ? dh[m * ld + r] : 0;
+    for (int64_t r = 0; r < g.R; ++r) dh[m * g.ld + r] = h[m * g.ld + r] > 0 ? dh[m * g.ld + r] : 0;
 
   if (a.need_weights) {
     unfold(x, a.image, tile, g, 1.0f);
-    accumulate(sums.dw1, dh, ld, x, g.R, g);
-    accumulate(sums.dw2, h, ld, grad, g.R + 1, g);
+    accumulate(sums.dw1, dh, x, g.R, g);
+    accumulate(sums.dw2, h, grad, g.R + 1, g);
     for (int64_t m = 0; m < count; ++m)
-      for (int64_t r = 0; r < g.R; ++r) sums.db1[r] += dh[m * ld + r];
+      for (int64_t r = 0; r < g.R; ++r) sums.db1[r] += dh[m * g.ld + r];
   }
   if (a.d_image.data) {
-    expand(grad, dh, ld, a.w1, g.R, g);
+    expand(grad, dh, a.w1, g.R, g);
     fold(a.d_image, grad, tile, g, 1.0f);
   }
 }
