@@ -1,0 +1,127 @@
+"""Files of tensors, and the question whether they fit a model; nothing here unpickles code."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from insvp_fast.config import InsVPConfig
+from insvp_fast.reference import InsVPReference
+
+__all__ = [
+    "CheckpointError",
+    "backbone_sha256",
+    "check_shapes",
+    "expected_shapes",
+    "find_file",
+    "read_safetensors",
+    "read_torch",
+    "write_file",
+]
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be loaded; the message names the file, the key, what was found and what was expected."""
+
+
+def find_file(place: str, name: str, hub: Mapping[str, Any]) -> Path:
+    """The file in a folder, or downloaded from the Hub."""
+    if os.path.isdir(place):
+        if not os.path.isfile(os.path.join(place, name)):
+            raise CheckpointError(f"{place}: not an adapter: found {sorted(os.listdir(place))[:8]}, expected {name}")
+        return Path(place, name)
+    try:
+        return Path(hf_hub_download(place, name, **hub))
+    except (OSError, ValueError) as error:
+        text = f"found no such folder, and no repository with {name} within reach"
+        raise CheckpointError(f"{place}: {text}: {error}") from error
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Replace a file at once: whoever reads it, after a crash too, finds the old content or the new one."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        return safetensors.torch.load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: found a truncated or foreign file, expected safetensors: {error}") from error
+
+
+def read_torch(file: Path) -> Any:
+    """What ``torch.save`` wrote, if it is made of tensors and plain containers."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        text = "found a truncated file or one with code, expected tensors of torch.save"
+        raise CheckpointError(f"{file}: {text}: {error}") from error
+
+
+def expected_shapes(
+    backbone: nn.Module, num_classes: int, config: InsVPConfig, where: object
+) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes of a model's state dict, found without touching the backbone or copying its weights."""
+    if not isinstance(backbone, VisionTransformer):
+        raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
+    weights: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in backbone.parameters()
+    }
+    weights |= {id(b): b.to("meta") for b in backbone.buffers()}
+    try:
+        skeleton = InsVPReference(copy.deepcopy(backbone, weights), num_classes, config)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
+
+
+def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Refuse tensors that are missing, unexpected or of another shape."""
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    problems = [f"{key} is missing, expected shape {shape}" for key, shape in expected.items() if key not in found]
+    for key, shape in found.items():
+        if key not in expected:
+            problems.append(f"found the unexpected {key} of shape {shape}")
+        elif shape != expected[key]:
+            problems.append(f"{key} has shape {shape}, expected {expected[key]}")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")
+
+
+def backbone_sha256(backbone: nn.Module, dtype: torch.dtype) -> str:
+    """The identity of a backbone: SHA-256 over names, shapes and fp32 bytes of its state dict, sorted by name.
+
+    The head does not count. Weights are first rounded to ``dtype``, the one the adapter was saved in. So an adapter
+    trained around the bf16 copy of a backbone recognises the copy and the fp32 original; an adapter trained around the
+    original refuses the copy, whose weights are others.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        if not name.startswith("head."):
+            tensor = tensor.detach().cpu()
+            tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).float()
+            digest.update(f"{name}{list(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
