@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from insvp_fast import cpu
+
 __all__ = ["cpu_product", "linear", "linear_bwd"]
 
 _Key = tuple[object, ...]
@@ -71,16 +73,15 @@ def _product(x: Tensor, weight: Tensor, direction: str, bias: Tensor | None) -> 
 def cpu_product(dtype: torch.dtype) -> str:
     """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "widened" or "plain".
 
-    "packed": oneDNN with prepacked weights, where the CPU has the instructions for it (AVX-512; in 16 bits also AMX or AVX-NE-CONVERT) and a
-    self-test passes. "widened": 16-bit operands multiplied in fp32, where the CPU has no 16-bit products and PyTorch's own are scalar
-    code. "plain": ``torch.nn.functional.linear``; with AVX2 alone, oneDNN's packed fp32 product is no faster than it.
+    "packed": oneDNN with prepacked weights, where the CPU has the instructions and a self-test passes. "widened": 16-bit operands
+    multiplied in fp32, where it has none for 16 bits. "plain": ``torch.nn.functional.linear``; with AVX2 alone, oneDNN's packed fp32 product
+    is no faster.
     """
+    if not cpu.has_products(dtype):
+        return "widened"
     half = dtype in (torch.bfloat16, torch.float16)
-    if not half and (dtype != torch.float32 or "AVX512" not in torch.backends.cpu.get_cpu_capability()):
-        return "plain"
-    if _packing_works(dtype):
-        return "packed"
-    return "widened" if half else "plain"
+    packs = (half or (dtype == torch.float32 and cpu.wide_vectors())) and _packing_works(dtype)
+    return "packed" if packs else "plain"
 
 
 def _packing_works(dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
-from insvp_fast import frozen, native, reference
+from insvp_fast import cpu, frozen, native, reference
 
 __all__ = ["attention", "gelu", "linear", "norm_insert", "superpose"]
 
@@ -251,8 +251,8 @@ def norm_insert(
         dtype: of the normalised buffer, the next product's; the residual's if not given.
 
     Returns:
-        The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. Kept for backward: the normalised values before
-        the affine map, in ``dtype``, and one number per token.
+        The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. The residual is a view of the one buffer that is
+        kept for backward.
     """
     return _NormInsert.apply(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
 
@@ -260,38 +260,41 @@ def norm_insert(
 class _NormInsert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual, branch, prompts, weight, bias, eps, dtype):
-        residual = residual.clone() if branch is None else residual + branch  # an input must not be an output
         B, T, D = residual.shape
         L = 0 if prompts is None else prompts.shape[1]
-        normalised = residual.new_empty(B, T + L, D, dtype=dtype)
-        rstd = residual.new_empty(B, T + L, 1, dtype=_widened(residual.dtype))
-        for tokens, rows in ((residual, slice(0, T)), (prompts, slice(T, T + L))):
-            if tokens is not None:
-                tokens = tokens.to(_widened(residual.dtype))
-                normalised[:, rows], _, rstd[:, rows] = torch.native_layer_norm(tokens, (D,), None, None, eps)
-        ctx.save_for_backward(normalised, rstd, weight)
-        ctx.has_branch, ctx.has_prompts = branch is not None, prompts is not None
+        tokens = residual.new_empty(B, T + L, D)
+        if branch is None:
+            tokens[:, :T] = residual
+        else:
+            torch.add(residual, branch, out=tokens[:, :T])
+        if prompts is not None:
+            tokens[:, T:] = prompts
+        normed, mean, rstd = torch.native_layer_norm(tokens, (D,), weight, bias, eps)
+        ctx.save_for_backward(tokens, mean, rstd, weight, bias)
         ctx.branch_dtype = None if branch is None else branch.dtype
-        return residual, _affine(normalised, weight, bias)
+        ctx.num_prompts = L
+        return tokens[:, :T], normed.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_residual, grad_normed):
-        normalised, rstd, weight = ctx.saved_tensors
-        wide = rstd.dtype
-        d_residual, d_prompts = reference.norm_insert_bwd(
-            grad_residual.to(wide), grad_normed.to(wide), normalised.to(wide), rstd, weight.to(wide)
+        tokens, mean, rstd, weight, bias = ctx.saved_tensors
+        T, grad_normed = grad_residual.shape[1], grad_normed.to(tokens.dtype)
+        d_tokens, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, tokens, tokens.shape[-1:], mean, rstd, weight, bias, (True, False, False)
         )
-        d_branch = d_residual.to(ctx.branch_dtype) if ctx.has_branch else None
-        return d_residual.to(grad_residual.dtype), d_branch, d_prompts if ctx.has_prompts else None, None, None, None, None
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x * weight if bias is None else torch.addcmul(bias.to(weight.dtype), x, weight)
-    return y.to(x.dtype)
+        d_residual = d_tokens[:, :T].add_(grad_residual)
+        d_branch = None if ctx.branch_dtype is None else d_residual.to(ctx.branch_dtype)
+        return d_residual, d_branch, d_tokens[:, T:] if ctx.num_prompts else None, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------------------- attention
+
+
+_define("attention_fwd(Tensor qkv, int num_heads, int num_queries, float scale) -> (Tensor, Tensor)")
+_define(
+    "attention_bwd(Tensor grad, Tensor qkv, Tensor? out, Tensor logsumexp, int num_heads, int num_queries, float scale) -> Tensor"
+)
 
 
 def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
@@ -302,7 +305,7 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Te
         scale: of the scores before the softmax.
 
     Returns:
-        [B, num_queries, D]. Kept for backward: ``qkv``, and on a GPU what the SDPA backend needs.
+        [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax, never the probabilities.
     """
     if qkv.device.type == "cpu":
         return _Attention.apply(qkv, num_heads, num_queries, scale)
@@ -311,20 +314,34 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Te
 
 
 class _Attention(torch.autograd.Function):
-    """The explicit products, probabilities recomputed in backward: on a CPU faster than SDPA's backward."""
-
     @staticmethod
     def forward(ctx: Any, qkv, num_heads, num_queries, scale):
-        ctx.save_for_backward(qkv)
+        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(qkv, num_heads, num_queries, scale)
+        ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp)
         ctx.shape = num_heads, num_queries, scale
-        return reference.attention(qkv, num_heads, num_queries, scale)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
-        (qkv,) = ctx.saved_tensors
-        return reference.attention_bwd(grad, qkv, *ctx.shape), None, None, None
+        return torch.ops.insvp_fast.attention_bwd.default(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
 
+
+@register_fake("insvp_fast::attention_fwd", lib=_LIBRARY)
+def _(qkv, num_heads, num_queries, scale):
+    B, _, D3 = qkv.shape
+    softmax = 0 if cpu.explicit_attention(qkv.dtype) else (B, num_queries, num_heads)
+    logsumexp = qkv.new_empty(softmax, dtype=_widened(qkv.dtype))
+    return qkv.new_empty(B, num_queries, D3 // 3), logsumexp if logsumexp.ndim == 1 else logsumexp.transpose(1, 2)
+
+
+@register_fake("insvp_fast::attention_bwd", lib=_LIBRARY)
+def _(grad, qkv, out, logsumexp, num_heads, num_queries, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+_LIBRARY.impl("attention_fwd", cpu.attention_fwd, "CPU")
+_LIBRARY.impl("attention_bwd", cpu.attention_bwd, "CPU")
 
 # -------------------------------------------------------------------------------------------------------------------------------- gelu
 
