@@ -25,16 +25,17 @@ from torch import Tensor, nn
 
 from insvp_fast import __version__
 from insvp_fast.config import InsVPConfig
-from insvp_fast.released import RELEASED_PREPROCESSING, infer_config, read_released, to_ours, to_released
-from insvp_fast.weights import (
+from insvp_fast.files import (
     CheckpointError,
     backbone_sha256,
+    check_schema,
     check_shapes,
     expected_shapes,
     find_file,
     read_safetensors,
     write_file,
 )
+from insvp_fast.released import RELEASED_PREPROCESSING, infer_config, read_released, to_ours, to_released
 
 __all__ = ["AdapterCheckpoint", "CheckpointError", "backbone_sha256"]
 
@@ -160,7 +161,8 @@ class AdapterCheckpoint(
             backbone: None for the recorded timm model, the name of a timm model, or a module, which is taken over.
             pretrained, backbone_kwargs: for ``timm.create_model``, over the recorded arguments; not for a module.
             allow_backbone_mismatch: accept a backbone with other weights than the adapter was trained with.
-            force_download, token, cache_dir, local_files_only, revision: for ``huggingface_hub.hf_hub_download``.
+            force_download, token, cache_dir, local_files_only, revision: for ``huggingface_hub.hf_hub_download`` of the
+                adapter. Weights of the backbone are timm's to fetch; HF_HUB_OFFLINE keeps both offline.
 
         The model comes in the dtypes it was saved in; around a given backbone of another dtype, in that one.
 
@@ -215,13 +217,14 @@ class AdapterCheckpoint(
         classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
         if num_classes not in (None, classes):
             raise CheckpointError(f"{where}: backbone.head has {classes} classes, expected {num_classes}")
-        recorded = {"name": backbone, "arguments": {"num_classes": 0, "depth": depth}, "dtype": "float32"}
+        arguments = {"num_classes": 0, "depth": depth, "weight_init": "skip"}
+        recorded = {"arguments": arguments, "dtype": "float32"}
         backbone = _backbone(backbone, False, backbone_kwargs, recorded, where)
         expected = expected_shapes(backbone, classes, config, where)
         check_shapes(released, {to_released(key): shape for key, shape in expected.items()}, where)
         if config.specific_prompt:
             text = "the authors' code leaves TokenPrompt, the specific prompter, at its random initial values"
-            warnings.warn(f"{where}: {text}, unless other code trained this file", stacklevel=2)
+            warnings.warn(f"{where}: {text}", stacklevel=2)
 
         model = cls(backbone, classes, config)
         model.load_state_dict(tensors)
@@ -261,7 +264,8 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], saved: torch.dtype)
     """Take the tensors over in the file's dtypes; around a backbone of another dtype than the saved one, in that."""
     weight = next(model.get_submodule("backbone").parameters())
     dtype = None if weight.dtype == saved else weight.dtype
-    tensors = {key: value.to(weight.device, dtype) for key, value in tensors.items()}
+    # copied: in the file they are not aligned, and some products round otherwise there
+    tensors = {key: value.to(weight.device, dtype, copy=True) for key, value in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
 
 
@@ -312,7 +316,10 @@ def _backbone(
     if name is None:
         raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as backbone=")
     arguments = (recorded["arguments"] or {}) | kwargs
-    built: Any = create_model(name, pretrained=pretrained, **arguments)
+    try:
+        built: Any = create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: timm does not build {name} with {arguments}: {error}") from error
     return built.to(_dtype(recorded))
 
 
@@ -372,8 +379,8 @@ def _read_description(file: Path) -> tuple[dict[str, Any], InsVPConfig]:
     if isinstance(version, int) and version > FORMAT_VERSION:
         text = f"format_version is {version}, expected at most {FORMAT_VERSION}"
         raise CheckpointError(f"{file}: {text}: it needs insvp_fast {values.get('insvp_fast_version')} or later")
-    _check_schema(values, SCHEMA, f"{file}: ")
-    _check_schema(values["backbone"], BACKBONE_SCHEMA, f"{file}: backbone.")
+    check_schema(values, SCHEMA, f"{file}: ")
+    check_schema(values["backbone"], BACKBONE_SCHEMA, f"{file}: backbone.")
     if not isinstance(getattr(torch, values["backbone"]["dtype"], None), torch.dtype):
         raise CheckpointError(f"{file}: backbone.dtype is {values['backbone']['dtype']!r}, expected a dtype of torch")
     try:
@@ -381,18 +388,6 @@ def _read_description(file: Path) -> tuple[dict[str, Any], InsVPConfig]:
         return values, InsVPConfig.from_dict(values["insvp"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-
-
-def _check_schema(values: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> None:
-    for key in values:
-        if key not in schema:
-            raise CheckpointError(f"{where}{key} is unknown, expected {sorted(schema)}")
-    for key, kind in schema.items():
-        if key not in values:
-            raise CheckpointError(f"{where}{key} is missing, found {sorted(values)}")
-        if not isinstance(values[key], kind):
-            expected = getattr(kind, "__name__", str(kind))
-            raise CheckpointError(f"{where}{key} is {values[key]!r}, expected {expected}")
 
 
 def _check_class_names(names: list[str] | None, num_classes: int) -> None:

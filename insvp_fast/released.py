@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from insvp_fast.config import InsVPConfig
-from insvp_fast.weights import CheckpointError, read_safetensors, read_torch
+from insvp_fast.files import CheckpointError, read_safetensors, read_torch
 
 __all__ = ["RELEASED_PREPROCESSING", "infer_config", "read_released", "to_ours", "to_released"]
 

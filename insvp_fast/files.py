@@ -1,4 +1,4 @@
-"""Files of tensors, and the question whether they fit a model; nothing here unpickles code."""
+"""Files of a checkpoint: found, written at once, read without unpickling code, and checked against a model."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from insvp_fast.reference import InsVPReference
 __all__ = [
     "CheckpointError",
     "backbone_sha256",
+    "check_schema",
     "check_shapes",
     "expected_shapes",
     "find_file",
@@ -77,6 +78,19 @@ def read_torch(file: Path) -> Any:
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         text = "found a truncated file or one with code, expected tensors of torch.save"
         raise CheckpointError(f"{file}: {text}: {error}") from error
+
+
+def check_schema(values: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> None:
+    """Refuse keys that are unknown or missing and values of another type; ``where`` precedes a key in messages."""
+    for key in values:
+        if key not in schema:
+            raise CheckpointError(f"{where}{key} is unknown, expected {sorted(schema)}")
+    for key, kind in schema.items():
+        if key not in values:
+            raise CheckpointError(f"{where}{key} is missing, found {sorted(values)}")
+        if not isinstance(values[key], kind):
+            expected = getattr(kind, "__name__", str(kind))
+            raise CheckpointError(f"{where}{key} is {values[key]!r}, expected {expected}")
 
 
 def expected_shapes(
