@@ -1,15 +1,15 @@
-"""The image prompt in one pass over the pixels, tokens already unfolded (equations 5 to 7): Triton kernels and launchers.
+"""The image prompt in one pass over the pixels, written unfolded (equations 5 to 7): Triton kernels and launchers.
 
-Letters: B images, C channels, H, W image size, P patch side, N = (H/P)(W/P) patches in row-major order, M = B*N patches of
-the batch, K = C*P*P values of a patch (channel, row, column), R hidden width of the patch prompter, S splits of M.
+Letters: B images, C channels, H, W image size, P patch side, N = (H/P)(W/P) patches in row-major order, M = B*N patches
+of the batch, K = C*P*P values of a patch (channel, row, column), R hidden width of the patch prompter, S splits of M.
 
-A program owns BLOCK_M consecutive patches and walks K. Lanes run along a patch's pixel row and then along the neighbouring
-patch, so that reads of the image use whole sectors and the tokens are written contiguously. Neither the unfolded image nor
-the patch prompt exists in memory; the second look at a pixel is served by the cache.
+A program owns BLOCK_M consecutive patches and walks K. Lanes run along a patch's pixel row and then along the next
+patch, so that reads of the image use whole sectors and the tokens are written contiguously. Neither the unfolded image
+nor the patch prompt exists in memory.
 
 Arithmetic: everything is accumulated in fp32. The operands of the matrix products have the dtype that image and tokens
-promote to. When both are the same 16-bit dtype the weights are rounded to it, as autocast does; otherwise the products are
-exact to fp32 ("ieee", or three TF32 passes on NVIDIA, whose tensor cores have no fp32).
+promote to. Where both are the same 16-bit dtype the weights are rounded to it, as autocast does; otherwise the products
+are exact to fp32 ("ieee", or three TF32 passes on NVIDIA, whose tensor cores have no fp32).
 """
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}  # multiprocessors: the grid of the weight gradients is bound to it
+PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}  # multiprocessors of the chip: they bound the weight grid
 
 
 @triton.jit
@@ -34,47 +34,81 @@ def _pixel_offsets(k, P: tl.constexpr, STRIDES: tl.constexpr):
     return (k // (P * P)) * STRIDES[1] + (k // P % P) * STRIDES[2] + (k % P) * STRIDES[3]
 
 
+@triton.jit
+def _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
+             K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, IMAGE: tl.constexpr,
+             COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    """Pixels k0.. of the patches, and `hidden` with their share of the first layer added."""
+    offs_k, offs_r = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    mask_k = (offs_k < K)[None, :]
+    u = tl.load(image_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask_m & mask_k, 0.0).to(COMPUTE)
+    w1 = tl.load(w1_ptr + offs_r[:, None] * K + offs_k[None, :], (offs_r < R)[:, None] & mask_k, 0.0).to(COMPUTE)
+    return u, tl.dot(u, tl.trans(w1), hidden, input_precision=PRECISION)
+
+
+@triton.jit
+def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr, global_weight, patch_weight,
+                  K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GLOBAL: tl.constexpr, HAS_GLOBAL: tl.constexpr,
+                  COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    """Second layer, superposition and store for pixels k0.. of the patches."""
+    offs_k, offs_r = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    mask_k = offs_k < K
+    mask = mask_m & mask_k[None, :]
+    w2 = tl.load(w2_ptr + offs_k[:, None] * R + offs_r[None, :], mask_k[:, None] & (offs_r < R)[None, :], 0.0)
+    prompt = tl.dot(hidden, tl.trans(w2.to(COMPUTE)), input_precision=PRECISION)
+    prompt += tl.load(b2_ptr + offs_k, mask_k, 0.0).to(tl.float32)[None, :]
+    out = u.to(tl.float32) + patch_weight * prompt
+    if HAS_GLOBAL:
+        p_g = tl.load(global_ptrs + _pixel_offsets(offs_k, P, GLOBAL)[None, :], mask, 0.0)
+        out += global_weight * p_g.to(tl.float32)
+    tl.store(tokens_ptr + rows * K + offs_k[None, :], out.to(tokens_ptr.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _superpose_fwd_kernel(
     image_ptr, global_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, tokens_ptr, hidden_ptr, M, global_weight, patch_weight,
     K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr, GLOBAL: tl.constexpr,
-    HAS_GLOBAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GLOBAL: tl.constexpr, KEEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """KEEP holds the pixels in registers between the layers, unrolled over K; else pipelined loops read them twice."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
+    rows = offs_m.to(tl.int64)[:, None]
     mask_m = (offs_m < M)[:, None]
-    mask_r = offs_r < R
-    image_ptrs = image_ptr + _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
+    places = _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
     global_ptrs = global_ptr + _patch_offsets(offs_m, P, GRID, GLOBAL)[:, None]
 
     hidden = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        u = tl.load(image_ptrs + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask_m & mask_k[None, :], 0.0).to(COMPUTE)
-        w1 = tl.load(w1_ptr + offs_r[:, None] * K + offs_k[None, :], mask_r[:, None] & mask_k[None, :], 0.0).to(COMPUTE)
-        hidden = tl.dot(u, tl.trans(w1), hidden, input_precision=PRECISION)
-    hidden += tl.load(b1_ptr + offs_r, mask_r, 0.0).to(tl.float32)[None, :]
+    kept = ()
+    if KEEP:
+        for k0 in tl.static_range(0, K, BLOCK_K):
+            u, hidden = _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
+                                 K, P, R, IMAGE, COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
+            kept += (u,)
+    else:
+        for k0 in range(0, K, BLOCK_K):
+            u, hidden = _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
+                                 K, P, R, IMAGE, COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
+    hidden += tl.load(b1_ptr + offs_r, offs_r < R, 0.0).to(tl.float32)[None, :]
     hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu does
-    rows = offs_m.to(tl.int64)[:, None]
-    tl.store(hidden_ptr + rows * R + offs_r[None, :], hidden, mask_m & mask_r[None, :])
+    tl.store(hidden_ptr + rows * R + offs_r[None, :], hidden, mask_m & (offs_r < R)[None, :])
 
     hidden = hidden.to(COMPUTE)
-    for k0 in range(0, K, BLOCK_K):
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        mask = mask_m & mask_k[None, :]
-        u = tl.load(image_ptrs + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask, 0.0).to(COMPUTE)
-        w2 = tl.load(w2_ptr + offs_k[:, None] * R + offs_r[None, :], mask_k[:, None] & mask_r[None, :], 0.0).to(COMPUTE)
-        prompt = tl.dot(hidden, tl.trans(w2), input_precision=PRECISION)
-        prompt += tl.load(b2_ptr + offs_k, mask_k, 0.0).to(tl.float32)[None, :]
-        out = u.to(tl.float32) + patch_weight * prompt
-        if HAS_GLOBAL:
-            out += global_weight * tl.load(
-                global_ptrs + _pixel_offsets(offs_k, P, GLOBAL)[None, :], mask, 0.0
-            ).to(tl.float32)  # fmt: skip
-        tl.store(tokens_ptr + rows * K + offs_k[None, :], out.to(tokens_ptr.dtype.element_ty), mask)
+    if KEEP:
+        for k0 in tl.static_range(0, K, BLOCK_K):
+            _write_tokens(kept[k0 // BLOCK_K], hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr,
+                          global_weight, patch_weight, K, P, R, GLOBAL, HAS_GLOBAL,
+                          COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
+    else:
+        for k0 in range(0, K, BLOCK_K):
+            offs_k = k0 + tl.arange(0, BLOCK_K)
+            pixels = image_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :]
+            u = tl.load(pixels, mask_m & (offs_k < K)[None, :], 0.0).to(COMPUTE)
+            _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr,
+                          global_weight, patch_weight, K, P, R, GLOBAL, HAS_GLOBAL,
+                          COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -165,16 +199,29 @@ INTERPRETED = not isinstance(_superpose_fwd_kernel, triton.JITFunction)
 
 
 def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
-    """Tile sizes, warps and stages of kernel `kind` ("fwd", "bwd", "bwd_weight"); `dtype` is that of the matrix operands."""
+    """Tiles, warps and stages of kernel `kind` ("fwd", "bwd", "bwd_weight"); `dtype` is that of the matrix operands."""
     if not 1 <= R <= 128:
         raise ValueError(f"superpose: the hidden width must be 1 to 128, got {R}")
     BLOCK_R = max(16, triton.next_power_of_2(R))
-    BLOCK_M, BLOCK_K, num_warps = (64, 64, 4)
-    return dict(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, num_warps=num_warps, num_stages=2)
+    wide = dtype == torch.float32
+    config = {"KEEP": not wide and K <= 1024 and R <= 32} if kind == "fwd" else {}
+    if config.get("KEEP"):  # 32 x 768 pixels are 48 registers a thread
+        BLOCK_M, BLOCK_K, num_warps = 32, 128, 8
+    elif kind == "bwd_weight":  # a wide BLOCK_K, since every block of K reads the hidden activations again
+        BLOCK_M, BLOCK_K, num_warps = 64 if arch == 90 and not wide else 32, 64 if wide else 128, 8
+    else:
+        BLOCK_M, BLOCK_K, num_warps = 64, 32 if wide else 64, 4
+    if BLOCK_R > 32:  # wider hidden layers pay with a narrower tile
+        BLOCK_K = max(2048 // BLOCK_R, 16)
+    num_stages = 3
+    if arch == "gfx942":  # 64 lanes in a warp, 64 KB of shared memory
+        num_warps, num_stages = num_warps // 2, 2
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_R": BLOCK_R}
+    return config | sizes | {"num_warps": num_warps, "num_stages": num_stages}
 
 
 def weight_splits(M: int, K: int, config: dict[str, int], arch: int | str) -> int:
-    """Shares of the patches in the weight-gradient kernel: two programs per multiprocessor in all, at most one per block."""
+    """Shares S of the patches in the weight kernel: two programs per multiprocessor in all, never an idle one."""
     return min(triton.cdiv(M, config["BLOCK_M"]), max(1, 2 * PROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"])))
 
 
@@ -185,7 +232,8 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
     exact = "ieee" if isinstance(arch, str) else "tf32x3"
     compute_tl = tl.float32 if INTERPRETED else getattr(tl, str(compute).removeprefix("torch."))
     config = launch_config(kind, P, C * P * P, R, compute, arch)
-    return dict(K=C * P * P, P=P, R=R, GRID=(H // P, W // P), COMPUTE=compute_tl, PRECISION=exact, **config)
+    fixed = {"K": C * P * P, "P": P, "R": R, "GRID": (H // P, W // P), "COMPUTE": compute_tl, "PRECISION": exact}
+    return fixed | config
 
 
 def _arch(device: torch.device) -> int | str:
@@ -206,7 +254,7 @@ def _require_gpu(x: Tensor) -> None:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """NCHW or channels_last as they are, anything else copied: few compiled variants, and offsets inside an image fit int32."""
+    """NCHW and channels_last as they are, else a copy: few compiled variants, offsets inside an image fit int32."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
@@ -216,17 +264,18 @@ def superpose_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Superpose the patch prompt and the global prompt on an image and return it unfolded, with the hidden activations.
 
-    image, global_prompt [B, C, H, W] in fp32, fp16 or bf16; w1 [R, K], b1 [R], w2 [K, R], b2 [K]; returns tokens [B, N, K] in
-    `dtype` and hidden [B, N, R] in fp32. Raises RuntimeError on a CPU tensor outside of the interpreter, ValueError for R
-    outside 1 to 128. Equations 5 to 7 of InsVP (MM 2024):
+    image, global_prompt [B, C, H, W] in fp32, fp16 or bf16; w1 [R, K], b1 [R], w2 [K, R], b2 [K]; returns tokens
+    [B, N, K] in `dtype` and hidden [B, N, R] in fp32. Raises RuntimeError on a CPU tensor outside of the interpreter,
+    ValueError for R outside 1 to 128. Equations 5 to 7 of InsVP (MM 2024):
     hidden = relu(u w1^T + b1), tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
     """
     _require_gpu(image)
-    (B, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
+    (B, _, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image = _dense(image)
     prompt = image if global_prompt is None else _dense(global_prompt)
     const = constants("fwd", image.shape, P, R, (image.dtype, dtype), _arch(image.device))
-    M, N = B * (H // P) * (W // P), (H // P) * (W // P)
+    N = (H // P) * (W // P)
+    M = B * N
     tokens = torch.empty((B, N, K), dtype=dtype, device=image.device)
     hidden = torch.empty((B, N, R), dtype=torch.float32, device=image.device)
     weights = (w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous())
@@ -245,12 +294,13 @@ def superpose_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `superpose_fwd`: d_image, d_global, dw1, db1, dw2, db2, all contiguous.
 
-    grad [B, N, K] in the dtype of the tokens, the rest as in the forward. d_image [B, C, H, W] has the dtype of the image,
-    d_global [B, C, H, W] that of `grad`, the weight gradients that of their weight; a gradient that is not needed is empty.
-    No atomics: each split sums its fixed share of the patches, then the splits are summed in order; same inputs, same bits.
+    grad [B, N, K] in the dtype of the tokens, the rest as in the forward. d_image [B, C, H, W] has the dtype of the
+    image, d_global [B, C, H, W] that of `grad`, weight and bias gradients that of their weight; one that is not needed
+    is empty. Raises as the forward does. No atomics: every split sums its fixed share of the patches, and the splits
+    are summed in order, so that the same inputs give the same bits.
     """
     _require_gpu(grad)
-    (B, C, H, W), P, (R, K), new = image.shape, patch_size, w1.shape, dict(device=grad.device)
+    (B, C, H, W), P, (R, K), new = image.shape, patch_size, w1.shape, {"device": grad.device}
     image, grad, hidden = _dense(image), grad.contiguous(), hidden.contiguous()
     M, arch, dtypes = hidden.numel() // R, _arch(grad.device), (image.dtype, grad.dtype)
     d_image = torch.empty((B, C, H, W) if need_image else (0,), dtype=image.dtype, **new)
@@ -263,8 +313,9 @@ def superpose_bwd(
     if M:
         with torch.cuda.device_of(grad):
             _superpose_bwd_kernel[(triton.cdiv(M, rows["BLOCK_M"]),)](
-                grad, hidden, w1.contiguous(), w2.contiguous(), d_hidden, d_image, d_global, M, global_weight, patch_weight,
-                IMAGE=(C * H * W, H * W, W, 1), NEED_IMAGE=need_image, NEED_GLOBAL=need_global, **rows,
+                grad, hidden, w1.contiguous(), w2.contiguous(), d_hidden, d_image, d_global,
+                M, global_weight, patch_weight, IMAGE=(C * H * W, H * W, W, 1),
+                NEED_IMAGE=need_image, NEED_GLOBAL=need_global, **rows,
             )  # fmt: skip
             _superpose_bwd_weight_kernel[(triton.cdiv(K, sums["BLOCK_K"]), S)](
                 grad, image, hidden, d_hidden, *partial, M, patch_weight, IMAGE=image.stride(), **sums
