@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import backbone as frozen_backbone
 from insvp_fast import ops, prompters, reference
+from insvp_fast.checkpoint import AdapterCheckpoint
 from insvp_fast.reference import InsVPReference
 
 __all__ = ["InsVPViT"]
 
 
-class InsVPViT(InsVPReference):
+class InsVPViT(AdapterCheckpoint, InsVPReference):
     """InsVP around a frozen timm Vision Transformer; constructor, state dict and numbers are those of ``InsVPReference``.
 
     Keeps timm's interface (``forward_features``, ``forward_head``, ``get_classifier``, ``reset_classifier``, ``no_weight_decay``,

@@ -260,20 +260,12 @@ def norm_insert(
 class _NormInsert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual, branch, prompts, weight, bias, eps, dtype):
-        B, T, D = residual.shape
-        L = 0 if prompts is None else prompts.shape[1]
-        tokens = residual.new_empty(B, T + L, D)
-        if branch is None:
-            tokens[:, :T] = residual
-        else:
-            torch.add(residual, branch, out=tokens[:, :T])
-        if prompts is not None:
-            tokens[:, T:] = prompts
-        normed, mean, rstd = torch.native_layer_norm(tokens, (D,), weight, bias, eps)
+        tokens = _place(residual, branch, prompts)
+        normed, mean, rstd = torch.native_layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
         ctx.save_for_backward(tokens, mean, rstd, weight, bias)
         ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.num_prompts = L
-        return tokens[:, :T], normed.to(dtype)
+        ctx.has_prompts = prompts is not None
+        return tokens[:, : residual.shape[1]], normed.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -285,7 +277,23 @@ class _NormInsert(torch.autograd.Function):
         )
         d_residual = d_tokens[:, :T].add_(grad_residual)
         d_branch = None if ctx.branch_dtype is None else d_residual.to(ctx.branch_dtype)
-        return d_residual, d_branch, d_tokens[:, T:] if ctx.num_prompts else None, None, None, None, None
+        return d_residual, d_branch, d_tokens[:, T:] if ctx.has_prompts else None, None, None, None, None
+
+
+def _place(residual: Tensor, branch: Tensor | None, prompts: Tensor | None) -> Tensor:
+    """The sum and, behind it, the prompts, in one new buffer [B, T+L, D]."""
+    if torch.compiler.is_compiling():  # Inductor writes the parts of a cat in place; an `out` that is a view would break the graph
+        total = residual.clone() if branch is None else (residual + branch).to(residual.dtype)
+        return total if prompts is None else torch.cat([total, prompts.to(total.dtype)], dim=1)
+    (B, T, D), L = residual.shape, 0 if prompts is None else prompts.shape[1]
+    tokens = residual.new_empty(B, T + L, D)
+    if branch is None:
+        tokens[:, :T] = residual
+    else:
+        torch.add(residual, branch, out=tokens[:, :T])
+    if prompts is not None:
+        tokens[:, T:] = prompts
+    return tokens
 
 
 # --------------------------------------------------------------------------------------------------------------------------- attention

@@ -79,12 +79,11 @@ def superpose_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``superpose`` by image, global prompt, w1, b1, w2 and b2, written out."""
     H, W = image.shape[-2:]
-    x, grad = unfold(image, patch_size).flatten(0, 1), grad.flatten(0, 1)
-    hidden = hidden.flatten(0, 1)
     d_patch = patch_weight * grad
     d_hidden = (d_patch @ w2) * (hidden > 0)
-    d_image = fold((grad + d_hidden @ w1).view(image.shape[0], -1, grad.shape[-1]), patch_size, H, W)
-    d_global = fold((global_weight * grad).view(image.shape[0], -1, grad.shape[-1]), patch_size, H, W)
+    d_image = fold(grad + d_hidden @ w1, patch_size, H, W)
+    d_global = fold(global_weight * grad, patch_size, H, W)
+    x, hidden, d_hidden, d_patch = (t.flatten(0, 1) for t in (unfold(image, patch_size), hidden, d_hidden, d_patch))
     return d_image, d_global, d_hidden.T @ x, d_hidden.sum(0), d_patch.T @ hidden, d_patch.sum(0)
 
 

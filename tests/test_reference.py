@@ -1,0 +1,169 @@
+"""The specification against timm, against PyTorch's own operators and against autograd."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from insvp_fast import InsVPConfig, InsVPReference, reference
+
+OFF = {"global_prompt": False, "patch_prompt": False, "common_prompt": False, "specific_prompt": False}
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 12), (2, 1, 16, 8), (3, 3, 28, 42)])
+def test_unfold_is_pytorchs(shape):
+    P = 14 if shape[-1] == 42 else 4
+    image = double(*shape)
+    patches = reference.unfold(image, P)
+    assert torch.equal(reference.fold(patches, P, *shape[-2:]), image)
+    if shape[0]:
+        assert torch.equal(patches, F.unfold(image, P, stride=P).mT)
+
+
+def test_simam_is_its_formula_pixel_by_pixel():
+    image = double(2, 3, 5, 4)
+    result = reference.simam(image)
+    for b in range(2):
+        for c in range(3):
+            x = image[b, c]
+            deviation = (x - x.mean()) ** 2
+            energy = deviation / (4 * (deviation.sum() / 19 + 1e-3)) + 0.5
+            torch.testing.assert_close(result[b, c], x / (1 + (-energy).exp()))
+
+
+def test_all_prompts_off_is_the_bare_backbone():
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=7).eval()
+    image = torch.randn(3, 3, 32, 32)
+    expected = backbone(image)
+    model = InsVPReference(backbone, None, InsVPConfig(**OFF))
+    assert torch.equal(model(image), expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+def test_feature_prompts_are_written_out():
+    """One block by hand: prompts between class token and patches, blended, their outputs discarded."""
+    config = InsVPConfig(global_prompt=False, patch_prompt=False, prompt_length=4, feature_weights=(0.25, 3.0))
+    model = InsVPReference("vit_tiny_patch16_224", 5, config, img_size=32, depth=2)
+    backbone, image = model.backbone, torch.randn(2, 3, 32, 32)
+    p_s = model.specific_prompter(image)
+    h = backbone._pos_embed(backbone.patch_embed(image))
+    for j, block in enumerate(backbone.blocks):
+        prompts = 0.25 * model.common_prompts[j] + 3.0 * p_s
+        z = block(torch.cat([h[:, :1], prompts, h[:, 1:]], dim=1))
+        h = torch.cat([z[:, :1], z[:, 5:]], dim=1)
+    torch.testing.assert_close(model(image), model.head(backbone.norm(h)[:, 0]), rtol=0, atol=0)
+
+
+def test_carried_prompts_stay_in_the_sequence():
+    config = InsVPConfig(prompt_length=3, prompted_blocks=1, carry_prompts=True, specific_prompt=False, global_dropout=0.0)
+    model = InsVPReference("vit_tiny_patch16_224", 5, config, img_size=32, depth=3)
+    image, backbone = torch.randn(2, 3, 32, 32), model.backbone
+    h = backbone._pos_embed(backbone.patch_embed(model.image_prompt(image).prompted))
+    z = torch.cat([h[:, :1], model.common_prompts[0].expand(2, -1, -1), h[:, 1:]], dim=1)
+    torch.testing.assert_close(model(image), model.head(backbone.norm(backbone.blocks(z))[:, 0]), rtol=1e-6, atol=1e-6)
+
+
+def test_image_prompt_parts():
+    model = InsVPReference("vit_tiny_patch16_224", 5, InsVPConfig(image_weights=(2.0, -0.5)), img_size=32, depth=1).eval()
+    image = torch.randn(2, 3, 32, 32)
+    parts = model.image_prompt(image)
+    torch.testing.assert_close(parts.prompt, 2 * parts.global_ - 0.5 * parts.patch)
+    torch.testing.assert_close(parts.prompted, image + parts.prompt)
+    hidden = F.unfold(image, 16, stride=16).mT @ model.patch_prompter.fc1.weight.T + model.patch_prompter.fc1.bias
+    patches = hidden.clamp_min(0) @ model.patch_prompter.fc2.weight.T + model.patch_prompter.fc2.bias
+    torch.testing.assert_close(parts.patch, F.fold(patches.mT, (32, 32), 16, stride=16), rtol=1e-5, atol=1e-6)
+
+
+def test_dilated_kernels_span_what_the_released_dense_ones_do():
+    paper, released = InsVPConfig(), InsVPConfig.released()
+    spans = [[d * (k - 1) + 1 for k, d in zip(c.global_kernels, c.global_dilations, strict=True)] for c in (paper, released)]
+    assert spans == [[11, 25], [11, 25]]
+
+
+@pytest.mark.parametrize(
+    ("width", "patch", "expected"),
+    [(768, 16, (3, 16)), (192, 8, (3, 8)), (192, 16, (3, 8)), (384, 16, (6, 8)), (1024, 14, (4, 16)), (1280, 14, (5, 16)), (768, 32, (3, 16))],
+)
+def test_token_grid(width, patch, expected):
+    channels, grid = reference.SpecificPrompter.token_grid(width, patch)
+    assert (channels, grid) == expected and channels * grid**2 == width
+
+
+def test_specific_prompter_has_the_released_geometry_at_224():
+    prompter = reference.SpecificPrompter(3, 16, 768, InsVPConfig(prompt_length=2)).double()
+    image = double(1, 3, 224, 224)
+    x = F.leaky_relu(F.conv2d(image, prompter.conv1.weight, prompter.conv1.bias, padding=3))
+    x = F.max_pool2d(x[:, :, 8:216, 8:216], 4)
+    x = F.leaky_relu(F.conv2d(x, prompter.conv2.weight, prompter.conv2.bias, padding=4))
+    x = F.max_pool2d(x[:, :, 2:50, 2:50], 3)
+    x = F.conv2d(x, prompter.conv3.weight, prompter.conv3.bias, padding=1)
+    torch.testing.assert_close(prompter(image), x.reshape(1, 2, 768))
+
+
+def test_superpose_gradients_written_out():
+    P, R, K = 2, 3, 3 * 4
+    image, p_g = double(2, 3, 4, 6).requires_grad_(), double(2, 3, 4, 6).requires_grad_()
+    weights = [double(*shape).requires_grad_() for shape in ((R, K), (R,), (K, R), (K,))]
+    grad = double(2, 6, K)
+    out = reference.superpose(image, p_g, *weights, P, 0.7, -0.3)
+    expected = torch.autograd.grad(out, [image, p_g, *weights], grad)
+    hidden = F.linear(reference.unfold(image, P), weights[0], weights[1]).relu()
+    written = reference.superpose_bwd(grad, image, hidden, weights[0], weights[2], P, 0.7, -0.3)
+    for value, exact in zip(written, expected, strict=True):
+        torch.testing.assert_close(value, exact)
+
+
+def test_norm_insert_gradients_written_out():
+    residual, branch, prompts = (double(2, n, 6).requires_grad_() for n in (5, 5, 3))
+    weight, bias = double(6), double(6)
+    outputs = reference.norm_insert(residual, branch, prompts, weight, bias, 1e-6)
+    grads = double(2, 5, 6), double(2, 8, 6)
+    expected = torch.autograd.grad(outputs, [residual, branch, prompts], grads)
+    tokens = torch.cat([residual + branch, prompts], dim=1)
+    rstd = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
+    d_residual, d_prompts = reference.norm_insert_bwd(*grads, (tokens - tokens.mean(-1, keepdim=True)) * rstd, rstd, weight)
+    for value, exact in zip((d_residual, d_residual, d_prompts), expected, strict=True):
+        torch.testing.assert_close(value, exact)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 7])
+def test_attention_is_sdpa_and_its_gradient_written_out(queries):
+    qkv = double(2, 7, 3 * 8).requires_grad_()
+    out = reference.attention(qkv, 2, queries, 0.3)
+    q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in qkv.chunk(3, -1))
+    sdpa = F.scaled_dot_product_attention(q[:, :, :queries], k, v, scale=0.3).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, sdpa)
+    grad = double(*out.shape)
+    (expected,) = torch.autograd.grad(out, qkv, grad)
+    torch.testing.assert_close(reference.attention_bwd(grad, qkv, 2, queries, 0.3), expected)
+
+
+def test_frozen_is_frozen_and_in_eval():
+    model = InsVPReference("vit_tiny_patch16_224", 5, img_size=32, depth=1, proj_drop_rate=0.5, drop_path_rate=0.5)
+    assert model.training and not any(m.training for m in model.backbone.modules())
+    assert model.global_prompter.training and model.eval() is model and not model.global_prompter.training
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"global_prompter", "patch_prompter", "specific_prompter", "common_prompts", "head"}
+
+
+def test_common_prompts_start_uniform():
+    prompts = InsVPReference("vit_tiny_patch16_224", 5, img_size=32, depth=2).common_prompts.detach()
+    assert prompts.min() < -0.9 and prompts.max() > 0.9 and prompts.abs().max() <= 1 and prompts.mean().abs() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backbone": torch.nn.Linear(2, 2)}, TypeError, "backbone is a Linear: expected a timm VisionTransformer"),
+        ({"backbone": "resnet18"}, TypeError, "backbone is a ResNet: expected a timm VisionTransformer"),
+        ({"backbone": "vit_tiny_patch16_224", "patch_size": (16, 8)}, ValueError, "the backbone has 16x8 patches: expected square ones"),
+        ({"backbone": "vit_tiny_patch16_224", "depth": 2, "config": InsVPConfig(prompted_blocks=3)}, ValueError, "asks for block 2"),
+    ],
+)
+def test_unfit_backbones_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        InsVPReference(**arguments)
