@@ -1,0 +1,340 @@
+"""Training end to end on small data, the run folder it leaves, and what reads that folder."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from timm import create_model
+
+from insvp_fast.training import data as data_module
+from insvp_fast.training import run as run_module
+from insvp_fast.training.backbone import builtin_backbone, load_backbone, preprocessing_of
+from insvp_fast.training.data import load_data, transform_for
+from insvp_fast.training.loop import rate
+from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.training.run import evaluate_run, insvp_config, load_run, predict_files, train, train_one
+
+ROOT = Path(__file__).parents[1]
+ASSET = ROOT / "insvp_fast" / "assets" / "vit_shapes_32"
+SMALL = {"epochs": 3, "batch_size": 16}
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The first 300 digits instead of all."""
+    everything = load_digits()
+    few = SimpleNamespace(images=everything.images[:300], target=everything.target[:300], target_names=range(10))
+    monkeypatch.setattr(data_module, "load_digits", lambda: few)
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A run on few digits: its folder, the models as they came out of training, and the same run once more."""
+    with pytest.MonkeyPatch.context() as patch:
+        few_digits.__wrapped__(patch)
+        models = []
+        patch.setattr(run_module, "train_one", lambda *args: models.append(train_one(*args)) or models[-1])
+        recipe = Recipe(output=str(tmp_path_factory.mktemp("runs")), **SMALL)
+        first, again = train(recipe), train(recipe)
+        yield SimpleNamespace(folder=first, again=again, insvp=models[0], probe=models[1], recipe=recipe)
+
+
+def make_folder(root: Path, parts: dict[str, int], classes: tuple[str, ...] = ("dark", "light")) -> Path:
+    """An image folder of 40x48 noise pictures, whose brightness tells the class."""
+    noise = np.random.default_rng(0)
+    for part, count in parts.items():
+        for level, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 90, (40, 48, 3)) + level * 160
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+def records_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------- the run folder
+
+
+def test_metrics_are_complete_and_better_than_chance(digits_run):
+    records = records_of(digits_run.folder)
+    for model in ("InsVP", "linear probe"):
+        *epochs, last = [record for record in records if record["model"] == model]
+        assert [record["epoch"] for record in epochs] == [1, 2, 3]
+        assert all(0 <= record["val_accuracy"] <= 1 and record["images_per_s"] > 0 for record in epochs)
+        assert epochs[-1]["loss"] < epochs[0]["loss"]
+        assert 0 <= last["test_accuracy"] <= 1
+    assert records[3]["test_accuracy"] > 0.3  # chance is 0.1
+
+
+def test_same_seed_same_metrics_in_another_folder(digits_run):
+    assert (digits_run.folder.name, digits_run.again.name) == ("digits-1", "digits-2")
+    first, again = (
+        [{key: value for key, value in record.items() if key != "images_per_s"} for record in records_of(folder)]
+        for folder in (digits_run.folder, digits_run.again)
+    )
+    assert first == again
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (digits_run.folder, digits_run.again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_config_is_resolved(digits_run):
+    config = json.loads((digits_run.folder / "config.json").read_text())
+    assert Recipe(**config["recipe"]) == digits_run.recipe
+    assert config["insvp"] == digits_run.insvp.config.to_dict()
+    assert config["images"] == {"train": 210, "val": 30, "test": 60}
+    assert config["class_names"] == list("0123456789")
+
+
+@pytest.mark.parametrize("name", ["curve.png", "prompts.png"])
+def test_pictures_show_something(digits_run, name):
+    pixels = np.asarray(Image.open(digits_run.folder / name).convert("RGB"))
+    assert min(pixels.shape[:2]) > 200
+    assert pixels.std() > 5
+
+
+def test_adapter_gives_the_logits_of_the_trained_model(digits_run):
+    images = torch.rand(5, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(load_run(digits_run.folder).model(images), digits_run.insvp.eval()(images))
+
+
+def test_eval_repeats_the_test_accuracy(digits_run, few_digits):
+    assert evaluate_run(digits_run.folder) == records_of(digits_run.folder)[3]["test_accuracy"]
+
+
+def test_predict_agrees_with_the_model(digits_run, tmp_path):
+    digits = load_digits()
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for file, picture in zip(files, digits.images, strict=False):
+        Image.fromarray(np.rint(picture * (255 / 16)).astype(np.uint8)).save(file)
+    transform = transform_for(preprocessing_of(builtin_backbone()))
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    with torch.inference_mode():
+        chances = digits_run.insvp.eval()(images).softmax(1)
+    for row, file, chance in zip(predict_files(digits_run.folder, files), files, chances, strict=True):
+        assert row[:2] == (file, str(chance.argmax().item()))
+        assert row[2] == pytest.approx(chance.max().item(), abs=1e-5)
+
+
+def test_predict_names_the_file_that_is_no_image(digits_run, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(CommandError, match=r"text\.png: not an image"):
+        predict_files(digits_run.folder, [str(tmp_path / "text.png")])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(CommandError, match="not a run folder"):
+        evaluate_run(tmp_path)
+
+
+def test_a_run_that_was_interrupted_has_no_adapter(digits_run, tmp_path):
+    shutil.copy(digits_run.folder / "config.json", tmp_path)
+    with pytest.raises(CommandError, match="has no adapter"):
+        evaluate_run(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def test_probe_trains_the_head_alone(digits_run):
+    trained = {name for name, parameter in digits_run.probe.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.weight", "head.bias"}
+    assert {name for name, _ in digits_run.probe.named_parameters() if not name.startswith("backbone.")} == trained
+
+
+@pytest.mark.parametrize("which", ["insvp", "probe"])
+def test_backbone_stays_as_it_was(digits_run, which):
+    before, after = builtin_backbone().state_dict(), getattr(digits_run, which).backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rate_rises_then_falls():
+    rates = [rate(step, 100, warmup=0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+
+
+def test_diverging_loss_stops_with_advice(few_digits, tmp_path):
+    recipe = Recipe(output=str(tmp_path), lr=1e30, **SMALL)
+    with pytest.raises(CommandError, match=r"the loss became (nan|inf) in epoch 1/3.*lower --lr"):
+        train(recipe)
+
+
+def test_prompt_length_is_the_presets_unless_given():
+    assert insvp_config(Recipe(backbone="vit_base_patch16_224")).prompt_length == 9
+    assert insvp_config(Recipe(released=True)).prompt_length == 16
+    assert insvp_config(Recipe()).prompt_length == 4
+    assert insvp_config(Recipe(prompt_length=3)).prompt_length == 3
+
+
+# ------------------------------------------------------------------------------------------------------- image folders
+
+
+def test_training_on_an_image_folder(tmp_path, capsys):
+    folder = make_folder(tmp_path / "brightness", {"train": 24, "val": 4, "test": 6})
+    run = train(Recipe(data=str(folder), output=str(tmp_path / "runs"), probe=False, epochs=5, batch_size=8, lr=3e-3))
+    assert run.name == "brightness-1"
+    lines = capsys.readouterr().out
+    assert "\r" not in lines  # no bar where there is no terminal
+    assert lines.count("images/s") == 5
+    assert records_of(run)[-1]["test_accuracy"] > 0.9
+    assert evaluate_run(run, str(folder)) == records_of(run)[-1]["test_accuracy"]
+    files = [str(folder / "test" / name / "0.png") for name in ("dark", "light")]
+    assert [row[1] for row in predict_files(run, files)] == ["dark", "light"]
+
+
+def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
+    folder = make_folder(tmp_path / "pictures", {"train": 8, "val": 2})
+    options = [
+        "--data",
+        str(folder),
+        "--output",
+        str(tmp_path / "runs"),
+        "--amp",
+        "bf16",
+        "--released",
+        "--epochs",
+        "1",
+    ]
+    command = [sys.executable, "-m", "insvp_fast.cli", "train", *options, "--prompt-length", "2", "--no-probe"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "epoch   1/1  loss" in done.stdout
+    assert done.stdout.endswith(f"run folder: {tmp_path / 'runs' / 'pictures-1'}\n")
+    config = json.loads((tmp_path / "runs" / "pictures-1" / "config.json").read_text())
+    assert config["insvp"]["image_weights"] == [2.0, 1.0]
+    assert config["tested_on"] == "val"  # there is no test
+
+
+def test_missing_val_is_split_off_train_by_seed(tmp_path):
+    folder, preprocessing = str(make_folder(tmp_path, {"train": 20, "test": 1})), preprocessing_of(builtin_backbone())
+    first, again, other = (load_data(folder, preprocessing, seed) for seed in (0, 0, 1))
+    assert (len(first.train), len(first.val), len(first.test)) == (36, 4, 2)
+    assert first.val.indices == again.val.indices != other.val.indices
+    assert not set(first.train.indices) & set(first.val.indices)
+    assert torch.equal(first.val[0][0], first.val[0][0])  # validation images are not augmented
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, "found nothing, expected the folders train and val and/or test"),
+        ({"train": 2}, "found train, expected the folders train and val and/or test"),
+        ({"images": 1, "labels": 1}, "found images, labels, expected"),
+    ],
+)
+def test_a_wrong_folder_is_told_what_was_found(tmp_path, parts, message):
+    make_folder(tmp_path, parts)
+    with pytest.raises(CommandError, match=message):
+        load_data(str(tmp_path), preprocessing_of(builtin_backbone()), 0)
+
+
+def test_a_missing_folder_and_other_classes_are_refused(tmp_path):
+    preprocessing = preprocessing_of(builtin_backbone())
+    with pytest.raises(CommandError, match="no such folder"):
+        load_data(str(tmp_path / "nowhere"), preprocessing, 0)
+    make_folder(tmp_path, {"train": 2})
+    make_folder(tmp_path, {"val": 2}, classes=("dark", "lit"))
+    with pytest.raises(CommandError, match="val has the classes dark, lit, train has dark, light"):
+        load_data(str(tmp_path), preprocessing, 0)
+
+
+def test_eval_refuses_data_with_other_classes(digits_run, tmp_path):
+    with pytest.raises(CommandError, match="found the classes dark, light, expected 0, 1, 2"):
+        evaluate_run(digits_run.folder, str(make_folder(tmp_path, {"test": 1})))
+
+
+# ------------------------------------------------------------------------------------------------------------ backbones
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_timm_backbone_from_a_file(tmp_path, suffix):
+    torch.manual_seed(1)
+    expected, file = create_model("test_vit", num_classes=7), tmp_path / f"weights.{suffix}"
+    if suffix == "pth":
+        torch.save({"state_dict": expected.state_dict(), "epoch": 3}, file)
+    else:
+        save_file(expected.state_dict(), file)
+    backbone = load_backbone(f"test_vit@{file}")
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+
+
+def test_a_pickle_with_code_is_not_loaded(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").touch, ())
+
+    torch.save({"state_dict": Trap()}, tmp_path / "weights.pth")
+    with pytest.raises(CommandError, match="not a file of tensors only"):
+        load_backbone("test_vit", str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_wrong_backbones_are_refused(tmp_path):
+    with pytest.raises(CommandError, match="--backbone is vit_huger: timm has no such model"):
+        load_backbone("vit_huger")
+    with pytest.raises(CommandError, match="a ResNet: expected a Vision Transformer"):
+        load_backbone("resnet10t@weights.pth")
+    with pytest.raises(CommandError, match="no such file"):
+        load_backbone("test_vit@nowhere.pth")
+    save_file({"patch_embed.proj.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CommandError, match="not weights of this model"):
+        load_backbone(f"test_vit@{tmp_path / 'other.safetensors'}")
+
+
+def test_shipped_backbone_is_what_its_description_says():
+    weights, facts = ASSET.with_suffix(".safetensors").read_bytes(), json.loads(ASSET.with_suffix(".json").read_text())
+    assert len(weights) < 4_000_000
+    assert hashlib.sha256(weights).hexdigest() == facts["sha256"]
+    backbone = builtin_backbone()
+    assert backbone.patch_embed.img_size == (32, 32)
+    assert backbone.embed_dim == 3 * 8 * 8
+    assert next(backbone.parameters()).dtype == torch.float32
+
+
+def test_the_output_must_be_a_folder(few_digits, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CommandError, match="--output is .*file: no folder can be made there"):
+        train(Recipe(output=str(tmp_path / "file"), **SMALL))
+
+
+@pytest.fixture(scope="module")
+def pretrain_script():
+    spec = importlib.util.spec_from_file_location("pretrain_backbone", ROOT / "scripts" / "pretrain_backbone.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_scenes_are_the_same_for_the_same_seed(pretrain_script):
+    (first, labels), (again, same), (other, _) = (pretrain_script.draw_scenes(16, seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert all(torch.equal(labels[name], same[name]) for name in labels)
+    assert not torch.equal(first, other)
+    assert first.shape == (16, 3, 32, 32)
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+def test_pretraining_repeats_itself(pretrain_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_script, "HELD_OUT", 8)
+    for name in ("first", "again"):
+        backbone, held_out = pretrain_script.pretrain(steps=2, batch=4, lr=1e-3, seed=0)
+        pretrain_script.write(backbone, tmp_path / name, {"accuracy_on_unseen_scenes": held_out})
+    first, again = (json.loads((tmp_path / name / "vit_shapes_32.json").read_text()) for name in ("first", "again"))
+    assert first == again
