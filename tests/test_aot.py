@@ -33,7 +33,7 @@ def test_matrix_units_are_used(aot):
 
 def test_the_forward_leaves_room_for_16_warps(aot):
     """Fewer on a multiprocessor would not keep enough loads in flight for a memory-bound kernel."""
-    main = [fact for fact in aot if fact["kernel"] == "superpose_fwd-P16-bf16-bf16" and fact["target"] in ("80", "90")]
+    main = [fact for fact in aot if fact["kernel"] == "superpose_fwd-P16-bf16-bf16" and fact["target"] != "gfx942"]
     assert not failing(main, lambda fact: fact["registers"] > 128)
 
 

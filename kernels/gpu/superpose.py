@@ -78,7 +78,6 @@ def _superpose_fwd_kernel(
     rows = offs_m.to(tl.int64)[:, None]
     mask_m = (offs_m < M)[:, None]
     places = _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
-    global_ptrs = global_ptr + _patch_offsets(offs_m, P, GRID, GLOBAL)[:, None]
 
     hidden = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     kept = ()
@@ -96,6 +95,7 @@ def _superpose_fwd_kernel(
     tl.store(hidden_ptr + rows * R + offs_r[None, :], hidden, mask_m & (offs_r < R)[None, :])
 
     hidden = hidden.to(COMPUTE)
+    global_ptrs = global_ptr + _patch_offsets(offs_m, P, GRID, GLOBAL)[:, None]
     if KEEP:
         for k0 in tl.static_range(0, K, BLOCK_K):
             _write_tokens(kept[k0 // BLOCK_K], hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr,
@@ -206,7 +206,7 @@ def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: i
     wide = dtype == torch.float32
     config = {"KEEP": not wide and K <= 1024 and R <= 32} if kind == "fwd" else {}
     if config.get("KEEP"):  # 32 x 768 pixels are 48 registers a thread
-        BLOCK_M, BLOCK_K, num_warps = 32, 128, 8
+        BLOCK_M, BLOCK_K, num_warps = 32, 64, 8
     elif kind == "bwd_weight":  # a wide BLOCK_K, since every block of K reads the hidden activations again
         BLOCK_M, BLOCK_K, num_warps = 64 if arch == 90 and not wide else 32, 64 if wide else 128, 8
     else:
