@@ -1,6 +1,7 @@
 """The frozen Vision Transformer as a sequence of operations: which of timm's are understood, and how one runs.
 
-The exact savings that the equations allow live here: prompts give keys and values only, the last block asks one query where the head reads
+The exact savings that the equations allow live here: prompts give keys and values only, the last block asks one query
+where the head reads
 one token, and nothing that only a weight gradient would need is kept.
 """
 
@@ -36,7 +37,9 @@ def misfit(backbone: VisionTransformer) -> str | None:
             return f"the MLP of block {j} is not two linear layers"
         if not _is_erf_gelu(mlp.act):
             return f"the activation of block {j} is {mlp.act}"
-        if not all(type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None for norm in (block.norm1, block.norm2)):
+        if not all(
+            type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None for norm in (block.norm1, block.norm2)
+        ):
             return f"block {j} is not normalised by LayerNorm"
         if not all(type(scale) in (nn.Identity, LayerScale) for scale in (block.ls1, block.ls2)):
             return f"block {j} scales its branches by a {type(block.ls1).__name__}"

@@ -15,7 +15,8 @@ __all__ = ["InsVPConfig"]
 class InsVPConfig:
     """The hyper-parameters of InsVP; the defaults are the paper's.
 
-    The letters are those of the equations in ``insvp_fast/reference.py``. A configuration is immutable; derive another with
+    The letters are those of the equations in ``insvp_fast/reference.py``. A configuration is immutable; derive
+    another with
     ``dataclasses.replace``.
 
     Args:
@@ -26,7 +27,8 @@ class InsVPConfig:
             A prompt whose partner is switched off has weight 1.
         prompt_length: L, the number of prompt tokens in a block; 0 switches the feature prompt off.
         prompted_blocks: None for every block, a number n for the first n, or the indices themselves.
-        carry_prompts: let the outputs of the prompts run on into blocks that have no prompts of their own, as VPT-Shallow and the
+        carry_prompts: let the outputs of the prompts run on into blocks that have no prompts of their own, as VPT-
+        Shallow and the
             authors' release do; otherwise such blocks see no prompts.
         patch_hidden: R, the hidden width of the patch prompter.
         global_hidden: hidden channels of the global prompter.
@@ -65,10 +67,14 @@ class InsVPConfig:
     def released(cls, **overrides: Any) -> InsVPConfig:
         """The configuration of the authors' released code, where it differs from the paper.
 
-        Weights 2 and 1 for the image prompt and 1 and 1 for the feature prompt, dense 11x11 and 25x25 convolutions, dropout 0.1 on
-        all four prompts, the prompted image as input of the specific prompter, prompts carried through unprompted blocks,
-        ``prompt_length=16``. The released code evaluates the specific prompter anew in every block; the twelve results differ only by
-        their dropout masks, so here it is evaluated once: the same function in evaluation, one shared mask instead of twelve in training.
+        Weights 2 and 1 for the image prompt and 1 and 1 for the feature prompt, dense 11x11 and 25x25 convolutions,
+        dropout 0.1 on
+        all four prompts, the prompted image as input of the specific prompter, prompts carried through unprompted
+        blocks,
+        ``prompt_length=16``. The released code evaluates the specific prompter anew in every block; the twelve
+        results differ only by
+        their dropout masks, so here it is evaluated once: the same function in evaluation, one shared mask instead of
+        twelve in training.
         """
         release: dict[str, Any] = {
             "image_weights": (2.0, 1.0),
@@ -92,9 +98,16 @@ class InsVPConfig:
         for name in ("global_prompt", "patch_prompt", "common_prompt", "specific_prompt", "carry_prompts", "simam"):
             _check(name, getattr(self, name), lambda v: isinstance(v, bool), "True or False")
         for name in ("image_weights", "feature_weights"):
-            _check(name, getattr(self, name), lambda v: _is_number(v) or _is_pair(v, _is_number), "a number or two numbers")
+            _check(
+                name, getattr(self, name), lambda v: _is_number(v) or _is_pair(v, _is_number), "a number or two numbers"
+            )
         _check("prompt_length", self.prompt_length, lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
-        _check("prompted_blocks", self.prompted_blocks, _is_block_choice, "None, a count, or distinct block indices in order")
+        _check(
+            "prompted_blocks",
+            self.prompted_blocks,
+            _is_block_choice,
+            "None, a count, or distinct block indices in order",
+        )
         for name in ("patch_hidden", "global_hidden"):
             _check(name, getattr(self, name), lambda v: _is_int(v) and v > 0, "a positive integer")
         _check("global_kernels", self.global_kernels, lambda v: _is_pair(v, _is_odd), "two odd positive integers")
@@ -127,7 +140,11 @@ class InsVPConfig:
     @property
     def has_feature_prompt(self) -> bool:
         """Whether any block gets prompt tokens."""
-        return (self.common_prompt or self.specific_prompt) and self.prompt_length > 0 and self.prompted_blocks not in (0, ())
+        return (
+            (self.common_prompt or self.specific_prompt)
+            and self.prompt_length > 0
+            and self.prompted_blocks not in (0, ())
+        )
 
     def block_indices(self, depth: int) -> tuple[int, ...]:
         """The blocks, out of ``depth``, that get prompts of their own, in order.
@@ -140,12 +157,16 @@ class InsVPConfig:
         chosen = self.prompted_blocks
         indices = tuple(range(depth)) if chosen is None else tuple(range(chosen)) if isinstance(chosen, int) else chosen
         if indices and indices[-1] >= depth:
-            raise ValueError(f"prompted_blocks={chosen!r} asks for block {indices[-1]}, but the backbone has blocks 0 to {depth - 1}")
+            raise ValueError(
+                f"prompted_blocks={chosen!r} asks for block {indices[-1]}, but the backbone has blocks 0 to {depth - 1}"
+            )
         return indices
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-ready values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InsVPConfig:

@@ -1,4 +1,4 @@
-"""What PyTorch itself does best on a CPU: which products it has instructions for, and attention by the faster of its two ways."""
+"""What PyTorch does best on a CPU: the products it has instructions for, and attention by the faster of two ways."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @cache
 def has_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices in ``dtype`` at full speed: fp32 and wider always, 16 bits where oneDNN has instructions for it.
+    """Whether this CPU multiplies matrices in ``dtype`` at full speed.
+
+    fp32 and wider always, 16 bits where oneDNN has instructions for it.
 
     Elsewhere PyTorch's 16-bit products are scalar code, a hundred times slower than widening the operands to fp32.
     """
@@ -32,12 +34,12 @@ def wide_vectors() -> bool:
 
 
 def explicit_attention(dtype: torch.dtype) -> bool:
-    """Whether the plain products beat PyTorch's fused attention, whose backward has no 16-bit products and gains little from AVX-512."""
+    """Whether the plain products beat PyTorch's fused attention, whose backward has no 16-bit products."""
     return wide_vectors() and has_products(dtype)
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> tuple[Tensor, Tensor]:
-    """[B, S, 3·D] -> the attended values [B, num_queries, D] and what backward needs of the softmax (nothing: of size 0)."""
+    """[B, S, 3·D] -> the attended values [B, num_queries, D] and what backward needs of the softmax."""
     if explicit_attention(qkv.dtype):
         return _by_image_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
     x = qkv if has_products(qkv.dtype) else qkv.float()
@@ -80,7 +82,10 @@ def _by_image_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, s
     p = qkv.new_empty(num_heads, num_queries, qkv.shape[1])
     d_p = torch.empty_like(p)
     operands = zip(
-        *reference.split_heads(qkv, num_heads), *reference.split_heads(d_qkv, num_heads), _heads(grad, num_heads), strict=True
+        *reference.split_heads(qkv, num_heads),
+        *reference.split_heads(d_qkv, num_heads),
+        _heads(grad, num_heads),
+        strict=True,
     )
     for q, k, v, d_q, d_k, d_v, d_o in operands:
         q = q[:, :num_queries]

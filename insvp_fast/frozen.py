@@ -1,8 +1,11 @@
 """Frozen weights in the form that a product wants: cast, transposed and packed once, and again when the weight changes.
 
-A frozen backbone multiplies by the same matrices in every step, forward by W and backward by W transposed. Under autocast PyTorch casts
-them anew at every use, and oneDNN reorders them anew at every call; here each form is made once. A form is found by the weight's storage and
-version counter, so it is never stale: loading a state dict, moving or casting the model and in-place updates all make it anew. (Writes
+A frozen backbone multiplies by the same matrices in every step, forward by W and backward by W transposed. Under
+autocast PyTorch casts
+them anew at every use, and oneDNN reorders them anew at every call; here each form is made once. A form is found by
+the weight's storage and
+version counter, so it is never stale: loading a state dict, moving or casting the model and in-place updates all make
+it anew. (Writes
 through ``weight.data`` escape PyTorch's version counter, here as in autograd.)
 """
 
@@ -41,40 +44,48 @@ def form_of(weight: Tensor, name: str, dtype: torch.dtype, make: Callable[[], Te
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [..., D_in] -> [..., D_out]
     """x @ weight.T + bias in the dtype of x, accumulated in fp32."""
-    bias = bias if bias is None or bias.dtype == x.dtype else form_of(bias, "cast", x.dtype, lambda: bias.to(x.dtype))
-    return _product(x, weight, "forward", bias)
+    return _product(x, weight, bias, "forward")
 
 
 def linear_bwd(grad: Tensor, weight: Tensor) -> Tensor:  # [..., D_out] -> [..., D_in]
     """grad @ weight, the gradient of ``linear`` by x."""
-    return _product(grad, weight, "backward", None)
+    return _product(grad, weight, None, "backward")
 
 
-def _product(x: Tensor, weight: Tensor, direction: str, bias: Tensor | None) -> Tensor:
-    def matrix() -> Tensor:  # [out, in] as F.linear wants it
-        return weight if direction == "forward" else weight.T
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, direction: str) -> Tensor:
+    rows = x.reshape(
+        -1, x.shape[-1]
+    )  # two dimensions, or PyTorch may take a batched product for one with a transposed weight
+    how = cpu_product(x.dtype) if x.device.type == "cpu" else "plain"
+    if how == "packed" and len(rows):
+        bias = None if bias is None else _cast(bias, x.dtype)
+        packed = form_of(
+            weight, f"packed {direction}", x.dtype, lambda: _pack(_oriented(weight.to(x.dtype), direction))
+        )
+        y = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    else:
+        dtype = torch.float32 if how == "widened" else x.dtype
+        bias = None if bias is None else _cast(bias, dtype)
+        y = F.linear(rows.to(dtype), _oriented(_cast(weight, dtype), direction), bias).to(x.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
-    if x.device.type == "cpu" and x.numel():
-        how = cpu_product(x.dtype)
-        if how == "packed":
-            packed = form_of(weight, f"packed {direction}", x.dtype, lambda: _pack(matrix().to(x.dtype)))
-            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        if how == "widened":
-            wide = form_of(weight, "cast", torch.float32, weight.float) if weight.dtype != torch.float32 else weight
-            wide = wide if direction == "forward" else wide.T
-            return F.linear(x.float(), wide, None if bias is None else bias.float()).to(x.dtype)
-    if weight.dtype == x.dtype:
-        return F.linear(x, matrix(), bias)
-    cast = form_of(weight, "cast", x.dtype, lambda: weight.to(x.dtype))
-    return F.linear(x, cast if direction == "forward" else cast.T, bias)
+
+def _oriented(weight: Tensor, direction: str) -> Tensor:  # as F.linear wants it
+    return weight if direction == "forward" else weight.T
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else form_of(weight, "cast", dtype, lambda: weight.to(dtype))
 
 
 @cache
 def cpu_product(dtype: torch.dtype) -> str:
     """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "widened" or "plain".
 
-    "packed": oneDNN with prepacked weights, where the CPU has the instructions and a self-test passes. "widened": 16-bit operands
-    multiplied in fp32, where it has none for 16 bits. "plain": ``torch.nn.functional.linear``; with AVX2 alone, oneDNN's packed fp32 product
+    "packed": oneDNN with prepacked weights, where the CPU has the instructions and a self-test passes. "widened":
+    16-bit operands
+    multiplied in fp32, where it has none for 16 bits. "plain": ``torch.nn.functional.linear``; with AVX2 alone,
+    oneDNN's packed fp32 product
     is no faster.
     """
     if not cpu.has_products(dtype):

@@ -18,11 +18,14 @@ __all__ = ["InsVPViT"]
 
 
 class InsVPViT(AdapterCheckpoint, InsVPReference):
-    """InsVP around a frozen timm Vision Transformer; constructor, state dict and numbers are those of ``InsVPReference``.
+    """InsVP around a frozen timm Vision Transformer, with the constructor, keys and numbers of ``InsVPReference``.
 
-    Keeps timm's interface (``forward_features``, ``forward_head``, ``get_classifier``, ``reset_classifier``, ``no_weight_decay``,
-    ``set_grad_checkpointing``) and works under autocast, ``torch.compile``, DDP, ``copy.deepcopy`` and ``torch.export``. Products are computed in
-    the autocast dtype, else in that of the backbone. A backbone that the fast operations do not cover runs through the reference's own
+    Keeps timm's interface (``forward_features``, ``forward_head``, ``get_classifier``, ``reset_classifier``,
+    ``no_weight_decay``,
+    ``set_grad_checkpointing``) and works under autocast, ``torch.compile``, DDP, ``copy.deepcopy`` and
+    ``torch.export``. Products are computed in
+    the autocast dtype, else in that of the backbone. A backbone that the fast operations do not cover runs through
+    the reference's own
     path, exactly, and says so once with a warning.
 
     Args, shapes and errors: see ``InsVPReference``.
@@ -39,12 +42,12 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             warnings.warn(f"InsVPViT runs through the general path, exact but not fast: {reason}", stacklevel=2)
 
     def _carries_prompts(self) -> str | None:
-        """Prompts that run on into blocks without their own need their full computation, which only the general path has."""
+        """Prompts that run on into blocks without their own ask queries too, which only the general path has."""
         later = range(self.prompted_blocks[0], len(self.backbone.blocks)) if self.prompted_blocks else ()
         carried = self.config.carry_prompts and any(j not in self.prompted_blocks for j in later)
         return "carry_prompts with blocks that have no prompts of their own" if carried else None
 
-    # ------------------------------------------------------------------------------------------------------------------------ forward
+    # ---------------------------------------------------------------------------------------------------------- forward
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The tokens after the backbone's last norm, [B, T, D], prompts left out."""
@@ -59,13 +62,20 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         """All tokens after the last norm, or only the first ``num_queries``."""
         backbone, device, P = self.backbone, image.device.type, self.patch_size
         self._check(image)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else backbone.patch_embed.proj.weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else backbone.patch_embed.proj.weight.dtype
+        )
         image = reference.simam(image) if self.config.simam else image
         patches, prompted = self._prompted_patches(image, dtype)
         p_s = self.specific_prompt(image, prompted)
         prompts = [self.feature_prompt(j, p_s, image.shape[0]) for j in range(len(backbone.blocks))]
         with torch.autocast(device, enabled=False):  # the operations choose their own precision
-            residual, branch = frozen_backbone.embed(backbone, patches, (image.shape[-2] // P, image.shape[-1] // P)), None
+            residual, branch = (
+                frozen_backbone.embed(backbone, patches, (image.shape[-2] // P, image.shape[-1] // P)),
+                None,
+            )
             for j, block in enumerate(backbone.blocks):
                 last = j == len(backbone.blocks) - 1
                 arguments = block, residual, branch, prompts[j], dtype, num_queries if last else None
@@ -76,14 +86,18 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     def _prompted_patches(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x~ unfolded, [B, N, K] in ``dtype``, and, only if the specific prompter reads it, folded."""
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
-        if prompter is None or (self.training and self.config.patch_dropout > 0):  # its mask is drawn between the two steps
+        if prompter is None or (
+            self.training and self.config.patch_dropout > 0
+        ):  # its mask is drawn between the two steps
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted
         p_g = None if self.global_prompter is None else self.global_prompter(image)
         folded = self.config.specific_input == "prompted" and self.specific_prompter is not None
         weights = prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias
         with torch.autocast(device, enabled=False):
-            patches = ops.superpose(image, p_g, *weights, P, *self.config.blend_image, dtype=image.dtype if folded else dtype)
+            patches = ops.superpose(
+                image, p_g, *weights, P, *self.config.blend_image, dtype=image.dtype if folded else dtype
+            )
         prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
         return patches.to(dtype), prompted
 
@@ -98,18 +112,19 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
     def _check(self, image: Tensor) -> None:
         embedding, P = self.backbone.patch_embed, self.patch_size
-        channels = embedding.proj.in_channels
+        channels, expected = embedding.proj.in_channels, embedding.img_size
         if image.ndim != 4 or image.shape[1] != channels:
             raise ValueError(f"image has shape {tuple(image.shape)}: expected [B, {channels}, H, W]")
-        if embedding.img_size is not None and embedding.strict_img_size and tuple(image.shape[-2:]) != tuple(embedding.img_size):
+        H, W = image.shape[-2:]
+        if expected is not None and embedding.strict_img_size and tuple(expected) != (H, W):
             raise ValueError(
-                f"image has {image.shape[-2]}x{image.shape[-1]} pixels: this backbone expects {embedding.img_size[0]}x{embedding.img_size[1]};"
+                f"image has {H}x{W} pixels: this backbone expects {expected[0]}x{expected[1]};"
                 " create it with img_size=... or dynamic_img_size=True for others"
             )
-        if image.shape[-2] % P or image.shape[-1] % P:
-            raise ValueError(f"image has {image.shape[-2]}x{image.shape[-1]} pixels: expected multiples of the patch side {P}")
+        if H % P or W % P:
+            raise ValueError(f"image has {H}x{W} pixels: expected multiples of the patch side {P}")
 
-    # ---------------------------------------------------------------------------------------------------------------- timm's interface
+    # ------------------------------------------------------------------------------------------------- timm's interface
 
     @property
     def num_features(self) -> int:
@@ -126,7 +141,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a new head, trained, on the device and in the dtype of the backbone; 0 classes for pooled features."""
+        """Give the model a new trained head, on the backbone's device and in its dtype; 0 classes for features."""
         self.backbone.reset_classifier(num_classes, global_pool)
         self.num_classes, self.head = num_classes, self.backbone.get_classifier().requires_grad_(True)
         self.backbone.reset_classifier(0)
@@ -137,7 +152,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         return {"common_prompts"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each block for backward and compute the block again there; the numbers stay the same."""
+        """Keep only the input of each block for backward and compute the rest again there; same numbers."""
         self.grad_checkpointing = enable
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """The operations: one contract each, carried out by whatever is fastest where the tensors are.
 
-Every operation is the function of the same name in ``reference.py``, with its gradient written out. Where an operation has kernels, its
-schema is registered with PyTorch and PyTorch's dispatcher is the device table: the reference formula for every device, the native library
+Every operation is the function of the same name in ``reference.py``, with its gradient written out. Where an
+operation has kernels, its
+schema is registered with PyTorch and PyTorch's dispatcher is the device table: the reference formula for every
+device, the native library
 over it for CPU, Triton over it for CUDA and ROCm. Gradients are first-order only.
 
 Letters as in ``reference.py``.
@@ -27,7 +29,7 @@ def _define(schema: str) -> None:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-# --------------------------------------------------------------------------------------------------------------------------- superpose
+# ------------------------------------------------------------------------------------------------------------ superpose
 
 _define(
     "superpose_fwd(Tensor image, Tensor? global_prompt, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int patch_size, "
@@ -35,7 +37,8 @@ _define(
 )
 _define(
     "superpose_bwd(Tensor grad, Tensor image, Tensor hidden, Tensor w1, Tensor w2, int patch_size, "
-    "float global_weight, float patch_weight, bool need_image, bool need_global) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "float global_weight, float patch_weight, bool need_image, bool need_global) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -68,12 +71,14 @@ def superpose(
         ValueError: for shapes that do not fit, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
-    B, C, H, W = image.shape
+    _, C, H, W = image.shape
     K = C * patch_size**2
     if H % patch_size or W % patch_size:
         raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch side {patch_size}")
     if global_prompt is not None and global_prompt.shape != image.shape:
-        raise ValueError(f"global_prompt has shape {tuple(global_prompt.shape)}: expected that of the image, {tuple(image.shape)}")
+        raise ValueError(
+            f"global_prompt has shape {tuple(global_prompt.shape)}: expected that of the image, {tuple(image.shape)}"
+        )
     R = w1.shape[0]
     for name, weight, shape in (("w1", w1, (R, K)), ("b1", b1, (R,)), ("w2", w2, (K, R)), ("b2", b2, (K,))):
         if weight.shape != shape:
@@ -113,7 +118,9 @@ def _superpose_fwd_reference(image, global_prompt, w1, b1, w2, b2, patch_size, g
     return tokens.to(dtype), hidden
 
 
-def _superpose_bwd_reference(grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global):
+def _superpose_bwd_reference(
+    grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global
+):
     wide = _widened(image.dtype)
     operands = [t.to(wide) for t in (grad, image, hidden, w1, w2)]
     d_image, d_global, *d_weights = reference.superpose_bwd(*operands, patch_size, global_weight, patch_weight)
@@ -181,14 +188,14 @@ _SUPERPOSE = {
     "triton": (_superpose_fwd_triton, _superpose_bwd_triton),
 }
 
-# ------------------------------------------------------------------------------------------------------------------------------ linear
+# --------------------------------------------------------------------------------------------------------------- linear
 
 _define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _define("linear_bwd(Tensor grad, Tensor weight) -> Tensor")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias with a frozen weight: no gradient for it, nothing of x kept, cast and packed once (see ``frozen.py``).
+    """x @ weight.T + bias with a frozen weight: no gradient for it, nothing of x kept, packed once (``frozen.py``).
 
     Args:
         x: [..., D_in]; its dtype is that of the product and of the result.
@@ -198,7 +205,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ValueError: if the weight requires a gradient, which would be lost.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("ops.linear is for frozen weights: expected requires_grad=False, use torch.nn.functional.linear")
+        raise ValueError(
+            "ops.linear is for frozen weights: expected requires_grad=False, use torch.nn.functional.linear"
+        )
     return _Linear.apply(x, weight, bias)
 
 
@@ -228,7 +237,7 @@ def _(grad, weight):
 _LIBRARY.impl("linear", frozen.linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_bwd", frozen.linear_bwd, "CompositeExplicitAutograd")
 
-# ------------------------------------------------------------------------------------------------------------------------- norm_insert
+# ---------------------------------------------------------------------------------------------------------- norm_insert
 
 
 def norm_insert(
@@ -241,7 +250,7 @@ def norm_insert(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition, then LayerNorm of the tokens and of the prompts, placed behind them in one buffer for the QKV product.
+    """Residual addition, then LayerNorm of tokens and prompts, placed in one buffer for the QKV product.
 
     Args:
         residual: [B, T, D], the stream; statistics are taken in at least fp32.
@@ -251,7 +260,8 @@ def norm_insert(
         dtype: of the normalised buffer, the next product's; the residual's if not given.
 
     Returns:
-        The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. The residual is a view of the one buffer that is
+        The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. The residual is a view of the
+        one buffer that is
         kept for backward.
     """
     return _NormInsert.apply(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
@@ -282,7 +292,9 @@ class _NormInsert(torch.autograd.Function):
 
 def _place(residual: Tensor, branch: Tensor | None, prompts: Tensor | None) -> Tensor:
     """The sum and, behind it, the prompts, in one new buffer [B, T+L, D]."""
-    if torch.compiler.is_compiling():  # Inductor writes the parts of a cat in place; an `out` that is a view would break the graph
+    if (
+        torch.compiler.is_compiling()
+    ):  # Inductor writes the parts of a cat in place; an `out` that is a view would break the graph
         total = residual.clone() if branch is None else (residual + branch).to(residual.dtype)
         return total if prompts is None else torch.cat([total, prompts.to(total.dtype)], dim=1)
     (B, T, D), L = residual.shape, 0 if prompts is None else prompts.shape[1]
@@ -296,12 +308,13 @@ def _place(residual: Tensor, branch: Tensor | None, prompts: Tensor | None) -> T
     return tokens
 
 
-# --------------------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 _define("attention_fwd(Tensor qkv, int num_heads, int num_queries, float scale) -> (Tensor, Tensor)")
 _define(
-    "attention_bwd(Tensor grad, Tensor qkv, Tensor? out, Tensor logsumexp, int num_heads, int num_queries, float scale) -> Tensor"
+    "attention_bwd(Tensor grad, Tensor qkv, Tensor? out, Tensor logsumexp, int num_heads, int num_queries, "
+    "float scale) -> Tensor"
 )
 
 
@@ -313,12 +326,15 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Te
         scale: of the scores before the softmax.
 
     Returns:
-        [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax, never the probabilities.
+        [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax, never the
+        probabilities.
     """
     if qkv.device.type == "cpu":
         return _Attention.apply(qkv, num_heads, num_queries, scale)
     q, k, v = reference.split_heads(qkv, num_heads)
-    return reference.merge_heads(torch.nn.functional.scaled_dot_product_attention(q[:, :, :num_queries], k, v, scale=scale))
+    return reference.merge_heads(
+        torch.nn.functional.scaled_dot_product_attention(q[:, :, :num_queries], k, v, scale=scale)
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -351,7 +367,7 @@ def _(grad, qkv, out, logsumexp, num_heads, num_queries, scale):
 _LIBRARY.impl("attention_fwd", cpu.attention_fwd, "CPU")
 _LIBRARY.impl("attention_bwd", cpu.attention_bwd, "CPU")
 
-# -------------------------------------------------------------------------------------------------------------------------------- gelu
+# ----------------------------------------------------------------------------------------------------------------- gelu
 
 
 def gelu(x: Tensor) -> Tensor:

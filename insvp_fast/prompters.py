@@ -28,7 +28,10 @@ class SpecificPrompter(reference.SpecificPrompter):
 def conv_centre(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
     """The central ``height`` x ``width`` of a "same" convolution with stride 1, computing no more than that."""
     padding = []
-    for dim, size, kernel, dilation in ((-1, width, conv.kernel_size[1], conv.dilation[1]), (-2, height, conv.kernel_size[0], conv.dilation[0])):
+    for dim, size, kernel, dilation in (
+        (-1, width, conv.kernel_size[1], conv.dilation[1]),
+        (-2, height, conv.kernel_size[0], conv.dilation[0]),
+    ):
         side, halo = x.shape[dim], dilation * (kernel - 1) // 2
         first, last = (side - size) // 2 - halo, (side - size) // 2 + size + halo
         x = x.narrow(dim, max(first, 0), min(last, side) - max(first, 0))

@@ -1,9 +1,11 @@
 """The specification: InsVP in stock PyTorch and stock timm blocks, one equation after another.
 
-Equation numbers are those of the paper (InsVP, ACM MM 2024). Nothing here is tuned and nothing here imports a kernel; everything fast in
+Equation numbers are those of the paper (InsVP, ACM MM 2024). Nothing here is tuned and nothing here imports a kernel;
+everything fast in
 this package is measured against these functions.
 
-Letters: B images, C channels, H and W image size, P patch side, N patches, K = C·P·P pixels of a patch, R hidden width of the patch
+Letters: B images, C channels, H and W image size, P patch side, N patches, K = C·P·P pixels of a patch, R hidden
+width of the patch
 prompter, T tokens of the backbone (prefix + N), L prompt tokens of a block, S = T + L, D embedding width, J blocks.
 """
 
@@ -22,14 +24,16 @@ from insvp_fast.config import InsVPConfig
 __all__ = ["GlobalPrompter", "ImagePrompt", "InsVPReference", "PatchPrompter", "SpecificPrompter"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the operations
+# ------------------------------------------------------------------------------------------------------- the operations
 
 
 def unfold(image: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, K]
     """Cut an image into patches, row by row, each flattened as channel, row, column."""
     B, C, H, W = image.shape
     P = patch_size
-    return image.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, (H // P) * (W // P), C * P * P)
+    return (
+        image.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, (H // P) * (W // P), C * P * P)
+    )
 
 
 def fold(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:  # [B, N, K] -> [B, C, H, W]
@@ -97,7 +101,8 @@ def norm_insert(
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, S, D]
     """Residual addition, then LayerNorm of the tokens and, placed behind them, of the prompts.
 
-    Behind the tokens and not between them: attention does not care for the order of its keys, and the T queries stay one strided block.
+    Behind the tokens and not between them: attention does not care for the order of its keys, and the T queries stay
+    one strided block.
     """
     residual = residual if branch is None else residual + branch
     tokens = residual if prompts is None else torch.cat([residual, prompts.to(residual.dtype)], dim=1)
@@ -125,7 +130,9 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Te
     return merge_heads(probabilities @ v)
 
 
-def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:  # -> [B, S, 3·D]
+def attention_bwd(
+    grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float
+) -> Tensor:  # -> [B, S, 3·D]
     """The gradient of ``attention`` by the packed product, written out; rows that ask no query have none there."""
     q, k, v = split_heads(qkv, num_heads)
     q = q[:, :, :num_queries]
@@ -153,7 +160,7 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the prompters
+# -------------------------------------------------------------------------------------------------------- the prompters
 
 
 class GlobalPrompter(nn.Module):
@@ -171,7 +178,7 @@ class GlobalPrompter(nn.Module):
 
 
 class PatchPrompter(nn.Module):
-    """G_l: two fully connected layers with a ReLU between, on every flattened patch (eq. 5). [B, C, H, W] -> [B, C, H, W]."""
+    """G_l: two fully connected layers with a ReLU between, on every patch (eq. 5). [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels: int, patch_size: int, config: InsVPConfig) -> None:
         super().__init__()
@@ -188,8 +195,10 @@ class PatchPrompter(nn.Module):
 class SpecificPrompter(nn.Module):
     """G_s: three convolutions with pooling between that make L tokens from an image (eq. 9). [B, C, H, W] -> [B, L, D].
 
-    The paper reshapes [c·L, grid, grid] to [L, D], which needs D = c·grid². Its own case is c = 3 and grid = P = 16; for other widths c and
-    grid come from ``token_grid``. Each pooling window is the largest that fits, on the centre of the image, and for 224 pixels, P = 16 and D = 768
+    The paper reshapes [c·L, grid, grid] to [L, D], which needs D = c·grid². Its own case is c = 3 and grid = P = 16;
+    for other widths c and
+    grid come from ``token_grid``. Each pooling window is the largest that fits, on the centre of the image, and for
+    224 pixels, P = 16 and D = 768
     all sizes are those of the authors' release.
     """
 
@@ -229,7 +238,7 @@ def crop_centre(x: Tensor, height: int, width: int) -> Tensor:
     return x[..., top : top + height, left : left + width]
 
 
-# -------------------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 class ImagePrompt(NamedTuple):
@@ -245,12 +254,14 @@ class InsVPReference(nn.Module):
     """InsVP around a frozen timm Vision Transformer, exactly as the equations say.
 
     Args:
-        backbone: a timm model name, or a timm ``VisionTransformer``, which is taken over as it is: it gets frozen and gives up its head.
+        backbone: a timm model name, or a timm ``VisionTransformer``, which is taken over as it is: it gets frozen and
+        gives up its head.
         num_classes: classes of a new head; None keeps the backbone's own head, 0 returns pooled features.
         config: the hyper-parameters; ``InsVPConfig()``, the paper's, if not given.
         pretrained, backbone_kwargs: for ``timm.create_model``, where the backbone is a name.
 
-    Shapes: images [B, C, H, W] in, logits [B, num_classes] out. Trained: the prompters, the common prompts and the head. Everything under
+    Shapes: images [B, C, H, W] in, logits [B, num_classes] out. Trained: the prompters, the common prompts and the
+    head. Everything under
     ``backbone`` is frozen and stays in evaluation mode.
 
     Raises:
@@ -274,7 +285,9 @@ class InsVPReference(nn.Module):
         if isinstance(backbone, str):
             backbone = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
         elif pretrained or backbone_kwargs:
-            raise ValueError(f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given")
+            raise ValueError(
+                f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
+            )
         if not isinstance(backbone, VisionTransformer):
             raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
         patch_height, patch_width = backbone.patch_embed.patch_size

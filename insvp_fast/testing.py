@@ -1,4 +1,4 @@
-"""What the tests and the benchmarks share: small models, both ways of computing them, and the error that arithmetic allows."""
+"""What tests and benchmarks share: a model computed both ways, and the error that arithmetic allows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from insvp_fast.reference import InsVPReference
 __all__ = ["assert_within_budget", "make_pair", "relative_error", "saved_bytes", "trained_gradients"]
 
 
-def make_pair(name: str, config: InsVPConfig | None = None, num_classes: int = 10, **kwargs: Any) -> tuple[InsVPReference, InsVPViT]:
+def make_pair(
+    name: str, config: InsVPConfig | None = None, num_classes: int = 10, **kwargs: Any
+) -> tuple[InsVPReference, InsVPViT]:
     """The reference and the fast model with the same random weights, around a timm backbone; ``kwargs`` are timm's.
 
-    What timm initialises to zero or one (biases, norms, layer scale) is drawn at random too, so that nothing is hidden by it.
+    What timm initialises to zero or one (biases, norms, layer scale) is drawn at random too, so that nothing is
+    hidden by it.
     """
     backbone = timm.create_model(name, **kwargs)
     with torch.no_grad():
@@ -32,7 +35,9 @@ def make_pair(name: str, config: InsVPConfig | None = None, num_classes: int = 1
     return reference, fast
 
 
-def trained_gradients(model: nn.Module, image: Tensor, seed: int = 0, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+def trained_gradients(
+    model: nn.Module, image: Tensor, seed: int = 0, autocast: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The logits and the gradient of every trained parameter for a fixed random loss, under a fixed dropout seed."""
     model.zero_grad()
     torch.manual_seed(seed)
@@ -41,7 +46,9 @@ def trained_gradients(model: nn.Module, image: Tensor, seed: int = 0, autocast: 
     torch.manual_seed(seed)
     target = torch.randn(logits.shape, dtype=torch.float64).to(logits)
     ((logits.to(torch.promote_types(logits.dtype, torch.float32)) - target).square().mean()).backward()
-    gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    gradients = {
+        name: p.grad.detach().clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None
+    }
     return {"logits": logits.detach(), **gradients}
 
 
@@ -52,13 +59,13 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def assert_within_budget(value: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "value") -> None:
-    """The error of ``value`` is at most twice that of ``plain``, the reference in the same precision, plus one rounding to ``dtype``."""
+    """The error of ``value`` is at most twice that of ``plain``, the same-precision reference, plus one rounding."""
     error, allowed = relative_error(value, exact), 2 * relative_error(plain, exact) + torch.finfo(dtype).eps
     assert error <= allowed, f"{what}: relative error {error:.2e}, more than {allowed:.2e}"
 
 
 def saved_bytes(model: nn.Module, image: Tensor, autocast: torch.dtype | None = None) -> int:
-    """Bytes that one forward pass keeps for backward: each storage once, the model's own weights and the image left out."""
+    """Bytes that one forward pass keeps for backward, each storage once, the model's weights and the image left out."""
     own = {t.untyped_storage().data_ptr() for t in (image, *model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
     kept = []  # alive, so that no address is used twice
@@ -71,6 +78,9 @@ def saved_bytes(model: nn.Module, image: Tensor, autocast: torch.dtype | None = 
         return tensor
 
     enabled = autocast is not None
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(image.device.type, autocast, enabled=enabled):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast(image.device.type, autocast, enabled=enabled),
+    ):
         model(image)
     return sum(sizes.values())

@@ -18,10 +18,14 @@ def test_released_preset():
     assert config.blend_image == (2, 1) and config.blend_feature == (1, 1)
     assert (config.global_kernels, config.global_dilations) == ((11, 25), (1, 1))
     assert [config.global_dropout, config.patch_dropout, config.common_dropout, config.specific_dropout] == [0.1] * 4
-    assert config.prompt_length == 20 and config.specific_input == "prompted" and config.carry_prompts and not config.simam
+    assert (
+        config.prompt_length == 20 and config.specific_input == "prompted" and config.carry_prompts and not config.simam
+    )
 
 
-@pytest.mark.parametrize(("first", "second", "blend"), [(True, False, (1, 0)), (False, True, (0, 1)), (False, False, (0, 0))])
+@pytest.mark.parametrize(
+    ("first", "second", "blend"), [(True, False, (1, 0)), (False, True, (0, 1)), (False, False, (0, 0))]
+)
 def test_a_lone_prompt_has_weight_one(first, second, blend):
     config = InsVPConfig.released(global_prompt=first, patch_prompt=second, common_prompt=first, specific_prompt=second)
     assert config.blend_image == blend and config.blend_feature == blend

@@ -1,4 +1,4 @@
-"""Each operation against the function of the same name in the reference, in double precision, and as a PyTorch operator."""
+"""Each operation against the reference's function of the same name in double precision, and as a PyTorch operator."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def copies(inputs, dtype):
     return [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in inputs]
 
 
-# --------------------------------------------------------------------------------------------------------------------------- superpose
+# ------------------------------------------------------------------------------------------------------------ superpose
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "native"])
@@ -92,7 +92,9 @@ def test_superpose_opcheck():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_superpose_compiles_whole(dynamic):
     inputs, P = superpose_inputs()
-    compiled = torch.compile(lambda *t: ops.superpose(*t, P, 0.7, 0.3), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *t: ops.superpose(*t, P, 0.7, 0.3), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     for value, expected in zip(
         with_gradients(compiled, inputs), with_gradients(lambda *t: ops.superpose(*t, P, 0.7, 0.3), inputs), strict=True
     ):
@@ -103,7 +105,10 @@ def test_superpose_compiles_whole(dynamic):
     ("change", "message"),
     [
         ({"patch_size": 5}, "image of 8x12 pixels: expected multiples of the patch side 5"),
-        ({"global_prompt": torch.zeros(1, 3, 8, 12)}, r"global_prompt has shape \(1, 3, 8, 12\): expected that of the image, \(2, 3, 8, 12\)"),
+        (
+            {"global_prompt": torch.zeros(1, 3, 8, 12)},
+            r"global_prompt has shape \(1, 3, 8, 12\): expected that of the image, \(2, 3, 8, 12\)",
+        ),
         ({"w2": torch.zeros(48, 4)}, r"w2 has shape \(48, 4\): expected \(48, 5\)"),
         ({"impl": "cuda"}, "impl='cuda': expected one of"),
     ],
@@ -111,12 +116,14 @@ def test_superpose_compiles_whole(dynamic):
 def test_superpose_refuses(change, message):
     inputs, P = superpose_inputs()
     names = ("image", "global_prompt", "w1", "b1", "w2", "b2")
-    arguments = dict(zip(names, inputs, strict=True)) | {"patch_size": P, "global_weight": 0.7, "patch_weight": 0.3} | change
+    arguments = (
+        dict(zip(names, inputs, strict=True)) | {"patch_size": P, "global_weight": 0.7, "patch_weight": 0.3} | change
+    )
     with pytest.raises(ValueError, match=message):
         ops.superpose(**arguments)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ linear
+# --------------------------------------------------------------------------------------------------------------- linear
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +131,9 @@ def test_superpose_refuses(change, message):
 def test_linear(dtype, weight_dtype):
     weight, bias = torch.randn(48, 33).to(weight_dtype), torch.randn(48).to(weight_dtype)
     inputs = [torch.randn(2, 5, 33).to(dtype).requires_grad_()]
-    exact = with_gradients(lambda x: torch.nn.functional.linear(x, weight.double(), bias.double()), copies(inputs, torch.float64))
+    exact = with_gradients(
+        lambda x: torch.nn.functional.linear(x, weight.double(), bias.double()), copies(inputs, torch.float64)
+    )
     plain = with_gradients(lambda x: torch.nn.functional.linear(x, weight.to(dtype), bias.to(dtype)), inputs)
     fast = with_gradients(lambda x: ops.linear(x, weight, bias), inputs)
     for value, rough, expected in zip(fast, plain, exact, strict=True):
@@ -186,7 +195,7 @@ def test_linear_opcheck():
     opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 4), weight))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- norm_insert
+# ---------------------------------------------------------------------------------------------------------- norm_insert
 
 
 @pytest.mark.parametrize("L", [None, 0, 1, 9])
@@ -195,12 +204,16 @@ def test_linear_opcheck():
 def test_norm_insert(L, branch, compiled):
     weight, bias = torch.randn(24), torch.randn(24)
     inputs = [torch.randn(2, 7, 24, requires_grad=True)]
-    inputs += [torch.randn(2, 7, 24, requires_grad=True)] * branch + [torch.randn(2, L or 0, 24, requires_grad=True)] * (L is not None)
+    inputs += [torch.randn(2, 7, 24, requires_grad=True)] * branch + [
+        torch.randn(2, L or 0, 24, requires_grad=True)
+    ] * (L is not None)
 
     def run(function, tensors):
         tensors = list(tensors)
         residual, added = tensors.pop(0), tensors.pop(0) if branch else None
-        return function(residual, added, tensors.pop() if tensors else None, weight.to(residual), bias.to(residual), 1e-6)
+        return function(
+            residual, added, tensors.pop() if tensors else None, weight.to(residual), bias.to(residual), 1e-6
+        )
 
     def fast(*t):
         return run(ops.norm_insert, t)
@@ -217,7 +230,7 @@ def test_norm_insert_keeps_the_stream_wide_and_the_product_narrow():
     assert stream.dtype == torch.float32 and normed.dtype == torch.bfloat16
 
 
-# --------------------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 @pytest.mark.parametrize("explicit", [False, True])

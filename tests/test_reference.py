@@ -59,7 +59,9 @@ def test_feature_prompts_are_written_out():
 
 
 def test_carried_prompts_stay_in_the_sequence():
-    config = InsVPConfig(prompt_length=3, prompted_blocks=1, carry_prompts=True, specific_prompt=False, global_dropout=0.0)
+    config = InsVPConfig(
+        prompt_length=3, prompted_blocks=1, carry_prompts=True, specific_prompt=False, global_dropout=0.0
+    )
     model = InsVPReference("vit_tiny_patch16_224", 5, config, img_size=32, depth=3)
     image, backbone = torch.randn(2, 3, 32, 32), model.backbone
     h = backbone._pos_embed(backbone.patch_embed(model.image_prompt(image).prompted))
@@ -68,7 +70,9 @@ def test_carried_prompts_stay_in_the_sequence():
 
 
 def test_image_prompt_parts():
-    model = InsVPReference("vit_tiny_patch16_224", 5, InsVPConfig(image_weights=(2.0, -0.5)), img_size=32, depth=1).eval()
+    model = InsVPReference(
+        "vit_tiny_patch16_224", 5, InsVPConfig(image_weights=(2.0, -0.5)), img_size=32, depth=1
+    ).eval()
     image = torch.randn(2, 3, 32, 32)
     parts = model.image_prompt(image)
     torch.testing.assert_close(parts.prompt, 2 * parts.global_ - 0.5 * parts.patch)
@@ -80,13 +84,23 @@ def test_image_prompt_parts():
 
 def test_dilated_kernels_span_what_the_released_dense_ones_do():
     paper, released = InsVPConfig(), InsVPConfig.released()
-    spans = [[d * (k - 1) + 1 for k, d in zip(c.global_kernels, c.global_dilations, strict=True)] for c in (paper, released)]
+    spans = [
+        [d * (k - 1) + 1 for k, d in zip(c.global_kernels, c.global_dilations, strict=True)] for c in (paper, released)
+    ]
     assert spans == [[11, 25], [11, 25]]
 
 
 @pytest.mark.parametrize(
     ("width", "patch", "expected"),
-    [(768, 16, (3, 16)), (192, 8, (3, 8)), (192, 16, (3, 8)), (384, 16, (6, 8)), (1024, 14, (4, 16)), (1280, 14, (5, 16)), (768, 32, (3, 16))],
+    [
+        (768, 16, (3, 16)),
+        (192, 8, (3, 8)),
+        (192, 16, (3, 8)),
+        (384, 16, (6, 8)),
+        (1024, 14, (4, 16)),
+        (1280, 14, (5, 16)),
+        (768, 32, (3, 16)),
+    ],
 )
 def test_token_grid(width, patch, expected):
     channels, grid = reference.SpecificPrompter.token_grid(width, patch)
@@ -125,7 +139,9 @@ def test_norm_insert_gradients_written_out():
     expected = torch.autograd.grad(outputs, [residual, branch, prompts], grads)
     tokens = torch.cat([residual + branch, prompts], dim=1)
     rstd = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
-    d_residual, d_prompts = reference.norm_insert_bwd(*grads, (tokens - tokens.mean(-1, keepdim=True)) * rstd, rstd, weight)
+    d_residual, d_prompts = reference.norm_insert_bwd(
+        *grads, (tokens - tokens.mean(-1, keepdim=True)) * rstd, rstd, weight
+    )
     for value, exact in zip((d_residual, d_residual, d_prompts), expected, strict=True):
         torch.testing.assert_close(value, exact)
 
@@ -160,8 +176,16 @@ def test_common_prompts_start_uniform():
     [
         ({"backbone": torch.nn.Linear(2, 2)}, TypeError, "backbone is a Linear: expected a timm VisionTransformer"),
         ({"backbone": "resnet18"}, TypeError, "backbone is a ResNet: expected a timm VisionTransformer"),
-        ({"backbone": "vit_tiny_patch16_224", "patch_size": (16, 8)}, ValueError, "the backbone has 16x8 patches: expected square ones"),
-        ({"backbone": "vit_tiny_patch16_224", "depth": 2, "config": InsVPConfig(prompted_blocks=3)}, ValueError, "asks for block 2"),
+        (
+            {"backbone": "vit_tiny_patch16_224", "patch_size": (16, 8)},
+            ValueError,
+            "the backbone has 16x8 patches: expected square ones",
+        ),
+        (
+            {"backbone": "vit_tiny_patch16_224", "depth": 2, "config": InsVPConfig(prompted_blocks=3)},
+            ValueError,
+            "asks for block 2",
+        ),
     ],
 )
 def test_unfit_backbones_are_refused(arguments, error, message):
