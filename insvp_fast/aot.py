@@ -51,7 +51,10 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
     weights = {"w1_ptr": "*fp32", "b1_ptr": "*fp32", "w2_ptr": "*fp32", "b2_ptr": "*fp32"}
     variants = [(16, torch.bfloat16, torch.bfloat16), (16, torch.float32, torch.float32)]
     # One chip each is enough for the rest, and the run stays short.
-    variants += {80: [(14, torch.float16, torch.float16)], 90: [(16, torch.float32, torch.bfloat16)]}.get(arch, [])
+    if arch == 80:
+        variants.append((14, torch.float16, torch.float16))
+    if arch == 90:
+        variants.append((16, torch.float32, torch.bfloat16))
     for P, image, tokens in variants:
         x, y = POINTERS[image], POINTERS[tokens]
         shape, strides = (2, 3, 224, 224), (3 * 224 * 224, 224 * 224, 224, 1)
@@ -105,21 +108,25 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in the compiler's report"
+    return int(found[1])
+
+
 def facts(case: Case, target: str) -> dict[str, Any]:
     """What the compiler made of one case."""
     compiled = compile_case(case, target)
     found = {"kernel": case.name, "target": target, "shared": compiled.metadata.shared}
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
-        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
-        found |= {"matrix": text.count("v_mfma"), "registers": int(registers[1]), "spills": int(spills[1])}
-        return found
+        registers, spills = _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.vgpr_spill_count:\s*(\d+)", text)
+        return found | {"matrix": text.count("v_mfma"), "registers": registers, "spills": spills}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", file.name)
-    found |= {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
+    found |= {"registers": _number(r"REG:(\d+)", usage), "stack": _number(r"STACK:(\d+)", usage)}
     found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     found["matrix"] = len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))
     return found

@@ -177,12 +177,12 @@ class AdapterCheckpoint(
         tensors = read_safetensors(weights_file)
         recorded, num_classes = description["backbone"], description["num_classes"]
 
-        backbone = _backbone(backbone, pretrained, backbone_kwargs, recorded, config_file)
-        expected = expected_shapes(backbone, num_classes, config, config_file)
+        module = _backbone(backbone, pretrained, backbone_kwargs, recorded, config_file)
+        expected = expected_shapes(module, num_classes, config, config_file)
         check_shapes(tensors, {key: shape for key, shape in expected.items() if _outside(key)}, weights_file)
         if not allow_backbone_mismatch:
-            _check_backbone(backbone, recorded, config_file)
-        model = cls(backbone, num_classes, config)
+            _check_backbone(module, recorded, config_file)
+        model = cls(module, num_classes, config)
         _assign(model, tensors, saved=_dtype(recorded))
         model.class_names, model.preprocessing = description["class_names"], description["preprocessing"]
         return model.eval()

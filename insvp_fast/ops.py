@@ -11,6 +11,7 @@ Letters as in ``reference.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def _superpose_bwd_reference(
     d_image, d_global, *d_weights = reference.superpose_bwd(*operands, patch_size, global_weight, patch_weight)
     d_image = d_image.to(image.dtype) if need_image else image.new_empty(0)
     d_global = d_global.to(grad.dtype) if need_global else grad.new_empty(0)
-    return d_image, d_global, *d_weights
+    return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (w1, w1, w2, w2), strict=True))
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:
@@ -140,10 +141,10 @@ def _superpose_fwd_cpu(image, global_prompt, w1, b1, w2, b2, patch_size, global_
     return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
 
 
-def _superpose_bwd_cpu(grad, image, hidden, w1, w2, *blend):
+def _superpose_bwd_cpu(grad, image, hidden, w1, w2, *rest):
     covered = w1.dtype == torch.float32 and native.available(grad.dtype, image.dtype)
-    run = native.superpose_bwd if covered else _superpose_bwd_reference
-    return run(grad, image, hidden, w1, w2, *blend)
+    run: Callable[..., Any] = native.superpose_bwd if covered else _superpose_bwd_reference
+    return run(grad, image, hidden, w1, w2, *rest)
 
 
 def _superpose_fwd_triton(*args):
@@ -168,10 +169,10 @@ def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_wei
 
 @register_fake("insvp_fast::superpose_bwd", lib=_LIBRARY)
 def _(grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global):
-    (R, K), wide = w1.shape, hidden.dtype
+    R, K = w1.shape
     d_image = image.new_empty(image.shape if need_image else 0)
     d_global = grad.new_empty(image.shape if need_global else 0)
-    return d_image, d_global, *(hidden.new_empty(shape, dtype=wide) for shape in ((R, K), (R,), (K, R), (K,)))
+    return d_image, d_global, w1.new_empty(R, K), w1.new_empty(R), w2.new_empty(K, R), w2.new_empty(K)
 
 
 _LIBRARY.impl("superpose_fwd", _superpose_fwd_reference, "CompositeExplicitAutograd")
@@ -181,7 +182,7 @@ _LIBRARY.impl("superpose_bwd", _superpose_bwd_cpu, "CPU")
 _LIBRARY.impl("superpose_fwd", _superpose_fwd_triton, "CUDA")
 _LIBRARY.impl("superpose_bwd", _superpose_bwd_triton, "CUDA")
 
-_SUPERPOSE = {
+_SUPERPOSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),
     "reference": (_superpose_fwd_reference, _superpose_bwd_reference),
     "native": (native.superpose_fwd, native.superpose_bwd),

@@ -85,7 +85,7 @@ def _superpose_fwd_kernel(
         for k0 in tl.static_range(0, K, BLOCK_K):
             u, hidden = _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
                                  K, P, R, IMAGE, COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
-            kept += (u,)
+            kept += (u,)  # type: ignore[assignment]  # a Triton tuple, as long as the unrolled loop
     else:
         for k0 in range(0, K, BLOCK_K):
             u, hidden = _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
@@ -300,16 +300,18 @@ def superpose_bwd(
     are summed in order, so that the same inputs give the same bits.
     """
     _require_gpu(grad)
-    (B, C, H, W), P, (R, K), new = image.shape, patch_size, w1.shape, {"device": grad.device}
+    (_, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image, grad, hidden = _dense(image), grad.contiguous(), hidden.contiguous()
     M, arch, dtypes = hidden.numel() // R, _arch(grad.device), (image.dtype, grad.dtype)
-    d_image = torch.empty((B, C, H, W) if need_image else (0,), dtype=image.dtype, **new)
-    d_global = torch.empty((B, C, H, W) if need_global else (0,), dtype=grad.dtype, **new)
-    d_hidden = torch.empty((M, R), dtype=torch.float32, **new)
+    d_image = torch.empty(image.shape if need_image else 0, dtype=image.dtype, device=grad.device)
+    d_global = torch.empty(image.shape if need_global else 0, dtype=grad.dtype, device=grad.device)
+    d_hidden = torch.empty((M, R), dtype=torch.float32, device=grad.device)
     rows = constants("bwd", image.shape, P, R, dtypes, arch)
     sums = constants("bwd_weight", image.shape, P, R, dtypes, arch)
     S = weight_splits(M, K, sums, arch)
-    partial = [torch.empty((S, *size), dtype=torch.float32, **new) for size in ((R, K), (R,), (K, R), (K,))]
+    partial = [
+        torch.empty((S, *size), dtype=torch.float32, device=grad.device) for size in ((R, K), (R,), (K, R), (K,))
+    ]
     if M:
         with torch.cuda.device_of(grad):
             _superpose_bwd_kernel[(triton.cdiv(M, rows["BLOCK_M"]),)](
@@ -321,4 +323,5 @@ def superpose_bwd(
                 grad, image, hidden, d_hidden, *partial, M, patch_weight, IMAGE=image.stride(), **sums
             )
     weights = zip(partial, (w1, w1, w2, w2), strict=True)
-    return d_image, d_global, *(part.sum(0).to(like.dtype) for part, like in weights)
+    dw1, db1, dw2, db2 = (part.sum(0).to(like.dtype) for part, like in weights)
+    return d_image, d_global, dw1, db1, dw2, db2
