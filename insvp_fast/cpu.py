@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -15,17 +13,20 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-@cache
+# asked once, here: inside torch.compile the question could not be traced
+_HALF_PRODUCTS = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+
+
 def has_products(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices in ``dtype`` at full speed.
 
-    fp32 and wider always, 16 bits where oneDNN has instructions for it.
-
-    Elsewhere PyTorch's 16-bit products are scalar code, a hundred times slower than widening the operands to fp32.
+    fp32 and wider always, 16 bits where oneDNN has instructions for it. Elsewhere PyTorch's 16-bit products are scalar code,
+    a hundred times slower than widening the operands to fp32.
     """
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return _HALF_PRODUCTS.get(dtype, True)
 
 
 def wide_vectors() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import backbone as frozen_backbone
-from insvp_fast import ops, prompters, reference
+from insvp_fast import cpu, ops, prompters, reference
 from insvp_fast.checkpoint import AdapterCheckpoint
 from insvp_fast.reference import InsVPReference
 
@@ -67,9 +67,11 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             if torch.is_autocast_enabled(device)
             else backbone.patch_embed.proj.weight.dtype
         )
-        image = reference.simam(image) if self.config.simam else image
-        patches, prompted = self._prompted_patches(image, dtype)
-        p_s = self.specific_prompt(image, prompted)
+        narrow = torch.is_autocast_enabled(device) and (device != "cpu" or cpu.has_products(dtype))
+        with torch.autocast(device, dtype, enabled=narrow):  # convolutions too are widened where the CPU has no others
+            image = reference.simam(image) if self.config.simam else image
+            patches, prompted = self._prompted_patches(image, dtype)
+            p_s = self.specific_prompt(image, prompted)
         prompts = [self.feature_prompt(j, p_s, image.shape[0]) for j in range(len(backbone.blocks))]
         with torch.autocast(device, enabled=False):  # the operations choose their own precision
             residual, branch = (
