@@ -23,8 +23,8 @@ _HALF_PRODUCTS = {
 def has_products(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices in ``dtype`` at full speed.
 
-    fp32 and wider always, 16 bits where oneDNN has instructions for it. Elsewhere PyTorch's 16-bit products are scalar code,
-    a hundred times slower than widening the operands to fp32.
+    fp32 and wider always, 16 bits where oneDNN has instructions for it. Elsewhere PyTorch's 16-bit products are scalar
+    code, a hundred times slower than widening the operands to fp32.
     """
     return _HALF_PRODUCTS.get(dtype, True)
 
