@@ -13,13 +13,15 @@ from insvp_fast.config import InsVPConfig
 from insvp_fast.model import InsVPViT
 from insvp_fast.reference import InsVPReference
 
-__all__ = ["assert_within_budget", "make_pair", "relative_error", "saved_bytes", "trained_gradients"]
+__all__ = ["DEVICE", "assert_within_budget", "make_pair", "relative_error", "saved_bytes", "trained_gradients"]
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_pair(
     name: str, config: InsVPConfig | None = None, num_classes: int = 10, **kwargs: Any
 ) -> tuple[InsVPReference, InsVPViT]:
-    """The reference and the fast model with the same random weights, around a timm backbone; ``kwargs`` are timm's.
+    """The reference and the fast model with the same random weights on ``DEVICE``; ``kwargs`` are timm's.
 
     What timm initialises to zero or one (biases, norms, layer scale) is drawn at random too, so that nothing is
     hidden by it.
@@ -32,7 +34,7 @@ def make_pair(
     reference = InsVPReference(copy.deepcopy(backbone), num_classes, config)
     fast = InsVPViT(backbone, num_classes, config)
     fast.load_state_dict(reference.state_dict())
-    return reference, fast
+    return reference.to(DEVICE), fast.to(DEVICE)
 
 
 def trained_gradients(

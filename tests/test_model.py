@@ -18,7 +18,7 @@ from timm.optim import param_groups_weight_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.reference import crop_centre, pool_centre, simam
-from insvp_fast.testing import assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
+from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
 
 TINY = {"img_size": 32, "depth": 2}
 ODD = {  # timm's variants of the plain ViT, each small
@@ -64,7 +64,7 @@ def images(model, batch=2, size=None):
     """Random images, drawn again while fp32 rounding could change which pixel of a pooling window is the largest."""
     embedding = model.backbone.patch_embed
     while True:
-        image = torch.randn(batch, embedding.proj.in_channels, *(size or embedding.img_size))
+        image = torch.randn(batch, embedding.proj.in_channels, *(size or embedding.img_size), device=DEVICE)
         if model.specific_prompter is None or batch == 0 or pooling_margin(model, image) > 1e-6:
             return image
 
@@ -261,7 +261,7 @@ def test_gradient_to_the_image():
     reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
     gradients = []
     for model in (reference, fast):
-        image = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32).requires_grad_()
+        image = torch.linspace(-1, 1, 2 * 3 * 32 * 32, device=DEVICE).view(2, 3, 32, 32).requires_grad_()
         model(image).square().sum().backward()
         gradients.append(image.grad)
     assert relative_error(gradients[1], gradients[0]) < 1e-5
@@ -326,7 +326,7 @@ def test_saved_for_backward_is_the_minimum():
 
 
 def test_vit_base_saves_at_most_50_megabytes_per_image():
-    fast = InsVPViT("vit_base_patch16_224", 200)
+    fast = InsVPViT("vit_base_patch16_224", 200).to(DEVICE)
     assert saved_bytes(fast, images(fast, 1), torch.bfloat16) < 50e6
 
 
@@ -336,7 +336,7 @@ def test_vit_base_in_full():
     backbone = timm.create_model("vit_base_patch16_224")
     reference, fast = InsVPReference(copy.deepcopy(backbone), 200), InsVPViT(backbone, 200)
     fast.load_state_dict(reference.state_dict())
-    image = torch.randn(2, 3, 224, 224)
+    reference, fast, image = reference.to(DEVICE), fast.to(DEVICE), torch.randn(2, 3, 224, 224, device=DEVICE)
     expected, values = trained_gradients(reference, image), trained_gradients(fast, image)
     errors = {name: relative_error(value, expected[name]) for name, value in values.items()}
     assert max(errors.values()) < 1e-5, errors
@@ -345,13 +345,13 @@ def test_vit_base_in_full():
 def test_changed_backbone_weights_take_effect():
     reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
     image = images(fast, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         before = fast(image)
     state = {name: value + 0.05 * torch.randn_like(value) for name, value in reference.state_dict().items()}
     for model in (reference, fast):
         model.load_state_dict(state)
     assert_equal_numbers(reference, fast, image)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert relative_error(fast(image), reference(image)) < 5e-2 < relative_error(fast(image), before)
 
 
@@ -366,7 +366,7 @@ def test_deepcopy_is_independent():
 
 def test_same_seed_same_bits():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
-    first, second = (trained_gradients(fast, torch.ones(4, 3, 32, 32)) for _ in range(2))
+    first, second = (trained_gradients(fast, torch.ones(4, 3, 32, 32, device=DEVICE)) for _ in range(2))
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
