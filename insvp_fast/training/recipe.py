@@ -45,10 +45,10 @@ class Recipe:
     backbone: str = BUILTIN
     checkpoint: str | None = None
     data: str = DIGITS
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 32
     lr: float = 3e-3
-    probe_lr: float = 1e-2
+    probe_lr: float = 1e-1
     weight_decay: float = 1e-2
     warmup: float = 0.1
     amp: str = "off"
