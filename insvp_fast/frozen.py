@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from insvp_fast import cpu
+from insvp_fast import cpu, native
 
 __all__ = ["cpu_product", "linear", "linear_bwd"]
 
@@ -53,21 +53,24 @@ def linear_bwd(grad: Tensor, weight: Tensor) -> Tensor:  # [..., D_out] -> [...,
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, direction: str) -> Tensor:
-    rows = x.reshape(
-        -1, x.shape[-1]
-    )  # two dimensions, or PyTorch may take a batched product for one with a transposed weight
-    how = cpu_product(x.dtype) if x.device.type == "cpu" else "plain"
-    if how == "packed" and len(rows):
-        bias = None if bias is None else _cast(bias, x.dtype)
-        packed = form_of(
-            weight, f"packed {direction}", x.dtype, lambda: _pack(_oriented(weight.to(x.dtype), direction))
-        )
-        y = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    how, dtype = cpu_product(x.dtype) if x.device.type == "cpu" else "plain", x.dtype
+    if how == "widened":
+        how, dtype = cpu_product(torch.float32), torch.float32
+    # two dimensions, or PyTorch may take a batched product for one with a transposed weight
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    bias = None if bias is None else _cast(bias, dtype)
+
+    def packed(pack: Callable[[Tensor], Tensor]) -> Tensor:
+        return form_of(weight, f"{how} {direction}", dtype, lambda: pack(_oriented(weight.to(dtype), direction)))
+
+    if how == "native":
+        out_features = weight.shape[0 if direction == "forward" else 1]
+        y = native.linear(rows, packed(native.pack_linear), bias, out_features)
+    elif how == "packed" and len(rows):
+        y = torch.ops.mkldnn._linear_pointwise(rows, packed(_pack), bias, "none", [], "")
     else:
-        dtype = torch.float32 if how == "widened" else x.dtype
-        bias = None if bias is None else _cast(bias, dtype)
-        y = F.linear(rows.to(dtype), _oriented(_cast(weight, dtype), direction), bias).to(x.dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        y = F.linear(rows, _oriented(_cast(weight, dtype), direction), bias)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def _oriented(weight: Tensor, direction: str) -> Tensor:  # as F.linear wants it
@@ -80,28 +83,38 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def cpu_product(dtype: torch.dtype) -> str:
-    """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "widened" or "plain".
+    """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "native", "widened" or "plain".
 
-    "packed": oneDNN with prepacked weights, where the CPU has the instructions and a self-test passes. "widened":
-    16-bit operands
-    multiplied in fp32, where it has none for 16 bits. "plain": ``torch.nn.functional.linear``; with AVX2 alone,
-    oneDNN's packed fp32 product
-    is no faster.
+    "packed": oneDNN with prepacked weights, where the CPU has the instructions and a self-test passes; for fp32 with
+    AVX-512. "native": the native library's product, also with prepacked weights, for fp32 with AVX2 alone, where it is
+    the faster one. "widened": 16-bit operands multiplied in fp32, where the CPU has no instructions for 16 bits.
+    "plain": ``torch.nn.functional.linear``.
     """
     if not cpu.has_products(dtype):
         return "widened"
     half = dtype in (torch.bfloat16, torch.float16)
-    packs = (half or (dtype == torch.float32 and cpu.wide_vectors())) and _packing_works(dtype)
-    return "packed" if packs else "plain"
+    if (half or (dtype == torch.float32 and cpu.wide_vectors())) and _works(_packed_product, dtype):
+        return "packed"
+    avx2 = native.native_status().isa == "avx2" and not cpu.wide_vectors()
+    return "native" if dtype == torch.float32 and avx2 and _works(_native_product, dtype) else "plain"
 
 
-def _packing_works(dtype: torch.dtype) -> bool:
+def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:
     x, w = torch.linspace(-1, 1, 7 * 48).view(7, 48).to(dtype), torch.linspace(1, -1, 64 * 48).view(64, 48).to(dtype)
     try:
-        y = torch.ops.mkldnn._linear_pointwise(x, _pack(w), None, "none", [], "")
+        y = product(x, w)
     except (AttributeError, RuntimeError):  # private operators: absent from this build, or refused on this CPU
         return False
-    return torch.allclose(y.double(), x.double() @ w.double().T, rtol=0, atol=50 * torch.finfo(dtype).eps)
+    exact = x.double() @ w.double().T
+    return bool((y - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max())
+
+
+def _packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, _pack(weight), None, "none", [], "")
+
+
+def _native_product(x: Tensor, weight: Tensor) -> Tensor:
+    return native.linear(x, native.pack_linear(weight), None, len(weight))
 
 
 def _pack(matrix: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
 
-_ABI = 1
+_ABI = 2
 _LIBRARY = Path(__file__).with_name("libinsvp_fast_cpu.so")
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 _ptr, _int, _i64, _f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
+    "linear_pack": [_ptr, _ptr, *[_i64] * 4, _int],
+    "linear": [*[_ptr] * 4, *[_i64] * 3, _int],
     "superpose_fwd": [*[_ptr, _int] * 2, *[_ptr] * 4, _ptr, _int, _ptr, *[_i64] * 6, _f32, _f32, _int],
     "superpose_bwd": [*[_ptr, _int] * 2, *[_ptr] * 3, *[_ptr, _int] * 2, *[_ptr] * 4, *[_i64] * 6, _f32, _f32, _int],
 }
@@ -64,6 +66,7 @@ def _load() -> tuple[ctypes.CDLL | None, NativeStatus]:
         return absent(f"INSVP_FAST_CPU_ISA={limit!r} is none of generic, avx2, avx512")
     for name, argtypes in _SIGNATURES.items():
         getattr(lib, name).argtypes = argtypes
+    lib.linear_packed_size.argtypes, lib.linear_packed_size.restype = [_i64] * 2, _i64
     isa = selected.decode()
     return lib, NativeStatus(True, isa, f"native CPU library in use ({isa})")
 
@@ -84,12 +87,16 @@ def available(*dtypes: torch.dtype) -> bool:
     return status.loaded and all(dtype in _TYPE_CODES for dtype in dtypes)
 
 
-def _require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """`x`, contiguous, after a check of its device, dtype and shape."""
+def _require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
     if x.device.type != "cpu":
         raise ValueError(f"{name} is on {x.device}, the native library computes on the CPU")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
+def _require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """`x`, contiguous, after a check of its device, dtype and shape."""
+    _require_kind(name, x, *dtypes)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
     return x.contiguous()
@@ -110,11 +117,15 @@ def _tensor(x: Tensor | None) -> tuple[int | None, int]:
     return (None, 0) if x is None or x.numel() == 0 else (x.data_ptr(), _TYPE_CODES[x.dtype])
 
 
-def _call(name: str, *args: object) -> None:
+def _library() -> ctypes.CDLL:
     lib, status = _load()
     if lib is None:
         raise RuntimeError(str(status))
-    if getattr(lib, name)(*args, torch.get_num_threads()):
+    return lib
+
+
+def _call(name: str, *args: object) -> None:
+    if getattr(_library(), name)(*args, torch.get_num_threads()):
         raise MemoryError(f"{name}: no memory for the workspace")
 
 
@@ -194,3 +205,34 @@ def superpose_bwd(
         *(B, C, H, W, P, R, global_weight, patch_weight),
     )
     return d_image, d_global, dw1, db1, dw2, db2
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """The float32 weight [D_out, D_in], of any strides, in the form that `linear` wants: a flat tensor.
+
+    The form depends on the instruction set in use. Raises as `superpose_fwd`.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D_out, D_in]")
+    _require_kind("weight", weight, torch.float32)
+    packed = torch.empty(_library().linear_packed_size(*weight.shape), dtype=torch.float32, device="cpu")
+    _call("linear_pack", packed.data_ptr(), weight.data_ptr(), *weight.shape, *weight.stride())
+    return packed
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """`x @ weight.T + bias` in float32, for x [M, D_in] and the weight [out_features, D_in] that `pack_linear` packed.
+
+    The same bits for every number of threads. Raises as `superpose_fwd`.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [M, D_in]")
+    M, K = x.shape
+    x = _require("x", x, (M, K), torch.float32)
+    packed = _require("packed", packed, (_library().linear_packed_size(out_features, K),), torch.float32)
+    if bias is not None:
+        bias = _require("bias", bias, (out_features,), torch.float32)
+    y = torch.empty((M, out_features), dtype=torch.float32, device="cpu")
+    pointers = (x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
+    _call("linear", *pointers, M, out_features, K)
+    return y

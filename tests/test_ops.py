@@ -141,22 +141,27 @@ def test_linear(dtype, weight_dtype):
         assert_within_budget(value, rough, expected, dtype)
 
 
-@pytest.mark.parametrize("how", ["packed", "widened", "plain"])
+def multiply_by(monkeypatch, how):
+    if "native" in how and not native.available():
+        pytest.skip(str(native.native_status()))
+    half, single = ("widened", "native") if how == "widened native" else (how, how)
+    monkeypatch.setattr(frozen, "cpu_product", lambda dtype: single if dtype == torch.float32 else half)
+
+
+@pytest.mark.parametrize("how", ["packed", "native", "widened", "plain"])
 @pytest.mark.parametrize("shape", [(7, 33), (0, 33), (2, 3, 33)])
 def test_every_product(monkeypatch, how, shape):
-    monkeypatch.setattr(frozen, "cpu_product", lambda dtype: how)
+    multiply_by(monkeypatch, how)
     weight, bias, x, grad = torch.randn(48, 33), torch.randn(48), torch.randn(shape), torch.randn(*shape[:-1], 48)
     for _ in range(2):  # the second call finds what the first has kept
         assert relative_error(frozen.linear(x, weight, bias), x.double() @ weight.double().T + bias) < 1e-6
         assert relative_error(frozen.linear_bwd(grad, weight), grad.double() @ weight.double()) < 1e-6
 
 
-@pytest.mark.parametrize("how", ["packed", "widened", "plain"])
+@pytest.mark.parametrize("how", ["packed", "native", "widened native", "widened", "plain"])
 def test_kept_forms_are_never_stale(monkeypatch, how):
-    monkeypatch.setattr(frozen, "cpu_product", lambda dtype: how)
-    x = torch.randn(4, 32)
-    dtype = torch.bfloat16 if how != "packed" else torch.float32
-    x = x.to(dtype)
+    multiply_by(monkeypatch, how)
+    x = torch.randn(4, 32, dtype=torch.float32 if how in ("packed", "native") else torch.bfloat16)
     layer = torch.nn.Linear(32, 16).requires_grad_(False)
 
     def check():
@@ -172,6 +177,26 @@ def test_kept_forms_are_never_stale(monkeypatch, how):
     check()
     layer.weight = torch.nn.Parameter(torch.randn(16, 32), requires_grad=False)
     check()
+
+
+def test_the_native_product_is_used_with_avx2_alone():
+    native_product = frozen.cpu_product(torch.float32) == "native"
+    assert native_product == (native.native_status().isa == "avx2" and not cpu.wide_vectors())
+    assert frozen.cpu_product(torch.float64) == "plain"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_a_widened_product_is_rounded_once(monkeypatch, dtype, weight_dtype):
+    multiply_by(monkeypatch, "widened native")
+    weight, bias = torch.randn(48, 33).to(weight_dtype), torch.randn(48)
+    x, grad = torch.randn(7, 33).to(dtype), torch.randn(7, 48).to(dtype)
+    for y, exact in (
+        (frozen.linear(x, weight, bias), x.double() @ weight.double().T + bias),
+        (frozen.linear_bwd(grad, weight), grad.double() @ weight.double()),
+    ):
+        assert y.dtype == dtype
+        assert relative_error(y, exact) < torch.finfo(dtype).eps / 2
 
 
 def test_kept_forms_die_with_their_weight():

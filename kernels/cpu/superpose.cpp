@@ -1,12 +1,8 @@
 // superpose: image, prompts and patch prompter -> the prompted image, unfolded; forward and backward.
 // Here: the C functions, the packing of the weights, the threads. The arithmetic is in superpose_kernel.h.
-#include <cstdlib>
 #include <cstring>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "host.h"
 #include "superpose.h"
 
 namespace insvp_fast {
@@ -20,18 +16,6 @@ const SuperposeKernels& kernels() {
   return superpose_generic;
 }
 
-int thread_id() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 Geometry geometry(int64_t C, int64_t H, int64_t W, int64_t P, int64_t R) {
   Geometry g{C, H, W, P, (H / P) * (W / P), C * P * P, R, 0, 0, 0};
   g.width = ceil_div(g.K, 32) * 32;
@@ -41,19 +25,6 @@ Geometry geometry(int64_t C, int64_t H, int64_t W, int64_t P, int64_t R) {
 }
 
 int64_t scratch_floats(const Geometry& g) { return 2 * kTile * (g.stride + g.ld); }
-
-// Aligned memory handed out piece by piece; all pieces are whole cache lines.
-struct Workspace {
-  float *base, *next;
-  explicit Workspace(int64_t floats)
-      : base(static_cast<float*>(std::aligned_alloc(64, larger(floats, 16) * sizeof(float)))), next(base) {}
-  ~Workspace() { std::free(base); }
-  float* take(int64_t floats) {
-    float* piece = next;
-    next += floats;
-    return piece;
-  }
-};
 
 void pack_w1(float* to, const float* w1, const Geometry& g) {
   for (int64_t r = 0; r < g.R; ++r, to += g.stride) {

@@ -1,0 +1,4 @@
+#define INSVP_FAST_WIDTH 4
+#include "linear_kernel.h"
+
+const LinearKernels insvp_fast::linear_generic = {kRows, kColumns, linear_block};
