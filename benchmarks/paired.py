@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="add the rows to the results of this machine")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's table from all saved results")
     arguments = parser.parse_args()
+    if arguments.providers[0] != "bare":
+        parser.error(f"--providers {' '.join(arguments.providers)}: expected bare first, ratios are to it")
     rows = []
     for precision in arguments.precisions:
         for job in (steps.training_step, steps.inference):

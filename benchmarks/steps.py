@@ -6,7 +6,6 @@ none to its weights: what any image prompt at least costs.
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -67,10 +66,10 @@ def training_step(
 
 def inference(model: nn.Module, batch: int, amp: torch.dtype | None) -> Callable[[], torch.Tensor]:
     """Logits without gradients, in evaluation mode, with the device done."""
-    model = copy.copy(model).eval()
     image, _ = make_images(model, batch)
 
     def run() -> torch.Tensor:
+        model.eval()
         with torch.inference_mode(), torch.autocast(DEVICE.type, amp, enabled=amp is not None):
             return finished(model(image))
 

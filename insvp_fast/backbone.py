@@ -15,39 +15,62 @@ from torch import Tensor, nn
 
 from insvp_fast import ops, reference
 
-__all__ = ["embed", "forward_block", "misfit"]
+__all__ = ["embed", "forward_block", "is_patched", "misfit"]
 
 
 def misfit(backbone: VisionTransformer) -> str | None:
-    """What in a backbone the operations here do not cover, in words, or None if they cover all of it."""
+    """What in a backbone the operations here do not cover, in words, or None if they cover all of it.
+
+    Types are asked exactly: a subclass, a hook or a patched ``forward`` may compute anything, and a weight that is
+    trained needs the gradient that is left out here.
+    """
     embedding = backbone.patch_embed
     if type(backbone) is not VisionTransformer:
         return f"the backbone is a {type(backbone).__name__}"
-    if type(embedding) is not PatchEmbed or not isinstance(embedding.norm, nn.Identity) or embedding.dynamic_img_pad:
+    if type(embedding) is not PatchEmbed or type(embedding.proj) is not nn.Conv2d or embedding.dynamic_img_pad:
         return "the patch embedding is not one convolution"
+    if not isinstance(embedding.norm, nn.Identity):
+        return "the patch embedding has a norm"
     for j, block in enumerate(backbone.blocks):
-        if type(block) is not Block:
-            return f"block {j} is a {type(block).__name__}"
-        attention, mlp = block.attn, block.mlp
-        if type(attention) is not Attention or getattr(attention, "gate", None) is not None:
-            return f"the attention of block {j} is a {type(attention).__name__}"
-        if attention.proj.out_features != backbone.embed_dim or attention.attn_dim != attention.proj.in_features:
-            return f"the attention of block {j} changes the width"
-        if type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear) or not isinstance(mlp.norm, nn.Identity):
-            return f"the MLP of block {j} is not two linear layers"
-        if not _is_erf_gelu(mlp.act):
-            return f"the activation of block {j} is {mlp.act}"
-        if not all(
-            type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None for norm in (block.norm1, block.norm2)
-        ):
-            return f"block {j} is not normalised by LayerNorm"
-        if not all(type(scale) in (nn.Identity, LayerScale) for scale in (block.ls1, block.ls2)):
-            return f"block {j} scales its branches by a {type(block.ls1).__name__}"
+        if reason := _block_misfit(block, backbone.embed_dim):
+            return f"in block {j}, {reason}"
+    for name, module in backbone.named_modules():
+        if is_patched(module):
+            return f"{name or 'the backbone'} has a hook or a forward of its own"
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            return f"backbone.{name} is trained"
     return None
 
 
-def _is_erf_gelu(activation: nn.Module) -> bool:
-    return type(activation) is nn.GELU and activation.approximate == "none"
+def is_patched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
+
+
+def _block_misfit(block: nn.Module, width: int) -> str | None:
+    if type(block) is not Block:
+        return f"the block is a {type(block).__name__}"
+    attention, mlp = block.attn, block.mlp
+    if type(attention) is not Attention or getattr(attention, "gate", None) is not None:
+        return f"the attention is another {type(attention).__name__}"
+    if attention.proj.out_features != width or attention.attn_dim != width:
+        return "the attention changes the width"
+    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
+        return "the MLP is not two linear layers"
+    for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
+        if type(linear) is not nn.Linear:
+            return f"a linear layer is a {type(linear).__name__}"
+    if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
+        return f"the activation is {mlp.act}"
+    for norm in (block.norm1, block.norm2):
+        if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None:
+            return f"the norm is a {type(norm).__name__}"
+    for scale in (block.ls1, block.ls2):
+        if type(scale) not in (nn.Identity, LayerScale):
+            return f"a branch is scaled by a {type(scale).__name__}"
+    return None
 
 
 def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
@@ -79,7 +102,7 @@ def forward_block(
     else:
         attended = _attend_few(attn, y, num_queries)
         residual = residual[:, :num_queries]
-    branch = block.ls1(ops.linear(_widened(attn.norm, attended), attn.proj.weight, attn.proj.bias))
+    branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), attn.proj.weight, attn.proj.bias))
     residual, y = ops.norm_insert(residual, branch, None, norm2.weight, norm2.bias, norm2.eps, dtype=dtype)
     hidden = ops.gelu(ops.linear(y, mlp.fc1.weight, mlp.fc1.bias))
     return residual, block.ls2(ops.linear(hidden, mlp.fc2.weight, mlp.fc2.bias))
@@ -89,7 +112,7 @@ def _attend(attn: Attention, y: Tensor, num_queries: int) -> Tensor:  # [B, S, D
     qkv = ops.linear(y, attn.qkv.weight, attn.qkv.bias)
     if not isinstance(attn.q_norm, nn.Identity):
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
-        qkv = torch.stack([_widened(attn.q_norm, q), _widened(attn.k_norm, k), v], dim=2).flatten(2)
+        qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
     return ops.attention(qkv, attn.num_heads, num_queries, attn.scale)
 
 
@@ -97,13 +120,13 @@ def _attend_few(attn: Attention, y: Tensor, num_queries: int) -> Tensor:  # [B, 
     weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
     q = ops.linear(y[:, :num_queries], weight[:D], None if bias is None else bias[:D])
     kv = ops.linear(y, weight[D:], None if bias is None else bias[D:])
-    q = _widened(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))
+    q = _in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     # so few queries that the probabilities are cheaper to keep than to make again
-    probabilities = (attn.scale * q @ _widened(attn.k_norm, k).mT).softmax(dim=-1)
+    probabilities = (attn.scale * q @ _in_own_dtype(attn.k_norm, k).mT).softmax(dim=-1)
     return reference.merge_heads(probabilities @ v)
 
 
-def _widened(norm: nn.Module, x: Tensor) -> Tensor:
+def _in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
     """A norm inside the attention, in the dtype of its weights, back in that of its input."""
     return x if isinstance(norm, nn.Identity) else norm(x.to(next(norm.parameters()).dtype)).to(x.dtype)

@@ -133,11 +133,6 @@ class InsVPConfig:
         return _blend(self.feature_weights, self.common_prompt, self.specific_prompt)
 
     @property
-    def has_image_prompt(self) -> bool:
-        """Whether anything is superposed on the image."""
-        return self.global_prompt or self.patch_prompt
-
-    @property
     def has_feature_prompt(self) -> bool:
         """Whether any block gets prompt tokens."""
         return (

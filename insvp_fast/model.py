@@ -36,10 +36,17 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.grad_checkpointing = False
-        reason = frozen_backbone.misfit(self.backbone) or self._carries_prompts()
-        self.fast = reason is None
-        if reason is not None:
-            warnings.warn(f"InsVPViT runs through the general path, exact but not fast: {reason}", stacklevel=2)
+        self.general_reason: str | None = None
+        self._choose_path()
+
+    def _choose_path(self) -> bool:
+        """Whether the fast operations cover this model as it is now: somebody may have changed the backbone since."""
+        if not torch.compiler.is_compiling():  # a compiled graph is guarded by what it was traced with
+            reason = frozen_backbone.misfit(self.backbone) or self._carries_prompts()
+            if reason is not None and reason != self.general_reason:
+                warnings.warn(f"InsVPViT runs through the general path, exact but not fast: {reason}", stacklevel=4)
+            self.general_reason = reason
+        return self.general_reason is None
 
     def _carries_prompts(self) -> str | None:
         """Prompts that run on into blocks without their own ask queries too, which only the general path has."""
@@ -51,33 +58,28 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The tokens after the backbone's last norm, [B, T, D], prompts left out."""
-        return self._features(image, None) if self.fast else super().forward_features(image)
+        return self._features(image, None) if self._choose_path() else super().forward_features(image)
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, num_classes]."""
-        one_token = self.fast and self.backbone.global_pool == "token" and self.backbone.attn_pool is None
+        one_token = self.backbone.global_pool == "token" and self.backbone.attn_pool is None and self._choose_path()
         return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
 
     def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
         """All tokens after the last norm, or only the first ``num_queries``."""
         backbone, device, P = self.backbone, image.device.type, self.patch_size
         self._check(image)
-        dtype = (
-            torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else backbone.patch_embed.proj.weight.dtype
-        )
-        narrow = torch.is_autocast_enabled(device) and (device != "cpu" or cpu.has_products(dtype))
-        with torch.autocast(device, dtype, enabled=narrow):  # convolutions too are widened where the CPU has no others
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else backbone.patch_embed.proj.weight.dtype
+        autocast = autocast and (device != "cpu" or cpu.has_products(dtype))  # else convolutions too are widened
+        with torch.autocast(device, dtype, enabled=autocast):
             image = reference.simam(image) if self.config.simam else image
             patches, prompted = self._prompted_patches(image, dtype)
             p_s = self.specific_prompt(image, prompted)
         prompts = [self.feature_prompt(j, p_s, image.shape[0]) for j in range(len(backbone.blocks))]
         with torch.autocast(device, enabled=False):  # the operations choose their own precision
-            residual, branch = (
-                frozen_backbone.embed(backbone, patches, (image.shape[-2] // P, image.shape[-1] // P)),
-                None,
-            )
+            grid = image.shape[-2] // P, image.shape[-1] // P
+            residual, branch = frozen_backbone.embed(backbone, patches, grid), None
             for j, block in enumerate(backbone.blocks):
                 last = j == len(backbone.blocks) - 1
                 arguments = block, residual, branch, prompts[j], dtype, num_queries if last else None
@@ -88,9 +90,8 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     def _prompted_patches(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x~ unfolded, [B, N, K] in ``dtype``, and, only if the specific prompter reads it, folded."""
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
-        if prompter is None or (
-            self.training and self.config.patch_dropout > 0
-        ):  # its mask is drawn between the two steps
+        masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
+        if prompter is None or masked or any(map(frozen_backbone.is_patched, prompter.modules())):
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted
         p_g = None if self.global_prompter is None else self.global_prompter(image)

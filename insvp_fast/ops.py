@@ -1,6 +1,6 @@
 """The operations: one contract each, carried out by whatever is fastest where the tensors are.
 
-Every operation is the function of the same name in ``reference.py``, with its gradient written out. Where an
+Every operation but ``linear`` is the function of the same name in ``reference.py``; gradients are written out. Where an
 operation has kernels, its
 schema is registered with PyTorch and PyTorch's dispatcher is the device table: the reference formula for every
 device, the native library
@@ -136,15 +136,33 @@ def _widened(dtype: torch.dtype) -> torch.dtype:
 
 def _superpose_fwd_cpu(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
     p_g_dtype = image.dtype if global_prompt is None else global_prompt.dtype
-    covered = w1.dtype == torch.float32 and native.available(image.dtype, p_g_dtype, dtype)
+    weights_fit = all(w.dtype == torch.float32 for w in (w1, b1, w2, b2))
+    covered = weights_fit and native.available(image.dtype, p_g_dtype, dtype)
     run = native.superpose_fwd if covered else _superpose_fwd_reference
     return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
 
 
 def _superpose_bwd_cpu(grad, image, hidden, w1, w2, *rest):
-    covered = w1.dtype == torch.float32 and native.available(grad.dtype, image.dtype)
+    covered = w1.dtype == w2.dtype == torch.float32 and native.available(grad.dtype, image.dtype)
     run: Callable[..., Any] = native.superpose_bwd if covered else _superpose_bwd_reference
     return run(grad, image, hidden, w1, w2, *rest)
+
+
+def _superpose_fwd_cuda(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    run = _superpose_fwd_triton if _triton_covers(image, global_prompt, w1, w2, dtype) else _superpose_fwd_reference
+    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+
+
+def _superpose_bwd_cuda(grad, image, hidden, w1, w2, *rest):
+    run = _superpose_bwd_triton if _triton_covers(image, None, w1, w2, grad.dtype) else _superpose_bwd_reference
+    return run(grad, image, hidden, w1, w2, *rest)
+
+
+def _triton_covers(image, global_prompt, w1, w2, dtype):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    tensors = [t for t in (image, global_prompt, w1, w2) if t is not None]
+    return kernel.covers(image.device, w1.shape[0], *(t.dtype for t in tensors), dtype)
 
 
 def _superpose_fwd_triton(*args):
@@ -179,8 +197,8 @@ _LIBRARY.impl("superpose_fwd", _superpose_fwd_reference, "CompositeExplicitAutog
 _LIBRARY.impl("superpose_bwd", _superpose_bwd_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("superpose_fwd", _superpose_fwd_cpu, "CPU")
 _LIBRARY.impl("superpose_bwd", _superpose_bwd_cpu, "CPU")
-_LIBRARY.impl("superpose_fwd", _superpose_fwd_triton, "CUDA")
-_LIBRARY.impl("superpose_bwd", _superpose_bwd_triton, "CUDA")
+_LIBRARY.impl("superpose_fwd", _superpose_fwd_cuda, "CUDA")
+_LIBRARY.impl("superpose_bwd", _superpose_bwd_cuda, "CUDA")
 
 _SUPERPOSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),

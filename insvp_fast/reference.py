@@ -265,7 +265,7 @@ class InsVPReference(nn.Module):
     ``backbone`` is frozen and stays in evaluation mode.
 
     Raises:
-        TypeError: if the backbone is not a timm ``VisionTransformer``.
+        TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
         ValueError: if its patches are not square, or the configuration asks for blocks that it does not have.
     """
 
@@ -297,6 +297,8 @@ class InsVPReference(nn.Module):
             backbone.reset_classifier(num_classes)
         self.num_classes = backbone.num_classes
         self.head = backbone.get_classifier()
+        if not isinstance(self.head, nn.Module):
+            raise TypeError(f"the {type(backbone).__name__} has {len(self.head)} heads: expected one")
         backbone.reset_classifier(0)
         self.backbone = backbone.requires_grad_(False).eval()
 
@@ -313,11 +315,10 @@ class InsVPReference(nn.Module):
             self.specific_prompter = self.specific_prompter_type(C, P, D, config) if specific else None
             common = config.common_prompt and bool(self.prompted_blocks)
             shape = (len(self.prompted_blocks), config.prompt_length, D)
-            self.common_prompts = nn.Parameter(torch.empty(shape).uniform_(-1, 1)) if common else None
-        for module in self.children():
-            module.to(weight.dtype)
-        if self.common_prompts is not None:
-            self.common_prompts.data = self.common_prompts.data.to(weight.dtype)
+            self.common_prompts = nn.Parameter(torch.empty(shape).uniform_(-1, 1).to(weight.dtype)) if common else None
+        for prompter in (self.global_prompter, self.patch_prompter, self.specific_prompter):
+            if prompter is not None:
+                prompter.to(weight.dtype)
         self.head.requires_grad_(True)
         self.train()
 
@@ -353,7 +354,7 @@ class InsVPReference(nn.Module):
             return None
         w_c, w_s = self.config.blend_feature
         if self.common_prompts is None:
-            return w_s * p_s if p_s is not None else None
+            return w_s * p_s
         c_j = self.common_prompts[self.prompted_blocks.index(block)].expand(batch, -1, -1)
         c_j = F.dropout(c_j, self.config.common_dropout, self.training)
         return w_c * c_j if p_s is None else w_c * c_j + w_s * p_s
@@ -378,7 +379,7 @@ class InsVPReference(nn.Module):
         return backbone.norm(h)
 
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """B_j, a stock block."""
+        """B_j, a stock block; a subclass may compute it again in backward."""
         return block(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:

@@ -175,6 +175,11 @@ def test_common_prompts_start_uniform():
     ("arguments", "error", "message"),
     [
         ({"backbone": torch.nn.Linear(2, 2)}, TypeError, "backbone is a Linear: expected a timm VisionTransformer"),
+        (
+            {"backbone": "deit_tiny_distilled_patch16_224"},
+            TypeError,
+            "VisionTransformerDistilled has 2 heads: expected one",
+        ),
         ({"backbone": "resnet18"}, TypeError, "backbone is a ResNet: expected a timm VisionTransformer"),
         (
             {"backbone": "vit_tiny_patch16_224", "patch_size": (16, 8)},

@@ -236,21 +236,30 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
     return fixed | config
 
 
-def _arch(device: torch.device) -> int | str:
-    """The row of the tables that serves this device."""
+def covers(device: torch.device, R: int, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels serve this device, hidden width and dtypes: what was compiled and checked, nothing else."""
+    return _arch(device) is not None and 1 <= R <= 128 and set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16}
+
+
+def _arch(device: torch.device) -> int | str | None:
+    """The row of the tables that serves this device, if any."""
     if device.type != "cuda":
         return 90  # the interpreter: any row will do
     if torch.version.hip:
-        return "gfx942"
-    return {8: 80, 9: 90}.get(torch.cuda.get_device_capability(device)[0], 100)
+        return "gfx942" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94") else None
+    return {8: 80, 9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0])
 
 
-def _require_gpu(x: Tensor) -> None:
+def _require_gpu(x: Tensor) -> int | str:
     if not x.is_cuda and not INTERPRETED:
         raise RuntimeError(
             f"superpose: the Triton kernels run on CUDA and ROCm tensors, not on {x.device}; "
             "on CPU only in the interpreter (TRITON_INTERPRET=1 set before triton is imported)"
         )
+    arch = _arch(x.device)
+    if arch is None:
+        raise RuntimeError(f"superpose: the Triton kernels do not know the {torch.cuda.get_device_name(x.device)}")
+    return arch
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -269,11 +278,11 @@ def superpose_fwd(
     ValueError for R outside 1 to 128. Equations 5 to 7 of InsVP (MM 2024):
     hidden = relu(u w1^T + b1), tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
     """
-    _require_gpu(image)
+    arch = _require_gpu(image)
     (B, _, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image = _dense(image)
     prompt = image if global_prompt is None else _dense(global_prompt)
-    const = constants("fwd", image.shape, P, R, (image.dtype, dtype), _arch(image.device))
+    const = constants("fwd", image.shape, P, R, (image.dtype, dtype), arch)
     N = (H // P) * (W // P)
     M = B * N
     tokens = torch.empty((B, N, K), dtype=dtype, device=image.device)
@@ -299,10 +308,10 @@ def superpose_bwd(
     is empty. Raises as the forward does. No atomics: every split sums its fixed share of the patches, and the splits
     are summed in order, so that the same inputs give the same bits.
     """
-    _require_gpu(grad)
+    arch = _require_gpu(grad)
     (_, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image, grad, hidden = _dense(image), grad.contiguous(), hidden.contiguous()
-    M, arch, dtypes = hidden.numel() // R, _arch(grad.device), (image.dtype, grad.dtype)
+    M, dtypes = hidden.numel() // R, (image.dtype, grad.dtype)
     d_image = torch.empty(image.shape if need_image else 0, dtype=image.dtype, device=grad.device)
     d_global = torch.empty(image.shape if need_global else 0, dtype=grad.dtype, device=grad.device)
     d_hidden = torch.empty((M, R), dtype=torch.float32, device=grad.device)
