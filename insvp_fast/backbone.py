@@ -34,19 +34,25 @@ def misfit(backbone: VisionTransformer) -> str | None:
     for j, block in enumerate(backbone.blocks):
         if reason := _block_misfit(block, backbone.embed_dim):
             return f"in block {j}, {reason}"
-    for name, module in backbone.named_modules():
+    pending: list[nn.Module | None] = [backbone]  # named_modules() is slower, and this runs in every forward
+    while pending:
+        module = pending.pop()
+        if module is None:
+            continue
         if is_patched(module):
-            return f"{name or 'the backbone'} has a hook or a forward of its own"
-    for name, parameter in backbone.named_parameters():
-        if parameter.requires_grad:
-            return f"backbone.{name} is trained"
+            return f"a {type(module).__name__} has a hook or a forward of its own"
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                return f"the {name} of a {type(module).__name__} is trained"
+        pending += module._modules.values()
     return None
 
 
 def is_patched(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
+    state = vars(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in state or any(state[hook] for hook in hooks)
 
 
 def _block_misfit(block: nn.Module, width: int) -> str | None:
@@ -76,7 +82,7 @@ def _block_misfit(block: nn.Module, width: int) -> str | None:
 def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
     """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
     projection = backbone.patch_embed.proj
-    tokens = ops.linear(patches, projection.weight.flatten(1), projection.bias)
+    tokens = ops.linear(patches, projection.weight, projection.bias)
     # position embedding and prefix tokens are what timm makes of an image whose patches embed to zero
     zeros = tokens.new_zeros((1, *grid, tokens.shape[-1]) if backbone.dynamic_img_size else (1, *tokens.shape[1:]))
     constant = backbone._pos_embed(zeros)
@@ -118,8 +124,8 @@ def _attend(attn: Attention, y: Tensor, num_queries: int) -> Tensor:  # [B, S, D
 
 def _attend_few(attn: Attention, y: Tensor, num_queries: int) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
-    q = ops.linear(y[:, :num_queries], weight[:D], None if bias is None else bias[:D])
-    kv = ops.linear(y, weight[D:], None if bias is None else bias[D:])
+    q = ops.linear(y[:, :num_queries], weight, bias, rows=(0, D))
+    kv = ops.linear(y, weight, bias, rows=(D, 3 * D))
     q = _in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     # so few queries that the probabilities are cheaper to keep than to make again

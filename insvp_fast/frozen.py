@@ -1,18 +1,23 @@
-"""Frozen weights in the form that a product wants: cast, transposed and packed once, and again when the weight changes.
+"""Frozen weights in the form that a product wants: cast, transposed and packed once, and again when they change.
 
 A frozen backbone multiplies by the same matrices in every step, forward by W and backward by W transposed. Under
-autocast PyTorch casts
-them anew at every use, and oneDNN reorders them anew at every call; here each form is made once. A form is found by
-the weight's storage and
-version counter, so it is never stale: loading a state dict, moving or casting the model and in-place updates all make
-it anew. (Writes
-through ``weight.data`` escape PyTorch's version counter, here as in autograd.)
+autocast PyTorch casts them anew at every use, and oneDNN reorders them anew at every call; here each form is made once
+and kept beside the weight, for as long as that lives. It is made anew when PyTorch's version counter or the weight's
+memory, dtype or shape says that the weight has changed: after loading a state dict, moving or casting the model,
+updates in place.
+
+What the version counter does not see has to be followed by ``forget()``: writes through ``weight.data``, through a
+NumPy array that shares the memory, or by ``torch.distributed`` collectives on the weights themselves (DDP's own are
+seen).
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,60 +26,85 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from insvp_fast import cpu, native
 
-__all__ = ["cpu_product", "linear", "linear_bwd"]
+__all__ = ["cpu_product", "forget", "linear", "linear_bwd"]
 
-_Key = tuple[object, ...]
-_forms: dict[_Key, tuple[StorageWeakRef, int, Tensor]] = {}
+
+class _Form(NamedTuple):
+    owner: weakref.ref[Tensor]
+    storage: StorageWeakRef  # keeps the address from being used again, not the memory
+    state: tuple[object, ...]
+    tensor: Tensor
+
+
+_forms: dict[tuple[int, str, torch.dtype], _Form] = {}
+_lock = threading.Lock()
+
+
+def forget() -> None:
+    """Drop all kept forms; each is made anew when it is next used."""
+    with _lock:
+        _forms.clear()
 
 
 def form_of(weight: Tensor, name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
     """The form ``name`` of ``weight`` in ``dtype``, made by ``make`` where it is new or the weight has changed."""
-    if weight.is_inference():  # has no version counter
+    # inference tensors have no version counter; memory taken while a CUDA graph is captured belongs to the graph
+    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
         return make()
-    storage = StorageWeakRef(weight.untyped_storage())  # keeps the address from being used again, not the memory
-    key = (storage.cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, name, dtype)
-    kept = _forms.get(key)
-    if kept is None or kept[1] != weight._version:
-        for old in [old for old, (owner, _, _) in _forms.items() if owner.expired()]:
-            del _forms[old]
+    key = id(weight), name, dtype
+    storage = StorageWeakRef(weight.untyped_storage())
+    state = weight._version, storage.cdata, weight.storage_offset(), weight.dtype, weight.shape, weight.stride()
+    form = _forms.get(key)
+    if form is None or form.owner() is not weight or form.state != state:
         with torch.no_grad():
-            kept = _forms[key] = (storage, weight._version, make())
-    return kept[2]
+            form = _Form(weakref.ref(weight, lambda owner: _drop(key, owner)), storage, state, make())
+        with _lock:
+            _forms[key] = form
+    return form.tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [..., D_in] -> [..., D_out]
-    """x @ weight.T + bias in the dtype of x, accumulated in fp32."""
-    return _product(x, weight, bias, "forward")
+def _drop(key: tuple[int, str, torch.dtype], owner: weakref.ref[Tensor]) -> None:
+    form = _forms.get(key)
+    if form is not None and form.owner is owner:  # and not that of a new weight with the same id
+        _forms.pop(key, None)
 
 
-def linear_bwd(grad: Tensor, weight: Tensor) -> Tensor:  # [..., D_out] -> [..., D_in]
-    """grad @ weight, the gradient of ``linear`` by x."""
-    return _product(grad, weight, None, "backward")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, first: int, last: int) -> Tensor:  # [..., D_in] -> [..., n]
+    """x @ W.T + b in the dtype of x, accumulated in fp32, with the rows ``first`` to ``last`` of weight and bias."""
+    bias = None if bias is None else _cast(bias, _product_dtype(x))[first:last]
+    return _product(x, weight, bias, "forward", first, last)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, direction: str) -> Tensor:
-    how, dtype = cpu_product(x.dtype) if x.device.type == "cpu" else "plain", x.dtype
-    if how == "widened":
-        how, dtype = cpu_product(torch.float32), torch.float32
+def linear_bwd(grad: Tensor, weight: Tensor, first: int, last: int) -> Tensor:  # [..., n] -> [..., D_in]
+    """grad @ W, the gradient of ``linear`` by x."""
+    return _product(grad, weight, None, "backward", first, last)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, direction: str, first: int, last: int) -> Tensor:
+    dtype = _product_dtype(x)
+    how = cpu_product(dtype) if x.device.type == "cpu" else "plain"
     # two dimensions, or PyTorch may take a batched product for one with a transposed weight
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    bias = None if bias is None else _cast(bias, dtype)
+
+    def oriented(matrix: Tensor) -> Tensor:  # [n, D_in] or its transpose, as F.linear wants it
+        matrix = matrix.flatten(1)[first:last]
+        return matrix if direction == "forward" else matrix.T
 
     def packed(pack: Callable[[Tensor], Tensor]) -> Tensor:
-        return form_of(weight, f"{how} {direction}", dtype, lambda: pack(_oriented(weight.to(dtype), direction)))
+        return form_of(weight, f"{how} {direction} {first}:{last}", dtype, lambda: pack(oriented(weight.to(dtype))))
 
     if how == "native":
-        out_features = weight.shape[0 if direction == "forward" else 1]
+        out_features = last - first if direction == "forward" else weight[0].numel()
         y = native.linear(rows, packed(native.pack_linear), bias, out_features)
     elif how == "packed" and len(rows):
         y = torch.ops.mkldnn._linear_pointwise(rows, packed(_pack), bias, "none", [], "")
     else:
-        y = F.linear(rows, _oriented(_cast(weight, dtype), direction), bias)
+        y = F.linear(rows, oriented(_cast(weight, dtype)), bias)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
-def _oriented(weight: Tensor, direction: str) -> Tensor:  # as F.linear wants it
-    return weight if direction == "forward" else weight.T
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "cpu" and cpu_product(x.dtype) == "widened" else x.dtype
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,7 @@
 """Each operation against the reference's function of the same name in double precision, and as a PyTorch operator."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,8 +156,8 @@ def test_every_product(monkeypatch, how, shape):
     multiply_by(monkeypatch, how)
     weight, bias, x, grad = torch.randn(48, 33), torch.randn(48), torch.randn(shape), torch.randn(*shape[:-1], 48)
     for _ in range(2):  # the second call finds what the first has kept
-        assert relative_error(frozen.linear(x, weight, bias), x.double() @ weight.double().T + bias) < 1e-6
-        assert relative_error(frozen.linear_bwd(grad, weight), grad.double() @ weight.double()) < 1e-6
+        assert relative_error(frozen.linear(x, weight, bias, 0, 48), x.double() @ weight.double().T + bias) < 1e-6
+        assert relative_error(frozen.linear_bwd(grad, weight, 0, 48), grad.double() @ weight.double()) < 1e-6
 
 
 @pytest.mark.parametrize("how", ["packed", "native", "widened native", "widened", "plain"])
@@ -166,7 +168,7 @@ def test_kept_forms_are_never_stale(monkeypatch, how):
 
     def check():
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
-        assert relative_error(frozen.linear(x, layer.weight, layer.bias), exact) < 2e-2
+        assert relative_error(frozen.linear(x, layer.weight, layer.bias, 0, 16), exact) < 2e-2
 
     check()
     layer.weight.mul_(-2)
@@ -192,21 +194,95 @@ def test_a_widened_product_is_rounded_once(monkeypatch, dtype, weight_dtype):
     weight, bias = torch.randn(48, 33).to(weight_dtype), torch.randn(48)
     x, grad = torch.randn(7, 33).to(dtype), torch.randn(7, 48).to(dtype)
     for y, exact in (
-        (frozen.linear(x, weight, bias), x.double() @ weight.double().T + bias),
-        (frozen.linear_bwd(grad, weight), grad.double() @ weight.double()),
+        (frozen.linear(x, weight, bias, 0, 48), x.double() @ weight.double().T + bias),
+        (frozen.linear_bwd(grad, weight, 0, 48), grad.double() @ weight.double()),
     ):
         assert y.dtype == dtype
         assert relative_error(y, exact) < torch.finfo(dtype).eps / 2
 
 
 def test_kept_forms_die_with_their_weight():
-    frozen._forms.clear()
-    weight, other, x = torch.randn(8, 4), torch.randn(8, 4), torch.randn(2, 4, dtype=torch.float64)
-    frozen.linear(x, weight, None)
+    frozen.forget()
+    weight, x = torch.randn(8, 4), torch.randn(2, 4, dtype=torch.float64)
+    frozen.linear(x, weight, None, 0, 8)
     assert len(frozen._forms) == 1
     del weight
-    frozen.linear(x, other, None)
-    assert len(frozen._forms) == 1
+    assert not frozen._forms
+
+
+def test_kept_forms_follow_a_parameter_made_again_on_the_same_memory():
+    """Its version counter starts anew, so that of the old one says nothing."""
+    weight, x = torch.randn(8, 4), torch.randn(2, 4, dtype=torch.float64)
+    for _ in range(3):
+        parameter = torch.nn.Parameter(weight.data, requires_grad=False)
+        assert relative_error(frozen.linear(x, parameter, None, 0, 8), x @ weight.double().T) < 1e-6
+        weight.mul_(-3)
+
+
+def test_forget_is_for_what_no_counter_sees():
+    weight, x = torch.randn(8, 4), torch.randn(2, 4, dtype=torch.float64)
+    frozen.linear(x, weight, None, 0, 8)
+    weight.numpy()[:] = 1
+    frozen.forget()
+    assert relative_error(frozen.linear(x, weight, None, 0, 8), x.sum(1, keepdim=True).expand(2, 8)) < 1e-6
+
+
+def test_threads_share_the_kept_forms():
+    x, errors = torch.randn(2, 4, dtype=torch.float64), []
+
+    def work():
+        for _ in range(200):
+            weight = torch.randn(8, 4)
+            errors.append(relative_error(frozen.linear(x, weight, None, 0, 8), x @ weight.double().T))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 800 and max(errors) < 1e-6
+
+
+def test_compiled_graphs_find_the_kept_forms(monkeypatch):
+    made = []
+    monkeypatch.setattr(frozen, "cpu_product", lambda dtype: "packed")
+    monkeypatch.setattr(
+        frozen, "_pack", lambda matrix: made.append(1) or torch.ops.mkldnn._reorder_linear_weight(matrix)
+    )
+    weight = torch.randn(16, 8)
+    compiled = torch.compile(lambda x: ops.linear(x, weight, None, rows=(4, 12)), fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(3, 8, requires_grad=True)
+        (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert relative_error(grad, weight[4:12].sum(0).expand(3, 8)) < 1e-6
+    assert len(made) == 2  # forward and backward, once each
+
+
+@pytest.mark.parametrize("how", ["packed", "native", "widened", "plain"])
+def test_rows_of_a_convolutions_weight(monkeypatch, how):
+    multiply_by(monkeypatch, how)
+    weight, bias, x = torch.randn(12, 3, 2, 2), torch.randn(12), torch.randn(5, 12, requires_grad=True)
+    y = ops.linear(x, weight.to(memory_format=torch.channels_last), bias, rows=(2, 9))
+    exact = x.double() @ weight[2:9].flatten(1).double().T + bias[2:9]
+    assert relative_error(y, exact) < 1e-6
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert relative_error(grad, weight[2:9].flatten(1).sum(0).expand(5, 12)) < 1e-6
+
+
+def test_linear_gradcheck():
+    x, weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: ops.linear(x, weight, None), [x])
+
+
+def test_norm_insert_gradcheck():
+    inputs = [torch.randn(2, n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 3, 2)]
+    weight, bias = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: ops.norm_insert(*t, weight, bias, 1e-6), inputs)
+
+
+def test_gelu():
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    torch.testing.assert_close(ops.gelu(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)))
 
 
 def test_linear_refuses_a_trained_weight():
@@ -216,8 +292,8 @@ def test_linear_refuses_a_trained_weight():
 
 def test_linear_opcheck():
     x, weight, bias = torch.randn(2, 5, 6), torch.randn(4, 6), torch.randn(4)
-    opcheck(torch.ops.insvp_fast.linear.default, (x, weight, bias))
-    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 4), weight))
+    opcheck(torch.ops.insvp_fast.linear.default, (x, weight, bias, 1, 3))
+    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), weight, 1, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------- norm_insert
