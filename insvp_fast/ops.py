@@ -218,9 +218,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, int]
 
     Args:
         x: [..., D_in]; its dtype is that of the product and of the result.
-        weight, bias: [D_out, D_in] and [D_out] or None, in any floating dtype; they must not require a gradient. A
-        weight
-            of more dimensions, a convolution's, is flattened to two.
+        weight, bias: [D_out, D_in] and [D_out] or None, in any floating dtype; they must not require a gradient.
+            A weight of more dimensions, a convolution's, is flattened to two.
         rows: use only the outputs from the first to before the last of these two.
 
     Raises:
