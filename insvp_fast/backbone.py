@@ -7,6 +7,8 @@ one token, and nothing that only a weight gradient would need is kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.layers.attention import Attention
@@ -55,7 +57,7 @@ def is_patched(module: nn.Module) -> bool:
     return "forward" in state or any(state[hook] for hook in hooks)
 
 
-def _block_misfit(block: nn.Module, width: int) -> str | None:
+def _block_misfit(block: Any, width: int) -> str | None:
     if type(block) is not Block:
         return f"the block is a {type(block).__name__}"
     attention, mlp = block.attn, block.mlp

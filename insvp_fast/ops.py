@@ -123,8 +123,10 @@ def _superpose_bwd_reference(
     grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global
 ):
     wide = _widened(image.dtype)
-    operands = [t.to(wide) for t in (grad, image, hidden, w1, w2)]
-    d_image, d_global, *d_weights = reference.superpose_bwd(*operands, patch_size, global_weight, patch_weight)
+    g, x, hidden, v1, v2 = (t.to(wide) for t in (grad, image, hidden, w1, w2))
+    d_image, d_global, *d_weights = reference.superpose_bwd(
+        g, x, hidden, v1, v2, patch_size, global_weight, patch_weight
+    )
     d_image = d_image.to(image.dtype) if need_image else image.new_empty(0)
     d_global = d_global.to(grad.dtype) if need_global else grad.new_empty(0)
     return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (w1, w1, w2, w2), strict=True))

@@ -354,7 +354,7 @@ class InsVPReference(nn.Module):
             return None
         w_c, w_s = self.config.blend_feature
         if self.common_prompts is None:
-            return w_s * p_s
+            return None if p_s is None else w_s * p_s
         c_j = self.common_prompts[self.prompted_blocks.index(block)].expand(batch, -1, -1)
         c_j = F.dropout(c_j, self.config.common_dropout, self.training)
         return w_c * c_j if p_s is None else w_c * c_j + w_s * p_s

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
+
+from insvp_fast.reference import InsVPReference
 
 __all__ = ["draw_curves", "draw_prompts"]
 
@@ -29,17 +31,17 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 @torch.inference_mode()
-def draw_prompts(model: nn.Module, images: Tensor, preprocessing: dict[str, Any], file: Path) -> None:
+def draw_prompts(model: InsVPReference, images: Tensor, preprocessing: dict[str, Any], file: Path) -> None:
     """One column per image [B, 3, H, W]: the image, the parts of its prompt, the prompt, and the prompted image."""
     parts = model.eval().image_prompt(images)
-    rows = {
+    every: dict[str, Tensor | None] = {
         "image": _as_picture(images, preprocessing),
         "global prompt": _as_relief(parts.global_),
         "patch prompt": _as_relief(parts.patch),
         "image prompt": _as_relief(parts.prompt),
         "prompted image": _as_picture(parts.prompted, preprocessing),
     }
-    rows = {name: pictures for name, pictures in rows.items() if pictures is not None}
+    rows = {name: pictures for name, pictures in every.items() if pictures is not None}
     figure = Figure(figsize=(1.2 * len(images) + 1.2, 1.25 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(images), squeeze=False)
     for (name, pictures), line in zip(rows.items(), panels, strict=True):

@@ -41,7 +41,7 @@ def fit(
     train = loader_for(data.train, recipe, accelerator, shuffle=True)
     val, test = (loader_for(part, recipe, accelerator) for part in (data.val, data.test))
     model, optimiser = accelerator.prepare(model, optimiser)
-    steps = recipe.epochs * len(train)
+    steps = recipe.epochs * len(train)  # type: ignore[arg-type]  # a DataLoader, whatever wraps it
     schedule = LambdaLR(optimiser, lambda step: rate(step, steps, recipe.warmup))
     for epoch in range(1, recipe.epochs + 1):
         name = f"epoch {epoch}/{recipe.epochs}"

@@ -48,7 +48,7 @@ def train(recipe: Recipe) -> Path:
     insvp = train_one("InsVP", config, recipe.lr, backbone, data, journal)
     if accelerator.is_main_process:
         insvp.save_pretrained(journal.folder / "adapter", preprocessing=preprocessing, class_names=data.class_names)
-        images = torch.stack([data.test[i][0] for i in range(min(PICTURED, len(data.test)))])
+        images = torch.stack([data.test[i][0] for i in range(min(PICTURED, len(data.test)))])  # type: ignore[arg-type]  # torch does not say so, but they have one
         draw_prompts(insvp, images.to(accelerator.device), preprocessing, journal.folder / "prompts.png")
     if recipe.probe:
         train_one("linear probe", NO_PROMPTS, recipe.probe_lr, backbone, data, journal)
@@ -88,7 +88,7 @@ def insvp_config(recipe: Recipe) -> InsVPConfig:
     length = recipe.prompt_length
     if length is None and recipe.backbone == BUILTIN and not recipe.released:
         length = BUILTIN_PROMPT_LENGTH
-    chosen = {} if length is None else {"prompt_length": length}
+    chosen: dict[str, Any] = {} if length is None else {"prompt_length": length}
     return InsVPConfig.released(**chosen) if recipe.released else InsVPConfig(**chosen)
 
 
