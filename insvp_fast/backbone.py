@@ -1,8 +1,7 @@
 """The frozen Vision Transformer as a sequence of operations: which of timm's are understood, and how one runs.
 
 The exact savings that the equations allow live here: prompts give keys and values only, the last block asks one query
-where the head reads
-one token, and nothing that only a weight gradient would need is kept.
+where the head reads one token, and nothing that only a weight gradient would need is kept.
 """
 
 from __future__ import annotations

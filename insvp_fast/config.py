@@ -15,9 +15,8 @@ __all__ = ["InsVPConfig"]
 class InsVPConfig:
     """The hyper-parameters of InsVP; the defaults are the paper's.
 
-    The letters are those of the equations in ``insvp_fast/reference.py``. A configuration is immutable; derive
-    another with
-    ``dataclasses.replace``.
+    The letters are those of the equations in ``insvp_fast/reference.py``. A configuration is immutable; derive another
+    with ``dataclasses.replace``.
 
     Args:
         global_prompt, patch_prompt: the two parts of the image prompt, p_g and p_l (eq. 4 and 5).
@@ -27,9 +26,8 @@ class InsVPConfig:
             A prompt whose partner is switched off has weight 1.
         prompt_length: L, the number of prompt tokens in a block; 0 switches the feature prompt off.
         prompted_blocks: None for every block, a number n for the first n, or the indices themselves.
-        carry_prompts: let the outputs of the prompts run on into blocks that have no prompts of their own, as VPT-
-        Shallow and the
-            authors' release do; otherwise such blocks see no prompts.
+        carry_prompts: let the outputs of the prompts run on into blocks that have no prompts of their own, as the
+            authors' release and VPT-Shallow do; otherwise such blocks see no prompts.
         patch_hidden: R, the hidden width of the patch prompter.
         global_hidden: hidden channels of the global prompter.
         global_kernels, global_dilations: its two convolutions.
@@ -68,11 +66,9 @@ class InsVPConfig:
         """The configuration of the authors' released code, where it differs from the paper.
 
         Weights 2 and 1 for the image prompt and 1 and 1 for the feature prompt, dense 11x11 and 25x25 convolutions,
-        dropout 0.1 on
-        all four prompts, the prompted image as input of the specific prompter, prompts carried through unprompted
-        blocks,
-        ``prompt_length=16``. The released code evaluates the specific prompter anew in every block; the twelve
-        results differ only by
+        dropout 0.1 on all four prompts, the prompted image as input of the specific prompter, prompts carried through
+        unprompted blocks, ``prompt_length=16``. The released code evaluates the specific prompter anew in every block;
+        the twelve results differ only by
         their dropout masks, so here it is evaluated once: the same function in evaluation, one shared mask instead of
         twelve in training.
         """

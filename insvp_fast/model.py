@@ -21,12 +21,10 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     """InsVP around a frozen timm Vision Transformer, with the constructor, keys and numbers of ``InsVPReference``.
 
     Keeps timm's interface (``forward_features``, ``forward_head``, ``get_classifier``, ``reset_classifier``,
-    ``no_weight_decay``,
-    ``set_grad_checkpointing``) and works under autocast, ``torch.compile``, DDP, ``copy.deepcopy`` and
-    ``torch.export``. Products are computed in
-    the autocast dtype, else in that of the backbone. A backbone that the fast operations do not cover runs through
-    the reference's own
-    path, exactly, and says so once with a warning.
+    ``no_weight_decay``, ``set_grad_checkpointing``) and works under autocast, ``torch.compile``, DDP,
+    ``copy.deepcopy`` and ``torch.export``. Products are computed in the autocast dtype, else in that of the backbone.
+    A backbone that the fast operations do not cover runs through the reference's own path, exactly, and says so once
+    with a warning.
 
     Args, shapes and errors: see ``InsVPReference``.
     """

@@ -1,10 +1,9 @@
 """The operations: one contract each, carried out by whatever is fastest where the tensors are.
 
-Every operation but ``linear`` is the function of the same name in ``reference.py``; gradients are written out. Where an
-operation has kernels, its
-schema is registered with PyTorch and PyTorch's dispatcher is the device table: the reference formula for every
-device, the native library
-over it for CPU, Triton over it for CUDA and ROCm. Gradients are first-order only.
+Every operation but ``linear`` is the function of the same name in ``reference.py``; gradients are written out. Where
+an operation has kernels, its schema is registered with PyTorch and PyTorch's dispatcher is the device table: the
+reference formula for every device, the native library over it for CPU, Triton over it for CUDA and ROCm. Gradients are
+first-order only.
 
 Letters as in ``reference.py``.
 """
@@ -286,8 +285,7 @@ def norm_insert(
 
     Returns:
         The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. The residual is a view of the
-        one buffer that is
-        kept for backward.
+        one buffer that is kept for backward.
     """
     return _NormInsert.apply(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
 

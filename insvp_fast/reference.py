@@ -1,12 +1,11 @@
 """The specification: InsVP in stock PyTorch and stock timm blocks, one equation after another.
 
 Equation numbers are those of the paper (InsVP, ACM MM 2024). Nothing here is tuned and nothing here imports a kernel;
-everything fast in
-this package is measured against these functions.
+everything fast in this package is measured against these functions.
 
-Letters: B images, C channels, H and W image size, P patch side, N patches, K = C·P·P pixels of a patch, R hidden
-width of the patch
-prompter, T tokens of the backbone (prefix + N), L prompt tokens of a block, S = T + L, D embedding width, J blocks.
+Letters: B images, C channels, H and W image size, P patch side, N patches, K = C·P·P pixels of a patch, R hidden width
+of the patch prompter, T tokens of the backbone (prefix + N), L prompt tokens of a block, S = T + L, D embedding width,
+J blocks.
 """
 
 from __future__ import annotations
@@ -196,10 +195,8 @@ class SpecificPrompter(nn.Module):
     """G_s: three convolutions with pooling between that make L tokens from an image (eq. 9). [B, C, H, W] -> [B, L, D].
 
     The paper reshapes [c·L, grid, grid] to [L, D], which needs D = c·grid². Its own case is c = 3 and grid = P = 16;
-    for other widths c and
-    grid come from ``token_grid``. Each pooling window is the largest that fits, on the centre of the image, and for
-    224 pixels, P = 16 and D = 768
-    all sizes are those of the authors' release.
+    for other widths c and grid come from ``token_grid``. Each pooling window is the largest that fits, on the centre
+    of the image, and for 224 pixels, P = 16 and D = 768 all sizes are those of the authors' release.
     """
 
     def __init__(self, channels: int, patch_size: int, embed_dim: int, config: InsVPConfig) -> None:
@@ -261,8 +258,7 @@ class InsVPReference(nn.Module):
         pretrained, backbone_kwargs: for ``timm.create_model``, where the backbone is a name.
 
     Shapes: images [B, C, H, W] in, logits [B, num_classes] out. Trained: the prompters, the common prompts and the
-    head. Everything under
-    ``backbone`` is frozen and stays in evaluation mode.
+    head. Everything under ``backbone`` is frozen and stays in evaluation mode.
 
     Raises:
         TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
