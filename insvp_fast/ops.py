@@ -349,8 +349,7 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Te
         scale: of the scores before the softmax.
 
     Returns:
-        [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax, never the
-        probabilities.
+        [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax.
     """
     if qkv.device.type == "cpu":
         return _Attention.apply(qkv, num_heads, num_queries, scale)
