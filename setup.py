@@ -61,7 +61,9 @@ class CMakeBuild(build_ext):
         stamp.write_text(key)
         subprocess.check_call([cmake, "--build", str(work), "--parallel"])
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(work / target.name, target)
+        fresh = target.with_suffix(".new")
+        shutil.copy2(work / target.name, fresh)
+        os.replace(fresh, target)  # whole at once: a running process may have the old library mapped
 
 
 class Wheel(bdist_wheel):

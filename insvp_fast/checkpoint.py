@@ -133,6 +133,7 @@ class AdapterCheckpoint(
         name = _backbone_name(self.backbone)
         text = CARD.format(
             backbone=f"`{name}`" if name else "not made by timm, to be given as `backbone=`",
+            argument="" if name else ", backbone=backbone",
             num_classes=self.num_classes,
             paper=self._hub_mixin_info.paper_url,
             configuration=json.dumps(self.config.to_dict(), indent=2),
@@ -243,7 +244,7 @@ An adapter for a frozen Vision Transformer: prompts generated from the image its
 ```python
 from insvp_fast import InsVPViT
 
-model = InsVPViT.from_pretrained("<this folder or repository>")
+model = InsVPViT.from_pretrained("<this folder or repository>"{argument})
 logits = model(images)
 print(model.class_names, model.preprocessing)
 ```

@@ -28,6 +28,7 @@ class Journal:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator, self.active = recipe, accelerator, accelerator.is_main_process
+        self.tested_on = "test"
         self.epochs: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
         self.folder = Path(recipe.output)
@@ -36,6 +37,7 @@ class Journal:
 
     def begin(self, config: InsVPConfig, preprocessing: dict[str, Any], data: Data) -> None:
         """Write config.json: all that the run was decided by."""
+        self.tested_on = data.tested_on
         images = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
         versions = {"insvp_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
         content = {
@@ -69,7 +71,8 @@ class Journal:
 
     def end(self) -> None:
         """Print all results."""
-        self.say(f"\n{'':12}{'test accuracy':>15}{'trained parameters':>20}")
+        column = f"{self.tested_on} accuracy"  # a folder may have no images for a test of its own
+        self.say(f"\n{'':12}{column:>15}{'trained parameters':>20}")
         for record in self.results:
             self.say(f"{record['model']:12}{record['test_accuracy']:15.1%}{record['trained_parameters']:20,}")
         self.say(f"\nrun folder: {self.folder}")
