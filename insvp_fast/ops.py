@@ -287,7 +287,13 @@ def norm_insert(
         The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. The residual is a view of the
         one buffer that is kept for backward.
     """
-    return _NormInsert.apply(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
+    dtype = dtype or residual.dtype
+    # Inductor fuses the formula and writes the parts of its cat in place; torch 2.11 would lose a gradient of _NormInsert,
+    # whose outputs include a view
+    if torch.compiler.is_compiling():
+        total, normed = reference.norm_insert(residual, branch, prompts, weight, bias, eps)
+        return total.to(residual.dtype), normed.to(dtype)
+    return _NormInsert.apply(residual, branch, prompts, weight, bias, eps, dtype)
 
 
 class _NormInsert(torch.autograd.Function):
@@ -315,11 +321,6 @@ class _NormInsert(torch.autograd.Function):
 
 def _place(residual: Tensor, branch: Tensor | None, prompts: Tensor | None) -> Tensor:
     """The sum and, behind it, the prompts, in one new buffer [B, T+L, D]."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # Inductor writes the parts of a cat in place; an `out` that is a view would break the graph
-        total = residual.clone() if branch is None else (residual + branch).to(residual.dtype)
-        return total if prompts is None else torch.cat([total, prompts.to(total.dtype)], dim=1)
     (B, T, D), L = residual.shape, 0 if prompts is None else prompts.shape[1]
     tokens = residual.new_empty(B, T + L, D)
     if branch is None:
