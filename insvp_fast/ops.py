@@ -288,8 +288,8 @@ def norm_insert(
         one buffer that is kept for backward.
     """
     dtype = dtype or residual.dtype
-    # Inductor fuses the formula and writes the parts of its cat in place; torch 2.11 would lose a gradient of _NormInsert,
-    # whose outputs include a view
+    # Inductor fuses the formula and writes the parts of its cat in place; torch 2.11 would lose a gradient of
+    # _NormInsert, whose outputs include a view
     if torch.compiler.is_compiling():
         total, normed = reference.norm_insert(residual, branch, prompts, weight, bias, eps)
         return total.to(residual.dtype), normed.to(dtype)
