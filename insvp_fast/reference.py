@@ -95,7 +95,7 @@ def norm_insert(
     branch: Tensor | None,  # [B, T, D], what the preceding half-block adds
     prompts: Tensor | None,  # [B, L, D]
     weight: Tensor,  # [D]
-    bias: Tensor,  # [D]
+    bias: Tensor | None,  # [D]
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, S, D]
     """Residual addition, then LayerNorm of the tokens and, placed behind them, of the prompts.
