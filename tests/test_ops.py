@@ -62,7 +62,8 @@ def test_superpose(impl, B, C, grid, P, R, prompt):
     exact = with_gradients(lambda *t: run(reference.superpose, t), copies(inputs, torch.float64))
     fast = with_gradients(lambda *t: run(ops.superpose, t, impl=impl), inputs)
     for value, expected in zip(fast, exact, strict=True):
-        assert value.shape == expected.shape and relative_error(value, expected) < 1e-5
+        tolerance = 1e-5 if value.numel() > 1 else 1e-4  # a single sum of both signs may cancel
+        assert value.shape == expected.shape and relative_error(value, expected) < tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,11 +245,9 @@ def test_threads_share_the_kept_forms():
 
 
 def test_compiled_graphs_find_the_kept_forms(monkeypatch):
-    made = []
+    made, pack = [], frozen._pack
     monkeypatch.setattr(frozen, "cpu_product", lambda dtype: "packed")
-    monkeypatch.setattr(
-        frozen, "_pack", lambda matrix: made.append(1) or torch.ops.mkldnn._reorder_linear_weight(matrix)
-    )
+    monkeypatch.setattr(frozen, "_pack", lambda matrix: made.append(1) or pack(matrix))
     weight = torch.randn(16, 8)
     compiled = torch.compile(lambda x: ops.linear(x, weight, None, rows=(4, 12)), fullgraph=True, backend="aot_eager")
     for _ in range(3):
