@@ -17,9 +17,8 @@ if not torch.cuda.is_available():
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 parity is meant to the last bits
 
-settings.register_profile(
-    "insvp_fast", deadline=None, derandomize=True
-)  # an interpreted kernel's first call takes seconds
+# no deadline: an interpreted kernel's first call takes seconds
+settings.register_profile("insvp_fast", deadline=None, derandomize=True)
 settings.load_profile("insvp_fast")
 
 
