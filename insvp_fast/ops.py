@@ -1,7 +1,7 @@
 """The operations: one contract each, carried out by whatever is fastest where the tensors are.
 
-Every operation but ``linear`` is the function of the same name in ``reference.py``; gradients are written out. Where
-an operation has kernels, its schema is registered with PyTorch and PyTorch's dispatcher is the device table: the
+Every operation but ``linear``, which is PyTorch's, is the function of the same name in ``reference.py``. Where an
+operation has kernels, its schema is registered with PyTorch and PyTorch's dispatcher is the device table: the
 reference formula for every device, the native library over it for CPU, Triton over it for CUDA and ROCm. Gradients are
 first-order only.
 

@@ -23,19 +23,11 @@ class Reference(AdapterCheckpoint, InsVPReference):
     pass
 
 
-if issubclass(InsVPViT, AdapterCheckpoint):
-    Fast = InsVPViT
-else:
-
-    class Fast(AdapterCheckpoint, InsVPViT):
-        pass
-
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TokenPrompt:UserWarning"),
     pytest.mark.filterwarnings("ignore:InsVPViT runs through the general path:UserWarning"),
 ]
-models = pytest.mark.parametrize("model_type", [Reference, Fast], ids=["reference", "fast"])
+models = pytest.mark.parametrize("model_type", [Reference, InsVPViT], ids=["reference", "fast"])
 
 # images, blocks, prompted blocks, prompt length, kernels, SimAM
 CASES = [
