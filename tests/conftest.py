@@ -58,3 +58,23 @@ def aot(tmp_path_factory) -> list[dict]:
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
+def isa(request, monkeypatch):
+    """The native library at one instruction set; skips those that the processor lacks."""
+    from insvp_fast.native import library
+
+    monkeypatch.setenv("INSVP_FAST_CPU_ISA", request.param)
+    library.load.cache_clear()
+    yield request.param if library.native_status().isa == request.param else pytest.skip("the processor lacks it")
+    monkeypatch.undo()
+    library.load.cache_clear()
+    library.native_status()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

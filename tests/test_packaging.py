@@ -11,9 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import insvp_fast.kernels
 from insvp_fast import native
+from insvp_fast.native import library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,8 +71,8 @@ def test_kernels_are_looked_for_beside_the_shim_first(tmp_path, installed):
 @pytest.fixture
 def reload_native():
     """Forgets what was loaded, before and after the test; call it after changing the surroundings."""
-    yield native._load.cache_clear
-    native._load.cache_clear()
+    yield library.load.cache_clear
+    library.load.cache_clear()
 
 
 def test_native_can_be_switched_off(monkeypatch, reload_native):
@@ -82,7 +84,7 @@ def test_native_can_be_switched_off(monkeypatch, reload_native):
 
 
 def test_a_missing_library_says_how_to_find_out_why(monkeypatch, reload_native, tmp_path):
-    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "absent.so")
     monkeypatch.delenv("INSVP_FAST_NATIVE", raising=False)
     reload_native()
     assert "not built; INSVP_FAST_NATIVE=1 pip install" in str(native.native_status())
@@ -95,14 +97,14 @@ def test_a_missing_library_says_how_to_find_out_why(monkeypatch, reload_native, 
 def test_a_broken_library_is_not_used(monkeypatch, reload_native, tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(native, "_LIBRARY", broken)
+    monkeypatch.setattr(library, "LIBRARY", broken)
     reload_native()
     assert "cannot load broken.so" in str(native.native_status())
 
 
 @pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
 def test_a_stale_library_is_not_used(monkeypatch, reload_native):
-    monkeypatch.setattr(native, "_ABI", native._ABI + 1)
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
     reload_native()
     assert "run pip install -e . again" in str(native.native_status())
 
@@ -177,3 +179,16 @@ def test_wheel_without_the_library_is_pure_and_complete(checkout):
     source = {str(p.relative_to(ROOT)) for p in (ROOT / "insvp_fast").rglob("*.py")}
     source |= {f"insvp_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
     assert source <= set(names)
+
+
+def test_the_library_is_there_where_it_is_required():
+    if os.environ.get("INSVP_FAST_NATIVE") != "1":
+        pytest.skip("INSVP_FAST_NATIVE=1 is not set")
+    assert native.native_status().loaded, native.native_status()
+
+
+@pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
+def test_available():
+    assert native.available()
+    assert native.available(torch.float32, torch.bfloat16)
+    assert not native.available(torch.float32, torch.float16)

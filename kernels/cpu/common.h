@@ -7,7 +7,7 @@
 
 namespace insvp_fast {
 
-enum class Isa : int { generic, avx2, avx512 };
+enum class Isa : int { generic, avx2, avx512, avx512_bf16 };  // each has what those before it have
 
 // The level in use: the best one that the processor has, unless insvp_fast_select_isa lowered it.
 Isa isa();

@@ -6,14 +6,15 @@
 namespace insvp_fast {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
 
 Isa best() {
 #ifdef INSVP_FAST_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return avx512 ? Isa::avx512 : Isa::avx2;
+    if (!avx512) return Isa::avx2;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }
 #endif
   return Isa::generic;
@@ -28,12 +29,12 @@ Isa isa() { return selected; }
 }  // namespace insvp_fast
 
 // Raise it with every change of an exported signature; the loader refuses a library with another one.
-INSVP_FAST_API int insvp_fast_abi_version() { return 2; }
+INSVP_FAST_API int insvp_fast_abi_version() { return 3; }
 
 // Selects the best level that is not above `limit` ("": no limit). Returns its name, or null for an unknown limit.
 INSVP_FAST_API const char* insvp_fast_select_isa(const char* limit) {
   using namespace insvp_fast;
-  for (int level = static_cast<int>(Isa::avx512); level >= 0; --level) {
+  for (int level = static_cast<int>(Isa::avx512_bf16); level >= 0; --level) {
     if (*limit && std::strcmp(limit, kNames[level]) != 0) continue;
     const int top = static_cast<int>(best());
     selected = static_cast<Isa>(level < top ? level : top);

@@ -11,8 +11,8 @@ namespace {
 
 const LinearKernels& kernels() {
 #ifdef INSVP_FAST_X86
-  if (isa() == Isa::avx512) return linear_avx512;
-  if (isa() == Isa::avx2) return linear_avx2;
+  if (isa() >= Isa::avx512) return linear_avx512;
+  if (isa() >= Isa::avx2) return linear_avx2;
 #endif
   return linear_generic;
 }

@@ -10,8 +10,8 @@ namespace {
 
 const SuperposeKernels& kernels() {
 #ifdef INSVP_FAST_X86
-  if (isa() == Isa::avx512) return superpose_avx512;
-  if (isa() == Isa::avx2) return superpose_avx2;
+  if (isa() >= Isa::avx512) return superpose_avx512;
+  if (isa() >= Isa::avx2) return superpose_avx2;
 #endif
   return superpose_generic;
 }

@@ -1,0 +1,189 @@
+"""The image prompt in one pass: superpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import register_fake
+
+from insvp_fast import native, reference
+from insvp_fast.ops.library import LIBRARY, define, widened
+
+__all__ = ["superpose"]
+
+define(
+    "superpose_fwd(Tensor image, Tensor? global_prompt, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int patch_size, "
+    "float global_weight, float patch_weight, ScalarType dtype) -> (Tensor, Tensor)"
+)
+define(
+    "superpose_bwd(Tensor grad, Tensor image, Tensor hidden, Tensor w1, Tensor w2, int patch_size, "
+    "float global_weight, float patch_weight, bool need_image, bool need_global) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def superpose(
+    image: Tensor,
+    global_prompt: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    patch_size: int,
+    global_weight: float,
+    patch_weight: float,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The prompted image x + w_g·p_g + w_l·G_l(x), unfolded into patches, in one pass (eq. 5, 6 and 7).
+
+    Args:
+        image, global_prompt: [B, C, H, W], fp32, bf16 or fp16; no global prompt, no such term.
+        w1, b1, w2, b2: the patch prompter, [R, K], [R], [K, R], [K].
+        dtype: of the result; the image's if not given. Arithmetic is fp32.
+        impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
+
+    Returns:
+        [B, N, K]
+
+    Raises:
+        ValueError: for shapes that do not fit, or an unknown ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
+    """
+    _, C, H, W = image.shape
+    K = C * patch_size**2
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch side {patch_size}")
+    if global_prompt is not None and global_prompt.shape != image.shape:
+        raise ValueError(
+            f"global_prompt has shape {tuple(global_prompt.shape)}: expected that of the image, {tuple(image.shape)}"
+        )
+    R = w1.shape[0]
+    for name, weight, shape in (("w1", w1, (R, K)), ("b1", b1, (R,)), ("w2", w2, (K, R)), ("b2", b2, (K,))):
+        if weight.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected {shape}")
+    if impl not in _SUPERPOSE:
+        raise ValueError(f"impl={impl!r}: expected one of {sorted(_SUPERPOSE)}")
+    blend = patch_size, float(global_weight), float(patch_weight)
+    return _Superpose.apply(image, global_prompt, w1, b1, w2, b2, *blend, dtype or image.dtype, impl)
+
+
+class _Superpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, impl):
+        forward = _SUPERPOSE[impl][0]
+        tokens, hidden = forward(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+        ctx.save_for_backward(image, hidden, w1, w2)
+        ctx.blend = patch_size, global_weight, patch_weight
+        ctx.impl = impl
+        return tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        backward = _SUPERPOSE[ctx.impl][1]
+        need_image, need_global = ctx.needs_input_grad[:2]
+        grads = backward(grad, *ctx.saved_tensors, *ctx.blend, need_image, need_global)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
+
+
+def _superpose_fwd_reference(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    wide = widened(image.dtype)
+    x = image.to(wide)
+    p_g = None if global_prompt is None else global_prompt.to(wide)
+    w1, b1, w2, b2 = (w.to(wide) for w in (w1, b1, w2, b2))
+    hidden = torch.nn.functional.linear(reference.unfold(x, patch_size), w1, b1).relu()
+    tokens = reference.superpose(x, p_g, w1, b1, w2, b2, patch_size, global_weight, patch_weight)
+    return tokens.to(dtype), hidden
+
+
+def _superpose_bwd_reference(
+    grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global
+):
+    wide = widened(image.dtype)
+    g, x, hidden, v1, v2 = (t.to(wide) for t in (grad, image, hidden, w1, w2))
+    d_image, d_global, *d_weights = reference.superpose_bwd(
+        g, x, hidden, v1, v2, patch_size, global_weight, patch_weight
+    )
+    d_image = d_image.to(image.dtype) if need_image else image.new_empty(0)
+    d_global = d_global.to(grad.dtype) if need_global else grad.new_empty(0)
+    return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (w1, w1, w2, w2), strict=True))
+
+
+def _superpose_fwd_cpu(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    p_g_dtype = image.dtype if global_prompt is None else global_prompt.dtype
+    weights_fit = all(w.dtype == torch.float32 for w in (w1, b1, w2, b2))
+    covered = weights_fit and native.available(image.dtype, p_g_dtype, dtype)
+    run = native.superpose_fwd if covered else _superpose_fwd_reference
+    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+
+
+def _superpose_bwd_cpu(grad, image, hidden, w1, w2, *rest):
+    covered = w1.dtype == w2.dtype == torch.float32 and native.available(grad.dtype, image.dtype)
+    run: Callable[..., Any] = native.superpose_bwd if covered else _superpose_bwd_reference
+    return run(grad, image, hidden, w1, w2, *rest)
+
+
+def _superpose_fwd_cuda(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    run = _superpose_fwd_triton if _triton_covers(image, global_prompt, w1, w2, dtype) else _superpose_fwd_reference
+    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+
+
+def _superpose_bwd_cuda(grad, image, hidden, w1, w2, *rest):
+    run = _superpose_bwd_triton if _triton_covers(image, None, w1, w2, grad.dtype) else _superpose_bwd_reference
+    return run(grad, image, hidden, w1, w2, *rest)
+
+
+def _triton_covers(image, global_prompt, w1, w2, dtype):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    tensors = [t for t in (image, global_prompt, w1, w2) if t is not None]
+    return kernel.covers(image.device, w1.shape[0], *(t.dtype for t in tensors), dtype)
+
+
+def _superpose_fwd_triton(*args):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    return kernel.superpose_fwd(*args)
+
+
+def _superpose_bwd_triton(*args):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    return kernel.superpose_bwd(*args)
+
+
+@register_fake("insvp_fast::superpose_fwd", lib=LIBRARY)
+def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+    B, _, H, W = image.shape
+    N = (H // patch_size) * (W // patch_size)
+    hidden = image.new_empty(B, N, w1.shape[0], dtype=widened(image.dtype))
+    return image.new_empty(B, N, w1.shape[1], dtype=dtype), hidden
+
+
+@register_fake("insvp_fast::superpose_bwd", lib=LIBRARY)
+def _(grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global):
+    R, K = w1.shape
+    d_image = image.new_empty(image.shape if need_image else 0)
+    d_global = grad.new_empty(image.shape if need_global else 0)
+    return d_image, d_global, w1.new_empty(R, K), w1.new_empty(R), w2.new_empty(K, R), w2.new_empty(K)
+
+
+LIBRARY.impl("superpose_fwd", _superpose_fwd_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("superpose_bwd", _superpose_bwd_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("superpose_fwd", _superpose_fwd_cpu, "CPU")
+LIBRARY.impl("superpose_bwd", _superpose_bwd_cpu, "CPU")
+LIBRARY.impl("superpose_fwd", _superpose_fwd_cuda, "CUDA")
+LIBRARY.impl("superpose_bwd", _superpose_bwd_cuda, "CUDA")
+
+_SUPERPOSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),
+    "reference": (_superpose_fwd_reference, _superpose_bwd_reference),
+    "native": (native.superpose_fwd, native.superpose_bwd),
+    "triton": (_superpose_fwd_triton, _superpose_bwd_triton),
+}
