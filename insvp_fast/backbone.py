@@ -6,7 +6,7 @@ where the head reads one token, and nothing that only a weight gradient would ne
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from insvp_fast import ops, reference
 
-__all__ = ["embed", "forward_block", "is_patched", "misfit"]
+__all__ = ["How", "embed", "forward_block", "is_patched", "misfit"]
 
 
 def misfit(backbone: VisionTransformer) -> str | None:
@@ -90,43 +90,65 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
     return backbone.norm_pre(nn.functional.pad(tokens, (0, 0, backbone.num_prefix_tokens, 0)) + constant)
 
 
+class How(NamedTuple):
+    """How the blocks are computed; the numbers are the same."""
+
+    dtype: torch.dtype  # of the products
+    fold_norm: bool  # the affine map of a norm into the product behind it
+    attention: str  # implementation, see ``ops.attention``
+    mlp_keeps: str  # for backward, see ``ops.mlp``
+
+
 def forward_block(
     block: Block,
     residual: Tensor,  # [B, T, D]
     branch: Tensor | None,  # [B, T, D], not yet added to the residual
     prompts: Tensor | None,  # [B, L, D]
-    dtype: torch.dtype,
+    how: How,
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One transformer block (eq. 11); its last sum is left to the next block's norm.
 
     With ``num_queries``, only the first tokens are carried on: all others serve as keys and values and end here.
     """
-    norm1, norm2, attn, mlp = block.norm1, block.norm2, block.attn, block.mlp
-    residual, y = ops.norm_insert(residual, branch, prompts, norm1.weight, norm1.bias, norm1.eps, dtype=dtype)
+    attn, mlp = block.attn, block.mlp
+    residual, y, affine = _norm(block.norm1, residual, branch, prompts, how)
     if num_queries is None:
-        attended = _attend(attn, y, residual.shape[1])
+        attended = _attend(attn, y, affine, residual.shape[1], how)
     else:
-        attended = _attend_few(attn, y, num_queries)
+        attended = _attend_few(attn, y, affine, num_queries)
         residual = residual[:, :num_queries]
     branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), attn.proj.weight, attn.proj.bias))
-    residual, y = ops.norm_insert(residual, branch, None, norm2.weight, norm2.bias, norm2.eps, dtype=dtype)
-    hidden = ops.gelu(ops.linear(y, mlp.fc1.weight, mlp.fc1.bias))
-    return residual, block.ls2(ops.linear(hidden, mlp.fc2.weight, mlp.fc2.bias))
+    residual, y, affine = _norm(block.norm2, residual, branch, None, how)
+    weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+    return residual, block.ls2(ops.mlp(y, *weights, **affine, keep=how.mlp_keeps))
 
 
-def _attend(attn: Attention, y: Tensor, num_queries: int) -> Tensor:  # [B, S, D] -> [B, T, D]
-    qkv = ops.linear(y, attn.qkv.weight, attn.qkv.bias)
+def _norm(
+    norm: nn.LayerNorm, residual: Tensor, branch: Tensor | None, prompts: Tensor | None, how: How
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """The stream, the normalised buffer, and what of the norm is left to the product behind it."""
+    left = {"gain": norm.weight, "shift": norm.bias} if how.fold_norm else {}
+    weight, bias = (None, None) if how.fold_norm else (norm.weight, norm.bias)
+    return *ops.norm_insert(residual, branch, prompts, weight, bias, norm.eps, dtype=how.dtype), left
+
+
+def _attend(
+    attn: Attention, y: Tensor, affine: dict[str, Tensor | None], num_queries: int, how: How
+) -> Tensor:  # [B, S, D] -> [B, T, D]
+    qkv = ops.linear(y, attn.qkv.weight, attn.qkv.bias, **affine)
     if not isinstance(attn.q_norm, nn.Identity):
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
     return ops.attention(qkv, attn.num_heads, num_queries, attn.scale)
 
 
-def _attend_few(attn: Attention, y: Tensor, num_queries: int) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
+def _attend_few(
+    attn: Attention, y: Tensor, affine: dict[str, Tensor | None], num_queries: int
+) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
-    q = ops.linear(y[:, :num_queries], weight, bias, rows=(0, D))
-    kv = ops.linear(y, weight, bias, rows=(D, 3 * D))
+    q = ops.linear(y[:, :num_queries], weight, bias, **affine, rows=(0, D))
+    kv = ops.linear(y, weight, bias, **affine, rows=(D, 3 * D))
     q = _in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     # so few queries that the probabilities are cheaper to keep than to make again

@@ -6,6 +6,9 @@ and kept beside the weight, for as long as that lives. It is made anew when PyTo
 memory, dtype or shape says that the weight has changed: after loading a state dict, moving or casting the model,
 updates in place.
 
+The frozen affine map of the norm before a product is folded into it: (g*x + s) @ W.T + b is x @ (W*g).T + (W @ s + b),
+exact but for the rounding of W*g.
+
 What the version counter does not see has to be followed by ``forget()``: writes through ``weight.data``, through a
 NumPy array that shares the memory, or by ``torch.distributed`` collectives on the weights themselves (DDP's own are
 seen).
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -26,17 +29,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from insvp_fast import cpu, native
 
-__all__ = ["cpu_product", "forget", "linear", "linear_bwd"]
+__all__ = ["cpu_product", "forget", "form_of", "linear", "linear_bwd", "linear_gelu", "linear_gelu_bwd"]
 
 
 class _Form(NamedTuple):
-    owner: weakref.ref[Tensor]
-    storage: StorageWeakRef  # keeps the address from being used again, not the memory
+    owners: tuple[weakref.ref[Tensor], ...]
+    storages: tuple[StorageWeakRef, ...]  # keep the addresses from being used again, not the memory
     state: tuple[object, ...]
     tensor: Tensor
 
 
-_forms: dict[tuple[int, str, torch.dtype], _Form] = {}
+_forms: dict[tuple[object, ...], _Form] = {}
 _lock = threading.Lock()
 
 
@@ -46,87 +49,166 @@ def forget() -> None:
         _forms.clear()
 
 
-def form_of(weight: Tensor, name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
-    """The form ``name`` of ``weight`` in ``dtype``, made by ``make`` where it is new or the weight has changed."""
-    # inference tensors have no version counter; memory taken while a CUDA graph is captured belongs to the graph
-    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return make()
-    key = id(weight), name, dtype
-    storage = StorageWeakRef(weight.untyped_storage())
-    state = weight._version, storage.cdata, weight.storage_offset(), weight.dtype, weight.shape, weight.stride()
+def form_of(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+    """The form ``name`` of ``weights`` in ``dtype``, made by ``make`` where it is new or one of them has changed."""
+    for weight in weights:
+        # inference tensors have no version counter; memory taken while a CUDA graph is captured belongs to the graph
+        if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return make()
+    key = *map(id, weights), name, dtype
+    storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
+    state = tuple(
+        (w._version, storage.cdata, w.storage_offset(), w.dtype, w.shape, w.stride())
+        for w, storage in zip(weights, storages, strict=True)
+    )
     form = _forms.get(key)
-    if form is None or form.owner() is not weight or form.state != state:
+    if form is None or form.state != state or any(o() is not w for o, w in zip(form.owners, weights, strict=True)):
         with torch.no_grad():
-            form = _Form(weakref.ref(weight, lambda owner: _drop(key, owner)), storage, state, make())
+            owners = tuple(weakref.ref(weight, lambda owner: _drop(key, owner)) for weight in weights)
+            form = _Form(owners, storages, state, make())
         with _lock:
             _forms[key] = form
     return form.tensor
 
 
-def _drop(key: tuple[int, str, torch.dtype], owner: weakref.ref[Tensor]) -> None:
+def _drop(key: tuple[object, ...], owner: weakref.ref[Tensor]) -> None:
     form = _forms.get(key)
-    if form is not None and form.owner is owner:  # and not that of a new weight with the same id
+    if form is not None and any(o is owner for o in form.owners):  # and not that of a new weight with the same id
         _forms.pop(key, None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, first: int, last: int) -> Tensor:  # [..., D_in] -> [..., n]
-    """x @ W.T + b in the dtype of x, accumulated in fp32, with the rows ``first`` to ``last`` of weight and bias."""
-    bias = None if bias is None else _cast(bias, _product_dtype(x))[first:last]
-    return _product(x, weight, bias, "forward", first, last)
+class Frozen(NamedTuple):
+    """A frozen linear layer: (gain*x + shift) @ weight.T + bias, its outputs from ``first`` to before ``last``."""
+
+    weight: Tensor  # [D_out, D_in]; a convolution's, of more dimensions, counts as flattened to two
+    bias: Tensor | None = None
+    gain: Tensor | None = None  # [D_in], the affine map of the norm before
+    shift: Tensor | None = None
+    first: int = 0
+    last: int | None = None
+
+    @property
+    def out_features(self) -> int:
+        return len(self.weight[self.first : self.last])
+
+    @property
+    def in_features(self) -> int:
+        return self.weight[0].numel()
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W*g in ``dtype``, all rows, kept unless it is the weight itself."""
+        if self.gain is None and self.weight.dtype == dtype:
+            return self.weight.flatten(1)
+        return form_of(self._sources(self.gain), "matrix", dtype, lambda: self._folded().to(dtype))
+
+    def constant(self, dtype: torch.dtype) -> Tensor | None:
+        """W @ s + b in ``dtype``, the rows asked for."""
+        if self.shift is None:
+            if self.bias is None or self.bias.dtype == dtype:
+                return None if self.bias is None else self.bias[self.first : self.last]
+            return form_of([self.bias], "constant", dtype, lambda: self.bias.to(dtype))[self.first : self.last]
+
+        def make() -> Tensor:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            constant = self.weight.flatten(1).to(wide) @ self.shift.to(wide)
+            return (constant if self.bias is None else constant + self.bias).to(dtype)
+
+        return form_of(self._sources(self.bias, self.shift), "constant", dtype, make)[self.first : self.last]
+
+    def packed(self, how: str, direction: str, dtype: torch.dtype) -> Tensor:
+        """The matrix, or for "backward" its transpose, as the product ``how`` wants it."""
+
+        def make() -> Tensor:
+            matrix = self._folded()[self.first : self.last]
+            matrix = matrix if direction == "forward" else matrix.T
+            return native.pack_linear(matrix, dtype) if how == "native" else _pack(matrix.to(dtype))
+
+        return form_of(self._sources(self.gain), f"{how} {direction} {self.first}:{self.last}", dtype, make)
+
+    def _folded(self) -> Tensor:
+        weight = self.weight.flatten(1)
+        if self.gain is None:
+            return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.to(torch.float32)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(wide) * self.gain.to(wide)
+
+    def _sources(self, *others: Tensor | None) -> list[Tensor]:
+        return [self.weight, *(t for t in others if t is not None)]
 
 
-def linear_bwd(grad: Tensor, weight: Tensor, first: int, last: int) -> Tensor:  # [..., n] -> [..., D_in]
-    """grad @ W, the gradient of ``linear`` by x."""
-    return _product(grad, weight, None, "backward", first, last)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, direction: str, first: int, last: int) -> Tensor:
-    dtype = _product_dtype(x)
-    how = cpu_product(dtype) if x.device.type == "cpu" else "plain"
-    # two dimensions, or PyTorch may take a batched product for one with a transposed weight
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-
-    def oriented(matrix: Tensor) -> Tensor:  # [n, D_in] or its transpose, as F.linear wants it
-        matrix = matrix.flatten(1)[first:last]
-        return matrix if direction == "forward" else matrix.T
-
-    def packed(pack: Callable[[Tensor], Tensor]) -> Tensor:
-        return form_of(weight, f"{how} {direction} {first}:{last}", dtype, lambda: pack(oriented(weight.to(dtype))))
-
+def linear(x: Tensor, w: Frozen) -> Tensor:  # [..., D_in] -> [..., n]
+    """The product in the dtype of x, accumulated in at least fp32."""
+    how, dtype = _product(x), x.dtype
+    if how == "widened":
+        return linear(x.float(), w).to(dtype)
     if how == "native":
-        out_features = last - first if direction == "forward" else weight[0].numel()
-        y = native.linear(rows, packed(native.pack_linear), bias, out_features)
-    elif how == "packed" and len(rows):
-        y = torch.ops.mkldnn._linear_pointwise(rows, packed(_pack), bias, "none", [], "")
-    else:
-        y = F.linear(rows, oriented(_cast(weight, dtype)), bias)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+        return native.linear(x, w.packed(how, "forward", dtype), w.constant(torch.float32), w.out_features)
+    bias = w.constant(dtype)
+    if how == "packed":
+        return _by_rows(lambda rows: _onednn(rows, w.packed(how, "forward", dtype), bias), x)
+    return _by_rows(lambda rows: F.linear(rows, w.matrix(dtype)[w.first : w.last], bias), x)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "cpu" and cpu_product(x.dtype) == "widened" else x.dtype
+def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
+    """The gradient of ``linear`` by x."""
+    how, dtype = _product(grad), grad.dtype
+    if how == "widened":
+        return linear_bwd(grad.float(), w).to(dtype)
+    if how == "native":
+        return native.linear(grad, w.packed(how, "backward", dtype), None, w.in_features)
+    if how == "packed":
+        return _by_rows(lambda rows: _onednn(rows, w.packed(how, "backward", dtype), None), grad)
+    return _by_rows(lambda rows: F.linear(rows, w.matrix(dtype)[w.first : w.last].T), grad)
 
 
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == dtype else form_of(weight, "cast", dtype, lambda: weight.to(dtype))
+def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n] twice
+    """``linear``, of size 0 unless ``keep``, and its GELU."""
+    if _product(x) == "native":
+        packed, bias = w.packed("native", "forward", x.dtype), w.constant(torch.float32)
+        pre, hidden = native.linear_gelu(x, packed, bias, w.out_features, keep=keep)
+        return x.new_empty(0) if pre is None else pre, hidden
+    pre = linear(x, w)
+    return pre if keep else x.new_empty(0), F.gelu(pre)
+
+
+def linear_gelu_bwd(grad: Tensor, w: Frozen, pre: Tensor) -> Tensor:
+    """The gradient of ``linear(gelu(pre), w)`` by ``pre``."""
+    if _product(grad) == "native":
+        return native.linear_gelu_bwd(grad, w.packed("native", "backward", grad.dtype), pre)
+    return torch.ops.aten.gelu_backward(linear_bwd(grad, w), pre)
+
+
+def _product(x: Tensor) -> str:
+    if x.device.type != "cpu":
+        return "plain"
+    how = cpu_product(x.dtype)
+    return "plain" if how == "packed" and not x.numel() else how
+
+
+def _by_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # two dimensions, or PyTorch may take a batched product for one with a transposed weight
+    y = product(x.reshape(-1, x.shape[-1]))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @cache
 def cpu_product(dtype: torch.dtype) -> str:
     """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "native", "widened" or "plain".
 
-    "packed": oneDNN with prepacked weights, where the CPU has the instructions and a self-test passes; for fp32 with
-    AVX-512. "native": the native library's product, also with prepacked weights, for fp32 with AVX2 alone, where it is
-    the faster one. "widened": 16-bit operands multiplied in fp32, where the CPU has no instructions for 16 bits.
-    "plain": ``torch.nn.functional.linear``.
+    "native": the native library's product with prepacked weights, for fp32 and bf16 with at least AVX2, unless the CPU
+    has matrix tiles (AMX) for bf16. "packed": oneDNN with prepacked weights, for 16 bits where the CPU has instructions
+    for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where there are none. "plain":
+    ``torch.nn.functional.linear``. The first two only if a self-test passes.
     """
+    tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    vectors = native.available(dtype) and native.native_status().isa != "generic"
+    if vectors and not tiles and _works(_native_product, dtype):
+        return "native"
     if not cpu.has_products(dtype):
         return "widened"
     half = dtype in (torch.bfloat16, torch.float16)
-    if (half or (dtype == torch.float32 and cpu.wide_vectors())) and _works(_packed_product, dtype):
-        return "packed"
-    avx2 = native.native_status().isa == "avx2" and not cpu.wide_vectors()
-    return "native" if dtype == torch.float32 and avx2 and _works(_native_product, dtype) else "plain"
+    packs = half or (dtype == torch.float32 and cpu.wide_vectors())
+    return "packed" if packs and _works(_packed_product, dtype) else "plain"
 
 
 def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:
@@ -140,12 +222,16 @@ def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> b
 
 
 def _packed_product(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _pack(weight), None, "none", [], "")
+    return _onednn(x, _pack(weight), None)
 
 
 def _native_product(x: Tensor, weight: Tensor) -> Tensor:
-    return native.linear(x, native.pack_linear(weight), None, len(weight))
+    return native.linear(x, native.pack_linear(weight, weight.dtype), None, len(weight))
 
 
 def _pack(matrix: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())
+
+
+def _onednn(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

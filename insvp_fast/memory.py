@@ -41,19 +41,19 @@ _lock = threading.Lock()
 _requests = 0
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous CPU tensor, in memory that an earlier one has left where there is some."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An uninitialised contiguous tensor; on a CPU in memory that an earlier one has left, where there is some."""
     nbytes = prod(shape) * dtype.itemsize
-    if nbytes < _SMALLEST or torch.compiler.is_compiling():
-        return torch.empty(shape, dtype=dtype, device="cpu")
+    if torch.device(device).type != "cpu" or nbytes < _SMALLEST or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         storage = _take(nbytes)
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, torch.Size(shape))
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """``empty`` with the shape and dtype of ``x``."""
-    return empty(x.shape, x.dtype)
+    """``empty`` with the shape, dtype and device of ``x``."""
+    return empty(x.shape, x.dtype, x.device)
 
 
 def release() -> None:

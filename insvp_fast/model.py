@@ -16,6 +16,9 @@ from insvp_fast.reference import InsVPReference
 
 __all__ = ["InsVPViT"]
 
+# of 12 blocks, two kept together is where what is kept between them and what one backward makes again are least
+RECOMPUTED = 2
+
 
 class InsVPViT(AdapterCheckpoint, InsVPReference):
     """InsVP around a frozen timm Vision Transformer, with the constructor, keys and numbers of ``InsVPReference``.
@@ -26,14 +29,20 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     A backbone that the fast operations do not cover runs through the reference's own path, exactly, and says so once
     with a warning.
 
-    Args, shapes and errors: see ``InsVPReference``.
+    Args, shapes and errors: see ``InsVPReference``. Besides, each also an attribute that may be set later:
+        recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
+            layers, half of the memory for a twelfth of the work), or "block" (all blocks).
+        fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds these weights anew.
+        attention: the implementation, "auto" or one of those in ``ops.attention``.
     """
 
     specific_prompter_type = prompters.SpecificPrompter
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, recompute: str = "none", fold_norm: bool = True, attention: str = "auto", **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.grad_checkpointing = False
+        self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.general_reason: str | None = None
         self._choose_path()
 
@@ -74,16 +83,31 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             image = reference.simam(image) if self.config.simam else image
             patches, prompted = self._prompted_patches(image, dtype)
             p_s = self.specific_prompt(image, prompted)
-        prompts = [self.feature_prompt(j, p_s, image.shape[0]) for j in range(len(backbone.blocks))]
         with torch.autocast(device, enabled=False):  # the operations choose their own precision
             grid = image.shape[-2] // P, image.shape[-1] // P
-            residual, branch = frozen_backbone.embed(backbone, patches, grid), None
-            for j, block in enumerate(backbone.blocks):
-                last = j == len(backbone.blocks) - 1
-                arguments = block, residual, branch, prompts[j], dtype, num_queries if last else None
-                residual, branch = self._run(frozen_backbone.forward_block, *arguments)
-            tokens = residual if branch is None else residual + branch
+            tokens = self._blocks(frozen_backbone.embed(backbone, patches, grid), p_s, dtype, num_queries)
         return backbone.norm(tokens)
+
+    def _blocks(self, tokens: Tensor, p_s: Tensor | None, dtype: torch.dtype, num_queries: int | None) -> Tensor:
+        """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
+        keeps = "input" if self.recompute == "mlp" else "pre"
+        how = frozen_backbone.How(dtype, self.fold_norm, self.attention, keeps)
+        blocks = self.backbone.blocks
+
+        def run(tokens: Tensor, p_s: Tensor | None, indices: range) -> Tensor:
+            residual, branch = tokens, None
+            for j in indices:
+                queries = num_queries if j == len(blocks) - 1 else None
+                prompts = self.feature_prompt(j, p_s, tokens.shape[0])
+                residual, branch = frozen_backbone.forward_block(blocks[j], residual, branch, prompts, how, queries)
+            return residual if branch is None else residual + branch
+
+        if self.recompute != "block" or not torch.is_grad_enabled():
+            return run(tokens, p_s, range(len(blocks)))
+        for first in range(0, len(blocks), RECOMPUTED):
+            indices = range(first, min(first + RECOMPUTED, len(blocks)))
+            tokens = checkpoint(run, tokens, p_s, indices, use_reentrant=False)
+        return tokens
 
     def _prompted_patches(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x~ unfolded, [B, N, K] in ``dtype``, and, only if the specific prompter reads it, folded."""
@@ -102,14 +126,22 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
         return patches.to(dtype), prompted
 
-    def _run(self, function: Any, *args: Any) -> Any:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
         """A stock block of the general path."""
-        return self._run(block, tokens)
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
+    @property
+    def recompute(self) -> str:
+        """What backward computes again: "none", "mlp" or "block"."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        if what not in ("none", "mlp", "block"):
+            raise ValueError(f"recompute={what!r}: expected 'none', 'mlp' or 'block'")
+        self._recompute = what
 
     def _check(self, image: Tensor) -> None:
         embedding, P = self.backbone.patch_embed, self.patch_size
@@ -153,8 +185,8 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         return {"common_prompts"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each block for backward and compute the rest again there; same numbers."""
-        self.grad_checkpointing = enable
+        """Compute the blocks again in backward, as ``recompute="block"``."""
+        self.recompute = "block" if enable else "none"
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trained parameters and of all."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from insvp_fast import cpu, frozen, native, ops, reference
+from insvp_fast.frozen import Frozen
 from insvp_fast.testing import assert_within_budget, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -147,7 +148,8 @@ def test_linear(dtype, weight_dtype):
 def multiply_by(monkeypatch, how):
     if "native" in how and not native.available():
         pytest.skip(str(native.native_status()))
-    half, single = ("widened", "native") if how == "widened native" else (how, how)
+    singles = {"widened": "plain", "widened native": "native"}
+    half, single = ("widened", singles[how]) if how in singles else (how, how)
     monkeypatch.setattr(frozen, "cpu_product", lambda dtype: single if dtype == torch.float32 else half)
 
 
@@ -157,8 +159,8 @@ def test_every_product(monkeypatch, how, shape):
     multiply_by(monkeypatch, how)
     weight, bias, x, grad = torch.randn(48, 33), torch.randn(48), torch.randn(shape), torch.randn(*shape[:-1], 48)
     for _ in range(2):  # the second call finds what the first has kept
-        assert relative_error(frozen.linear(x, weight, bias, 0, 48), x.double() @ weight.double().T + bias) < 1e-6
-        assert relative_error(frozen.linear_bwd(grad, weight, 0, 48), grad.double() @ weight.double()) < 1e-6
+        assert relative_error(frozen.linear(x, Frozen(weight, bias)), x.double() @ weight.double().T + bias) < 1e-6
+        assert relative_error(frozen.linear_bwd(grad, Frozen(weight)), grad.double() @ weight.double()) < 1e-6
 
 
 @pytest.mark.parametrize("how", ["packed", "native", "widened native", "widened", "plain"])
@@ -169,7 +171,7 @@ def test_kept_forms_are_never_stale(monkeypatch, how):
 
     def check():
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
-        assert relative_error(frozen.linear(x, layer.weight, layer.bias, 0, 16), exact) < 2e-2
+        assert relative_error(frozen.linear(x, Frozen(layer.weight, layer.bias)), exact) < 2e-2
 
     check()
     layer.weight.mul_(-2)
@@ -182,9 +184,11 @@ def test_kept_forms_are_never_stale(monkeypatch, how):
     check()
 
 
-def test_the_native_product_is_used_with_avx2_alone():
-    native_product = frozen.cpu_product(torch.float32) == "native"
-    assert native_product == (native.native_status().isa == "avx2" and not cpu.wide_vectors())
+def test_which_product_is_used():
+    vectors = native.native_status().isa not in (None, "generic")
+    assert (frozen.cpu_product(torch.float32) == "native") == vectors
+    if not cpu.has_products(torch.float16):
+        assert frozen.cpu_product(torch.float16) == "widened"
     assert frozen.cpu_product(torch.float64) == "plain"
 
 
@@ -195,8 +199,8 @@ def test_a_widened_product_is_rounded_once(monkeypatch, dtype, weight_dtype):
     weight, bias = torch.randn(48, 33).to(weight_dtype), torch.randn(48)
     x, grad = torch.randn(7, 33).to(dtype), torch.randn(7, 48).to(dtype)
     for y, exact in (
-        (frozen.linear(x, weight, bias, 0, 48), x.double() @ weight.double().T + bias),
-        (frozen.linear_bwd(grad, weight, 0, 48), grad.double() @ weight.double()),
+        (frozen.linear(x, Frozen(weight, bias)), x.double() @ weight.double().T + bias),
+        (frozen.linear_bwd(grad, Frozen(weight)), grad.double() @ weight.double()),
     ):
         assert y.dtype == dtype
         assert relative_error(y, exact) < torch.finfo(dtype).eps / 2
@@ -205,7 +209,7 @@ def test_a_widened_product_is_rounded_once(monkeypatch, dtype, weight_dtype):
 def test_kept_forms_die_with_their_weight():
     frozen.forget()
     weight, x = torch.randn(8, 4), torch.randn(2, 4, dtype=torch.float64)
-    frozen.linear(x, weight, None, 0, 8)
+    frozen.linear(x, Frozen(weight))
     assert len(frozen._forms) == 1
     del weight
     assert not frozen._forms
@@ -216,16 +220,16 @@ def test_kept_forms_follow_a_parameter_made_again_on_the_same_memory():
     weight, x = torch.randn(8, 4), torch.randn(2, 4, dtype=torch.float64)
     for _ in range(3):
         parameter = torch.nn.Parameter(weight.data, requires_grad=False)
-        assert relative_error(frozen.linear(x, parameter, None, 0, 8), x @ weight.double().T) < 1e-6
+        assert relative_error(frozen.linear(x, Frozen(parameter)), x @ weight.double().T) < 1e-6
         weight.mul_(-3)
 
 
 def test_forget_is_for_what_no_counter_sees():
     weight, x = torch.randn(8, 4), torch.randn(2, 4, dtype=torch.float64)
-    frozen.linear(x, weight, None, 0, 8)
+    frozen.linear(x, Frozen(weight))
     weight.numpy()[:] = 1
     frozen.forget()
-    assert relative_error(frozen.linear(x, weight, None, 0, 8), x.sum(1, keepdim=True).expand(2, 8)) < 1e-6
+    assert relative_error(frozen.linear(x, Frozen(weight)), x.sum(1, keepdim=True).expand(2, 8)) < 1e-6
 
 
 def test_threads_share_the_kept_forms():
@@ -234,7 +238,7 @@ def test_threads_share_the_kept_forms():
     def work():
         for _ in range(200):
             weight = torch.randn(8, 4)
-            errors.append(relative_error(frozen.linear(x, weight, None, 0, 8), x @ weight.double().T))
+            errors.append(relative_error(frozen.linear(x, Frozen(weight)), x @ weight.double().T))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -273,17 +277,6 @@ def test_linear_gradcheck():
     assert torch.autograd.gradcheck(lambda x: ops.linear(x, weight, None), [x])
 
 
-def test_norm_insert_gradcheck():
-    inputs = [torch.randn(2, n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 3, 2)]
-    weight, bias = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: ops.norm_insert(*t, weight, bias, 1e-6), inputs)
-
-
-def test_gelu():
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
-    torch.testing.assert_close(ops.gelu(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)))
-
-
 def test_linear_refuses_a_trained_weight():
     with pytest.raises(ValueError, match="frozen weights"):
         ops.linear(torch.randn(2, 3), torch.randn(4, 3, requires_grad=True), None)
@@ -291,8 +284,86 @@ def test_linear_refuses_a_trained_weight():
 
 def test_linear_opcheck():
     x, weight, bias = torch.randn(2, 5, 6), torch.randn(4, 6), torch.randn(4)
-    opcheck(torch.ops.insvp_fast.linear.default, (x, weight, bias, 1, 3))
-    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), weight, 1, 3))
+    gain, shift = torch.randn(6), torch.randn(6)
+    opcheck(torch.ops.insvp_fast.linear.default, (x, weight, bias, gain, shift, 1, 3))
+    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), weight, gain, 1, 3))
+
+
+@pytest.mark.parametrize("how", ["packed", "native", "widened", "plain"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_a_norms_affine_map_is_folded_in(monkeypatch, how, weight_dtype):
+    multiply_by(monkeypatch, how)
+    weight, bias, gain, shift = (torch.randn(n).to(weight_dtype) for n in ((48, 33), (48,), (33,), (33,)))
+    x = torch.randn(5, 33, requires_grad=True)
+    for constant in (bias, None):
+        y = ops.linear(x, weight, constant, gain=gain, shift=shift, rows=(3, 40))
+        exact = (gain.double() * x.double() + shift.double()) @ weight[3:40].double().T
+        exact = exact if constant is None else exact + constant[3:40].double()
+        assert relative_error(y, exact) < 1e-6
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert relative_error(grad, (weight[3:40].double().sum(0) * gain.double()).expand(5, 33)) < 1e-6
+    gain.mul_(-2)  # as after loading a state dict
+    exact = (gain.double() * x.double()) @ weight.double().T
+    assert relative_error(ops.linear(x, weight, None, gain=gain), exact) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------------ mlp
+
+
+def mlp_inputs(dtype=torch.float32, requires_grad=True):
+    w1, b1, w2, b2, gain, shift = (torch.randn(n) / 6 for n in ((48, 33), (48,), (33, 48), (33,), (33,), (33,)))
+    return torch.randn(2, 5, 33).to(dtype).requires_grad_(requires_grad), (w1, b1, w2, b2), (1 + gain, shift)
+
+
+def plain_mlp(x, w1, b1, w2, b2, gain, shift):
+    hidden = torch.nn.functional.linear(x * gain + shift, w1, b1)
+    return torch.nn.functional.linear(torch.nn.functional.gelu(hidden), w2, b2)
+
+
+@pytest.mark.parametrize("keep", ["pre", "input"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["packed", "native", "widened", "plain"])
+def test_mlp(monkeypatch, how, dtype, keep):
+    if dtype == torch.float16 and how in ("packed", "native"):
+        pytest.skip("no fp16 there")
+    multiply_by(monkeypatch, how)
+    x, weights, (gain, shift) = mlp_inputs(dtype)
+
+    def plain(x):
+        return plain_mlp(x, *(w.to(x.dtype) for w in (*weights, gain, shift)))
+
+    exact, rough = with_gradients(plain, copies([x], torch.float64)), with_gradients(plain, [x])
+    values = with_gradients(lambda x: ops.mlp(x, *weights, gain=gain, shift=shift, keep=keep), [x])
+    for value, low, expected in zip(values, rough, exact, strict=True):
+        assert value.dtype == dtype
+        assert_within_budget(value, low, expected, dtype)
+
+
+@pytest.mark.parametrize(("keep", "size"), [("pre", 2 * 5 * 48), ("input", 2 * 5 * 33)])
+def test_mlp_keeps_what_it_says(keep, size):
+    x, weights, _ = mlp_inputs()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.mlp(x, *weights, keep=keep)
+    assert sum(t.numel() for t in kept if not any(t is w for w in weights)) == size
+
+
+def test_mlp_gradcheck_opcheck_and_refusals():
+    x, weights, affine = mlp_inputs(torch.float64)
+    weights, affine = [w.double() for w in weights], [w.double() for w in affine]
+    for keep in ("pre", "input"):
+        function = lambda x, keep=keep: ops.mlp(x, *weights, gain=affine[0], shift=affine[1], keep=keep)  # noqa: E731
+        assert torch.autograd.gradcheck(function, [x])
+    x = x.detach()
+    for is_pre in (True, False):
+        opcheck(torch.ops.insvp_fast.mlp_fwd.default, (x, *weights, *affine, is_pre))
+        kept = torch.randn(2, 5, 48).double() if is_pre else x
+        arguments = (torch.randn_like(x), kept, *weights[:3], *affine, is_pre)
+        opcheck(torch.ops.insvp_fast.mlp_bwd.default, arguments)
+    with pytest.raises(ValueError, match="keep='all': expected one of"):
+        ops.mlp(x, *weights, keep="all")
+    with pytest.raises(ValueError, match="frozen weights"):
+        ops.mlp(x, weights[0].requires_grad_(), *weights[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------- norm_insert
@@ -322,6 +393,27 @@ def test_norm_insert(L, branch, compiled):
     values = with_gradients(torch.compile(fast, fullgraph=True, backend="aot_eager") if compiled else fast, inputs)
     for value, expected in zip(values, exact, strict=True):
         assert value.shape == expected.shape and relative_error(value, expected) < 1e-5
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("branch", [True, False])
+def test_norm_insert_gradcheck_and_opcheck(affine, branch):
+    residual, added, prompts = (torch.randn(2, n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 3, 2))
+    weights = [torch.randn(5, dtype=torch.float64) if affine else None for _ in range(2)]
+    added = added if branch else None
+    given = [t for t in (residual, added, prompts) if t is not None]
+
+    def run(residual, *rest):
+        return ops.norm_insert(residual, rest[0] if branch else None, rest[-1], *weights, 1e-6)
+
+    assert torch.autograd.gradcheck(run, given)
+    forward, backward = torch.ops.insvp_fast.norm_insert_fwd.default, torch.ops.insvp_fast.norm_insert_bwd.default
+    tensors = [None if t is None else t.detach() for t in (residual, added, prompts)]
+    opcheck(forward, (*tensors, *weights, 1e-6, torch.float64))
+    _, normed, xhat, rstd = forward(*tensors, *weights, 1e-6, torch.float64)
+    for grad in (tensors[0], None):
+        kept = xhat if affine else normed
+        opcheck(backward, (grad, torch.randn_like(normed), kept, rstd, weights[0], 3, torch.float64, torch.float32))
 
 
 def test_norm_insert_keeps_the_stream_wide_and_the_product_narrow():

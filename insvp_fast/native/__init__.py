@@ -1,7 +1,8 @@
 """The native CPU library: one typed function per operation over ``kernels/cpu``."""
 
 from insvp_fast.native.library import NativeStatus, available, native_status
-from insvp_fast.native.linear import linear, pack_linear
+from insvp_fast.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
+from insvp_fast.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.native.superpose import superpose_bwd, superpose_fwd
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "available",
     "linear",
     "native_status",
+    "norm_insert_bwd",
+    "norm_insert_fwd",
     "pack_linear",
     "superpose_bwd",
     "superpose_fwd",

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import cpu, reference
-from insvp_fast.ops.library import LIBRARY, define, widened
+from insvp_fast.ops.library import LIBRARY, define, implement, widened
 
 __all__ = ["attention"]
 
@@ -66,5 +66,5 @@ def _(grad, qkv, out, logsumexp, num_heads, num_queries, scale):
     return qkv.new_empty(qkv.shape)
 
 
-LIBRARY.impl("attention_fwd", cpu.attention_fwd, "CPU")
-LIBRARY.impl("attention_bwd", cpu.attention_bwd, "CPU")
+implement("attention_fwd", cpu=cpu.attention_fwd)
+implement("attention_bwd", cpu=cpu.attention_bwd)

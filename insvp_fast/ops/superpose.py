@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import native, reference
-from insvp_fast.ops.library import LIBRARY, define, widened
+from insvp_fast.ops.library import LIBRARY, define, implement, widened
 
 __all__ = ["superpose"]
 
@@ -174,12 +174,8 @@ def _(grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need
     return d_image, d_global, w1.new_empty(R, K), w1.new_empty(R), w2.new_empty(K, R), w2.new_empty(K)
 
 
-LIBRARY.impl("superpose_fwd", _superpose_fwd_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("superpose_bwd", _superpose_bwd_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("superpose_fwd", _superpose_fwd_cpu, "CPU")
-LIBRARY.impl("superpose_bwd", _superpose_bwd_cpu, "CPU")
-LIBRARY.impl("superpose_fwd", _superpose_fwd_cuda, "CUDA")
-LIBRARY.impl("superpose_bwd", _superpose_bwd_cuda, "CUDA")
+implement("superpose_fwd", _superpose_fwd_reference, cpu=_superpose_fwd_cpu, cuda=_superpose_fwd_cuda)
+implement("superpose_bwd", _superpose_bwd_reference, cpu=_superpose_bwd_cpu, cuda=_superpose_bwd_cuda)
 
 _SUPERPOSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),

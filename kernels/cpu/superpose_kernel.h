@@ -3,22 +3,12 @@
 // Both layers are products with a matrix [R, K] whose rows are contiguous: `project` sums over K, `expand` over R, and
 // `accumulate` is the gradient of either. Patches that a tile lacks are rows of zeros and add nothing.
 #pragma once
+#include "array.h"
 #include "superpose.h"
-#include "vec.h"
 
 namespace {
 
 using namespace insvp_fast;
-
-inline void read(float* to, Array from, int64_t offset, int64_t n, float scale) {
-  if (from.type == DType::f32) copy(to, static_cast<const float*>(from.data) + offset, n, scale);
-  else copy(to, static_cast<const bf16*>(from.data) + offset, n, scale);
-}
-
-inline void write(Array to, int64_t offset, const float* from, int64_t n, float scale) {
-  if (to.type == DType::f32) copy(static_cast<float*>(to.data) + offset, from, n, scale);
-  else copy(static_cast<bf16*>(to.data) + offset, from, n, scale);
-}
 
 struct Tile {
   int64_t first, count;

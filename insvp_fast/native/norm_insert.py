@@ -1,0 +1,102 @@
+"""norm_insert in C++, forward and backward.
+
+Letters: `B` images, `T` tokens, `L` prompts, `S = T + L`, `D` width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from insvp_fast.memory import empty, empty_like
+from insvp_fast.native.library import TYPE_CODES, address, array, call, f32, i64, memory, ptr, require
+
+__all__ = ["norm_insert_bwd", "norm_insert_fwd"]
+
+_FWD = [*array * 3, i64, ptr, ptr, f32, *array * 3, ptr, *[i64] * 4]
+_BWD = [*array * 3, ptr, ptr, *array * 3, *[i64] * 4]
+
+
+def norm_insert_fwd(
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`residual + branch`, and it and the prompts normalised, in one buffer; then both before the affine map; 1/sigma.
+
+    residual, branch [B, T, D] and prompts [B, L, D] in float32 or bfloat16; weight, bias [D]. Returns the sum in the
+    residual's dtype (of size 0 without a branch), the normalised [B, S, D] in `dtype` with and without the affine map
+    (the latter of size 0 where there is no weight), and 1/sigma [B, S] in float32. Raises as `superpose_fwd`.
+    """
+    if residual.ndim != 3:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected [B, T, D]")
+    B, T, D = residual.shape
+    L = 0 if prompts is None else prompts.shape[1]
+    residual = require("residual", residual, (B, T, D), *TYPE_CODES)
+    if branch is not None:
+        branch = require("branch", branch, (B, T, D), *TYPE_CODES)
+    prompts_stride = 0
+    if prompts is not None:
+        if prompts.stride(0) or prompts.shape[0] == 0:
+            prompts = require("prompts", prompts, (B, L, D), *TYPE_CODES)
+            prompts_stride = L * D
+        else:  # one image's prompts, expanded to all
+            prompts = require("prompts", prompts[:1], (1, L, D), *TYPE_CODES)
+    weight, bias = (None if t is None else require("weight", t.float(), (D,), torch.float32) for t in (weight, bias))
+    total = residual.new_empty(0) if branch is None else empty_like(residual)
+    normed = empty((B, T + L, D), dtype)
+    xhat = normed.new_empty(0) if weight is None else empty_like(normed)
+    rstd = torch.empty((B, T + L), dtype=torch.float32, device="cpu")
+    call(
+        "norm_insert_fwd",
+        _FWD,
+        *(*memory(residual), *memory(branch), *memory(prompts), prompts_stride),
+        *(address(weight), address(bias), eps),
+        *(*memory(total), *memory(normed), *memory(xhat), rstd.data_ptr()),
+        *(B, T, L, D),
+    )
+    return total, normed, xhat, rstd
+
+
+def norm_insert_bwd(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    num_tokens: int,
+    stream_dtype: torch.dtype,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `norm_insert_fwd` by residual, branch and prompts.
+
+    grad_total [B, T, D] or None, grad_normed and xhat [B, S, D], rstd [B, S]. The gradient by the residual is in
+    `stream_dtype`; that by the branch in `branch_dtype`, of size 0 where this is the same; that by the prompts
+    [B, L, D] in `stream_dtype`. Raises as `superpose_fwd`.
+    """
+    if xhat.ndim != 3:
+        raise ValueError(f"xhat has shape {tuple(xhat.shape)}, expected [B, S, D]")
+    B, S, D = xhat.shape
+    T = num_tokens
+    xhat = require("xhat", xhat, (B, S, D), *TYPE_CODES)
+    grad_normed = require("grad_normed", grad_normed, (B, S, D), *TYPE_CODES)
+    rstd = require("rstd", rstd, (B, S), torch.float32)
+    if grad_total is not None:
+        grad_total = require("grad_total", grad_total, (B, T, D), *TYPE_CODES)
+    if weight is not None:
+        weight = require("weight", weight.float(), (D,), torch.float32)
+    d_residual = empty((B, T, D), stream_dtype)
+    d_branch = torch.empty(0, dtype=branch_dtype) if branch_dtype == stream_dtype else empty((B, T, D), branch_dtype)
+    d_prompts = torch.empty((B, S - T, D), dtype=stream_dtype, device="cpu")
+    call(
+        "norm_insert_bwd",
+        _BWD,
+        *(*memory(grad_total), *memory(grad_normed), *memory(xhat), rstd.data_ptr(), address(weight)),
+        *(*memory(d_residual), *memory(d_branch), *memory(d_prompts)),
+        *(B, T, S - T, D),
+    )
+    return d_residual, d_branch, d_prompts
