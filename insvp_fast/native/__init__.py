@@ -1,13 +1,15 @@
 """The native CPU library: one typed function per operation over ``kernels/cpu``."""
 
 from insvp_fast.native.library import NativeStatus, available, native_status
-from insvp_fast.native.linear import linear, pack_linear
+from insvp_fast.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
 from insvp_fast.native.superpose import superpose_bwd, superpose_fwd
 
 __all__ = [
     "NativeStatus",
     "available",
     "linear",
+    "linear_gelu",
+    "linear_gelu_bwd",
     "native_status",
     "pack_linear",
     "superpose_bwd",
