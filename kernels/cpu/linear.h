@@ -1,30 +1,41 @@
 // What linear.cpp and the files of the instruction sets agree on.
 //
-// y = x @ w + bias, with M rows, K terms to sum, N columns. w is packed for the product: K in blocks of kDepth; in each
-// block the columns in panels, as wide as the registers of an instruction set hold; in each panel row after row. So a
-// panel stays in the first-level cache while the rows of x, held in the second level, pass by.
+// y = x @ w + bias, with M rows, K terms to sum, N columns. Operands are held in words of 32 bits: one fp32 factor, or
+// two neighbouring bf16 factors where the instruction set multiplies pairs. w is packed in panels, as wide as a tile of
+// y that the registers hold; in each panel word row after word row. A block of y keeps its rows of x, words in runs of
+// kDepth, in the second-level cache while all panels pass by; a tile reads one run of a panel and of its rows.
 #pragma once
 #include "common.h"
 
 namespace insvp_fast {
 
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 256;              // words that are summed before the sum leaves the registers
 constexpr int64_t kRowStride = kDepth + 16;  // an odd number of cache lines: the rows fall into different cache sets
 
-struct LinearBlock {
-  const float* x;  // [rows, kRowStride], the first `depth` of each row are used
-  const float* w;  // the panels of these columns, of `depth` rows each
+enum class Epilogue : int { none, gelu, gelu_bwd };  // the codes are part of the C ABI
+
+struct Linear {
+  Array x;  // row m at (m / T) * batch_stride + (m % T) * row_stride
+  int64_t T, batch_stride, row_stride;
+  const void* w;
   const float* bias;  // null: absent
-  float* y;  // [rows, columns], rows y_stride apart
-  int64_t rows, depth, columns, y_stride;
-  bool first;  // y starts from the bias; otherwise the products are added to it
+  Array y, pre;       // [M, N]
+  Epilogue epilogue;
+  int64_t N, K;
+};
+
+struct LinearBlock {
+  int64_t row, rows, column, columns;  // of y; `column` is the first of a panel
 };
 
 struct LinearKernels {
-  int64_t rows, columns;  // of y computed together in registers; a panel has as many columns
-  void (*block)(const LinearBlock&);
+  int64_t rows, columns;  // of a tile
+  int64_t factors;        // of x and w in a word
+  void (*block)(const Linear&, const LinearBlock&, float* scratch);
 };
 
-extern const LinearKernels linear_generic, linear_avx2, linear_avx512;
+inline int64_t linear_words(const LinearKernels& kernels, int64_t K) { return (K + kernels.factors - 1) / kernels.factors; }
+
+extern const LinearKernels linear_generic, linear_avx2, linear_avx512, linear_avx512_bf16;
 
 }  // namespace insvp_fast

@@ -1,21 +1,41 @@
-// linear on one block of rows and columns, for the vector width of the including file.
+// linear on one block of y, for the vector width of the including file. With INSVP_FAST_BF16_PAIRS a word of x or w holds
+// two bf16 factors, else one fp32 factor.
 #pragma once
+#include "gelu.h"
 #include "linear.h"
 #include "vec.h"
+
+#ifdef INSVP_FAST_BF16_PAIRS
+#include <immintrin.h>
+#endif
 
 namespace {
 
 using namespace insvp_fast;
 
-// The sums of a tile, the weights of one row and one value of x fill the 16 registers, or the 32 of AVX-512. A tile 4
-// rows high and 3 vectors wide takes fewer instructions than one of 6 by 2.
-constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kColumns = kVectors * kWidth;
-constexpr float kZeros[kColumns] = {};
+#ifdef INSVP_FAST_BF16_PAIRS
+constexpr int kFactors = 2;
+typedef bf16 factor;
+typedef uint32_t word;
+typedef bits32 words;
+inline vec multiply_add(vec sum, word x, words w) {
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)w);
+}
+#else
+constexpr int kFactors = 1;
+typedef float factor;
+typedef float word;
+typedef vec words;
+inline vec multiply_add(vec sum, word x, words w) { return sum + x * w; }
+#endif
 
-// y = from + x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop.
+// The sums of a tile, the words of one row of a panel and one word of x fill the 16 registers, or the 32 of AVX-512. A
+// tile 4 rows high and 3 vectors wide takes fewer instructions than one of 6 by 2.
+constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kColumns = kVectors * kWidth;
+
+// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop.
 template <int ROWS>
-inline void tile(float* y, int64_t y_stride, const float* from, int64_t from_stride, const float* x, const float* w,
-                 int64_t depth) {
+inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first) {
   vec acc[ROWS][kVectors];
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
@@ -23,19 +43,21 @@ inline void tile(float* y, int64_t y_stride, const float* from, int64_t from_str
     for (int v = 0; v < kVectors; ++v) acc[j][v] = vec{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    vec wk[kVectors];
+    words wk[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) wk[v] = load(w + k * kColumns + v * kWidth);
+    for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&wk[v], w + k * kColumns + v * kWidth, sizeof wk[v]);
 #pragma GCC unroll 8
     for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[j][v] += x[j * kRowStride + k] * wk[v];
+      for (int v = 0; v < kVectors; ++v) acc[j][v] = multiply_add(acc[j][v], x[j * kRowStride + k], wk[v]);
   }
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v)
-      store(y + j * y_stride + v * kWidth, load(from + j * from_stride + v * kWidth) + acc[j][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + j * kColumns + v * kWidth;
+      store(to, first ? acc[j][v] : load(to) + acc[j][v]);
+    }
 }
 
 // A tile of any number of rows up to ROWS.
@@ -45,34 +67,87 @@ inline void tile_of(int64_t rows, Arguments... arguments) {
   if constexpr (ROWS > 1) tile_of<ROWS - 1>(rows, arguments...);
 }
 
-void linear_block(const LinearBlock& b) {
-  const int64_t size = b.depth * kColumns;
-  const int64_t share = (size + b.rows - 1) / b.rows;  // of the next panel, to be fetched with each row of this one
-  const float* w = b.w;
-  for (int64_t n = 0; n < b.columns; n += kColumns, w += size) {
-    const bool whole = n + kColumns <= b.columns;
-    for (int64_t m = 0; m < b.rows; m += kRows) {
-      const int64_t rows = m + kRows < b.rows ? kRows : b.rows - m;
-      float* y = b.y + m * b.y_stride + n;
-      const float* from = !b.first ? y : b.bias ? b.bias + n : kZeros;
-      const int64_t from_stride = b.first ? 0 : b.y_stride;
-      const float* x = b.x + m * kRowStride;
-      for (int64_t i = 0; i < rows * share; i += 16) __builtin_prefetch(w + size + m * share + i, 0, 2);
-      if (whole) {
-        for (int64_t j = 0; j < rows; ++j) {
-          __builtin_prefetch(y + j * b.y_stride, 1);
-          __builtin_prefetch(y + j * b.y_stride + kColumns - 1, 1);
-        }
-        tile_of<kRows>(rows, y, b.y_stride, from, from_stride, x, w, b.depth);
-      } else {
-        float edge[kRows * kColumns] = {};
-        const int64_t columns = b.columns - n;
-        for (int64_t j = 0; j < rows; ++j)
-          for (int64_t i = 0; i < columns; ++i) edge[j * kColumns + i] = from[j * from_stride + i];
-        tile_of<kRows>(rows, edge, kColumns, edge, kColumns, x, w, b.depth);
-        for (int64_t j = 0; j < rows; ++j)
-          for (int64_t i = 0; i < columns; ++i) y[j * b.y_stride + i] = edge[j * kColumns + i];
+// The first `n` values, or as many as a vector holds; zeros for the others.
+template <class T>
+inline vec load_some(const T* from, int64_t n) {
+  if (n >= kWidth) return load(from);
+  T part[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+  return load(part);
+}
+
+template <class T>
+inline void store_some(T* to, vec v, int64_t n) {
+  if (n >= kWidth) return store(to, v);
+  T part[kWidth];
+  store(part, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = part[i];
+}
+
+inline vec read(Array from, int64_t at, int64_t n) {
+  if (from.type == DType::f32) return load_some(static_cast<const float*>(from.data) + at, n);
+  return load_some(static_cast<const bf16*>(from.data) + at, n);
+}
+
+inline void write(Array to, int64_t at, vec v, int64_t n) {
+  if (to.type == DType::f32) store_some(static_cast<float*>(to.data) + at, v, n);
+  else store_some(static_cast<bf16*>(to.data) + at, v, n);
+}
+
+// From the sums of a tile to its results.
+inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+  for (int64_t j = 0; j < rows; ++j)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t n = column + v * kWidth, left = a.N - n, at = (row + j) * a.N + n;
+      if (left <= 0) break;
+      vec y = load(sums + j * kColumns + v * kWidth);
+      if (a.bias) y += load_some(a.bias + n, left);
+      if (a.epilogue == Epilogue::gelu) {
+        if (a.pre.data) write(a.pre, at, y, left);
+        y = gelu(y);
+      } else if (a.epilogue == Epilogue::gelu_bwd) {
+        y *= gelu_slope(read(a.pre, at, left));
       }
+      write(a.y, at, y, left);
+    }
+}
+
+// `n` factors of a row to whole words.
+inline void take(word* to, const Linear& a, int64_t at, int64_t n) {
+  factor* factors = reinterpret_cast<factor*>(to);
+#ifdef INSVP_FAST_BF16_PAIRS
+  __builtin_memcpy(factors, static_cast<const bf16*>(a.x.data) + at, n * sizeof(bf16));
+  if (n % 2) factors[n] = 0;
+#else
+  if (a.x.type == DType::f32) __builtin_memcpy(factors, static_cast<const float*>(a.x.data) + at, n * sizeof(float));
+  else copy(factors, static_cast<const bf16*>(a.x.data) + at, n, 1.0f);
+#endif
+}
+
+void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
+  constexpr int64_t step = kDepth * kFactors;
+  const int64_t depth_of_all = (a.K + kFactors - 1) / kFactors, run_size = b.rows * kRowStride;
+  float* sums = scratch;
+  word* x = reinterpret_cast<word*>(scratch + b.rows * kColumns);
+  for (int64_t j = 0; j < b.rows; ++j) {
+    const int64_t m = b.row + j, at = m / a.T * a.batch_stride + m % a.T * a.row_stride;
+    word* to = x + j * kRowStride;
+    for (int64_t k = 0; k < a.K; k += step, to += run_size) take(to, a, at + k, a.K - k < step ? a.K - k : step);
+  }
+
+  const word* w = static_cast<const word*>(a.w) + b.column * depth_of_all;
+  for (int64_t n = b.column; n < b.column + b.columns; n += kColumns) {
+    const word* xk = x;
+    for (int64_t k = 0; k == 0 || k < depth_of_all; k += kDepth, xk += run_size) {
+      const int64_t depth = depth_of_all - k < kDepth ? depth_of_all - k : kDepth, size = depth * kColumns;
+      const int64_t share = (size + b.rows - 1) / b.rows;  // of what follows in w, to be fetched with each row
+      for (int64_t j = 0; j < b.rows; j += kRows) {
+        const int64_t rows = j + kRows < b.rows ? kRows : b.rows - j;
+        for (int64_t i = 0; i < rows * share; i += 16) __builtin_prefetch(w + size + j * share + i, 0, 2);
+        tile_of<kRows>(rows, sums + j * kColumns, xk + j * kRowStride, w, depth, k == 0);
+        if (k + depth == depth_of_all) finish(a, sums + j * kColumns, b.row + j, rows, n);
+      }
+      w += size;
     }
   }
 }
