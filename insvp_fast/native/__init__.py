@@ -2,6 +2,7 @@
 
 from insvp_fast.native.library import NativeStatus, available, native_status
 from insvp_fast.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
+from insvp_fast.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.native.superpose import superpose_bwd, superpose_fwd
 
 __all__ = [
