@@ -9,6 +9,7 @@ updates in place.
 The frozen affine map of the norm before a product is folded into it: (g*x + s) @ W.T + b is x @ (W*g).T + (W @ s + b),
 exact but for the rounding of W*g.
 
+A CUDA graph reads the forms that it was captured with: capture it after a warm-up, and again when weights have changed.
 What the version counter does not see has to be followed by ``forget()``: writes through ``weight.data``, through a
 NumPy array that shares the memory, or by ``torch.distributed`` collectives on the weights themselves (DDP's own are
 seen).
@@ -40,6 +41,7 @@ class _Form(NamedTuple):
 
 
 _forms: dict[tuple[object, ...], _Form] = {}
+_captured: list[Tensor] = []
 _lock = threading.Lock()
 
 
@@ -51,10 +53,8 @@ def forget() -> None:
 
 def form_of(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
     """The form ``name`` of ``weights`` in ``dtype``, made by ``make`` where it is new or one of them has changed."""
-    for weight in weights:
-        # inference tensors have no version counter; memory taken while a CUDA graph is captured belongs to the graph
-        if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return make()
+    if any(weight.is_inference() for weight in weights):  # they have no version counter
+        return make()
     key = *map(id, weights), name, dtype
     storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
     state = tuple(
@@ -62,7 +62,14 @@ def form_of(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Call
         for w, storage in zip(weights, storages, strict=True)
     )
     form = _forms.get(key)
-    if form is None or form.state != state or any(o() is not w for o, w in zip(form.owners, weights, strict=True)):
+    fresh = (
+        form is not None and form.state == state and all(o() is w for o, w in zip(form.owners, weights, strict=True))
+    )
+    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if form is None or not fresh:  # memory taken while a CUDA graph is captured belongs to the graph
+            return make()
+        _captured.append(form.tensor)  # the graph will read it whatever becomes of the weight
+    if form is None or not fresh:
         with torch.no_grad():
             owners = tuple(weakref.ref(weight, lambda owner: _drop(key, owner)) for weight in weights)
             form = _Form(owners, storages, state, make())

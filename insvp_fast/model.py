@@ -34,15 +34,23 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             layers, half of the memory for a twelfth of the work), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds these weights anew.
         attention: the implementation, "auto" or one of those in ``ops.attention``.
+        compile_prompters: run the convolutional prompters through ``torch.compile``; None does so on GPUs.
     """
 
     specific_prompter_type = prompters.SpecificPrompter
 
     def __init__(
-        self, *args: Any, recompute: str = "none", fold_norm: bool = True, attention: str = "auto", **kwargs: Any
+        self,
+        *args: Any,
+        recompute: str = "none",
+        fold_norm: bool = True,
+        attention: str = "auto",
+        compile_prompters: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
+        self.compile_prompters = compile_prompters
         self.general_reason: str | None = None
         self._choose_path()
 
@@ -76,6 +84,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         """All tokens after the last norm, or only the first ``num_queries``."""
         backbone, device, P = self.backbone, image.device.type, self.patch_size
         self._check(image)
+        self._compile_prompters(image.device)
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else backbone.patch_embed.proj.weight.dtype
         autocast = autocast and (device != "cpu" or cpu.has_products(dtype))  # else convolutions too are widened
@@ -87,6 +96,13 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             grid = image.shape[-2] // P, image.shape[-1] // P
             tokens = self._blocks(frozen_backbone.embed(backbone, patches, grid), p_s, dtype, num_queries)
         return backbone.norm(tokens)
+
+    def _compile_prompters(self, device: torch.device) -> None:
+        wanted = device.type == "cuda" if self.compile_prompters is None else self.compile_prompters
+        if wanted and not torch.compiler.is_compiling():
+            for prompter in (self.global_prompter, self.specific_prompter):
+                if prompter is not None and prompter._compiled_call_impl is None:
+                    prompter.compile()
 
     def _blocks(self, tokens: Tensor, p_s: Tensor | None, dtype: torch.dtype, num_queries: int | None) -> Tensor:
         """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
