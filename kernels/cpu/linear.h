@@ -26,6 +26,7 @@ struct Linear {
 
 struct LinearBlock {
   int64_t row, rows, column, columns;  // of y; `column` is the first of a panel
+  int64_t runs;                        // of words of x that are held at a time
 };
 
 struct LinearKernels {
