@@ -60,7 +60,7 @@ def check_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 @needs_library
 @dtypes
-@pytest.mark.parametrize("M", [0, 1, 7, 13, 111])
+@pytest.mark.parametrize("M", [0, 1, 13, 111])
 @pytest.mark.parametrize(("K", "N"), [(1, 1), (33, 50), (512, 96), (601, 331), (31, 0), (0, 31)])
 def test_linear(isa, dtype, M, K, N):
     x, weight, bias = inputs(M, K, N, dtype)

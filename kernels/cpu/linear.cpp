@@ -41,8 +41,9 @@ struct Division {
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
   const int64_t wanted = threads > 1 ? 8 * threads : 1, panels = ceil_div(N, kernels.columns);
   Division d;
-  d.down = larger(ceil_div(M, kMostRows), smaller(wanted, ceil_div(M, kFewestRows)));
+  d.down = ceil_div(M, kMostRows);
   d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kFewestPanels));
+  d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kFewestRows)));
   d.rows = ceil_div(ceil_div(M, kernels.rows), d.down) * kernels.rows;
   d.columns = ceil_div(panels, d.across) * kernels.columns;
   d.down = ceil_div(M, d.rows);

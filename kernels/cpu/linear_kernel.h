@@ -152,7 +152,8 @@ void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
       for (int64_t k = part; k == part || k < part_end; k += kDepth, xk += run_size) {
         const int64_t depth = smaller(kDepth, part_end - k), size = depth * kColumns;
         const word* next = k + depth < part_end ? w + size : w + (part - k + all_words) * kColumns;
-        const int64_t share = (size + b.rows - 1) / b.rows;  // of `next`, to be fetched with each row
+        // Of `next`, to be fetched with each row; few rows would send too many requests at a time.
+        const int64_t share = b.rows > 4 * kRows ? (size + b.rows - 1) / b.rows : 0;
         const bool last = k + depth == all_words;
         for (int64_t j = 0; j < b.rows; j += kRows) {
           const int64_t rows = smaller(kRows, b.rows - j);
