@@ -60,8 +60,8 @@ def check_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 @needs_library
 @dtypes
-@pytest.mark.parametrize("M", [0, 1, 5, 6, 7, 13, 250])
-@pytest.mark.parametrize(("K", "N"), [(1, 1), (33, 50), (256, 96), (257, 7), (1025, 331), (31, 0), (0, 31)])
+@pytest.mark.parametrize("M", [0, 1, 13, 111])
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (33, 50), (512, 96), (601, 331), (31, 0), (0, 31)])
 def test_linear(isa, dtype, M, K, N):
     x, weight, bias = inputs(M, K, N, dtype)
     check(x, weight, bias)
@@ -104,8 +104,8 @@ def test_gelu_to_the_last_bits(isa):
     assert torch.equal(pre[:, 0], x)
     ulp = 2**-23
     exact = gelu64(x.double())
-    # exp(-x*x/2) has the rounding of its argument
-    assert ((hidden[:, 0] - exact).abs() <= ulp * (4 + x.double().square() / 4) * exact.abs() + 1e-37).all()
+    # exp(-x*x/2) has the roundings of its argument
+    assert ((hidden[:, 0] - exact).abs() <= ulp * (4 + x.double().square() / 2) * exact.abs() + 1e-37).all()
     assert ((slope[:, 0] - gelu_slope64(x.double())).abs() <= 2 * ulp).all()
 
 

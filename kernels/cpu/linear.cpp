@@ -29,23 +29,30 @@ int64_t resident_words() {
   return (bytes > 0 ? bytes : 1 << 20) / 2 / 4;
 }
 
+constexpr int64_t kMostRows = 160;  // of a block; with more, too little of K fits into the cache
 constexpr int64_t kFewestRows = 48, kFewestPanels = 4;  // of a block, to be worth the copy of its part of x
 
 struct Division {
-  int64_t rows, columns;  // of one block
-  int64_t down, across;   // blocks
+  int64_t down, across, rows, columns, runs;  // the number of blocks, and the size of each
+  int64_t scratch;                            // floats
 };
 
 // One thread takes blocks as large as the caches allow, more threads several each, so that none waits long at the end.
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
   const int64_t wanted = threads > 1 ? 8 * threads : 1, panels = ceil_div(N, kernels.columns);
-  const int64_t row_words = larger(1, ceil_div(linear_words(kernels, K), kDepth)) * kRowStride;
-  const int64_t most_rows = larger(kernels.rows, resident_words() / row_words);
-  const int64_t down = larger(ceil_div(M, most_rows), smaller(wanted, ceil_div(M, kFewestRows)));
-  const int64_t across = smaller(ceil_div(wanted, down), larger(1, panels / kFewestPanels));
-  const int64_t rows = ceil_div(ceil_div(M, kernels.rows), down) * kernels.rows;
-  const int64_t columns = ceil_div(panels, across) * kernels.columns;
-  return {rows, columns, ceil_div(M, rows), ceil_div(N, columns)};
+  Division d;
+  d.down = ceil_div(M, kMostRows);
+  d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kFewestPanels));
+  d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kFewestRows)));
+  d.rows = ceil_div(ceil_div(M, kernels.rows), d.down) * kernels.rows;
+  d.columns = ceil_div(panels, d.across) * kernels.columns;
+  d.down = ceil_div(M, d.rows);
+  d.across = ceil_div(N, d.columns);
+  const int64_t runs = larger(1, ceil_div(linear_words(kernels, K), kDepth));
+  const int64_t parts = ceil_div(runs, larger(1, resident_words() / (d.rows * kRowStride)));
+  d.runs = ceil_div(runs, parts);
+  d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : kernels.columns));
+  return d;
 }
 
 float widen(float x) { return x; }
@@ -125,19 +132,17 @@ INSVP_FAST_API int linear(
   if (M == 0 || N == 0) return 0;
   const LinearKernels& k = kernels(DType(packed_type));
   const Division d = divide(k, M, N, K, threads);
-  const int64_t blocks = d.down * d.across;
-  const int64_t scratch_size = d.rows * (k.columns + ceil_div(linear_words(k, K), kDepth) * kRowStride);
-  threads = static_cast<int>(larger(1, smaller(threads, blocks)));
-  Workspace memory(threads * scratch_size);
+  threads = static_cast<int>(larger(1, smaller(threads, d.down * d.across)));
+  Workspace memory(threads * d.scratch);
   if (!memory.base) return -1;
 
   const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)},
                     {pre, DType(pre_type)}, Epilogue(epilogue), N, K};
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t i = 0; i < d.down * d.across; ++i) {
     const int64_t row = i / d.across * d.rows, column = i % d.across * d.columns;
-    k.block(args, {row, smaller(d.rows, M - row), column, smaller(d.columns, N - column)},
-            memory.base + thread_id() * scratch_size);
+    k.block(args, {row, smaller(d.rows, M - row), column, smaller(d.columns, N - column), d.runs},
+            memory.base + thread_id() * d.scratch);
   }
   return 0;
 }

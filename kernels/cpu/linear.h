@@ -2,14 +2,14 @@
 //
 // y = x @ w + bias, with M rows, K terms to sum, N columns. Operands are held in words of 32 bits: one fp32 factor, or
 // two neighbouring bf16 factors where the instruction set multiplies pairs. w is packed in panels, as wide as a tile of
-// y that the registers hold; in each panel word row after word row. A block of y keeps its rows of x, words in runs of
-// kDepth, in the second-level cache while all panels pass by; a tile reads one run of a panel and of its rows.
+// y that the registers hold; in each panel word row after word row. The words of x are taken in runs of kDepth: a run of
+// a panel stays in the first-level cache while the rows of a block, held in the second level, pass by.
 #pragma once
 #include "common.h"
 
 namespace insvp_fast {
 
-constexpr int64_t kDepth = 256;              // words that are summed before the sum leaves the registers
+constexpr int64_t kDepth = 128;              // words that are summed before the sums leave the registers
 constexpr int64_t kRowStride = kDepth + 16;  // an odd number of cache lines: the rows fall into different cache sets
 
 enum class Epilogue : int { none, gelu, gelu_bwd };  // the codes are part of the C ABI
@@ -26,6 +26,7 @@ struct Linear {
 
 struct LinearBlock {
   int64_t row, rows, column, columns;  // of y; `column` is the first of a panel
+  int64_t runs;                        // of words of x that are held at a time
 };
 
 struct LinearKernels {

@@ -112,6 +112,8 @@ inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows
     }
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // `n` factors of a row to whole words.
 inline void take(word* to, const Linear& a, int64_t at, int64_t n) {
   factor* factors = reinterpret_cast<factor*>(to);
@@ -124,30 +126,48 @@ inline void take(word* to, const Linear& a, int64_t at, int64_t n) {
 #endif
 }
 
-void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
-  constexpr int64_t step = kDepth * kFactors;
-  const int64_t depth_of_all = (a.K + kFactors - 1) / kFactors, run_size = b.rows * kRowStride;
-  float* sums = scratch;
-  word* x = reinterpret_cast<word*>(scratch + b.rows * kColumns);
-  for (int64_t j = 0; j < b.rows; ++j) {
-    const int64_t m = b.row + j, at = m / a.T * a.batch_stride + m % a.T * a.row_stride;
-    word* to = x + j * kRowStride;
-    for (int64_t k = 0; k < a.K; k += step, to += run_size) take(to, a, at + k, a.K - k < step ? a.K - k : step);
-  }
+// Announces that the rows of a tile will be read or written.
+inline void expect(Array array, int64_t at) {
+  const int64_t size = array.type == DType::f32 ? 4 : 2;
+  const char* line = static_cast<const char*>(array.data) + at * size;
+  for (int64_t i = 0; i < kColumns * size; i += 64) __builtin_prefetch(line + i, 1);
+}
 
-  const word* w = static_cast<const word*>(a.w) + b.column * depth_of_all;
-  for (int64_t n = b.column; n < b.column + b.columns; n += kColumns) {
-    const word* xk = x;
-    for (int64_t k = 0; k == 0 || k < depth_of_all; k += kDepth, xk += run_size) {
-      const int64_t depth = depth_of_all - k < kDepth ? depth_of_all - k : kDepth, size = depth * kColumns;
-      const int64_t share = (size + b.rows - 1) / b.rows;  // of what follows in w, to be fetched with each row
-      for (int64_t j = 0; j < b.rows; j += kRows) {
-        const int64_t rows = j + kRows < b.rows ? kRows : b.rows - j;
-        for (int64_t i = 0; i < rows * share; i += 16) __builtin_prefetch(w + size + j * share + i, 0, 2);
-        tile_of<kRows>(rows, sums + j * kColumns, xk + j * kRowStride, w, depth, k == 0);
-        if (k + depth == depth_of_all) finish(a, sums + j * kColumns, b.row + j, rows, n);
+void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
+  const int64_t all_words = (a.K + kFactors - 1) / kFactors, run_size = b.rows * kRowStride;
+  const int64_t most_words = b.runs * kDepth, end = b.column + b.columns;
+  word* x = reinterpret_cast<word*>(scratch);
+  for (int64_t part = 0; part == 0 || part < all_words; part += most_words) {
+    const int64_t part_end = smaller(all_words, part + most_words);
+    for (int64_t j = 0; j < b.rows; ++j) {
+      const int64_t m = b.row + j, at = m / a.T * a.batch_stride + m % a.T * a.row_stride;
+      word* to = x + j * kRowStride;
+      for (int64_t k = part; k < part_end; k += kDepth, to += run_size)
+        take(to, a, at + k * kFactors, smaller(kDepth * kFactors, a.K - k * kFactors));
+    }
+
+    float* sums = scratch + b.runs * run_size;
+    for (int64_t n = b.column; n < end; n += kColumns) {
+      const word *w = static_cast<const word*>(a.w) + n * all_words + part * kColumns, *xk = x;
+      for (int64_t k = part; k == part || k < part_end; k += kDepth, xk += run_size) {
+        const int64_t depth = smaller(kDepth, part_end - k), size = depth * kColumns;
+        const word* next = k + depth < part_end ? w + size : w + (part - k + all_words) * kColumns;
+        // Of `next`, to be fetched with each row; few rows would send too many requests at a time.
+        const int64_t share = b.rows > 4 * kRows ? (size + b.rows - 1) / b.rows : 0;
+        const bool last = k + depth == all_words;
+        for (int64_t j = 0; j < b.rows; j += kRows) {
+          const int64_t rows = smaller(kRows, b.rows - j);
+          for (int64_t i = j * share; i < (j + rows) * share; i += 16) __builtin_prefetch(next + i, 0, 2);
+          for (int64_t i = j; last && i < j + rows; ++i) {
+            expect(a.y, (b.row + i) * a.N + n);
+            if (a.pre.data) expect(a.pre, (b.row + i) * a.N + n);
+          }
+          tile_of<kRows>(rows, sums + j * kColumns, xk + j * kRowStride, w, depth, k == 0);
+          if (last) finish(a, sums + j * kColumns, b.row + j, rows, n);
+        }
+        w += size;
       }
-      w += size;
+      if (most_words < all_words) sums += b.rows * kColumns;  // each panel's sums wait for the next part
     }
   }
 }
