@@ -1,11 +1,14 @@
 """The native CPU library: one typed function per operation over ``kernels/cpu``."""
 
+from insvp_fast.native.attention import attention_bwd, attention_fwd
 from insvp_fast.native.library import NativeStatus, available, native_status
 from insvp_fast.native.linear import linear, pack_linear
 from insvp_fast.native.superpose import superpose_bwd, superpose_fwd
 
 __all__ = [
     "NativeStatus",
+    "attention_bwd",
+    "attention_fwd",
     "available",
     "linear",
     "native_status",
