@@ -5,7 +5,6 @@ Letters: `B` images, `S` tokens of which the first `T` ask, `D` the width of all
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from insvp_fast import memory as reused
@@ -20,10 +19,10 @@ _BWD = [ptr, ptr, i32, ptr, *[i64] * 5, f32]
 def _sizes(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int, int]:
     """B, S, T, the number of heads, the width of one."""
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"expected qkv [B, S, 3*D] with D a multiple of {num_heads} heads, got {tuple(qkv.shape)}")
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected [B, S, 3*D] with D in {num_heads} equal heads")
     B, S, D3 = qkv.shape
     if not 0 <= num_queries <= S:
-        raise ValueError(f"{num_queries} queries among {S} tokens")
+        raise ValueError(f"num_queries is {num_queries}, expected 0 to {S}, the number of tokens")
     return B, S, num_queries, num_heads, D3 // (3 * num_heads)
 
 
@@ -33,9 +32,9 @@ def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -
     qkv [B, S, 3*D] in float32 or bfloat16. Returns [B, T, D] in its dtype; sums and the softmax are float32. The same
     bits for every number of threads. Raises as `superpose_fwd`.
     """
-    sizes = B, S, T, heads, d = _sizes(qkv, num_heads, num_queries)
+    sizes = _sizes(qkv, num_heads, num_queries)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
-    out = reused.empty((B, T, heads * d), qkv.dtype)
+    out = reused.empty((qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
     call("attention_fwd", _FWD, *memory(qkv), out.data_ptr(), *sizes, scale)
     return out
 
@@ -45,9 +44,9 @@ def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, s
 
     Zero for the queries of tokens that do not ask. The rest as in `attention_fwd`.
     """
-    sizes = B, S, T, heads, d = _sizes(qkv, num_heads, num_queries)
+    sizes = _sizes(qkv, num_heads, num_queries)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
-    grad = require("grad", grad, (B, T, heads * d), qkv.dtype)
+    grad = require("grad", grad, (qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
     d_qkv = reused.empty_like(qkv)
     call("attention_bwd", _BWD, grad.data_ptr(), *memory(qkv), d_qkv.data_ptr(), *sizes, scale)
     return d_qkv
