@@ -95,7 +95,7 @@ class How(NamedTuple):
 
     dtype: torch.dtype  # of the products
     fold_norm: bool  # the affine map of a norm into the product behind it
-    attention: str  # implementation, see ``ops.attention``
+    attention: str  # the implementation, see ``ops.attention``; not for blocks that ask only some queries
     mlp_keeps: str  # for backward, see ``ops.mlp``
 
 
@@ -140,7 +140,7 @@ def _attend(
     if not isinstance(attn.q_norm, nn.Identity):
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    return ops.attention(qkv, attn.num_heads, num_queries, attn.scale)
+    return ops.attention(qkv, attn.num_heads, num_queries, attn.scale, impl=how.attention)
 
 
 def _attend_few(

@@ -1,13 +1,13 @@
-"""What PyTorch does best on a CPU: the products it has instructions for, and attention by the faster of two ways."""
+"""What a CPU does best: the products it has instructions for, and attention by the fastest of three ways."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from insvp_fast import reference
+from insvp_fast import native, reference
 
-__all__ = ["attention_bwd", "attention_fwd", "explicit_attention", "has_products", "wide_vectors"]
+__all__ = ["attention_bwd", "attention_fwd", "has_products", "keeps_softmax", "wide_vectors"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -34,14 +34,25 @@ def wide_vectors() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def explicit_attention(dtype: torch.dtype) -> bool:
+def keeps_softmax(dtype: torch.dtype) -> bool:
+    """Whether attention keeps its result and the sums of its softmax for backward, or nothing besides qkv."""
+    return not (_native_attention(dtype) or _explicit_attention(dtype))
+
+
+def _native_attention(dtype: torch.dtype) -> bool:
+    return native.available(dtype) and native.native_status().isa != "generic"
+
+
+def _explicit_attention(dtype: torch.dtype) -> bool:
     """Whether the plain products beat PyTorch's fused attention, whose backward has no 16-bit products."""
     return wide_vectors() and has_products(dtype)
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> tuple[Tensor, Tensor]:
     """[B, S, 3·D] -> the attended values [B, num_queries, D] and what backward needs of the softmax."""
-    if explicit_attention(qkv.dtype):
+    if _native_attention(qkv.dtype):
+        return native.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
+    if _explicit_attention(qkv.dtype):
         return _by_image_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
     x = qkv if has_products(qkv.dtype) else qkv.float()
     q, k, v = reference.split_heads(x, num_heads)
@@ -53,6 +64,8 @@ def attention_bwd(
     grad: Tensor, qkv: Tensor, out: Tensor | None, logsumexp: Tensor, num_heads: int, num_queries: int, scale: float
 ) -> Tensor:
     """The gradient of ``attention_fwd`` by the packed product, [B, S, 3·D]."""
+    if out is None and _native_attention(qkv.dtype):
+        return native.attention_bwd(grad, qkv, num_heads, num_queries, scale)
     if out is None:
         return _by_image_bwd(grad, qkv, num_heads, num_queries, scale)
     x, grad, out = (t if has_products(qkv.dtype) else t.float() for t in (qkv, grad, out))

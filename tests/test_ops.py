@@ -1,6 +1,9 @@
 """Each operation against the reference's function of the same name in double precision, and as a PyTorch operator."""
 
+import functools
+import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -425,11 +428,18 @@ def test_norm_insert_keeps_the_stream_wide_and_the_product_narrow():
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.fixture(params=["native", "explicit", "flash"])
+def way(request, monkeypatch):
+    """Each of the three ways of attention on a CPU, whatever is best on this one."""
+    native_covers = native.native_status() and request.param == "native"
+    monkeypatch.setattr(cpu, "_native_attention", lambda dtype: native_covers and native.available(dtype))
+    monkeypatch.setattr(cpu, "_explicit_attention", lambda dtype: request.param != "flash")
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "S", "queries"), [(0, 5, 4), (1, 17, 17), (3, 21, 12), (2, 9, 1)])
-def test_attention(monkeypatch, explicit, dtype, B, S, queries):
-    monkeypatch.setattr(cpu, "explicit_attention", lambda dtype: explicit)
+def test_attention(way, dtype, B, S, queries):
     inputs = [torch.randn(B, S, 3 * 24).to(dtype).requires_grad_()]
     exact = with_gradients(lambda t: reference.attention(t, 3, queries, 0.4), copies(inputs, torch.float64))
     plain = with_gradients(lambda t: reference.attention(t, 3, queries, 0.4), inputs)
@@ -439,13 +449,52 @@ def test_attention(monkeypatch, explicit, dtype, B, S, queries):
         assert_within_budget(value, rough, expected, dtype)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_attention_gradcheck_and_opcheck(monkeypatch, explicit):
-    monkeypatch.setattr(cpu, "explicit_attention", lambda dtype: explicit)
+def test_attention_gradcheck_and_opcheck(way):
     qkv = torch.randn(2, 5, 3 * 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: ops.attention(t, 2, 3, 0.5), [qkv])
     qkv = qkv.detach().float()
     opcheck(torch.ops.insvp_fast.attention_fwd.default, (qkv, 2, 3, 0.5))
     out, logsumexp = torch.ops.insvp_fast.attention_fwd(qkv, 2, 3, 0.5)
-    arguments = (torch.randn_like(out), qkv, None if explicit else out, logsumexp, 2, 3, 0.5)
+    arguments = (torch.randn_like(out), qkv, out if way == "flash" else None, logsumexp, 2, 3, 0.5)
     opcheck(torch.ops.insvp_fast.attention_bwd.default, arguments)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "sdpa", "native"])
+def test_attention_by_name(impl):
+    if impl == "native" and not native.native_status():
+        pytest.skip(str(native.native_status()))
+    inputs = [torch.randn(2, 21, 3 * 24, requires_grad=True)]
+    exact = with_gradients(lambda t: reference.attention(t, 3, 12, 0.4), copies(inputs, torch.float64))
+    named = functools.partial(ops.attention, num_heads=3, num_queries=12, scale=0.4, impl=impl)
+    ways = [named] if impl == "native" else [named, torch.compile(named, fullgraph=True, backend="aot_eager")]
+    for function in ways:
+        for value, expected in zip(with_gradients(function, inputs), exact, strict=True):
+            assert relative_error(value, expected) < 1e-5
+
+
+def test_attention_refuses_what_it_cannot_do(monkeypatch):
+    qkv = torch.randn(2, 5, 3 * 8)
+    with pytest.raises(ValueError, match="impl='fastest': expected one of"):
+        ops.attention(qkv, 2, 3, 0.5, impl="fastest")
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(RuntimeError, match="needs the package xformers"):
+        ops.attention(qkv, 2, 3, 0.5, impl="xformers")
+    with pytest.raises((TypeError, RuntimeError), match="float64|not in use"):
+        ops.attention(qkv.double(), 2, 3, 0.5, impl="native")
+
+
+def test_attention_by_xformers(monkeypatch):
+    """Its layout, [B, tokens, heads, d], by a stand-in."""
+
+    def stand_in(q, k, v, scale):
+        assert q.shape == (2, 12, 3, 8) and k.shape == v.shape == (2, 21, 3, 8)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = stand_in
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    qkv = torch.randn(2, 21, 3 * 24)
+    value = ops.attention(qkv, 3, 12, 0.4, impl="xformers")
+    torch.testing.assert_close(value, reference.attention(qkv, 3, 12, 0.4))

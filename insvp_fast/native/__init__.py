@@ -1,5 +1,6 @@
 """The native CPU library: one typed function per operation over ``kernels/cpu``."""
 
+from insvp_fast.native.attention import attention_bwd, attention_fwd
 from insvp_fast.native.library import NativeStatus, available, native_status
 from insvp_fast.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
 from insvp_fast.native.norm_insert import norm_insert_bwd, norm_insert_fwd
@@ -7,6 +8,8 @@ from insvp_fast.native.superpose import superpose_bwd, superpose_fwd
 
 __all__ = [
     "NativeStatus",
+    "attention_bwd",
+    "attention_fwd",
     "available",
     "linear",
     "linear_gelu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
-from insvp_fast import cpu, reference
+from insvp_fast import cpu, native, reference
 from insvp_fast.ops.library import LIBRARY, define, implement, widened
 
 __all__ = ["attention"]
@@ -21,42 +22,94 @@ define(
 )
 
 
-def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, impl: str = "auto") -> Tensor:
     """Softmax attention of the first ``num_queries`` tokens to all S, from the packed product.
 
     Args:
         qkv: [B, S, 3·D], heads folded into D.
         scale: of the scores before the softmax.
+        impl: "auto" lets the device decide; "reference", "native", "sdpa", "triton" or "xformers" insists.
 
     Returns:
         [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax.
+
+    Raises:
+        ValueError: for an unknown ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
     """
-    if qkv.device.type == "cpu":
-        return _Attention.apply(qkv, num_heads, num_queries, scale)
+    if impl not in _ATTENTION:
+        raise ValueError(f"impl={impl!r}: expected one of {sorted(_ATTENTION)}")
+    return _ATTENTION[impl](qkv, num_heads, num_queries, scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv, num_heads, num_queries, scale, impl):
+        out, logsumexp = _KERNELS[impl][0](qkv, num_heads, num_queries, scale)
+        ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp)
+        ctx.shape = num_heads, num_queries, scale
+        ctx.impl = impl
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        return _KERNELS[ctx.impl][1](grad, *ctx.saved_tensors, *ctx.shape), None, None, None, None
+
+
+def _auto(qkv, num_heads, num_queries, scale):
+    run = _kernels("auto") if qkv.device.type == "cpu" else _sdpa
+    return run(qkv, num_heads, num_queries, scale)
+
+
+def _kernels(impl: str) -> Callable[..., Tensor]:
+    return lambda *args: _Attention.apply(*args, impl)
+
+
+def _sdpa(qkv, num_heads, num_queries, scale):
     q, k, v = reference.split_heads(qkv, num_heads)
     return reference.merge_heads(
         torch.nn.functional.scaled_dot_product_attention(q[:, :, :num_queries], k, v, scale=scale)
     )
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv, num_heads, num_queries, scale):
-        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(qkv, num_heads, num_queries, scale)
-        ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp)
-        ctx.shape = num_heads, num_queries, scale
-        return out
+def _xformers(qkv, num_heads, num_queries, scale):
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise RuntimeError('impl="xformers" needs the package xformers') from error
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)  # [B, S, heads, d]
+    return memory_efficient_attention(q[:, :num_queries], k, v, scale=scale).flatten(2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad):
-        return torch.ops.insvp_fast.attention_bwd.default(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
+
+def _native_fwd(qkv, num_heads, num_queries, scale):
+    return native.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
+
+
+def _native_bwd(grad, qkv, out, logsumexp, *rest):
+    return native.attention_bwd(grad, qkv, *rest)
+
+
+def _triton_fwd(qkv, num_heads, num_queries, scale):
+    from insvp_fast.kernels.gpu import attention as kernel
+
+    _, S, D3 = qkv.shape
+    d = D3 // (3 * num_heads)
+    if not kernel.covers(qkv.device, S, d, qkv.dtype):
+        raise RuntimeError(f'impl="triton" does not cover {S} tokens of {d} numbers in {qkv.dtype} on {qkv.device}')
+    return kernel.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
+
+
+def _triton_bwd(grad, qkv, out, logsumexp, *rest):
+    from insvp_fast.kernels.gpu import attention as kernel
+
+    return kernel.attention_bwd(grad, qkv, *rest)
 
 
 @register_fake("insvp_fast::attention_fwd", lib=LIBRARY)
 def _(qkv, num_heads, num_queries, scale):
     B, _, D3 = qkv.shape
-    softmax = 0 if cpu.explicit_attention(qkv.dtype) else (B, num_queries, num_heads)
+    softmax = (B, num_queries, num_heads) if cpu.keeps_softmax(qkv.dtype) else 0
     logsumexp = qkv.new_empty(softmax, dtype=widened(qkv.dtype))
     return qkv.new_empty(B, num_queries, D3 // 3), logsumexp if logsumexp.ndim == 1 else logsumexp.transpose(1, 2)
 
@@ -68,3 +121,16 @@ def _(grad, qkv, out, logsumexp, num_heads, num_queries, scale):
 
 implement("attention_fwd", cpu=cpu.attention_fwd)
 implement("attention_bwd", cpu=cpu.attention_bwd)
+
+_KERNELS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
+    "auto": (torch.ops.insvp_fast.attention_fwd.default, torch.ops.insvp_fast.attention_bwd.default),
+    "native": (_native_fwd, _native_bwd),
+    "triton": (_triton_fwd, _triton_bwd),
+}
+_ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "auto": _auto,
+    "reference": reference.attention,
+    "sdpa": _sdpa,
+    "xformers": _xformers,
+    **{impl: _kernels(impl) for impl in ("native", "triton")},
+}
