@@ -143,7 +143,7 @@ def add_rates(benchmark: Any, dtype: torch.dtype, flops: float, nbytes: float = 
 
 @functools.cache
 def peak_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the best large square product that the package knows: PyTorch's own, or with a packed weight."""
+    """FLOP/s of the best large square product that is known here: with a packed weight, on a GPU PyTorch's own."""
     n = 1536 if DEVICE.type == "cpu" else 8192
     x, weight = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))  # zeros would be faster on a GPU
     return 2 * n**3 / best(lambda: ops.linear(x, weight, None))
@@ -158,9 +158,9 @@ def peak_bandwidth() -> float:
 
 
 def best(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of ten runs."""
+    """Seconds of the fastest of many runs: the least that others on this machine disturbed."""
     with torch.no_grad():
-        return min(alternate({"": run}, 10)[""])
+        return min(alternate({"": run}, 50)[""])
 
 
 def median_seconds(run: Callable[[], object], rounds: int = 20, runs: int = 10) -> tuple[float, float, float]:

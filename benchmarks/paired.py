@@ -7,16 +7,13 @@ python benchmarks/paired.py --save --readme   also writes benchmarks/results/<ma
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import steps  # noqa: E402  # found beside this file, whoever starts it
-from insvp_fast import bench  # noqa: E402
+from benchmarks import results, steps  # found beside this file, whoever starts it
+from insvp_fast import bench
 
 
 def main() -> None:
@@ -55,45 +52,9 @@ def main() -> None:
                 )
                 print("\n".join(map(bench.line, rows)), flush=True)
                 if arguments.save:
-                    save(rows)
+                    results.save(rows)
     if arguments.readme:
-        write_readme()
-
-
-def save(rows: list[bench.Row], folder: Path = HERE / "results") -> Path:
-    """Merge rows into the file of this machine; a row replaces an older one of the same job."""
-    facts = bench.machine()
-    name = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
-    path = folder / f"{name}-torch{facts['torch']}.json"
-    path.parent.mkdir(exist_ok=True)
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    keys = ("job", "precision", "provider", "model", "batch")
-    merged = {(*(row[key] for key in keys), row.get("config", "paper")): row for row in old + rows}
-    path.write_text(json.dumps({"machine": facts, "rows": list(merged.values())}, indent=1) + "\n")
-    return path
-
-
-def write_readme(folder: Path = HERE / "results", readme: Path = HERE.parent / "README.md") -> None:
-    """Put a table of all saved results between the README's markers."""
-    parts = []
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        facts = result["machine"]
-        # what was timed together stands together, the bare ViT first
-        groups: dict[tuple[object, ...], list[bench.Row]] = {}
-        for row in result["rows"]:
-            key = row["model"], row.get("config", "paper"), row["job"], row["precision"], row["batch"]
-            groups.setdefault(key, []).append(row)
-        rows = [row for group in groups.values() for row in sorted(group, key=rank)]
-        parts.append(f"{facts['device']}, torch {facts['torch']}:\n\n{bench.table(rows)}\n")
-    before, rest = readme.read_text().split("<!-- results -->\n", 1)
-    _, after = rest.split("<!-- end of results -->", 1)
-    readme.write_text(f"{before}<!-- results -->\n" + "\n".join(parts) + f"<!-- end of results -->{after}")
-
-
-def rank(row: bench.Row) -> int:
-    order = ("bare", "released", "authors", "reference", "insvp_fast")
-    return order.index(row["provider"].split(" ")[0])
+        results.write_readme()
 
 
 if __name__ == "__main__":
