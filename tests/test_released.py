@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from released_oracle import forward, random_state_dict
 from timm import create_model
 from torch import Tensor
+from torch.func import functional_call
 
 from insvp_fast.checkpoint import AdapterCheckpoint, CheckpointError
 from insvp_fast.config import InsVPConfig
 from insvp_fast.model import InsVPViT
 from insvp_fast.reference import InsVPReference
+
+sys.path.append(str(Path(__file__).parents[1]))  # behind everything else: insvp_fast stays the installed one
+from benchmarks.released import Released
 
 
 class Reference(AdapterCheckpoint, InsVPReference):
@@ -41,6 +45,41 @@ CASES = [
 ]
 
 
+def oracle_of(
+    depth: int, layers: int, length: int, kernels: tuple[int, int, int], classes: int = 7, simam: bool = False
+) -> Released:
+    backbone = create_model("vit_base_patch16_224", depth=depth, num_classes=classes)
+    return Released(backbone, layers, length, kernels, simam=simam).eval()
+
+
+def random_state_dict(*sizes, classes: int = 7) -> dict[str, Tensor]:
+    """Random weights under the keys of the authors' code, of sizes that let each part show in the logits."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in ((name, tensor.shape) for name, tensor in oracle_of(*sizes, classes).state_dict().items()):
+        noise = torch.randn(shape, generator=generator)
+        if name == "prompts":
+            tensors[name] = torch.rand(shape, generator=generator) * 2 - 1
+        elif name.endswith("bias"):
+            tensors[name] = 0.1 * noise
+        elif "norm" in name:
+            tensors[name] = 1 + 0.1 * noise
+        elif name in ("backbone.cls_token", "backbone.pos_embed"):
+            tensors[name] = noise * (1 if "cls" in name else 0.2)
+        else:
+            gain = 2 if name.startswith("TokenPrompt") else 1.5 if "qkv" in name else 1
+            tensors[name] = gain * noise * shape[1:].numel() ** -0.5
+    return tensors
+
+
+def forward(tensors: dict[str, Tensor], image: Tensor, simam: bool = False) -> Tensor:
+    """The logits of the authors' code with these weights, whose shapes tell the sizes."""
+    depth = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("backbone.blocks."))
+    kernels = tuple(tensors[f"TokenPrompt.conv{i}.weight"].shape[-1] for i in (1, 2, 3))
+    model = oracle_of(depth, *tensors["prompts"].shape[:2], kernels, len(tensors["backbone.head.bias"]), simam)
+    return functional_call(model, tensors, image)
+
+
 @cache
 def images(batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
@@ -48,7 +87,7 @@ def images(batch: int = 1) -> Tensor:
 
 @cache
 def small() -> dict[str, Tensor]:
-    return random_state_dict(depth=1, layers=1, length=9, kernels=(9, 5, 3))
+    return random_state_dict(1, 1, 9, (9, 5, 3))
 
 
 @lru_cache(maxsize=1)  # the two models of a case follow each other

@@ -1,0 +1,87 @@
+"""Whole models: inference, forward + backward, training step, of the providers of ``benchmarks/steps.py``.
+
+Dropout is off, so that all that was timed can be compared, and the learning rate 0, so that every step gives the same
+values; ``benchmarks/paired.py`` times what is trained in earnest.
+"""
+
+import pytest
+import torch
+
+from benchmarks import steps
+from benchmarks.measure import add_rates, model_flops, time_run
+from insvp_fast import cpu
+from insvp_fast.bench import AMP, CONFIGS, DEVICE, JOBS, make_images, peak_bytes
+from insvp_fast.testing import saved_bytes
+
+PLAIN = ("bare", "reference", "insvp_fast")
+COMPILED = tuple(f"{provider} compiled" for provider in PLAIN)
+
+
+def cases():
+    """Provider, model, configuration, precision, batch and job."""
+    small, base, large = (f"vit_{size}_patch16_224" for size in ("small", "base", "large"))
+    if DEVICE.type == "cpu":
+        for provider in PLAIN:
+            for precision, job in (
+                ("fp32", "inference"),
+                ("fp32", "forward + backward"),
+                ("fp32", "training step"),
+                ("bf16", "training step"),
+            ):
+                yield provider, small, "paper", precision, 2, job
+            yield provider, base, "paper", "fp32", 2, "training step"
+        yield from (("insvp_fast", large, "paper", "fp32", 1, job) for job in JOBS)
+        yield "bare", large, "paper", "fp32", 1, "training step"
+        for provider in (*steps.RELEASE, "reference", "insvp_fast"):
+            yield provider, base, "released", "fp32", 2, "training step"
+        yield from (
+            (provider, small, "paper", "fp32", 2, "training step")
+            for provider in ("bare compiled", "insvp_fast compiled")
+        )
+        return
+    for precision in ("fp32", "bf16"):
+        for job in JOBS:
+            for name in (small, base, large):
+                for batch in (1, 16, 64, 256, 1024, 4096):  # those that do not fit are skipped
+                    yield from ((provider, name, "paper", precision, batch, job) for provider in PLAIN)
+            for batch in (64, 256):
+                yield from ((provider, base, "paper", precision, batch, job) for provider in COMPILED)
+                yield from (
+                    (provider, base, "released", precision, batch, job) for provider in (*steps.RELEASE, *PLAIN[1:])
+                )
+
+
+CASES = list(dict.fromkeys(cases()))
+
+
+@pytest.mark.parametrize(
+    ("provider", "name", "config", "precision", "batch", "job"), CASES, ids=lambda part: str(part).replace(" ", "_")
+)
+def bench_model(benchmark, tiny, provider, name, config, precision, batch, job):
+    amp, depth = AMP[precision], {"depth": 1} if tiny else {}
+    batch = 1 if tiny else batch
+    if DEVICE.type == "cpu" and amp is not None and not cpu.has_products(amp):
+        pytest.skip(
+            "without instructions for bf16, PyTorch's own products take minutes; benchmarks/paired.py times them"
+        )
+    benchmark.group = f"{name}, {config}, {job}, {precision}, batch {batch}"
+    still = steps.without_dropout(CONFIGS[config])
+    model = steps.make_model(provider, name, still, **depth)
+    run = JOBS[job](model, batch, amp, **({"lr": 0.0} if job == "training step" else {}))
+    try:
+        results = time_run(benchmark, run, budget=3.0)
+        if provider != "authors":  # its weights are its own
+            benchmark.extra_info.update(steps.assert_parity(results, provider, amp, name, batch, still, **depth))
+    except torch.cuda.OutOfMemoryError:
+        pytest.skip(f"batch {batch} does not fit")
+    backward = job != "inference"
+    if backward:
+        image, _ = make_images(model, 1)
+        image.requires_grad_(provider.startswith("bare"))
+        benchmark.extra_info["saved MB per image"] = saved_bytes(model, image, amp) / 1e6
+    if DEVICE.type == "cuda":
+        benchmark.extra_info["peak MB"] = peak_bytes(run) / 1e6
+    kind = "bare" if provider.startswith("bare") else "reference"
+    add_rates(benchmark, amp or torch.float32, batch * model_flops(kind, name, still, backward, **depth))
+    if benchmark.stats is not None:
+        benchmark.extra_info["images/s"] = batch / benchmark.stats.stats.median
