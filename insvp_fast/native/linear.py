@@ -97,8 +97,8 @@ def linear(
     """`x @ weight.T + bias` in `dtype`, that of x by default, for the weight that `pack_linear` packed.
 
     x [M, D_in] or [B, T, D_in] in float32 or bfloat16, of any strides, without a copy where the last one is 1; bias
-    [out_features] in float32. Returns a contiguous tensor [..., out_features], summed in float32, the same bits for every
-    number of threads. Raises as `superpose_fwd`.
+    [out_features] in float32. Returns a contiguous tensor [..., out_features], summed in float32, the same bits for
+    every number of threads. Raises as `superpose_fwd`.
     """
     return _product(x, packed, bias, out_features, dtype)
 
@@ -106,9 +106,10 @@ def linear(
 def linear_gelu(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, keep: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """`pre = linear(x, ...)` and `gelu(pre)` in its exact (erf) form, both in the dtype of x; `pre` is None unless kept.
+    """`pre = linear(x, ...)` and `gelu(pre)` in its exact (erf) form, both in the dtype of x.
 
-    GELU is computed before `pre` is rounded. Raises as `superpose_fwd`.
+    `pre` is None unless it is to be kept for backward; GELU is computed before it is rounded. Raises as
+    `superpose_fwd`.
     """
     pre = memory.empty((*x.shape[:-1], out_features), x.dtype) if keep else None
     return pre, _product(x, packed, bias, out_features, None, _GELU, pre)
@@ -117,8 +118,8 @@ def linear_gelu(
 def linear_gelu_bwd(grad: Tensor, packed: Tensor, pre: Tensor) -> Tensor:
     """The gradient by `pre` of what follows `linear_gelu`: `linear(grad, packed) * gelu'(pre)` in the dtype of grad.
 
-    grad [..., D_out] of the next product's results, packed its transposed weight, pre [..., D_in] in float32 or bfloat16.
-    Raises as `superpose_fwd`.
+    grad [..., D_out] of the results of the next product, packed its transposed weight, pre [..., D_in] in float32 or
+    bfloat16. Raises as `superpose_fwd`.
     """
     pre = require("pre", pre, (*grad.shape[:-1], *pre.shape[-1:]), *TYPE_CODES)
     return _product(grad, packed, None, pre.shape[-1], None, _GELU_BWD, pre)

@@ -4,9 +4,9 @@
 
 namespace {
 
-// 2**y, and 0 where that is no longer a normal number: y = n + f with |f| <= 1/2, 2**f by a minimax polynomial (relative
-// error 2e-9), 2**n by its exponent bits.
-inline vec exp2_below_one(vec y) {
+// 2**y for y <= 0, and 0 where that is close to no longer being a normal number: y = n + f with |f| <= 1/2, 2**f by a
+// minimax polynomial (relative error 2e-9), 2**n by its exponent bits.
+inline vec exp2_of_negative(vec y) {
   const float magic = 0x1.8p23f;  // pushes the fraction out of the mantissa, and leaves n in its low bits
   const vec shifted = y + magic, f = y - (shifted - magic);
   vec p = f * 1.5353357594e-4f + 1.3398875017e-3f;
@@ -27,7 +27,7 @@ struct Normal {
 // 3e-8): nothing cancels in the lower tail, and exp underflows where the tails are 0 and 1.
 inline Normal normal(vec x) {
   const vec t = (vec)((bits32)x & 0x7fffffffu), s = 1.0f / (t * 0.34f + 1.0f);
-  const vec e = exp2_below_one(t * t * -0.72134752044f);
+  const vec e = exp2_of_negative(t * t * -0.72134752044f);
   vec r = s * -2.6120660827e-2f + 1.3950031996e-1f;
   r = r * s - 2.7313429117e-1f;
   r = r * s + 2.0218425989e-1f;

@@ -20,6 +20,8 @@ const LinearKernels& kernels(DType packed) {
   return linear_generic;
 }
 
+int64_t words(const LinearKernels& kernels, int64_t K) { return ceil_div(K, kernels.factors); }
+
 // Half of the second-level cache: the words of x that a block may hold there.
 int64_t resident_words() {
   long bytes = 0;
@@ -48,7 +50,7 @@ Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, i
   d.columns = ceil_div(panels, d.across) * kernels.columns;
   d.down = ceil_div(M, d.rows);
   d.across = ceil_div(N, d.columns);
-  const int64_t runs = larger(1, ceil_div(linear_words(kernels, K), kDepth));
+  const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
   const int64_t parts = ceil_div(runs, larger(1, resident_words() / (d.rows * kRowStride)));
   d.runs = ceil_div(runs, parts);
   d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : kernels.columns));
@@ -64,7 +66,8 @@ float widen(uint16_t x) {
 }
 
 void convert(float& to, float x) { to = x; }
-void convert(uint16_t& to, float x) {  // to nearest even; a NaN is replaced, because rounding could carry it into infinity
+// Rounds to nearest even; a NaN is replaced, because rounding could carry its mantissa into infinity.
+void convert(uint16_t& to, float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
   to = static_cast<uint16_t>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u);
@@ -96,14 +99,14 @@ using namespace insvp_fast;
 // The number of elements that linear_pack writes.
 INSVP_FAST_API int64_t linear_packed_size(int packed_type, int64_t N, int64_t K) {
   const LinearKernels& k = kernels(DType(packed_type));
-  return ceil_div(N, k.columns) * k.columns * linear_words(k, K) * k.factors;
+  return ceil_div(N, k.columns) * k.columns * words(k, K) * k.factors;
 }
 
 // Packs w [N, K], element (n, k) at n * row_stride + k * column_stride.
 INSVP_FAST_API int linear_pack(void* packed, int packed_type, const void* w, int w_type, int64_t N, int64_t K,
                                int64_t row_stride, int64_t column_stride, int threads) {
   const LinearKernels& k = kernels(DType(packed_type));
-  const int64_t width = k.columns, panels = ceil_div(N, width), size = width * linear_words(k, K) * k.factors;
+  const int64_t width = k.columns, panels = ceil_div(N, width), size = width * words(k, K) * k.factors;
   const Weight weight{w, N, K, row_stride, column_stride};
   const bool pairs = DType(packed_type) == DType::bf16, half = DType(w_type) == DType::bf16;
 #pragma omp parallel for num_threads(threads)

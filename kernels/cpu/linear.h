@@ -2,8 +2,8 @@
 //
 // y = x @ w + bias, with M rows, K terms to sum, N columns. Operands are held in words of 32 bits: one fp32 factor, or
 // two neighbouring bf16 factors where the instruction set multiplies pairs. w is packed in panels, as wide as a tile of
-// y that the registers hold; in each panel word row after word row. The words of x are taken in runs of kDepth: a run of
-// a panel stays in the first-level cache while the rows of a block, held in the second level, pass by.
+// y that the registers hold; in each panel word row after word row. The words of x are taken in runs of kDepth: a run
+// of a panel stays in the first-level cache while the rows of a block, held in the second level, pass by.
 #pragma once
 #include "common.h"
 
@@ -34,8 +34,6 @@ struct LinearKernels {
   int64_t factors;        // of x and w in a word
   void (*block)(const Linear&, const LinearBlock&, float* scratch);
 };
-
-inline int64_t linear_words(const LinearKernels& kernels, int64_t K) { return (K + kernels.factors - 1) / kernels.factors; }
 
 extern const LinearKernels linear_generic, linear_avx2, linear_avx512, linear_avx512_bf16;
 

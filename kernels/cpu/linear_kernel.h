@@ -1,5 +1,5 @@
-// linear on one block of y, for the vector width of the including file. With INSVP_FAST_BF16_PAIRS a word of x or w holds
-// two bf16 factors, else one fp32 factor.
+// linear on one block of y, for the vector width of the including file. With INSVP_FAST_BF16_PAIRS a word of x or w
+// holds two bf16 factors, else one fp32 factor.
 #pragma once
 #include "gelu.h"
 #include "linear.h"
@@ -114,60 +114,63 @@ inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// `n` factors of a row to whole words.
-inline void take(word* to, const Linear& a, int64_t at, int64_t n) {
-  factor* factors = reinterpret_cast<factor*>(to);
+// The words of x from `first` to `end`, in runs.
+inline void take(word* x, const Linear& a, const LinearBlock& b, int64_t first, int64_t end) {
+  for (int64_t j = 0; j < b.rows; ++j, x += kRowStride) {
+    const int64_t m = b.row + j, row = m / a.T * a.batch_stride + m % a.T * a.row_stride;
+    for (int64_t k = first; k < end; k += kDepth) {
+      const int64_t at = row + k * kFactors, n = smaller(kDepth * kFactors, a.K - k * kFactors);
+      factor* to = reinterpret_cast<factor*>(x + (k - first) / kDepth * b.rows * kRowStride);
 #ifdef INSVP_FAST_BF16_PAIRS
-  __builtin_memcpy(factors, static_cast<const bf16*>(a.x.data) + at, n * sizeof(bf16));
-  if (n % 2) factors[n] = 0;
+      __builtin_memcpy(to, static_cast<const bf16*>(a.x.data) + at, n * sizeof(bf16));
+      if (n % 2) __builtin_memset(to + n, 0, sizeof(bf16));
 #else
-  if (a.x.type == DType::f32) __builtin_memcpy(factors, static_cast<const float*>(a.x.data) + at, n * sizeof(float));
-  else copy(factors, static_cast<const bf16*>(a.x.data) + at, n, 1.0f);
+      if (a.x.type == DType::f32) __builtin_memcpy(to, static_cast<const float*>(a.x.data) + at, n * sizeof(float));
+      else copy(to, static_cast<const bf16*>(a.x.data) + at, n, 1.0f);
 #endif
+    }
+  }
 }
 
-// Announces that the rows of a tile will be read or written.
+// Announces that a row of a tile will be read or written.
 inline void expect(Array array, int64_t at) {
   const int64_t size = array.type == DType::f32 ? 4 : 2;
   const char* line = static_cast<const char*>(array.data) + at * size;
   for (int64_t i = 0; i < kColumns * size; i += 64) __builtin_prefetch(line + i, 1);
 }
 
-void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
-  const int64_t all_words = (a.K + kFactors - 1) / kFactors, run_size = b.rows * kRowStride;
-  const int64_t most_words = b.runs * kDepth, end = b.column + b.columns;
-  word* x = reinterpret_cast<word*>(scratch);
-  for (int64_t part = 0; part == 0 || part < all_words; part += most_words) {
-    const int64_t part_end = smaller(all_words, part + most_words);
-    for (int64_t j = 0; j < b.rows; ++j) {
-      const int64_t m = b.row + j, at = m / a.T * a.batch_stride + m % a.T * a.row_stride;
-      word* to = x + j * kRowStride;
-      for (int64_t k = part; k < part_end; k += kDepth, to += run_size)
-        take(to, a, at + k * kFactors, smaller(kDepth * kFactors, a.K - k * kFactors));
+// The sums of one panel over one run of words, and with the last run the results. `next` is the run that follows in w.
+inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, float* sums, const word* x, const word* w,
+                      const word* next, int64_t depth, bool first, bool last) {
+  int64_t share = (depth * kColumns + b.rows - 1) / b.rows;  // of `next`, to be fetched with each row
+  if (share * kRows > 96 * 16) share = 0;                    // so many requests at a time would wait for each other
+  for (int64_t j = 0; j < b.rows; j += kRows) {
+    const int64_t rows = smaller(kRows, b.rows - j);
+    for (int64_t i = j * share; i < (j + rows) * share; i += 16) __builtin_prefetch(next + i, 0, 2);
+    for (int64_t m = b.row + j; last && m < b.row + j + rows; ++m) {
+      expect(a.y, m * a.N + column);
+      if (a.pre.data) expect(a.pre, m * a.N + column);
     }
+    tile_of<kRows>(rows, sums + j * kColumns, x + j * kRowStride, w, depth, first);
+    if (last) finish(a, sums + j * kColumns, b.row + j, rows, column);
+  }
+}
 
-    float* sums = scratch + b.runs * run_size;
-    for (int64_t n = b.column; n < end; n += kColumns) {
-      const word *w = static_cast<const word*>(a.w) + n * all_words + part * kColumns, *xk = x;
-      for (int64_t k = part; k == part || k < part_end; k += kDepth, xk += run_size) {
-        const int64_t depth = smaller(kDepth, part_end - k), size = depth * kColumns;
-        const word* next = k + depth < part_end ? w + size : w + (part - k + all_words) * kColumns;
-        // Of `next`, to be fetched with each row; few rows would send too many requests at a time.
-        const int64_t share = b.rows > 4 * kRows ? (size + b.rows - 1) / b.rows : 0;
-        const bool last = k + depth == all_words;
-        for (int64_t j = 0; j < b.rows; j += kRows) {
-          const int64_t rows = smaller(kRows, b.rows - j);
-          for (int64_t i = j * share; i < (j + rows) * share; i += 16) __builtin_prefetch(next + i, 0, 2);
-          for (int64_t i = j; last && i < j + rows; ++i) {
-            expect(a.y, (b.row + i) * a.N + n);
-            if (a.pre.data) expect(a.pre, (b.row + i) * a.N + n);
-          }
-          tile_of<kRows>(rows, sums + j * kColumns, xk + j * kRowStride, w, depth, k == 0);
-          if (last) finish(a, sums + j * kColumns, b.row + j, rows, n);
-        }
-        w += size;
+void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
+  const int64_t K = (a.K + kFactors - 1) / kFactors, part = b.runs * kDepth;  // in words
+  word* x = reinterpret_cast<word*>(scratch);
+  for (int64_t first = 0; first == 0 || first < K; first += part) {
+    const int64_t end = smaller(K, first + part);
+    take(x, a, b, first, end);
+    float* sums = scratch + part / kDepth * b.rows * kRowStride;
+    for (int64_t n = b.column; n < b.column + b.columns; n += kColumns) {
+      const word* w = static_cast<const word*>(a.w) + n * K;
+      for (int64_t k = first; k == first || k < end; k += kDepth) {
+        const int64_t depth = smaller(kDepth, end - k), following = k + depth < end ? k + depth : K + first;
+        panel_run(a, b, n, sums, x + (k - first) / kDepth * b.rows * kRowStride, w + k * kColumns,
+                  w + following * kColumns, depth, k == 0, k + depth == K);
       }
-      if (most_words < all_words) sums += b.rows * kColumns;  // each panel's sums wait for the next part
+      if (part < K) sums += b.rows * kColumns;  // the sums of each panel wait for the next part
     }
   }
 }
