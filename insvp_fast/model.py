@@ -29,6 +29,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     Args, shapes and errors: see ``InsVPReference``.
     """
 
+    global_prompter_type = prompters.GlobalPrompter
     specific_prompter_type = prompters.SpecificPrompter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

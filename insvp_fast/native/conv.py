@@ -28,14 +28,18 @@ def _sizes(x: Tensor, weight: Tensor, height: int, width: int, pool: int = 1) ->
     return *x.shape, weight.shape[0], height, width, *weight.shape[2:]
 
 
+def _weight_shape(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return sizes[4], sizes[1], *sizes[7:]
+
+
 def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dtype) -> tuple[Tensor, Tensor | None]:
-    B, C, H, W, O, _, _, kh, kw = sizes = _sizes(x, weight, height, width, pool)
+    sizes = _sizes(x, weight, height, width, pool)
     if dtype not in TYPE_CODES:
         raise TypeError(f"y cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
-    x = require("x", x, (B, C, H, W), *TYPE_CODES)
-    weight = require("weight", weight, (O, C, kh, kw), torch.float32)
-    bias = require("bias", bias, (O,), torch.float32)
-    y = reused.empty((B, O, height // pool, width // pool), dtype)
+    x = require("x", x, sizes[:4], *TYPE_CODES)
+    weight = require("weight", weight, _weight_shape(sizes), torch.float32)
+    bias = require("bias", bias, sizes[4:5], torch.float32)
+    y = reused.empty((sizes[0], sizes[4], height // pool, width // pool), dtype)
     chosen = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pool > 1 else None
     call(
         "conv_fwd",
@@ -96,14 +100,14 @@ def conv_bwd(
     ended in ReLU, else None. d_x has the dtype of x, and size 0 where not needed; the others are float32, and the same
     bits for every number of threads. Raises as `conv_fwd`.
     """
-    B, C, H, W, O, _, _, kh, kw = sizes = _sizes(x, weight, height, width)
-    grad = require("grad", grad, (B, O, height, width), *TYPE_CODES)
-    x = require("x", x, (B, C, H, W), *TYPE_CODES)
+    sizes = _sizes(x, weight, height, width)
+    grad = require("grad", grad, (sizes[0], sizes[4], height, width), *TYPE_CODES)
+    x = require("x", x, sizes[:4], *TYPE_CODES)
     y = None if y is None else require("y", y, grad.shape, *TYPE_CODES)
-    weight = require("weight", weight, (O, C, kh, kw), torch.float32)
+    weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     d_x = reused.empty(x.shape if need_x else (0,), x.dtype)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(O, dtype=torch.float32, device="cpu")
+    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
     call(
         "conv_bwd",
         _BWD,
@@ -129,15 +133,15 @@ def conv_pool_bwd(
 
     Dtypes and errors are those of `conv_bwd`, y and chosen those of `conv_pool_fwd`.
     """
-    B, C, H, W, O, _, _, kh, kw = sizes = _sizes(x, weight, height, width, pool)
-    grad = require("grad", grad, (B, O, height // pool, width // pool), *TYPE_CODES)
-    x = require("x", x, (B, C, H, W), *TYPE_CODES)
+    sizes = _sizes(x, weight, height, width, pool)
+    grad = require("grad", grad, (sizes[0], sizes[4], height // pool, width // pool), *TYPE_CODES)
+    x = require("x", x, sizes[:4], *TYPE_CODES)
     y = require("y", y, grad.shape, *TYPE_CODES)
     chosen = require("chosen", chosen, tuple(grad.shape), torch.uint8)
-    weight = require("weight", weight, (O, C, kh, kw), torch.float32)
+    weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     d_x = reused.empty(x.shape if need_x else (0,), x.dtype)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(O, dtype=torch.float32, device="cpu")
+    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
     call(
         "conv_pool_bwd",
         _POOL_BWD,
