@@ -16,14 +16,13 @@ class GlobalPrompter(reference.GlobalPrompter):
     """G_g with the convolutions of this package where they are faster."""
 
     def forward(self, image: Tensor) -> Tensor:
-        conv1, conv2 = self.conv1, self.conv2
-        dtype = _result_dtype(image, conv1, conv2)
+        dtype = _result_dtype(image, self.conv1, self.conv2)
         if dtype is None:
             return super().forward(image)
-        H, W = image.shape[-2:]
+        (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
         with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
-            x = ops.conv(image, conv1.weight, conv1.bias, conv1.dilation[0], H, W, relu=True, dtype=dtype)
-            x = ops.conv(x, conv2.weight, conv2.bias, conv2.dilation[0], H, W)
+            x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
+            x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)
         return self.dropout(x)
 
 
@@ -44,11 +43,12 @@ class SpecificPrompter(reference.SpecificPrompter):
             x = reference.pool_centre(conv_centre(self.conv1, image, H, W), size)
             x = conv_centre(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
             return self.conv3(self.dropout(F.leaky_relu(F.max_pool2d(x, 3)))).reshape(B, L, D)
-        (w1, b1), (w2, b2), (w3, b3) = ((conv.weight, conv.bias) for conv in convs)
+        (w1, b1), (w2, b2), (w3, b3) = map(_weights, convs)
         with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
-            x = self.dropout(ops.conv_pool(image, w1, b1, H, W, pool, dtype=dtype))
+            # the maps between are small, and rounding them would change which of two neighbours is the largest
+            x = self.dropout(ops.conv_pool(image, w1, b1, H, W, pool, dtype=torch.float32))
             x = self.dropout(ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3))
-            return ops.conv(x, w3, b3, 1, grid, grid).reshape(B, L, D)
+            return ops.conv(x, w3, b3, 1, grid, grid, dtype=dtype).reshape(B, L, D)
 
 
 def _result_dtype(image: Tensor, *convs: nn.Conv2d) -> torch.dtype | None:
@@ -61,11 +61,17 @@ def _result_dtype(image: Tensor, *convs: nn.Conv2d) -> torch.dtype | None:
     if any(type(conv) is not nn.Conv2d or is_patched(conv) or conv.bias is None for conv in convs):
         return None
     autocast = torch.is_autocast_enabled("cpu")
-    dtypes = {t.dtype for conv in convs for t in (conv.weight, conv.bias)} | (set() if autocast else {image.dtype})
-    if dtypes != {torch.float32} or image.dtype not in (torch.float32, torch.bfloat16):
+    if any(w.dtype != torch.float32 for conv in convs for w in _weights(conv)):
+        return None
+    if image.dtype not in ((torch.float32, torch.bfloat16) if autocast else (torch.float32,)):
         return None
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
     return dtype if dtype in (torch.float32, torch.bfloat16) else None
+
+
+def _weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    assert conv.bias is not None
+    return conv.weight, conv.bias
 
 
 def conv_centre(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:

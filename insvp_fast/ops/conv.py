@@ -134,8 +134,8 @@ class _ConvPool(torch.autograd.Function):
 
 def _conv_fwd_reference(x, weight, bias, dilation, height, width, relu, dtype):
     wide = widened(x.dtype)
-    operands = (t.to(wide) for t in (x, weight, bias))
-    return reference.conv(*operands, dilation, height, width, relu).to(dtype)
+    x, weight, bias = (t.to(wide) for t in (x, weight, bias))
+    return reference.conv(x, weight, bias, dilation, height, width, relu).to(dtype)
 
 
 def _conv_bwd_reference(grad, x, y, weight, dilation, height, width, need_x):
@@ -147,7 +147,8 @@ def _conv_bwd_reference(grad, x, y, weight, dilation, height, width, need_x):
 
 def _conv_pool_fwd_reference(x, weight, bias, height, width, pool, negative_slope, dtype):
     wide = widened(x.dtype)
-    y, chosen = reference.conv_pool(*(t.to(wide) for t in (x, weight, bias)), height, width, pool, negative_slope)
+    x, weight, bias = (t.to(wide) for t in (x, weight, bias))
+    y, chosen = reference.conv_pool(x, weight, bias, height, width, pool, negative_slope)
     return y.to(dtype), chosen
 
 
