@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm import create_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from insvp_fast.config import InsVPConfig
 
@@ -181,7 +182,7 @@ def conv_bwd(
     margins = same_margins(x, weight, dilation, height, width)
     padded = F.pad(x, margins)
     d_padded = F.conv_transpose2d(grad, weight, dilation=dilation)
-    d_weight = torch.nn.grad.conv2d_weight(padded, weight.shape, grad, dilation=dilation)
+    d_weight = conv2d_weight(padded, weight.shape, grad, dilation=dilation)
     return F.pad(d_padded, [-margin for margin in margins]), d_weight, grad.sum((0, 2, 3))
 
 

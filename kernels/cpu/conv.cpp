@@ -109,8 +109,7 @@ int correlate(ConvFwd a, const Element& element, int threads) {
 // Sums what jobs add to dw and db. Jobs are added up in chunks that do not depend on the number of threads, and the
 // chunks in their order, so that the sums are the same bits for every number of threads; at most 64 bound the memory.
 template <class Job>
-int sum_jobs(int64_t jobs, int64_t size, int64_t scratch_size, float** sums, Workspace& memory, int threads,
-             const Job& run) {
+float* sum_jobs(int64_t jobs, int64_t size, int64_t scratch_size, Workspace& memory, int threads, const Job& run) {
   const int64_t chunk = larger(1, ceil_div(jobs, 64)), chunks = larger(1, ceil_div(jobs, chunk));
   float *partials = memory.take(chunks * size), *scratch = memory.take(threads * scratch_size);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -123,8 +122,7 @@ int sum_jobs(int64_t jobs, int64_t size, int64_t scratch_size, float** sums, Wor
   for (int64_t from = 0; from < size; from += 1024)
     for (int64_t c = 1; c < chunks; ++c)
       for (int64_t i = from; i < smaller(size, from + 1024); ++i) partials[i] += partials[c * size + i];
-  *sums = partials;
-  return 0;
+  return partials;
 }
 
 int64_t sum_jobs_floats(int64_t jobs, int64_t size, int64_t scratch_size, int threads) {
@@ -198,9 +196,8 @@ INSVP_FAST_API int conv_bwd(
   a.offsets = offsets;
   a.positions = positions;
   const auto run = kernels().weights;
-  float* sums;
-  sum_jobs(jobs, size, scratch_size, &sums, memory, threads,
-           [&](int64_t job, float* scratch, float* to) { run(a, job, scratch, to, to + O * taps); });
+  const auto add = [&](int64_t job, float* scratch, float* to) { run(a, job, scratch, to, to + O * taps); };
+  const float* sums = sum_jobs(jobs, size, scratch_size, memory, threads, add);
   std::memcpy(dw, sums, O * taps * sizeof(float));
   std::memcpy(db, sums + O * taps, O * sizeof(float));
   return 0;
@@ -244,9 +241,8 @@ INSVP_FAST_API int conv_pool_bwd(
   Workspace memory(sum_jobs_floats(jobs, size, scratch_size, threads));
   if (!memory.base) return -1;
   const auto run = kernels().sparse_weights;
-  float* sums;
-  sum_jobs(jobs, size, scratch_size, &sums, memory, threads,
-           [&](int64_t job, float* scratch, float* to) { run(a, job, scratch, to, to + weights); });
+  const auto add = [&](int64_t job, float* scratch, float* to) { run(a, job, scratch, to, to + weights); };
+  const float* sums = sum_jobs(jobs, size, scratch_size, memory, threads, add);
   for (int64_t o = 0; o < O; ++o)
     for (int64_t c = 0; c < C; ++c)
       for (int64_t i = 0; i < KH; ++i)
