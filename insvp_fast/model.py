@@ -37,6 +37,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         compile_prompters: run the convolutional prompters through ``torch.compile``; None does so on GPUs.
     """
 
+    global_prompter_type = prompters.GlobalPrompter
     specific_prompter_type = prompters.SpecificPrompter
 
     def __init__(

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from insvp_fast import reference
+from insvp_fast import ops, reference
+from insvp_fast.backbone import is_patched
 
-__all__ = ["SpecificPrompter"]
+__all__ = ["GlobalPrompter", "SpecificPrompter"]
+
+
+class GlobalPrompter(reference.GlobalPrompter):
+    """G_g with the convolutions of this package where they are faster."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        dtype = _result_dtype(image, self.conv1, self.conv2)
+        if dtype is None:
+            return super().forward(image)
+        (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
+        with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
+            x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
+            x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)
+        return self.dropout(x)
 
 
 class SpecificPrompter(reference.SpecificPrompter):
@@ -18,11 +34,44 @@ class SpecificPrompter(reference.SpecificPrompter):
 
     def forward(self, image: Tensor) -> Tensor:
         B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
-        size = 3 * self.grid + 4
+        size, grid = 3 * self.grid + 4, self.grid
         H, W = (side // size * size or side for side in image.shape[-2:])
-        x = reference.pool_centre(conv_centre(self.conv1, image, H, W), size)
-        x = conv_centre(self.conv2, self.dropout(F.leaky_relu(x)), 3 * self.grid, 3 * self.grid)
-        return self.conv3(self.dropout(F.leaky_relu(F.max_pool2d(x, 3)))).reshape(B, L, D)
+        pool = H // size
+        convs = self.conv1, self.conv2, self.conv3
+        dtype = _result_dtype(image, *convs)
+        if dtype is None or not 1 <= pool <= 16 or W // size != pool:  # other windows overlap, or are not square
+            x = reference.pool_centre(conv_centre(self.conv1, image, H, W), size)
+            x = conv_centre(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
+            return self.conv3(self.dropout(F.leaky_relu(F.max_pool2d(x, 3)))).reshape(B, L, D)
+        (w1, b1), (w2, b2), (w3, b3) = map(_weights, convs)
+        with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
+            # the maps between are small, and rounding them would change which of two neighbours is the largest
+            x = self.dropout(ops.conv_pool(image, w1, b1, H, W, pool, dtype=torch.float32))
+            x = self.dropout(ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3))
+            return ops.conv(x, w3, b3, 1, grid, grid, dtype=dtype).reshape(B, L, D)
+
+
+def _result_dtype(image: Tensor, *convs: nn.Conv2d) -> torch.dtype | None:
+    """The dtype that PyTorch's convolutions give here, or None where they have to run themselves.
+
+    They do on GPUs, where the compiler fuses them, in fp16 and fp64, and where somebody has changed them.
+    """
+    if image.device.type != "cpu" or image.shape[1] != convs[0].in_channels:
+        return None
+    if any(type(conv) is not nn.Conv2d or is_patched(conv) or conv.bias is None for conv in convs):
+        return None
+    autocast = torch.is_autocast_enabled("cpu")
+    if any(w.dtype != torch.float32 for conv in convs for w in _weights(conv)):
+        return None
+    if image.dtype not in ((torch.float32, torch.bfloat16) if autocast else (torch.float32,)):
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
+    return dtype if dtype in (torch.float32, torch.bfloat16) else None
+
+
+def _weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    assert conv.bias is not None
+    return conv.weight, conv.bias
 
 
 def conv_centre(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm import create_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from insvp_fast.config import InsVPConfig
 
@@ -154,6 +155,80 @@ def merge_heads(x: Tensor) -> Tensor:  # [B, heads, S, d] -> [B, S, D]
     return x.transpose(1, 2).flatten(2)
 
 
+def conv(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [O, C, kh, kw]
+    bias: Tensor,  # [O]
+    dilation: int,
+    height: int,
+    width: int,
+    relu: bool,
+) -> Tensor:  # [B, O, height, width]
+    """The central ``height`` x ``width`` of a "same" convolution with stride 1."""
+    margins = same_margins(x, weight, dilation, height, width)
+    y = F.conv2d(F.pad(x, margins), weight, bias, dilation=dilation)
+    return y.relu() if relu else y
+
+
+def conv_bwd(
+    grad: Tensor,  # [B, O, height, width], before the ReLU
+    x: Tensor,
+    weight: Tensor,
+    dilation: int,
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``conv`` by x, weight and bias, written out."""
+    margins = same_margins(x, weight, dilation, height, width)
+    padded = F.pad(x, margins)
+    d_padded = F.conv_transpose2d(grad, weight, dilation=dilation)
+    d_weight = conv2d_weight(padded, weight.shape, grad, dilation=dilation)
+    return F.pad(d_padded, [-margin for margin in margins]), d_weight, grad.sum((0, 2, 3))
+
+
+def same_margins(x: Tensor, weight: Tensor, dilation: int, height: int, width: int) -> list[int]:
+    """What "same" padding adds on the left, right, top and bottom of the centre of a map, less what is cut off."""
+    margins = []
+    for side, size, kernel in zip(x.shape[:1:-1], (width, height), weight.shape[:1:-1], strict=True):
+        reach = dilation * (kernel - 1)
+        before = reach // 2 - (side - size) // 2
+        margins += [before, size + reach - side - before]
+    return margins
+
+
+def conv_pool(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [O, C, kh, kw]
+    bias: Tensor,  # [O]
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:  # twice [B, O, height / pool, width / pool]
+    """``conv``, the maxima in windows of ``pool`` x ``pool``, LeakyReLU; and the maxima's places in their windows."""
+    y, index = F.max_pool2d(conv(x, weight, bias, 1, height, width, False), pool, return_indices=True)
+    place = index // width % pool * pool + index % width % pool
+    return F.leaky_relu(y, negative_slope), place.to(torch.uint8)
+
+
+def conv_pool_bwd(
+    grad: Tensor,  # [B, O, height / pool, width / pool]
+    x: Tensor,
+    y: Tensor,
+    chosen: Tensor,
+    weight: Tensor,
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``conv_pool`` by x, weight and bias, written out."""
+    grad = torch.where(y > 0, grad, negative_slope * grad)
+    places = torch.arange(pool * pool, device=x.device).view(pool, pool)
+    windows = grad[..., None, None] * (chosen[..., None, None] == places)  # [B, O, rows, columns, pool, pool]
+    return conv_bwd(windows.transpose(-3, -2).reshape(*grad.shape[:2], height, width), x, weight, 1, height, width)
+
+
 def gelu(x: Tensor) -> Tensor:
     """GELU in its exact (erf) form."""
     return F.gelu(x)
@@ -266,6 +341,7 @@ class InsVPReference(nn.Module):
     """
 
     backbone: VisionTransformer
+    global_prompter_type: type[GlobalPrompter] = GlobalPrompter
     specific_prompter_type: type[SpecificPrompter] = SpecificPrompter
 
     def __init__(
@@ -305,7 +381,7 @@ class InsVPReference(nn.Module):
         weight = next(module.weight for module in backbone.patch_embed.modules() if isinstance(module, nn.Conv2d))
         C, P, D = weight.shape[1], self.patch_size, backbone.embed_dim
         with torch.device(weight.device):
-            self.global_prompter = GlobalPrompter(C, config) if config.global_prompt else None
+            self.global_prompter = self.global_prompter_type(C, config) if config.global_prompt else None
             self.patch_prompter = PatchPrompter(C, P, config) if config.patch_prompt else None
             specific = config.specific_prompt and bool(self.prompted_blocks)
             self.specific_prompter = self.specific_prompter_type(C, P, D, config) if specific else None

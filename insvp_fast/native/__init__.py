@@ -1,6 +1,7 @@
 """The native CPU library: one typed function per operation over ``kernels/cpu``."""
 
 from insvp_fast.native.attention import attention_bwd, attention_fwd
+from insvp_fast.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
 from insvp_fast.native.library import NativeStatus, available, native_status
 from insvp_fast.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
 from insvp_fast.native.norm_insert import norm_insert_bwd, norm_insert_fwd
@@ -11,6 +12,10 @@ __all__ = [
     "attention_bwd",
     "attention_fwd",
     "available",
+    "conv_bwd",
+    "conv_fwd",
+    "conv_pool_bwd",
+    "conv_pool_fwd",
     "linear",
     "linear_gelu",
     "linear_gelu_bwd",

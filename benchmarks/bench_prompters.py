@@ -1,0 +1,58 @@
+"""The convolutional prompters: PyTorch's convolutions against those of this package, forward and forward + backward."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.steps import DEVICE, finished
+from insvp_fast import InsVPConfig, prompters, reference
+from insvp_fast.testing import relative_error
+
+BATCH = 8 if DEVICE.type == "cpu" else 256
+CONFIGS = {"paper": InsVPConfig(global_dropout=0.0), "release": InsVPConfig.released(global_dropout=0.0)}
+
+
+@functools.cache
+def make_prompters(kind, preset):
+    """The reference's and the fast prompter with the same weights."""
+    arguments = (3, CONFIGS[preset]) if kind == "GlobalPrompter" else (3, 16, 768, CONFIGS[preset])
+    made = [getattr(home, kind)(*arguments).eval().to(DEVICE) for home in (reference, prompters)]
+    made[1].load_state_dict(made[0].state_dict())
+    return dict(zip(("reference", "insvp_fast"), made, strict=True))
+
+
+@functools.cache
+def image(preset, kind):
+    """The release's specific prompter reads the prompted image, whose gradient is asked for."""
+    needs_gradient = preset == "release" and kind == "SpecificPrompter"
+    return torch.randn(BATCH, 3, 224, 224, device=DEVICE, requires_grad=needs_gradient)
+
+
+def run(prompter: nn.Module, x: torch.Tensor, amp: bool, backward: bool) -> list[torch.Tensor]:
+    inputs = [t for t in (x, *prompter.parameters()) if t.requires_grad]
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=amp), torch.set_grad_enabled(backward):
+        y = prompter(x)
+    return [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))] if backward else [y]
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+@pytest.mark.parametrize("preset", list(CONFIGS))
+@pytest.mark.parametrize("kind", ["GlobalPrompter", "SpecificPrompter"])
+@pytest.mark.parametrize("provider", ["reference", "insvp_fast"])
+def bench_prompters(benchmark, provider, kind, preset, direction, amp):
+    benchmark.group = f"{kind} {preset} {direction} {'bf16 autocast' if amp else 'fp32'}"
+    x, prompter, backward = image(preset, kind), make_prompters(kind, preset)[provider], direction != "forward"
+
+    def timed():
+        results = run(prompter, x, amp, backward)
+        finished(results[0].detach())
+        return results
+
+    results = benchmark.pedantic(timed, rounds=10, warmup_rounds=2)
+    if not amp:  # in 16 bits the choice of a maximum may differ; tests/test_prompters.py has the bounds
+        expected = run(make_prompters(kind, preset)["reference"], x, False, backward)
+        for value, want in zip(results, expected, strict=True):
+            assert relative_error(value, want) < 1e-3
