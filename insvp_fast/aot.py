@@ -37,12 +37,16 @@ OPTIONS = ("num_warps", "num_stages")
 
 
 class Case(NamedTuple):
-    """One kernel to compile: its run-time arguments' types in `signature`, everything else in `constants`."""
+    """One kernel to compile: its run-time arguments' types in `signature`, everything else in `constants`.
+
+    `multiples` names the integers that are multiples of 16 at this shape, which the launcher finds out by itself.
+    """
 
     name: str
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
+    multiples: tuple[str, ...] = ()
 
 
 def superpose_cases(arch: int | str) -> Iterator[Case]:
@@ -98,8 +102,9 @@ def compile_case(case: Case, target: str):
     constants = {name: value for name, value in case.constants.items() if name not in OPTIONS}
     order = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in order}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(order) if signature[name].startswith("*")}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    aligned = [name for name in order if signature[name].startswith("*") or name in case.multiples]
+    attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -10,6 +10,7 @@ J blocks.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,11 @@ def fold(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:  
     P = patch_size
     C = K // (P * P)
     return patches.reshape(B, height // P, width // P, C, P, P).permute(0, 3, 1, 4, 2, 5).reshape(B, C, height, width)
+
+
+def normalise(image: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # [B, C, H, W], uint8
+    """The values u·scale + shift that an 8-bit image stands for; both [C], the dataset's mean and deviation in them."""
+    return image.to(scale.dtype) * scale[:, None, None] + shift[:, None, None]
 
 
 def simam(image: Tensor) -> Tensor:  # [B, C, H, W]
@@ -232,6 +238,23 @@ def conv_pool_bwd(
 def gelu(x: Tensor) -> Tensor:
     """GELU in its exact (erf) form."""
     return F.gelu(x)
+
+
+# The derivative of GELU lies within -0.1290 and 1.1290. In 8 bits it has steps of 1/201, and the code of 0 is 27: the
+# range -0.1343 to 1.1343 contains the extrema, and saturated units, whose derivative is 0 or 1, are exact.
+GELU_CODE_STEPS, GELU_CODE_ZERO = 201, 27
+
+
+def gelu_code(x: Tensor) -> Tensor:
+    """The derivative of ``gelu`` rounded to 8 bits."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    derivative = torch.special.ndtr(x) + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    return (GELU_CODE_STEPS * derivative + GELU_CODE_ZERO).round().to(torch.uint8)
+
+
+def gelu_from_code(code: Tensor) -> Tensor:
+    """The derivative that ``gelu_code`` rounded, to half a step, in fp32."""
+    return (code.float() - GELU_CODE_ZERO) / GELU_CODE_STEPS
 
 
 # -------------------------------------------------------------------------------------------------------- the prompters

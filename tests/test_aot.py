@@ -6,7 +6,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-from insvp_fast.kernels.gpu import superpose
+from insvp_fast.kernels.gpu import chip, superpose
 
 from insvp_fast.aot import SHARED_LIMIT, TARGETS, cases
 
@@ -50,7 +50,7 @@ class Recorder:
 def test_the_cases_are_what_the_launchers_launch(monkeypatch):
     import torch
 
-    monkeypatch.setattr(superpose, "INTERPRETED", True)
+    monkeypatch.setattr(chip, "INTERPRETED", True)
     launches = []
     order = ("_superpose_fwd_kernel", "_superpose_bwd_kernel", "_superpose_bwd_weight_kernel")
     expected = [c for c in cases("90") if c.name.endswith("P16-bf16-bf16") and c.name.startswith("superpose")]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from insvp_fast.kernels.gpu import superpose
+from insvp_fast.kernels.gpu import chip, superpose
 
 NAMES = ("tokens", "hidden", "d_image", "d_global", "dw1", "db1", "dw2", "db2")
 WEIGHTS = (0.7, 0.3)  # of the global and of the patch prompt, as in the paper
@@ -152,7 +152,7 @@ def test_same_inputs_same_bits(device, poison):
 
 
 def test_a_split_sums_several_blocks_of_patches(device, monkeypatch, poison):
-    monkeypatch.setattr(superpose, "PROCESSORS", dict.fromkeys(superpose.PROCESSORS, 3))
+    monkeypatch.setattr(chip, "PROCESSORS", dict.fromkeys(chip.PROCESSORS, 3))
     tensors, grad = inputs(4, 3, 64, 80, 8, 16, torch.float32, device)
     check(computed(tensors, grad, 8), tensors, grad, 8, torch.float32)
 
@@ -172,17 +172,17 @@ def test_hidden_width_is_bounded(device):
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
-    monkeypatch.setattr(superpose, "INTERPRETED", False)
+    monkeypatch.setattr(chip, "INTERPRETED", False)
     tensors, grad = inputs(1, 3, 8, 8, 8, 16, torch.float32, "cpu")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         computed(tensors, grad, 8)
 
 
-@pytest.mark.parametrize("arch", list(superpose.PROCESSORS))
+@pytest.mark.parametrize("arch", list(chip.PROCESSORS))
 @pytest.mark.parametrize("R", [1, 16, 17, 64, 128])
 def test_the_weight_grid_is_bounded(arch, R):
     for P, M in ((4, 1), (16, 50176), (32, 10**6)):
         config = superpose.launch_config("bwd_weight", P, 3 * P * P, R, torch.bfloat16, arch)
         splits = superpose.weight_splits(M, 3 * P * P, config, arch)
         programs = splits * -(-3 * P * P // config["BLOCK_K"])
-        assert splits == 1 or 1 < programs <= 2 * superpose.PROCESSORS[arch]
+        assert splits == 1 or 1 < programs <= 2 * chip.PROCESSORS[arch]

@@ -15,9 +15,8 @@ are exact to fp32 ("ieee", or three TF32 passes on NVIDIA, whose tensor cores ha
 import torch
 import triton
 import triton.language as tl
+from insvp_fast.kernels.gpu import chip
 from torch import Tensor
-
-PROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}  # multiprocessors of the chip: they bound the weight grid
 
 
 @triton.jit
@@ -195,9 +194,6 @@ def _superpose_bwd_weight_kernel(
         tl.store(db1_ptr + split * R + offs_r, db1, mask_r)
 
 
-INTERPRETED = not isinstance(_superpose_fwd_kernel, triton.JITFunction)
-
-
 def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
     """Tiles, warps and stages of kernel `kind` ("fwd", "bwd", "bwd_weight"); `dtype` is that of the matrix operands."""
     if not 1 <= R <= 128:
@@ -222,7 +218,9 @@ def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: i
 
 def weight_splits(M: int, K: int, config: dict[str, int], arch: int | str) -> int:
     """Shares S of the patches in the weight kernel: two programs per multiprocessor in all, never an idle one."""
-    return min(triton.cdiv(M, config["BLOCK_M"]), max(1, 2 * PROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"])))
+    return min(
+        triton.cdiv(M, config["BLOCK_M"]), max(1, 2 * chip.PROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"]))
+    )
 
 
 def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int | str) -> dict:
@@ -230,7 +228,7 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
     _, C, H, W = shape
     compute = torch.promote_types(*dtypes)
     exact = "ieee" if isinstance(arch, str) else "tf32x3"
-    compute_tl = tl.float32 if INTERPRETED else getattr(tl, str(compute).removeprefix("torch."))
+    compute_tl = tl.float32 if chip.INTERPRETED else getattr(tl, str(compute).removeprefix("torch."))
     config = launch_config(kind, P, C * P * P, R, compute, arch)
     fixed = {"K": C * P * P, "P": P, "R": R, "GRID": (H // P, W // P), "COMPUTE": compute_tl, "PRECISION": exact}
     return fixed | config
@@ -238,28 +236,11 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
 
 def covers(device: torch.device, R: int, *dtypes: torch.dtype) -> bool:
     """Whether the kernels serve this device, hidden width and dtypes: what was compiled and checked, nothing else."""
-    return _arch(device) is not None and 1 <= R <= 128 and set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16}
-
-
-def _arch(device: torch.device) -> int | str | None:
-    """The row of the tables that serves this device, if any."""
-    if device.type != "cuda":
-        return 90  # the interpreter: any row will do
-    if torch.version.hip:
-        return "gfx942" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94") else None
-    return {8: 80, 9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0])
-
-
-def _require_gpu(x: Tensor) -> int | str:
-    if not x.is_cuda and not INTERPRETED:
-        raise RuntimeError(
-            f"superpose: the Triton kernels run on CUDA and ROCm tensors, not on {x.device}; "
-            "on CPU only in the interpreter (TRITON_INTERPRET=1 set before triton is imported)"
-        )
-    arch = _arch(x.device)
-    if arch is None:
-        raise RuntimeError(f"superpose: the Triton kernels do not know the {torch.cuda.get_device_name(x.device)}")
-    return arch
+    return (
+        chip.arch(device) is not None
+        and 1 <= R <= 128
+        and set(dtypes) <= {torch.float32, torch.float16, torch.bfloat16}
+    )
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -278,7 +259,7 @@ def superpose_fwd(
     ValueError for R outside 1 to 128. Equations 5 to 7 of InsVP (MM 2024):
     hidden = relu(u w1^T + b1), tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
     """
-    arch = _require_gpu(image)
+    arch = chip.require("superpose", image)
     (B, _, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image = _dense(image)
     prompt = image if global_prompt is None else _dense(global_prompt)
@@ -308,7 +289,7 @@ def superpose_bwd(
     is empty. Raises as the forward does. No atomics: every split sums its fixed share of the patches, and the splits
     are summed in order, so that the same inputs give the same bits.
     """
-    arch = _require_gpu(grad)
+    arch = chip.require("superpose", grad)
     (_, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image, grad, hidden = _dense(image), grad.contiguous(), hidden.contiguous()
     M, dtypes = hidden.numel() // R, (image.dtype, grad.dtype)

@@ -1,0 +1,170 @@
+"""Residual addition, LayerNorm and placement of the prompts in one pass: Triton kernels and launchers.
+
+Letters: B images, T tokens and L prompts of each, S = T + L, M = B*S rows of the normalised buffer, D width.
+
+A program owns BLOCK_M consecutive rows of the normalised buffer, tokens and prompts alike: which of them a row is
+follows from its number, and masked loads add up to its values. It is one warp up to D = 2048, so that the sums over a
+row need no shared memory and no barrier; the chip holds enough such programs to keep its memory busy.
+
+Arithmetic: fp32 from load to store, the variance from the deviations, never as a difference of squares.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from insvp_fast.kernels.gpu import chip
+from torch import Tensor
+
+
+@triton.jit
+def _rows(M, T, L, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Image, place in it [BLOCK_M, 1], columns and mask of a program's rows; int64 where widths are multiplied in."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # as many rows as the data, so that the affine map gets the same layout and moves between no lanes
+    offs_d = tl.broadcast_to(tl.arange(0, BLOCK_D)[None, :], (BLOCK_M, BLOCK_D))
+    image, place = (m // (T + L)).to(tl.int64)[:, None], (m % (T + L))[:, None]
+    return image, place, offs_d, (m < M)[:, None] & (offs_d < D)
+
+
+@triton.jit(do_not_specialize=["M", "T", "L"])
+def _norm_insert_fwd_kernel(
+    residual_ptr, branch_ptr, prompts_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, xhat_ptr, rstd_ptr,
+    M, T, L, prompt_stride, eps, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A pointer may be None: no branch and so no total, no prompts, no affine map and so no separate x-hat, no bias."""
+    image, place, offs_d, mask = _rows(M, T, L, D, BLOCK_M, BLOCK_D)
+    tokens = (image * T + place) * D + offs_d
+    token_mask = mask & (place < T)
+    x = tl.load(residual_ptr + tokens, token_mask, 0.0).to(tl.float32)
+    if branch_ptr is not None:
+        x += tl.load(branch_ptr + tokens, token_mask, 0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + tokens, total, token_mask)
+        x = total.to(tl.float32)  # what is normalised is the stream as the next block reads it
+    if prompts_ptr is not None:
+        prompts = image * prompt_stride + (place - T) * D + offs_d
+        x += tl.load(prompts_ptr + prompts, mask & (place >= T), 0.0).to(tl.float32)
+
+    mean = tl.sum(x, 1, keep_dims=True) / D
+    deviation = tl.where(offs_d < D, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1, keep_dims=True) / D + eps)
+    y = deviation * rstd
+    rows = image * (T + L) + place
+    tl.store(rstd_ptr + rows, rstd, rows < M)
+    if weight_ptr is not None:
+        tl.store(xhat_ptr + rows * D + offs_d, y.to(xhat_ptr.dtype.element_ty), mask)
+        y *= tl.load(weight_ptr + offs_d, offs_d < D, 0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_d, offs_d < D, 0.0).to(tl.float32)
+    tl.store(normed_ptr + rows * D + offs_d, y.to(normed_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["M", "T", "L"])
+def _norm_insert_bwd_kernel(
+    grad_residual_ptr, grad_normed_ptr, xhat_ptr, rstd_ptr, weight_ptr, d_residual_ptr, d_branch_ptr, d_prompts_ptr,
+    M, T, L, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A pointer may be None: no gradient of the stream, no affine map, nothing to write apart for branch or prompts."""
+    image, place, offs_d, mask = _rows(M, T, L, D, BLOCK_M, BLOCK_D)
+    rows = image * (T + L) + place
+    tokens = (image * T + place) * D + offs_d
+    token_mask = mask & (place < T)
+    g = tl.load(grad_normed_ptr + rows * D + offs_d, mask, 0.0).to(tl.float32)
+    xhat = tl.load(xhat_ptr + rows * D + offs_d, mask, 0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + rows, rows < M, 0.0)
+    if grad_residual_ptr is not None:  # asked for before the sums, which would wait for it
+        onward = tl.load(grad_residual_ptr + tokens, token_mask, 0.0).to(tl.float32)
+    if weight_ptr is not None:
+        g *= tl.load(weight_ptr + offs_d, offs_d < D, 0.0).to(tl.float32)
+
+    along = tl.sum(g * xhat, 1, keep_dims=True) / D
+    d = rstd * (g - tl.sum(g, 1, keep_dims=True) / D - xhat * along)
+    if d_prompts_ptr is not None:
+        prompts = (image * L + place - T) * D + offs_d
+        tl.store(d_prompts_ptr + prompts, d.to(d_prompts_ptr.dtype.element_ty), mask & (place >= T))
+    if grad_residual_ptr is not None:
+        d += onward
+    tl.store(d_residual_ptr + tokens, d.to(d_residual_ptr.dtype.element_ty), token_mask)
+    if d_branch_ptr is not None:
+        tl.store(d_branch_ptr + tokens, d.to(d_branch_ptr.dtype.element_ty), token_mask)
+
+
+def launch_config(D: int, arch: int | str) -> dict[str, int]:
+    """Rows, warps and stages of both kernels; up to 64 values a lane."""
+    BLOCK_D = triton.next_power_of_2(D)
+    if not 1 <= D <= 16384:
+        raise ValueError(f"norm_insert: the width must be 1 to 16384, got {D}")
+    lanes = 64 if arch == "gfx942" else 32
+    return {
+        "BLOCK_M": max(1, min(8, 64 * lanes // BLOCK_D)),
+        "BLOCK_D": BLOCK_D,
+        "num_warps": max(1, BLOCK_D // (64 * lanes)),
+        "num_stages": 1,
+    }
+
+
+def covers(device: torch.device, D: int, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels serve this device, width and dtypes."""
+    known = {torch.float32, torch.float16, torch.bfloat16}
+    return chip.arch(device) is not None and 1 <= D <= 16384 and set(dtypes) <= known
+
+
+def norm_insert_fwd(
+    residual: Tensor, branch: Tensor | None, prompts: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Add the branch to the stream, normalise tokens and prompts and place them in one buffer.
+
+    residual, branch [B, T, D] and prompts [B, L, D], which may be expanded along B; weight and bias [D] of the frozen
+    LayerNorm, None where the next product has taken them up; each fp32, fp16 or bf16. Returns total [B, T, D] in the
+    dtype of `residual`, empty without a branch; normed [B, S, D] in `dtype`; xhat [B, S, D] in `dtype`, the same before
+    the affine map, empty without a weight; rstd [B, S] in fp32. Raises RuntimeError on a CPU tensor outside of the
+    interpreter, ValueError for D above 16384.
+    """
+    config = launch_config(residual.shape[-1], chip.require("norm_insert", residual))
+    (B, T, D), L = residual.shape, 0 if prompts is None else prompts.shape[1]
+    S, device = T + L, residual.device
+    total = torch.empty(0 if branch is None else (B, T, D), dtype=residual.dtype, device=device)
+    normed = torch.empty((B, S, D), dtype=dtype, device=device)
+    xhat = torch.empty(0 if weight is None else (B, S, D), dtype=dtype, device=device)
+    rstd = torch.empty((B, S), dtype=torch.float32, device=device)
+    if L == 0:
+        prompts = None
+    elif prompts.stride()[1:] != (D, 1):
+        prompts = prompts.contiguous()
+    if B * S:
+        with torch.cuda.device_of(residual):
+            _norm_insert_fwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
+                residual.contiguous(), None if branch is None else branch.contiguous(), prompts, weight, bias,
+                None if branch is None else total, normed, None if weight is None else xhat, rstd,
+                B * S, T, L, 0 if prompts is None else prompts.stride(0), eps, D=D, **config,
+            )  # fmt: skip
+    return total, normed, xhat, rstd
+
+
+def norm_insert_bwd(
+    grad_residual: Tensor | None, grad_normed: Tensor, xhat: Tensor, rstd: Tensor, weight: Tensor | None,
+    num_tokens: int, branch_dtype: torch.dtype | None, stream_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `norm_insert_fwd` by the stream, the branch and the prompts.
+
+    grad_residual [B, T, D] or None where nothing came along the stream; grad_normed, xhat [B, S, D] and rstd [B, S] as
+    the forward returned them (without a weight its normed is xhat). Returns d_residual [B, T, D] in `stream_dtype`;
+    d_branch, the same values in `branch_dtype`, empty where that is None or `stream_dtype`; d_prompts [B, L, D] in the
+    dtype of `xhat`, empty where L = 0. Raises as the forward does.
+    """
+    config = launch_config(xhat.shape[-1], chip.require("norm_insert", xhat))
+    (B, S, D), T, device = xhat.shape, num_tokens, xhat.device
+    L = S - T
+    apart = branch_dtype is not None and branch_dtype != stream_dtype
+    d_residual = torch.empty((B, T, D), dtype=stream_dtype, device=device)
+    d_branch = torch.empty((B, T, D) if apart else 0, dtype=branch_dtype or stream_dtype, device=device)
+    d_prompts = torch.empty((B, L, D) if L else 0, dtype=xhat.dtype, device=device)
+    if B * S:
+        with torch.cuda.device_of(xhat):
+            _norm_insert_bwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
+                None if grad_residual is None else grad_residual.contiguous(), grad_normed.contiguous(),
+                xhat.contiguous(), rstd.contiguous(), weight,
+                d_residual, d_branch if apart else None, d_prompts if L else None, B * S, T, L, D=D, **config,
+            )  # fmt: skip
+    return d_residual, d_branch, d_prompts
