@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import steps
+from benchmarks import bench_mlp, steps
 from benchmarks.measure import median_seconds, model_flops, peak_bandwidth, peak_flops
 from insvp_fast import bench, ops, reference
 from insvp_fast.bench import DEVICE
@@ -172,7 +172,7 @@ def attention_rows(row: Row, attend: Callable[[Tensor], Tensor]) -> Iterator[Row
 def kernels() -> Iterator[Row]:
     """The fused operations beside their formula: bytes that have to move over the time."""
     for batch in BATCHES:
-        for case in (norm_insert, gelu, superpose):
+        for case in (norm_insert, mlp, superpose):
             for by in (reference, ops):
                 row: Row = {"operation": case.__name__, "by": by.__name__, "batch": batch}
                 call, operands, forward, both = case(by, batch)
@@ -195,10 +195,11 @@ def norm_insert(by: Any, batch: int) -> Any:
     return call, lambda i: [residual[i], branch[i], prompts[i]], forward, forward + backward
 
 
-def gelu(by: Any, batch: int) -> Any:
-    hidden = normal(batch, T, 4 * D, grad=True)
-    once = batch * T * 4 * D * SIZE
-    return lambda i: (by.gelu(hidden[i]),), lambda i: [hidden[i]], 2 * once, 5 * once
+def mlp(by: Any, batch: int) -> Any:
+    x, weights = normal(batch, T, D, grad=True), bench_mlp.make_weights()
+    function = bench_mlp.fast if by is ops else bench_mlp.plain
+    once = batch * T * 4 * D * SIZE  # of the hidden layer: written and read; backward reads it and its gradient moves
+    return lambda i: (function(x[i], *weights),), lambda i: [x[i]], 2 * once, 5 * once
 
 
 def superpose(by: Any, batch: int) -> Any:

@@ -1,4 +1,4 @@
-"""The command ``insvp``: train, eval, predict.
+"""The command ``insvp``: train, eval, predict, bench.
 
 Torch is imported when a command runs, so that help and mistakes are answered at once.
 """
@@ -77,6 +77,13 @@ def _predict(run: str, files: list[str]) -> int:
     return 0
 
 
+def _bench(report: str | None, model: str, batch_size: int | None, rounds: int) -> int:
+    from insvp_fast import bench
+
+    bench.report(report, model, batch_size, rounds)
+    return 0
+
+
 def _parser() -> Parser:
     parser = Parser(prog="insvp", description="Adapt a frozen Vision Transformer with instance visual prompts (InsVP).")
     parser.add_argument("--version", action="version", version=f"insvp {__version__}")
@@ -91,11 +98,24 @@ def _parser() -> Parser:
     evaluate.add_argument("run", metavar="RUN", help="a folder made by insvp train")
     evaluate.add_argument("--data", metavar="FOLDER", help="an image folder with test or val (default: the run's own)")
 
+    bench = commands.add_parser("bench", help="time InsVP on this machine, beside the bare frozen backbone")
+    bench.set_defaults(command=_bench)
+    bench.add_argument("--report", metavar="FILE", help="write a table there, in Markdown, and a plot beside it")
+    bench.add_argument("--model", metavar="NAME", default="vit_base_patch16_224", help="(default: %(default)s)")
+    bench.add_argument("--batch-size", type=_positive, help="images per step (default: 2, on a GPU 64)")
+    bench.add_argument("--rounds", type=_positive, default=7, help="timed runs of each kind (default: %(default)s)")
+
     predict = commands.add_parser("predict", help="classify image files; prints CSV: file, class, probability")
     predict.set_defaults(command=_predict)
     predict.add_argument("run", metavar="RUN", help="a folder made by insvp train")
     predict.add_argument("files", metavar="FILE", nargs="+")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return int(text)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from insvp_fast.training import run as run_module
 from insvp_fast.training.recipe import CommandError, Recipe
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["bench", "--help"]])
 def test_help_is_quick_and_does_without_torch(arguments):
     program = (
         "import sys\nfrom insvp_fast.cli import main\n"
