@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from insvp_fast import memory as reused
-from insvp_fast.native.library import TYPE_CODES, call, f32, i32, i64, memory, ptr, require
+from insvp_fast import memory
+from insvp_fast.native.library import TYPE_CODES, call, f32, i32, i64, pointer, ptr, require
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -34,8 +34,8 @@ def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -
     """
     sizes = _sizes(qkv, num_heads, num_queries)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
-    out = reused.empty((qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
-    call("attention_fwd", _FWD, *memory(qkv), out.data_ptr(), *sizes, scale)
+    out = memory.empty((qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
+    call("attention_fwd", _FWD, *pointer(qkv), out.data_ptr(), *sizes, scale)
     return out
 
 
@@ -47,6 +47,6 @@ def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, s
     sizes = _sizes(qkv, num_heads, num_queries)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
     grad = require("grad", grad, (qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
-    d_qkv = reused.empty_like(qkv)
-    call("attention_bwd", _BWD, grad.data_ptr(), *memory(qkv), d_qkv.data_ptr(), *sizes, scale)
+    d_qkv = memory.empty_like(qkv)
+    call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), d_qkv.data_ptr(), *sizes, scale)
     return d_qkv

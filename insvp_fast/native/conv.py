@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from insvp_fast import memory as reused
-from insvp_fast.native.library import TYPE_CODES, address, array, call, f32, i64, memory, ptr, require
+from insvp_fast import memory
+from insvp_fast.native.library import TYPE_CODES, address, array, call, f32, i64, pointer, ptr, require
 
 __all__ = ["conv_bwd", "conv_fwd", "conv_pool_bwd", "conv_pool_fwd"]
 
@@ -39,12 +39,12 @@ def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dty
     x = require("x", x, sizes[:4], *TYPE_CODES)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     bias = require("bias", bias, sizes[4:5], torch.float32)
-    y = reused.empty((sizes[0], sizes[4], height // pool, width // pool), dtype)
+    y = memory.empty((sizes[0], sizes[4], height // pool, width // pool), dtype)
     chosen = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pool > 1 else None
     call(
         "conv_fwd",
         _FWD,
-        *(*memory(x), weight.data_ptr(), bias.data_ptr(), *memory(y), address(chosen)),
+        *(*pointer(x), weight.data_ptr(), bias.data_ptr(), *pointer(y), address(chosen)),
         *(*sizes, dilation, pool, negative_slope),
     )
     return y, chosen
@@ -105,13 +105,13 @@ def conv_bwd(
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = None if y is None else require("y", y, grad.shape, *TYPE_CODES)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = reused.empty(x.shape if need_x else (0,), x.dtype)
+    d_x = memory.empty(x.shape if need_x else (0,), x.dtype)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
     call(
         "conv_bwd",
         _BWD,
-        *(*memory(grad), *memory(y), *memory(x), weight.data_ptr(), *memory(d_x)),
+        *(*pointer(grad), *pointer(y), *pointer(x), weight.data_ptr(), *pointer(d_x)),
         *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, dilation),
     )
     return d_x, d_weight, d_bias
@@ -139,13 +139,13 @@ def conv_pool_bwd(
     y = require("y", y, grad.shape, *TYPE_CODES)
     chosen = require("chosen", chosen, tuple(grad.shape), torch.uint8)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = reused.empty(x.shape if need_x else (0,), x.dtype)
+    d_x = memory.empty(x.shape if need_x else (0,), x.dtype)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
     call(
         "conv_pool_bwd",
         _POOL_BWD,
-        *(*memory(grad), *memory(y), chosen.data_ptr(), *memory(x), weight.data_ptr(), *memory(d_x)),
+        *(*pointer(grad), *pointer(y), chosen.data_ptr(), *pointer(x), weight.data_ptr(), *pointer(d_x)),
         *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, pool, negative_slope),
     )
     return d_x, d_weight, d_bias

@@ -95,7 +95,7 @@ def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) 
     return x.contiguous()
 
 
-def memory(x: Tensor | None) -> tuple[int | None, int]:
+def pointer(x: Tensor | None) -> tuple[int | None, int]:
     """The two arguments of a tensor; an absent or empty one has no memory."""
     return (None, 0) if x is None or x.numel() == 0 else (x.data_ptr(), TYPE_CODES[x.dtype])
 

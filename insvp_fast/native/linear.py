@@ -15,11 +15,11 @@ from insvp_fast.native.library import (
     i32,
     i64,
     native_status,
+    pointer,
     ptr,
     require,
     require_kind,
 )
-from insvp_fast.native.library import memory as pointer
 
 __all__ = ["linear", "linear_gelu", "linear_gelu_bwd", "pack_linear"]
 

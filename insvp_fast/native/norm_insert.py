@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from insvp_fast.memory import empty, empty_like
-from insvp_fast.native.library import TYPE_CODES, address, array, call, f32, i64, memory, ptr, require
+from insvp_fast import memory
+from insvp_fast.native.library import TYPE_CODES, address, array, call, f32, i64, pointer, ptr, require
 
 __all__ = ["norm_insert_bwd", "norm_insert_fwd"]
 
@@ -47,16 +47,16 @@ def norm_insert_fwd(
         else:  # one image's prompts, expanded to all
             prompts = require("prompts", prompts[:1], (1, L, D), *TYPE_CODES)
     weight, bias = (None if t is None else require("weight", t.float(), (D,), torch.float32) for t in (weight, bias))
-    total = residual.new_empty(0) if branch is None else empty_like(residual)
-    normed = empty((B, T + L, D), dtype)
-    xhat = normed.new_empty(0) if weight is None else empty_like(normed)
+    total = residual.new_empty(0) if branch is None else memory.empty_like(residual)
+    normed = memory.empty((B, T + L, D), dtype)
+    xhat = normed.new_empty(0) if weight is None else memory.empty_like(normed)
     rstd = torch.empty((B, T + L), dtype=torch.float32, device="cpu")
     call(
         "norm_insert_fwd",
         _FWD,
-        *(*memory(residual), *memory(branch), *memory(prompts), prompts_stride),
+        *(*pointer(residual), *pointer(branch), *pointer(prompts), prompts_stride),
         *(address(weight), address(bias), eps),
-        *(*memory(total), *memory(normed), *memory(xhat), rstd.data_ptr()),
+        *(*pointer(total), *pointer(normed), *pointer(xhat), rstd.data_ptr()),
         *(B, T, L, D),
     )
     return total, normed, xhat, rstd
@@ -89,14 +89,14 @@ def norm_insert_bwd(
         grad_total = require("grad_total", grad_total, (B, T, D), *TYPE_CODES)
     if weight is not None:
         weight = require("weight", weight.float(), (D,), torch.float32)
-    d_residual = empty((B, T, D), stream_dtype)
-    d_branch = torch.empty(0, dtype=branch_dtype) if branch_dtype == stream_dtype else empty((B, T, D), branch_dtype)
+    d_residual = memory.empty((B, T, D), stream_dtype)
+    d_branch = torch.empty(0, dtype=branch_dtype) if branch_dtype == stream_dtype else memory.empty((B, T, D), branch_dtype)
     d_prompts = torch.empty((B, S - T, D), dtype=stream_dtype, device="cpu")
     call(
         "norm_insert_bwd",
         _BWD,
-        *(*memory(grad_total), *memory(grad_normed), *memory(xhat), rstd.data_ptr(), address(weight)),
-        *(*memory(d_residual), *memory(d_branch), *memory(d_prompts)),
+        *(*pointer(grad_total), *pointer(grad_normed), *pointer(xhat), rstd.data_ptr(), address(weight)),
+        *(*pointer(d_residual), *pointer(d_branch), *pointer(d_prompts)),
         *(B, T, S - T, D),
     )
     return d_residual, d_branch, d_prompts

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from insvp_fast.native.library import TYPE_CODES, array, call, f32, i64, memory, ptr, require
+from insvp_fast.native.library import TYPE_CODES, array, call, f32, i64, pointer, ptr, require
 
 __all__ = ["superpose_bwd", "superpose_fwd"]
 
@@ -60,9 +60,9 @@ def superpose_fwd(
     call(
         "superpose_fwd",
         _FWD,
-        *(*memory(image), *memory(global_prompt)),
+        *(*pointer(image), *pointer(global_prompt)),
         *(w1.data_ptr(), b1.data_ptr(), w2.data_ptr(), b2.data_ptr()),
-        *(*memory(tokens), hidden.data_ptr()),
+        *(*pointer(tokens), hidden.data_ptr()),
         *(B, C, H, W, P, R, global_weight, patch_weight),
     )
     return tokens, hidden
@@ -99,8 +99,8 @@ def superpose_bwd(
     call(
         "superpose_bwd",
         _BWD,
-        *(*memory(grad), *memory(image), hidden.data_ptr(), w1.data_ptr(), w2.data_ptr()),
-        *(*memory(d_image), *memory(d_global)),
+        *(*pointer(grad), *pointer(image), hidden.data_ptr(), w1.data_ptr(), w2.data_ptr()),
+        *(*pointer(d_image), *pointer(d_global)),
         *(dw1.data_ptr(), db1.data_ptr(), dw2.data_ptr(), db2.data_ptr()),
         *(B, C, H, W, P, R, global_weight, patch_weight),
     )

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import native, reference
-from insvp_fast.ops.library import LIBRARY, define, widened
+from insvp_fast.ops.library import LIBRARY, define, implement, widened
 
 __all__ = ["conv", "conv_pool"]
 
@@ -204,11 +204,7 @@ def _(grad, x, y, chosen, weight, height, width, pool, negative_slope, need_x):
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-LIBRARY.impl("conv_fwd", _conv_fwd_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("conv_bwd", _conv_bwd_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("conv_pool_fwd", _conv_pool_fwd_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("conv_pool_bwd", _conv_pool_bwd_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("conv_fwd", _conv_fwd_cpu, "CPU")
-LIBRARY.impl("conv_bwd", _conv_bwd_cpu, "CPU")
-LIBRARY.impl("conv_pool_fwd", _conv_pool_fwd_cpu, "CPU")
-LIBRARY.impl("conv_pool_bwd", _conv_pool_bwd_cpu, "CPU")
+implement("conv_fwd", _conv_fwd_reference, cpu=_conv_fwd_cpu)
+implement("conv_bwd", _conv_bwd_reference, cpu=_conv_bwd_cpu)
+implement("conv_pool_fwd", _conv_pool_fwd_reference, cpu=_conv_pool_fwd_cpu)
+implement("conv_pool_bwd", _conv_pool_bwd_reference, cpu=_conv_pool_bwd_cpu)
