@@ -36,6 +36,7 @@ def device() -> torch.device:
 @pytest.fixture
 def poison(monkeypatch):
     """Fill fresh floating-point memory with NaN, so that an element that nobody writes shows."""
+    from insvp_fast import memory
 
     def poisoned(function):
         def call(*args, **kwargs):
@@ -47,6 +48,7 @@ def poison(monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(memory, "empty", poisoned(memory.empty))
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def norm_insert_fwd(
             prompts_stride = L * D
         else:  # one image's prompts, expanded to all
             prompts = require("prompts", prompts[:1], (1, L, D), *TYPE_CODES)
-    weight, bias = (None if t is None else require("weight", t.float(), (D,), torch.float32) for t in (weight, bias))
+    weight, bias = _affine("weight", weight, D), _affine("bias", bias, D)
     total = residual.new_empty(0) if branch is None else memory.empty_like(residual)
     normed = memory.empty((B, T + L, D), dtype)
     xhat = normed.new_empty(0) if weight is None else memory.empty_like(normed)
@@ -87,10 +87,9 @@ def norm_insert_bwd(
     rstd = require("rstd", rstd, (B, S), torch.float32)
     if grad_total is not None:
         grad_total = require("grad_total", grad_total, (B, T, D), *TYPE_CODES)
-    if weight is not None:
-        weight = require("weight", weight.float(), (D,), torch.float32)
+    weight = _affine("weight", weight, D)
     d_residual = memory.empty((B, T, D), stream_dtype)
-    d_branch = torch.empty(0, dtype=branch_dtype) if branch_dtype == stream_dtype else memory.empty((B, T, D), branch_dtype)
+    d_branch = memory.empty((0,) if branch_dtype == stream_dtype else (B, T, D), branch_dtype)
     d_prompts = torch.empty((B, S - T, D), dtype=stream_dtype, device="cpu")
     call(
         "norm_insert_bwd",
@@ -100,3 +99,7 @@ def norm_insert_bwd(
         *(B, T, S - T, D),
     )
     return d_residual, d_branch, d_prompts
+
+
+def _affine(name: str, x: Tensor | None, D: int) -> Tensor | None:
+    return None if x is None else require(name, x.float(), (D,), torch.float32)

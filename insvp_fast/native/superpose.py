@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from insvp_fast import memory
 from insvp_fast.native.library import TYPE_CODES, array, call, f32, i64, pointer, ptr, require
 
 __all__ = ["superpose_bwd", "superpose_fwd"]
@@ -55,7 +56,7 @@ def superpose_fwd(
     b1 = require("b1", b1, (R,), torch.float32)
     w2 = require("w2", w2, (K, R), torch.float32)
     b2 = require("b2", b2, (K,), torch.float32)
-    tokens = torch.empty((B, N, K), dtype=dtype, device="cpu")
+    tokens = memory.empty((B, N, K), dtype)
     hidden = torch.empty((B, N, R), dtype=torch.float32, device="cpu")
     call(
         "superpose_fwd",
@@ -92,8 +93,8 @@ def superpose_bwd(
     hidden = require("hidden", hidden, (B, N, R), torch.float32)
     w1 = require("w1", w1, (R, K), torch.float32)
     w2 = require("w2", w2, (K, R), torch.float32)
-    d_image = torch.empty(image.shape if need_image else 0, dtype=image.dtype, device="cpu")
-    d_global = torch.empty(image.shape if need_global else 0, dtype=grad.dtype, device="cpu")
+    d_image = memory.empty(image.shape if need_image else (0,), image.dtype)
+    d_global = memory.empty(image.shape if need_global else (0,), grad.dtype)
     shapes = ((R, K), (R,), (K, R), (K,))
     dw1, db1, dw2, db2 = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
     call(
