@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
@@ -105,7 +106,7 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def function(name: str, argtypes: Sequence[type], restype: type = i32) -> ctypes._CFuncPtr:
+def function(name: str, argtypes: Sequence[type], restype: type = i32) -> Any:
     """The C function ``name``.
 
     Raises RuntimeError where the library is not in use.
@@ -114,7 +115,8 @@ def function(name: str, argtypes: Sequence[type], restype: type = i32) -> ctypes
     if lib is None:
         raise RuntimeError(str(status))
     found = getattr(lib, name)
-    found.argtypes, found.restype = argtypes, restype
+    if found.argtypes is None:
+        found.argtypes, found.restype = argtypes, restype
     return found
 
 
