@@ -7,10 +7,11 @@ namespace {
 
 using namespace insvp_fast;
 
-// A tile has M channels and as many vectors that its sums, its inputs and one weight fill the registers.
+// A tile has M channels and as many vectors as the registers hold sums, inputs and one weight of. One register stays
+// free: with none to spare gcc keeps sums in memory.
 constexpr int kRegisters = kWidth == 16 ? 32 : 16, kMost = kWidth == 16 ? 9 : 4;
 constexpr int across(int channels) {
-  return (kRegisters - 1) / (channels + 1) < 8 ? (kRegisters - 1) / (channels + 1) : 8;
+  return (kRegisters - 2) / (channels + 1) < 8 ? (kRegisters - 2) / (channels + 1) : 8;
 }
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
