@@ -167,3 +167,39 @@ def test_a_hopper_multiprocessor_has_two_forward_programs(facts):
     """One computes while the other loads: 4 warps, 64 K registers, 228 KB of shared memory with 1 KB per program."""
     fact = next(f for f in facts if f["target"] == "90" and f["kernel"] == "attention_fwd-T197-S206-bf16")
     assert 2 * 4 * 32 * fact["registers"] <= 65536 and 2 * (fact["shared"] + 1024) <= 228 * 1024
+
+
+class Recorder:
+    """Stands in for a kernel and notes the arguments of its launch."""
+
+    def __init__(self, launches):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((grid, args, kwargs))
+
+
+def test_the_cases_are_what_the_launchers_launch(monkeypatch):
+    from insvp_fast.aot import cases
+
+    monkeypatch.setattr(attention, "INTERPRETED", True)
+    expected = [case for case in cases("90") if case.name.endswith("T197-S206-bf16")]
+    launches: list = []
+    for name in ("_attention_fwd_kernel", "_attention_bwd_kernel"):
+        monkeypatch.setattr(attention, name, Recorder(launches))
+    grad, qkv = (torch.zeros(16, rows, width, dtype=torch.bfloat16) for rows, width in ((197, 768), (206, 2304)))
+    attention.attention_fwd(qkv, 12, 197, 0.125)
+    attention.attention_bwd(grad, qkv, 12, 197, 0.125)
+    for case, (_, args, kwargs) in zip(expected, launches, strict=True):
+        assert len(args) == len(case.signature)
+        assert {**kwargs, "COMPUTE": None} == {**case.constants, "COMPUTE": None}  # the interpreter computes in fp32
+    # 192 heads for 2 x 132 places: two programs a head; the backward needs one
+    assert [grid for grid, _, _ in launches] == [(192, 2), (192,)]
+
+
+def test_covers():
+    gpu = torch.device("cpu")  # in the tables' terms any chip that they know
+    assert attention.covers(gpu, 206, 64, torch.bfloat16) and attention.covers(gpu, 240, 32, torch.float16)
+    assert not attention.covers(gpu, 241, 64, torch.bfloat16)
+    assert not attention.covers(gpu, 206, 80, torch.bfloat16)
+    assert not attention.covers(gpu, 206, 64, torch.float32)

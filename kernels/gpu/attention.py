@@ -5,10 +5,11 @@ holds q, k and v, D columns each, with head h at columns h*d of each.
 
 A program owns one head of one image and holds all of its keys and values on chip, so that the scores of a query are
 complete in registers: one softmax without rescaling, and a backward that needs nothing of the forward but the packed
-product. Each input is read once and each output written once, the zeros of d_qkv included.
+product. Every input is read once and every output written once, the zeros of d_qkv included; only where there are few
+heads the forward shares out the queries of a head, and each share reads its keys and values.
 
 Arithmetic: matrix operands have the dtype of the packed product, everything else is fp32. fp32 operands are for the
-interpreter: exact products would take three TF32 passes, and keys and values split for them do not fit a chip.
+interpreter: exact products would take three TF32 passes, and keys and values split for them leave no room for the rest.
 """
 
 import torch
@@ -57,8 +58,10 @@ def _attention_fwd_kernel(
     k, v = (), ()
     for i in tl.static_range(len(KEYS)):
         # transposed before the loop, or the compiler copies the keys to shared memory for every block of queries
-        k += (tl.trans(_load(q_ptr + D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE)),)
-        v += (_load(q_ptr + 2 * D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE),)
+        k_i = tl.trans(_load(q_ptr + D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE))
+        v_i = _load(q_ptr + 2 * D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE)
+        k += (k_i,)  # type: ignore[assignment]  # Triton tuples, as long as the unrolled loop
+        v += (v_i,)  # type: ignore[assignment]
 
     for t0 in range(tl.program_id(1) * BLOCK_T, T, tl.num_programs(1) * BLOCK_T):
         q = _load(q_ptr, t0, T, d, QKV[1], BLOCK_T, BLOCK_D, COMPUTE)
@@ -69,7 +72,7 @@ def _attention_fwd_kernel(
             if KEYS[i][0] + KEYS[i][1] > S:
                 s = tl.where((KEYS[i][0] + tl.arange(0, KEYS[i][1]) < S)[None, :], s, float("-inf"))
             top = tl.maximum(top, tl.max(s, 1))
-            scores += (s,)
+            scores += (s,)  # type: ignore[assignment]
         total = tl.zeros((BLOCK_T,), tl.float32)
         out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for i in tl.static_range(len(KEYS)):
@@ -121,7 +124,7 @@ def _attention_bwd_kernel(
 
 def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
     """Tiles, warps and stages of kernel `kind` ("fwd", "bwd") for S keys of width d."""
-    BLOCK_D = max(64, triton.next_power_of_2(d))
+    BLOCK_D = max(64, triton.next_power_of_2(d))  # 64 also below: rows of d_q, transposed, for which wgmma wants 64
     if kind == "fwd":
         return {"KEYS": key_tiles(S), "BLOCK_T": 64, "BLOCK_D": BLOCK_D, "num_warps": 4, "num_stages": 2}
     BLOCK_S = max(16, triton.next_power_of_2(S))
