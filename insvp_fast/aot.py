@@ -3,7 +3,8 @@
 ``python -m insvp_fast.aot [target ...]`` takes 80, 90, 100 (NVIDIA) and gfx942 (AMD), all four by default. An entry of
 the list tells the kernel with its case, the target, ``registers`` of a thread, ``spills`` (NVIDIA: local loads and
 stores, AMD: spilled registers), ``stack`` bytes (NVIDIA), ``shared`` bytes and ``matrix``, the number of matrix
-instructions. Where ``TRITON_INTERPRET=1`` nothing can be compiled, and it refuses.
+instructions, of which ``wgmma`` (NVIDIA) are of warp groups. Where ``TRITON_INTERPRET=1`` nothing can be compiled, and
+it refuses.
 """
 
 import json
@@ -23,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from insvp_fast.kernels.gpu import superpose
+from insvp_fast.kernels.gpu import attention, superpose
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -90,10 +91,36 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
         )
 
 
+def attention_cases(arch: int | str) -> Iterator[Case]:
+    """ViT-B/16 with 9 prompts and with as many as `attention.covers` says, as the launchers would launch them."""
+    H, d = 12, 64
+    shapes = [(torch.bfloat16, 197, 206), (torch.float16, 197, 240)]
+    # One chip each is enough for the rest, and the run stays short: ViT-B/32; a class token that asks alone.
+    if arch == 80:
+        shapes.append((torch.bfloat16, 50, 59))
+    if arch == 90:
+        shapes.append((torch.bfloat16, 1, 206))
+    for dtype, T, S in shapes:
+        x, label = POINTERS[dtype], f"T{T}-S{S}-{POINTERS[dtype][1:]}"
+        fwd, bwd = (attention.constants(kind, H, T, S, d, dtype, arch) for kind in ("fwd", "bwd"))
+        yield Case(
+            f"attention_fwd-{label}",
+            attention._attention_fwd_kernel,
+            {"qkv_ptr": x, "out_ptr": x, "log2_scale": "fp32"},
+            fwd | {"QKV": (S * 3 * H * d, 3 * H * d)},
+        )
+        yield Case(
+            f"attention_bwd-{label}",
+            attention._attention_bwd_kernel,
+            {"grad_ptr": x, "qkv_ptr": x, "d_qkv_ptr": x, "scale": "fp32", "log2_scale": "fp32"},
+            bwd | {"GRAD": (T * H * d, H * d), "QKV": (S * 3 * H * d, 3 * H * d)},
+        )
+
+
 def cases(target: str) -> list[Case]:
     """Every kernel of the package at its main shapes, with the launch parameters for `target`."""
     arch = int(target) if target.isdigit() else target
-    return [*superpose_cases(arch)]
+    return [*superpose_cases(arch), *attention_cases(arch)]
 
 
 def compile_case(case: Case, target: str):
@@ -134,6 +161,7 @@ def facts(case: Case, target: str) -> dict[str, Any]:
     found |= {"registers": _number(r"REG:(\d+)", usage), "stack": _number(r"STACK:(\d+)", usage)}
     found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     found["matrix"] = len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))
+    found["wgmma"] = len(re.findall(r"\bHGMMA\b", sass))
     return found
 
 

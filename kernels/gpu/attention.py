@@ -1,0 +1,215 @@
+"""Softmax attention of the first T tokens to all S, from the packed product: Triton kernels and launchers.
+
+Letters: B images, S tokens (keys), T of them ask (queries), H heads of d columns, D = H*d. A row of the packed product
+holds q, k and v, D columns each, with head h at columns h*d of each.
+
+A program owns one head of one image and holds all of its keys and values on chip, so that the scores of a query are
+complete in registers: one softmax without rescaling, and a backward that needs nothing of the forward but the packed
+product. Every input is read once and every output written once, the zeros of d_qkv included; only where there are few
+heads the forward shares out the queries of a head, and each share reads its keys and values.
+
+Arithmetic: matrix operands have the dtype of the packed product, everything else is fp32. fp32 operands are for the
+interpreter: exact products would take three TF32 passes, and keys and values split for them leave no room for the rest.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from insvp_fast.kernels.gpu.superpose import INTERPRETED, PROCESSORS, _arch
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _tile(start, count: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr,
+          ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Offsets and mask of rows start.. of a head [ROWS, BLOCK_D]; `count` rows exist."""
+    rows, columns = start + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    return rows * STRIDE + columns, (rows < count) & (columns < d)
+
+
+@triton.jit
+def _load(ptr, start, count: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr,
+          ROWS: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    offs, mask = _tile(start, count, d, STRIDE, ROWS, BLOCK_D)
+    return tl.load(ptr + offs, mask, 0.0).to(COMPUTE)
+
+
+@triton.jit
+def _store(ptr, value, start, count: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr,
+           ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    offs, mask = _tile(start, count, d, STRIDE, ROWS, BLOCK_D)
+    tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    qkv_ptr, out_ptr, log2_scale,
+    H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, d: tl.constexpr, QKV: tl.constexpr, KEYS: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """KEYS cuts the keys into tiles (first, size): for 206 keys a single one, a power of two, would be 256."""
+    D: tl.constexpr = H * d
+    image, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    q_ptr = qkv_ptr + image * QKV[0] + head * d
+    out_ptr += image * (T * D) + head * d
+
+    k, v = (), ()
+    for i in tl.static_range(len(KEYS)):
+        # transposed before the loop, or the compiler copies the keys to shared memory for every block of queries
+        k_i = tl.trans(_load(q_ptr + D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE))
+        v_i = _load(q_ptr + 2 * D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE)
+        k += (k_i,)  # type: ignore[assignment]  # Triton tuples, as long as the unrolled loop
+        v += (v_i,)  # type: ignore[assignment]
+
+    for t0 in range(tl.program_id(1) * BLOCK_T, T, tl.num_programs(1) * BLOCK_T):
+        q = _load(q_ptr, t0, T, d, QKV[1], BLOCK_T, BLOCK_D, COMPUTE)
+        scores = ()
+        top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        for i in tl.static_range(len(KEYS)):
+            s = tl.dot(q, k[i]) * log2_scale
+            if KEYS[i][0] + KEYS[i][1] > S:
+                s = tl.where((KEYS[i][0] + tl.arange(0, KEYS[i][1]) < S)[None, :], s, float("-inf"))
+            top = tl.maximum(top, tl.max(s, 1))
+            scores += (s,)  # type: ignore[assignment]
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        for i in tl.static_range(len(KEYS)):
+            p = tl.exp2(scores[i] - top[:, None])
+            total += tl.sum(p, 1)
+            out = tl.dot(p.to(COMPUTE), v[i], out)
+        _store(out_ptr, out / total[:, None], t0, T, d, D, BLOCK_T, BLOCK_D)
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    grad_ptr, qkv_ptr, d_qkv_ptr, scale, log2_scale,
+    H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, d: tl.constexpr, GRAD: tl.constexpr, QKV: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores are transposed, [keys, queries]: so they are operands of d_k and d_v without leaving their registers."""
+    D: tl.constexpr = H * d
+    image, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    grad_ptr += image * GRAD[0] + head * d
+    q_ptr = qkv_ptr + image * QKV[0] + head * d
+    d_q_ptr = d_qkv_ptr + image * (S * 3 * D) + head * d
+
+    k = _load(q_ptr + D, 0, S, d, QKV[1], BLOCK_S, BLOCK_D, COMPUTE)
+    v = _load(q_ptr + 2 * D, 0, S, d, QKV[1], BLOCK_S, BLOCK_D, COMPUTE)
+    k_t = tl.trans(k)
+    exists = (tl.arange(0, BLOCK_S) < S)[:, None]
+    d_k = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    d_v = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+
+    for t0 in range(0, T, BLOCK_T):
+        q = _load(q_ptr, t0, T, d, QKV[1], BLOCK_T, BLOCK_D, COMPUTE)
+        grad = _load(grad_ptr, t0, T, d, GRAD[1], BLOCK_T, BLOCK_D, COMPUTE)
+        s = tl.where(exists, tl.dot(k, tl.trans(q)) * log2_scale, float("-inf"))
+        e = tl.exp2(s - tl.max(s, 0)[None, :])
+        p = (e * (1 / tl.sum(e, 0))[None, :]).to(COMPUTE)  # only the rounded one is kept: registers are scarce
+        d_v = tl.dot(p, grad, d_v)
+        d_p = tl.dot(v, tl.trans(grad))
+        delta = tl.sum(p.to(tl.float32) * d_p, 0)[None, :]
+        d_s = (p.to(tl.float32) * (d_p - delta)).to(COMPUTE)
+        d_k = tl.dot(d_s, q, d_k)
+        d_q = scale * tl.trans(tl.dot(k_t, d_s))
+        _store(d_q_ptr, d_q, t0, S, d, 3 * D, BLOCK_T, BLOCK_D)  # zero from T on, since grad is zero there
+
+    for t0 in range((T + BLOCK_T - 1) // BLOCK_T * BLOCK_T, S, BLOCK_T):
+        _store(d_q_ptr, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), t0, S, d, 3 * D, BLOCK_T, BLOCK_D)
+    _store(d_q_ptr + D, scale * d_k, 0, S, d, 3 * D, BLOCK_S, BLOCK_D)
+    _store(d_q_ptr + 2 * D, d_v, 0, S, d, 3 * D, BLOCK_S, BLOCK_D)
+
+
+def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
+    """Tiles, warps and stages of kernel `kind` ("fwd", "bwd") for S keys of width d."""
+    BLOCK_D = max(64, triton.next_power_of_2(d))  # 64 also below: rows of d_q, transposed, for which wgmma wants 64
+    if kind == "fwd":
+        return {"KEYS": key_tiles(S), "BLOCK_T": 64, "BLOCK_D": BLOCK_D, "num_warps": 4, "num_stages": 2}
+    BLOCK_S = max(16, triton.next_power_of_2(S))
+    num_warps = max(4, BLOCK_S // 32)  # 32 keys a warp: d_k and d_v are half of a thread's registers
+    if arch == "gfx942":
+        num_warps //= 2  # 64 lanes in a warp
+    # without wgmma, keys and values are operands in registers too
+    BLOCK_T = 16 if arch == 80 else 32
+    return {"BLOCK_T": BLOCK_T, "BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D, "num_warps": num_warps, "num_stages": 2}
+
+
+def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
+    """S keys, rounded up to 16, as (first, size) with sizes 128, 64, 32 and 16, the largest first."""
+    tiles, start, end = [], 0, triton.cdiv(S, 16) * 16
+    while start < end:
+        size = next(size for size in (128, 64, 32, 16) if size <= end - start)
+        tiles.append((start, size))
+        start += size
+    return tuple(tiles)
+
+
+def constants(kind: str, H: int, T: int, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
+    """Compile-time constants and launch options of one kernel, but for the strides of its inputs."""
+    compute = tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
+    return {"H": H, "T": T, "S": S, "d": d, "COMPUTE": compute} | launch_config(kind, S, d, dtype, arch)
+
+
+def covers(device: torch.device, S: int, d: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels serve this device, keys, width of a head and dtype: what was compiled without spills."""
+    return _arch(device) is not None and 1 <= S <= 240 and 1 <= d <= 64 and dtype in (torch.float16, torch.bfloat16)
+
+
+def _check(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int | str]:
+    """Batch, keys, width of a head and the row of the tables; raises what the launchers say they raise."""
+    if not qkv.is_cuda and not INTERPRETED:
+        raise RuntimeError(
+            f"attention: the Triton kernels run on CUDA and ROCm tensors, not on {qkv.device}; "
+            "on CPU only in the interpreter (TRITON_INTERPRET=1 set before triton is imported)"
+        )
+    B, S, D3 = qkv.shape
+    d = D3 // (3 * num_heads)
+    if not INTERPRETED and not covers(qkv.device, S, d, qkv.dtype):
+        raise ValueError(f"attention: the Triton kernels do not cover {S} keys of width {d} in {qkv.dtype} here")
+    if not 1 <= num_queries <= S:
+        raise ValueError(f"attention: num_queries must be 1 to {S}, got {num_queries}")
+    return B, S, d, _arch(qkv.device)  # type: ignore[return-value]  # covered, so that there is a row
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor whose rows are contiguous, as it is; any other copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    """Attend from the first `num_queries` tokens to all, softmax(scale q k^T) v for every head.
+
+    qkv [B, S, 3*D] in bf16 or fp16 with contiguous rows and any other strides; returns [B, num_queries, D], contiguous,
+    in the same dtype. Raises RuntimeError on a CPU tensor outside of the interpreter, ValueError where `covers` says no
+    and where num_queries is not 1 to S. The interpreter takes fp32 and any width too.
+    """
+    B, S, d, arch = _check(qkv, num_heads, num_queries)
+    qkv = _rows(qkv)
+    const = constants("fwd", num_heads, num_queries, S, d, qkv.dtype, arch)
+    out = qkv.new_empty(B, num_queries, num_heads * d)
+    if B:
+        # few heads: their blocks of queries go to programs of their own, until every multiprocessor has two
+        heads, blocks = B * num_heads, triton.cdiv(num_queries, const["BLOCK_T"])
+        splits = min(blocks, triton.cdiv(2 * PROCESSORS[arch], heads))
+        with torch.cuda.device_of(qkv):
+            _attention_fwd_kernel[(heads, splits)](qkv, out, scale * LOG2_E, QKV=qkv.stride()[:2], **const)
+    return out
+
+
+def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    """The gradient of `attention_fwd` by the packed product; rows that ask no query have none in their first D columns.
+
+    grad [B, num_queries, D] in the dtype of qkv, the rest as in the forward; returns [B, S, 3*D], contiguous. Raises
+    as the forward does. No atomics: the same inputs give the same bits.
+    """
+    B, S, d, arch = _check(qkv, num_heads, num_queries)
+    qkv, grad = _rows(qkv), _rows(grad)
+    const = constants("bwd", num_heads, num_queries, S, d, qkv.dtype, arch)
+    d_qkv = qkv.new_empty(qkv.shape)
+    if B:
+        strides = {"GRAD": grad.stride()[:2], "QKV": qkv.stride()[:2]}
+        with torch.cuda.device_of(qkv):
+            _attention_bwd_kernel[(B * num_heads,)](grad, qkv, d_qkv, scale, scale * LOG2_E, **strides, **const)
+    return d_qkv
