@@ -7,13 +7,12 @@
 namespace insvp_fast {
 namespace {
 
-const AttentionKernels& kernels(DType type) {
+const AttentionKernels& kernels([[maybe_unused]] DType type) {
 #ifdef INSVP_FAST_X86
   if (isa() >= Isa::avx512_bf16 && type == DType::bf16) return attention_avx512_bf16;
   if (isa() >= Isa::avx512) return attention_avx512;
   if (isa() >= Isa::avx2) return attention_avx2;
 #endif
-  static_cast<void>(type);
   return attention_generic;
 }
 
@@ -22,7 +21,7 @@ Attention arguments(
   Attention a{qkv, out, d_qkv, S, T, heads, d, scale, 0, 0, 0, 0};
   a.width = ceil_div(d, 16) * 16;
   a.stride = ceil_div(S, 16) % 2 ? ceil_div(S, 16) * 16 : ceil_div(S, 16) * 16 + 16;
-  a.tokens = larger((S + 1) * a.width, d * a.stride) + 16;
+  a.tokens = larger((S + 1) * a.width, d * a.stride);
   a.scores = kQueries * a.stride;
   return a;
 }

@@ -22,7 +22,7 @@ struct Attention {
 constexpr int64_t kQueries = 48;  // of a block, whose scores then stay in the first or second cache level
 
 // How many matrices of each kind a call may use.
-constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 13, kBwdScores = 5;
+constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 12, kBwdScores = 4;
 
 // Each computes one head of one image.
 struct AttentionKernels {

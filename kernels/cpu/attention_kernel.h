@@ -109,6 +109,17 @@ inline vec zip(vec a, vec b) {
     return __builtin_shufflevector(a, b, h, h + 4, h + 1, h + 5);
 }
 
+// A sum or maximum of all elements, in each element.
+template <class Operation>
+inline vec reduce(vec v, Operation operation) {
+#pragma GCC unroll 4
+  for (int n = 1; n < kWidth; n *= 2) v = operation(zip<0>(v, v), zip<1>(v, v));
+  return v;
+}
+
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline vec add(vec a, vec b) { return a + b; }
+
 // to [columns, stride] = from [rows, width] transposed; each row of it ends with zeros up to a whole vector.
 inline void transpose(float* to, int64_t stride, const float* from, int64_t width, int64_t rows, int64_t columns) {
   for (int64_t n = 0; n < rows; n += kWidth)
@@ -136,18 +147,15 @@ inline void softmax(float* x, int64_t rows, int64_t count, int64_t stride) {
   for (int64_t j = 0; j < rows; ++j)
     for (int64_t i = count; i < end; ++i) x[j * stride + i] = -__builtin_inff();
   for (int64_t j = 0; j < rows; ++j, x += stride) {
-    vec top = load(x), total = {};
-    for (int64_t i = kWidth; i < end; i += kWidth) {
-      const vec xi = load(x + i);
-      top = xi > top ? xi : top;
-    }
-    const float most = largest(top);
+    vec most = load(x), total = {};
+    for (int64_t i = kWidth; i < end; i += kWidth) most = larger(load(x + i), most);
+    most = reduce(most, larger);
     for (int64_t i = 0; i < end; i += kWidth) {
       const vec e = exp(load(x + i) - most);
       total += e;
       store(x + i, e);
     }
-    const float factor = 1.0f / sum(total);
+    const vec factor = 1.0f / reduce(total, add);
     for (int64_t i = 0; i < end; i += kWidth) store(x + i, factor * load(x + i));
   }
 }
@@ -157,7 +165,7 @@ inline void softmax_bwd(float* dp, const float* p, int64_t rows, int64_t count, 
   for (int64_t j = 0; j < rows; ++j, p += stride, dp += stride) {
     vec products = {};
     for (int64_t i = 0; i < count; i += kWidth) products += load(p + i) * load(dp + i);
-    const float delta = sum(products);
+    const vec delta = reduce(products, add);
     for (int64_t i = 0; i < count; i += kWidth) store(dp + i, load(p + i) * (load(dp + i) - delta));
   }
 }

@@ -4,7 +4,7 @@
 
 namespace {
 
-// e^x for x <= 0, within 1.2e-7 of it: 0 below -87, near the smallest normal number; a NaN stays one.
+// e^x for x <= 0, within a relative 1e-7: 0 below -87, near the smallest normal number; a NaN stays one.
 // x = n log(2) + r with |r| <= log(2)/2, and e^r by a polynomial whose own error is 3e-9.
 inline vec exp(vec x) {
   constexpr float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23 rounds to a whole number, 127 is the bias of an exponent
@@ -19,14 +19,6 @@ inline vec exp(vec x) {
   p = p * r + 1.0f;
   const vec power = (vec)((bits32)shifted << 23);
   return x < -87.0f ? vec{} : p * power;
-}
-
-inline float largest(vec v) {
-  float lane[kWidth];
-  store(lane, v);
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
-  return lane[0];
 }
 
 }  // namespace
