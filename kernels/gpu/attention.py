@@ -107,11 +107,10 @@ def _attention_bwd_kernel(
         grad = _load(grad_ptr, t0, T, d, GRAD[1], BLOCK_T, BLOCK_D, COMPUTE)
         s = tl.where(exists, tl.dot(k, tl.trans(q)) * log2_scale, float("-inf"))
         e = tl.exp2(s - tl.max(s, 0)[None, :])
-        p = (e * (1 / tl.sum(e, 0))[None, :]).to(COMPUTE)  # only the rounded one is kept: registers are scarce
-        d_v = tl.dot(p, grad, d_v)
+        p = e * (1 / tl.sum(e, 0))[None, :]
+        d_v = tl.dot(p.to(COMPUTE), grad, d_v)
         d_p = tl.dot(v, tl.trans(grad))
-        delta = tl.sum(p.to(tl.float32) * d_p, 0)[None, :]
-        d_s = (p.to(tl.float32) * (d_p - delta)).to(COMPUTE)
+        d_s = (p * (d_p - tl.sum(p * d_p, 0)[None, :])).to(COMPUTE)
         d_k = tl.dot(d_s, q, d_k)
         d_q = scale * tl.trans(tl.dot(k_t, d_s))
         _store(d_q_ptr, d_q, t0, S, d, 3 * D, BLOCK_T, BLOCK_D)  # zero from T on, since grad is zero there
