@@ -94,7 +94,7 @@ def norm_insert_cases(arch: int | str) -> Iterator[Case]:
     bf16, fp32, sizes = "*bf16", "*fp32", {"M": "i32", "T": "i32", "L": "i32"}
     for stream, product, affine in [(bf16, bf16, False), (fp32, bf16, True)] + [(fp32, fp32, True)] * (arch == 90):
         label = f"{stream[1:]}-{product[1:]}" + "-affine" * affine
-        constants = {"D": 768, **norm_insert.launch_config(768, arch)}
+        constants = {"D": 768, **norm_insert.launch_config(768)}
         yield case(
             f"norm_insert_fwd-{label}",
             norm_insert._norm_insert_fwd_kernel,
