@@ -37,13 +37,12 @@ def test_parity(shape, dtype, device, poison):
 
 
 def test_every_bf16_number(device):
-    """All 65 536 of them, infinities and NaN as PyTorch has them."""
+    """All 65 536 of them, with infinities and NaN as the formula has them."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).to(device).float()
     hidden, exact = gelu.gelu_fwd(x), x.double() * torch.special.ndtr(x.double())
     torch.testing.assert_close(hidden.double(), exact, rtol=1e-6, atol=1e-7, equal_nan=True)
     d = gelu.gelu_bwd(torch.ones_like(x), x)
     torch.testing.assert_close(d.double(), derivative(x), rtol=1e-6, atol=1e-6, equal_nan=True)
-    assert torch.equal(hidden.isnan(), torch.nn.functional.gelu(x).isnan())
 
 
 def test_large_values_saturate(device):

@@ -81,6 +81,40 @@ def test_superpose_in_low_precision(dtype):
         assert_within_budget(value, rough, expected, dtype)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", "native"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_superpose_of_8_bit_images(impl, dtype):
+    if impl == "native" and (not native.available() or dtype == torch.float16):
+        pytest.skip("nothing that the native library covers")
+    (_, prompt, *weights), P = superpose_inputs()
+    image, scale, shift = torch.randint(256, prompt.shape, dtype=torch.uint8), torch.rand(3) / 50, torch.randn(3)
+    inputs = [prompt, *weights]
+    fast = with_gradients(
+        lambda *t: ops.superpose(image, *t, P, 0.7, 0.3, dtype=dtype, scale=scale, shift=shift, impl=impl), inputs
+    )
+    values = reference.normalise(image, scale.double(), shift.double())
+    exact = with_gradients(lambda *t: reference.superpose(values, *t, P, 0.7, 0.3), copies(inputs, torch.float64))
+    plain = with_gradients(
+        lambda *t: reference.superpose(values.to(dtype or torch.float32), *t, P, 0.7, 0.3),
+        copies(inputs, dtype or torch.float32),
+    )
+    assert fast[0].dtype == (dtype or torch.float32)
+    for value, rough, truth in zip(fast, plain, exact, strict=True):
+        assert_within_budget(value, rough, truth, dtype or torch.float32)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_superpose_wants_scale_and_shift_for_8_bit_images_alone(kind):
+    (_, prompt, *weights), P = superpose_inputs(grad=False)
+    image, vector = torch.zeros(prompt.shape, dtype=kind), torch.ones(3)
+    wrong = [{"scale": vector}, {"shift": vector}, {} if kind == torch.uint8 else {"scale": vector, "shift": vector}]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="expected scale and shift for uint8"):
+            ops.superpose(image, prompt, *weights, P, 0.7, 0.3, **arguments)
+    with pytest.raises(ValueError, match=r"shift is torch.float32 \(2,\): expected torch.float32 \(3,\)"):
+        ops.superpose(image.byte(), prompt, *weights, P, 0.7, 0.3, scale=vector, shift=vector[:2])
+
+
 def test_superpose_gradcheck():
     inputs, P = superpose_inputs(B=1, C=1, grid=(1, 2), P=2, R=3, dtype=torch.float64)
     inputs = copies(inputs, torch.float64)
@@ -94,6 +128,10 @@ def test_superpose_opcheck():
     for needs in ((True, True), (False, False)):
         arguments = (torch.randn_like(tokens), inputs[0], hidden, inputs[2], inputs[4], P, 0.7, 0.3, *needs)
         opcheck(torch.ops.insvp_fast.superpose_bwd.default, arguments)
+    image, affine = (50 * inputs[0].abs()).byte(), (torch.rand(3), torch.rand(3))
+    opcheck(torch.ops.insvp_fast.superpose_fwd.default, (image, *inputs[1:], P, 0.7, 0.3, torch.float32, *affine))
+    arguments = (torch.randn_like(tokens), image, hidden, inputs[2], inputs[4], P, 0.7, 0.3, False, True, *affine)
+    opcheck(torch.ops.insvp_fast.superpose_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

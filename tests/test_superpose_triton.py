@@ -130,6 +130,33 @@ def test_fp32_image_with_16_bit_tokens_is_exact_before_the_last_rounding(device,
     assert actual["d_image"].dtype == torch.float32
 
 
+def eight_bit(B, C, H, W, device):
+    """An 8-bit image, its scale and shift, and the values that it stands for."""
+    image = torch.randint(256, (B, C, H, W), dtype=torch.uint8, device=device)
+    scale, shift = torch.rand(C, device=device) / 50 + 0.01, torch.randn(C, device=device)
+    return image, scale, shift, image.double() * scale[:, None, None] + shift[:, None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES[1:4:2], ids=str)
+def test_8_bit_images(shape, dtype, device, poison):
+    B, C, H, W, P = shape[:5]
+    (_, prompt, *weights), grad = inputs(*shape, dtype, device)
+    image, scale, shift, values = eight_bit(B, C, H, W, device)
+    image = image.to(memory_format=torch.channels_last)  # as image decoders write them
+    tokens, hidden = superpose.superpose_fwd(image, prompt, *weights, P, *WEIGHTS, dtype, scale, shift)
+    gradients = superpose.superpose_bwd(
+        grad, image, hidden, weights[0], weights[2], P, *WEIGHTS, False, True, scale, shift
+    )
+    actual = dict(zip(NAMES, (tokens, hidden, *gradients), strict=True))
+    assert actual.pop("d_image").shape == (0,) and tokens.dtype == dtype
+    truth = expected((values, prompt, *weights), grad, P, torch.float64)
+    for name, value in actual.items():
+        rounded = dtype == torch.bfloat16 and name in ("tokens", "d_global")
+        budget = (2.0**-7 if rounded else 1e-5) * truth[name].abs().max()  # the interpreter truncates bf16
+        assert (value.double() - truth[name]).abs().max() <= budget, name
+
+
 def test_gradients_have_the_dtype_of_their_weight(device):
     (image, prompt, *weights), grad = inputs(1, 3, 16, 16, 8, 16, torch.float16, device)
     actual = computed((image, prompt, *(w.half() for w in weights)), grad, 8)

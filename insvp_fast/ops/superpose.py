@@ -17,11 +17,13 @@ __all__ = ["superpose"]
 
 define(
     "superpose_fwd(Tensor image, Tensor? global_prompt, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int patch_size, "
-    "float global_weight, float patch_weight, ScalarType dtype) -> (Tensor, Tensor)"
+    "float global_weight, float patch_weight, ScalarType dtype, Tensor? scale=None, Tensor? shift=None) "
+    "-> (Tensor, Tensor)"
 )
 define(
     "superpose_bwd(Tensor grad, Tensor image, Tensor hidden, Tensor w1, Tensor w2, int patch_size, "
-    "float global_weight, float patch_weight, bool need_image, bool need_global) "
+    "float global_weight, float patch_weight, bool need_image, bool need_global, "
+    "Tensor? scale=None, Tensor? shift=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -38,14 +40,17 @@ def superpose(
     patch_weight: float,
     *,
     dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The prompted image x + w_g·p_g + w_l·G_l(x), unfolded into patches, in one pass (eq. 5, 6 and 7).
 
     Args:
-        image, global_prompt: [B, C, H, W], fp32, bf16 or fp16; no global prompt, no such term.
+        image, global_prompt: [B, C, H, W], fp32, bf16 or fp16; no global prompt, no such term. The image may be uint8.
         w1, b1, w2, b2: the patch prompter, [R, K], [R], [K, R], [K].
-        dtype: of the result; the image's if not given. Arithmetic is fp32.
+        dtype: of the result; the image's, for uint8 the scale's, if not given. Arithmetic is fp32.
+        scale, shift: [C], fp32, for a uint8 image u and for no other: x is u·scale + shift. Neither has a gradient.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
@@ -67,34 +72,49 @@ def superpose(
     for name, weight, shape in (("w1", w1, (R, K)), ("b1", b1, (R,)), ("w2", w2, (K, R)), ("b2", b2, (K,))):
         if weight.shape != shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected {shape}")
+    if (image.dtype == torch.uint8) != (scale is not None) or (scale is None) != (shift is None):
+        raise ValueError(f"image is {image.dtype}: expected scale and shift for uint8, and for nothing else")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None and (vector.shape != (C,) or vector.dtype != torch.float32):
+            raise ValueError(f"{name} is {vector.dtype} {tuple(vector.shape)}: expected torch.float32 {(C,)}")
     if impl not in _SUPERPOSE:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(_SUPERPOSE)}")
     blend = patch_size, float(global_weight), float(patch_weight)
-    return _Superpose.apply(image, global_prompt, w1, b1, w2, b2, *blend, dtype or image.dtype, impl)
+    dtype = dtype or (image if scale is None else scale).dtype
+    return _Superpose.apply(image, global_prompt, w1, b1, w2, b2, *blend, dtype, scale, shift, impl)
 
 
 class _Superpose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, impl):
-        forward = _SUPERPOSE[impl][0]
-        tokens, hidden = forward(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
-        ctx.save_for_backward(image, hidden, w1, w2)
-        ctx.blend = patch_size, global_weight, patch_weight
-        ctx.impl = impl
+    def forward(ctx: Any, image, global_prompt, w1, b1, w2, b2, *rest):
+        *blend, dtype, scale, shift, impl = rest
+        tokens, hidden = _SUPERPOSE[impl][0](image, global_prompt, w1, b1, w2, b2, *blend, dtype, scale, shift)
+        ctx.save_for_backward(image, hidden, w1, w2, scale, shift)
+        ctx.blend, ctx.impl = blend, impl
         return tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
-        backward = _SUPERPOSE[ctx.impl][1]
-        need_image, need_global = ctx.needs_input_grad[:2]
-        grads = backward(grad, *ctx.saved_tensors, *ctx.blend, need_image, need_global)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
+        *kept, scale, shift = ctx.saved_tensors
+        grads = _SUPERPOSE[ctx.impl][1](grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 
 
-def _superpose_fwd_reference(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+def _values(image, scale, shift):
+    """The floating-point image that an 8-bit one stands for."""
+    return image if scale is None else reference.normalise(image, scale, shift)
+
+
+def _pixel_dtype(image):
+    return torch.float32 if image.dtype == torch.uint8 else image.dtype
+
+
+def _superpose_fwd_reference(
+    image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale=None, shift=None
+):
     wide = widened(image.dtype)
-    x = image.to(wide)
+    x = _values(image, scale, shift).to(wide)
     p_g = None if global_prompt is None else global_prompt.to(wide)
     w1, b1, w2, b2 = (w.to(wide) for w in (w1, b1, w2, b2))
     hidden = torch.nn.functional.linear(reference.unfold(x, patch_size), w1, b1).relu()
@@ -103,10 +123,21 @@ def _superpose_fwd_reference(image, global_prompt, w1, b1, w2, b2, patch_size, g
 
 
 def _superpose_bwd_reference(
-    grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global
+    grad,
+    image,
+    hidden,
+    w1,
+    w2,
+    patch_size,
+    global_weight,
+    patch_weight,
+    need_image,
+    need_global,
+    scale=None,
+    shift=None,
 ):
     wide = widened(image.dtype)
-    g, x, hidden, v1, v2 = (t.to(wide) for t in (grad, image, hidden, w1, w2))
+    g, x, hidden, v1, v2 = (t.to(wide) for t in (grad, _values(image, scale, shift), hidden, w1, w2))
     d_image, d_global, *d_weights = reference.superpose_bwd(
         g, x, hidden, v1, v2, patch_size, global_weight, patch_weight
     )
@@ -115,23 +146,50 @@ def _superpose_bwd_reference(
     return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (w1, w1, w2, w2), strict=True))
 
 
-def _superpose_fwd_cpu(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
-    p_g_dtype = image.dtype if global_prompt is None else global_prompt.dtype
+def _superpose_fwd_native(
+    image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale=None, shift=None
+):
+    blend = patch_size, global_weight, patch_weight
+    return native.superpose_fwd(_values(image, scale, shift), global_prompt, w1, b1, w2, b2, *blend, dtype)
+
+
+def _superpose_bwd_native(
+    grad,
+    image,
+    hidden,
+    w1,
+    w2,
+    patch_size,
+    global_weight,
+    patch_weight,
+    need_image,
+    need_global,
+    scale=None,
+    shift=None,
+):
+    blend = patch_size, global_weight, patch_weight
+    x = _values(image, scale, shift)
+    d_image, *others = native.superpose_bwd(grad, x, hidden, w1, w2, *blend, need_image, need_global)
+    return d_image.to(image.dtype), *others
+
+
+def _superpose_fwd_cpu(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine):
+    p_g_dtype = dtype if global_prompt is None else global_prompt.dtype
     weights_fit = all(w.dtype == torch.float32 for w in (w1, b1, w2, b2))
-    covered = weights_fit and native.available(image.dtype, p_g_dtype, dtype)
-    run = native.superpose_fwd if covered else _superpose_fwd_reference
-    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+    covered = weights_fit and native.available(_pixel_dtype(image), p_g_dtype, dtype)
+    run = _superpose_fwd_native if covered else _superpose_fwd_reference
+    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine)
 
 
 def _superpose_bwd_cpu(grad, image, hidden, w1, w2, *rest):
-    covered = w1.dtype == w2.dtype == torch.float32 and native.available(grad.dtype, image.dtype)
-    run: Callable[..., Any] = native.superpose_bwd if covered else _superpose_bwd_reference
+    covered = w1.dtype == w2.dtype == torch.float32 and native.available(grad.dtype, _pixel_dtype(image))
+    run = _superpose_bwd_native if covered else _superpose_bwd_reference
     return run(grad, image, hidden, w1, w2, *rest)
 
 
-def _superpose_fwd_cuda(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+def _superpose_fwd_cuda(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine):
     run = _superpose_fwd_triton if _triton_covers(image, global_prompt, w1, w2, dtype) else _superpose_fwd_reference
-    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype)
+    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine)
 
 
 def _superpose_bwd_cuda(grad, image, hidden, w1, w2, *rest):
@@ -142,8 +200,8 @@ def _superpose_bwd_cuda(grad, image, hidden, w1, w2, *rest):
 def _triton_covers(image, global_prompt, w1, w2, dtype):
     from insvp_fast.kernels.gpu import superpose as kernel
 
-    tensors = [t for t in (image, global_prompt, w1, w2) if t is not None]
-    return kernel.covers(image.device, w1.shape[0], *(t.dtype for t in tensors), dtype)
+    dtypes = (t.dtype for t in (global_prompt, w1, w2) if t is not None)
+    return kernel.covers(image.device, w1.shape[0], _pixel_dtype(image), *dtypes, dtype)
 
 
 def _superpose_fwd_triton(*args):
@@ -159,7 +217,7 @@ def _superpose_bwd_triton(*args):
 
 
 @register_fake("insvp_fast::superpose_fwd", lib=LIBRARY)
-def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype):
+def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale=None, shift=None):
     B, _, H, W = image.shape
     N = (H // patch_size) * (W // patch_size)
     hidden = image.new_empty(B, N, w1.shape[0], dtype=widened(image.dtype))
@@ -167,7 +225,20 @@ def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_wei
 
 
 @register_fake("insvp_fast::superpose_bwd", lib=LIBRARY)
-def _(grad, image, hidden, w1, w2, patch_size, global_weight, patch_weight, need_image, need_global):
+def _(
+    grad,
+    image,
+    hidden,
+    w1,
+    w2,
+    patch_size,
+    global_weight,
+    patch_weight,
+    need_image,
+    need_global,
+    scale=None,
+    shift=None,
+):
     R, K = w1.shape
     d_image = image.new_empty(image.shape if need_image else 0)
     d_global = grad.new_empty(image.shape if need_global else 0)
@@ -180,6 +251,6 @@ implement("superpose_bwd", _superpose_bwd_reference, cpu=_superpose_bwd_cpu, cud
 _SUPERPOSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),
     "reference": (_superpose_fwd_reference, _superpose_bwd_reference),
-    "native": (native.superpose_fwd, native.superpose_bwd),
+    "native": (_superpose_fwd_native, _superpose_bwd_native),
     "triton": (_superpose_fwd_triton, _superpose_bwd_triton),
 }

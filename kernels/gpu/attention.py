@@ -15,7 +15,7 @@ interpreter: exact products would take three TF32 passes, and keys and values sp
 import torch
 import triton
 import triton.language as tl
-from insvp_fast.kernels.gpu.superpose import INTERPRETED, PROCESSORS, _arch
+from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
@@ -147,29 +147,25 @@ def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
 
 def constants(kind: str, H: int, T: int, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
     """Compile-time constants and launch options of one kernel, but for the strides of its inputs."""
-    compute = tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
+    compute = tl.float32 if chip.INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
     return {"H": H, "T": T, "S": S, "d": d, "COMPUTE": compute} | launch_config(kind, S, d, dtype, arch)
 
 
 def covers(device: torch.device, S: int, d: int, dtype: torch.dtype) -> bool:
     """Whether the kernels serve this device, keys, width of a head and dtype: what was compiled without spills."""
-    return _arch(device) is not None and 1 <= S <= 240 and 1 <= d <= 64 and dtype in (torch.float16, torch.bfloat16)
+    return chip.arch(device) is not None and 1 <= S <= 240 and 1 <= d <= 64 and dtype in (torch.float16, torch.bfloat16)
 
 
 def _check(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int | str]:
     """Batch, keys, width of a head and the row of the tables; raises what the launchers say they raise."""
-    if not qkv.is_cuda and not INTERPRETED:
-        raise RuntimeError(
-            f"attention: the Triton kernels run on CUDA and ROCm tensors, not on {qkv.device}; "
-            "on CPU only in the interpreter (TRITON_INTERPRET=1 set before triton is imported)"
-        )
+    arch = chip.require("attention", qkv)
     B, S, D3 = qkv.shape
     d = D3 // (3 * num_heads)
-    if not INTERPRETED and not covers(qkv.device, S, d, qkv.dtype):
+    if not chip.INTERPRETED and not covers(qkv.device, S, d, qkv.dtype):
         raise ValueError(f"attention: the Triton kernels do not cover {S} keys of width {d} in {qkv.dtype} here")
     if not 1 <= num_queries <= S:
         raise ValueError(f"attention: num_queries must be 1 to {S}, got {num_queries}")
-    return B, S, d, _arch(qkv.device)  # type: ignore[return-value]  # covered, so that there is a row
+    return B, S, d, arch
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -191,7 +187,7 @@ def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -
     if B:
         # few heads: their blocks of queries go to programs of their own, until every multiprocessor has two
         heads, blocks = B * num_heads, triton.cdiv(num_queries, const["BLOCK_T"])
-        splits = min(blocks, triton.cdiv(2 * PROCESSORS[arch], heads))
+        splits = min(blocks, triton.cdiv(2 * chip.PROCESSORS[arch], heads))
         with torch.cuda.device_of(qkv):
             _attention_fwd_kernel[(heads, splits)](qkv, out, scale * LOG2_E, QKV=qkv.stride()[:2], **const)
     return out

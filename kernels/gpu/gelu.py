@@ -1,9 +1,9 @@
 """GELU in its exact (erf) form, forward and backward, its derivative optionally kept in 8 bits: Triton kernels.
 
-GELU is x Φ(x). libdevice's erf would cost these kernels more time than their memory traffic, so that Φ comes from the
-one tail that needs computing: Φ(-a) = exp(-a²/2) m(a) for a = |x|, where m (Mills' ratio over √2π) is a polynomial in
-t = 1/(1 + 0.3 a), fitted to a relative error of 1.5e-7; the backward shares the exponential. That is fp32's own
-precision for Φ, and better than 1 + erf for negative x, where nothing cancels.
+GELU is x Φ(x), and Φ comes from the one tail that needs computing: Φ(-a) = 2^p(a) for a = |x|, with p of degree 10
+fitted to log2 Φ(-a) and falling without end behind the fit. This takes half the instructions of libdevice's erf, which
+would outweigh the memory traffic. In fp32 it is off by at most 4e-8, half a unit in the last place of 1, and by 1e-5
+relatively down to x = -6, where 1 + erf has nothing left.
 
 Arithmetic: fp32 from load to store.
 """
@@ -20,32 +20,33 @@ ZERO: tl.constexpr = tl.constexpr(27)
 
 
 @triton.jit
-def _bell_and_mills(a):
-    """exp(-a²/2) and m(a), whose product is Φ(-a), for a >= 0."""
-    t = 1.0 / (1.0 + 0.3 * a)
-    m = tl.fma(t, 0.0356747815, -0.157203097)
-    m = tl.fma(t, m, 0.206353537)
-    m = tl.fma(t, m, -0.0536836744)
-    m = tl.fma(t, m, 0.128561643)
-    m = tl.fma(t, m, 0.0999134911)
-    m = tl.fma(t, m, 0.120753963)
-    m = tl.fma(t, m, 0.119629304)
-    return tl.exp(-0.5 * a * a), t * m
+def _tail(a):
+    """Φ(-a) for a >= 0."""
+    p = tl.fma(a, -2.03848425e-08, 6.56625861e-07)
+    p = tl.fma(a, p, -8.96881494e-06)
+    p = tl.fma(a, p, 6.58635057e-05)
+    p = tl.fma(a, p, -0.00024685279)
+    p = tl.fma(a, p, -6.07881422e-05)
+    p = tl.fma(a, p, 0.0070131673)
+    p = tl.fma(a, p, -0.0524813965)
+    p = tl.fma(a, p, -0.459208907)
+    p = tl.fma(a, p, -1.15110551)
+    p = tl.fma(a, p, -0.999999979)
+    return tl.exp2(p)
 
 
 @triton.jit
 def _gelu(x):
-    bell, m = _bell_and_mills(tl.abs(x))
-    tail = bell * m
+    tail = _tail(tl.abs(x))
     return x * tl.where(x > 0, 1.0 - tail, tail)
 
 
 @triton.jit
 def _derivative(x):
-    """Φ(x) + x φ(x)."""
+    """Φ(x) + x φ(x), by its symmetry from -|x|."""
     a = tl.abs(x)
-    bell, m = _bell_and_mills(a)
-    tail = bell * tl.fma(a, -0.3989422804014327, m)
+    bell = tl.exp2(tl.fma(x * x, -0.7213475204444817, -1.3257480647361593))  # log2 of exp(-x²/2) / √2π
+    tail = tl.fma(-a, bell, _tail(a))
     return tl.where(x > 0, 1.0 - tail, tail)
 
 

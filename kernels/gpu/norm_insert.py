@@ -89,18 +89,13 @@ def _norm_insert_bwd_kernel(
         tl.store(d_branch_ptr + tokens, d.to(d_branch_ptr.dtype.element_ty), token_mask)
 
 
-def launch_config(D: int, arch: int | str) -> dict[str, int]:
-    """Rows, warps and stages of both kernels; up to 64 values a lane."""
-    BLOCK_D = triton.next_power_of_2(D)
+def launch_config(D: int) -> dict[str, int]:
+    """Rows, warps and stages of both kernels on every chip: a warp has 2048 values at most, 64 a lane or on AMD 32."""
     if not 1 <= D <= 16384:
         raise ValueError(f"norm_insert: the width must be 1 to 16384, got {D}")
-    lanes = 64 if arch == "gfx942" else 32
-    return {
-        "BLOCK_M": max(1, min(8, 64 * lanes // BLOCK_D)),
-        "BLOCK_D": BLOCK_D,
-        "num_warps": max(1, BLOCK_D // (64 * lanes)),
-        "num_stages": 1,
-    }
+    BLOCK_D = triton.next_power_of_2(D)
+    rows, warps = max(1, min(8, 2048 // BLOCK_D)), max(1, BLOCK_D // 2048)
+    return {"BLOCK_M": rows, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": 1}
 
 
 def covers(device: torch.device, D: int, *dtypes: torch.dtype) -> bool:
@@ -121,17 +116,16 @@ def norm_insert_fwd(
     the affine map, empty without a weight; rstd [B, S] in fp32. Raises RuntimeError on a CPU tensor outside of the
     interpreter, ValueError for D above 16384.
     """
-    config = launch_config(residual.shape[-1], chip.require("norm_insert", residual))
+    chip.require("norm_insert", residual)
+    config = launch_config(residual.shape[-1])
     (B, T, D), L = residual.shape, 0 if prompts is None else prompts.shape[1]
     S, device = T + L, residual.device
     total = torch.empty(0 if branch is None else (B, T, D), dtype=residual.dtype, device=device)
     normed = torch.empty((B, S, D), dtype=dtype, device=device)
     xhat = torch.empty(0 if weight is None else (B, S, D), dtype=dtype, device=device)
     rstd = torch.empty((B, S), dtype=torch.float32, device=device)
-    if L == 0:
-        prompts = None
-    elif prompts.stride()[1:] != (D, 1):
-        prompts = prompts.contiguous()
+    if prompts is not None:
+        prompts = None if L == 0 else prompts if prompts.stride()[1:] == (D, 1) else prompts.contiguous()
     if B * S:
         with torch.cuda.device_of(residual):
             _norm_insert_fwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
@@ -153,7 +147,8 @@ def norm_insert_bwd(
     d_branch, the same values in `branch_dtype`, empty where that is None or `stream_dtype`; d_prompts [B, L, D] in the
     dtype of `xhat`, empty where L = 0. Raises as the forward does.
     """
-    config = launch_config(xhat.shape[-1], chip.require("norm_insert", xhat))
+    chip.require("norm_insert", xhat)
+    config = launch_config(xhat.shape[-1])
     (B, S, D), T, device = xhat.shape, num_tokens, xhat.device
     L = S - T
     apart = branch_dtype is not None and branch_dtype != stream_dtype

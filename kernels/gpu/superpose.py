@@ -9,7 +9,8 @@ nor the patch prompt exists in memory.
 
 Arithmetic: everything is accumulated in fp32. The operands of the matrix products have the dtype that image and tokens
 promote to. Where both are the same 16-bit dtype the weights are rounded to it, as autocast does; otherwise the products
-are exact to fp32 ("ieee", or three TF32 passes on NVIDIA, whose tensor cores have no fp32).
+are exact to fp32 ("ieee", or three TF32 passes on NVIDIA, whose tensor cores have no fp32). An 8-bit image
+becomes fp32 as it is loaded, with scale and shift of its channel applied, and counts as that.
 """
 
 import torch
@@ -34,13 +35,25 @@ def _pixel_offsets(k, P: tl.constexpr, STRIDES: tl.constexpr):
 
 
 @triton.jit
-def _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
+def _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask,
+            K: tl.constexpr, P: tl.constexpr, IMAGE: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """Values offs_k of the patches that start at `places`; scale and shift are None unless the image has 8 bits."""
+    u = tl.load(image_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask, 0.0)
+    if scale_ptr is not None:
+        channel, known = offs_k // (P * P), offs_k < K
+        scale, shift = tl.load(scale_ptr + channel, known, 0.0), tl.load(shift_ptr + channel, known, 0.0)
+        u = u.to(tl.float32) * scale[None, :] + shift[None, :]
+    return u.to(COMPUTE)
+
+
+@triton.jit
+def _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr,
              K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, IMAGE: tl.constexpr,
              COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Pixels k0.. of the patches, and `hidden` with their share of the first layer added."""
     offs_k, offs_r = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_k = (offs_k < K)[None, :]
-    u = tl.load(image_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask_m & mask_k, 0.0).to(COMPUTE)
+    u = _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask_m & mask_k, K, P, IMAGE, COMPUTE)
     w1 = tl.load(w1_ptr + offs_r[:, None] * K + offs_k[None, :], (offs_r < R)[:, None] & mask_k, 0.0).to(COMPUTE)
     return u, tl.dot(u, tl.trans(w1), hidden, input_precision=PRECISION)
 
@@ -66,7 +79,8 @@ def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, toke
 
 @triton.jit(do_not_specialize=["M"])
 def _superpose_fwd_kernel(
-    image_ptr, global_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, tokens_ptr, hidden_ptr, M, global_weight, patch_weight,
+    image_ptr, scale_ptr, shift_ptr, global_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, tokens_ptr, hidden_ptr,
+    M, global_weight, patch_weight,
     K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr, GLOBAL: tl.constexpr,
     HAS_GLOBAL: tl.constexpr, KEEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -82,12 +96,12 @@ def _superpose_fwd_kernel(
     kept = ()
     if KEEP:
         for k0 in tl.static_range(0, K, BLOCK_K):
-            u, hidden = _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
+            u, hidden = _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr,
                                  K, P, R, IMAGE, COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
             kept += (u,)  # type: ignore[assignment]  # a Triton tuple, as long as the unrolled loop
     else:
         for k0 in range(0, K, BLOCK_K):
-            u, hidden = _project(hidden, places, mask_m, k0, image_ptr, w1_ptr,
+            u, hidden = _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr,
                                  K, P, R, IMAGE, COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
     hidden += tl.load(b1_ptr + offs_r, offs_r < R, 0.0).to(tl.float32)[None, :]
     hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu does
@@ -103,8 +117,8 @@ def _superpose_fwd_kernel(
     else:
         for k0 in range(0, K, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)
-            pixels = image_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :]
-            u = tl.load(pixels, mask_m & (offs_k < K)[None, :], 0.0).to(COMPUTE)
+            mask = mask_m & (offs_k < K)[None, :]
+            u = _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask, K, P, IMAGE, COMPUTE)
             _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr,
                           global_weight, patch_weight, K, P, R, GLOBAL, HAS_GLOBAL,
                           COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
@@ -155,7 +169,8 @@ def _superpose_bwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _superpose_bwd_weight_kernel(
-    grad_ptr, image_ptr, hidden_ptr, d_hidden_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, M, patch_weight,
+    grad_ptr, image_ptr, scale_ptr, shift_ptr, hidden_ptr, d_hidden_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
+    M, patch_weight,
     K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -166,7 +181,6 @@ def _superpose_bwd_weight_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     mask_k = offs_k < K
     mask_r = offs_r < R
-    pixels = _pixel_offsets(offs_k, P, IMAGE)[None, :]
 
     dw1 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     dw2 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
@@ -178,7 +192,8 @@ def _superpose_bwd_weight_kernel(
         rows = offs_m.to(tl.int64)[:, None]
         grad = tl.load(grad_ptr + rows * K + offs_k[None, :], mask_m & mask_k[None, :], 0.0).to(COMPUTE)
         places = _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
-        u = tl.load(image_ptr + places + pixels, mask_m & mask_k[None, :], 0.0).to(COMPUTE)
+        mask = mask_m & mask_k[None, :]
+        u = _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask, K, P, IMAGE, COMPUTE)
         hidden = tl.load(hidden_ptr + rows * R + offs_r[None, :], mask_m & mask_r[None, :], 0.0)
         d_hidden = tl.load(d_hidden_ptr + rows * R + offs_r[None, :], mask_m & mask_r[None, :], 0.0)
         dw2 = tl.dot(tl.trans(grad), hidden.to(COMPUTE), dw2, input_precision=PRECISION)
@@ -206,7 +221,7 @@ def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: i
     elif kind == "bwd_weight":  # a wide BLOCK_K, since every block of K reads the hidden activations again
         BLOCK_M, BLOCK_K, num_warps = 64 if arch == 90 and not wide else 32, 64 if wide else 128, 8
     else:
-        BLOCK_M, BLOCK_K, num_warps = 64, 32 if wide else 64, 4
+        BLOCK_M, BLOCK_K, num_warps = 32 if wide and R > 16 else 64, 32 if wide else 64, 4
     if BLOCK_R > 32:  # wider hidden layers pay with a narrower tile
         BLOCK_K = max(2048 // BLOCK_R, 16)
     num_stages = 3
@@ -226,7 +241,7 @@ def weight_splits(M: int, K: int, config: dict[str, int], arch: int | str) -> in
 def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int | str) -> dict:
     """Compile-time constants and launch options of one kernel for images [B, C, H, W]; `dtypes` of image and tokens."""
     _, C, H, W = shape
-    compute = torch.promote_types(*dtypes)
+    compute = torch.promote_types(*(torch.float32 if dtype == torch.uint8 else dtype for dtype in dtypes))
     exact = "ieee" if isinstance(arch, str) else "tf32x3"
     compute_tl = tl.float32 if chip.INTERPRETED else getattr(tl, str(compute).removeprefix("torch."))
     config = launch_config(kind, P, C * P * P, R, compute, arch)
@@ -235,7 +250,7 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
 
 
 def covers(device: torch.device, R: int, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels serve this device, hidden width and dtypes: what was compiled and checked, nothing else."""
+    """Whether the kernels serve this device, hidden width and floating dtypes: what was compiled and checked."""
     return (
         chip.arch(device) is not None
         and 1 <= R <= 128
@@ -251,11 +266,13 @@ def _dense(x: Tensor) -> Tensor:
 def superpose_fwd(
     image: Tensor, global_prompt: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     patch_size: int, global_weight: float, patch_weight: float, dtype: torch.dtype,
+    scale: Tensor | None = None, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Superpose the patch prompt and the global prompt on an image and return it unfolded, with the hidden activations.
 
     image, global_prompt [B, C, H, W] in fp32, fp16 or bf16; w1 [R, K], b1 [R], w2 [K, R], b2 [K]; returns tokens
-    [B, N, K] in `dtype` and hidden [B, N, R] in fp32. Raises RuntimeError on a CPU tensor outside of the interpreter,
+    [B, N, K] in `dtype` and hidden [B, N, R] in fp32. A uint8 image stands for image · scale + shift, both [C] in fp32.
+    Raises RuntimeError on a CPU tensor outside of the interpreter,
     ValueError for R outside 1 to 128. Equations 5 to 7 of InsVP (MM 2024):
     hidden = relu(u w1^T + b1), tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
     """
@@ -272,7 +289,7 @@ def superpose_fwd(
     if M:
         with torch.cuda.device_of(image):
             _superpose_fwd_kernel[(triton.cdiv(M, const["BLOCK_M"]),)](
-                image, prompt, *weights, tokens, hidden, M, global_weight, patch_weight,
+                image, scale, shift, prompt, *weights, tokens, hidden, M, global_weight, patch_weight,
                 IMAGE=image.stride(), GLOBAL=prompt.stride(), HAS_GLOBAL=global_prompt is not None, **const,
             )  # fmt: skip
     return tokens, hidden
@@ -281,13 +298,14 @@ def superpose_fwd(
 def superpose_bwd(
     grad: Tensor, image: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor,
     patch_size: int, global_weight: float, patch_weight: float, need_image: bool, need_global: bool,
+    scale: Tensor | None = None, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `superpose_fwd`: d_image, d_global, dw1, db1, dw2, db2, all contiguous.
 
     grad [B, N, K] in the dtype of the tokens, the rest as in the forward. d_image [B, C, H, W] has the dtype of the
     image, d_global [B, C, H, W] that of `grad`, weight and bias gradients that of their weight; one that is not needed
-    is empty. Raises as the forward does. No atomics: every split sums its fixed share of the patches, and the splits
-    are summed in order, so that the same inputs give the same bits.
+    is empty, and a uint8 image has none. Raises as the forward does. No atomics: every split sums its fixed share of
+    the patches, and the splits are summed in order, so that the same inputs give the same bits.
     """
     arch = chip.require("superpose", grad)
     (_, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
@@ -310,7 +328,7 @@ def superpose_bwd(
                 NEED_IMAGE=need_image, NEED_GLOBAL=need_global, **rows,
             )  # fmt: skip
             _superpose_bwd_weight_kernel[(triton.cdiv(K, sums["BLOCK_K"]), S)](
-                grad, image, hidden, d_hidden, *partial, M, patch_weight, IMAGE=image.stride(), **sums
+                grad, image, scale, shift, hidden, d_hidden, *partial, M, patch_weight, IMAGE=image.stride(), **sums
             )
     weights = zip(partial, (w1, w1, w2, w2), strict=True)
     dw1, db1, dw2, db2 = (part.sum(0).to(like.dtype) for part, like in weights)
