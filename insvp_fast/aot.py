@@ -3,9 +3,8 @@
 ``python -m insvp_fast.aot [target ...]`` takes 80, 90, 100 (NVIDIA) and gfx942 (AMD), all four by default. An entry of
 the list tells the kernel with its case, the target, ``registers`` of a thread, ``spills`` (NVIDIA: local loads and
 stores, AMD: spilled registers), ``stack`` bytes (NVIDIA), ``shared`` bytes, ``matrix``, the number of matrix
-instructions, of which ``wgmma`` (NVIDIA) are of warp groups, and ``wide`` and ``narrow``, the loads and stores of global
-memory with 16 bytes a lane and with less.
-Where ``TRITON_INTERPRET=1`` nothing can be compiled, and it refuses.
+instructions, of which ``wgmma`` (NVIDIA) are of warp groups, and ``wide`` and ``narrow``, the loads and stores of
+global memory with 16 bytes a lane and with less. Where ``TRITON_INTERPRET=1`` nothing can be compiled, and it refuses.
 """
 
 import json

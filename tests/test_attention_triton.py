@@ -114,7 +114,7 @@ def test_same_inputs_same_bits(device, poison):
 def test_one_program_walks_all_queries(device, monkeypatch, poison):
     _, qkv = inputs(1, 75, 70, 1, 16, torch.float16, device)
     shared = attention.attention_fwd(qkv, 1, 70, 0.25)
-    monkeypatch.setattr(attention, "PROCESSORS", dict.fromkeys(attention.PROCESSORS, 1))
+    monkeypatch.setattr(attention.chip, "PROCESSORS", dict.fromkeys(attention.chip.PROCESSORS, 1))
     assert torch.equal(attention.attention_fwd(qkv.expand(2, -1, -1), 1, 70, 0.25)[1:], shared)
 
 
@@ -130,7 +130,7 @@ def test_refusals(device, monkeypatch):
     for T in (0, 8):
         with pytest.raises(ValueError, match="1 to 7"):
             attention.attention_fwd(qkv, 2, T, 1.0)
-    monkeypatch.setattr(attention, "INTERPRETED", False)
+    monkeypatch.setattr(attention.chip, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         attention.attention_bwd(grad.cpu(), qkv.cpu(), 2, 5, 1.0)
 
@@ -182,7 +182,7 @@ class Recorder:
 def test_the_cases_are_what_the_launchers_launch(monkeypatch):
     from insvp_fast.aot import cases
 
-    monkeypatch.setattr(attention, "INTERPRETED", True)
+    monkeypatch.setattr(attention.chip, "INTERPRETED", True)
     expected = [case for case in cases("90") if case.name.endswith("T197-S206-bf16")]
     launches: list = []
     for name in ("_attention_fwd_kernel", "_attention_bwd_kernel"):
