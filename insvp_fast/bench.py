@@ -93,7 +93,8 @@ def compile_model(model: nn.Module) -> nn.Module:
 def make_images(model: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
     """Random images and targets for a model."""
     torch.manual_seed(2)
-    size = getattr(model, "backbone", model).patch_embed.img_size
+    backbone: Any = getattr(model, "backbone", model)
+    size = backbone.patch_embed.img_size
     return torch.randn(batch, 3, *size, device=DEVICE), torch.randint(0, NUM_CLASSES, (batch,), device=DEVICE)
 
 
@@ -111,7 +112,9 @@ def inference(model: nn.Module, batch: int, amp: torch.dtype | None) -> Run:
 def forward_backward(model: nn.Module, batch: int, amp: torch.dtype | None) -> Run:
     """Logits, cross-entropy and the gradients of whatever requires one, by name; of the image if nothing else does."""
     image, target = make_images(model, batch)
-    trained = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {
+        name.removeprefix("_orig_mod."): p for name, p in model.named_parameters() if p.requires_grad
+    }
     if not trained:
         trained = {"image": image.requires_grad_()}
     model.train("image" not in trained)
@@ -210,7 +213,7 @@ def compare(
         median, _, _ = spread(seconds[provider])
         ratios = [mine / first for mine, first in zip(seconds[provider], seconds[providers[0]], strict=True)]
         ratio, p20, p80 = spread(ratios)
-        row = {"job": job, "precision": precision, "provider": provider, "model": name, "config": config}
+        row: Row = {"job": job, "precision": precision, "provider": provider, "model": name, "config": config}
         row |= {"batch": batch, "rounds": rounds, "seconds": median, "images per second": batch / median}
         row |= {"ratio": ratio, "ratio p20": p20, "ratio p80": p80}
         if DEVICE.type == "cuda":
