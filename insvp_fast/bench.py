@@ -226,9 +226,9 @@ def compare(
                     exact[kind] = wide(make_images(wide, batch)[0].double())
             row["error"] = relative_error(runs[provider]()["logits"], exact[kind])
         else:
-            image, _ = make_images(model, 1)
+            image, _ = make_images(model, batch)  # another batch would be compiled anew
             image.requires_grad_(provider.startswith("bare"))
-            row["saved MB per image"] = saved_bytes(model, image, amp) / 1e6
+            row["saved MB per image"] = saved_bytes(model, image, amp) / batch / 1e6
         rows.append(row)
     return rows
 
@@ -382,8 +382,9 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         shown = [row for row in rows if (row["job"], row["precision"]) == panel][::-1]
         bars = axes.barh([title(row["provider"]) for row in shown], [row["images per second"] for row in shown])
-        axes.bar_label(bars, [f"{row['images per second']:.1f}" for row in shown], padding=2)
+        axes.bar_label(bars, [f"{row['images per second']:.3g}" for row in shown], padding=2)
         axes.set(xlabel="images/s", title=f"{', '.join(panel)}, batch {shown[0]['batch']}")
+        axes.title.set_fontsize("medium")
         axes.margins(x=0.2)
     figure.suptitle(f"{rows[0]['model']} on {machine()['device']}, torch {torch.__version__}", fontsize="medium")
     figure.savefig(file, dpi=120)
