@@ -76,9 +76,9 @@ def bench_model(benchmark, tiny, provider, name, config, precision, batch, job):
         pytest.skip(f"batch {batch} does not fit")
     backward = job != "inference"
     if backward:
-        image, _ = make_images(model, 1)
+        image, _ = make_images(model, batch)
         image.requires_grad_(provider.startswith("bare"))
-        benchmark.extra_info["saved MB per image"] = saved_bytes(model, image, amp) / 1e6
+        benchmark.extra_info["saved MB per image"] = saved_bytes(model, image, amp) / batch / 1e6
     if DEVICE.type == "cuda":
         benchmark.extra_info["peak MB"] = peak_bytes(run) / 1e6
     kind = "bare" if provider.startswith("bare") else "reference"

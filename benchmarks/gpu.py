@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import itertools
 import json
 import sys
 import time
@@ -95,7 +96,8 @@ def normal(*shape: int, dtype: torch.dtype = DTYPE, grad: bool = False) -> list[
 
 
 def correctness() -> Iterator[Row]:
-    """Logits and gradients of whole models against float64, without dropout."""
+    """Logits and gradients of whole models against float64, without dropout, convolutions in full fp32."""
+    torch.backends.cudnn.allow_tf32 = False
     for config, providers in (("paper", ("reference", "insvp_fast")), ("released", ("released", "insvp_fast"))):
         still = steps.without_dropout(bench.CONFIGS[config])
         for provider in providers:
@@ -230,16 +232,17 @@ def directions(
 
 
 def models() -> Iterator[Row]:
-    """Whole steps of all providers, with memory: the figures of benchmarks/paired.py at fewer rounds."""
-    paper = ["bare", "reference", "insvp_fast", *(["bare compiled", "insvp_fast compiled"] if ON_GPU else [])]
+    """Whole steps of all providers, with memory: as benchmarks/paired.py, with fewer rounds and little compiled."""
     for batch in BATCHES:
-        for config, providers in (("paper", paper), ("released", ["bare", *steps.RELEASE, "reference", "insvp_fast"])):
-            for job in ("training step", "inference"):
-                rounds = 10 if ON_GPU else 1
-                for row in bench.compare(job, "bf16", providers, NAME, batch, rounds, config, steps.make_model, **CUT):
-                    kind = "bare" if row["provider"].startswith("bare") else "reference"
-                    flops = model_flops(kind, NAME, bench.CONFIGS[config], job != "inference", **CUT)
-                    yield row | {"TFLOP/s": flops * row["images per second"] / 1e12}
+        for config, job in itertools.product(bench.CONFIGS, ("training step", "inference")):
+            providers = ["bare", *(steps.RELEASE if config == "released" else ()), "reference", "insvp_fast"]
+            if ON_GPU and (config, job, batch) == ("paper", "training step", 64):
+                providers += ["bare compiled", "insvp_fast compiled"]
+            rounds = 10 if ON_GPU else 1
+            for row in bench.compare(job, "bf16", providers, NAME, batch, rounds, config, steps.make_model, **CUT):
+                kind = "bare" if row["provider"].startswith("bare") else "reference"
+                flops = model_flops(kind, NAME, bench.CONFIGS[config], job != "inference", **CUT)
+                yield row | {"TFLOP/s": flops * row["images per second"] / 1e12}
 
 
 def graphs() -> Iterator[Row]:

@@ -14,10 +14,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from insvp_fast import InsVPConfig, InsVPReference, cpu, ops
-from insvp_fast.bench import DEVICE, alternate, clock, spread
+from insvp_fast.bench import DEVICE, alternate, clock, peak_bytes, spread
 from insvp_fast.testing import assert_within_budget, relative_error
 
-__all__ = ["CASES", "add_rates", "model_flops", "peak_bandwidth", "peak_flops", "time_operation", "time_run"]
+__all__ = [
+    "CASES",
+    "add_rates",
+    "median_seconds",
+    "model_flops",
+    "peak_bandwidth",
+    "peak_flops",
+    "time_operation",
+    "time_run",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HOT = 200e6 if DEVICE.type == "cuda" else 0.0  # bytes of operands that no cache of a GPU holds
@@ -88,6 +97,8 @@ def time_operation(
 
     i, results = time_run(benchmark, run)
     add_rates(benchmark, dtype, flops, nbytes)
+    if DEVICE.type == "cuda":
+        benchmark.extra_info["peak MB"] = peak_bytes(run) / 1e6
 
     def again(convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
         operands = [convert(t.detach()).requires_grad_(t.requires_grad) for t in sets[i]]

@@ -116,11 +116,11 @@ def measure(row: Technique, arguments: argparse.Namespace) -> bench.Row:
     bare = bench.training_step(bench.make_model("bare", name, **cut), batch, amp)
     seconds = bench.alternate({"bare": bare, "row": run}, arguments.rounds)
     ratio, p20, p80 = bench.spread([mine / its for mine, its in zip(seconds["row"], seconds["bare"], strict=True)])
-    image, _ = bench.make_images(model, 1)
+    image, _ = bench.make_images(model, batch)
     result = {"technique": row.title, "job": JOB, "precision": arguments.precision, "model": name, "batch": batch}
     result |= {"config": row.config, "rounds": arguments.rounds, "seconds": bench.spread(seconds["row"])[0]}
     result |= {"ratio": ratio, "ratio p20": p20, "ratio p80": p80}
-    result["saved MB per image"] = bench.saved_bytes(model, image, amp) / 1e6
+    result["saved MB per image"] = bench.saved_bytes(model, image, amp) / batch / 1e6
     if bench.DEVICE.type == "cuda":
         result["peak MB"] = bench.peak_bytes(run) / 1e6
     still, few = steps.without_dropout(config), min(batch, 2)

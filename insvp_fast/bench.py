@@ -93,7 +93,8 @@ def compile_model(model: nn.Module) -> nn.Module:
 def make_images(model: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
     """Random images and targets for a model."""
     torch.manual_seed(2)
-    size = getattr(model, "backbone", model).patch_embed.img_size
+    backbone: Any = getattr(model, "backbone", model)
+    size = backbone.patch_embed.img_size
     return torch.randn(batch, 3, *size, device=DEVICE), torch.randint(0, NUM_CLASSES, (batch,), device=DEVICE)
 
 
@@ -111,7 +112,9 @@ def inference(model: nn.Module, batch: int, amp: torch.dtype | None) -> Run:
 def forward_backward(model: nn.Module, batch: int, amp: torch.dtype | None) -> Run:
     """Logits, cross-entropy and the gradients of whatever requires one, by name; of the image if nothing else does."""
     image, target = make_images(model, batch)
-    trained = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {
+        name.removeprefix("_orig_mod."): p for name, p in model.named_parameters() if p.requires_grad
+    }
     if not trained:
         trained = {"image": image.requires_grad_()}
     model.train("image" not in trained)
@@ -210,7 +213,7 @@ def compare(
         median, _, _ = spread(seconds[provider])
         ratios = [mine / first for mine, first in zip(seconds[provider], seconds[providers[0]], strict=True)]
         ratio, p20, p80 = spread(ratios)
-        row = {"job": job, "precision": precision, "provider": provider, "model": name, "config": config}
+        row: Row = {"job": job, "precision": precision, "provider": provider, "model": name, "config": config}
         row |= {"batch": batch, "rounds": rounds, "seconds": median, "images per second": batch / median}
         row |= {"ratio": ratio, "ratio p20": p20, "ratio p80": p80}
         if DEVICE.type == "cuda":
@@ -223,9 +226,9 @@ def compare(
                     exact[kind] = wide(make_images(wide, batch)[0].double())
             row["error"] = relative_error(runs[provider]()["logits"], exact[kind])
         else:
-            image, _ = make_images(model, 1)
+            image, _ = make_images(model, batch)  # another batch would be compiled anew
             image.requires_grad_(provider.startswith("bare"))
-            row["saved MB per image"] = saved_bytes(model, image, amp) / 1e6
+            row["saved MB per image"] = saved_bytes(model, image, amp) / batch / 1e6
         rows.append(row)
     return rows
 
@@ -379,8 +382,9 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         shown = [row for row in rows if (row["job"], row["precision"]) == panel][::-1]
         bars = axes.barh([title(row["provider"]) for row in shown], [row["images per second"] for row in shown])
-        axes.bar_label(bars, [f"{row['images per second']:.1f}" for row in shown], padding=2)
+        axes.bar_label(bars, [f"{row['images per second']:.3g}" for row in shown], padding=2)
         axes.set(xlabel="images/s", title=f"{', '.join(panel)}, batch {shown[0]['batch']}")
+        axes.title.set_fontsize("medium")
         axes.margins(x=0.2)
     figure.suptitle(f"{rows[0]['model']} on {machine()['device']}, torch {torch.__version__}", fontsize="medium")
     figure.savefig(file, dpi=120)
