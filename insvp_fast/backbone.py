@@ -14,7 +14,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from insvp_fast import ops, reference
+from insvp_fast import memory, ops
 
 __all__ = ["How", "embed", "forward_block", "is_patched", "misfit"]
 
@@ -86,8 +86,25 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
     tokens = ops.linear(patches, projection.weight, projection.bias)
     # position embedding and prefix tokens are what timm makes of an image whose patches embed to zero
     zeros = tokens.new_zeros((1, *grid, tokens.shape[-1]) if backbone.dynamic_img_size else (1, *tokens.shape[1:]))
-    constant = backbone._pos_embed(zeros)
-    return backbone.norm_pre(nn.functional.pad(tokens, (0, 0, backbone.num_prefix_tokens, 0)) + constant)
+    return backbone.norm_pre(_Embed.apply(tokens, backbone._pos_embed(zeros)))
+
+
+class _Embed(torch.autograd.Function):
+    """Add [1, T, D] to tokens [B, N, D] that lack the first of T; [B, T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, constant: Tensor) -> Tensor:
+        ctx.prefix, ctx.dtype = constant.shape[1] - tokens.shape[1], tokens.dtype
+        dtype = torch.promote_types(tokens.dtype, constant.dtype)
+        x = memory.empty((tokens.shape[0], *constant.shape[1:]), dtype, tokens.device)
+        x[:, : ctx.prefix] = constant[:, : ctx.prefix]
+        x[:, ctx.prefix :].copy_(tokens).add_(constant[:, ctx.prefix :])
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        d_tokens = grad[:, ctx.prefix :]
+        return memory.empty(d_tokens.shape, ctx.dtype, grad.device).copy_(d_tokens), None
 
 
 class How(NamedTuple):
@@ -117,7 +134,7 @@ def forward_block(
         attended = _attend(attn, y, affine, residual.shape[1], how)
     else:
         attended = _attend_few(attn, y, affine, num_queries)
-        residual = residual[:, :num_queries]
+        residual = _First.apply(residual, num_queries)
     branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), attn.proj.weight, attn.proj.bias))
     residual, y, affine = _norm(block.norm2, residual, branch, None, how)
     weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
@@ -126,7 +143,7 @@ def forward_block(
 
 def _norm(
     norm: nn.LayerNorm, residual: Tensor, branch: Tensor | None, prompts: Tensor | None, how: How
-) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The stream, the normalised buffer, and what of the norm is left to the product behind it."""
     left = {"gain": norm.weight, "shift": norm.bias} if how.fold_norm else {}
     weight, bias = (None, None) if how.fold_norm else (norm.weight, norm.bias)
@@ -134,7 +151,7 @@ def _norm(
 
 
 def _attend(
-    attn: Attention, y: Tensor, affine: dict[str, Tensor | None], num_queries: int, how: How
+    attn: Attention, y: Tensor, affine: dict[str, Any], num_queries: int, how: How
 ) -> Tensor:  # [B, S, D] -> [B, T, D]
     qkv = ops.linear(y, attn.qkv.weight, attn.qkv.bias, **affine)
     if not isinstance(attn.q_norm, nn.Identity):
@@ -144,16 +161,32 @@ def _attend(
 
 
 def _attend_few(
-    attn: Attention, y: Tensor, affine: dict[str, Tensor | None], num_queries: int
+    attn: Attention, y: Tensor, affine: dict[str, Any], num_queries: int
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
     q = ops.linear(y[:, :num_queries], weight, bias, **affine, rows=(0, D))
     kv = ops.linear(y, weight, bias, **affine, rows=(D, 3 * D))
-    q = _in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    # so few queries that the probabilities are cheaper to keep than to make again
-    probabilities = (attn.scale * q @ _in_own_dtype(attn.k_norm, k).mT).softmax(dim=-1)
-    return reference.merge_heads(probabilities @ v)
+    if not isinstance(attn.q_norm, nn.Identity):
+        q = _in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1))).flatten(2)
+        k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
+        kv = torch.stack([_in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
+    return ops.attention_few(q, kv, attn.num_heads, attn.scale)
+
+
+class _First(torch.autograd.Function):
+    """The first ``n`` tokens; on a CPU the zeros of its gradient do not take fresh memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
+        ctx.shape = x.shape
+        return x[:, :n].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        d_x = memory.empty(ctx.shape, grad.dtype, grad.device)
+        d_x[:, : grad.shape[1]] = grad
+        d_x[:, grad.shape[1] :] = 0
+        return d_x, None
 
 
 def _in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:

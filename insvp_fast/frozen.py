@@ -110,17 +110,18 @@ class Frozen(NamedTuple):
 
     def constant(self, dtype: torch.dtype) -> Tensor | None:
         """W @ s + b in ``dtype``, the rows asked for."""
-        if self.shift is None:
-            if self.bias is None or self.bias.dtype == dtype:
-                return None if self.bias is None else self.bias[self.first : self.last]
-            return form_of([self.bias], "constant", dtype, lambda: self.bias.to(dtype))[self.first : self.last]
+        bias, shift = self.bias, self.shift
+        if shift is None:
+            if bias is None or bias.dtype == dtype:
+                return None if bias is None else bias[self.first : self.last]
+            return form_of([bias], "constant", dtype, lambda: bias.to(dtype))[self.first : self.last]
 
         def make() -> Tensor:
             wide = torch.promote_types(self.weight.dtype, torch.float32)
-            constant = self.weight.flatten(1).to(wide) @ self.shift.to(wide)
-            return (constant if self.bias is None else constant + self.bias).to(dtype)
+            constant = self.weight.flatten(1).to(wide) @ shift.to(wide)
+            return (constant if bias is None else constant + bias).to(dtype)
 
-        return form_of(self._sources(self.bias, self.shift), "constant", dtype, make)[self.first : self.last]
+        return form_of(self._sources(bias, shift), "constant", dtype, make)[self.first : self.last]
 
     def packed(self, how: str, direction: str, dtype: torch.dtype) -> Tensor:
         """The matrix, or for "backward" its transpose, as the product ``how`` wants it."""

@@ -43,12 +43,15 @@ _requests = 0
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised contiguous tensor; on a CPU in memory that an earlier one has left, where there is some."""
-    nbytes = prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or nbytes < _SMALLEST or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.device(device).type != "cpu":  # sizes may be symbols while compiling
         return torch.empty(shape, dtype=dtype, device=device)
+    nbytes = prod(shape) * dtype.itemsize
+    if nbytes < _SMALLEST:
+        return torch.empty(shape, dtype=dtype)
     with _lock:
         storage = _take(nbytes)
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, torch.Size(shape))
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ NO_DROPOUT = {"global_dropout": 0.0}
 
 
 def images(model, batch=2, size=None):
-    """Random images, drawn again while fp32 rounding could change which pixel of a pooling window is the largest."""
+    """Random images, drawn again while fp32 rounding could change which pixel of a pooling window leads, or its sign."""
     embedding = model.backbone.patch_embed
     while True:
         image = torch.randn(batch, embedding.proj.in_channels, *(size or embedding.img_size), device=DEVICE)
@@ -77,7 +77,11 @@ def images(model, batch=2, size=None):
 
 
 def pooling_margin(model, image):
-    """The smallest lead of the largest over the next in all pooling windows of the specific prompter, in fp64."""
+    """How far the specific prompter is from its kinks, in fp64.
+
+    That is the smallest lead of the largest over the next in all pooling windows, and the smallest largest value, which
+    LeakyReLU would take for one of the other sign.
+    """
     prompter, margins = copy.deepcopy(model.specific_prompter).double().eval(), []
 
     def windows(x, size):
@@ -86,6 +90,7 @@ def pooling_margin(model, image):
         if max(side) > 1:
             largest = F.unfold(x.flatten(0, 1)[:, None], side, stride=side).topk(2, dim=1).values
             margins.append((largest[:, 0] - largest[:, 1]).min().item())
+        margins.append(pool_centre(x, size).abs().min().item())
         return pool_centre(F.leaky_relu(x), size)
 
     image = simam(image) if model.config.simam else image

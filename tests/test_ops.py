@@ -536,3 +536,19 @@ def test_attention_by_xformers(monkeypatch):
     qkv = torch.randn(2, 21, 3 * 24)
     value = ops.attention(qkv, 3, 12, 0.4, impl="xformers")
     torch.testing.assert_close(value, reference.attention(qkv, 3, 12, 0.4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "S", "T"), [(0, 5, 1), (2, 9, 1), (3, 21, 4)])
+def test_attention_of_few(dtype, B, S, T):
+    inputs = [torch.randn(B, n, width).to(dtype).requires_grad_() for n, width in ((T, 24), (S, 48))]
+
+    def plain(q, kv):
+        q, k, v = (t.unflatten(-1, (3, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
+        return reference.merge_heads((0.4 * q @ k.mT).softmax(-1) @ v)
+
+    exact, rough = with_gradients(plain, copies(inputs, torch.float64)), with_gradients(plain, inputs)
+    fast = with_gradients(lambda q, kv: ops.attention_few(q, kv, 3, 0.4), inputs)
+    for value, low, expected in zip(fast, rough, exact, strict=True):
+        assert value.dtype == dtype and value.shape == expected.shape
+        assert_within_budget(value, low, expected, dtype)

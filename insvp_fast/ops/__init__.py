@@ -8,11 +8,11 @@ ROCm. Gradients are first-order only.
 Letters as in ``reference.py``.
 """
 
-from insvp_fast.ops.attention import attention
+from insvp_fast.ops.attention import attention, attention_few
 from insvp_fast.ops.conv import conv, conv_pool
 from insvp_fast.ops.linear import linear
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
 from insvp_fast.ops.superpose import superpose
 
-__all__ = ["attention", "conv", "conv_pool", "linear", "mlp", "norm_insert", "superpose"]
+__all__ = ["attention", "attention_few", "conv", "conv_pool", "linear", "mlp", "norm_insert", "superpose"]

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
-from insvp_fast import cpu, native, reference
+from insvp_fast import cpu, memory, native, reference
 from insvp_fast.ops.library import LIBRARY, define, implement, widened
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_few"]
 
 define("attention_fwd(Tensor qkv, int num_heads, int num_queries, float scale) -> (Tensor, Tensor)")
 define(
@@ -40,6 +40,56 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, im
     if impl not in _ATTENTION:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(_ATTENTION)}")
     return _ATTENTION[impl](qkv, num_heads, num_queries, scale)
+
+
+def attention_few(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Softmax attention of few queries, whose probabilities are cheaper to keep than to make again.
+
+    Args:
+        q, kv: [B, T, D] and, packed, [B, S, 2·D], heads folded into D.
+        scale: of the scores before the softmax.
+
+    Returns:
+        [B, T, D]. Kept for backward: ``q``, ``kv`` and the probabilities, [B, heads, T, S].
+    """
+    return _AttentionFew.apply(q, kv, num_heads, scale)
+
+
+class _AttentionFew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, kv, num_heads, scale):
+        k, v = map(_contiguous, _split_kv(kv, num_heads))
+        p = (scale * _heads(q, num_heads) @ k.mT).softmax(dim=-1)
+        ctx.save_for_backward(q, kv, p)
+        ctx.shape = num_heads, scale
+        return reference.merge_heads(p @ v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        q, kv, p = ctx.saved_tensors
+        num_heads, scale = ctx.shape
+        k, v = map(_contiguous, _split_kv(kv, num_heads))
+        q, grad = _heads(q, num_heads), _heads(grad, num_heads)
+        d_scores = scale * torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
+        d_kv, d_head = memory.empty_like(kv), memory.empty(v.shape, v.dtype, v.device)
+        # each part is written where it belongs: stacking them would cost another buffer of their size
+        for part, product in zip(_split_kv(d_kv, num_heads), ((d_scores, q), (p, grad)), strict=True):
+            part.copy_(torch.matmul(product[0].mT, product[1], out=d_head))
+        return reference.merge_heads(d_scores @ k), d_kv, None, None
+
+
+def _split_kv(kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:  # [B, S, 2·D] -> two [B, heads, S, d]
+    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return k, v
+
+
+def _contiguous(x: Tensor) -> Tensor:  # matmul would do so itself, in fresh memory
+    return memory.empty(x.shape, x.dtype, x.device).copy_(x)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d]
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):
