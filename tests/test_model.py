@@ -68,7 +68,7 @@ NO_DROPOUT = {"global_dropout": 0.0}
 
 
 def images(model, batch=2, size=None):
-    """Random images, drawn again while fp32 rounding could change which pixel of a pooling window leads, or its sign."""
+    """Random images, drawn again while fp32 rounding could change which pixel of a pool leads, or its sign."""
     embedding = model.backbone.patch_embed
     while True:
         image = torch.randn(batch, embedding.proj.in_channels, *(size or embedding.img_size), device=DEVICE)

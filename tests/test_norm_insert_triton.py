@@ -50,11 +50,11 @@ def check(tensors, dtype, device):
     grad_normed = torch.randn(B, T + L, D, device=device).to(dtype)
     branch_dtype = None if branch is None else branch.dtype
     d_residual, d_branch, d_prompts = norm_insert.norm_insert_bwd(
-        grad_total, grad_normed, normed if weight is None else xhat, rstd, weight, T, branch_dtype, stream
+        grad_total, grad_normed, normed if weight is None else xhat, rstd, weight, T, stream, branch_dtype
     )
     assert d_residual.dtype == stream and d_residual.shape == (B, T, D)
-    assert d_prompts.dtype == dtype and d_prompts.shape == ((B, L, D) if L else (0,))
-    if branch_dtype in (None, stream):
+    assert d_prompts.dtype == stream and d_prompts.shape == (B, L, D)
+    if branch_dtype == stream:
         assert d_branch.shape == (0,)
     else:
         assert torch.equal(d_branch, d_residual.to(branch_dtype)) or chip.INTERPRETED  # there, bf16 is truncated
@@ -123,8 +123,8 @@ def test_no_gradient_along_the_stream(device, poison):
     )
     zero = torch.zeros(2, 3, 24, device=device)
     for weight in (None, torch.randn(24, device=device)):
-        absent = norm_insert.norm_insert_bwd(None, grad, xhat, rstd, weight, 3, None, torch.float32)
-        present = norm_insert.norm_insert_bwd(zero, grad, xhat, rstd, weight, 3, None, torch.float32)
+        absent = norm_insert.norm_insert_bwd(None, grad, xhat, rstd, weight, 3, torch.float32, torch.float32)
+        present = norm_insert.norm_insert_bwd(zero, grad, xhat, rstd, weight, 3, torch.float32, torch.float32)
         for value, expected in zip(absent, present, strict=True):
             assert torch.equal(value, expected)
 

@@ -380,13 +380,43 @@ def test_mlp(monkeypatch, how, dtype, keep):
         assert_within_budget(value, low, expected, dtype)
 
 
-@pytest.mark.parametrize(("keep", "size"), [("pre", 2 * 5 * 48), ("input", 2 * 5 * 33)])
+@pytest.mark.parametrize(("keep", "size"), [("pre", 4 * 2 * 5 * 48), ("code", 2 * 5 * 48), ("input", 4 * 2 * 5 * 33)])
 def test_mlp_keeps_what_it_says(keep, size):
     x, weights, _ = mlp_inputs()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.mlp(x, *weights, keep=keep)
-    assert sum(t.numel() for t in kept if not any(t is w for w in weights)) == size
+    assert sum(t.nbytes for t in kept if not any(t is w for w in weights)) == size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_with_the_derivative_in_8_bits(dtype):
+    """Half a step of 1/201 in a derivative of at most 1.13, and that at worst in the same direction everywhere."""
+    x, weights, _ = mlp_inputs(dtype)
+    exact, coarse = (with_gradients(lambda x, k=k: ops.mlp(x, *weights, keep=k), [x]) for k in ("pre", "code"))
+    assert torch.equal(exact[0], coarse[0])
+    assert 0 < relative_error(coarse[1], exact[1]) < 1e-2
+
+
+@pytest.mark.parametrize("keep", ["pre", "code", "input", "nothing"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernels_of_mlp_fit_in(monkeypatch, dtype, keep):
+    """What runs on a GPU, with the kernels interpreted: the same products around them, in the same order."""
+    chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
+    if not chip.INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    monkeypatch.setattr(frozen, "cpu_product", lambda dtype: "plain")
+    from insvp_fast.ops.mlp import _bwd, _bwd_cuda, _fwd, _fwd_cuda
+
+    x, (w1, b1, w2, b2), affine = mlp_inputs(dtype, requires_grad=False)
+    out, kept = _fwd_cuda(x, w1, b1, w2, b2, *affine, keep)
+    plain_out, plain_kept = _fwd(x, w1, b1, w2, b2, *affine, keep)
+    eps = 4 * torch.finfo(dtype).eps  # the interpreter truncates 16-bit stores
+    assert relative_error(out, plain_out) < eps and kept.dtype == plain_kept.dtype and kept.shape == plain_kept.shape
+    if keep != "nothing":
+        kept, grad = x if keep == "input" else kept, torch.randn_like(x)
+        values = [run(grad, kept, w1, b1, w2, *affine, keep) for run in (_bwd_cuda, _bwd)]
+        assert relative_error(*values) < eps
 
 
 def test_mlp_gradcheck_opcheck_and_refusals():
@@ -396,10 +426,12 @@ def test_mlp_gradcheck_opcheck_and_refusals():
         function = lambda x, keep=keep: ops.mlp(x, *weights, gain=affine[0], shift=affine[1], keep=keep)  # noqa: E731
         assert torch.autograd.gradcheck(function, [x])
     x = x.detach()
-    for is_pre in (True, False):
-        opcheck(torch.ops.insvp_fast.mlp_fwd.default, (x, *weights, *affine, is_pre))
-        kept = torch.randn(2, 5, 48).double() if is_pre else x
-        arguments = (torch.randn_like(x), kept, *weights[:3], *affine, is_pre)
+    for keep in ("pre", "code", "input", "nothing"):
+        opcheck(torch.ops.insvp_fast.mlp_fwd.default, (x, *weights, *affine, keep))
+    for keep in ("pre", "code", "input"):
+        pre = torch.randn(2, 5, 48).double()
+        kept = {"pre": pre, "code": reference.gelu_code(pre), "input": x}[keep]
+        arguments = (torch.randn_like(x), kept, *weights[:3], *affine, keep)
         opcheck(torch.ops.insvp_fast.mlp_bwd.default, arguments)
     with pytest.raises(ValueError, match="keep='all': expected one of"):
         ops.mlp(x, *weights, keep="all")
@@ -455,6 +487,32 @@ def test_norm_insert_gradcheck_and_opcheck(affine, branch):
     for grad in (tensors[0], None):
         kept = xhat if affine else normed
         opcheck(backward, (grad, torch.randn_like(normed), kept, rstd, weights[0], 3, torch.float64, torch.float32))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("branch", [True, False])
+def test_the_kernels_of_norm_insert_fit_in(affine, branch):
+    """What runs on a GPU, with the kernels interpreted, against what the operator does everywhere."""
+    chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
+    if not chip.INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    from insvp_fast.ops.norm_insert import _bwd_cuda, _bwd_reference, _fwd_cuda, _fwd_reference
+
+    residual, added, prompts = (torch.randn(2, n, 24) for n in (3, 3, 2))
+    weights = [torch.randn(24) if affine else None for _ in range(2)]
+    arguments = residual, added if branch else None, prompts, *weights, 1e-6, torch.float32
+    forward = [run(*arguments) for run in (_fwd_cuda, _fwd_reference)]
+    _, normed, xhat, rstd = forward[1]
+    kept = xhat if affine else normed
+    grads = [
+        run(grad, torch.ones_like(normed) + normed, kept, rstd, weights[0], 3, torch.float32, branch_dtype)
+        for grad, branch_dtype in ((residual, torch.float32), (None, torch.float16))
+        for run in (_bwd_cuda, _bwd_reference)
+    ]
+    for values, expected in (forward, grads[:2], grads[2:]):
+        for value, exact in zip(values, expected, strict=True):
+            assert value.dtype == exact.dtype and value.shape == exact.shape
+            assert relative_error(value, exact) < (1e-3 if value.dtype == torch.float16 else 1e-6)
 
 
 def test_norm_insert_keeps_the_stream_wide_and_the_product_narrow():
@@ -552,3 +610,14 @@ def test_attention_of_few(dtype, B, S, T):
     for value, low, expected in zip(fast, rough, exact, strict=True):
         assert value.dtype == dtype and value.shape == expected.shape
         assert_within_budget(value, low, expected, dtype)
+
+
+@pytest.mark.parametrize("queries", [5, 9])
+def test_the_kernels_of_attention_fit_in(queries):
+    chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
+    if not chip.INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    qkv = torch.randn(2, 9, 3 * 24, requires_grad=True)
+    values = with_gradients(lambda t: ops.attention(t, 3, queries, 0.4, impl="triton"), [qkv])
+    exact = with_gradients(lambda t: reference.attention(t, 3, queries, 0.4), copies([qkv], torch.float64))
+    assert all(relative_error(value, expected) < 1e-5 for value, expected in zip(values, exact, strict=True))

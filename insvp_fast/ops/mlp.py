@@ -9,21 +9,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
-from insvp_fast import frozen
+from insvp_fast import frozen, reference
 from insvp_fast.frozen import Frozen
 from insvp_fast.ops.library import LIBRARY, define, implement
 from insvp_fast.ops.linear import require_frozen
 
 __all__ = ["KEEP", "mlp"]
 
-KEEP = ("pre", "input")
+KEEP = ("pre", "code", "input")
 
 define(
-    "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gain, Tensor? shift, bool keep) "
+    "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gain, Tensor? shift, str keep) "
     "-> (Tensor, Tensor)"
 )
 define(
-    "mlp_bwd(Tensor grad, Tensor kept, Tensor w1, Tensor? b1, Tensor w2, Tensor? gain, Tensor? shift, bool is_pre) "
+    "mlp_bwd(Tensor grad, Tensor kept, Tensor w1, Tensor? b1, Tensor w2, Tensor? gain, Tensor? shift, str keep) "
     "-> Tensor"
 )
 
@@ -45,7 +45,8 @@ def mlp(
         x: [..., D]; its dtype is that of the products and of the result.
         w1, b1, w2, b2: [M, D], [M] or None, [D, M], [D] or None.
         gain, shift: [D], the affine map of the norm before, or None.
-        keep: for backward, "pre", what GELU was applied to, [..., M]; or "input", x, to compute the former again.
+        keep: for backward, "pre", what GELU was applied to, [..., M]; "code", GELU's derivative there rounded to 8 bits
+            (``reference.gelu_code``), so that gradients are off by up to 0.25 %; or "input", x, to compute "pre" again.
 
     Raises:
         ValueError: if a weight requires a gradient, or for another ``keep``.
@@ -53,45 +54,74 @@ def mlp(
     require_frozen(w1, b1, w2, b2, gain, shift)
     if keep not in KEEP:
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
-    keep_pre = keep == "pre" and torch.is_grad_enabled() and x.requires_grad
-    return _Mlp.apply(x, w1, b1, w2, b2, gain, shift, keep_pre)
+    needed = torch.is_grad_enabled() and x.requires_grad
+    return _Mlp.apply(x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, gain, shift, keep_pre):
-        out, pre = torch.ops.insvp_fast.mlp_fwd.default(x, w1, b1, w2, b2, gain, shift, keep_pre)
-        ctx.save_for_backward(pre if keep_pre else x, w1, b1, w2, gain, shift)
-        ctx.keep_pre = keep_pre
+    def forward(ctx: Any, x, w1, b1, w2, b2, gain, shift, keep):
+        out, kept = torch.ops.insvp_fast.mlp_fwd.default(x, w1, b1, w2, b2, gain, shift, keep)
+        ctx.save_for_backward(x if keep == "input" else kept, w1, b1, w2, gain, shift)
+        ctx.keep = keep
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
-        return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, ctx.keep_pre), *(None,) * 7
+        return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, ctx.keep), *(None,) * 7
 
 
-def _mlp_fwd(x, w1, b1, w2, b2, gain, shift, keep):
-    pre, hidden = frozen.linear_gelu(x, Frozen(w1, b1, gain, shift), keep)
-    return frozen.linear(hidden, Frozen(w2, b2)), pre
+def _fwd(x, w1, b1, w2, b2, gain, shift, keep):
+    pre, hidden = frozen.linear_gelu(x, Frozen(w1, b1, gain, shift), keep in ("pre", "code"))
+    return frozen.linear(hidden, Frozen(w2, b2)), reference.gelu_code(pre) if keep == "code" else pre
 
 
-def _mlp_bwd(grad, kept, w1, b1, w2, gain, shift, is_pre):
-    fc1 = Frozen(w1, b1, gain, shift)
-    pre = kept if is_pre else frozen.linear(kept, fc1)
-    return frozen.linear_bwd(frozen.linear_gelu_bwd(grad, Frozen(w2), pre), fc1)
+def _bwd(grad, kept, w1, b1, w2, gain, shift, keep):
+    fc1, fc2 = Frozen(w1, b1, gain, shift), Frozen(w2)
+    if keep == "code":
+        d_pre = frozen.linear_bwd(grad, fc2).mul_(reference.gelu_from_code(kept))
+    else:
+        d_pre = frozen.linear_gelu_bwd(grad, fc2, frozen.linear(kept, fc1) if keep == "input" else kept)
+    return frozen.linear_bwd(d_pre, fc1)
+
+
+def _fwd_cuda(x, w1, b1, w2, b2, gain, shift, keep):
+    from insvp_fast.kernels.gpu import gelu as kernel
+
+    if not kernel.covers(x.device, x.dtype):
+        return _fwd(x, w1, b1, w2, b2, gain, shift, keep)
+    pre = frozen.linear(x, Frozen(w1, b1, gain, shift))
+    hidden, code = kernel.gelu_fwd_code(pre) if keep == "code" else (kernel.gelu_fwd(pre), None)
+    kept = code if code is not None else pre if keep == "pre" else x.new_empty(0)
+    return frozen.linear(hidden, Frozen(w2, b2)), kept
+
+
+def _bwd_cuda(grad, kept, w1, b1, w2, gain, shift, keep):
+    from insvp_fast.kernels.gpu import gelu as kernel
+
+    if not kernel.covers(grad.device, grad.dtype):
+        return _bwd(grad, kept, w1, b1, w2, gain, shift, keep)
+    fc1, d_hidden = Frozen(w1, b1, gain, shift), frozen.linear_bwd(grad, Frozen(w2))
+    if keep == "code":
+        d_pre = kernel.gelu_bwd_code(d_hidden, kept, out=d_hidden)
+    else:
+        d_pre = kernel.gelu_bwd(d_hidden, frozen.linear(kept, fc1) if keep == "input" else kept, out=d_hidden)
+    return frozen.linear_bwd(d_pre, fc1)
 
 
 @register_fake("insvp_fast::mlp_fwd", lib=LIBRARY)
 def _(x, w1, b1, w2, b2, gain, shift, keep):
-    pre = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep else 0)
-    return x.new_empty(*x.shape[:-1], w2.shape[0]), pre
+    kept = x.new_empty(
+        (*x.shape[:-1], w1.shape[0]) if keep in ("pre", "code") else 0, dtype=torch.uint8 if keep == "code" else x.dtype
+    )
+    return x.new_empty(*x.shape[:-1], w2.shape[0]), kept
 
 
 @register_fake("insvp_fast::mlp_bwd", lib=LIBRARY)
-def _(grad, kept, w1, b1, w2, gain, shift, is_pre):
+def _(grad, kept, w1, b1, w2, gain, shift, keep):
     return grad.new_empty(*grad.shape[:-1], w1.shape[1])
 
 
-implement("mlp_fwd", _mlp_fwd)
-implement("mlp_bwd", _mlp_bwd)
+implement("mlp_fwd", _fwd, cuda=_fwd_cuda)
+implement("mlp_bwd", _bwd, cuda=_bwd_cuda)

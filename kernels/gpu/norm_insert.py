@@ -138,23 +138,23 @@ def norm_insert_fwd(
 
 def norm_insert_bwd(
     grad_residual: Tensor | None, grad_normed: Tensor, xhat: Tensor, rstd: Tensor, weight: Tensor | None,
-    num_tokens: int, branch_dtype: torch.dtype | None, stream_dtype: torch.dtype,
+    num_tokens: int, stream_dtype: torch.dtype, branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `norm_insert_fwd` by the stream, the branch and the prompts.
 
     grad_residual [B, T, D] or None where nothing came along the stream; grad_normed, xhat [B, S, D] and rstd [B, S] as
     the forward returned them (without a weight its normed is xhat). Returns d_residual [B, T, D] in `stream_dtype`;
-    d_branch, the same values in `branch_dtype`, empty where that is None or `stream_dtype`; d_prompts [B, L, D] in the
-    dtype of `xhat`, empty where L = 0. Raises as the forward does.
+    d_branch, the same values in `branch_dtype`, empty where that is `stream_dtype`; d_prompts [B, L, D] in
+    `stream_dtype`. Raises as the forward does.
     """
     chip.require("norm_insert", xhat)
     config = launch_config(xhat.shape[-1])
     (B, S, D), T, device = xhat.shape, num_tokens, xhat.device
     L = S - T
-    apart = branch_dtype is not None and branch_dtype != stream_dtype
+    apart = branch_dtype != stream_dtype
     d_residual = torch.empty((B, T, D), dtype=stream_dtype, device=device)
-    d_branch = torch.empty((B, T, D) if apart else 0, dtype=branch_dtype or stream_dtype, device=device)
-    d_prompts = torch.empty((B, L, D) if L else 0, dtype=xhat.dtype, device=device)
+    d_branch = torch.empty((B, T, D) if apart else 0, dtype=branch_dtype, device=device)
+    d_prompts = torch.empty((B, L, D), dtype=stream_dtype, device=device)
     if B * S:
         with torch.cuda.device_of(xhat):
             _norm_insert_bwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
