@@ -56,6 +56,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.gelu_in_8_bits, self.compile_prompters = gelu_in_8_bits, compile_prompters
         self.general_reason: str | None = None
+        self._pixel_scales: dict[object, tuple[Tensor, Tensor]] = {}
         self._choose_path()
 
     def _choose_path(self) -> bool:
@@ -77,10 +78,12 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The tokens after the backbone's last norm, [B, T, D], prompts left out."""
-        return self._features(image, None) if self._choose_path() else super().forward_features(image)
+        if self._choose_path():
+            return self._features(image, None)
+        return super().forward_features(image if image.dtype != torch.uint8 else self._normalise(image))
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, num_classes]."""
+        """[B, C, H, W] -> [B, num_classes]; an 8-bit image is normalised here, by ``preprocessing`` or the backbone's."""
         one_token = self.backbone.global_pool == "token" and self.backbone.attn_pool is None and self._choose_path()
         return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
 
@@ -93,8 +96,12 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         dtype = torch.get_autocast_dtype(device) if autocast else backbone.patch_embed.proj.weight.dtype
         autocast = autocast and (device != "cpu" or cpu.has_products(dtype))  # else convolutions too are widened
         with torch.autocast(device, dtype, enabled=autocast):
+            pixels = image
+            image = self._normalise(image) if image.dtype == torch.uint8 else image
             image = reference.simam(image) if self.config.simam else image
-            patches, prompted = self._prompted_patches(image, dtype)
+            # a kernel reads 8 bits instead of 32; elsewhere they would be normalised once more
+            pixels = pixels if pixels.is_cuda and not self.config.simam else image
+            patches, prompted = self._prompted_patches(image, pixels, dtype)
             p_s = self.specific_prompt(image, prompted)
         with torch.autocast(device, enabled=False):  # the operations choose their own precision
             grid = image.shape[-2] // P, image.shape[-1] // P
@@ -129,8 +136,23 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             tokens = checkpoint(run, tokens, p_s, indices, use_reentrant=False)
         return tokens
 
-    def _prompted_patches(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x~ unfolded, [B, N, K] in ``dtype``, and, only if the specific prompter reads it, folded."""
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return reference.normalise(pixels, *self._pixel_scale(pixels.device))
+
+    def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What 8-bit pixels are multiplied by and shifted by, [C] each."""
+        facts = self.preprocessing or self.pretrained_cfg
+        key = device, tuple(facts["mean"]), tuple(facts["std"])
+        if key not in self._pixel_scales:
+            mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in key[1:])
+            self._pixel_scales = {key: (1 / (255 * std), -mean / std)}
+        return self._pixel_scales[key]
+
+    def _prompted_patches(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x~ unfolded, [B, N, K] in ``dtype``, and, only if the specific prompter reads it, folded.
+
+        ``pixels`` are the image, perhaps still in 8 bits.
+        """
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
         masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
         if prompter is None or masked or any(map(frozen_backbone.is_patched, prompter.modules())):
@@ -140,8 +162,12 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         folded = self.config.specific_input == "prompted" and self.specific_prompter is not None
         weights = prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias
         with torch.autocast(device, enabled=False):
+            affine = self._pixel_scale(pixels.device) if pixels.dtype == torch.uint8 else (None, None)
             patches = ops.superpose(
-                image, p_g, *weights, P, *self.config.blend_image, dtype=image.dtype if folded else dtype
+                *(pixels, p_g, *weights, P, *self.config.blend_image),
+                dtype=image.dtype if folded else dtype,
+                scale=affine[0],
+                shift=affine[1],
             )
         prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
         return patches.to(dtype), prompted

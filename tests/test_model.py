@@ -348,6 +348,21 @@ def test_recompute_changes_memory_and_nothing_else(path, recompute, share):
     assert saved_bytes(fast, image) < share * kept
 
 
+@pytest.mark.parametrize("path", ["fast", "general"])
+@pytest.mark.parametrize("simam", [False, True])
+def test_an_8_bit_image_is_normalised(path, simam):
+    variant = TINY | ({"scale_mlp_norm": True} if path == "general" else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(simam=simam), **variant)
+    fast.preprocessing = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
+    mean, std = (torch.tensor(fast.preprocessing[key], device=DEVICE)[:, None, None] for key in ("mean", "std"))
+    expected = fast.eval()((pixels / 255 - mean) / std)
+    assert relative_error(fast(pixels), expected) < 1e-5
+    assert relative_error(fast.forward_features(pixels), fast.forward_features((pixels / 255 - mean) / std)) < 1e-5
+
+
 def test_recompute_is_also_timms_gradient_checkpointing():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
     fast.set_grad_checkpointing()
