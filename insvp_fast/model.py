@@ -83,7 +83,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         return super().forward_features(image if image.dtype != torch.uint8 else self._normalise(image))
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, num_classes]; 8-bit images are normalised by ``preprocessing``, else as the backbone says."""
+        """[B, C, H, W] -> [B, num_classes]; 8-bit images are normalised by ``preprocessing`` or the backbone."""
         one_token = self.backbone.global_pool == "token" and self.backbone.attn_pool is None and self._choose_path()
         return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
 
