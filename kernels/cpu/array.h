@@ -7,6 +7,33 @@ namespace {
 
 using namespace insvp_fast;
 
+// The first `n` values, or as many as a vector holds; zeros for the others.
+template <class T>
+inline vec load_some(const T* from, int64_t n) {
+  if (n >= kWidth) return load(from);
+  T part[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+  return load(part);
+}
+
+template <class T>
+inline void store_some(T* to, vec v, int64_t n) {
+  if (n >= kWidth) return store(to, v);
+  T part[kWidth];
+  store(part, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = part[i];
+}
+
+inline vec read(Array from, int64_t at, int64_t n) {
+  if (from.type == DType::f32) return load_some(static_cast<const float*>(from.data) + at, n);
+  return load_some(static_cast<const bf16*>(from.data) + at, n);
+}
+
+inline void write(Array to, int64_t at, vec v, int64_t n) {
+  if (to.type == DType::f32) store_some(static_cast<float*>(to.data) + at, v, n);
+  else store_some(static_cast<bf16*>(to.data) + at, v, n);
+}
+
 // to[0..n) = scale * from[offset..offset+n)
 inline void read(float* to, Array from, int64_t offset, int64_t n, float scale) {
   if (from.type == DType::f32) copy(to, static_cast<const float*>(from.data) + offset, n, scale);

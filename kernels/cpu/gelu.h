@@ -40,11 +40,30 @@ inline Normal normal(vec x) {
   return {x < 0.0f ? tail : 1.0f - tail, e};
 }
 
-inline vec gelu(vec x) { return x * normal(x).below; }
-
-inline vec gelu_slope(vec x) {
-  const Normal at = normal(x);
-  return at.below + x * at.density * 0.39894228040f;
+// The same for results in 16 bits, without a division and with a third of the terms: relative errors of 2e-4, a tenth of
+// such a result's rounding. Phi(-t) = 2**p(t).
+inline vec rough_exp2_of_negative(vec y) {
+  const float magic = 0x1.8p23f;
+  const vec shifted = y + magic, f = y - (shifted - magic);
+  vec p = f * 5.517131e-2f + 2.4261113e-1f;
+  p = p * f + 6.9326103e-1f;
+  p = p * f + 9.9992807e-1f;
+  const vec scaled = (vec)((bits32)p + ((bits32)shifted << 23));
+  return y < -125.0f ? vec{} : scaled;
 }
+
+inline Normal rough_normal(vec x) {
+  const vec t = (vec)((bits32)x & 0x7fffffffu);
+  vec p = t * -3.02386766e-4f + 5.66123795e-3f;
+  p = p * t - 4.77063241e-2f;
+  p = p * t - 4.6481004e-1f;
+  p = p * t - 1.14886574f;
+  p = p * t - 1.00014278f;
+  const vec tail = rough_exp2_of_negative(p);
+  return {x < 0.0f ? tail : 1.0f - tail, rough_exp2_of_negative(t * t * -0.72134752044f)};
+}
+
+// The derivative of x * Phi(x).
+inline vec slope(vec x, Normal at) { return at.below + x * at.density * 0.39894228040f; }
 
 }  // namespace

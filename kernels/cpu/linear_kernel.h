@@ -1,9 +1,9 @@
 // linear on one block of y, for the vector width of the including file. With INSVP_FAST_BF16_PAIRS a word of x or w
 // holds two bf16 factors, else one fp32 factor.
 #pragma once
+#include "array.h"
 #include "gelu.h"
 #include "linear.h"
-#include "vec.h"
 
 #ifdef INSVP_FAST_BF16_PAIRS
 #include <immintrin.h>
@@ -18,6 +18,7 @@ constexpr int kFactors = 2;
 typedef bf16 factor;
 typedef uint32_t word;
 typedef bits32 words;
+inline Normal distribution(vec x) { return rough_normal(x); }
 inline vec multiply_add(vec sum, word x, words w) {
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)w);
 }
@@ -26,6 +27,7 @@ constexpr int kFactors = 1;
 typedef float factor;
 typedef float word;
 typedef vec words;
+inline Normal distribution(vec x) { return normal(x); }
 inline vec multiply_add(vec sum, word x, words w) { return sum + x * w; }
 #endif
 
@@ -67,33 +69,6 @@ inline void tile_of(int64_t rows, Arguments... arguments) {
   if constexpr (ROWS > 1) tile_of<ROWS - 1>(rows, arguments...);
 }
 
-// The first `n` values, or as many as a vector holds; zeros for the others.
-template <class T>
-inline vec load_some(const T* from, int64_t n) {
-  if (n >= kWidth) return load(from);
-  T part[kWidth] = {};
-  for (int64_t i = 0; i < n; ++i) part[i] = from[i];
-  return load(part);
-}
-
-template <class T>
-inline void store_some(T* to, vec v, int64_t n) {
-  if (n >= kWidth) return store(to, v);
-  T part[kWidth];
-  store(part, v);
-  for (int64_t i = 0; i < n; ++i) to[i] = part[i];
-}
-
-inline vec read(Array from, int64_t at, int64_t n) {
-  if (from.type == DType::f32) return load_some(static_cast<const float*>(from.data) + at, n);
-  return load_some(static_cast<const bf16*>(from.data) + at, n);
-}
-
-inline void write(Array to, int64_t at, vec v, int64_t n) {
-  if (to.type == DType::f32) store_some(static_cast<float*>(to.data) + at, v, n);
-  else store_some(static_cast<bf16*>(to.data) + at, v, n);
-}
-
 // From the sums of a tile to its results.
 inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
   for (int64_t j = 0; j < rows; ++j)
@@ -104,9 +79,10 @@ inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows
       if (a.bias) y += load_some(a.bias + n, left);
       if (a.epilogue == Epilogue::gelu) {
         if (a.pre.data) write(a.pre, at, y, left);
-        y = gelu(y);
+        y *= distribution(y).below;
       } else if (a.epilogue == Epilogue::gelu_bwd) {
-        y *= gelu_slope(read(a.pre, at, left));
+        const vec x = read(a.pre, at, left);
+        y *= slope(x, distribution(x));
       }
       write(a.y, at, y, left);
     }

@@ -17,7 +17,7 @@ const NormInsertKernels& kernels() {
 
 template <class Args>
 int for_rows(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& args, int64_t B, int threads) {
-  const int64_t rows = B * (args.T + args.L), scratch_size = ceil_div(2 * args.D, 16) * 16;
+  const int64_t rows = B * (args.T + args.L), scratch_size = ceil_div(args.D, 16) * 16;
   threads = static_cast<int>(larger(1, smaller(threads, rows)));
   Workspace memory(threads * scratch_size);
   if (!memory.base) return -1;

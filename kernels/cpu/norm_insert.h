@@ -23,7 +23,7 @@ struct NormInsertBwd {
   Array d_residual, d_branch, d_prompts;  // [B, T, D] twice and [B, L, D]; the last two may be absent
 };
 
-// Each computes the rows first <= b * S + s < last; `scratch` holds two rows of D floats.
+// Each computes the rows first <= b * S + s < last; `scratch` holds a row of D floats.
 struct NormInsertKernels {
   void (*fwd)(const NormInsertFwd&, int64_t first, int64_t last, float* scratch);
   void (*bwd)(const NormInsertBwd&, int64_t first, int64_t last, float* scratch);
