@@ -163,9 +163,7 @@ def _attend(
 def _attend_few(
     attn: Attention, y: Tensor, affine: dict[str, Any], num_queries: int
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
-    weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
-    q = ops.linear(y[:, :num_queries], weight, bias, **affine, rows=(0, D))
-    kv = ops.linear(y, weight, bias, **affine, rows=(D, 3 * D))
+    q, kv = ops.qkv_few(y, num_queries, attn.qkv.weight, attn.qkv.bias, **affine)
     if not isinstance(attn.q_norm, nn.Identity):
         q = _in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1))).flatten(2)
         k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).unbind(2)

@@ -313,6 +313,18 @@ def test_rows_of_a_convolutions_weight(monkeypatch, how):
     assert relative_error(grad, weight[2:9].flatten(1).sum(0).expand(5, 12)) < 1e-6
 
 
+def test_queries_of_few_and_keys_of_all():
+    weight, bias, gain, shift = (torch.randn(n, dtype=torch.float64) for n in ((12, 4), (12,), (4,), (4,)))
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    run = lambda x: ops.qkv_few(x, 2, weight, bias, gain=gain, shift=shift)  # noqa: E731
+    exact = torch.nn.functional.linear(gain * x + shift, weight, bias)
+    q, kv = run(x)
+    assert relative_error(q, exact[:, :2, :4]) < 1e-14 and relative_error(kv, exact[..., 4:]) < 1e-14
+    assert torch.autograd.gradcheck(run, [x])
+    with pytest.raises(ValueError, match="frozen weights"):
+        ops.qkv_few(x, 2, weight.requires_grad_(), bias)
+
+
 def test_linear_gradcheck():
     x, weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: ops.linear(x, weight, None), [x])

@@ -13,7 +13,7 @@ from insvp_fast import frozen
 from insvp_fast.frozen import Frozen
 from insvp_fast.ops.library import LIBRARY, define, implement
 
-__all__ = ["linear"]
+__all__ = ["linear", "qkv_few"]
 
 define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, int first, int last) -> Tensor")
 define("linear_bwd(Tensor grad, Tensor weight, Tensor? gain, int first, int last) -> Tensor")
@@ -65,6 +65,50 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         return torch.ops.insvp_fast.linear_bwd.default(grad, *ctx.saved_tensors, *ctx.rows), *(None,) * 6
+
+
+def qkv_few(
+    x: Tensor,
+    num_queries: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``linear`` for the attention of few tokens to all: queries of the first, keys and values of all.
+
+    Args:
+        x: [B, S, D].
+        weight, bias: [3·D, D] and [3·D] or None, of the packed product; with gain and shift as in ``linear``.
+
+    Returns:
+        Queries [B, num_queries, D], and keys and values [B, S, 2·D].
+
+    Raises:
+        ValueError: as ``linear``.
+    """
+    require_frozen(weight, bias, gain, shift)
+    return _QKVFew.apply(x, num_queries, weight, bias, gain, shift)
+
+
+class _QKVFew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, num_queries, weight, bias, gain, shift):
+        ctx.save_for_backward(weight, gain)
+        ctx.num_queries, (last, D) = num_queries, weight.shape
+        run, rest = torch.ops.insvp_fast.linear.default, (weight, bias, gain, shift)
+        return run(x[:, :num_queries], *rest, 0, D), run(x, *rest, D, last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_q, d_kv):
+        weight, gain = ctx.saved_tensors
+        last, D = weight.shape
+        run = torch.ops.insvp_fast.linear_bwd.default
+        d_x = run(d_kv, weight, gain, D, last)
+        d_x[:, : ctx.num_queries] += run(d_q, weight, gain, 0, D)
+        return d_x, *(None,) * 5
 
 
 def _linear(x, weight, bias, gain, shift, first, last):
