@@ -107,7 +107,7 @@ def norm_insert_cases(arch: int | str) -> Iterator[Case]:
         yield case(
             f"norm_insert_bwd-{label}",
             norm_insert._norm_insert_bwd_kernel,
-            pointers(stream, "grad_residual", "d_residual") | pointers(product, "grad_normed", "xhat", "d_prompts")
+            pointers(stream, "grad_residual", "d_residual", "d_prompts") | pointers(product, "grad_normed", "xhat")
             | (pointers(fp32, "weight") if affine else {})
             | (pointers(product, "d_branch") if stream != product else {})
             | pointers(fp32, "rstd") | sizes,

@@ -41,12 +41,12 @@ class _Form(NamedTuple):
 
 
 _forms: dict[tuple[object, ...], _Form] = {}
-_captured: list[Tensor] = []
+_captured: dict[int, Tensor] = {}
 _lock = threading.Lock()
 
 
 def forget() -> None:
-    """Drop all kept forms; each is made anew when it is next used."""
+    """Drop all kept forms, but those that CUDA graphs read; each is made anew when it is next used."""
     with _lock:
         _forms.clear()
 
@@ -68,7 +68,7 @@ def form_of(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Call
     if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
         if form is None or not fresh:  # memory taken while a CUDA graph is captured belongs to the graph
             return make()
-        _captured.append(form.tensor)  # the graph will read it whatever becomes of the weight
+        _captured[form.tensor.data_ptr()] = form.tensor  # the graph will read it whatever becomes of the weight
     if form is None or not fresh:
         with torch.no_grad():
             owners = tuple(weakref.ref(weight, lambda owner: _drop(key, owner)) for weight in weights)
@@ -150,7 +150,8 @@ def linear(x: Tensor, w: Frozen) -> Tensor:  # [..., D_in] -> [..., n]
     if how == "widened":
         return linear(x.float(), w).to(dtype)
     if how == "native":
-        return native.linear(x, w.packed(how, "forward", dtype), w.constant(torch.float32), w.out_features)
+        y = native.linear(_flat(x), w.packed(how, "forward", dtype), w.constant(torch.float32), w.out_features)
+        return y.view(*x.shape[:-1], w.out_features)
     bias = w.constant(dtype)
     if how == "packed":
         return _by_rows(lambda rows: _onednn(rows, w.packed(how, "forward", dtype), bias), x)
@@ -163,7 +164,8 @@ def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
     if how == "widened":
         return linear_bwd(grad.float(), w).to(dtype)
     if how == "native":
-        return native.linear(grad, w.packed(how, "backward", dtype), None, w.in_features)
+        y = native.linear(_flat(grad), w.packed(how, "backward", dtype), None, w.in_features)
+        return y.view(*grad.shape[:-1], w.in_features)
     if how == "packed":
         return _by_rows(lambda rows: _onednn(rows, w.packed(how, "backward", dtype), None), grad)
     return _by_rows(lambda rows: F.linear(rows, w.matrix(dtype)[w.first : w.last].T), grad)
@@ -173,8 +175,9 @@ def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [
     """``linear``, of size 0 unless ``keep``, and its GELU."""
     if _product(x) == "native":
         packed, bias = w.packed("native", "forward", x.dtype), w.constant(torch.float32)
-        pre, hidden = native.linear_gelu(x, packed, bias, w.out_features, keep=keep)
-        return x.new_empty(0) if pre is None else pre, hidden
+        pre, hidden = native.linear_gelu(_flat(x), packed, bias, w.out_features, keep=keep)
+        shape = *x.shape[:-1], w.out_features
+        return x.new_empty(0) if pre is None else pre.view(shape), hidden.view(shape)
     pre = linear(x, w)
     return pre if keep else x.new_empty(0), F.gelu(pre)
 
@@ -182,7 +185,8 @@ def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [
 def linear_gelu_bwd(grad: Tensor, w: Frozen, pre: Tensor) -> Tensor:
     """The gradient of ``linear(gelu(pre), w)`` by ``pre``."""
     if _product(grad) == "native":
-        return native.linear_gelu_bwd(grad, w.packed("native", "backward", grad.dtype), pre)
+        packed = w.packed("native", "backward", grad.dtype)
+        return native.linear_gelu_bwd(_flat(grad), packed, _flat(pre)).view(pre.shape)
     return torch.ops.aten.gelu_backward(linear_bwd(grad, w), pre)
 
 
@@ -195,8 +199,13 @@ def _product(x: Tensor) -> str:
 
 def _by_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     # two dimensions, or PyTorch may take a batched product for one with a transposed weight
-    y = product(x.reshape(-1, x.shape[-1]))
+    with torch.autocast(x.device.type, enabled=False):  # the dtype of x is that of the product
+        y = product(x.reshape(-1, x.shape[-1]))
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])  # what the native product takes
 
 
 @cache

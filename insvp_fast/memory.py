@@ -24,7 +24,7 @@ _IDLE = 1000  # a free block that so many requests have passed by is given back
 
 class _Block:
     def __init__(self, nbytes: int) -> None:
-        self.storage, self.nbytes, self.last = UntypedStorage(nbytes), nbytes, 0
+        self.storage, self.nbytes, self.last = UntypedStorage(nbytes, device="cpu"), nbytes, 0
 
     def is_free(self) -> bool:
         # tensors, saved tensors and views count as users of the memory; tensor.untyped_storage() is this very object,
@@ -43,15 +43,16 @@ _requests = 0
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised contiguous tensor; on a CPU in memory that an earlier one has left, where there is some."""
-    if torch.compiler.is_compiling() or torch.device(device).type != "cpu":  # sizes may be symbols while compiling
+    traced = torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if traced or torch.device(device).type != "cpu":  # sizes may be symbols while compiling
         return torch.empty(shape, dtype=dtype, device=device)
     nbytes = prod(shape) * dtype.itemsize
     if nbytes < _SMALLEST:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     with _lock:
         storage = _take(nbytes)
     strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
 
 
 def empty_like(x: Tensor) -> Tensor:

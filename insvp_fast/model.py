@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import backbone as frozen_backbone
-from insvp_fast import cpu, ops, prompters, reference
+from insvp_fast import cpu, frozen, ops, prompters, reference
 from insvp_fast.checkpoint import AdapterCheckpoint
 from insvp_fast.reference import InsVPReference
 
@@ -56,6 +56,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.gelu_in_8_bits, self.compile_prompters = gelu_in_8_bits, compile_prompters
         self.general_reason: str | None = None
+        self._prompters_are_compiled = False
         self._pixel_scales: dict[object, tuple[Tensor, Tensor]] = {}
         self._choose_path()
 
@@ -64,7 +65,11 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         if not torch.compiler.is_compiling():  # a compiled graph is guarded by what it was traced with
             reason = frozen_backbone.misfit(self.backbone) or self._carries_prompts()
             if reason is not None and reason != self.general_reason:
-                warnings.warn(f"InsVPViT runs through the general path, exact but not fast: {reason}", stacklevel=4)
+                warnings.warn(
+                    f"InsVPViT runs through the general path, exact but not fast: {reason};"
+                    " recompute='mlp', fold_norm, attention and gelu_in_8_bits have no effect there",
+                    stacklevel=4,
+                )
             self.general_reason = reason
         return self.general_reason is None
 
@@ -110,13 +115,19 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
     def _compile_prompters(self, device: torch.device) -> None:
         wanted = device.type == "cuda" if self.compile_prompters is None else self.compile_prompters
-        if wanted and not torch.compiler.is_compiling():
-            for prompter in (self.global_prompter, self.specific_prompter):
-                if prompter is not None and prompter._compiled_call_impl is None:
-                    prompter.compile()
+        if torch.compiler.is_compiling() or wanted == self._prompters_are_compiled:
+            return
+        for prompter in (self.global_prompter, self.specific_prompter):
+            if prompter is not None and wanted:
+                prompter.compile()
+            elif prompter is not None:
+                prompter._compiled_call_impl = None
+        self._prompters_are_compiled = wanted
 
     def _blocks(self, tokens: Tensor, p_s: Tensor | None, dtype: torch.dtype, num_queries: int | None) -> Tensor:
         """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
+        if self.recompute == "mlp" and self.gelu_in_8_bits:
+            raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
         how = frozen_backbone.How(dtype, self.fold_norm, self.attention, keeps)
         blocks = self.backbone.blocks
@@ -137,15 +148,21 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         return tokens
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        return reference.normalise(pixels, *self._pixel_scale(pixels.device))
+        weight = self.backbone.patch_embed.proj.weight
+        return reference.normalise(pixels, *self._pixel_scale(pixels.device)).to(weight.dtype)
+
+    def image_prompt(self, image: Tensor) -> reference.ImagePrompt:
+        """As ``InsVPReference.image_prompt``, also of 8-bit images."""
+        return super().image_prompt(self._normalise(image) if image.dtype == torch.uint8 else image)
 
     def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What 8-bit pixels are multiplied by and shifted by, [C] each."""
         facts = self.preprocessing or self.pretrained_cfg
         key = device, tuple(facts["mean"]), tuple(facts["std"])
         if key not in self._pixel_scales:
-            mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in key[1:])
-            self._pixel_scales = {key: (1 / (255 * std), -mean / std)}
+            with torch.inference_mode(False):  # backward may keep them
+                mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in key[1:])
+                self._pixel_scales = {key: (1 / (255 * std), -mean / std)}
         return self._pixel_scales[key]
 
     def _prompted_patches(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -155,7 +172,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         """
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
         masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
-        if prompter is None or masked or any(map(frozen_backbone.is_patched, prompter.modules())):
+        if prompter is None or masked or not _is_stock(prompter):
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted
         p_g = None if self.global_prompter is None else self.global_prompter(image)
@@ -177,6 +194,17 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         if self.recompute == "block" and torch.is_grad_enabled():
             return checkpoint(block, tokens, use_reentrant=False)
         return block(tokens)
+
+    @property
+    def attention(self) -> str:
+        """The implementation of attention, "auto" or one of those in ``ops.attention``."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, impl: str) -> None:
+        if impl not in ops.ATTENTION:
+            raise ValueError(f"attention={impl!r}: expected one of {sorted(ops.ATTENTION)}")
+        self._attention = impl
 
     @property
     def recompute(self) -> str:
@@ -250,3 +278,16 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
                 parts[part] = parts.get(part, 0) + parameter.numel()
         for part, count in parts.items():
             print(f"  {part}: {count:,}")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> InsVPViT:
+        frozen.forget()  # parameters that are swapped for others must have nothing that refers to them
+        return super()._apply(*args, **kwargs)
+
+
+def _is_stock(prompter: nn.Module) -> bool:
+    """Whether a patch prompter is what its weights say: a layer of another type or with a hook may compute anything."""
+    layers = prompter.fc1, prompter.fc2
+    stock = type(prompter) is reference.PatchPrompter and all(type(layer) is nn.Linear for layer in layers)
+    return (
+        stock and not any(map(frozen_backbone.is_patched, prompter.modules())) and None not in [x.bias for x in layers]
+    )

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from insvp_fast.kernels.gpu import chip, gelu, norm_insert, superpose
 
 from insvp_fast.aot import SHARED_LIMIT, TARGETS, cases
+from insvp_fast.aot_cases import POINTERS
 
 
 def failing(facts, wrong):
@@ -89,6 +90,10 @@ def same_as_launched(prefix, label, launches):
         absent = {name for name, value in zip(case.kernel.arg_names, args, strict=False) if value is None}
         assert absent == {name for name, value in case.constants.items() if value is None}
         assert len(args) == len(case.signature) + len(absent)
+        types = {
+            name: POINTERS[x.dtype] for name, x in zip(case.kernel.arg_names, args, strict=False) if torch.is_tensor(x)
+        }
+        assert types == {name: kind for name, kind in case.signature.items() if kind.startswith("*")}
         constants = {name: value for name, value in case.constants.items() if name not in absent}
         assert {**kwargs, "COMPUTE": None} == {**constants, "COMPUTE": None}  # the interpreter computes in fp32
 
@@ -103,9 +108,9 @@ def test_the_cases_are_what_superpose_launches(launches):
 
 def test_the_cases_are_what_norm_insert_launches(launches):
     stream, product = torch.zeros(2, 5, 768), torch.zeros(2, 5, 768, dtype=torch.bfloat16)
-    weight = torch.zeros(768)
-    _, normed, xhat, rstd = norm_insert.norm_insert_fwd(stream, product, product, weight, weight, 1e-6, product.dtype)
-    norm_insert.norm_insert_bwd(stream, normed, xhat, rstd, weight, 5, product.dtype, stream.dtype)
+    weight, prompts = torch.zeros(768), product[:, :2]
+    _, normed, xhat, rstd = norm_insert.norm_insert_fwd(stream, product, prompts, weight, weight, 1e-6, product.dtype)
+    norm_insert.norm_insert_bwd(stream, normed, xhat, rstd, weight, 5, stream.dtype, product.dtype)
     same_as_launched("norm_insert", "fp32-bf16-affine", launches)
 
 

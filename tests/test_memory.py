@@ -81,3 +81,12 @@ def test_small_tensors_and_other_devices_are_pytorchs():
     assert memory.empty(SHAPE, F32, "meta").device.type == "meta"
     assert memory.empty_like(torch.empty(SHAPE, device="meta")).device.type == "meta"
     assert dict(memory._blocks) == before
+
+
+def test_fake_tensors_and_default_devices():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert type(memory.empty(SHAPE, F32)).__name__ == "FakeTensor"
+    with torch.device("meta"):
+        assert memory.empty(SHAPE, F32).device.type == memory.empty((3,), F32).device.type == "cpu"

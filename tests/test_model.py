@@ -17,7 +17,7 @@ from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import ParallelThingsBlock
 from timm.optim import param_groups_weight_decay
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, cpu, frozen
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, cpu, frozen, native
 from insvp_fast.reference import crop_centre, pool_centre, simam
 from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
 
@@ -361,6 +361,69 @@ def test_an_8_bit_image_is_normalised(path, simam):
     expected = fast.eval()((pixels / 255 - mean) / std)
     assert relative_error(fast(pixels), expected) < 1e-5
     assert relative_error(fast.forward_features(pixels), fast.forward_features((pixels / 255 - mean) / std)) < 1e-5
+
+
+def test_a_default_device_is_for_others():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    image, expected = images(fast), None
+    fast.eval()
+    expected = fast(image)
+    with torch.device("meta"):
+        assert torch.equal(fast(image), expected)
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_a_replaced_layer_of_the_patch_prompter_is_called(layer):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
+    for model in (reference, fast):
+        old = getattr(model.patch_prompter, layer)
+        new = Doubled(old.in_features, old.out_features, device=DEVICE)
+        new.load_state_dict(old.state_dict())
+        setattr(model.patch_prompter, layer, new)
+    assert_equal_numbers(reference, fast, images(fast))
+
+
+def test_8_bit_images_in_inference_do_not_hinder_training():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
+    with torch.inference_mode():
+        fast(pixels)
+    assert not any(scale.is_inference() for scale in fast._pixel_scale(pixels.device))
+    trained_gradients(fast, pixels)
+    fast.bfloat16()(pixels)
+    assert fast.image_prompt(pixels).prompted.dtype == torch.bfloat16
+
+
+def test_settings_are_checked_and_may_change():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    image = images(fast)
+    fast.compile_prompters = True
+    fast(image)
+    assert fast.global_prompter._compiled_call_impl is not None
+    fast.compile_prompters = False
+    fast(image)
+    assert fast.global_prompter._compiled_call_impl is None
+    with pytest.raises(ValueError, match="attention='nonsense': expected one of"):
+        fast.attention = "nonsense"
+    fast.recompute, fast.gelu_in_8_bits = "mlp", True
+    with pytest.raises(ValueError, match="expected gelu_in_8_bits=False"):
+        fast(image)
+
+
+@pytest.mark.parametrize("attention", ["native", "sdpa", "reference"])
+def test_a_named_attention_compiles_whole(attention):
+    if attention == "native" and (DEVICE.type != "cpu" or not native.available()):
+        pytest.skip("no native library")
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    fast.eval().attention = attention
+    image = images(fast)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(image), fast(image)) < 1e-6
 
 
 def test_recompute_is_also_timms_gradient_checkpointing():

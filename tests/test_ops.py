@@ -195,7 +195,7 @@ def multiply_by(monkeypatch, how):
 
 
 @pytest.mark.parametrize("how", ["packed", "native", "widened", "plain"])
-@pytest.mark.parametrize("shape", [(7, 33), (0, 33), (2, 3, 33)])
+@pytest.mark.parametrize("shape", [(33,), (7, 33), (0, 33), (2, 3, 33), (2, 1, 3, 33)])
 def test_every_product(monkeypatch, how, shape):
     multiply_by(monkeypatch, how)
     weight, bias, x, grad = torch.randn(48, 33), torch.randn(48), torch.randn(shape), torch.randn(*shape[:-1], 48)
@@ -561,9 +561,9 @@ def test_attention_gradcheck_and_opcheck(way):
     qkv = torch.randn(2, 5, 3 * 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: ops.attention(t, 2, 3, 0.5), [qkv])
     qkv = qkv.detach().float()
-    opcheck(torch.ops.insvp_fast.attention_fwd.default, (qkv, 2, 3, 0.5))
-    out, logsumexp = torch.ops.insvp_fast.attention_fwd(qkv, 2, 3, 0.5)
-    arguments = (torch.randn_like(out), qkv, out if way == "flash" else None, logsumexp, 2, 3, 0.5)
+    opcheck(torch.ops.insvp_fast.attention_fwd.default, (qkv, 2, 3, 0.5, "auto"))
+    out, logsumexp = torch.ops.insvp_fast.attention_fwd(qkv, 2, 3, 0.5, "auto")
+    arguments = (torch.randn_like(out), qkv, out if way == "flash" else None, logsumexp, 2, 3, 0.5, "auto")
     opcheck(torch.ops.insvp_fast.attention_bwd.default, arguments)
 
 

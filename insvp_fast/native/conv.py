@@ -81,7 +81,7 @@ def conv_pool_fwd(
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
     y, chosen = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype)
-    return y, torch.zeros(y.shape, dtype=torch.uint8) if chosen is None else chosen
+    return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if chosen is None else chosen
 
 
 def conv_bwd(

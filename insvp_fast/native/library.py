@@ -98,12 +98,16 @@ def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) 
 
 def pointer(x: Tensor | None) -> tuple[int | None, int]:
     """The two arguments of a tensor; an absent or empty one has no memory."""
-    return (None, 0) if x is None or x.numel() == 0 else (x.data_ptr(), TYPE_CODES[x.dtype])
+    return (None, 0) if x is None or x.numel() == 0 else (address(x), TYPE_CODES[x.dtype])
 
 
 def address(x: Tensor | None) -> int | None:
     """The one argument of a tensor whose dtype is fixed."""
-    return None if x is None else x.data_ptr()
+    if x is None:
+        return None
+    if x.device.type != "cpu":  # of a result that a default device has put elsewhere: C++ would write anywhere
+        raise ValueError(f"a tensor is on {x.device}, the native library computes on the CPU")
+    return x.data_ptr()
 
 
 def function(name: str, argtypes: Sequence[type], restype: type = i32) -> Any:

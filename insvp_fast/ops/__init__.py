@@ -8,11 +8,22 @@ ROCm. Gradients are first-order only.
 Letters as in ``reference.py``.
 """
 
-from insvp_fast.ops.attention import attention, attention_few
+from insvp_fast.ops.attention import ATTENTION, attention, attention_few
 from insvp_fast.ops.conv import conv, conv_pool
 from insvp_fast.ops.linear import linear, qkv_few
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
 from insvp_fast.ops.superpose import superpose
 
-__all__ = ["attention", "attention_few", "conv", "conv_pool", "linear", "mlp", "norm_insert", "qkv_few", "superpose"]
+__all__ = [
+    "ATTENTION",
+    "attention",
+    "attention_few",
+    "conv",
+    "conv_pool",
+    "linear",
+    "mlp",
+    "norm_insert",
+    "qkv_few",
+    "superpose",
+]

@@ -13,12 +13,12 @@ from torch.library import register_fake
 from insvp_fast import cpu, memory, native, reference
 from insvp_fast.ops.library import LIBRARY, define, implement, widened
 
-__all__ = ["attention", "attention_few"]
+__all__ = ["ATTENTION", "attention", "attention_few"]
 
-define("attention_fwd(Tensor qkv, int num_heads, int num_queries, float scale) -> (Tensor, Tensor)")
+define("attention_fwd(Tensor qkv, int num_heads, int num_queries, float scale, str impl) -> (Tensor, Tensor)")
 define(
     "attention_bwd(Tensor grad, Tensor qkv, Tensor? out, Tensor logsumexp, int num_heads, int num_queries, "
-    "float scale) -> Tensor"
+    "float scale, str impl) -> Tensor"
 )
 
 
@@ -94,26 +94,22 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv, num_heads, num_queries, scale, impl):
-        out, logsumexp = _KERNELS[impl][0](qkv, num_heads, num_queries, scale)
+    def forward(ctx: Any, qkv, *rest):  # num_heads, num_queries, scale, impl
+        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(qkv, *rest)
         ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp)
-        ctx.shape = num_heads, num_queries, scale
-        ctx.impl = impl
+        ctx.rest = rest
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
-        return _KERNELS[ctx.impl][1](grad, *ctx.saved_tensors, *ctx.shape), None, None, None, None
+        return torch.ops.insvp_fast.attention_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 4
 
 
 def _auto(qkv, num_heads, num_queries, scale):
-    run = _kernels("auto") if qkv.device.type == "cpu" else _sdpa
-    return run(qkv, num_heads, num_queries, scale)
-
-
-def _kernels(impl: str) -> Callable[..., Tensor]:
-    return lambda *args: _Attention.apply(*args, impl)
+    if qkv.device.type == "cpu":
+        return _Attention.apply(qkv, num_heads, num_queries, scale, "auto")
+    return _sdpa(qkv, num_heads, num_queries, scale)
 
 
 def _sdpa(qkv, num_heads, num_queries, scale):
@@ -133,11 +129,14 @@ def _xformers(qkv, num_heads, num_queries, scale):
 
 
 def _native_fwd(qkv, num_heads, num_queries, scale):
+    if qkv.device.type != "cpu" or not native.available(qkv.dtype):
+        why = native.native_status() if not native.native_status() else f"{qkv.dtype} on {qkv.device}"
+        raise RuntimeError(f'impl="native" cannot run here: {why}')
     return native.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
 
 
-def _native_bwd(grad, qkv, out, logsumexp, *rest):
-    return native.attention_bwd(grad, qkv, *rest)
+def _native_bwd(grad, qkv, out, logsumexp, *shape):
+    return native.attention_bwd(grad, qkv, *shape)
 
 
 def _triton_fwd(qkv, num_heads, num_queries, scale):
@@ -150,30 +149,40 @@ def _triton_fwd(qkv, num_heads, num_queries, scale):
     return kernel.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
 
 
-def _triton_bwd(grad, qkv, out, logsumexp, *rest):
+def _triton_bwd(grad, qkv, out, logsumexp, *shape):
     from insvp_fast.kernels.gpu import attention as kernel
 
-    return kernel.attention_bwd(grad, qkv, *rest)
+    return kernel.attention_bwd(grad, qkv, *shape)
+
+
+def _fwd(*arguments):
+    *arguments, impl = arguments
+    return _KERNELS[impl][0](*arguments)
+
+
+def _bwd(*arguments):
+    *arguments, impl = arguments
+    return _KERNELS[impl][1](*arguments)
 
 
 @register_fake("insvp_fast::attention_fwd", lib=LIBRARY)
-def _(qkv, num_heads, num_queries, scale):
+def _(qkv, num_heads, num_queries, scale, impl):
     B, _, D3 = qkv.shape
-    softmax = (B, num_queries, num_heads) if cpu.keeps_softmax(qkv.dtype) else 0
+    softmax = (B, num_queries, num_heads) if impl == "auto" and cpu.keeps_softmax(qkv.dtype) else 0
     logsumexp = qkv.new_empty(softmax, dtype=widened(qkv.dtype))
     return qkv.new_empty(B, num_queries, D3 // 3), logsumexp if logsumexp.ndim == 1 else logsumexp.transpose(1, 2)
 
 
 @register_fake("insvp_fast::attention_bwd", lib=LIBRARY)
-def _(grad, qkv, out, logsumexp, num_heads, num_queries, scale):
+def _(grad, qkv, out, logsumexp, num_heads, num_queries, scale, impl):
     return qkv.new_empty(qkv.shape)
 
 
-implement("attention_fwd", cpu=cpu.attention_fwd)
-implement("attention_bwd", cpu=cpu.attention_bwd)
+implement("attention_fwd", _fwd)
+implement("attention_bwd", _bwd)
 
 _KERNELS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
-    "auto": (torch.ops.insvp_fast.attention_fwd.default, torch.ops.insvp_fast.attention_bwd.default),
+    "auto": (cpu.attention_fwd, cpu.attention_bwd),
     "native": (_native_fwd, _native_bwd),
     "triton": (_triton_fwd, _triton_bwd),
 }
@@ -182,5 +191,7 @@ _ATTENTION: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attention,
     "sdpa": _sdpa,
     "xformers": _xformers,
-    **{impl: _kernels(impl) for impl in ("native", "triton")},
+    "native": lambda *arguments: _Attention.apply(*arguments, "native"),
+    "triton": lambda *arguments: _Attention.apply(*arguments, "triton"),
 }
+ATTENTION = tuple(_ATTENTION)

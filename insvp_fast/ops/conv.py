@@ -135,28 +135,30 @@ class _ConvPool(torch.autograd.Function):
 def _conv_fwd_reference(x, weight, bias, dilation, height, width, relu, dtype):
     wide = widened(x.dtype)
     x, weight, bias = (t.to(wide) for t in (x, weight, bias))
-    return reference.conv(x, weight, bias, dilation, height, width, relu).to(dtype)
+    return reference.conv(x, weight, bias, dilation, height, width, relu).to(dtype).contiguous()
 
 
 def _conv_bwd_reference(grad, x, y, weight, dilation, height, width, need_x):
     wide = widened(x.dtype)
     g = grad.to(wide) if y is None else grad.to(wide) * (y > 0)
     d_x, d_weight, d_bias = reference.conv_bwd(g, x.to(wide), weight.to(wide), dilation, height, width)
-    return d_x.to(x.dtype) if need_x else x.new_empty(0), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    d_x = d_x.to(x.dtype).contiguous() if need_x else x.new_empty(0)
+    return d_x, d_weight.to(weight.dtype).contiguous(), d_bias.to(weight.dtype)
 
 
 def _conv_pool_fwd_reference(x, weight, bias, height, width, pool, negative_slope, dtype):
     wide = widened(x.dtype)
     x, weight, bias = (t.to(wide) for t in (x, weight, bias))
     y, chosen = reference.conv_pool(x, weight, bias, height, width, pool, negative_slope)
-    return y.to(dtype), chosen
+    return y.to(dtype).contiguous(), chosen.contiguous()
 
 
 def _conv_pool_bwd_reference(grad, x, y, chosen, weight, height, width, pool, negative_slope, need_x):
     wide = widened(x.dtype)
     operands = grad.to(wide), x.to(wide), y, chosen, weight.to(wide)
     d_x, d_weight, d_bias = reference.conv_pool_bwd(*operands, height, width, pool, negative_slope)
-    return d_x.to(x.dtype) if need_x else x.new_empty(0), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    d_x = d_x.to(x.dtype).contiguous() if need_x else x.new_empty(0)
+    return d_x, d_weight.to(weight.dtype).contiguous(), d_bias.to(weight.dtype)
 
 
 def _covered(*dtypes: torch.dtype, weights: tuple[Tensor, ...]) -> bool:

@@ -18,6 +18,8 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
+SHARED_MEMORY = 110592  # bytes, of the backward on sm_80; consumer chips of that generation have 101376
+
 LOG2_E = 1.4426950408889634
 
 
@@ -153,7 +155,8 @@ def constants(kind: str, H: int, T: int, S: int, d: int, dtype: torch.dtype, arc
 
 def covers(device: torch.device, S: int, d: int, dtype: torch.dtype) -> bool:
     """Whether the kernels serve this device, keys, width of a head and dtype: what was compiled without spills."""
-    return chip.arch(device) is not None and 1 <= S <= 240 and 1 <= d <= 64 and dtype in (torch.float16, torch.bfloat16)
+    known = chip.arch(device) is not None and chip.shared_memory(device) >= SHARED_MEMORY
+    return known and 1 <= S <= 240 and 1 <= d <= 64 and dtype in (torch.float16, torch.bfloat16)
 
 
 def _check(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int | str]:

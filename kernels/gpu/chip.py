@@ -20,6 +20,14 @@ def arch(device: torch.device) -> int | str | None:
     return {8: 80, 9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0])
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> float:
+    """Bytes that a program may have; AMD's kernels are compiled within theirs."""
+    if device.type != "cuda" or torch.version.hip:
+        return float("inf")
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def require(operation: str, x: Tensor) -> int | str:
     """The row of the tables for the device of `x`; raises RuntimeError where the kernels cannot run."""
     if not x.is_cuda and not INTERPRETED:
