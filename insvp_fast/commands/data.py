@@ -1,0 +1,41 @@
+"""List the data sets that are known by name, or check that one is complete: images of each split, classes, damage."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+SUMMARY = "list the known data sets, or check one on disk"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    every = actions.add_parser("list", help="names, classes, and where each comes from")
+    every.set_defaults(action=_list)
+    check = actions.add_parser("check", help="read every image of a data set and count")
+    check.set_defaults(action=_check)
+    check.add_argument("name", metavar="NAME", help="as in `insvp data list`")
+    check.add_argument("--root", metavar="FOLDER", required=True, help="where the data set is")
+
+
+def run(action: Any, **options: Any) -> int:
+    return action(**options)
+
+
+def _list() -> int:
+    from insvp_fast.data.sets import SETS
+
+    for name, known in SETS.items():
+        print(f"{name:26} {known.classes:4} classes, {sum(known.counts.values()):7,} images  {known.origin}")
+    return 0
+
+
+def _check(name: str, root: str) -> int:
+    from insvp_fast.data import check
+
+    report = check(name, root)
+    print(*report.lines, sep="\n")
+    if not report.ok:
+        print(f"insvp: error: {name} in {root} is not complete", file=sys.stderr)
+    return 0 if report.ok else 1

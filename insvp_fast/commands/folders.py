@@ -1,0 +1,63 @@
+"""Reading run folders and adapters without loading a model, so without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from insvp_fast.training.recipe import CommandError, Recipe
+
+__all__ = ["ADAPTER_FILE", "RUN_FILE", "WEIGHTS_FILE", "read_json", "read_metrics", "read_recipe", "read_results"]
+
+RUN_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CommandError: if there is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read {file} ({error})") from error
+    if not isinstance(content, dict):
+        raise CommandError(f"cannot read {file}: expected a JSON object")
+    return content
+
+
+def read_recipe(run: str | Path) -> Recipe:
+    """The settings of a run.
+
+    Raises:
+        CommandError: if it is not a run folder, or of a version with other settings.
+    """
+    try:
+        return Recipe(**read_json(Path(run) / RUN_FILE)["recipe"])
+    except (CommandError, KeyError, TypeError) as error:
+        raise CommandError(f"{run} is not a run folder of `insvp train`: {error}") from error
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run so far; a last line that is half written does not count."""
+    records = []
+    file = run / METRICS_FILE
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def read_results(run: Path) -> dict[str, dict[str, Any]]:
+    """The last record of each model, which has its ``test_accuracy``; empty while the run is not finished."""
+    results = {record["model"]: record for record in read_metrics(run) if "test_accuracy" in record}
+    return results if results.keys() >= _models(read_recipe(run)) else {}
+
+
+def _models(recipe: Recipe) -> set[str]:
+    return {"InsVP", "linear probe"} if recipe.probe else {"InsVP"}
