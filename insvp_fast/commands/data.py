@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
+
+from insvp_fast.training.recipe import CommandError
 
 SUMMARY = "list the known data sets, or check one on disk"
 
@@ -15,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     every.set_defaults(action=_list)
     check = actions.add_parser("check", help="read every image of a data set and count")
     check.set_defaults(action=_check)
-    check.add_argument("name", metavar="NAME", help="as in `insvp data list`")
-    check.add_argument("--root", metavar="FOLDER", required=True, help="where the data set is")
+    check.add_argument("name", metavar="NAME|PATH", help="as in `insvp data list`, or a folder or list file")
+    check.add_argument("--root", metavar="FOLDER", help="where a named data set is")
 
 
 def run(action: Any, **options: Any) -> int:
@@ -31,11 +32,11 @@ def _list() -> int:
     return 0
 
 
-def _check(name: str, root: str) -> int:
+def _check(name: str, root: str | None) -> int:
     from insvp_fast.data import check
 
     report = check(name, root)
-    print(*report.lines, sep="\n")
+    print(report)
     if not report.ok:
-        print(f"insvp: error: {name} in {root} is not complete", file=sys.stderr)
-    return 0 if report.ok else 1
+        raise CommandError(f"{name}: not every image can be read")
+    return 0

@@ -54,8 +54,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_results(run: Path) -> dict[str, dict[str, Any]]:
-    """The last record of each model, which has its ``test_accuracy``; empty while the run is not finished."""
-    results = {record["model"]: record for record in read_metrics(run) if "test_accuracy" in record}
+    """How each model did in the end, with its ``test_accuracy``; empty while the run is not finished."""
+    results = {record["model"]: record for record in read_metrics(run) if "trained_parameters" in record}
     return results if results.keys() >= _models(read_recipe(run)) else {}
 
 

@@ -14,7 +14,7 @@ from insvp_fast.training.recipe import BUILTIN
 
 __all__ = ["adapter_traps", "run_traps"]
 
-WAITING = 0.2  # share of the time waiting for images above which a run is bound by its data
+WAITING = 0.3  # share of the time waiting for images above which a run is bound by its data
 
 
 def run_traps(run: Path) -> Iterator[str]:
@@ -29,8 +29,8 @@ def run_traps(run: Path) -> Iterator[str]:
         yield f"{mean:.0%} of the training time was spent waiting for images: more --workers, or --cache"
     if recipe.backbone == "vit_base_patch16_224":
         yield f"backbone {recipe.backbone} names no weights, and which ones timm takes then has changed before"
-    if recipe.select_on == "test":
-        yield "the epoch was chosen on the test images (select_on = test): its test accuracy is optimistic"
+    if recipe.selects_on == "test":
+        yield "the epoch that was kept was chosen on the test images: the test accuracy is optimistic"
     if (run / "adapter" / ADAPTER_FILE).is_file():
         yield from adapter_traps(run / "adapter")
 

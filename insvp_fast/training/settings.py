@@ -55,14 +55,14 @@ def _kind(hint: Any) -> tuple[type, int | str | None]:
 
 
 def _texts() -> dict[str, str]:
-    """What the docstring says about each field; an entry may name several."""
+    """What the docstring says about each field; an entry may name several, or quote one that it explains as well."""
     arguments = (inspect.getdoc(Recipe) or "").partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", arguments, re.MULTILINE)
-    return {
-        name: re.sub(r"\s+", " ", text).replace("``", "'").rstrip(".")
-        for names, text in entries
-        for name in names.split(", ")
-    }
+    texts: dict[str, str] = {}
+    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", arguments, re.MULTILINE):
+        plain = re.sub(r"\s+", " ", text).replace("``", "'").rstrip(".")
+        texts |= dict.fromkeys(names.split(", "), plain)
+        texts = dict.fromkeys(re.findall(r"``(\w+)``", text), plain) | texts
+    return texts
 
 
 SETTINGS = _settings()
