@@ -146,7 +146,7 @@ def write_table(folder: Path, entries: Sequence[Entry]) -> str:
         for model, result in (read_results(found) if found else {}).items():
             groups.setdefault((*choice, model), []).append(result["test_accuracy"])
     header = [*names, "protocol", "model", "runs", "planned", "mean", "std"]
-    rows = []
+    rows: list[list[Any]] = []
     for key, values in groups.items():
         spread = statistics.stdev(values) if len(values) > 1 else None  # of a sample: over n-1
         rows.append([*key, len(values), planned[key[:-1]], statistics.mean(values), spread])
@@ -156,7 +156,7 @@ def write_table(folder: Path, entries: Sequence[Entry]) -> str:
     csv.writer(table, lineterminator="\n").writerows([header, *rows])
     (folder / "results.csv").write_text(table.getvalue(), encoding="utf-8")
     shown = [[*row[:-4], f"{row[-4]} of {row[-3]}", _percent(row[-2], row[-1])] for row in rows]
-    lines = [[*header[:-4], "runs", "test accuracy"], ["---"] * (len(header) - 2), *shown]
+    lines: list[list[Any]] = [[*header[:-4], "runs", "test accuracy"], ["---"] * (len(header) - 2), *shown]
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -68,7 +68,7 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) ->
         axes.set_yticks(range(classes), class_names, fontsize=7)
         for row, column in confusion.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, int(confusion[row, column]), ha="center", va="center", fontsize=6, color=colour)
+            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, shrink=0.8)
     figure.savefig(file, dpi=120)
 

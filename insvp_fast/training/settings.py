@@ -26,7 +26,7 @@ class Setting(NamedTuple):
 
     name: str
     kind: type  # of the value, or of each one
-    count: int | str | None  # of the values: a number, "*" for any, None for one that is no list
+    values: int | str | None  # how many: a number, "*" for any, None for one that is no list
     default: Any
     text: str  # what the docstring says
 
@@ -78,7 +78,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(setting.option, action=argparse.BooleanOptionalAction, **how)
         else:
             letter = LETTERS[setting.kind]
-            parser.add_argument(setting.option, type=setting.kind, nargs=setting.count, metavar=letter, **how)
+            parser.add_argument(setting.option, type=setting.kind, nargs=setting.values, metavar=letter, **how)
 
 
 def known(values: Mapping[str, Any], where: str) -> dict[str, Any]:
