@@ -9,7 +9,7 @@ from typing import Any
 
 from insvp_fast.training.recipe import CommandError
 
-__all__ = ["by_number", "indices_of", "read_list", "siblings"]
+__all__ = ["PARTS", "Pairs", "by_number", "indices_of", "read_list", "siblings"]
 
 PARTS = ("train", "val", "test")
 Pairs = list[tuple[str, str]]  # path, label

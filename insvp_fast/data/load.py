@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from insvp_fast.data.cache import cached
-from insvp_fast.data.lists import by_number, indices_of, read_list, siblings
+from insvp_fast.data.lists import Pairs, by_number, indices_of, read_list, siblings
 from insvp_fast.data.readers import Images, Parts, read_set, require_images
 from insvp_fast.data.sets import HTA, PROTOCOLS, SETS
 from insvp_fast.data.splits import describe, divide
@@ -239,7 +239,7 @@ def _listed(source: Path, lists: dict[str, Path], root: str | None) -> Parts:
     return Parts({part: _from_list(rows, labels, folder, lists[part]) for part, rows in pairs.items()}, labels)
 
 
-def _from_list(rows: list[tuple[str, str]], labels: Sequence[str], folder: Path, file: Path) -> Images:
+def _from_list(rows: Pairs, labels: Sequence[str], folder: Path, file: Path) -> Images:
     images = Images([folder / path for path, _ in rows], indices_of([label for _, label in rows], labels, file))
     require_images(images.items, f"the images that {file} names")
     return images

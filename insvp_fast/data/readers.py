@@ -1,7 +1,7 @@
 """The named sets as they lie on disk: official files, read where they are; nothing is downloaded.
 
-Each reader takes the folder and the set's name and returns the official parts (train, test, and val where there is one) with the names of
-the classes. What is missing or cannot be read becomes one error.
+Each reader takes the folder and the set's name, and returns the official parts (train, test, and val if there is one)
+with the names of the classes. What is missing or cannot be read becomes one error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-from insvp_fast.data.lists import PARTS, by_number, indices_of, read_list
+from insvp_fast.data.lists import PARTS, Pairs, by_number, indices_of, read_list
 from insvp_fast.data.sets import SETS, NamedSet
 from insvp_fast.training.recipe import CommandError
 
@@ -117,10 +117,9 @@ def read_set(name: str, root: str | Path) -> Parts:
     except ModuleNotFoundError as error:
         message = f"{name} comes with .mat files, for which {error.name} is needed: pip install 'insvp-fast[data]'"
         raise CommandError(message) from error
-    # whatever torchvision, scipy and pickle raise for a file that is cut off
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what torchvision, scipy and pickle raise for a file that is cut off is of every kind
         reason = str(error) if isinstance(error, CommandError | OSError) else f"{type(error).__name__}: {error}"
-        raise CommandError(_advice(name, known, home, f"incomplete or broken: {reason}")) from error
+        raise CommandError(_advice(name, known, home, f"incomplete or broken: {' '.join(reason.split())}")) from error
     return found
 
 
@@ -287,7 +286,9 @@ def _birds(folder: Path) -> Parts:
     paths, labels, train = (
         _table(folder / f"{name}.txt") for name in ("images", "image_class_labels", "train_test_split")
     )
-    pairs: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    if not paths.keys() == labels.keys() == train.keys():
+        raise ValueError("images.txt, image_class_labels.txt and train_test_split.txt name different images")
+    pairs: dict[str, Pairs] = {"train": [], "test": []}
     for image, path in paths.items():
         pairs["train" if train[image] == "1" else "test"].append((path, labels[image]))
     return _from_pairs(pairs, folder / "images", names)
@@ -299,7 +300,7 @@ def _read_dogs(home: Path, name: str) -> Parts:
     return _from_pairs(pairs, home / "Images", breeds)
 
 
-def _dogs_list(file: Path) -> list[tuple[str, str]]:
+def _dogs_list(file: Path) -> Pairs:
     from scipy.io import loadmat
 
     content = loadmat(file, squeeze_me=True)
@@ -314,14 +315,14 @@ def _read_vtab(home: Path, name: str) -> Parts:
     return _from_pairs(pairs, folder, {}, [str(i) for i in range(classes)])
 
 
-def _json_lists(folder: Path) -> dict[str, list[tuple[str, str]]]:
+def _json_lists(folder: Path) -> dict[str, Pairs]:
     """The lists train.json, val.json and test.json, if all are there: a split that others have made."""
     files = {part: folder / f"{part}.json" for part in PARTS}
     return {p: read_list(file) for p, file in files.items()} if all(map(Path.is_file, files.values())) else {}
 
 
 def _from_pairs(
-    pairs: dict[str, list[tuple[str, str]]], folder: Path, names: dict[str, str], labels: Sequence[str] | None = None
+    pairs: dict[str, Pairs], folder: Path, names: dict[str, str], labels: Sequence[str] | None = None
 ) -> Parts:
     """Paths and labels to images and indices; the labels of train are the classes, unless they are given."""
     labels = labels or by_number(_plain(label) for _, label in pairs["train"])

@@ -68,8 +68,8 @@ HTA = {
         102,
         {"train": 1020, "val": 1020, "test": 6149},
         ("flowers-102/imagelabels.mat", "flowers-102/setid.mat", "flowers-102/jpg"),
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz unpacked in flowers-102/, beside imagelabels.mat "
-        "and setid.mat)",
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz unpacked in flowers-102/, beside "
+        "imagelabels.mat and setid.mat)",
         paper=OFFICIAL,
         released=OFFICIAL,
     ),

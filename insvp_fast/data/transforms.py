@@ -65,7 +65,7 @@ def stored_transform(preprocessing: dict[str, Any]) -> Transform:
 
 
 class Eval:
-    """uint8 [B, 3, h, w] on any device -> normalised fp32 [B, 3, H, W]: the centre, bit for bit as ``transform_for``."""
+    """uint8 [B, 3, h, w] on any device -> normalised fp32 [B, 3, H, W]: the centre, the bits of ``transform_for``."""
 
     def __init__(self, preprocessing: dict[str, Any]) -> None:
         self.size = tuple(preprocessing["input_size"][-2:])
