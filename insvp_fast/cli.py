@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"insvp: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("insvp: interrupted; what was written so far is in the run folder", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # which may know what is left to go on from
+        print("; ".join(["insvp: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `insvp predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes

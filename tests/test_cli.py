@@ -232,7 +232,8 @@ def test_invalid_values_are_refused_in_one_line(arguments, message, capsys, trai
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "insvp: interrupted\n"),
+        (KeyboardInterrupt("a state is kept"), 130, "insvp: interrupted; a state is kept"),
         (CommandError("the loss became nan"), 1, "insvp: error: the loss became nan"),
         (ModuleNotFoundError("No module named 'sklearn'", name="sklearn"), 1, "pip install 'insvp-fast[train]'"),
     ],

@@ -29,6 +29,10 @@ def _list() -> int:
 
     for name, known in SETS.items():
         print(f"{name:26} {known.classes:4} classes, {sum(known.counts.values()):7,} images  {known.origin}")
+    print(
+        "Besides: digits, which comes with scikit-learn; any folder with train and val or test, one folder per class;"
+    )
+    print("lists of `path label` lines; and timm's readers hfds/..., wds/... and tfds/....")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.folders import ADAPTER_FILE, RUN_FILE, WEIGHTS_FILE, read_json, read_recipe, read_results
+from insvp_fast.training.folders import ADAPTER_FILE, RUN_FILE, WEIGHTS_FILE, read_config, read_json, read_results
 from insvp_fast.training.recipe import CommandError
 
 SUMMARY = "say what is in a run, an adapter or a backbone"
@@ -37,8 +37,7 @@ def run(what: str) -> int:
 
 
 def _run(folder: Path) -> None:
-    recipe, config = read_recipe(folder), read_json(folder / RUN_FILE)
-    results = read_results(folder)
+    (recipe, config), results = read_config(folder), read_results(folder)
     _say("run", f"{folder}, {'finished' if results else 'not finished'}")
     _say("recipe", f"{recipe.recipe or 'none'}, protocol {recipe.protocol}")
     _say("data", f"{recipe.data}: {_pairs(config.get('images', {}))}")

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import itertools
-import json
 import shlex
 import statistics
 import subprocess
@@ -32,9 +32,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from insvp_fast.commands.folders import read_recipe, read_results
 from insvp_fast.recipes import read
-from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.training.folders import read_config, read_results
+from insvp_fast.training.recipe import DIGITS, CommandError, Recipe
 from insvp_fast.training.settings import known, to_arguments
 
 SUMMARY = "train a grid of settings, and put the results into one table"
@@ -53,10 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", metavar="FILE", help="the grid, in TOML")
     parser.add_argument("--output", metavar="FOLDER", help="where the runs go (default: sweeps/ and FILE's name)")
+    parser.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        default=sys.executable,
+        help="what starts a run, for several GPUs: 'torchrun --nproc-per-node 8' (default: this Python)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
 
 
-def run(file: str, output: str | None, dry_run: bool) -> int:
+def run(file: str, output: str | None, launcher: str, dry_run: bool) -> int:
     folder = Path(output or Path("sweeps", Path(file).stem))
     entries, failed = list(read_grid(Path(file), folder)), 0
     for number, entry in enumerate(entries, 1):
@@ -68,7 +74,7 @@ def run(file: str, output: str | None, dry_run: bool) -> int:
         print(f"[{number}/{len(entries)}] insvp train {shlex.join(arguments)}", flush=True)
         if dry_run:
             continue
-        failed += _train(arguments) != 0
+        failed += _train(arguments, shlex.split(launcher)) != 0
         write_table(folder, entries)
     if not dry_run:
         print(f"\n{write_table(folder, entries)}\nwritten: {folder / 'results.md'}, results.csv")
@@ -100,30 +106,31 @@ def read_grid(file: Path, output: Path) -> Iterator[Entry]:
         values = known(values, str(file)) | {"output": str(output)}
         settings = (read(name, values.get("released", False)) if name else {}) | values
         if "{data}" in (root := settings.get("root") or ""):
-            values["root"] = settings["root"] = root.replace("{data}", settings["data"])
+            values["root"] = settings["root"] = root.replace("{data}", settings.get("data", DIGITS))
         yield Entry(chosen, (["--recipe", name] if name else []) + to_arguments(values), Recipe(**settings))
 
 
 def find_run(folder: Path, recipe: Recipe) -> Path | None:
-    """The run with these settings, wherever the sweep's folder lay when it was made; a finished one if there is one."""
-    found = [run for run in sorted(folder.glob("*/")) if _settings(run) == _identity(recipe)]
+    """The run with these settings; a finished one if there is one."""
+    found = [run for run in sorted(folder.glob("*/")) if _has_settings(run, recipe)]
     return next(filter(read_results, found), found[-1] if found else None)
 
 
-def _settings(run: Path) -> str | None:
+def _has_settings(run: Path, recipe: Recipe) -> bool:
     try:
-        return _identity(read_recipe(run))
+        recorded, _ = read_config(run)
     except CommandError:
-        return None  # something else, or killed before it wrote its settings
+        return False  # something else, or killed before it wrote its settings
+    decided: dict[str, Any] = {"output": recorded.output}  # the sweep's folder may have been moved since
+    # and what a run decides itself, and records as decided
+    decided |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
+    decided |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}
+    return dataclasses.replace(recipe, **decided) == recorded
 
 
-def _identity(recipe: Recipe) -> str:
-    return json.dumps(recipe.to_dict() | {"output": None}, sort_keys=True)
-
-
-def _train(arguments: Sequence[str]) -> int:
+def _train(arguments: Sequence[str], launcher: Sequence[str]) -> int:
     """Run ``insvp train`` in a process of its own: neither memory nor a crash is handed on to the next run."""
-    with subprocess.Popen([sys.executable, "-m", "insvp_fast.cli", "train", *arguments]) as child:
+    with subprocess.Popen([*launcher, "-m", "insvp_fast.cli", "train", *arguments]) as child:
         try:
             status = child.wait()
         except KeyboardInterrupt:

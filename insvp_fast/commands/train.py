@@ -11,8 +11,8 @@ import argparse
 import sys
 from typing import Any
 
-from insvp_fast.commands.folders import read_recipe
 from insvp_fast.recipes import read
+from insvp_fast.training.folders import read_config
 from insvp_fast.training.recipe import CommandError, Recipe
 from insvp_fast.training.settings import add_settings
 
@@ -43,4 +43,4 @@ def _resolve(recipe: str | None, resume: str | None, given: dict[str, Any]) -> R
     if recipe or given:
         other = ["--recipe"] * bool(recipe) + [f"--{name.replace('_', '-')}" for name in given]
         raise CommandError(f"--resume goes on with the settings of {resume}: expected no {', '.join(other)}")
-    return read_recipe(resume)
+    return read_config(resume)[0]

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.folders import ADAPTER_FILE, WEIGHTS_FILE, read_json, read_metrics, read_recipe
+from insvp_fast.training.folders import ADAPTER_FILE, WEIGHTS_FILE, read_config, read_json, read_metrics
 from insvp_fast.training.recipe import BUILTIN
 
 __all__ = ["adapter_traps", "run_traps"]
@@ -23,7 +23,7 @@ def run_traps(run: Path) -> Iterator[str]:
     Raises:
         CommandError: if it is not a run folder.
     """
-    recipe = read_recipe(run)
+    recipe, _ = read_config(run)
     shares = [record["data_wait"] for record in read_metrics(run) if "data_wait" in record]
     if shares and (mean := sum(shares) / len(shares)) > WAITING:
         yield f"{mean:.0%} of the training time was spent waiting for images: more --workers, or --cache"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from insvp_fast.data import load_test_data
+from insvp_fast.training.device import start
+from insvp_fast.training.order import Loader, loader_for
 from insvp_fast.training.run import load_run
 
 __all__ = ["Figures", "evaluate_run", "measure"]
@@ -50,30 +52,28 @@ def evaluate_run(
     Raises:
         CommandError: if it is not a finished run, or the data are not there or have other classes.
     """
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = start()
     recipe, model, preprocessing, names = load_run(run)
     source, root = data or recipe.data, root or (recipe.root if data in (None, recipe.data) else None)
     tested = load_test_data(source, preprocessing, recipe.seed, names, root=root, protocol=recipe.protocol)
     workers = recipe.workers if workers is None else workers
-    figures = measure(model, tested, len(names), accelerator, batch_size or recipe.batch_size, workers)
+    how = dataclasses.replace(recipe, batch_size=batch_size or recipe.batch_size, workers=workers)
+    figures = measure(model, loader_for(tested, how, accelerator), len(names), accelerator)
     facts = {"run": str(run), "data": source, "root": root, "protocol": recipe.protocol, "class_names": names}
     return facts, figures, accelerator.is_main_process
 
 
 @torch.inference_mode()
-def measure(
-    model: nn.Module, data: Dataset, num_classes: int, accelerator: Accelerator, batch_size: int, workers: int = 0
-) -> Figures:
-    """Put all images through the model, each counted once whatever the number of processes."""
+def measure(model: nn.Module, loader: Loader, num_classes: int, accelerator: Accelerator) -> Figures:
+    """Put all images through the model; each counts once, whoever of several processes looks at it."""
     model = model.to(accelerator.device).eval()
-    loader = accelerator.prepare(DataLoader(data, batch_size, num_workers=workers))
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=accelerator.device)
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=accelerator.device)
     among_five = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     for images, classes in loader:
         likeliest = model(images).topk(min(5, num_classes)).indices
-        likeliest, classes = accelerator.gather_for_metrics((likeliest, classes))
         confusion += torch.bincount(classes * num_classes + likeliest[:, 0], minlength=num_classes**2)
         among_five += (likeliest == classes[:, None]).any(1).sum()
+    confusion, among_five = accelerator.reduce((confusion, among_five))
     return figures_of(confusion.view(num_classes, num_classes).cpu(), int(among_five))
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import is_image_file
 
 from insvp_fast.data import transform_for
+from insvp_fast.training.device import start
 from insvp_fast.training.recipe import CommandError
 from insvp_fast.training.run import load_run
 
@@ -62,7 +63,7 @@ def predict(
         CommandError: if it is not a finished run.
     """
     recipe, model, preprocessing, names = load_run(run)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = start().device
     model = model.to(device)
     pictures = _Pictures(files, transform_for(preprocessing))
     workers = recipe.workers if workers is None else workers

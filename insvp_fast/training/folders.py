@@ -8,7 +8,7 @@ from typing import Any
 
 from insvp_fast.training.recipe import CommandError, Recipe
 
-__all__ = ["ADAPTER_FILE", "RUN_FILE", "WEIGHTS_FILE", "read_json", "read_metrics", "read_recipe", "read_results"]
+__all__ = ["ADAPTER_FILE", "RUN_FILE", "WEIGHTS_FILE", "read_config", "read_json", "read_metrics", "read_results"]
 
 RUN_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -29,14 +29,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_recipe(run: str | Path) -> Recipe:
-    """The settings of a run.
+def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The settings of a run, and everything in its config.json.
 
     Raises:
         CommandError: if it is not a run folder, or of a version with other settings.
     """
     try:
-        return Recipe(**read_json(Path(run) / RUN_FILE)["recipe"])
+        config = read_json(Path(run) / RUN_FILE)
+        return Recipe(**config["recipe"]), config
     except (CommandError, KeyError, TypeError) as error:
         raise CommandError(f"{run} is not a run folder of `insvp train`: {error}") from error
 
@@ -56,8 +57,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def read_results(run: Path) -> dict[str, dict[str, Any]]:
     """How each model did in the end, with its ``test_accuracy``; empty while the run is not finished."""
     results = {record["model"]: record for record in read_metrics(run) if "trained_parameters" in record}
-    return results if results.keys() >= _models(read_recipe(run)) else {}
-
-
-def _models(recipe: Recipe) -> set[str]:
-    return {"InsVP", "linear probe"} if recipe.probe else {"InsVP"}
+    expected = {"InsVP", "linear probe"} if read_config(run)[0].probe else {"InsVP"}
+    return results if results.keys() >= expected else {}
