@@ -1,5 +1,6 @@
 """The commands beside train, on a run folder of the shipped backbone with an untrained adapter."""
 
+import contextlib
 import csv
 import io
 import json
@@ -24,7 +25,7 @@ from insvp_fast.recipes import read
 from insvp_fast.training.backbone import builtin_backbone, preprocessing_of
 from insvp_fast.training.evaluation import figures_of
 from insvp_fast.training.figures import draw_confusion
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import BUILTIN, Recipe
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox, red"]
 
@@ -91,6 +92,7 @@ def test_eval_reports_what_scikit_learn_reports(run, images, chances, capsys):
     assert report["top5"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=range(6)))
     assert report["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, found))
     assert (report["class_names"], report["protocol"], report["data"]) == (CLASSES, "paper", str(images))
+    assert report["tested_on"] == "test"
     assert f"top-1 {report['top1']:.2%}" in printed and "protocol paper" in printed
     pixels = np.asarray(Image.open(run / "eval.png").convert("RGB"))
     assert min(pixels.shape[:2]) > 200 and pixels.std() > 5
@@ -318,9 +320,11 @@ def test_doctor_warns_of_statistics_that_are_not_the_weights_own(run, tmp_path, 
     imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     wrong = rewritten(run, tmp_path / "wrong", backbone=name, preprocessing=imagenet)
     right = rewritten(run, tmp_path / "right", backbone=name)
+    wrong_here = rewritten(run, tmp_path / "wrong_here", preprocessing=imagenet)  # the shipped one has no timm name
     assert cli.main(["doctor", "--adapter", str(wrong)]) == 0
     assert "mean 0.485/0.456/0.406" in capsys.readouterr().out
     assert not any("normalised" in text for text in traps.adapter_traps(right))
+    assert any("vit_shapes_32 were trained with mean 0.5" in text for text in traps.adapter_traps(wrong_here, BUILTIN))
 
 
 def test_doctor_warns_of_augreg_weights_around_a_released_adapter(run, tmp_path):
@@ -450,6 +454,14 @@ def test_a_sweep_that_was_stopped_goes_on(grid, trainer, capsys):
     assert cli.main(command) == 0
     assert (len(trainer.commands), sorted(trainer.folder.glob("*/"))) == (commands, folders)
     assert len(folders) == 12
+
+
+@pytest.mark.parametrize("status", [0, 1, 130])
+def test_a_run_is_a_process_of_its_own(status):
+    program = f"import sys; assert sys.argv[1:] == ['-m', 'insvp_fast.cli', 'train', '--lr', '1']; sys.exit({status})"
+    expectation = pytest.raises(KeyboardInterrupt) if status == 130 else contextlib.nullcontext()
+    with expectation:
+        assert sweep._train(["--lr", "1"], [sys.executable, "-c", program]) == status
 
 
 def test_failed_runs_are_counted(grid, trainer, capsys):

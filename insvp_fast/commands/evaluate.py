@@ -36,14 +36,13 @@ def run(
     if not reports:
         return 0
     names = facts["class_names"]
-    numbers = {"images": figures.images, "top1": figures.top1, "top5": figures.top5}
-    numbers |= {"mean_per_class": figures.mean_per_class}
-    lists = {"per_class": figures.per_class, "confusion": figures.confusion.tolist()}
+    content = facts | figures._asdict() | {"images": figures.images, "confusion": figures.confusion.tolist()}
 
     folder = Path(output or run)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (f"eval-{Path(data).name}.json" if data else "eval.json")
-    write_file(file, (json.dumps(facts | numbers | lists, indent=2, ensure_ascii=False) + "\n").encode())
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
+    write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
     draw_confusion(figures.confusion, names, file.with_suffix(".png"))
 
     print(f"{facts['data']}: {figures.images:,} images, {len(names)} classes, protocol {facts['protocol']}")

@@ -133,11 +133,11 @@ def _train(arguments: Sequence[str], launcher: Sequence[str]) -> int:
     with subprocess.Popen([*launcher, "-m", "insvp_fast.cli", "train", *arguments]) as child:
         try:
             status = child.wait()
-        except KeyboardInterrupt:
-            child.wait()  # Ctrl-C reached it as well: let it save its state
-            raise
+        except KeyboardInterrupt:  # it reached the run as well
+            status = INTERRUPTED
+            child.wait()  # until it has said how it left things
     if status == INTERRUPTED:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("the same command goes on with the sweep")
     return status
 
 

@@ -32,17 +32,17 @@ def run_traps(run: Path) -> Iterator[str]:
     if recipe.selects_on == "test":
         yield "the epoch that was kept was chosen on the test images: the test accuracy is optimistic"
     if (run / "adapter" / ADAPTER_FILE).is_file():
-        yield from adapter_traps(run / "adapter")
+        yield from adapter_traps(run / "adapter", recipe.backbone)
 
 
-def adapter_traps(adapter: Path) -> Iterator[str]:
-    """What is suspicious about an adapter.
+def adapter_traps(adapter: Path, backbone: str = "") -> Iterator[str]:
+    """What is suspicious about an adapter; ``backbone`` names its backbone where it was not made by timm.
 
     Raises:
         CommandError: if it is no adapter folder.
     """
     about = read_json(adapter / ADAPTER_FILE)
-    name, config = (about.get("backbone") or {}).get("name") or "", about.get("insvp") or {}
+    name, config = (about.get("backbone") or {}).get("name") or backbone.partition("@")[0], about.get("insvp") or {}
     yield from _wrong_statistics(name, about.get("preprocessing"))
     if "augreg" in name and config.get("image_weights") == [2.0, 1.0]:
         yield (

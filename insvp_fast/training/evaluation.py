@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from insvp_fast.data import load_test_data
 from insvp_fast.training.device import start
+from insvp_fast.training.folders import read_config
 from insvp_fast.training.order import Loader, loader_for
 from insvp_fast.training.run import load_run
 
@@ -60,6 +61,7 @@ def evaluate_run(
     how = dataclasses.replace(recipe, batch_size=batch_size or recipe.batch_size, workers=workers)
     figures = measure(model, loader_for(tested, how, accelerator), len(names), accelerator)
     facts = {"run": str(run), "data": source, "root": root, "protocol": recipe.protocol, "class_names": names}
+    facts |= {"tested_on": read_config(run)[1]["tested_on"]} if data is None else {}
     return facts, figures, accelerator.is_main_process
 
 
