@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher",
         metavar="COMMAND",
-        default=sys.executable,
+        default=shlex.quote(sys.executable),
         help="what starts a run, for several GPUs: 'torchrun --nproc-per-node 8' (default: this Python)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")

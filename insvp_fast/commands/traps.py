@@ -44,7 +44,7 @@ def adapter_traps(adapter: Path, backbone: str = "") -> Iterator[str]:
     about = read_json(adapter / ADAPTER_FILE)
     name, config = (about.get("backbone") or {}).get("name") or backbone.partition("@")[0], about.get("insvp") or {}
     yield from _wrong_statistics(name, about.get("preprocessing"))
-    if "augreg" in name and config.get("image_weights") == [2.0, 1.0]:
+    if name.endswith("vit_base_patch16_224.augreg_in21k") and config.get("image_weights") == [2.0, 1.0]:
         yield (
             f"a released configuration around {name}: the authors' code uses that name, but the weights that it links"
             " are those of orig_in21k; with the others, accuracies differ"
@@ -65,7 +65,7 @@ def _wrong_statistics(name: str, preprocessing: Mapping[str, Any] | None) -> Ite
         (mean, std), (own_mean, own_std) = used, own
         yield (
             f"images are normalised by mean {_brief(mean)}, std {_brief(std)}, but the weights of {name} were trained"
-            f" with mean {_brief(own_mean)}, std {_brief(own_std)}; the preset insvp does so on purpose, as the authors"
+            f" with mean {_brief(own_mean)}, std {_brief(own_std)}; the preset insvp does so on purpose, as the authors do"
         )
 
 
