@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from insvp_fast.data.cache import cached
 from insvp_fast.data.lists import Pairs, by_number, indices_of, read_list, siblings
 from insvp_fast.data.readers import Images, Parts, read_set, require_images
-from insvp_fast.data.sets import HTA, PROTOCOLS, SETS
+from insvp_fast.data.sets import HTA, PROTOCOLS, SETS, VTAB
 from insvp_fast.data.splits import describe, divide
 from insvp_fast.data.streams import PREFIXES, read_stream
 from insvp_fast.data.transforms import Eval, Train, transform_for
@@ -150,9 +150,9 @@ def read_source(source: str, seed: int = 0, root: str | None = None) -> Parts:
     if source.startswith(PREFIXES):
         return read_stream(source, root)
     path = Path(source)
-    if not path.exists() and "/" not in source.strip("/") and not path.suffix:
-        expected = f"no such folder; the names known are {DIGITS}, {_all_names()}"
-        raise CommandError(f"--data {source}: {expected}")
+    if not path.exists():
+        names = ", ".join(VTAB) if source.startswith("vtab/") else f"{DIGITS}, {_all_names()}"
+        raise CommandError(f"--data {source}: no such folder or list; the names known are {names}")
     lists = siblings(path)
     return _image_folder(path) if path.is_dir() and not lists else _listed(path, lists, root)
 
