@@ -1,6 +1,8 @@
 """Data without a name: folders, lists, tar files and what timm reads; and the digits."""
 
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -40,6 +42,11 @@ def test_each_format(name, tmp_path):
     tested = load_test_data(source, SMALL, 0, data.class_names)
     assert torch.equal(tested[4][0], data.test[4][0])
     assert check(source).ok and check(source).differences == []
+
+
+def test_names_of_sets_are_known_without_torch():
+    code = "import sys, insvp_fast.data.sets; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- lists
@@ -183,6 +190,14 @@ def test_wrong_tar_files_are_refused(tmp_path):
             load_data(f"wds/{tmp_path}", SMALL, 0)
 
 
+def test_train_alone_is_not_enough(tmp_path):
+    make_fake_dataset("wds", tmp_path)
+    for part in ("val", "test"):
+        (tmp_path / f"{part}-0000.tar").unlink()
+    with pytest.raises(CommandError, match="found only train, expected validation and/or test as well"):
+        load_data(f"wds/{tmp_path}", SMALL, 0)
+
+
 def test_webdataset_reads_what_is_made(tmp_path):
     """The fake tar files are what timm's own reader expects."""
     pytest.importorskip("webdataset")
@@ -252,6 +267,12 @@ def test_images_of_a_folder_are_named_when_they_are_broken(tmp_path):
     with pytest.raises(CommandError, match=r"class_1/0.jpg: not an image that can be read"):
         data.val[2]
     assert not check(str(tmp_path)).ok
+
+
+def test_a_list_of_something_else_does_not_hide_a_folder(tmp_path):
+    make_fake_dataset("folder", tmp_path)
+    (tmp_path / "val.txt").write_text("nothing to do with it\n")
+    assert load_data(str(tmp_path), SMALL, 0).class_names == ["class_0", "class_1", "class_2"]
 
 
 def test_digits_are_divided_by_seed():

@@ -88,16 +88,12 @@ class Train(Eval):
     """
 
     def __call__(self, images: Tensor) -> Tensor:
-        (batch, channels, *whole), device = images.shape, images.device
-        corner = [torch.randint(w - s + 1, (batch, 1)) for w, s in zip(whole, self.size, strict=True)]
-        rows, columns = (at + torch.arange(side) for at, side in zip(corner, self.size, strict=True))  # [B, H], [B, W]
-        columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
-        # crop and flip in one gather
-        which = (
-            torch.arange(batch, device=device).view(-1, 1, 1, 1),
-            torch.arange(channels, device=device).view(-1, 1, 1),
-        )
-        return self.normalise(images[*which, rows[:, None, :, None].to(device), columns[:, None, None, :].to(device)])
+        (batch, _, *whole), device = images.shape, images.device
+        top, left = (torch.randint(w - s + 1, (batch,)).to(device) for w, s in zip(whole, self.size, strict=True))
+        flip = (torch.rand(batch, 1, 1, 1) < 0.5).to(device)
+        windows = images.unfold(2, self.size[0], 1).unfold(3, self.size[1], 1)  # a view: every crop there is
+        crop = windows[torch.arange(batch, device=device), :, top, left]
+        return self.normalise(torch.where(flip, crop.flip(3), crop))
 
 
 def _timm_transform(preprocessing: dict[str, Any], is_training: bool = False) -> Any:
