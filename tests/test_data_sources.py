@@ -158,6 +158,9 @@ def test_tar_files_named_by_an_index(tmp_path):
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": ["first.tar"]}}}))
     data = load_data("wds/here", SMALL, 0, root=str(tmp_path))
     assert (len(data.train), len(data.val), len(data.test)) == (6, 6, 6)
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": ["train"]}))
+    with pytest.raises(CommandError, match="_info.json: expected splits, each with its filenames"):
+        load_data("wds/here", SMALL, 0, root=str(tmp_path))
 
 
 def test_the_bytes_in_a_tar_are_the_images(tmp_path):

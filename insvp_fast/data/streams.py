@@ -99,10 +99,14 @@ def _read_tars(folder: Path) -> Parts:
 
 def _tars_of(folder: Path, part: str) -> list[Path]:
     info = next((file for name in ("_info.json", "info.json") if (file := folder / name).is_file()), None)
-    splits = json.loads(info.read_text()).get("splits", {}) if info else {}
+    try:
+        splits = (
+            {name: facts["filenames"] for name, facts in json.loads(info.read_text())["splits"].items()} if info else {}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"{info}: expected splits, each with its filenames ({error!r})") from error
     for split in SPLITS[part]:
-        files = [folder / name for name in splits[split]["filenames"]] if split in splits else None
-        files = files or sorted(folder.glob(f"{split}*.tar"))
+        files = [folder / name for name in splits.get(split, ())] or sorted(folder.glob(f"{split}*.tar"))
         if files:
             return files
     return []

@@ -88,12 +88,14 @@ class Train(Eval):
     """
 
     def __call__(self, images: Tensor) -> Tensor:
-        (batch, _, *whole), device = images.shape, images.device
-        top, left = (torch.randint(w - s + 1, (batch,)).to(device) for w, s in zip(whole, self.size, strict=True))
-        flip = (torch.rand(batch, 1, 1, 1) < 0.5).to(device)
-        windows = images.unfold(2, self.size[0], 1).unfold(3, self.size[1], 1)  # a view: every crop there is
-        crop = windows[torch.arange(batch, device=device), :, top, left]
-        return self.normalise(torch.where(flip, crop.flip(3), crop))
+        batch, (height, width) = len(images), self.size
+        free = [whole - part + 1 for whole, part in zip(images.shape[-2:], self.size, strict=True)]
+        corners = zip(*(torch.randint(count, (batch,)).tolist() for count in free), strict=True)
+        flipped = (torch.rand(batch) < 0.5).nonzero().flatten().to(images.device)
+        # slices and one copy: no element is addressed by an index, and nothing waits for the device
+        crops = [image[:, y : y + height, x : x + width] for image, (y, x) in zip(images, corners, strict=True)]
+        crop = torch.stack(crops) if crops else images[..., :height, :width]
+        return self.normalise(crop.index_copy(0, flipped, crop.index_select(0, flipped).flip(3)))
 
 
 def _timm_transform(preprocessing: dict[str, Any], is_training: bool = False) -> Any:
