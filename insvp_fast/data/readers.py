@@ -123,7 +123,7 @@ def read_set(name: str, root: str | Path) -> Parts:
 
 
 def _home(name: str, known: NamedSet, root: Path) -> Path:
-    homes = [root / name.split("/")[0], root]
+    homes = [root, root / name.split("/")[0]]
     alternatives = _needed(name, known)
     for home in homes:
         if any(all((home / file).exists() for file in files) for files in alternatives):
