@@ -73,6 +73,7 @@ def cached(images: Images, preprocessing: dict[str, Any], folder: str | Path, na
 
 def _write(images: Images, file: Path) -> None:
     shape = (len(images), *images[0][0].shape)
+    pixels = np.empty((CHUNK, *shape[1:]), np.uint8)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         # written, not mapped: a full disk is then an error and not a crash
@@ -81,7 +82,9 @@ def _write(images: Images, file: Path) -> None:
             np.lib.format.write_array_header_1_0(stream, header)
             for start in tqdm(range(0, len(images), CHUNK), f"decoding {file.name}", leave=False, disable=None):
                 chunk = range(start, min(start + CHUNK, len(images)))
-                stream.write(torch.stack([image for image, _ in threads.map(images.__getitem__, chunk)]).numpy().data)
+                for i, (image, _) in enumerate(threads.map(images.__getitem__, chunk)):
+                    pixels[i] = image
+                stream.write(pixels[: len(chunk)].data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from insvp_fast.data.cache import cached
 from insvp_fast.data.lists import Pairs, by_number, indices_of, read_list, siblings
 from insvp_fast.data.readers import Images, Parts, read_set, require_images
-from insvp_fast.data.sets import HTA, PROTOCOLS, SETS
+from insvp_fast.data.sets import HTA, PROTOCOLS, SETS, VTAB
 from insvp_fast.data.splits import describe, divide
 from insvp_fast.data.streams import PREFIXES, read_stream
 from insvp_fast.data.transforms import Eval, Train, transform_for
@@ -24,11 +24,8 @@ from insvp_fast.training.recipe import DIGITS, CommandError
 
 __all__ = ["Data", "load_data", "load_test_data", "read_source"]
 
-SQUASHED = {
-    "crop_pct": 1.0,
-    "crop_mode": "squash",
-    "augmentation": "none",
-}  # VTAB: straight to the size, no crop or flip
+# VTAB: straight to the size, no crop or flip
+SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash", "augmentation": "none"}
 
 
 class Data(NamedTuple):
@@ -90,7 +87,7 @@ def load_data(
         preprocessing = preprocessing | {"augmentation": augmentation}
         evaluation = Eval(preprocessing)
         on_device = (Train(preprocessing) if augmentation == "crop" else evaluation, evaluation)
-        name = source.strip("./").replace("/", "_")
+        name = Path(source).resolve().name
         stored = {part: cached(images, preprocessing, cache, f"{name}-{part}") for part, images in parts.items()}
 
     def see(part: str, training: bool = False) -> Dataset:
@@ -117,7 +114,7 @@ def load_test_data(
     root: str | None = None,
     protocol: str = "paper",
 ) -> Dataset:
-    """What a trained model is tested on: the test part of ``source``, or else its val.
+    """What a trained model is tested on: the test part of ``source``, or else its val; the same in every protocol.
 
     Raises:
         CommandError: if there is none, or it has other classes.
@@ -130,9 +127,7 @@ def load_test_data(
     if list(found.class_names) != list(class_names):
         expected = f"expected {_some(class_names)}"
         raise CommandError(f"--data {source}: found the classes {_some(found.class_names)}, {expected}")
-    part = next((part for part in ("test", "val") if part in found.parts), None)
-    if part is None:
-        raise CommandError(f"--data {source}: found no part called test or val")
+    part = "test" if "test" in found.parts else "val"
     return found.parts[part].with_transform(transform_for(_preprocessing_of(source, preprocessing)))
 
 
@@ -150,11 +145,11 @@ def read_source(source: str, seed: int = 0, root: str | None = None) -> Parts:
     if source.startswith(PREFIXES):
         return read_stream(source, root)
     path = Path(source)
-    if not path.exists() and "/" not in source.strip("/") and not path.suffix:
-        expected = f"no such folder; the names known are {DIGITS}, {_all_names()}"
-        raise CommandError(f"--data {source}: {expected}")
+    if not path.exists():
+        names = ", ".join(VTAB) if source.startswith("vtab/") else f"{DIGITS}, {_all_names()}"
+        raise CommandError(f"--data {source}: no such folder or list; the names known are {names}")
     lists = siblings(path)
-    return _image_folder(path) if path.is_dir() and not lists else _listed(path, lists, root)
+    return _listed(path, lists, root) if path.is_file() or "train" in lists else _image_folder(path)
 
 
 def _preprocessing_of(source: str, preprocessing: dict[str, Any]) -> dict[str, Any]:

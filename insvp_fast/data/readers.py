@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
@@ -59,8 +59,7 @@ class Images(Dataset):
         try:
             with Image.open(item.open() if isinstance(item, Slice) else item) as image:
                 return image.convert("RGB")
-        # SyntaxError and ValueError are what some of Pillow's decoders raise for broken files
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except Exception as error:  # Pillow's decoders raise errors of many kinds for broken files
             raise CommandError(f"{self.name(index)}: not an image that can be read ({error})") from error
 
     def name(self, index: int) -> str:
@@ -124,7 +123,7 @@ def read_set(name: str, root: str | Path) -> Parts:
 
 
 def _home(name: str, known: NamedSet, root: Path) -> Path:
-    homes = [root / name.split("/")[0], root]
+    homes = [root, root / name.split("/")[0]]
     alternatives = _needed(name, known)
     for home in homes:
         if any(all((home / file).exists() for file in files) for files in alternatives):
@@ -203,7 +202,7 @@ def _parts(found: dict[str, Any], names: list[str]) -> Parts:
 
 
 class _Flowers(datasets.Flowers102):
-    """Without the MD5 sums of the .mat files: a damaged one does not parse, and the counts are checked by ``check``."""
+    """Without the MD5 sums of the .mat files: a damaged one does not parse, and ``check`` compares the counts."""
 
     _file_dict: ClassVar = {key: (file, None) for key, (file, _) in datasets.Flowers102._file_dict.items()}
 

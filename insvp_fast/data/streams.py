@@ -28,10 +28,16 @@ def read_stream(source: str, root: str | None) -> Parts:
     Tar files are indexed once and read in any order. What timm gives only as a stream (hfids, tfds) is kept in memory.
 
     Raises:
-        CommandError: if there is no part called train, or what reads the format is not installed.
+        CommandError: if there is no train, or neither validation nor test, or what reads the format is not installed.
     """
-    if source.startswith("wds/"):
-        return _read_tars(Path(root) if root else Path(source.removeprefix("wds/")))
+    folder = Path(root) if root else Path(source.removeprefix("wds/"))
+    read = _read_tars(folder) if source.startswith("wds/") else _read_timm(source, root)
+    if len(read.parts) < 2:
+        raise CommandError(f"--data {source}: found only train, expected validation and/or test as well")
+    return read
+
+
+def _read_timm(source: str, root: str | None) -> Parts:
     found = {part: dataset for part in SPLITS if (dataset := _open(source, root, part)) is not None}
     parts = {part: _images(dataset) for part, dataset in found.items()}
     named: dict[str, int] = getattr(found["train"].reader, "class_to_idx", {})
@@ -93,10 +99,14 @@ def _read_tars(folder: Path) -> Parts:
 
 def _tars_of(folder: Path, part: str) -> list[Path]:
     info = next((file for name in ("_info.json", "info.json") if (file := folder / name).is_file()), None)
-    splits = json.loads(info.read_text()).get("splits", {}) if info else {}
+    try:
+        splits = (
+            {name: facts["filenames"] for name, facts in json.loads(info.read_text())["splits"].items()} if info else {}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"{info}: expected splits, each with its filenames ({error!r})") from error
     for split in SPLITS[part]:
-        files = [folder / name for name in splits[split]["filenames"]] if split in splits else None
-        files = files or sorted(folder.glob(f"{split}*.tar"))
+        files = [folder / name for name in splits.get(split, ())] or sorted(folder.glob(f"{split}*.tar"))
         if files:
             return files
     return []

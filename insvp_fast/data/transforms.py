@@ -88,16 +88,14 @@ class Train(Eval):
     """
 
     def __call__(self, images: Tensor) -> Tensor:
-        (batch, channels, *whole), device = images.shape, images.device
-        corner = [torch.randint(w - s + 1, (batch, 1)) for w, s in zip(whole, self.size, strict=True)]
-        rows, columns = (at + torch.arange(side) for at, side in zip(corner, self.size, strict=True))  # [B, H], [B, W]
-        columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
-        # crop and flip in one gather
-        which = (
-            torch.arange(batch, device=device).view(-1, 1, 1, 1),
-            torch.arange(channels, device=device).view(-1, 1, 1),
-        )
-        return self.normalise(images[*which, rows[:, None, :, None].to(device), columns[:, None, None, :].to(device)])
+        batch, (height, width) = len(images), self.size
+        free = [whole - part + 1 for whole, part in zip(images.shape[-2:], self.size, strict=True)]
+        corners = zip(*(torch.randint(count, (batch,)).tolist() for count in free), strict=True)
+        flipped = (torch.rand(batch) < 0.5).nonzero().flatten().to(images.device)
+        # slices and one copy: no element is addressed by an index, and nothing waits for the device
+        crops = [image[:, y : y + height, x : x + width] for image, (y, x) in zip(images, corners, strict=True)]
+        crop = torch.stack(crops) if crops else images[..., :height, :width]
+        return self.normalise(crop.index_copy(0, flipped, crop.index_select(0, flipped).flip(3)))
 
 
 def _timm_transform(preprocessing: dict[str, Any], is_training: bool = False) -> Any:
