@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, find_executable_batch_size, gather_object
+from accelerate.utils import find_executable_batch_size, gather_object
 from torch import nn
 
 from insvp_fast import cpu
@@ -38,8 +38,6 @@ def start(amp: str = "off", trackers: tuple[str, ...] = ()) -> Accelerator:
         mixed_precision="no" if amp == "off" else amp,
         log_with=list(trackers) or None,
         project_dir="." if trackers else None,  # until there is a run folder
-        # all buffers belong to the frozen backbone
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
 
 

@@ -93,7 +93,7 @@ class Journal:
         self.say(f"{place}  loss {record['loss']:.4f}  {accuracies}  {record['images_per_s']:.0f} images/s")
         values = {f"{record['model']}/{key}": value for key, value in record.items() if isinstance(value, float)}
         self.accelerator.log(values, step=record["epoch"])
-        if record["data_wait"] > SLOW_LOADER and not self.warned:
+        if record["data_wait"] > SLOW_LOADER and not (self.warned or self.results):  # the probe leaves a device idle
             self.warned = True
             self.say(
                 f"warning: {record['data_wait']:.0%} of the epoch went by waiting for images: the loader is the limit,"

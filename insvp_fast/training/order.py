@@ -88,10 +88,12 @@ class Drawn(Dataset):
 
     def __getitem__(self, sample: Sample) -> Any:
         epoch, index = sample
-        if self.seed is None:
-            return self.dataset[index]
-        with _randomness(_mix(self.seed, epoch, index)):
-            return self.dataset[index]
+        if self.seed is not None:
+            seed = _mix(self.seed, epoch, index)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU too
+        return self.dataset[index]
 
 
 class Loader:
@@ -107,14 +109,13 @@ class Loader:
         self.order, self.device, self.transform = order, device, transform
         self.waiting = Waiting(device)
         drawn = Drawn(dataset, order.seed if transform is None else None)
-        # a generator of its own: the loader draws from it, and the model's dropout shall not notice
         self.loader = DataLoader(
             drawn,
             batch_sampler=order,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # it draws from it, and not from what dropout draws from
         )
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class Loader:
         try:
             batches = iter(self.loader)
             while True:
-                with self.waiting:
+                with self.waiting, _kept_randomness():
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -163,15 +164,10 @@ def _mix(*numbers: int) -> int:
 
 
 @contextmanager
-def _randomness(seed: int) -> Iterator[None]:
-    """All that is random on the CPU begins from ``seed``, and afterwards goes on as if nothing had been."""
+def _kept_randomness() -> Iterator[None]:
+    """Without workers, images are augmented in the process of the model, whose dropout shall not notice."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU too
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+    yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])

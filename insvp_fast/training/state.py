@@ -37,12 +37,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        for file in new.iterdir():
+            _sync(file)
+        _sync(new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    for file in new.iterdir():
-        _sync(file)
-    _sync(new)
     if folder.exists():
         folder.rename(old)  # a folder cannot be renamed over another: from here to the next line there is none
     new.rename(folder)
