@@ -65,7 +65,8 @@ def _wrong_statistics(name: str, preprocessing: Mapping[str, Any] | None) -> Ite
         (mean, std), (own_mean, own_std) = used, own
         yield (
             f"images are normalised by mean {_brief(mean)}, std {_brief(std)}, but the weights of {name} were trained"
-            f" with mean {_brief(own_mean)}, std {_brief(own_std)}; the preset insvp does so on purpose, as the authors do"
+            f" with mean {_brief(own_mean)}, std {_brief(own_std)}; the preset insvp does so on purpose, as the authors"
+            " do"
         )
 
 
