@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: a model computed both ways, and the error that arithmetic allows."""
+"""What tests and benchmarks share: a model computed both ways, the error that arithmetic allows, made-up data sets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast.config import InsVPConfig
+from insvp_fast.data.fake import make_fake_dataset
 from insvp_fast.model import InsVPViT
 from insvp_fast.reference import InsVPReference
 
-__all__ = ["DEVICE", "assert_within_budget", "make_pair", "relative_error", "saved_bytes", "trained_gradients"]
+__all__ = [
+    "DEVICE",
+    "assert_within_budget",
+    "make_fake_dataset",
+    "make_pair",
+    "relative_error",
+    "saved_bytes",
+    "trained_gradients",
+]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: the learning curves, and what the prompts look like."""
+"""The pictures of a run: the learning curves, what the prompts look like, and which classes are confused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from insvp_fast.reference import InsVPReference
 
-__all__ = ["draw_curves", "draw_prompts"]
+__all__ = ["draw_confusion", "draw_curves", "draw_prompts"]
+
+NAMED = 40  # classes whose names can be read beside a confusion matrix
 
 
 def draw_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
@@ -49,6 +51,25 @@ def draw_prompts(model: InsVPReference, images: Tensor, preprocessing: dict[str,
             axes.imshow(picture.permute(1, 2, 0).cpu().numpy())
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def draw_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) -> None:
+    """The confusion matrix [classes, classes] as parts of each row, with names and numbers where they can be read."""
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    classes = len(class_names)
+    side = min(12.0, 3 + 0.3 * classes)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
+    axes.set(xlabel="predicted class", ylabel="true class", title="part of the true class's images")
+    if classes <= NAMED:
+        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=7)
+        axes.set_yticks(range(classes), class_names, fontsize=7)
+        for row, column in confusion.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=6, color=colour)
+    figure.colorbar(image, shrink=0.8)
     figure.savefig(file, dpi=120)
 
 

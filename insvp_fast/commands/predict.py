@@ -1,0 +1,97 @@
+"""Classify image files, or all images in folders, with a trained model.
+
+CSV has one line per image: file, class, probability, and with --top-k more pairs of class and probability. JSON lines
+(--format jsonl) have one object per image: {"file": ..., "classes": [...], "probabilities": [...]}, likeliest first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from insvp_fast.commands.options import add_loading, positive
+from insvp_fast.training.recipe import CommandError
+
+SUMMARY = "classify image files with a trained model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a folder made by insvp train")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder that is searched for images")
+    parser.add_argument("--top-k", type=positive, metavar="K", default=1, help="classes per image (default: 1)")
+    parser.add_argument("--format", choices=["csv", "jsonl"], default="csv", help="(default: csv)")
+    parser.add_argument("--output", metavar="FILE", help="where the lines go (default: they are printed)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="go on after a file that is no image")
+    add_loading(parser)
+
+
+def run(
+    run: str,
+    paths: list[str],
+    top_k: int,
+    format: str,
+    output: str | None,
+    skip_unreadable: bool,
+    batch_size: int | None,
+    workers: int | None,
+) -> int:
+    from insvp_fast.training.prediction import find_images, predict
+
+    files, skipped = find_images(paths), 0
+
+    def readable() -> Iterator[Any]:
+        nonlocal skipped
+        for prediction in predict(run, files, top_k, batch_size, workers):
+            if prediction.error is None:
+                yield prediction
+            elif skip_unreadable:
+                skipped += 1
+                print(f"insvp: skipped {prediction.error}", file=sys.stderr)
+            else:
+                raise CommandError(f"{prediction.error}; --skip-unreadable goes on without such files")
+
+    with _stream(output) as stream:
+        (_write_csv if format == "csv" else _write_jsonl)(readable(), top_k, stream)
+    if skipped:
+        print(f"insvp: skipped {skipped} of {len(files)} files", file=sys.stderr)
+    return 0
+
+
+def _write_csv(predictions: Iterable[Any], top_k: int, stream: TextIO) -> None:
+    writer = csv.writer(stream, lineterminator="\n")
+    more = [name for rank in range(2, top_k + 1) for name in (f"class_{rank}", f"probability_{rank}")]
+    writer.writerow(["file", "class", "probability", *more])
+    for file, ranking, _ in predictions:
+        writer.writerow([file, *(cell for name, chance in ranking for cell in (name, f"{chance:.4f}"))])
+
+
+def _write_jsonl(predictions: Iterable[Any], top_k: int, stream: TextIO) -> None:
+    for file, ranking, _ in predictions:
+        names, chances = zip(*ranking, strict=True)
+        line = {"file": file, "classes": names, "probabilities": [round(chance, 6) for chance in chances]}
+        print(json.dumps(line, ensure_ascii=False), file=stream)
+
+
+@contextlib.contextmanager
+def _stream(output: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears when it is complete."""
+    if output is None:
+        yield sys.stdout
+        return
+    file = Path(output)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+        os.replace(temporary, file)
+    except OSError as error:
+        raise CommandError(f"--output is {output}: cannot be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""Reading run folders and adapters without loading a model, so without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from insvp_fast.training.recipe import CommandError, Recipe
+
+__all__ = ["ADAPTER_FILE", "RUN_FILE", "WEIGHTS_FILE", "read_config", "read_json", "read_metrics", "read_results"]
+
+RUN_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CommandError: if there is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read {file} ({error})") from error
+    if not isinstance(content, dict):
+        raise CommandError(f"cannot read {file}: expected a JSON object")
+    return content
+
+
+def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The settings of a run, and everything in its config.json.
+
+    Raises:
+        CommandError: if it is not a run folder, or of a version with other settings.
+    """
+    try:
+        config = read_json(Path(run) / RUN_FILE)
+        return Recipe(**config["recipe"]), config
+    except (CommandError, KeyError, TypeError) as error:
+        raise CommandError(f"{run} is not a run folder of `insvp train`: {error}") from error
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run so far; a last line that is half written does not count."""
+    records = []
+    file = run / METRICS_FILE
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def read_results(run: Path) -> dict[str, dict[str, Any]]:
+    """How each model did in the end, with its ``test_accuracy``; empty while the run is not finished."""
+    results = {record["model"]: record for record in read_metrics(run) if "trained_parameters" in record}
+    expected = {"InsVP", "linear probe"} if read_config(run)[0].probe else {"InsVP"}
+    return results if results.keys() >= expected else {}
