@@ -286,8 +286,6 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
 def _is_stock(prompter: nn.Module) -> bool:
     """Whether a patch prompter is what its weights say: a layer of another type or with a hook may compute anything."""
-    layers = prompter.fc1, prompter.fc2
-    stock = type(prompter) is reference.PatchPrompter and all(type(layer) is nn.Linear for layer in layers)
-    return (
-        stock and not any(map(frozen_backbone.is_patched, prompter.modules())) and None not in [x.bias for x in layers]
-    )
+    layers = [layer for layer in (prompter.fc1, prompter.fc2) if type(layer) is nn.Linear and layer.bias is not None]
+    stock = type(prompter) is reference.PatchPrompter and len(layers) == 2
+    return stock and not any(map(frozen_backbone.is_patched, prompter.modules()))

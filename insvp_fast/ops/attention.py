@@ -156,13 +156,11 @@ def _triton_bwd(grad, qkv, out, logsumexp, *shape):
 
 
 def _fwd(*arguments):
-    *arguments, impl = arguments
-    return _KERNELS[impl][0](*arguments)
+    return _KERNELS[arguments[-1]][0](*arguments[:-1])
 
 
 def _bwd(*arguments):
-    *arguments, impl = arguments
-    return _KERNELS[impl][1](*arguments)
+    return _KERNELS[arguments[-1]][1](*arguments[:-1])
 
 
 @register_fake("insvp_fast::attention_fwd", lib=LIBRARY)
