@@ -10,7 +10,7 @@ from safetensors.torch import load
 from insvp_fast.training import device, order
 from insvp_fast.training.recipe import Recipe
 
-SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe_lr": 1e-2}
+SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False}
 
 
 def environments(count: int) -> list[dict[str, str]]:

@@ -13,21 +13,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from timm import create_model
 
-from insvp_fast.training import data as data_module
+from insvp_fast import InsVPConfig
+from insvp_fast.data import load as data_module
+from insvp_fast.data import transform_for
+from insvp_fast.training import device, journal, loop
 from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import builtin_backbone, load_backbone, preprocessing_of
-from insvp_fast.training.data import load_data, transform_for
 from insvp_fast.training.loop import rate
 from insvp_fast.training.recipe import CommandError, Recipe
 from insvp_fast.training.run import evaluate_run, insvp_config, load_run, predict_files, train, train_one
+from insvp_fast.training.waiting import Waiting
 
 ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "insvp_fast" / "assets" / "vit_shapes_32"
-SMALL = {"epochs": 3, "batch_size": 16}
+SMALL = {"epochs": 3, "batch_size": 16, "amp": "off"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)  # two threads that wait for each other are slow on a busy machine
 
 
 @pytest.fixture
@@ -77,13 +85,18 @@ def test_metrics_are_complete_and_better_than_chance(digits_run):
         assert all(0 <= record["val_accuracy"] <= 1 and record["images_per_s"] > 0 for record in epochs)
         assert epochs[-1]["loss"] < epochs[0]["loss"]
         assert 0 <= last["test_accuracy"] <= 1
+        kept = max(epochs, key=lambda record: (record["val_accuracy"], record["epoch"]))
+        assert (last["kept_epoch"], last["selected_on"], last["protocol"]) == (kept["epoch"], "val", "paper")
     assert records[3]["test_accuracy"] > 0.3  # chance is 0.1
 
 
 def test_same_seed_same_metrics_in_another_folder(digits_run):
     assert (digits_run.folder.name, digits_run.again.name) == ("digits-1", "digits-2")
     first, again = (
-        [{key: value for key, value in record.items() if key != "images_per_s"} for record in records_of(folder)]
+        [
+            {key: value for key, value in record.items() if key not in ("images_per_s", "data_wait")}
+            for record in records_of(folder)
+        ]
         for folder in (digits_run.folder, digits_run.again)
     )
     assert first == again
@@ -220,42 +233,184 @@ def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
     assert config["tested_on"] == "val"  # there is no test
 
 
-def test_missing_val_is_split_off_train_by_seed(tmp_path):
-    folder, preprocessing = str(make_folder(tmp_path, {"train": 20, "test": 1})), preprocessing_of(builtin_backbone())
-    first, again, other = (load_data(folder, preprocessing, seed) for seed in (0, 0, 1))
-    assert (len(first.train), len(first.val), len(first.test)) == (36, 4, 2)
-    assert first.val.indices == again.val.indices != other.val.indices
-    assert not set(first.train.indices) & set(first.val.indices)
-    assert torch.equal(first.val[0][0], first.val[0][0])  # validation images are not augmented
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({}, "found nothing, expected the folders train and val and/or test"),
-        ({"train": 2}, "found train, expected the folders train and val and/or test"),
-        ({"images": 1, "labels": 1}, "found images, labels, expected"),
-    ],
-)
-def test_a_wrong_folder_is_told_what_was_found(tmp_path, parts, message):
-    make_folder(tmp_path, parts)
-    with pytest.raises(CommandError, match=message):
-        load_data(str(tmp_path), preprocessing_of(builtin_backbone()), 0)
-
-
-def test_a_missing_folder_and_other_classes_are_refused(tmp_path):
-    preprocessing = preprocessing_of(builtin_backbone())
-    with pytest.raises(CommandError, match="no such folder"):
-        load_data(str(tmp_path / "nowhere"), preprocessing, 0)
-    make_folder(tmp_path, {"train": 2})
-    make_folder(tmp_path, {"val": 2}, classes=("dark", "lit"))
-    with pytest.raises(CommandError, match="val has the classes dark, lit, train has dark, light"):
-        load_data(str(tmp_path), preprocessing, 0)
-
-
 def test_eval_refuses_data_with_other_classes(digits_run, tmp_path):
     with pytest.raises(CommandError, match="found the classes dark, light, expected 0, 1, 2"):
         evaluate_run(digits_run.folder, str(make_folder(tmp_path, {"test": 1})))
+
+
+# -------------------------------------------------------------------------------------------------------- the settings
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data") / "pictures", {"train": 9, "val": 4, "test": 4})
+
+
+def quick(pictures: Path, tmp_path: Path, **settings) -> Recipe:
+    common = {"epochs": 1, "batch_size": 8, "probe": False, "amp": "off", "prompt_length": 2}
+    return Recipe(data=str(pictures), output=str(tmp_path), **(common | settings))
+
+
+def test_the_best_epoch_is_kept_the_last_of_equals(pictures, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.75, 0.75, 0.25, 1.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(accuracies))
+    run = train(quick(pictures, tmp_path, epochs=4))
+    best, adapter = (run / name / "adapter_model.safetensors" for name in ("best", "adapter"))
+    assert best.read_bytes() == adapter.read_bytes()
+    assert records_of(run)[-1] == {
+        "model": "InsVP",
+        "test_accuracy": 1.0,
+        "trained_parameters": sum(tensor.numel() for tensor in load_file(adapter).values()),
+        "kept_epoch": 3,
+        "selected_on": "val",
+        "protocol": "paper",
+    }
+
+
+def test_selection_on_the_test_images_is_named(pictures, tmp_path, capsys):
+    run = train(quick(pictures, tmp_path, select_on="test"))
+    epoch, result = records_of(run)
+    assert epoch["test_accuracy"] == result["test_accuracy"]
+    assert result["selected_on"] == "test"
+    assert "protocol paper, epoch selected on test, tested on test" in capsys.readouterr().out
+
+
+def test_retraining_takes_train_and_val_and_the_last_epoch(pictures, tmp_path, capsys):
+    run = train(quick(pictures, tmp_path, retrain=True, epochs=2))
+    *epochs, result = records_of(run)
+    assert [record["val_accuracy"] for record in epochs] == [None, None]
+    assert (result["kept_epoch"], result["selected_on"]) == (2, None)
+    assert not (run / "best").exists()
+    assert "trained on train and val, last epoch" in capsys.readouterr().out
+    assert json.loads((run / "last" / "state.json").read_text())["epoch"] == 2
+
+
+def test_an_average_is_what_is_kept(pictures, tmp_path, monkeypatch):
+    weights, step = [], loop.Training._step
+
+    def recorded(self, number):
+        step(self, number)
+        weights.append(self.trained["head.weight"].detach().clone())
+
+    monkeypatch.setattr(loop.Training, "_step", recorded)
+    run = train(quick(pictures, tmp_path, ema=0.9, retrain=True, epochs=2))
+    kept = load_file(run / "adapter" / "adapter_model.safetensors")["head.weight"]
+    average = weights[0].double()
+    for number, weight in enumerate(weights[1:], 1):  # timm's warm-up: the decay begins low
+        average = average.lerp(weight.double(), max(0.1, (1 + number) ** (-2 / 3)))
+    torch.testing.assert_close(kept.double(), average, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(kept, weights[-1])
+
+
+def test_mixing_smooths_targets_and_drops_an_odd_image(pictures, tmp_path, monkeypatch):
+    seen, cross_entropy = [], torch.nn.functional.cross_entropy
+
+    def spy(logits, targets, **how):
+        seen.append((len(logits), targets.detach().clone(), how["label_smoothing"]))
+        return cross_entropy(logits, targets, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0, "label_smoothing": 0.2}
+    train(quick(pictures, tmp_path, batch_size=5, **mixing))  # 18 images: 5, 5, 5 and 3
+    assert [size for size, *_ in seen] == [4, 4, 4, 2]
+    assert all(smoothing == 0 for *_, smoothing in seen)
+    for size, targets, _ in seen:
+        assert targets.shape == (size, 2)
+        assert targets.min() >= 0.1 - 1e-6
+        torch.testing.assert_close(targets.sum(1), torch.ones(size))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recompute": "mlp"},
+        {"recompute": "block"},
+        pytest.param({"compile": "prompters"}, marks=pytest.mark.slow),
+        pytest.param({"compile": "model"}, marks=pytest.mark.slow),
+    ],
+)
+def test_how_it_is_computed_changes_nothing(pictures, tmp_path, monkeypatch, settings):
+    # without dropout, for which compiled code draws other masks
+    monkeypatch.setattr(run_module, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
+    plain, other = (train(quick(pictures, tmp_path, **more)) for more in ({}, settings))
+    for one, two in zip(records_of(plain), records_of(other), strict=True):
+        assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-4)
+        assert one.get("test_accuracy") == two.get("test_accuracy")
+
+
+def test_rates_scale_with_the_images_of_a_step():
+    accelerator = device.start()
+    for scale, factor in {"none": 1, "linear": 4, "sqrt": 2}.items():
+        recipe = Recipe(batch_size=32, accumulate=8, lr_scale=scale)
+        assert device.scaled_lr(recipe, 1e-3, accelerator) == pytest.approx(factor * 1e-3)
+
+
+def test_the_largest_batch_that_fits_is_found(pictures, tmp_path, monkeypatch, capsys):
+    forward = run_module.InsVPViT.forward
+
+    def small(self, images):
+        if len(images) > 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return forward(self, images)
+
+    monkeypatch.setattr(run_module.InsVPViT, "forward", small)
+    run = train(quick(pictures, tmp_path, auto_batch=True))
+    recipe = json.loads((run / "config.json").read_text())["recipe"]
+    assert (recipe["batch_size"], recipe["auto_batch"]) == (5, False)
+    assert "batch size 5" in capsys.readouterr().out
+
+
+def test_a_slow_loader_is_told_once(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(journal, "SLOW_LOADER", -1.0)
+    train(quick(pictures, tmp_path, epochs=3))
+    lines = capsys.readouterr().out
+    assert lines.count("the loader is the limit") == 1
+    assert "data_wait" in records_of(tmp_path / "pictures-1")[0]
+
+
+def test_waiting_is_what_the_loader_takes(monkeypatch):
+    waiting = Waiting(torch.device("cpu"))
+    clock = iter([1.0, 1.5, 4.0, 4.25])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    for _ in range(2):
+        with waiting:
+            pass
+    assert waiting.seconds() == 0.75
+
+
+def test_a_tracker_that_is_not_installed_is_named(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match="--trackers has wandb: it is not installed; pip install wandb"):
+        train(quick(pictures, tmp_path, trackers=("wandb",)))
+
+
+def test_trackers_log_into_the_run_folder(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = train(quick(pictures, tmp_path, trackers=("tensorboard",)))
+    assert list((run / "insvp_fast").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("accumulate", 0, "at least 1"),
+        ("lr_scale", "double", "one of none, linear, sqrt"),
+        ("ema", 1.0, r"a number in \[0, 1\)"),
+        ("mix_prob", 2.0, r"a number in \[0, 1\]"),
+        ("specific_kernels", (7, 8, 3), "three odd positive integers"),
+        ("trackers", ("mlflow",), "some of tensorboard, wandb"),
+        ("epochs", "ten", "a value of type int"),
+        ("data", None, "a value of type str"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_named(field, value, expected):
+    with pytest.raises(CommandError, match=f"--{field.replace('_', '-')} is .*: expected {expected}"):
+        Recipe(**{field: value})
+
+
+def test_a_recipe_comes_back_from_json():
+    recipe = Recipe(specific_kernels=(7, 9, 3), trackers=("wandb",), root="images", seed=4)
+    assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 # ------------------------------------------------------------------------------------------------------------ backbones

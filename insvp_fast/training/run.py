@@ -68,6 +68,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
             cache=str(CACHE) if recipe.cache else None,
         )
     preprocessing = data.preprocessing or preprocessing  # VTAB has its own
+    wanted = recipe.batch_size
     if recipe.auto_batch:
         model = build("InsVP", recipe, backbone, len(data.class_names))
         recipe = fit_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
@@ -75,6 +76,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     journal = Journal(recipe, accelerator, Path(resume) if resume else None)
     with _in_one_line(journal):
         journal.begin(insvp_config(recipe), preprocessing, data)
+        if recipe.batch_size != wanted:
+            journal.say(f"batch size {recipe.batch_size}: the largest up to {wanted} that fits into memory")
         train_one("InsVP", recipe.lr, backbone, data, journal, preprocessing)
         if recipe.probe:
             train_one("linear probe", recipe.probe_lr, backbone, data, journal)
