@@ -58,6 +58,7 @@ def _train(
     environment: dict[str, str],
 ) -> None:
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # a server of the workers would outlive it
     from insvp_fast import InsVPConfig
     from insvp_fast.training import run
     from insvp_fast.training.recipe import Recipe
