@@ -18,7 +18,7 @@ from torch import Tensor, UntypedStorage
 
 __all__ = ["empty", "empty_like", "release"]
 
-_SMALLEST = 1 << 20  # bytes; the C library keeps smaller blocks itself
+_SMALLEST = 1 << 16  # bytes; the C library keeps smaller blocks itself
 _IDLE = 1000  # a free block that so many requests have passed by is given back
 
 

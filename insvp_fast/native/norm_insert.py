@@ -90,7 +90,7 @@ def norm_insert_bwd(
     weight = _affine("weight", weight, D)
     d_residual = memory.empty((B, T, D), stream_dtype)
     d_branch = memory.empty((0,) if branch_dtype == stream_dtype else (B, T, D), branch_dtype)
-    d_prompts = torch.empty((B, S - T, D), dtype=stream_dtype, device="cpu")
+    d_prompts = memory.empty((B, S - T, D), stream_dtype)
     call(
         "norm_insert_bwd",
         _BWD,
