@@ -33,7 +33,7 @@ class Meter:
         loader.waiting.reset()
         self.start = self.last_line = time.perf_counter()
         disable = None if journal.active else True  # None: unless the output is a terminal
-        layout = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
+        layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
         self.bar = tqdm(total=self.batches, initial=first, desc=name, leave=False, disable=disable, bar_format=layout)
 
     def __enter__(self) -> Self:
