@@ -23,9 +23,11 @@ from insvp_fast.data import transform_for
 from insvp_fast.training import device, journal, loop
 from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import builtin_backbone, load_backbone, preprocessing_of
+from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.loop import rate
+from insvp_fast.training.prediction import predict
 from insvp_fast.training.recipe import CommandError, Recipe
-from insvp_fast.training.run import evaluate_run, insvp_config, load_run, predict_files, train, train_one
+from insvp_fast.training.run import insvp_config, load_run, train, train_one
 from insvp_fast.training.waiting import Waiting
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +128,7 @@ def test_adapter_gives_the_logits_of_the_trained_model(digits_run):
 
 
 def test_eval_repeats_the_test_accuracy(digits_run, few_digits):
-    assert evaluate_run(digits_run.folder) == records_of(digits_run.folder)[3]["test_accuracy"]
+    assert evaluate_run(digits_run.folder)[1].top1 == records_of(digits_run.folder)[3]["test_accuracy"]
 
 
 def test_predict_agrees_with_the_model(digits_run, tmp_path):
@@ -138,15 +140,16 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.inference_mode():
         chances = digits_run.insvp.eval()(images).softmax(1)
-    for row, file, chance in zip(predict_files(digits_run.folder, files), files, chances, strict=True):
-        assert row[:2] == (file, str(chance.argmax().item()))
-        assert row[2] == pytest.approx(chance.max().item(), abs=1e-5)
+    for row, file, chance in zip(predict(digits_run.folder, files), files, chances, strict=True):
+        ((name, share),) = row.ranking
+        assert (row.file, name) == (file, str(chance.argmax().item()))
+        assert share == pytest.approx(chance.max().item(), abs=1e-5)
 
 
 def test_predict_names_the_file_that_is_no_image(digits_run, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(CommandError, match=r"text\.png: not an image"):
-        predict_files(digits_run.folder, [str(tmp_path / "text.png")])
+    (row,) = predict(digits_run.folder, [str(tmp_path / "text.png")])
+    assert not row.ranking and "text.png: not an image" in row.error
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -206,9 +209,9 @@ def test_training_on_an_image_folder(tmp_path, capsys):
     assert "\r" not in lines  # no bar where there is no terminal
     assert lines.count("images/s") == 5
     assert records_of(run)[-1]["test_accuracy"] > 0.9
-    assert evaluate_run(run, str(folder)) == records_of(run)[-1]["test_accuracy"]
+    assert evaluate_run(run, str(folder))[1].top1 == records_of(run)[-1]["test_accuracy"]
     files = [str(folder / "test" / name / "0.png") for name in ("dark", "light")]
-    assert [row[1] for row in predict_files(run, files)] == ["dark", "light"]
+    assert [row.ranking[0][0] for row in predict(run, files)] == ["dark", "light"]
 
 
 def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):

@@ -24,8 +24,8 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
     titles = {"loss": "training loss", "val_accuracy": "validation accuracy"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for model in dict.fromkeys(record["model"] for record in records):
-            points = [(record["epoch"], record[key]) for record in records if record["model"] == model]
-            axes.plot(*zip(*points, strict=True), marker=".", label=model)
+            own = [record for record in records if record["model"] == model and record[key] is not None]
+            axes.plot([r["epoch"] for r in own], [r[key] for r in own], marker=".", label=model)
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
     panels[0].legend()

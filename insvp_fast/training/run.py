@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,22 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from PIL import Image, UnidentifiedImageError
 from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast.checkpoint import CheckpointError
 from insvp_fast.config import InsVPConfig
-from insvp_fast.data import Data, insvp_preprocessing, load_data, load_test_data, transform_for
+from insvp_fast.data import Data, insvp_preprocessing, load_data
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.backbone import load_backbone, preprocessing_of
 from insvp_fast.training.device import fit_batch_size, precision, scaled_lr, start
 from insvp_fast.training.figures import draw_curves, draw_prompts
+from insvp_fast.training.folders import read_config
 from insvp_fast.training.journal import Journal
-from insvp_fast.training.loop import Training, evaluate
-from insvp_fast.training.order import loader_for
+from insvp_fast.training.loop import Training
 from insvp_fast.training.recipe import BUILTIN, CommandError, Recipe
 
-__all__ = ["evaluate_run", "load_run", "predict_files", "read_config", "train"]
+__all__ = ["load_run", "train"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "insvp_fast"
 NO_PROMPTS = InsVPConfig(global_prompt=False, patch_prompt=False, common_prompt=False, specific_prompt=False)
@@ -199,20 +197,6 @@ class Run(NamedTuple):
     class_names: list[str]
 
 
-def read_config(folder: str | Path) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a run folder, and everything in its config.json.
-
-    Raises:
-        CommandError: if it is not a run folder.
-    """
-    file = Path(folder) / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        return Recipe(**config["recipe"]), config
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CommandError(f"{folder} is not a run folder of `insvp train`: cannot read {file} ({error})") from error
-
-
 def load_run(folder: str | Path) -> Run:
     """Read a run folder: its model in evaluation mode, and all that belongs to it.
 
@@ -226,40 +210,3 @@ def load_run(folder: str | Path) -> Run:
     except (CheckpointError, OSError) as error:
         raise CommandError(f"{folder} has no adapter that can be loaded: {error}") from error
     return Run(recipe, model, config["preprocessing"], config["class_names"])
-
-
-def evaluate_run(folder: str | Path, data: str | None = None) -> float:
-    """The accuracy, in [0, 1] and in fp32, of a run's model on its own test data or on those of another folder."""
-    run, accelerator = load_run(folder), start()
-    recipe = run.recipe
-    where: dict[str, Any] = {"root": recipe.root, "protocol": recipe.protocol} if data is None else {}
-    tested = load_test_data(data or recipe.data, run.preprocessing, recipe.seed, run.class_names, **where)
-    return evaluate(accelerator.prepare(run.model), loader_for(tested, recipe, accelerator), accelerator)
-
-
-@torch.inference_mode()
-def predict_files(folder: str | Path, files: Sequence[str]) -> list[tuple[str, str, float]]:
-    """(file, class, probability) for each image file.
-
-    Raises:
-        CommandError: naming the first file that is not an image.
-    """
-    run, device = load_run(folder), start().device
-    transform, model = transform_for(run.preprocessing), run.model.to(device)
-    rows, size = [], run.recipe.batch_size
-    for chunk in (files[i : i + size] for i in range(0, len(files), size)):
-        images = torch.stack([transform(_open(file)) for file in chunk]).to(device)
-        chances, classes = model(images).float().softmax(1).max(1)
-        rows += [
-            (file, run.class_names[index], chance)
-            for file, index, chance in zip(chunk, classes.tolist(), chances.tolist(), strict=True)
-        ]
-    return rows
-
-
-def _open(file: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise CommandError(f"{file}: not an image that can be read ({error})") from error
