@@ -214,6 +214,22 @@ def test_training_on_an_image_folder(tmp_path, capsys):
     assert [row.ranking[0][0] for row in predict(run, files)] == ["dark", "light"]
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_the_release_decays_every_trained_tensor(released, tmp_path, few_digits, monkeypatch):
+    seen = []
+
+    def stop(training):
+        seen.append(training.optimiser)
+        raise CommandError("enough")
+
+    monkeypatch.setattr(loop.Training, "fit", stop)
+    recipe = Recipe(output=str(tmp_path), released=released, prompt_length=2, weight_decay=0.3, probe=False, **SMALL)
+    with pytest.raises(CommandError, match="enough"):
+        train(recipe)
+    decays = {group["weight_decay"] for group in seen[0].param_groups}
+    assert decays == ({0.3} if released else {0.0, 0.3})
+
+
 def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
     folder = make_folder(tmp_path / "pictures", {"train": 8, "val": 2})
     options = [

@@ -72,7 +72,9 @@ class Training:
         }
         self.steps = -(-len(self.train) // recipe.accumulate)  # of an epoch
         self.mix = _mixup(recipe, len(data.class_names))
-        optimiser = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay)
+        # the release decays every trained tensor; of a model, timm leaves out biases and what counts as an embedding
+        decayed = [p for p in model.parameters() if p.requires_grad] if recipe.released else model
+        optimiser = create_optimizer_v2(decayed, opt="adamw", lr=lr, weight_decay=recipe.weight_decay)
         self.model, self.optimiser = accelerator.prepare(model, optimiser)
         self.trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
         self.ema: ModelEmaV3 | None = None
