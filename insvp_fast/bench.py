@@ -92,8 +92,8 @@ def compile_model(model: nn.Module) -> nn.Module:
 
 def make_images(model: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
     """Random images and targets for a model."""
-    # of the seeds tried, the one that leaves the specific prompter's pooling windows clearest: where two pixels differ by
-    # less than fp32 rounds, the gradient of either is right, and no parity can be asked for
+    # of the seeds tried, the one that leaves the specific prompter's pooling windows clearest: where two pixels differ
+    # by less than fp32 rounds, the gradient of either is right, and no parity can be asked for
     torch.manual_seed(7)
     backbone: Any = getattr(model, "backbone", model)
     size = backbone.patch_embed.img_size
