@@ -123,10 +123,10 @@ def test_superpose_gradcheck():
 
 def test_superpose_opcheck():
     inputs, P = superpose_inputs(grad=False)
-    opcheck(torch.ops.insvp_fast.superpose_fwd.default, (*inputs, P, 0.7, 0.3, torch.float32))
-    tokens, hidden = torch.ops.insvp_fast.superpose_fwd(*inputs, P, 0.7, 0.3, torch.float32)
+    opcheck(torch.ops.insvp_fast.superpose_fwd.default, (*inputs, P, 0.7, 0.3, torch.float32, None, None))
+    tokens, hidden = torch.ops.insvp_fast.superpose_fwd(*inputs, P, 0.7, 0.3, torch.float32, None, None)
     for needs in ((True, True), (False, False)):
-        arguments = (torch.randn_like(tokens), inputs[0], hidden, inputs[2], inputs[4], P, 0.7, 0.3, *needs)
+        arguments = (torch.randn_like(tokens), inputs[0], hidden, inputs[2], inputs[4], P, 0.7, 0.3, *needs, None, None)
         opcheck(torch.ops.insvp_fast.superpose_bwd.default, arguments)
     image, affine = (50 * inputs[0].abs()).byte(), (torch.rand(3), torch.rand(3))
     opcheck(torch.ops.insvp_fast.superpose_fwd.default, (image, *inputs[1:], P, 0.7, 0.3, torch.float32, *affine))

@@ -17,13 +17,13 @@ __all__ = ["superpose"]
 
 define(
     "superpose_fwd(Tensor image, Tensor? global_prompt, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int patch_size, "
-    "float global_weight, float patch_weight, ScalarType dtype, Tensor? scale=None, Tensor? shift=None) "
+    "float global_weight, float patch_weight, ScalarType dtype, Tensor? scale, Tensor? shift) "
     "-> (Tensor, Tensor)"
 )
 define(
     "superpose_bwd(Tensor grad, Tensor image, Tensor hidden, Tensor w1, Tensor w2, int patch_size, "
     "float global_weight, float patch_weight, bool need_image, bool need_global, "
-    "Tensor? scale=None, Tensor? shift=None) "
+    "Tensor? scale, Tensor? shift) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -101,6 +101,10 @@ class _Superpose(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 
 
+# Below, `blend` are patch_size, global_weight and patch_weight, `needs` whether image and global prompt want a gradient,
+# and `affine` are scale and shift.
+
+
 def _values(image, scale, shift):
     """The floating-point image that an 8-bit one stands for."""
     return image if scale is None else reference.normalise(image, scale, shift)
@@ -110,90 +114,69 @@ def _pixel_dtype(image):
     return torch.float32 if image.dtype == torch.uint8 else image.dtype
 
 
-def _superpose_fwd_reference(
-    image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale=None, shift=None
-):
+def _fwd_reference(image, global_prompt, w1, b1, w2, b2, *rest):
+    *blend, dtype, scale, shift = rest
     wide = widened(image.dtype)
     x = _values(image, scale, shift).to(wide)
     p_g = None if global_prompt is None else global_prompt.to(wide)
     w1, b1, w2, b2 = (w.to(wide) for w in (w1, b1, w2, b2))
-    hidden = torch.nn.functional.linear(reference.unfold(x, patch_size), w1, b1).relu()
-    tokens = reference.superpose(x, p_g, w1, b1, w2, b2, patch_size, global_weight, patch_weight)
-    return tokens.to(dtype), hidden
+    hidden = torch.nn.functional.linear(reference.unfold(x, blend[0]), w1, b1).relu()
+    return reference.superpose(x, p_g, w1, b1, w2, b2, *blend).to(dtype), hidden
 
 
-def _superpose_bwd_reference(
-    grad,
-    image,
-    hidden,
-    w1,
-    w2,
-    patch_size,
-    global_weight,
-    patch_weight,
-    need_image,
-    need_global,
-    scale=None,
-    shift=None,
-):
+def _bwd_reference(grad, image, hidden, w1, w2, *rest):
+    *blend, need_image, need_global, scale, shift = rest
     wide = widened(image.dtype)
     g, x, hidden, v1, v2 = (t.to(wide) for t in (grad, _values(image, scale, shift), hidden, w1, w2))
-    d_image, d_global, *d_weights = reference.superpose_bwd(
-        g, x, hidden, v1, v2, patch_size, global_weight, patch_weight
-    )
+    d_image, d_global, *d_weights = reference.superpose_bwd(g, x, hidden, v1, v2, *blend)
     d_image = d_image.to(image.dtype) if need_image else image.new_empty(0)
     d_global = d_global.to(grad.dtype) if need_global else grad.new_empty(0)
     return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (w1, w1, w2, w2), strict=True))
 
 
-def _superpose_fwd_native(
-    image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale=None, shift=None
-):
-    blend = patch_size, global_weight, patch_weight
-    return native.superpose_fwd(_values(image, scale, shift), global_prompt, w1, b1, w2, b2, *blend, dtype)
+def _fwd_native(image, *rest):
+    *rest, scale, shift = rest
+    return native.superpose_fwd(_values(image, scale, shift), *rest)
 
 
-def _superpose_bwd_native(
-    grad,
-    image,
-    hidden,
-    w1,
-    w2,
-    patch_size,
-    global_weight,
-    patch_weight,
-    need_image,
-    need_global,
-    scale=None,
-    shift=None,
-):
-    blend = patch_size, global_weight, patch_weight
-    x = _values(image, scale, shift)
-    d_image, *others = native.superpose_bwd(grad, x, hidden, w1, w2, *blend, need_image, need_global)
+def _bwd_native(grad, image, *rest):
+    *rest, scale, shift = rest
+    d_image, *others = native.superpose_bwd(grad, _values(image, scale, shift), *rest)
     return d_image.to(image.dtype), *others
 
 
-def _superpose_fwd_cpu(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine):
-    p_g_dtype = dtype if global_prompt is None else global_prompt.dtype
-    weights_fit = all(w.dtype == torch.float32 for w in (w1, b1, w2, b2))
-    covered = weights_fit and native.available(_pixel_dtype(image), p_g_dtype, dtype)
-    run = _superpose_fwd_native if covered else _superpose_fwd_reference
-    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine)
+def _fwd_triton(*args):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    return kernel.superpose_fwd(*args)
 
 
-def _superpose_bwd_cpu(grad, image, hidden, w1, w2, *rest):
+def _bwd_triton(*args):
+    from insvp_fast.kernels.gpu import superpose as kernel
+
+    return kernel.superpose_bwd(*args)
+
+
+def _fwd_cpu(image, global_prompt, *rest):
+    *weights, _, _, _, dtype, _, _ = rest
+    dtypes = [_pixel_dtype(image), dtype, *([] if global_prompt is None else [global_prompt.dtype])]
+    covered = all(w.dtype == torch.float32 for w in weights) and native.available(*dtypes)
+    return (_fwd_native if covered else _fwd_reference)(image, global_prompt, *rest)
+
+
+def _bwd_cpu(grad, image, hidden, w1, w2, *rest):
     covered = w1.dtype == w2.dtype == torch.float32 and native.available(grad.dtype, _pixel_dtype(image))
-    run = _superpose_bwd_native if covered else _superpose_bwd_reference
-    return run(grad, image, hidden, w1, w2, *rest)
+    return (_bwd_native if covered else _bwd_reference)(grad, image, hidden, w1, w2, *rest)
 
 
-def _superpose_fwd_cuda(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine):
-    run = _superpose_fwd_triton if _triton_covers(image, global_prompt, w1, w2, dtype) else _superpose_fwd_reference
-    return run(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, *affine)
+def _fwd_cuda(image, global_prompt, w1, b1, w2, b2, *rest):
+    *_, dtype, _, _ = rest
+    run = _fwd_triton if _triton_covers(image, global_prompt, w1, w2, dtype) else _fwd_reference
+    return run(image, global_prompt, w1, b1, w2, b2, *rest)
 
 
-def _superpose_bwd_cuda(grad, image, hidden, w1, w2, *rest):
-    run = _superpose_bwd_triton if _triton_covers(image, None, w1, w2, grad.dtype) else _superpose_bwd_reference
+def _bwd_cuda(grad, image, hidden, w1, w2, *rest):
+    run = _bwd_triton if _triton_covers(image, None, w1, w2, grad.dtype) else _bwd_reference
     return run(grad, image, hidden, w1, w2, *rest)
 
 
@@ -204,20 +187,8 @@ def _triton_covers(image, global_prompt, w1, w2, dtype):
     return kernel.covers(image.device, w1.shape[0], _pixel_dtype(image), *dtypes, dtype)
 
 
-def _superpose_fwd_triton(*args):
-    from insvp_fast.kernels.gpu import superpose as kernel
-
-    return kernel.superpose_fwd(*args)
-
-
-def _superpose_bwd_triton(*args):
-    from insvp_fast.kernels.gpu import superpose as kernel
-
-    return kernel.superpose_bwd(*args)
-
-
 @register_fake("insvp_fast::superpose_fwd", lib=LIBRARY)
-def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale=None, shift=None):
+def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale, shift):
     B, _, H, W = image.shape
     N = (H // patch_size) * (W // patch_size)
     hidden = image.new_empty(B, N, w1.shape[0], dtype=widened(image.dtype))
@@ -225,32 +196,20 @@ def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_wei
 
 
 @register_fake("insvp_fast::superpose_bwd", lib=LIBRARY)
-def _(
-    grad,
-    image,
-    hidden,
-    w1,
-    w2,
-    patch_size,
-    global_weight,
-    patch_weight,
-    need_image,
-    need_global,
-    scale=None,
-    shift=None,
-):
+def _(grad, image, hidden, w1, w2, *rest):
+    *_, need_image, need_global, _, _ = rest
     R, K = w1.shape
     d_image = image.new_empty(image.shape if need_image else 0)
     d_global = grad.new_empty(image.shape if need_global else 0)
     return d_image, d_global, w1.new_empty(R, K), w1.new_empty(R), w2.new_empty(K, R), w2.new_empty(K)
 
 
-implement("superpose_fwd", _superpose_fwd_reference, cpu=_superpose_fwd_cpu, cuda=_superpose_fwd_cuda)
-implement("superpose_bwd", _superpose_bwd_reference, cpu=_superpose_bwd_cpu, cuda=_superpose_bwd_cuda)
+implement("superpose_fwd", _fwd_reference, cpu=_fwd_cpu, cuda=_fwd_cuda)
+implement("superpose_bwd", _bwd_reference, cpu=_bwd_cpu, cuda=_bwd_cuda)
 
 _SUPERPOSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),
-    "reference": (_superpose_fwd_reference, _superpose_bwd_reference),
-    "native": (_superpose_fwd_native, _superpose_bwd_native),
-    "triton": (_superpose_fwd_triton, _superpose_bwd_triton),
+    "reference": (_fwd_reference, _bwd_reference),
+    "native": (_fwd_native, _bwd_native),
+    "triton": (_fwd_triton, _bwd_triton),
 }
