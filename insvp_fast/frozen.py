@@ -1,87 +1,27 @@
-"""Frozen weights in the form that a product wants: cast, transposed and packed once, and again when they change.
+"""Products with frozen weights.
 
 A frozen backbone multiplies by the same matrices in every step, forward by W and backward by W transposed. Under
-autocast PyTorch casts them anew at every use, and oneDNN reorders them anew at every call; here each form is made once
-and kept beside the weight, for as long as that lives. It is made anew when PyTorch's version counter or the weight's
-memory, dtype or shape says that the weight has changed: after loading a state dict, moving or casting the model,
-updates in place.
+autocast PyTorch casts them anew at every use, and oneDNN reorders them anew at every call; here they are cast,
+transposed and packed once (``prepack.py``).
 
 The frozen affine map of the norm before a product is folded into it: (g*x + s) @ W.T + b is x @ (W*g).T + (W @ s + b),
 exact but for the rounding of W*g.
-
-A CUDA graph reads the forms that it was captured with: capture it after a warm-up, and again when weights have changed.
-What the version counter does not see has to be followed by ``forget()``: writes through ``weight.data``, through a
-NumPy array that shares the memory, or by ``torch.distributed`` collectives on the weights themselves (DDP's own are
-seen).
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from insvp_fast import cpu, native
+from insvp_fast.prepack import packed
 
-__all__ = ["cpu_product", "forget", "form_of", "linear", "linear_bwd", "linear_gelu", "linear_gelu_bwd"]
-
-
-class _Form(NamedTuple):
-    owners: tuple[weakref.ref[Tensor], ...]
-    storages: tuple[StorageWeakRef, ...]  # keep the addresses from being used again, not the memory
-    state: tuple[object, ...]
-    tensor: Tensor
-
-
-_forms: dict[tuple[object, ...], _Form] = {}
-_captured: dict[int, Tensor] = {}
-_lock = threading.Lock()
-
-
-def forget() -> None:
-    """Drop all kept forms, but those that CUDA graphs read; each is made anew when it is next used."""
-    with _lock:
-        _forms.clear()
-
-
-def form_of(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
-    """The form ``name`` of ``weights`` in ``dtype``, made by ``make`` where it is new or one of them has changed."""
-    if any(weight.is_inference() for weight in weights):  # they have no version counter
-        return make()
-    key = *map(id, weights), name, dtype
-    storages = tuple(StorageWeakRef(weight.untyped_storage()) for weight in weights)
-    state = tuple(
-        (w._version, storage.cdata, w.storage_offset(), w.dtype, w.shape, w.stride())
-        for w, storage in zip(weights, storages, strict=True)
-    )
-    form = _forms.get(key)
-    fresh = (
-        form is not None and form.state == state and all(o() is w for o, w in zip(form.owners, weights, strict=True))
-    )
-    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        if form is None or not fresh:  # memory taken while a CUDA graph is captured belongs to the graph
-            return make()
-        _captured[form.tensor.data_ptr()] = form.tensor  # the graph will read it whatever becomes of the weight
-    if form is None or not fresh:
-        with torch.no_grad():
-            owners = tuple(weakref.ref(weight, lambda owner: _drop(key, owner)) for weight in weights)
-            form = _Form(owners, storages, state, make())
-        with _lock:
-            _forms[key] = form
-    return form.tensor
-
-
-def _drop(key: tuple[object, ...], owner: weakref.ref[Tensor]) -> None:
-    form = _forms.get(key)
-    if form is not None and any(o is owner for o in form.owners):  # and not that of a new weight with the same id
-        _forms.pop(key, None)
+__all__ = ["Frozen", "cpu_product", "linear", "linear_bwd", "linear_gelu", "linear_gelu_bwd"]
 
 
 class Frozen(NamedTuple):
@@ -102,46 +42,52 @@ class Frozen(NamedTuple):
     def in_features(self) -> int:
         return self.weight[0].numel()
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W*g in ``dtype``, all rows, kept unless it is the weight itself."""
-        if self.gain is None and self.weight.dtype == dtype:
-            return self.weight.flatten(1)
-        return form_of(self._sources(self.gain), "matrix", dtype, lambda: self._folded().to(dtype))
+    def plain(self, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
+        """W*g and W @ s + b in ``dtype``; packed for both directions and all outputs, unless they are W and b."""
+        own_matrix = self.gain is None and self.weight.dtype == dtype
+        own_constant = self.shift is None and (self.bias is None or self.bias.dtype == dtype)
+        matrix, constant = self.weight.flatten(1), self.bias
+        if not (own_matrix and own_constant):
 
-    def constant(self, dtype: torch.dtype) -> Tensor | None:
-        """W @ s + b in ``dtype``, the rows asked for."""
-        bias, shift = self.bias, self.shift
-        if shift is None:
-            if bias is None or bias.dtype == dtype:
-                return None if bias is None else bias[self.first : self.last]
-            return form_of([bias], "constant", dtype, lambda: bias.to(dtype))[self.first : self.last]
+            def make() -> tuple[Tensor | None, Tensor | None]:
+                return (
+                    None if own_matrix else self._matrix().to(dtype),
+                    None if own_constant else self._constant().to(dtype),
+                )
 
-        def make() -> Tensor:
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            constant = self.weight.flatten(1).to(wide) @ shift.to(wide)
-            return (constant if bias is None else constant + bias).to(dtype)
+            made = packed(self[:4], ("plain", dtype), make, look=direction == "forward")
+            matrix, constant = matrix if own_matrix else made[0], constant if own_constant else made[1]
+        rows = slice(self.first, self.last)
+        return matrix[rows], None if constant is None else constant[rows]
 
-        return form_of(self._sources(bias, shift), "constant", dtype, make)[self.first : self.last]
+    def packed(self, how: str, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
+        """W*g, or for "backward" its transpose, as the product ``how`` wants it, and for "forward" W @ s + b."""
+        forward, rows = direction == "forward", slice(self.first, self.last)
 
-    def packed(self, how: str, direction: str, dtype: torch.dtype) -> Tensor:
-        """The matrix, or for "backward" its transpose, as the product ``how`` wants it."""
+        def make() -> tuple[Tensor, Tensor | None]:
+            matrix = self._matrix()[rows] if forward else self._matrix()[rows].T
+            constant = self._constant() if forward else None
+            if constant is not None:  # a copy: nothing that is kept may keep the weights alive
+                constant = constant[rows].to(torch.float32 if how == "native" else dtype, copy=True)
+            return native.pack_linear(matrix, dtype) if how == "native" else _pack(matrix.to(dtype)), constant
 
-        def make() -> Tensor:
-            matrix = self._folded()[self.first : self.last]
-            matrix = matrix if direction == "forward" else matrix.T
-            return native.pack_linear(matrix, dtype) if how == "native" else _pack(matrix.to(dtype))
+        return packed(self[:4], (how, direction, self.first, self.last, dtype), make, look=forward)
 
-        return form_of(self._sources(self.gain), f"{how} {direction} {self.first}:{self.last}", dtype, make)
-
-    def _folded(self) -> Tensor:
+    def _matrix(self) -> Tensor:
         weight = self.weight.flatten(1)
         if self.gain is None:
-            return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.to(torch.float32)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(wide) * self.gain.to(wide)
+            return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.to(_wide(weight))
+        return weight.to(_wide(weight)) * self.gain.to(_wide(weight))
 
-    def _sources(self, *others: Tensor | None) -> list[Tensor]:
-        return [self.weight, *(t for t in others if t is not None)]
+    def _constant(self) -> Tensor | None:
+        if self.shift is None:
+            return self.bias
+        constant = self.weight.flatten(1).to(_wide(self.weight)) @ self.shift.to(_wide(self.weight))
+        return constant if self.bias is None else constant + self.bias
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def linear(x: Tensor, w: Frozen) -> Tensor:  # [..., D_in] -> [..., n]
@@ -150,12 +96,13 @@ def linear(x: Tensor, w: Frozen) -> Tensor:  # [..., D_in] -> [..., n]
     if how == "widened":
         return linear(x.float(), w).to(dtype)
     if how == "native":
-        y = native.linear(_flat(x), w.packed(how, "forward", dtype), w.constant(torch.float32), w.out_features)
+        y = native.linear(_flat(x), *w.packed(how, dtype, "forward"), w.out_features)
         return y.view(*x.shape[:-1], w.out_features)
-    bias = w.constant(dtype)
     if how == "packed":
-        return _by_rows(lambda rows: _onednn(rows, w.packed(how, "forward", dtype), bias), x)
-    return _by_rows(lambda rows: F.linear(rows, w.matrix(dtype)[w.first : w.last], bias), x)
+        matrix, constant = w.packed(how, dtype, "forward")
+        return _by_rows(lambda rows: _onednn(rows, matrix, constant), x)
+    matrix, constant = w.plain(dtype, "forward")
+    return _by_rows(lambda rows: F.linear(rows, matrix, constant), x)
 
 
 def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
@@ -164,18 +111,20 @@ def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
     if how == "widened":
         return linear_bwd(grad.float(), w).to(dtype)
     if how == "native":
-        y = native.linear(_flat(grad), w.packed(how, "backward", dtype), None, w.in_features)
+        y = native.linear(_flat(grad), w.packed(how, dtype, "backward")[0], None, w.in_features)
         return y.view(*grad.shape[:-1], w.in_features)
     if how == "packed":
-        return _by_rows(lambda rows: _onednn(rows, w.packed(how, "backward", dtype), None), grad)
-    return _by_rows(lambda rows: F.linear(rows, w.matrix(dtype)[w.first : w.last].T), grad)
+        matrix, _ = w.packed(how, dtype, "backward")
+        return _by_rows(lambda rows: _onednn(rows, matrix, None), grad)
+    matrix, _ = w.plain(dtype, "backward")
+    return _by_rows(lambda rows: F.linear(rows, matrix.T), grad)
 
 
 def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n] twice
     """``linear``, of size 0 unless ``keep``, and its GELU."""
     if _product(x) == "native":
-        packed, bias = w.packed("native", "forward", x.dtype), w.constant(torch.float32)
-        pre, hidden = native.linear_gelu(_flat(x), packed, bias, w.out_features, keep=keep)
+        matrix, constant = w.packed("native", x.dtype, "forward")
+        pre, hidden = native.linear_gelu(_flat(x), matrix, constant, w.out_features, keep=keep)
         shape = *x.shape[:-1], w.out_features
         return x.new_empty(0) if pre is None else pre.view(shape), hidden.view(shape)
     pre = linear(x, w)
@@ -185,8 +134,8 @@ def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [
 def linear_gelu_bwd(grad: Tensor, w: Frozen, pre: Tensor) -> Tensor:
     """The gradient of ``linear(gelu(pre), w)`` by ``pre``."""
     if _product(grad) == "native":
-        packed = w.packed("native", "backward", grad.dtype)
-        return native.linear_gelu_bwd(_flat(grad), packed, _flat(pre)).view(pre.shape)
+        matrix, _ = w.packed("native", grad.dtype, "backward")
+        return native.linear_gelu_bwd(_flat(grad), matrix, _flat(pre)).view(pre.shape)
     return torch.ops.aten.gelu_backward(linear_bwd(grad, w), pre)
 
 

@@ -2,12 +2,15 @@
 
 from insvp_fast.native.attention import attention_bwd, attention_fwd
 from insvp_fast.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
+from insvp_fast.native.fingerprint import LINES, Checksums
 from insvp_fast.native.library import NativeStatus, available, native_status
 from insvp_fast.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
 from insvp_fast.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.native.superpose import superpose_bwd, superpose_fwd
 
 __all__ = [
+    "LINES",
+    "Checksums",
     "NativeStatus",
     "attention_bwd",
     "attention_fwd",

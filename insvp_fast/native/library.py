@@ -16,7 +16,7 @@ from typing import Any
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
 
-ABI = 4
+ABI = 5
 LIBRARY = Path(__file__).parents[1] / "libinsvp_fast_cpu.so"
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 

@@ -16,7 +16,9 @@ from insvp_fast.ops.library import LIBRARY, define, implement
 __all__ = ["linear", "qkv_few"]
 
 define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, int first, int last) -> Tensor")
-define("linear_bwd(Tensor grad, Tensor weight, Tensor? gain, int first, int last) -> Tensor")
+define(
+    "linear_bwd(Tensor grad, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, int first, int last) -> Tensor"
+)
 
 
 def linear(
@@ -57,7 +59,7 @@ def require_frozen(*weights: Tensor | None) -> None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, gain, shift, first, last):
-        ctx.save_for_backward(weight, gain)
+        ctx.save_for_backward(weight, bias, gain, shift)
         ctx.rows = first, last
         return torch.ops.insvp_fast.linear.default(x, weight, bias, gain, shift, first, last)
 
@@ -95,7 +97,7 @@ def qkv_few(
 class _QKVFew(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, num_queries, weight, bias, gain, shift):
-        ctx.save_for_backward(weight, gain)
+        ctx.save_for_backward(weight, bias, gain, shift)
         ctx.num_queries, (last, D) = num_queries, weight.shape
         run, rest = torch.ops.insvp_fast.linear.default, (weight, bias, gain, shift)
         return run(x[:, :num_queries], *rest, 0, D), run(x, *rest, D, last)
@@ -103,11 +105,11 @@ class _QKVFew(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_q, d_kv):
-        weight, gain = ctx.saved_tensors
-        last, D = weight.shape
+        weights = ctx.saved_tensors
+        last, D = weights[0].shape
         run = torch.ops.insvp_fast.linear_bwd.default
-        d_x = run(d_kv, weight, gain, D, last)
-        d_x[:, : ctx.num_queries] += run(d_q, weight, gain, 0, D)
+        d_x = run(d_kv, *weights, D, last)
+        d_x[:, : ctx.num_queries] += run(d_q, *weights, 0, D)
         return d_x, *(None,) * 5
 
 
@@ -115,8 +117,8 @@ def _linear(x, weight, bias, gain, shift, first, last):
     return frozen.linear(x, Frozen(weight, bias, gain, shift, first, last))
 
 
-def _linear_bwd(grad, weight, gain, first, last):
-    return frozen.linear_bwd(grad, Frozen(weight, gain=gain, first=first, last=last))
+def _linear_bwd(grad, weight, bias, gain, shift, first, last):
+    return frozen.linear_bwd(grad, Frozen(weight, bias, gain, shift, first, last))
 
 
 @register_fake("insvp_fast::linear", lib=LIBRARY)
@@ -125,7 +127,7 @@ def _(x, weight, bias, gain, shift, first, last):
 
 
 @register_fake("insvp_fast::linear_bwd", lib=LIBRARY)
-def _(grad, weight, gain, first, last):
+def _(grad, weight, bias, gain, shift, first, last):
     return grad.new_empty(*grad.shape[:-1], weight[0].numel())
 
 

@@ -23,8 +23,8 @@ define(
     "-> (Tensor, Tensor)"
 )
 define(
-    "mlp_bwd(Tensor grad, Tensor kept, Tensor w1, Tensor? b1, Tensor w2, Tensor? gain, Tensor? shift, str keep) "
-    "-> Tensor"
+    "mlp_bwd(Tensor grad, Tensor kept, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gain, Tensor? shift, "
+    "str keep) -> Tensor"
 )
 
 
@@ -62,7 +62,7 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w1, b1, w2, b2, gain, shift, keep):
         out, kept = torch.ops.insvp_fast.mlp_fwd.default(x, w1, b1, w2, b2, gain, shift, keep)
-        ctx.save_for_backward(x if keep == "input" else kept, w1, b1, w2, gain, shift)
+        ctx.save_for_backward(x if keep == "input" else kept, w1, b1, w2, b2, gain, shift)
         ctx.keep = keep
         return out
 
@@ -77,8 +77,8 @@ def _fwd(x, w1, b1, w2, b2, gain, shift, keep):
     return frozen.linear(hidden, Frozen(w2, b2)), reference.gelu_code(pre) if keep == "code" else pre
 
 
-def _bwd(grad, kept, w1, b1, w2, gain, shift, keep):
-    fc1, fc2 = Frozen(w1, b1, gain, shift), Frozen(w2)
+def _bwd(grad, kept, w1, b1, w2, b2, gain, shift, keep):
+    fc1, fc2 = Frozen(w1, b1, gain, shift), Frozen(w2, b2)
     if keep == "code":
         d_pre = frozen.linear_bwd(grad, fc2).mul_(reference.gelu_from_code(kept))
     else:
@@ -97,12 +97,12 @@ def _fwd_cuda(x, w1, b1, w2, b2, gain, shift, keep):
     return frozen.linear(hidden, Frozen(w2, b2)), kept
 
 
-def _bwd_cuda(grad, kept, w1, b1, w2, gain, shift, keep):
+def _bwd_cuda(grad, kept, w1, b1, w2, b2, gain, shift, keep):
     from insvp_fast.kernels.gpu import gelu as kernel
 
     if not kernel.covers(grad.device, grad.dtype):
-        return _bwd(grad, kept, w1, b1, w2, gain, shift, keep)
-    fc1, d_hidden = Frozen(w1, b1, gain, shift), frozen.linear_bwd(grad, Frozen(w2))
+        return _bwd(grad, kept, w1, b1, w2, b2, gain, shift, keep)
+    fc1, d_hidden = Frozen(w1, b1, gain, shift), frozen.linear_bwd(grad, Frozen(w2, b2))
     if keep == "code":
         d_pre = kernel.gelu_bwd_code(d_hidden, kept, out=d_hidden)
     else:
@@ -119,7 +119,7 @@ def _(x, w1, b1, w2, b2, gain, shift, keep):
 
 
 @register_fake("insvp_fast::mlp_bwd", lib=LIBRARY)
-def _(grad, kept, w1, b1, w2, gain, shift, keep):
+def _(grad, kept, w1, b1, w2, b2, gain, shift, keep):
     return grad.new_empty(*grad.shape[:-1], w1.shape[1])
 
 

@@ -29,7 +29,7 @@ Isa isa() { return selected; }
 }  // namespace insvp_fast
 
 // Raise it with every change of an exported signature; the loader refuses a library with another one.
-INSVP_FAST_API int insvp_fast_abi_version() { return 4; }
+INSVP_FAST_API int insvp_fast_abi_version() { return 5; }
 
 // Selects the best level that is not above `limit` ("": no limit). Returns its name, or null for an unknown limit.
 INSVP_FAST_API const char* insvp_fast_select_isa(const char* limit) {

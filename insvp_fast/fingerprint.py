@@ -1,0 +1,121 @@
+"""Fingerprints: checksums that tell whether memory has been written to, without a reference to it.
+
+A look at a fingerprint reads a sample of the memory, another one each time, and small memory in full.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage
+
+from insvp_fast import native
+
+__all__ = ["Fingerprint", "Region", "fingerprint"]
+
+BLOCK, SMALL = 8192, 65536  # bytes: of which a look reads a part, and up to which it reads all; as in fingerprint.cpp
+
+
+class Region(NamedTuple):
+    """The memory of a tensor."""
+
+    storage: weakref.ref[UntypedStorage]
+    offset: int  # bytes from the start of the storage
+    nbytes: int
+
+    @classmethod
+    def of(cls, x: Tensor, storage: weakref.ref[UntypedStorage]) -> Region:
+        """The bytes from the first to the last element of ``x``, which may have any strides."""
+        span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        return cls(storage, x.storage_offset() * x.element_size(), span * x.element_size())
+
+    def address(self) -> int | None:
+        """Where it is now, or None if it is no more."""
+        storage = self.storage()
+        if storage is None or self.offset + self.nbytes > storage.nbytes():
+            return None
+        return storage.data_ptr() + self.offset
+
+    def words(self) -> Tensor:
+        """Its contents as integers, of the widest type that divides it."""
+        storage = self.storage()
+        assert storage is not None
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, self.offset, (self.nbytes,), (1,))
+        types = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        return flat.view(next(dtype for dtype in types if (self.offset | self.nbytes) % dtype.itemsize == 0))
+
+
+class Fingerprint(Protocol):
+    """What the memory of some weights was like."""
+
+    def broken(self) -> bool:
+        """Whether the next sample of the memory has changed; it has to be where it was."""
+
+    def broken_anywhere(self) -> bool:
+        """Whether anything of the memory has changed, or it is no longer there."""
+
+
+def fingerprint(regions: Sequence[Region]) -> Fingerprint:
+    """The fingerprint of CPU memory as it is now, by the native library where there is one."""
+    return NativeFingerprint(regions) if native.available() else PlainFingerprint(regions)
+
+
+class NativeFingerprint:
+    """Of each block of 8 KB, a look reads one cache line of 128."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._regions, self._line = regions, 0
+        self._addresses = [region.address() for region in regions]
+        self._checksums = native.Checksums([(r.address(), r.nbytes) for r in regions])
+
+    def broken(self) -> bool:
+        self._line = (self._line + 1) % native.LINES
+        return not self._checksums.hold(self._line)
+
+    def broken_anywhere(self) -> bool:
+        moved = self._addresses != [region.address() for region in self._regions]
+        return moved or not all(map(self._checksums.hold, range(native.LINES)))
+
+
+class PlainFingerprint:
+    """Of each block of 8 KB, a look reads one word; the slower way, in PyTorch."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._regions, self._turn = regions, 0
+        self._sums = [_sums(region.words()) for region in regions]
+
+    def broken(self) -> bool:
+        self._turn += 1
+        return any(map(self._differs, self._regions, self._sums))
+
+    def _differs(self, region: Region, sums: Tensor) -> bool:
+        words, turn, size = region.words(), self._turn % len(sums), len(sums)
+        if region.nbytes <= SMALL:
+            return not torch.equal(_sums(words), sums)
+        return bool(_mixed(words[turn::size], turn, size).sum() != sums[turn])
+
+    def broken_anywhere(self) -> bool:
+        pairs = zip(self._regions, self._sums, strict=True)
+        return any(region.address() is None or not torch.equal(_sums(region.words()), sums) for region, sums in pairs)
+
+
+def _sums(words: Tensor) -> Tensor:
+    """The sum over all blocks of each word of a block."""
+    size = BLOCK // words.element_size()
+    return F.pad(_mixed(words, 0, 1), (0, -len(words) % size)).view(-1, size).sum(0)
+
+
+def _mixed(words: Tensor, first: int, step: int) -> Tensor:
+    """Words, of which the first is number ``first`` and the next ``step`` further, mixed as in fingerprint.cpp."""
+    x = words.long() + (first + step * torch.arange(len(words), device=words.device)) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27)) * _signed(0x94D049BB133111EB)
+    return x ^ (x >> 31)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64)
