@@ -157,14 +157,14 @@ def _bwd_reference(grad, image, hidden, w1, w2, *rest):
 
 
 def _fwd_native(image, *rest):
-    *rest, scale, shift = rest
-    return native.superpose_fwd(_values(image, scale, shift), *rest)
+    *others, scale, shift = rest
+    return native.superpose_fwd(_values(image, scale, shift), *others)
 
 
 def _bwd_native(grad, image, *rest):
-    *rest, scale, shift = rest
-    d_image, *others = native.superpose_bwd(grad, _values(image, scale, shift), *rest)
-    return d_image.to(image.dtype), *others
+    *others, scale, shift = rest
+    d_image, *grads = native.superpose_bwd(grad, _values(image, scale, shift), *others)
+    return d_image.to(image.dtype), *grads
 
 
 def _fwd_triton(*args):
