@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from insvp_fast.kernels.gpu import chip, gelu
 
 from insvp_fast import reference
+from insvp_fast.ops.mlp import CODE_OF_NAN
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # half a unit in the last place; the interpreter truncates bf16
@@ -105,3 +106,15 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(chip, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="gelu: .*TRITON_INTERPRET"):
         gelu.gelu_fwd(torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity(dtype, device):
+    assert gelu.NAN.value == CODE_OF_NAN
+    pre = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e4, -1e4, 0.0], device=device).to(dtype)
+    hidden, code = gelu.gelu_fwd_code(pre)
+    assert torch.equal(hidden.isfinite(), torch.nn.functional.gelu(pre.float()).isfinite())
+    grad, x = torch.ones_like(pre), pre.float().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.nn.functional.gelu(x), x, grad.float())
+    for d_pre in (gelu.gelu_bwd(grad, pre), gelu.gelu_bwd_code(grad, code)):
+        assert torch.equal(d_pre.isnan(), expected.isnan())

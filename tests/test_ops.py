@@ -587,8 +587,54 @@ def test_attention_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(RuntimeError, match="needs the package xformers"):
         ops.attention(qkv, 2, 3, 0.5, impl="xformers")
-    with pytest.raises((TypeError, RuntimeError), match="float64|not in use"):
-        ops.attention(qkv.double(), 2, 3, 0.5, impl="native")
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtypes"),
+    [
+        ("native", (torch.float32, torch.bfloat16)),
+        ("triton", (torch.bfloat16, torch.float16)),
+        ("xformers", (torch.float32, torch.bfloat16, torch.float16)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_named_attention_says_what_it_computes_in(impl, dtypes, dtype):
+    if dtype in dtypes:
+        if impl != "native" or native.native_status():
+            ops.require_attention(impl, dtype, torch.device("cpu"))
+        return
+    message = f'impl="{impl}" cannot compute in {dtype}: expected {" or ".join(map(str, dtypes))}'
+    with pytest.raises(RuntimeError, match=message):
+        ops.attention(torch.randn(2, 5, 24).to(dtype), 2, 3, 0.5, impl=impl)
+
+
+def test_a_named_native_operation_says_where_it_computes(monkeypatch):
+    if native.native_status():
+        with pytest.raises(RuntimeError, match='impl="native" cannot run here: it computes on the CPU, not on meta'):
+            ops.attention(torch.empty(2, 5, 24, device="meta"), 2, 3, 0.5, impl="native")
+    absent = native.NativeStatus(False, None, "native CPU library not in use: switched off")
+    monkeypatch.setattr(native, "native_status", lambda: absent)
+    inputs, P = superpose_inputs(grad=False)
+    for run in (
+        lambda: ops.attention(torch.empty(2, 5, 24), 2, 3, 0.5, impl="native"),
+        lambda: ops.superpose(*inputs, P, 0.7, 0.3, impl="native"),
+    ):
+        with pytest.raises(RuntimeError, match='impl="native" cannot run here: native CPU library not in use'):
+            run()
+
+
+@pytest.mark.parametrize(("impl", "refused"), [("native", torch.float16), ("triton", torch.float64)])
+@pytest.mark.parametrize("which", ["image", "prompt", "weight", "result"])
+def test_a_named_superpose_says_what_it_computes_in(impl, refused, which):
+    if impl == "native" and not native.native_status():
+        pytest.skip(str(native.native_status()))
+    inputs, P = superpose_inputs(grad=False)
+    if which != "result":
+        index = {"image": 0, "prompt": 1, "weight": 4}[which]
+        inputs[index] = inputs[index].to(refused)
+    result = refused if which == "result" else torch.float32
+    with pytest.raises(RuntimeError, match=f'impl="{impl}" cannot compute in {refused}: expected torch.float32'):
+        ops.superpose(*inputs, P, 0.7, 0.3, dtype=result, impl=impl)
 
 
 def test_attention_by_xformers(monkeypatch):
@@ -635,5 +681,7 @@ def test_the_kernels_of_attention_fit_in(queries):
     values = with_gradients(lambda t: ops.attention(t, 3, queries, 0.4, impl="triton"), [qkv])
     for value, rough, expected in zip(values, plain, exact, strict=True):
         assert_within_budget(value, rough, expected, torch.float16)
-    with pytest.raises(RuntimeError, match='impl="triton" does not cover 9 tokens of 8 numbers in torch.float32'):
+    with pytest.raises(RuntimeError, match='impl="triton" cannot compute in torch.float32: expected torch.bfloat16 or'):
         ops.attention(qkv.float(), 3, queries, 0.4, impl="triton")
+    with pytest.raises(RuntimeError, match='impl="triton" does not cover 241 tokens of 8 numbers in torch.float16'):
+        ops.attention(torch.zeros(1, 241, 24).half(), 1, queries, 0.4, impl="triton")

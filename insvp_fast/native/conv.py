@@ -98,7 +98,8 @@ def conv_bwd(
 
     grad and y [B, O, height, width] in float32 or bfloat16, the rest as in `conv_fwd`; y is the result where that
     ended in ReLU, else None. d_x has the dtype of x, and size 0 where not needed; the others are float32, and the same
-    bits for every number of threads. Raises as `conv_fwd`.
+    bits for every number of threads. Where grad and x are not finite, some gradients are not that should be, and beside
+    `conv_pool_bwd` some are that should not be. Raises as `conv_fwd`.
     """
     sizes = _sizes(x, weight, height, width)
     grad = require("grad", grad, (sizes[0], sizes[4], height, width), *TYPE_CODES)

@@ -8,8 +8,9 @@ ROCm. Gradients are first-order only.
 Letters as in ``reference.py``.
 """
 
-from insvp_fast.ops.attention import ATTENTION, attention, attention_few
+from insvp_fast.ops.attention import ATTENTION, attention, attention_few, require_attention
 from insvp_fast.ops.conv import conv, conv_pool
+from insvp_fast.ops.library import transformed
 from insvp_fast.ops.linear import linear, qkv_few
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
@@ -25,5 +26,7 @@ __all__ = [
     "mlp",
     "norm_insert",
     "qkv_few",
+    "require_attention",
     "superpose",
+    "transformed",
 ]

@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import cpu, memory, native, reference
-from insvp_fast.ops.library import LIBRARY, define, implement, widened
+from insvp_fast.ops.library import (
+    LIBRARY,
+    NATIVE_DTYPES,
+    apply,
+    define,
+    first_order,
+    implement,
+    require_dtypes,
+    require_native,
+    widened,
+)
 
-__all__ = ["ATTENTION", "attention", "attention_few"]
+__all__ = ["ATTENTION", "attention", "attention_few", "require_attention"]
 
 define("attention_fwd(Tensor qkv, int num_heads, int num_queries, float scale, str impl) -> (Tensor, Tensor)")
 define(
@@ -39,7 +48,17 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, im
     """
     if impl not in _ATTENTION:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(_ATTENTION)}")
+    if not torch.compiler.is_compiling():  # a compiled graph asks when it runs
+        require_attention(impl, qkv.dtype, qkv.device)
     return _ATTENTION[impl](qkv, num_heads, num_queries, scale)
+
+
+def require_attention(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise RuntimeError where an implementation of ``attention`` that was asked for has no such dtype or device."""
+    if impl in _COVERED:
+        require_dtypes(impl, _COVERED[impl], dtype)
+    if impl == "native":
+        require_native(device)
 
 
 def attention_few(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:
@@ -52,9 +71,10 @@ def attention_few(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor
     Returns:
         [B, T, D]. Kept for backward: ``q``, ``kv`` and the probabilities, [B, heads, T, S].
     """
-    return _AttentionFew.apply(q, kv, num_heads, scale)
+    return apply(_AttentionFew, q, kv, num_heads, scale)
 
 
+@first_order("attention_few", "insvp_fast.reference.attention")
 class _AttentionFew(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, kv, num_heads, scale):
@@ -65,7 +85,6 @@ class _AttentionFew(torch.autograd.Function):
         return reference.merge_heads(p @ v)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         q, kv, p = ctx.saved_tensors
         num_heads, scale = ctx.shape
@@ -92,6 +111,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+@first_order("attention", "insvp_fast.reference.attention")
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv, *rest):  # num_heads, num_queries, scale, impl
@@ -101,14 +121,13 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         return torch.ops.insvp_fast.attention_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 4
 
 
 def _auto(qkv, num_heads, num_queries, scale):
     if qkv.device.type == "cpu":
-        return _Attention.apply(qkv, num_heads, num_queries, scale, "auto")
+        return apply(_Attention, qkv, num_heads, num_queries, scale, "auto")
     return _sdpa(qkv, num_heads, num_queries, scale)
 
 
@@ -129,9 +148,6 @@ def _xformers(qkv, num_heads, num_queries, scale):
 
 
 def _native_fwd(qkv, num_heads, num_queries, scale):
-    if qkv.device.type != "cpu" or not native.available(qkv.dtype):
-        why = native.native_status() if not native.native_status() else f"{qkv.dtype} on {qkv.device}"
-        raise RuntimeError(f'impl="native" cannot run here: {why}')
     return native.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
 
 
@@ -189,7 +205,12 @@ _ATTENTION: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attention,
     "sdpa": _sdpa,
     "xformers": _xformers,
-    "native": lambda *arguments: _Attention.apply(*arguments, "native"),
-    "triton": lambda *arguments: _Attention.apply(*arguments, "triton"),
+    "native": lambda *arguments: apply(_Attention, *arguments, "native"),
+    "triton": lambda *arguments: apply(_Attention, *arguments, "triton"),
 }
 ATTENTION = tuple(_ATTENTION)
+_COVERED = {
+    "native": NATIVE_DTYPES,
+    "triton": (torch.bfloat16, torch.float16),
+    "xformers": (torch.float32, torch.bfloat16, torch.float16),
+}

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import native, reference
-from insvp_fast.ops.library import LIBRARY, define, implement, widened
+from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement, widened
 
 __all__ = ["conv", "conv_pool"]
 
@@ -57,7 +56,7 @@ def conv(
         ValueError: for shapes that do not fit.
     """
     _check(x, weight, bias, height, width, 1)
-    return _Conv.apply(x, weight, bias, dilation, height, width, relu, dtype or x.dtype)
+    return apply(_Conv, x, weight, bias, dilation, height, width, relu, dtype or x.dtype)
 
 
 def conv_pool(
@@ -89,7 +88,7 @@ def conv_pool(
     if not negative_slope >= 0:  # else the sign of the result would not tell the sign of the maximum
         raise ValueError(f"negative_slope={negative_slope}: expected at least 0")
     _check(x, weight, bias, height, width, pool)
-    return _ConvPool.apply(x, weight, bias, height, width, pool, float(negative_slope), dtype or x.dtype)
+    return apply(_ConvPool, x, weight, bias, height, width, pool, float(negative_slope), dtype or x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, pool: int) -> None:
@@ -101,6 +100,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, poo
         raise ValueError(f"a centre of {height}x{width}: expected at most {H}x{W}, in windows of {pool}x{pool}")
 
 
+@first_order("conv", "insvp_fast.reference.conv")
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, dilation, height, width, relu, dtype):
@@ -110,12 +110,12 @@ class _Conv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         grads = torch.ops.insvp_fast.conv_bwd(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0])
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
 
 
+@first_order("conv_pool", "insvp_fast.reference.conv_pool")
 class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, height, width, pool, negative_slope, dtype):
@@ -126,7 +126,6 @@ class _ConvPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         grads = torch.ops.insvp_fast.conv_pool_bwd(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0])
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
@@ -140,7 +139,7 @@ def _conv_fwd_reference(x, weight, bias, dilation, height, width, relu, dtype):
 
 def _conv_bwd_reference(grad, x, y, weight, dilation, height, width, need_x):
     wide = widened(x.dtype)
-    g = grad.to(wide) if y is None else grad.to(wide) * (y > 0)
+    g = grad.to(wide) if y is None else torch.ops.aten.threshold_backward(grad.to(wide), y.to(wide), 0)
     d_x, d_weight, d_bias = reference.conv_bwd(g, x.to(wide), weight.to(wide), dilation, height, width)
     d_x = d_x.to(x.dtype).contiguous() if need_x else x.new_empty(0)
     return d_x, d_weight.to(weight.dtype).contiguous(), d_bias.to(weight.dtype)
@@ -155,8 +154,13 @@ def _conv_pool_fwd_reference(x, weight, bias, height, width, pool, negative_slop
 
 def _conv_pool_bwd_reference(grad, x, y, chosen, weight, height, width, pool, negative_slope, need_x):
     wide = widened(x.dtype)
-    operands = grad.to(wide), x.to(wide), y, chosen, weight.to(wide)
-    d_x, d_weight, d_bias = reference.conv_pool_bwd(*operands, height, width, pool, negative_slope)
+    grad = grad.to(wide)
+    grad = torch.where(y > 0, grad, negative_slope * grad)
+    places = torch.arange(pool * pool, device=x.device).view(pool, pool)
+    # chosen from the gradient and not multiplied: 0 times a gradient that is not finite would be NaN
+    windows = torch.where(chosen[..., None, None] == places, grad[..., None, None], 0.0)
+    g = windows.transpose(-3, -2).reshape(*grad.shape[:2], height, width)
+    d_x, d_weight, d_bias = reference.conv_bwd(g, x.to(wide), weight.to(wide), 1, height, width)
     d_x = d_x.to(x.dtype).contiguous() if need_x else x.new_empty(0)
     return d_x, d_weight.to(weight.dtype).contiguous(), d_bias.to(weight.dtype)
 
@@ -165,13 +169,22 @@ def _covered(*dtypes: torch.dtype, weights: tuple[Tensor, ...]) -> bool:
     return all(w.dtype == torch.float32 for w in weights) and native.available(*dtypes)
 
 
+def _finite(*tensors: Tensor) -> bool:
+    """Whether the backward kernels may run: what is 0 times a number to them, and so left out or added, has to be 0.
+
+    Behind max-pooling they leave out all positions but the chosen ones, and they fill up vectors with what lies beside.
+    """
+    return all(bool(t.sum().isfinite()) for t in tensors)  # a sum that overflows costs time alone
+
+
 def _conv_fwd_cpu(x, weight, bias, dilation, height, width, relu, dtype):
     run = native.conv_fwd if _covered(x.dtype, dtype, weights=(weight, bias)) else _conv_fwd_reference
     return run(x, weight, bias, dilation, height, width, relu, dtype)
 
 
 def _conv_bwd_cpu(grad, x, y, weight, *rest):
-    run = native.conv_bwd if _covered(grad.dtype, x.dtype, weights=(weight,)) else _conv_bwd_reference
+    covered = _covered(grad.dtype, x.dtype, weights=(weight,)) and _finite(grad, x)
+    run = native.conv_bwd if covered else _conv_bwd_reference
     return run(grad, x, y, weight, *rest)
 
 
@@ -181,7 +194,8 @@ def _conv_pool_fwd_cpu(x, weight, bias, height, width, pool, negative_slope, dty
 
 
 def _conv_pool_bwd_cpu(grad, x, y, chosen, weight, *rest):
-    run = native.conv_pool_bwd if _covered(grad.dtype, x.dtype, weights=(weight,)) else _conv_pool_bwd_reference
+    covered = _covered(grad.dtype, x.dtype, weights=(weight,)) and _finite(grad, x)
+    run = native.conv_pool_bwd if covered else _conv_pool_bwd_reference
     return run(grad, x, y, chosen, weight, *rest)
 
 

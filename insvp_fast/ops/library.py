@@ -1,16 +1,33 @@
-"""The library of PyTorch operators that the files beside this one fill."""
+"""The library of PyTorch operators that the files beside this one fill, and what their autograd functions share."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
 from torch.library import Library
 
-__all__ = ["LIBRARY", "define", "implement", "widened"]
+from insvp_fast import native
+
+__all__ = [
+    "LIBRARY",
+    "NATIVE_DTYPES",
+    "apply",
+    "define",
+    "first_order",
+    "implement",
+    "require_dtypes",
+    "require_native",
+    "transformed",
+    "widened",
+]
 
 LIBRARY = Library("insvp_fast", "DEF")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def define(schema: str) -> None:
@@ -37,3 +54,78 @@ def implement(
 def widened(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic for tensors of ``dtype``: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def require_dtypes(impl: str, covered: tuple[torch.dtype, ...], *dtypes: torch.dtype) -> None:
+    """Raise RuntimeError for dtypes that the implementation asked for does not compute."""
+    for dtype in dtypes:
+        if dtype not in covered:
+            raise RuntimeError(f'impl="{impl}" cannot compute in {dtype}: expected {" or ".join(map(str, covered))}')
+
+
+def require_native(device: torch.device) -> None:
+    """Raise RuntimeError where the native library, asked for by name, cannot run."""
+    if device.type != "cpu" or not native.native_status():
+        why = f"it computes on the CPU, not on {device}" if native.native_status() else native.native_status()
+        raise RuntimeError(f'impl="native" cannot run here: {why}')
+
+
+# ----------------------------------------------------------------------------------------------- first derivatives only
+
+
+def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
+    """Let an autograd function say, where its gradient is differentiated, which operation it is and what to use."""
+
+    def decorate(function: type[Function]) -> type[Function]:
+        backward = function.backward
+        advice = f"use InsVPReference, or {instead}"
+        once = f"the gradient of insvp_fast.ops.{name} cannot be differentiated again: {advice}"
+
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> Any:
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            results = results if isinstance(results, tuple) else (results,)
+            return _Once.apply(once, *(None if g is None else g.detach().requires_grad_() for g in results))
+
+        function.backward = staticmethod(run)  # type: ignore[method-assign]
+        where = "a transform of torch.func or forward-mode differentiation"
+        function.refusal = f"insvp_fast.ops.{name} cannot run inside {where}: {advice}"  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+class _Once(Function):
+    """The gradients as they are, and an error where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.message = message
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(ctx.message)
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply``, refused where PyTorch would ask for derivatives that a ``first_order`` function has not."""
+    if not torch.compiler.is_compiling() and transformed(*arguments):
+        raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
+    return function.apply(*arguments)
+
+
+# what autograd.Function itself asks; where a version of PyTorch lacks it, PyTorch's own error is raised instead
+_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def transformed(*arguments: Any) -> bool:
+    """Whether a transform of ``torch.func`` is under way, or one of ``arguments`` has a forward-mode tangent."""
+    if _in_transform():
+        return True
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in arguments)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import frozen
 from insvp_fast.frozen import Frozen
-from insvp_fast.ops.library import LIBRARY, define, implement
+from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement
 
 __all__ = ["linear", "qkv_few"]
 
@@ -44,7 +43,7 @@ def linear(
     """
     require_frozen(weight, bias, gain, shift)
     first, last = rows or (0, weight.shape[0])
-    return _Linear.apply(x, weight, bias, gain, shift, first, last)
+    return apply(_Linear, x, weight, bias, gain, shift, first, last)
 
 
 def require_frozen(*weights: Tensor | None) -> None:
@@ -56,6 +55,7 @@ def require_frozen(*weights: Tensor | None) -> None:
         )
 
 
+@first_order("linear", "torch.nn.functional.linear")
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, gain, shift, first, last):
@@ -64,7 +64,6 @@ class _Linear(torch.autograd.Function):
         return torch.ops.insvp_fast.linear.default(x, weight, bias, gain, shift, first, last)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         return torch.ops.insvp_fast.linear_bwd.default(grad, *ctx.saved_tensors, *ctx.rows), *(None,) * 6
 
@@ -91,9 +90,10 @@ def qkv_few(
         ValueError: as ``linear``.
     """
     require_frozen(weight, bias, gain, shift)
-    return _QKVFew.apply(x, num_queries, weight, bias, gain, shift)
+    return apply(_QKVFew, x, num_queries, weight, bias, gain, shift)
 
 
+@first_order("qkv_few", "torch.nn.functional.linear")
 class _QKVFew(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, num_queries, weight, bias, gain, shift):
@@ -103,7 +103,6 @@ class _QKVFew(torch.autograd.Function):
         return run(x[:, :num_queries], *rest, 0, D), run(x, *rest, D, last)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_q, d_kv):
         weights = ctx.saved_tensors
         last, D = weights[0].shape

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import frozen, reference
 from insvp_fast.frozen import Frozen
-from insvp_fast.ops.library import LIBRARY, define, implement
+from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement
 from insvp_fast.ops.linear import require_frozen
 
 __all__ = ["KEEP", "mlp"]
@@ -55,9 +54,10 @@ def mlp(
     if keep not in KEEP:
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
     needed = torch.is_grad_enabled() and x.requires_grad
-    return _Mlp.apply(x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
+    return apply(_Mlp, x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
 
 
+@first_order("mlp", "torch.nn.functional.linear and gelu")
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w1, b1, w2, b2, gain, shift, keep):
@@ -67,20 +67,31 @@ class _Mlp(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, ctx.keep), *(None,) * 7
 
 
 def _fwd(x, w1, b1, w2, b2, gain, shift, keep):
     pre, hidden = frozen.linear_gelu(x, Frozen(w1, b1, gain, shift), keep in ("pre", "code"))
-    return frozen.linear(hidden, Frozen(w2, b2)), reference.gelu_code(pre) if keep == "code" else pre
+    return frozen.linear(hidden, Frozen(w2, b2)), _code(pre) if keep == "code" else pre
+
+
+CODE_OF_NAN = 255  # those of numbers are 1 to 254
+
+
+def _code(pre: Tensor) -> Tensor:
+    """``reference.gelu_code`` with one for NaN, which the derivative is where ``pre`` is not finite."""
+    return reference.gelu_code(pre).masked_fill_(~pre.isfinite(), CODE_OF_NAN)
+
+
+def _from_code(code: Tensor) -> Tensor:
+    return reference.gelu_from_code(code).masked_fill_(code == CODE_OF_NAN, torch.nan)
 
 
 def _bwd(grad, kept, w1, b1, w2, b2, gain, shift, keep):
     fc1, fc2 = Frozen(w1, b1, gain, shift), Frozen(w2, b2)
     if keep == "code":
-        d_pre = frozen.linear_bwd(grad, fc2).mul_(reference.gelu_from_code(kept))
+        d_pre = frozen.linear_bwd(grad, fc2).mul_(_from_code(kept))
     else:
         d_pre = frozen.linear_gelu_bwd(grad, fc2, frozen.linear(kept, fc1) if keep == "input" else kept)
     return frozen.linear_bwd(d_pre, fc1)

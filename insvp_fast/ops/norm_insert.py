@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import memory, native
-from insvp_fast.ops.library import LIBRARY, define, implement, widened
+from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement, widened
 
 __all__ = ["norm_insert"]
 
@@ -47,10 +46,11 @@ def norm_insert(
         The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. Kept for backward: these before
         the affine map, which without one are no memory of their own, and 1/sigma of each row.
     """
-    total, normed = _NormInsert.apply(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
+    total, normed = apply(_NormInsert, residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
     return residual if branch is None else total, normed
 
 
+@first_order("norm_insert", "insvp_fast.reference.norm_insert")
 class _NormInsert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual, branch, prompts, weight, bias, eps, dtype):
@@ -64,7 +64,6 @@ class _NormInsert(torch.autograd.Function):
         return None if branch is None else total, normed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total, grad_normed):
         xhat, rstd, weight = ctx.saved_tensors
         if grad_normed is None:

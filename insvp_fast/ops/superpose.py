@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_fake
 
 from insvp_fast import native, reference
-from insvp_fast.ops.library import LIBRARY, define, implement, widened
+from insvp_fast.ops.library import (
+    LIBRARY,
+    NATIVE_DTYPES,
+    apply,
+    define,
+    first_order,
+    implement,
+    require_dtypes,
+    require_native,
+    widened,
+)
 
 __all__ = ["superpose"]
 
@@ -81,9 +90,24 @@ def superpose(
         raise ValueError(f"impl={impl!r}: expected one of {sorted(_SUPERPOSE)}")
     blend = patch_size, float(global_weight), float(patch_weight)
     dtype = dtype or (image if scale is None else scale).dtype
-    return _Superpose.apply(image, global_prompt, w1, b1, w2, b2, *blend, dtype, scale, shift, impl)
+    if not torch.compiler.is_compiling():  # a compiled graph asks when it runs
+        _require(impl, image, dtype, global_prompt, w1, b1, w2, b2)
+    return apply(_Superpose, image, global_prompt, w1, b1, w2, b2, *blend, dtype, scale, shift, impl)
 
 
+def _require(impl: str, image: Tensor, dtype: torch.dtype, prompt: Tensor | None, *weights: Tensor) -> None:
+    """Raise RuntimeError where the implementation asked for has no such device or dtype."""
+    maps = _pixel_dtype(image), dtype, *(() if prompt is None else (prompt.dtype,))
+    weight_dtypes = [w.dtype for w in weights]
+    if impl == "native":
+        require_native(image.device)
+        require_dtypes(impl, NATIVE_DTYPES, *maps)
+        require_dtypes(impl, (torch.float32,), *weight_dtypes)
+    elif impl == "triton":
+        require_dtypes(impl, (torch.float32, torch.bfloat16, torch.float16), *maps, *weight_dtypes)
+
+
+@first_order("superpose", "insvp_fast.reference.superpose")
 class _Superpose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image, global_prompt, w1, b1, w2, b2, *rest):
@@ -94,15 +118,13 @@ class _Superpose(torch.autograd.Function):
         return tokens
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         *kept, scale, shift = ctx.saved_tensors
         grads = _SUPERPOSE[ctx.impl][1](grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 
 
-# Below, `blend` are patch_size, global_weight and patch_weight, `needs` whether image and global prompt want a gradient,
-# and `affine` are scale and shift.
+# Below, `blend` are patch_size, global_weight and patch_weight.
 
 
 def _values(image, scale, shift):
@@ -135,14 +157,14 @@ def _bwd_reference(grad, image, hidden, w1, w2, *rest):
 
 
 def _fwd_native(image, *rest):
-    *rest, scale, shift = rest
-    return native.superpose_fwd(_values(image, scale, shift), *rest)
+    *others, scale, shift = rest
+    return native.superpose_fwd(_values(image, scale, shift), *others)
 
 
 def _bwd_native(grad, image, *rest):
-    *rest, scale, shift = rest
-    d_image, *others = native.superpose_bwd(grad, _values(image, scale, shift), *rest)
-    return d_image.to(image.dtype), *others
+    *others, scale, shift = rest
+    d_image, *grads = native.superpose_bwd(grad, _values(image, scale, shift), *others)
+    return d_image.to(image.dtype), *grads
 
 
 def _fwd_triton(*args):

@@ -32,7 +32,7 @@ struct ConvLayout {
 struct ConvFwd {
   ConvShape s;
   ConvLayout l;
-  Array x, mask, y;  // where the mask is not positive, x counts as zero; null: absent
+  Array x, mask, y;  // where the mask is 0 or less, not where NaN, x counts as zero; null: absent
   uint8_t* chosen;   // [B, O, rows, columns], the maximum's place in its window; null where pool is 1
   const float* w;    // blocks of `block` channels (the last may have fewer), each [taps, channels]
   const float* bias; // [O]; null: absent
@@ -51,7 +51,8 @@ struct ConvWeights {
   int64_t block;
 };
 
-// The gradients behind max-pooling, where one position of a window has any. The map lies in memory channels last: the
+// The gradients behind max-pooling, where one position of a window has any. Where all positions are computed, one without
+// a gradient adds 0 times a value, which matters if that is not finite: the caller asks for finite values. The map lies in memory channels last: the
 // rows of a kernel's window are then contiguous, and so are those of the weights, [O, KH, chunk], with zeros behind.
 struct ConvSparse {
   ConvShape s;

@@ -44,7 +44,7 @@ struct Padded {
     read(to + first, x, offset, last - first);
     if (mask.data) {
       read(spare, mask, offset, last - first);
-      for (int64_t i = first; i < last; ++i) to[i] = spare[i - first] > 0 ? to[i] : 0;
+      for (int64_t i = first; i < last; ++i) to[i] = spare[i - first] <= 0 ? 0 : to[i];
     }
     zero(to + last, n - last);
   }

@@ -168,7 +168,8 @@ void superpose_bwd_tile(const SuperposeBwd& a, int64_t first, int64_t count, flo
   if (!a.need_weights && !a.d_image.data) return;
   project(dh, grad, a.w2, g);
   for (int64_t m = 0; m < kTile; ++m)
-    for (int64_t r = 0; r < g.R; ++r) dh[m * g.ld + r] = h[m * g.ld + r] > 0 ? dh[m * g.ld + r] : 0;
+    for (int64_t r = 0; r < g.R; ++r)
+      if (h[m * g.ld + r] <= 0) dh[m * g.ld + r] = 0;  // behind a NaN it stays, as in torch's relu
 
   if (a.need_weights) {
     unfold(x, a.image, tile, g, 1.0f);

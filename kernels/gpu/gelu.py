@@ -14,9 +14,11 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
-# The derivative d in 8 bits is round(STEPS d) + ZERO: room for its range, -0.1290 to 1.1290; 0 and 1 are exact.
+# The derivative d in 8 bits is round(STEPS d) + ZERO: room for its range, -0.1290 to 1.1290; 0 and 1 are exact, and the
+# code 255, which no number has, is for NaN.
 STEPS: tl.constexpr = tl.constexpr(201)
 ZERO: tl.constexpr = tl.constexpr(27)
+NAN: tl.constexpr = tl.constexpr(255)
 
 
 @triton.jit
@@ -57,7 +59,8 @@ def _gelu_fwd_kernel(pre_ptr, hidden_ptr, code_ptr, N, BLOCK: tl.constexpr):
     x = tl.load(pre_ptr + offs, offs < N, 0.0).to(tl.float32)
     tl.store(hidden_ptr + offs, _gelu(x).to(hidden_ptr.dtype.element_ty), offs < N)
     if code_ptr is not None:
-        tl.store(code_ptr + offs, (_derivative(x) * STEPS + (ZERO + 0.5)).to(tl.uint8), offs < N)
+        d = _derivative(x)
+        tl.store(code_ptr + offs, tl.where(d == d, d * STEPS + (ZERO + 0.5), NAN).to(tl.uint8), offs < N)
 
 
 @triton.jit
@@ -66,7 +69,10 @@ def _gelu_bwd_kernel(grad_ptr, kept_ptr, out_ptr, N, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr + offs, offs < N, 0.0).to(tl.float32)
     kept = tl.load(kept_ptr + offs, offs < N, 0.0).to(tl.float32)
-    d = (kept - ZERO) * (1 / STEPS) if kept_ptr.dtype.element_ty == tl.uint8 else _derivative(kept)
+    if kept_ptr.dtype.element_ty == tl.uint8:
+        d = tl.where(kept == NAN, float("nan"), (kept - ZERO) * (1 / STEPS))
+    else:
+        d = _derivative(kept)
     tl.store(out_ptr + offs, (grad * d).to(out_ptr.dtype.element_ty), offs < N)
 
 
