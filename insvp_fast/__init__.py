@@ -9,12 +9,19 @@ if TYPE_CHECKING:
     from insvp_fast.config import InsVPConfig
     from insvp_fast.model import InsVPViT
     from insvp_fast.native import native_status
+    from insvp_fast.plan import unsupported_reason
     from insvp_fast.reference import InsVPReference
 
 __version__ = "0.1.0"
-__all__ = ["InsVPConfig", "InsVPReference", "InsVPViT", "native_status"]
+__all__ = ["InsVPConfig", "InsVPReference", "InsVPViT", "native_status", "unsupported_reason"]
 
-_HOME = {"InsVPConfig": "config", "InsVPReference": "reference", "InsVPViT": "model", "native_status": "native"}
+_HOME = {
+    "InsVPConfig": "config",
+    "InsVPReference": "reference",
+    "InsVPViT": "model",
+    "native_status": "native",
+    "unsupported_reason": "plan",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import backbone as frozen_backbone
-from insvp_fast import cpu, frozen, ops, prompters, reference
+from insvp_fast import cpu, ops, plan, prompters, reference
 from insvp_fast.checkpoint import AdapterCheckpoint
 from insvp_fast.reference import InsVPReference
 
@@ -55,51 +54,43 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         super().__init__(*args, **kwargs)
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.gelu_in_8_bits, self.compile_prompters = gelu_in_8_bits, compile_prompters
-        self.general_reason: str | None = None
         self._prompters_are_compiled = False
         self._pixel_scales: dict[object, tuple[Tensor, Tensor]] = {}
-        self._choose_path()
-
-    def _choose_path(self) -> bool:
-        """Whether the fast operations cover this model as it is now: somebody may have changed the backbone since."""
-        if not torch.compiler.is_compiling():  # a compiled graph is guarded by what it was traced with
-            reason = frozen_backbone.misfit(self.backbone) or self._carries_prompts()
-            if reason is not None and reason != self.general_reason:
-                warnings.warn(
-                    f"InsVPViT runs through the general path, exact but not fast: {reason};"
-                    " recompute='mlp', fold_norm, attention and gelu_in_8_bits have no effect there",
-                    stacklevel=4,
-                )
-            self.general_reason = reason
-        return self.general_reason is None
-
-    def _carries_prompts(self) -> str | None:
-        """Prompts that run on into blocks without their own ask queries too, which only the general path has."""
-        later = range(self.prompted_blocks[0], len(self.backbone.blocks)) if self.prompted_blocks else ()
-        carried = self.config.carry_prompts and any(j not in self.prompted_blocks for j in later)
-        return "carry_prompts with blocks that have no prompts of their own" if carried else None
+        plan.covers(self)  # says at once what the first forward would say
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The tokens after the backbone's last norm, [B, T, D], prompts left out."""
-        if self._choose_path():
+        if self._takes_fast_plan(image):
             return self._features(image, None)
         return super().forward_features(image if image.dtype != torch.uint8 else self._normalise(image))
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, num_classes]; 8-bit images are normalised by ``preprocessing`` or the backbone."""
-        one_token = self.backbone.global_pool == "token" and self.backbone.attn_pool is None and self._choose_path()
+        one_token = self.backbone.global_pool == "token" and self.backbone.attn_pool is None
+        one_token = one_token and self._takes_fast_plan(image)
         return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
+
+    def _takes_fast_plan(self, image: Tensor) -> bool:
+        """Whether ``plan.py`` covers the model, and the dtypes fit, so that PyTorch would compute it too."""
+        weight = self.backbone.patch_embed.proj.weight.dtype if plan.covers(self) else None
+        if image.dtype in (weight, torch.uint8):
+            return weight is not None
+        # autocast casts all floating-point tensors but those in fp64
+        casts = torch.is_autocast_enabled(image.device.type) and torch.float64 not in (weight, image.dtype)
+        return weight is not None and casts and image.is_floating_point()
 
     def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
         """All tokens after the last norm, or only the first ``num_queries``."""
         backbone, device, P = self.backbone, image.device.type, self.patch_size
         self._check(image)
         self._compile_prompters(image.device)
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else backbone.patch_embed.proj.weight.dtype
-        autocast = autocast and (device != "cpu" or cpu.has_products(dtype))  # else convolutions too are widened
+        dtype = backbone.patch_embed.proj.weight.dtype
+        autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else dtype
+        # on a CPU without products in this dtype convolutions are widened too, where nothing needs a cast
+        autocast = autocast and not (device == "cpu" and not cpu.has_products(dtype) and self._is_fp32(image))
         with torch.autocast(device, dtype, enabled=autocast):
             pixels = image
             image = self._normalise(image) if image.dtype == torch.uint8 else image
@@ -112,6 +103,11 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             grid = image.shape[-2] // P, image.shape[-1] // P
             tokens = self._blocks(frozen_backbone.embed(backbone, patches, grid), p_s, dtype, num_queries)
         return backbone.norm(tokens)
+
+    def _is_fp32(self, image: Tensor) -> bool:
+        prompters = (self.global_prompter, self.patch_prompter, self.specific_prompter)
+        weights = (p for prompter in prompters if prompter is not None for p in prompter.parameters())
+        return image.dtype in (torch.float32, torch.uint8) and all(p.dtype == torch.float32 for p in weights)
 
     def _compile_prompters(self, device: torch.device) -> None:
         wanted = device.type == "cuda" if self.compile_prompters is None else self.compile_prompters
@@ -171,8 +167,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         ``pixels`` are the image, perhaps still in 8 bits.
         """
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
-        masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
-        if prompter is None or masked or not _is_stock(prompter):
+        if prompter is None or not plan.covers(prompter) or prompter.patch_size != P:
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted
         p_g = None if self.global_prompter is None else self.global_prompter(image)
@@ -278,14 +273,3 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
                 parts[part] = parts.get(part, 0) + parameter.numel()
         for part, count in parts.items():
             print(f"  {part}: {count:,}")
-
-    def _apply(self, *args: Any, **kwargs: Any) -> InsVPViT:
-        frozen.forget()  # parameters that are swapped for others must have nothing that refers to them
-        return super()._apply(*args, **kwargs)
-
-
-def _is_stock(prompter: nn.Module) -> bool:
-    """Whether a patch prompter is what its weights say: a layer of another type or with a hook may compute anything."""
-    layers = [layer for layer in (prompter.fc1, prompter.fc2) if type(layer) is nn.Linear and layer.bias is not None]
-    stock = type(prompter) is reference.PatchPrompter and len(layers) == 2
-    return stock and not any(map(frozen_backbone.is_patched, prompter.modules()))

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from insvp_fast import ops, reference
-from insvp_fast.backbone import is_patched
+from insvp_fast import ops, plan, reference
 
 __all__ = ["GlobalPrompter", "SpecificPrompter"]
 
@@ -16,7 +15,7 @@ class GlobalPrompter(reference.GlobalPrompter):
     """G_g with the convolutions of this package where they are faster."""
 
     def forward(self, image: Tensor) -> Tensor:
-        dtype = _result_dtype(image, self.conv1, self.conv2)
+        dtype = _result_dtype(image, self.conv1, self.conv2) if plan.covers(self) else None
         if dtype is None:
             return super().forward(image)
         (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
@@ -33,6 +32,8 @@ class SpecificPrompter(reference.SpecificPrompter):
     """
 
     def forward(self, image: Tensor) -> Tensor:
+        if not plan.covers(self):
+            return super().forward(image)
         B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
         size, grid = 3 * self.grid + 4, self.grid
         H, W = (side // size * size or side for side in image.shape[-2:])
@@ -40,8 +41,8 @@ class SpecificPrompter(reference.SpecificPrompter):
         convs = self.conv1, self.conv2, self.conv3
         dtype = _result_dtype(image, *convs)
         if dtype is None or not 1 <= pool <= 16 or W // size != pool:  # other windows overlap, or are not square
-            x = reference.pool_centre(conv_centre(self.conv1, image, H, W), size)
-            x = conv_centre(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
+            x = reference.pool_centre(_conv(self.conv1, image, H, W), size)
+            x = _conv(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
             return self.conv3(self.dropout(F.leaky_relu(F.max_pool2d(x, 3)))).reshape(B, L, D)
         (w1, b1), (w2, b2), (w3, b3) = map(_weights, convs)
         with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
@@ -54,11 +55,9 @@ class SpecificPrompter(reference.SpecificPrompter):
 def _result_dtype(image: Tensor, *convs: nn.Conv2d) -> torch.dtype | None:
     """The dtype that PyTorch's convolutions give here, or None where they have to run themselves.
 
-    They do on GPUs, where the compiler fuses them, in fp16 and fp64, and where somebody has changed them.
+    They do on GPUs, where the compiler fuses them, and in fp16 and fp64.
     """
-    if image.device.type != "cpu" or image.shape[1] != convs[0].in_channels:
-        return None
-    if any(type(conv) is not nn.Conv2d or is_patched(conv) or conv.bias is None for conv in convs):
+    if image.device.type != "cpu" or image.shape[1] != convs[0].weight.shape[1]:
         return None
     autocast = torch.is_autocast_enabled("cpu")
     if any(w.dtype != torch.float32 for conv in convs for w in _weights(conv)):
@@ -74,16 +73,5 @@ def _weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return conv.weight, conv.bias
 
 
-def conv_centre(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
-    """The central ``height`` x ``width`` of a "same" convolution with stride 1, computing no more than that."""
-    padding = []
-    for dim, size, kernel, dilation in (
-        (-1, width, conv.kernel_size[1], conv.dilation[1]),
-        (-2, height, conv.kernel_size[0], conv.dilation[0]),
-    ):
-        side, halo = x.shape[dim], dilation * (kernel - 1) // 2
-        first, last = (side - size) // 2 - halo, (side - size) // 2 + size + halo
-        x = x.narrow(dim, max(first, 0), min(last, side) - max(first, 0))
-        padding += [max(-first, 0), max(last - side, 0)]
-    x = F.pad(x, padding) if any(padding) else x
-    return F.conv2d(x, conv.weight, conv.bias, dilation=conv.dilation)
+def _conv(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
+    return reference.conv(x, *_weights(conv), 1, height, width, relu=False)

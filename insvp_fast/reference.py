@@ -90,7 +90,7 @@ def superpose_bwd(
     """The gradients of ``superpose`` by image, global prompt, w1, b1, w2 and b2, written out."""
     H, W = image.shape[-2:]
     d_patch = patch_weight * grad
-    d_hidden = (d_patch @ w2) * (hidden > 0)
+    d_hidden = torch.ops.aten.threshold_backward(d_patch @ w2, hidden, 0)
     d_image = fold(grad + d_hidden @ w1, patch_size, H, W)
     d_global = fold(global_weight * grad, patch_size, H, W)
     x, hidden, d_hidden, d_patch = (t.flatten(0, 1) for t in (unfold(image, patch_size), hidden, d_hidden, d_patch))
@@ -231,7 +231,8 @@ def conv_pool_bwd(
     """The gradients of ``conv_pool`` by x, weight and bias, written out."""
     grad = torch.where(y > 0, grad, negative_slope * grad)
     places = torch.arange(pool * pool, device=x.device).view(pool, pool)
-    windows = grad[..., None, None] * (chosen[..., None, None] == places)  # [B, O, rows, columns, pool, pool]
+    # [B, O, rows, columns, pool, pool]; zero beside the chosen place also where the gradient is not finite
+    windows = torch.where(chosen[..., None, None] == places, grad[..., None, None], 0)
     return conv_bwd(windows.transpose(-3, -2).reshape(*grad.shape[:2], height, width), x, weight, 1, height, width)
 
 

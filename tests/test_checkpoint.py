@@ -31,7 +31,7 @@ class Reference(AdapterCheckpoint, InsVPReference):
 
 
 models = pytest.mark.parametrize("model_type", [Reference, InsVPViT], ids=["reference", "fast"])
-pytestmark = pytest.mark.filterwarnings("ignore:InsVPViT runs through the general path:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:InsVPViT takes the general path:UserWarning")
 
 NAME = "vit_tiny_patch16_224"
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}

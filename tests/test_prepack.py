@@ -8,12 +8,13 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
 from insvp_fast import frozen, native, prepack
 from insvp_fast.fingerprint import NativeFingerprint, PlainFingerprint, Region
 from insvp_fast.frozen import Frozen
 from insvp_fast.testing import relative_error
-from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -131,7 +132,9 @@ def check(layer, dtype):
     w = Frozen(layer.weight, layer.bias)
     exact = x.double() @ layer.weight.double().T + layer.bias.double()
     assert relative_error(frozen.linear(x, w), exact) < 8 * torch.finfo(dtype).eps
-    assert relative_error(frozen.linear_bwd(grad, w), grad.double() @ layer.weight.double()) < 8 * torch.finfo(dtype).eps
+    assert (
+        relative_error(frozen.linear_bwd(grad, w), grad.double() @ layer.weight.double()) < 8 * torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("size", [(48, 33), (300, 512)], ids=["small", "large"])
@@ -224,7 +227,11 @@ def test_a_fingerprint_sees_8_kilobytes_in_a_row_at_once(write, dtype):
 
 
 def test_tensors_of_any_strides_have_fingerprints(fingerprint_of):
-    for x in (torch.randn(40, 30).T, torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last), torch.randn(60)[::3]):
+    for x in (
+        torch.randn(40, 30).T,
+        torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last),
+        torch.randn(60)[::3],
+    ):
         held = fingerprint_of(x)
         assert not held.broken()
         x[(-1,) * x.ndim] += 1

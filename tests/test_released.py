@@ -29,7 +29,7 @@ class Reference(AdapterCheckpoint, InsVPReference):
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TokenPrompt:UserWarning"),
-    pytest.mark.filterwarnings("ignore:InsVPViT runs through the general path:UserWarning"),
+    pytest.mark.filterwarnings("ignore:InsVPViT takes the general path:UserWarning"),
 ]
 models = pytest.mark.parametrize("model_type", [Reference, InsVPViT], ids=["reference", "fast"])
 

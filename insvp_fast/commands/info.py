@@ -74,8 +74,7 @@ def _backbone(name: str) -> None:
     import timm
     import torch
 
-    from insvp_fast import InsVPConfig, InsVPReference
-    from insvp_fast.backbone import misfit
+    from insvp_fast import InsVPConfig, InsVPReference, unsupported_reason
     from insvp_fast.files import backbone_sha256
     from insvp_fast.training.backbone import load_backbone, preprocessing_of
     from insvp_fast.training.recipe import BUILTIN
@@ -96,9 +95,9 @@ def _backbone(name: str) -> None:
     _say("images", f"{embedding.img_size} in patches of {embedding.patch_size}, {embedding.num_patches} of them")
     _say("preprocessing", _pairs(preprocessing_of(backbone)) + " (timm's for these weights)")
     _say("parameters", f"{sum(p.numel() for p in backbone.parameters()):,} frozen")
-    backbone.requires_grad_(False).eval()
-    _say("runs", f"through the general path: {reason}" if (reason := misfit(backbone)) else "through the fast path")
     model = InsVPReference(backbone.to("meta"), 0, InsVPConfig())
+    reason = unsupported_reason(model)
+    _say("runs", f"through the general path: {reason}" if reason else "through the fast path")
     sizes = Counter({key: p.numel() for key, p in model.named_parameters() if p.requires_grad})
     _say("InsVP adds", f"{sizes.total():,} trained parameters (the paper's configuration) and a head")
 

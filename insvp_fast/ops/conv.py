@@ -154,13 +154,8 @@ def _conv_pool_fwd_reference(x, weight, bias, height, width, pool, negative_slop
 
 def _conv_pool_bwd_reference(grad, x, y, chosen, weight, height, width, pool, negative_slope, need_x):
     wide = widened(x.dtype)
-    grad = grad.to(wide)
-    grad = torch.where(y > 0, grad, negative_slope * grad)
-    places = torch.arange(pool * pool, device=x.device).view(pool, pool)
-    # chosen from the gradient and not multiplied: 0 times a gradient that is not finite would be NaN
-    windows = torch.where(chosen[..., None, None] == places, grad[..., None, None], 0.0)
-    g = windows.transpose(-3, -2).reshape(*grad.shape[:2], height, width)
-    d_x, d_weight, d_bias = reference.conv_bwd(g, x.to(wide), weight.to(wide), 1, height, width)
+    operands = grad.to(wide), x.to(wide), y, chosen, weight.to(wide)
+    d_x, d_weight, d_bias = reference.conv_pool_bwd(*operands, height, width, pool, negative_slope)
     d_x = d_x.to(x.dtype).contiguous() if need_x else x.new_empty(0)
     return d_x, d_weight.to(weight.dtype).contiguous(), d_bias.to(weight.dtype)
 

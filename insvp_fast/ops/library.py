@@ -113,7 +113,7 @@ class _Once(Function):
 
 def apply(function: type[Function], *arguments: Any) -> Any:
     """``function.apply``, refused where PyTorch would ask for derivatives that a ``first_order`` function has not."""
-    if not torch.compiler.is_compiling() and transformed(*arguments):
+    if not torch.compiler.is_compiling() and transformed():
         raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
     return function.apply(*arguments)
 
@@ -122,10 +122,6 @@ def apply(function: type[Function], *arguments: Any) -> Any:
 _in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
-def transformed(*arguments: Any) -> bool:
-    """Whether a transform of ``torch.func`` is under way, or one of ``arguments`` has a forward-mode tangent."""
-    if _in_transform():
-        return True
-    if getattr(forward_ad, "_current_level", -1) < 0:
-        return False
-    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in arguments)
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
+    return _in_transform() or getattr(forward_ad, "_current_level", -1) >= 0
