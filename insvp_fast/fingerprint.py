@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -59,8 +60,10 @@ class Fingerprint(Protocol):
         """Whether anything of the memory has changed, or it is no longer there."""
 
 
-def fingerprint(regions: Sequence[Region]) -> Fingerprint:
-    """The fingerprint of CPU memory as it is now, by the native library where there is one."""
+def fingerprint(regions: Sequence[Region], device: torch.device) -> Fingerprint:
+    """The fingerprint of memory as it is now: by the native library or in PyTorch on a CPU, by Triton on a GPU."""
+    if device.type == "cuda":
+        return DeviceFingerprint(regions, device)
     return NativeFingerprint(regions) if native.available() else PlainFingerprint(regions)
 
 
@@ -119,3 +122,77 @@ def _mixed(words: Tensor, first: int, step: int) -> Tensor:
 
 def _signed(word: int) -> int:
     return word - (1 << 64)
+
+
+class DeviceFingerprint:
+    """Looked at on a GPU without waiting for it: one launch for all the fingerprints of a forward pass.
+
+    A pass begins where a fingerprint is asked for the second time. What a look finds is known when the GPU has got that
+    far, a pass or a few later; until then, packed weights that are out of date are used.
+    """
+
+    def __init__(self, regions: Sequence[Region], device: torch.device) -> None:
+        self.regions, self.found, self._watch = regions, False, _watch(device)
+        self.sums = self._watch.sums(self.rows())
+
+    def rows(self) -> list[tuple[int, int]]:
+        """The address and the number of whole words of 4 bytes of each region that is still there."""
+        return [(address, r.nbytes // 4) for r in self.regions if (address := r.address()) is not None]
+
+    def broken(self) -> bool:
+        self._watch.asked(self)
+        return self.found
+
+    def broken_anywhere(self) -> bool:
+        return not torch.equal(self._watch.sums(self.rows()), self.sums)
+
+
+class _Look(NamedTuple):
+    """One launch: whose memory was looked at, and once ``done``, what had changed."""
+
+    owners: list[DeviceFingerprint]
+    changed: Tensor
+    done: torch.cuda.Event
+
+
+class _Watch:
+    """The fingerprints of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._line = device, 0
+        self._asked: dict[DeviceFingerprint, None] = {}  # in this pass, in their order
+        self._look: _Look | None = None
+
+    def asked(self, one: DeviceFingerprint) -> None:
+        """Note that a forward product asks; where that begins a new pass, see what the last look has found and look."""
+        if one in self._asked:
+            if self._look is not None and self._look.done.query():
+                for owner, changed in zip(self._look.owners, self._look.changed.tolist(), strict=True):
+                    owner.found |= changed
+                self._look = None
+            if self._look is None:
+                self._look = self._begin([held for held in self._asked if len(held.rows()) == len(held.sums)])
+            self._asked.clear()
+        self._asked[one] = None
+
+    def _begin(self, all_held: list[DeviceFingerprint]) -> _Look:
+        self._line = (self._line + 1) % native.LINES
+        sums = self.sums([row for held in all_held for row in held.rows()], self._line, 1)
+        changed = sums[:, 0] != torch.cat([held.sums[:, self._line] for held in all_held])
+        on_host = torch.empty(len(changed), dtype=torch.bool, pin_memory=self._device.type == "cuda")
+        on_host.copy_(changed, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Look([held for held in all_held for _ in held.regions], on_host, done)
+
+    def sums(self, rows: list[tuple[int, int]], first_line: int = 0, num_lines: int = native.LINES) -> Tensor:
+        """The checksums of lines of pieces of memory, [n, num_lines]."""
+        from insvp_fast.kernels.gpu import fingerprint as kernel
+
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+        if self._device.type == "cuda":  # pinned: a copy from other memory would wait for the GPU
+            table = table.pin_memory().to(self._device, non_blocking=True)
+        return kernel.fingerprint(table, first_line, num_lines)
+
+
+_watch = cache(_Watch)

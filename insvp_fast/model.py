@@ -73,13 +73,10 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
 
     def _takes_fast_plan(self, image: Tensor) -> bool:
-        """Whether ``plan.py`` covers the model, and the dtypes fit, so that PyTorch would compute it too."""
-        weight = self.backbone.patch_embed.proj.weight.dtype if plan.covers(self) else None
-        if image.dtype in (weight, torch.uint8):
-            return weight is not None
-        # autocast casts all floating-point tensors but those in fp64
-        casts = torch.is_autocast_enabled(image.device.type) and torch.float64 not in (weight, image.dtype)
-        return weight is not None and casts and image.is_floating_point()
+        """Whether ``plan.py`` covers the model, and the image is of a dtype that PyTorch would compute with it."""
+        if not plan.covers(self):
+            return False
+        return image.dtype == torch.uint8 or _dtypes_fit(image, self.backbone.patch_embed.proj.weight)
 
     def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
         """All tokens after the last norm, or only the first ``num_queries``."""
@@ -167,7 +164,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         ``pixels`` are the image, perhaps still in 8 bits.
         """
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
-        if prompter is None or not plan.covers(prompter) or prompter.patch_size != P:
+        if prompter is None or not self._superposes(prompter, image):
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted
         p_g = None if self.global_prompter is None else self.global_prompter(image)
@@ -183,6 +180,14 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             )
         prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
         return patches.to(dtype), prompted
+
+    def _superposes(self, prompter: nn.Module, image: Tensor) -> bool:
+        """Whether a patch prompter is what its weights say, and they fit the image and the backbone."""
+        return (
+            plan.covers(prompter)
+            and prompter.patch_size == self.patch_size
+            and _dtypes_fit(image, *prompter.parameters())
+        )
 
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
         """A stock block of the general path."""
@@ -214,7 +219,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
     def _check(self, image: Tensor) -> None:
         embedding, P = self.backbone.patch_embed, self.patch_size
-        channels, expected = embedding.proj.in_channels, embedding.img_size
+        channels, expected = embedding.proj.weight.shape[1], embedding.img_size
         if image.ndim != 4 or image.shape[1] != channels:
             raise ValueError(f"image has shape {tuple(image.shape)}: expected [B, {channels}, H, W]")
         H, W = image.shape[-2:]
@@ -273,3 +278,10 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
                 parts[part] = parts.get(part, 0) + parameter.numel()
         for part, count in parts.items():
             print(f"  {part}: {count:,}")
+
+
+def _dtypes_fit(image: Tensor, *weights: Tensor) -> bool:
+    """Whether PyTorch would multiply them, as they are or by a cast of autocast, which leaves fp64 alone."""
+    dtypes = {image.dtype, *(weight.dtype for weight in weights)}
+    casts = torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
+    return len(dtypes) == 1 or casts

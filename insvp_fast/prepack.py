@@ -8,7 +8,8 @@ used with other contents. Before each forward product two things are asked:
 - what is in them, for writes that the counter does not see: ``weight.data.add_()``, fused optimizers, NumPy and DLPack
   aliases, flat buffers that weights are views of, two parameters with one storage. A look at a fingerprint reads a
   128th of a large weight, another 128th each time, and weights up to 64 KB in full: a write of 8 KB or more in a row
-  is seen at once, a smaller one within 128 forward passes. On a GPU see ``DeviceFingerprint``.
+  is seen at once, a smaller one within 128 forward passes. On a GPU, which is not waited for, both take a pass or a few
+  more (``DeviceFingerprint``).
 
 A backward pass takes the forward pass's word for it. ``verify()`` compares everything, ``clear()`` drops everything. A
 CUDA graph reads the packed weights that it was captured with: capture it after a warm-up, and again when weights have
@@ -104,4 +105,4 @@ def _new_record(key: object, weights: Sequence[Tensor]) -> _Record:
     storages = tuple(weakref.ref(w.untyped_storage(), drop) for w in weights)
     regions = [Region.of(w, storage) for w, storage in zip(weights, storages, strict=True)]
     # before anything is made: a write between the two will be seen
-    return _Record(storages, tuple(w._version for w in weights), fingerprint(regions), {})
+    return _Record(storages, tuple(w._version for w in weights), fingerprint(regions, weights[0].device), {})
