@@ -1,11 +1,15 @@
 """What is compiled ahead of time: every kernel of the package at its main shapes, launched as its launcher would."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from insvp_fast.kernels.gpu import attention, gelu, norm_insert, superpose
+
+# The versions of triton that were seen to compile every shape without a shortcoming (`python -m insvp_fast.aot --all`).
+CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 
@@ -126,17 +130,24 @@ def gelu_cases(arch: int | str) -> Iterator[Case]:
             yield case(f"gelu_bwd{suffix}-{label}", gelu._gelu_bwd_kernel, bwd, gelu.BLOCK, "N")
 
 
-def attention_cases(arch: int | str) -> Iterator[Case]:
-    """ViT-B/16 with 9 prompts and with as many as `attention.covers` says."""
-    H, d = 12, 64
-    shapes = [(torch.bfloat16, 197, 206), (torch.float16, 197, 240)]
-    # One chip each is enough for the rest, and the run stays short: ViT-B/32; a class token that asks alone.
-    if arch == 80:
-        shapes.append((torch.bfloat16, 50, 59))
-    if arch == 90:
-        shapes.append((torch.bfloat16, 1, 206))
-    for dtype, T, S in shapes:
-        x, label = POINTERS[dtype], f"T{T}-S{S}-{POINTERS[dtype][1:]}"
+def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case]:
+    """ViT-B/16 with 9 prompts, and as many tokens as `attention.covers` says; every shape: across what it says."""
+    bf16, fp16, d = torch.bfloat16, torch.float16, 64
+    shapes = [(bf16, 12, 197, 206), (fp16, 3, 231, 240)]
+    # One or two shapes a chip are enough for the rest, and the run stays short; with one, a class token asks alone.
+    shapes += {
+        80: [(bf16, 12, 55, 64)],
+        90: [(bf16, 3, 100, 109), (bf16, 12, 1, 206)],
+        100: [(bf16, 3, 119, 128)],
+        "gfx942": [(bf16, 3, 119, 128)],
+    }[arch]
+    if every_shape:
+        others = [
+            (dtype, H, S - 9, S) for dtype, H, S in itertools.product((bf16, fp16), (3, 12), (64, 109, 128, 206, 240))
+        ]
+        shapes += [shape for shape in others if shape not in shapes]
+    for dtype, H, T, S in shapes:
+        x, label = POINTERS[dtype], f"H{H}-T{T}-S{S}-{POINTERS[dtype][1:]}"
         fwd, bwd = (attention.constants(kind, H, T, S, d, dtype, arch) for kind in ("fwd", "bwd"))
         yield Case(
             f"attention_fwd-{label}",
@@ -152,7 +163,8 @@ def attention_cases(arch: int | str) -> Iterator[Case]:
         )
 
 
-def cases(target: str) -> list[Case]:
+def cases(target: str, every_shape: bool = False) -> list[Case]:
     """Every kernel of the package with the launch parameters for `target`."""
     arch = int(target) if target.isdigit() else target
-    return [*superpose_cases(arch), *norm_insert_cases(arch), *gelu_cases(arch), *attention_cases(arch)]
+    attentions = attention_cases(arch, every_shape)
+    return [*superpose_cases(arch), *norm_insert_cases(arch), *gelu_cases(arch), *attentions]

@@ -5,19 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from insvp_fast import native, reference
+from insvp_fast import native, reference, torch_private
 
 __all__ = ["attention_bwd", "attention_fwd", "has_products", "keeps_softmax", "wide_vectors"]
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-# asked once, here: inside torch.compile the question could not be traced
-_HALF_PRODUCTS = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-}
 
 
 def has_products(dtype: torch.dtype) -> bool:
@@ -26,7 +16,7 @@ def has_products(dtype: torch.dtype) -> bool:
     fp32 and wider always, 16 bits where oneDNN has instructions for it. Elsewhere PyTorch's 16-bit products are scalar
     code, a hundred times slower than widening the operands to fp32.
     """
-    return _HALF_PRODUCTS.get(dtype, True)
+    return torch_private.HAS_PRODUCTS.get(dtype, True)
 
 
 def wide_vectors() -> bool:
@@ -45,18 +35,18 @@ def _native_attention(dtype: torch.dtype) -> bool:
 
 def _explicit_attention(dtype: torch.dtype) -> bool:
     """Whether the plain products beat PyTorch's fused attention, whose backward has no 16-bit products."""
-    return wide_vectors() and has_products(dtype)
+    return (wide_vectors() and has_products(dtype)) or not torch_private.HAS_FLASH
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> tuple[Tensor, Tensor]:
     """[B, S, 3·D] -> the attended values [B, num_queries, D] and what backward needs of the softmax."""
     if _native_attention(qkv.dtype):
         return native.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
-    if _explicit_attention(qkv.dtype):
-        return _by_image_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
     x = qkv if has_products(qkv.dtype) else qkv.float()
+    if _explicit_attention(qkv.dtype):
+        return _by_image_fwd(x, num_heads, num_queries, scale).to(qkv.dtype), qkv.new_empty(0)
     q, k, v = reference.split_heads(x, num_heads)
-    out, logsumexp = _flash(q[:, :, :num_queries], k, v, scale=scale)
+    out, logsumexp = torch_private.flash_attention(q[:, :, :num_queries], k, v, scale)
     return reference.merge_heads(out).to(qkv.dtype), logsumexp
 
 
@@ -66,12 +56,12 @@ def attention_bwd(
     """The gradient of ``attention_fwd`` by the packed product, [B, S, 3·D]."""
     if out is None and _native_attention(qkv.dtype):
         return native.attention_bwd(grad, qkv, num_heads, num_queries, scale)
+    x, grad = (t if has_products(qkv.dtype) else t.float() for t in (qkv, grad))
     if out is None:
-        return _by_image_bwd(grad, qkv, num_heads, num_queries, scale)
-    x, grad, out = (t if has_products(qkv.dtype) else t.float() for t in (qkv, grad, out))
+        return _by_image_bwd(grad, x, num_heads, num_queries, scale).to(qkv.dtype)
     q, k, v = reference.split_heads(x, num_heads)
-    d_out, out = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
-    d_q, d_k, d_v = _flash_backward(d_out, q[:, :, :num_queries], k, v, out, logsumexp, 0.0, False, scale=scale)
+    d_out, out = (_heads(t, num_heads) for t in (grad, out.to(x.dtype)))
+    d_q, d_k, d_v = torch_private.flash_attention_bwd(d_out, q[:, :, :num_queries], k, v, out, logsumexp, scale)
     d_qkv = torch.empty_like(qkv)
     to_q, to_k, to_v = reference.split_heads(d_qkv, num_heads)
     to_q[:, :, :num_queries] = d_q
@@ -106,7 +96,7 @@ def _by_image_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, s
         _probabilities(q, k, scale, p)
         torch.bmm(p.mT, d_o, out=d_v)
         torch.bmm(d_o, v.mT, out=d_p)
-        d_scores = torch._softmax_backward_data(d_p, p, -1, d_p.dtype)
+        d_scores = torch_private.softmax_bwd(d_p, p)
         torch.baddbmm(q, d_scores, k, beta=0, alpha=scale, out=d_q[:, :num_queries])
         d_q[:, num_queries:] = 0
         torch.baddbmm(k, d_scores.mT, q, beta=0, alpha=scale, out=d_k)

@@ -3,56 +3,47 @@
 The C library gives large blocks back to the operating system as soon as they are free, and every step of a training
 pays for the same pages again: a fresh 19 MB buffer costs several times what GELU does with it. Here a block is kept
 when its tensor dies, and handed out again for the next one of its size.
+
+PyTorch gets a fresh view of a block and holds it for as long as anything uses the memory: tensors and their views,
+storages, saved tensors, arrays, capsules. The end of the view brings the block back, in whatever thread the last user
+was dropped and even in the middle of a call here; so there is no lock, only single operations on queues.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections import defaultdict
+import contextlib
+import mmap
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 
 __all__ = ["empty", "empty_like", "release"]
 
 _SMALLEST = 1 << 16  # bytes; the C library keeps smaller blocks itself
 _IDLE = 1000  # a free block that so many requests have passed by is given back
 
-
-class _Block:
-    def __init__(self, nbytes: int) -> None:
-        self.storage, self.nbytes, self.last = UntypedStorage(nbytes, device="cpu"), nbytes, 0
-
-    def is_free(self) -> bool:
-        # tensors, saved tensors and views count as users of the memory; tensor.untyped_storage() is this very object,
-        # which `self` and the call of getrefcount refer to
-        return torch._C._storage_Use_Count(self.storage._cdata) == 1 and sys.getrefcount(self.storage) == 2
-
-    def is_ours(self) -> bool:
-        # another process may see a shared block for as long as it likes; a resized one has lost its size
-        return not self.storage.is_shared() and self.storage.nbytes() == self.nbytes
-
-
-_blocks: defaultdict[int, list[_Block]] = defaultdict(list)
-_lock = threading.Lock()
+# free blocks by size, each with the count of requests when it came back: the oldest on the left
+_free: defaultdict[int, deque[tuple[mmap.mmap, int]]] = defaultdict(deque)
 _requests = 0
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """An uninitialised contiguous tensor; on a CPU in memory that an earlier one has left, where there is some."""
-    traced = torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    if traced or torch.device(device).type != "cpu":  # sizes may be symbols while compiling
+    """An uninitialised contiguous tensor; on a CPU in memory that an earlier one has left, where there is some.
+
+    That memory starts at a page. It is PyTorch's to free but not to resize: as with a tensor made from an array,
+    growing one in place is an error. Raises MemoryError where the system has no more.
+    """
+    if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    nbytes = prod(shape) * dtype.itemsize
-    if nbytes < _SMALLEST:
+    fake = type(torch.empty(0, device="cpu")) is not Tensor  # such sizes may be symbols
+    if fake or (nbytes := prod(shape) * dtype.itemsize) < _SMALLEST:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    with _lock:
-        storage = _take(nbytes)
-    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
+    # resize_ and no view: the result of an autograd function may then be written in place
+    return torch.frombuffer(_lend(nbytes), dtype=dtype).resize_(shape)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -62,26 +53,32 @@ def empty_like(x: Tensor) -> Tensor:
 
 def release() -> None:
     """Give all free blocks back to the operating system."""
-    with _lock:
-        _drop(idle=-1)
+    _drop(idle=-1)
 
 
-def _take(nbytes: int) -> UntypedStorage:
+def _lend(nbytes: int) -> memoryview:
     global _requests
     _requests += 1
-    block = next((block for block in _blocks[nbytes] if block.is_free() and block.is_ours()), None)
-    if block is None:
+    blocks = _free[nbytes]
+    try:
+        block, _ = blocks.pop()  # the last to come back may still be in the cache
+    except IndexError:
         _drop(idle=_IDLE)
-        block = _Block(nbytes)
-        _blocks[nbytes].append(block)
-    block.last = _requests
-    return block.storage
+        try:
+            block = mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY)  # a copy after a fork, as all memory of a process
+        except OSError as error:
+            raise MemoryError(f"cannot allocate {nbytes} bytes") from error
+    view = memoryview(block)
+    weakref.finalize(view, _take_back, blocks, block).atexit = False
+    return view
+
+
+def _take_back(blocks: deque[tuple[mmap.mmap, int]], block: mmap.mmap) -> None:
+    blocks.append((block, _requests))
 
 
 def _drop(idle: int) -> None:
-    for nbytes, blocks in list(_blocks.items()):
-        kept = [b for b in blocks if b.is_ours() and not (b.is_free() and _requests - b.last > idle)]
-        if kept:
-            _blocks[nbytes] = kept
-        else:
-            del _blocks[nbytes]
+    for blocks in list(_free.values()):
+        with contextlib.suppress(IndexError):  # none is left, or another thread took the last
+            while _requests - blocks[0][1] > idle:
+                blocks.popleft()

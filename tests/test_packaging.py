@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -192,3 +193,15 @@ def test_available():
     assert native.available()
     assert native.available(torch.float32, torch.bfloat16)
     assert not native.available(torch.float32, torch.float16)
+
+
+# ------------------------------------------------------------------------------------------------------------ versions
+
+
+def test_the_oldest_versions_checked_are_those_declared():
+    constraints = ROOT / ".ci" / "oldest.txt"
+    if not constraints.exists():
+        pytest.skip("only a checkout has .ci")
+    checked = {line.split("#")[0].strip().removesuffix(".*") for line in constraints.read_text().splitlines()}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {name.replace(">=", "==") for name in declared if ">=" in name} <= checked

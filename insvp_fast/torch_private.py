@@ -1,0 +1,102 @@
+"""What PyTorch has and does not promise: the only file that names its private functions and operators.
+
+Each is tried once, while this is imported, since inside torch.compile the question could not be traced. Where one is
+gone or does something else, public functions take its place. Call them as ``torch_private.<name>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+__all__ = ["HAS_FLASH", "HAS_PRODUCTS", "flash_attention", "flash_attention_bwd", "pack_linear", "packed_linear",
+           "sdpa_backend", "softmax_bwd"]  # fmt: skip
+
+
+def _attempt(function: Callable[[], Any], otherwise: Any) -> Any:
+    try:
+        return function()
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # gone, refused here, or with other arguments
+        return otherwise
+
+
+def _has_instructions(*names: str) -> bool:
+    found = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and all(found.get(name, False) for name in names)
+
+
+# whether oneDNN has instructions for products of the dtype
+HAS_PRODUCTS = {
+    torch.bfloat16: _attempt(
+        lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(), _has_instructions("avx512_bw", "avx512_vl", "avx512_dq")
+    ),
+    torch.float16: _attempt(
+        lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(), _has_instructions("avx512_bw", "avx512_fp16")
+    ),
+}
+
+
+def _softmax_bwd(grad: Tensor, p: Tensor) -> Tensor:
+    return torch._softmax_backward_data(grad, p, -1, p.dtype)
+
+
+def _softmax_bwd_formula(grad: Tensor, p: Tensor) -> Tensor:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    p, grad, dtype = p.to(wide), grad.to(wide), p.dtype
+    return (p * (grad - (p * grad).sum(-1, keepdim=True))).to(dtype)
+
+
+def _softmax_works() -> bool:
+    grad, p = torch.linspace(-1, 1, 12, device="cpu").view(2, 2, 3).unbind(0)
+    p = p.softmax(-1)
+    return torch.allclose(_softmax_bwd(grad, p), _softmax_bwd_formula(grad, p), atol=1e-6)
+
+
+# gradient of a softmax over the last dimension by its argument, of that by the probabilities `p`
+softmax_bwd = _softmax_bwd if _attempt(_softmax_works, False) else _softmax_bwd_formula
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[B, heads, T or S, d] -> the attended values and, for backward, the logarithms of the softmax's sums."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, scale=scale)
+
+
+def flash_attention_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``flash_attention`` by q, k and v."""
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    return backward(grad, q, k, v, out, logsumexp, 0.0, False, scale=scale)
+
+
+def _flash_works() -> bool:
+    q, k, v, grad = torch.linspace(-1, 1, 4 * 2 * 3 * 8, device="cpu").view(4, 1, 2, 3, 8).sin().unbind(0)
+    p = (0.5 * q @ k.mT).softmax(-1)
+    d_scores = 0.5 * _softmax_bwd_formula(grad @ v.mT, p)
+    out, logsumexp = flash_attention(q, k, v, 0.5)
+    found = out, *flash_attention_bwd(grad, q, k, v, out, logsumexp, 0.5)
+    expected = p @ v, d_scores @ k, d_scores.mT @ q, p.mT @ grad
+    return all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, expected, strict=True))
+
+
+# whether the two above are there; without them, the plain products
+HAS_FLASH = _attempt(_flash_works, False)
+
+
+def pack_linear(matrix: Tensor) -> Tensor:
+    """A weight [out, in] in oneDNN's layout; whether the two are there, ``frozen.cpu_product`` asks for each dtype."""
+    return torch.ops.mkldnn._reorder_linear_weight(matrix)
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear`` of a packed weight."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which of its kernels PyTorch's attention takes, for reports only: "unknown" where it does not tell."""
+    return _attempt(lambda: SDPBackend(torch._fused_sdp_choice(q, k, v)).name, "unknown")
