@@ -253,7 +253,9 @@ def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
 
 
 def test_eval_refuses_data_with_other_classes(digits_run, tmp_path):
-    with pytest.raises(CommandError, match="found the classes dark, light, expected 0, 1, 2"):
+    with pytest.raises(
+        CommandError, match="found the class dark, light, expected some of the 10 classes of train: 0, 1, 2"
+    ):
         evaluate_run(digits_run.folder, str(make_folder(tmp_path, {"test": 1})))
 
 

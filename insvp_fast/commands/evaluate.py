@@ -36,7 +36,8 @@ def run(
     if not reports:
         return 0
     names = facts["class_names"]
-    content = facts | figures._asdict() | {"images": figures.images, "confusion": figures.confusion.tolist()}
+    named = {"per_class": dict(zip(names, figures.per_class, strict=True)), "confusion": figures.confusion.tolist()}
+    content = facts | figures._asdict() | {"images": figures.images} | named
 
     folder = Path(output or run)
     folder.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ class Recipe:
         data: ``digits``, a data set's name, an image folder, a list file, or a reader of timm.
         root: the folder of a named data set.
         preprocessing: ``timm`` as the backbone was trained, or ``insvp`` as the paper's authors prepare images.
+        exif_rotation: turn photographs upright, as their EXIF says; TIFF files are always turned as they say.
         protocol: ``paper``, or ``released`` for the splits of the authors' code and its selection on the test images.
         select_on: the split, ``val`` or ``test``, whose accuracy chooses the epoch that is kept.
         retrain: train on the train and val images together, and keep the last epoch.
@@ -79,6 +80,7 @@ class Recipe:
     data: str = DIGITS
     root: str | None = None
     preprocessing: str = "timm"
+    exif_rotation: bool = True
     protocol: str = "paper"
     select_on: str = "val"
     retrain: bool = False
