@@ -234,7 +234,7 @@ def test_says_that_timm_cannot_build_the_backbone(folder):
     edit(folder, lambda v: v["backbone"]["arguments"].update(flavour="sweet"))
     with pytest.raises(CheckpointError, match=rf"adapter_config.json: timm does not build {NAME}.*'flavour'"):
         Reference.from_pretrained(folder, pretrained=False)
-    with pytest.raises(CheckpointError, match="timm does not build vit_unheard_of"):
+    with pytest.raises(CheckpointError, match="adapter_config.json: timm has no model vit_unheard_of"):
         Reference.from_pretrained(folder, "vit_unheard_of")
 
 

@@ -22,7 +22,7 @@ from insvp_fast import InsVPConfig, InsVPViT, cli, native
 from insvp_fast.commands import doctor, sweep, traps
 from insvp_fast.data import transform_for
 from insvp_fast.recipes import read
-from insvp_fast.training.backbone import builtin_backbone, preprocessing_of
+from insvp_fast.training.backbone import load_backbone, preprocessing_of
 from insvp_fast.training.evaluation import figures_of
 from insvp_fast.training.figures import draw_confusion
 from insvp_fast.training.recipe import BUILTIN, Recipe
@@ -49,7 +49,7 @@ def run(images, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("runs") / "animals-1"
     recipe = Recipe(data=str(images), batch_size=4, probe=False, output=str(folder.parent))
-    backbone = builtin_backbone()
+    backbone = load_backbone()
     model = InsVPViT(backbone, len(CLASSES), InsVPConfig(prompt_length=4))
     torch.nn.init.normal_(model.head.weight)
     preprocessing = preprocessing_of(backbone)
@@ -63,8 +63,8 @@ def run(images, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def chances(run, images) -> dict[str, torch.Tensor]:
     """The probabilities of each test image by the model itself, file by file."""
-    model = InsVPViT.from_pretrained(run / "adapter", backbone=builtin_backbone())
-    transform = transform_for(preprocessing_of(builtin_backbone()))
+    model = InsVPViT.from_pretrained(run / "adapter", backbone=load_backbone())
+    transform = transform_for(preprocessing_of(load_backbone()))
     files = sorted((images / "test").rglob("*.png"))
     with torch.inference_mode():
         return {str(file): model(transform(Image.open(file))[None]).softmax(1)[0] for file in files}
@@ -200,7 +200,7 @@ def test_a_reader_that_stops_is_no_error(run, images):
 def test_info_on_a_run_counts_the_trained_parameters(run, capsys):
     assert cli.main(["info", str(run)]) == 0
     printed = capsys.readouterr().out
-    model = InsVPViT.from_pretrained(run / "adapter", backbone=builtin_backbone())
+    model = InsVPViT.from_pretrained(run / "adapter", backbone=load_backbone())
     assert f"{model.get_nb_trainable_parameters()[0]:,} trained" in printed
     words = " ".join(printed.split())
     assert all(text in words for text in ("finished", "head 1,158", "classes 6: ant, bee", "prompt_length 4"))
