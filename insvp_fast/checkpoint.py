@@ -124,7 +124,7 @@ class AdapterCheckpoint(
         description = json.dumps(_describe(self), indent=2, ensure_ascii=False) + "\n"
         save_directory.mkdir(parents=True, exist_ok=True)
         write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        write_file(save_directory / CONFIG_FILE, description.encode())
+        write_file(save_directory / CONFIG_FILE, description.encode(errors="backslashreplace"))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card of this adapter; keywords are further fields of its metadata."""

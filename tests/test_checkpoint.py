@@ -388,6 +388,12 @@ def test_replaces_an_adapter_and_keeps_other_files(folder):
     assert again.preprocessing is None
 
 
+def test_class_names_of_every_kind_come_back(tmp_path):
+    names = ["é ü", "猫", "latin \udce9"]  # the last as Python decodes a folder's name that is no UTF-8
+    make_model().save_pretrained(tmp_path, class_names=names)
+    assert Reference.from_pretrained(tmp_path, make_backbone()).class_names == names
+
+
 def test_names_are_remembered_and_must_fit(tmp_path):
     model = make_model()
     with pytest.raises(ValueError, match="class_names has 2 names, expected one for each of the 3 classes"):

@@ -43,7 +43,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (f"eval-{Path(data).name}.json" if data else "eval.json")
     lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
-    write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace"))
     draw_confusion(figures.confusion, names, file.with_suffix(".png"))
 
     print(f"{facts['data']}: {figures.images:,} images, {len(names)} classes, protocol {facts['protocol']}")
