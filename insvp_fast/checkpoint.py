@@ -2,8 +2,9 @@
 
 An adapter is a folder of three files: ``adapter_config.json`` says what to build and around which backbone,
 ``adapter_model.safetensors`` holds every tensor outside the backbone (prompters, common prompts, head), ``README.md``
-is the model card. The backbone is not in it: timm builds it or the caller gives it, and a hash of its weights tells
-whether it is the right one. All files are checked before any of them is read into a model.
+is the model card. The backbone is not in it: recorded is where it came from, a path as an absolute one. It is built
+again from there, or the caller gives it, and a hash of its weights tells whether it is the right one. All files are
+checked before any of them is read into a model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
-from timm import create_model
 from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from insvp_fast.files import (
     read_safetensors,
     write_file,
 )
+from insvp_fast.pretrained import create_backbone, hub_id, source_of
 from insvp_fast.released import RELEASED_PREPROCESSING, infer_config, read_released, to_ours, to_released
 
 __all__ = ["AdapterCheckpoint", "CheckpointError", "backbone_sha256"]
@@ -123,14 +124,14 @@ class AdapterCheckpoint(
         description = json.dumps(_describe(self), indent=2, ensure_ascii=False) + "\n"
         save_directory.mkdir(parents=True, exist_ok=True)
         write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        write_file(save_directory / CONFIG_FILE, description.encode())
+        write_file(save_directory / CONFIG_FILE, description.encode(errors="backslashreplace"))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card of this adapter; keywords are further fields of its metadata."""
         fields: dict[str, Any] = self._hub_mixin_info.model_card_data.to_dict()
-        if hub_id := _pretrained_cfg(self.backbone).get("hf_hub_id"):
-            fields["base_model"] = hub_id
-        name = _backbone_name(self.backbone)
+        if repository := hub_id(self.backbone):
+            fields["base_model"] = repository
+        name = source_of(self.backbone)
         text = CARD.format(
             backbone=f"`{name}`" if name else "not made by timm, to be given as `backbone=`",
             argument="" if name else ", backbone=backbone",
@@ -159,8 +160,9 @@ class AdapterCheckpoint(
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a repository on the Hub.
-            backbone: None for the recorded timm model, the name of a timm model, or a module, which is taken over.
-            pretrained, backbone_kwargs: for ``timm.create_model``, over the recorded arguments; not for a module.
+            backbone: None for the recorded one, what ``create_backbone`` takes (a name, a folder, NAME@FILE, ...), or a
+                module, which is taken over.
+            pretrained, backbone_kwargs: for ``create_backbone``, over the recorded arguments; not for a module.
             allow_backbone_mismatch: accept a backbone with other weights than the adapter was trained with.
             force_download, token, cache_dir, local_files_only, revision: for ``huggingface_hub.hf_hub_download`` of the
                 adapter. Weights of the backbone are timm's to fetch; HF_HUB_OFFLINE keeps both offline.
@@ -273,21 +275,8 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], saved: torch.dtype)
 # --------------------------------------------------------------------------------------------------------- the backbone
 
 
-def _pretrained_cfg(backbone: nn.Module) -> dict[str, Any]:
-    return getattr(backbone, "pretrained_cfg", None) or {}
-
-
-def _backbone_name(backbone: nn.Module) -> str | None:
-    """What ``timm.create_model`` takes to build this backbone, or None."""
-    cfg = _pretrained_cfg(backbone)
-    if cfg.get("source") == "hf-hub" and cfg.get("hf_hub_id"):
-        return f"hf-hub:{cfg['hf_hub_id']}"
-    name, tag = cfg.get("architecture"), cfg.get("tag")
-    return f"{name}.{tag}" if name and tag else name or None
-
-
 def _describe_backbone(backbone: VisionTransformer) -> dict[str, Any]:
-    name, arguments = _backbone_name(backbone), get_model_args(backbone)
+    name, arguments = source_of(backbone), get_model_args(backbone)
     try:
         json.dumps(arguments)
     except TypeError:  # a layer type, say: only the caller can build it again
@@ -308,7 +297,7 @@ def _backbone(
     recorded: Mapping[str, Any],
     where: object,
 ) -> VisionTransformer:
-    """The given module, or the given or recorded timm model."""
+    """The given module, or the given or recorded one of ``create_backbone``."""
     if backbone is not None and not isinstance(backbone, str):
         if kwargs:
             raise ValueError(f"{sorted(kwargs)} belong to a backbone given by name, and a module was given")
@@ -318,10 +307,10 @@ def _backbone(
         raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as backbone=")
     arguments = (recorded["arguments"] or {}) | kwargs
     try:
-        built: Any = create_model(name, pretrained=pretrained, **arguments)
-    except (TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{where}: timm does not build {name} with {arguments}: {error}") from error
-    return built.to(_dtype(recorded))
+        return create_backbone(name, pretrained, **arguments).to(_dtype(recorded))
+    except CheckpointError as error:
+        remedy = "" if backbone else "; the adapter was trained with this backbone: if it is elsewhere, give backbone="
+        raise CheckpointError(f"{where}: {error}{remedy}") from error
 
 
 def _check_backbone(backbone: nn.Module, recorded: Mapping[str, Any], where: object) -> None:
@@ -359,7 +348,7 @@ def _describe(model: AdapterCheckpoint) -> dict[str, Any]:
         "peft_type": PEFT_TYPE,
         "format_version": FORMAT_VERSION,
         "insvp_fast_version": __version__,
-        "base_model_name_or_path": _pretrained_cfg(model.backbone).get("hf_hub_id") or _backbone_name(model.backbone),
+        "base_model_name_or_path": hub_id(model.backbone) or source_of(model.backbone),
         "num_classes": model.num_classes,
         "insvp": model.config.to_dict(),
         "backbone": _describe_backbone(model.backbone),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import hashlib
 import os
 import pickle
+import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -29,8 +34,12 @@ __all__ = [
     "find_file",
     "read_safetensors",
     "read_torch",
+    "require_hub",
     "write_file",
 ]
+
+
+PATIENCE = 3  # seconds for the Hub's first answer
 
 
 class CheckpointError(ValueError):
@@ -44,10 +53,49 @@ def find_file(place: str, name: str, hub: Mapping[str, Any]) -> Path:
             raise CheckpointError(f"{place}: not an adapter: found {sorted(os.listdir(place))[:8]}, expected {name}")
         return Path(place, name)
     try:
+        if not hub.get("local_files_only"):
+            require_hub(place, (name,), hub.get("revision"), hub.get("cache_dir"))
         return Path(hf_hub_download(place, name, **hub))
     except (OSError, ValueError) as error:
         text = f"found no such folder, and no repository with {name} within reach"
         raise CheckpointError(f"{place}: {text}: {error}") from error
+
+
+def require_hub(
+    repository: str, endings: tuple[str, ...], revision: str | None = None, cache_dir: str | Path | None = None
+) -> None:
+    """Refuse a repository that is not in the cache if the Hub does not answer, before a download tries for minutes.
+
+    Args:
+        endings: of the names of files, one of which has to be in the cache.
+
+    Raises:
+        CheckpointError: after three seconds, or as many as HF_HUB_ETAG_TIMEOUT says.
+    """
+    try:
+        folder = snapshot_download(repository, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        names = os.listdir(folder)
+    except (OSError, ValueError):  # not in the cache, or no name of a repository
+        names = []
+    waited = constants.HF_HUB_ETAG_TIMEOUT
+    seconds = PATIENCE if waited == constants.DEFAULT_ETAG_TIMEOUT else waited
+    if not any(name.endswith(endings) for name in names) and not _hub_answers(seconds):
+        where = f"{constants.ENDPOINT} does not answer within {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets others)"
+        raise CheckpointError(f"{repository} is not in the cache of the Hub, and {where}")
+
+
+def _hub_answers(seconds: float) -> bool:
+    """Whether there is an answer, be it an error; asked in a thread, because looking a name up knows no time limit."""
+    answers: list[Any] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return bool(answers)
 
 
 def write_file(file: Path, content: bytes) -> None:
@@ -72,12 +120,16 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_torch(file: Path) -> Any:
-    """What ``torch.save`` wrote, if it is made of tensors and plain containers."""
+    """What ``torch.save`` wrote, if it is made of tensors, plain containers and the options of a command line."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        # the Namespace is timm's train.py's; of one, attributes are set and nothing is called
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         text = "found a truncated file or one with code, expected tensors of torch.save"
-        raise CheckpointError(f"{file}: {text}: {error}") from error
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # the rest is advice to trust the file
+        reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file}: {text}: {reason}") from error
 
 
 def check_schema(values: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> None:

@@ -234,7 +234,7 @@ def test_says_that_timm_cannot_build_the_backbone(folder):
     edit(folder, lambda v: v["backbone"]["arguments"].update(flavour="sweet"))
     with pytest.raises(CheckpointError, match=rf"adapter_config.json: timm does not build {NAME}.*'flavour'"):
         Reference.from_pretrained(folder, pretrained=False)
-    with pytest.raises(CheckpointError, match="timm does not build vit_unheard_of"):
+    with pytest.raises(CheckpointError, match="adapter_config.json: timm has no model vit_unheard_of"):
         Reference.from_pretrained(folder, "vit_unheard_of")
 
 
@@ -386,6 +386,12 @@ def test_replaces_an_adapter_and_keeps_other_files(folder):
     assert torch.equal(logits(again), logits(model))
     assert again.class_names is None
     assert again.preprocessing is None
+
+
+def test_class_names_of_every_kind_come_back(tmp_path):
+    names = ["é ü", "猫", "latin \udce9"]  # the last as Python decodes a folder's name that is no UTF-8
+    make_model().save_pretrained(tmp_path, class_names=names)
+    assert Reference.from_pretrained(tmp_path, make_backbone()).class_names == names
 
 
 def test_names_are_remembered_and_must_fit(tmp_path):

@@ -67,6 +67,7 @@ EVERYTHING = Recipe(
     data="c",
     root="r",
     preprocessing="insvp",
+    exif_rotation=False,
     protocol="released",
     select_on="test",
     epochs=2,

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,11 +22,13 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 from insvp_fast import InsVPConfig, InsVPViT, cli, native
 from insvp_fast.commands import doctor, sweep, traps
 from insvp_fast.data import transform_for
+from insvp_fast.data.pictures import read_picture
 from insvp_fast.recipes import read
-from insvp_fast.training.backbone import builtin_backbone, preprocessing_of
+from insvp_fast.training.backbone import load_backbone, preprocessing_of
 from insvp_fast.training.evaluation import figures_of
 from insvp_fast.training.figures import draw_confusion
 from insvp_fast.training.recipe import BUILTIN, Recipe
+from insvp_fast.training.run import train
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox, red"]
 
@@ -49,7 +52,7 @@ def run(images, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("runs") / "animals-1"
     recipe = Recipe(data=str(images), batch_size=4, probe=False, output=str(folder.parent))
-    backbone = builtin_backbone()
+    backbone = load_backbone()
     model = InsVPViT(backbone, len(CLASSES), InsVPConfig(prompt_length=4))
     torch.nn.init.normal_(model.head.weight)
     preprocessing = preprocessing_of(backbone)
@@ -63,8 +66,8 @@ def run(images, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def chances(run, images) -> dict[str, torch.Tensor]:
     """The probabilities of each test image by the model itself, file by file."""
-    model = InsVPViT.from_pretrained(run / "adapter", backbone=builtin_backbone())
-    transform = transform_for(preprocessing_of(builtin_backbone()))
+    model = InsVPViT.from_pretrained(run / "adapter", backbone=load_backbone())
+    transform = transform_for(preprocessing_of(load_backbone()))
     files = sorted((images / "test").rglob("*.png"))
     with torch.inference_mode():
         return {str(file): model(transform(Image.open(file))[None]).softmax(1)[0] for file in files}
@@ -109,11 +112,27 @@ def test_eval_on_other_data_keeps_the_runs_own_figures(run, images, tmp_path, ca
     assert (tmp_path / "eval-other.png").exists() and not (run / "eval-other.json").exists()
 
 
+def test_eval_scores_fewer_classes_by_their_names(run, images, tmp_path, capsys):
+    """Two of six, which in a folder of their own would be classes 0 and 1."""
+    for name in ("cat", "fox, red"):
+        shutil.copytree(images / "test" / name, tmp_path / "few" / "val" / name)
+    assert cli.main(["eval", str(run), "--data", str(tmp_path / "few"), "--output", str(tmp_path)]) == 0
+    assert cli.main(["eval", str(run), "--output", str(tmp_path)]) == 0
+    few, every = (json.loads((tmp_path / name).read_text()) for name in ("eval-few.json", "eval.json"))
+    rows = [
+        row if name in ("cat", "fox, red") else [0] * 6 for name, row in zip(CLASSES, every["confusion"], strict=True)
+    ]
+    assert few["confusion"] == rows and few["class_names"] == CLASSES
+    assert list(every["per_class"]) == CLASSES
+    kept = {name: share if name in ("cat", "fox, red") else None for name, share in every["per_class"].items()}
+    assert few["per_class"] == kept
+
+
 def test_eval_refuses_other_classes(run, tmp_path, capsys):
     (tmp_path / "test" / "wolf").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "test" / "wolf" / "0.png")
     assert cli.main(["eval", str(run), "--data", str(tmp_path)]) == 1
-    assert "found the classes wolf, expected ant, bee" in capsys.readouterr().err
+    assert "found the class wolf, expected some of the 6 classes of train: ant, bee" in capsys.readouterr().err
 
 
 def test_classes_without_images_do_not_count():
@@ -151,6 +170,70 @@ def test_predict_writes_json_lines(run, images, chances, tmp_path, capsys):
     assert line["probabilities"] == pytest.approx(chances[file].sort(descending=True).values.tolist(), abs=1e-5)
     assert capsys.readouterr().out == ""
     assert [entry.name for entry in tmp_path.iterdir()] == ["lines.jsonl"]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["turned", "as stored"])
+def numbered(request, tmp_path_factory) -> SimpleNamespace:
+    """A trained run whose classes are numbers, told apart by the colour of photographs that lie on their side."""
+    root, exif = tmp_path_factory.mktemp("numbered"), Image.Exif()
+    exif[0x0112] = 6
+    colours = {"1": (250, 20, 20), "2": (20, 250, 20), "10": (20, 20, 250)}
+    for part, count in (("train", 8), ("val", 2), ("test", 2)):
+        for name, colour in colours.items():
+            (root / "data" / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (40, 40), colour)
+                image.paste((128, 128, 128), (0, 0, 15, 35 + i // 2))
+                image.save(root / "data" / part / name / f"{i}.jpg", exif=exif)
+    options = {"probe": False, "epochs": 6, "batch_size": 8, "lr": 3e-3, "exif_rotation": request.param}
+    run = train(Recipe(data=str(root / "data"), output=str(root / "runs"), **options))
+    return SimpleNamespace(run=run, data=root / "data", rotation=request.param)
+
+
+def test_classes_that_are_numbers_are_named_in_every_output(numbered, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in ("1", "2", "10"):
+        os.link(numbered.data / "test" / name / "0.jpg", flat / f"picture {name} é.JPG")
+    assert cli.main(["predict", str(numbered.run), str(flat)]) == 0
+    _, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert {file: name for file, name, _ in rows} == {f"{flat}/picture {name} é.JPG": name for name in ("1", "2", "10")}
+    assert cli.main(["predict", str(numbered.run), str(flat), "--format", "jsonl", "--top-k", "9"]) == 0
+    for line in map(json.loads, capsys.readouterr().out.splitlines()):
+        assert sorted(line["classes"]) == ["1", "10", "2"] and f"picture {line['classes'][0]} é" in line["file"]
+    assert cli.main(["eval", str(numbered.run), "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert report["class_names"] == ["1", "10", "2"] and report["per_class"] == {"1": 1.0, "10": 1.0, "2": 1.0}
+    config = json.loads((numbered.run / "config.json").read_text())
+    about = json.loads((numbered.run / "adapter" / "adapter_config.json").read_text())
+    assert config["class_names"] == about["class_names"] == ["1", "10", "2"]
+
+
+def test_a_run_remembers_whether_photographs_were_turned(numbered, tmp_path, capsys):
+    """Pixels without EXIF, as training saw them, get the same probabilities; turned otherwise they get others."""
+    photograph = numbered.data / "test" / "2" / "0.jpg"
+    for name, rotation in (("seen", numbered.rotation), ("other", not numbered.rotation)):
+        read_picture(photograph, exif_rotation=rotation).save(tmp_path / f"{name}.png")
+    files = [str(photograph), str(tmp_path / "seen.png"), str(tmp_path / "other.png")]
+    assert cli.main(["predict", str(numbered.run), *files, "--format", "jsonl", "--top-k", "3"]) == 0
+    found, seen, other = (json.loads(line)["probabilities"] for line in capsys.readouterr().out.splitlines())
+    assert found == pytest.approx(seen, abs=1e-5) and found != pytest.approx(other, abs=1e-4)
+    assert json.loads((numbered.run / "config.json").read_text())["recipe"]["exif_rotation"] is numbered.rotation
+
+
+@pytest.mark.parametrize("name", ["é ü.png", "猫 1.png", os.fsdecode(b"latin \xe9.png")], ids=["latin", "cat", "bytes"])
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize("where", ["printed", "file"])
+def test_file_names_of_every_kind_are_written(run, images, name, form, where, tmp_path, capsys):
+    shutil.copy(images / "test" / "ant" / "0.png", tmp_path / name)
+    output = ["--output", str(tmp_path / "lines")] if where == "file" else []
+    assert cli.main(["predict", str(run), str(tmp_path), "--format", form, *output]) == 0
+    printed = capsys.readouterr().out
+    lines = (tmp_path / "lines").read_text(encoding="utf-8") if where == "file" else printed
+    if form == "jsonl":
+        assert Path(json.loads(lines)["file"]) == tmp_path / name
+    else:
+        assert lines.splitlines()[1].startswith(f"{tmp_path / name}".encode(errors="backslashreplace").decode())
 
 
 @pytest.fixture
@@ -200,7 +283,7 @@ def test_a_reader_that_stops_is_no_error(run, images):
 def test_info_on_a_run_counts_the_trained_parameters(run, capsys):
     assert cli.main(["info", str(run)]) == 0
     printed = capsys.readouterr().out
-    model = InsVPViT.from_pretrained(run / "adapter", backbone=builtin_backbone())
+    model = InsVPViT.from_pretrained(run / "adapter", backbone=load_backbone())
     assert f"{model.get_nb_trainable_parameters()[0]:,} trained" in printed
     words = " ".join(printed.split())
     assert all(text in words for text in ("finished", "head 1,158", "classes 6: ant, bee", "prompt_length 4"))

@@ -22,7 +22,7 @@ from insvp_fast.data import load as data_module
 from insvp_fast.data import transform_for
 from insvp_fast.training import device, journal, loop
 from insvp_fast.training import run as run_module
-from insvp_fast.training.backbone import builtin_backbone, load_backbone, preprocessing_of
+from insvp_fast.training.backbone import load_backbone, preprocessing_of
 from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.loop import rate
 from insvp_fast.training.prediction import predict
@@ -136,7 +136,7 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     for file, picture in zip(files, digits.images, strict=False):
         Image.fromarray(np.rint(picture * (255 / 16)).astype(np.uint8)).save(file)
-    transform = transform_for(preprocessing_of(builtin_backbone()))
+    transform = transform_for(preprocessing_of(load_backbone()))
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.inference_mode():
         chances = digits_run.insvp.eval()(images).softmax(1)
@@ -174,7 +174,7 @@ def test_probe_trains_the_head_alone(digits_run):
 
 @pytest.mark.parametrize("which", ["insvp", "probe"])
 def test_backbone_stays_as_it_was(digits_run, which):
-    before, after = builtin_backbone().state_dict(), getattr(digits_run, which).backbone.state_dict()
+    before, after = load_backbone().state_dict(), getattr(digits_run, which).backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -253,7 +253,9 @@ def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
 
 
 def test_eval_refuses_data_with_other_classes(digits_run, tmp_path):
-    with pytest.raises(CommandError, match="found the classes dark, light, expected 0, 1, 2"):
+    with pytest.raises(
+        CommandError, match="found the class dark, light, expected some of the 10 classes of train: 0, 1, 2"
+    ):
         evaluate_run(digits_run.folder, str(make_folder(tmp_path, {"test": 1})))
 
 
@@ -454,16 +456,16 @@ def test_a_pickle_with_code_is_not_loaded(tmp_path):
             return (tmp_path.joinpath("sprung").touch, ())
 
     torch.save({"state_dict": Trap()}, tmp_path / "weights.pth")
-    with pytest.raises(CommandError, match="not a file of tensors only"):
+    with pytest.raises(CommandError, match="weights.pth: found a truncated file or one with code, .* getattr"):
         load_backbone("test_vit", str(tmp_path / "weights.pth"))
     assert not (tmp_path / "sprung").exists()
 
 
 def test_wrong_backbones_are_refused(tmp_path):
-    with pytest.raises(CommandError, match="--backbone is vit_huger: timm has no such model"):
+    with pytest.raises(CommandError, match="--backbone is vit_huger: timm has no model vit_huger, and there is no"):
         load_backbone("vit_huger")
     with pytest.raises(CommandError, match="a ResNet: expected a Vision Transformer"):
-        load_backbone("resnet10t@weights.pth")
+        load_backbone(f"resnet10t@{__file__}")
     with pytest.raises(CommandError, match="no such file"):
         load_backbone("test_vit@nowhere.pth")
     save_file({"patch_embed.proj.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -475,7 +477,7 @@ def test_shipped_backbone_is_what_its_description_says():
     weights, facts = ASSET.with_suffix(".safetensors").read_bytes(), json.loads(ASSET.with_suffix(".json").read_text())
     assert len(weights) < 4_000_000
     assert hashlib.sha256(weights).hexdigest() == facts["sha256"]
-    backbone = builtin_backbone()
+    backbone = load_backbone()
     assert backbone.patch_embed.img_size == (32, 32)
     assert backbone.embed_dim == 3 * 8 * 8
     assert next(backbone.parameters()).dtype == torch.float32

@@ -32,10 +32,9 @@ def run(file: str, backbone: str, simam: bool, output: str | None, keep_backbone
     folder = Path(output) if output else Path(file).with_suffix("")
     if folder.exists():
         raise CommandError(f"{folder} exists: nothing is overwritten; choose another folder by --output")
-    from safetensors.torch import save_file
-
     from insvp_fast import InsVPViT
     from insvp_fast.files import CheckpointError
+    from insvp_fast.pretrained import save_backbone
 
     if not Path(file).is_file():
         raise CommandError(f"{file}: there is no such file")
@@ -45,9 +44,10 @@ def run(file: str, backbone: str, simam: bool, output: str | None, keep_backbone
             model = InsVPViT.from_released(file, backbone, simam)
         except CheckpointError as error:
             raise CommandError(" ".join(str(error).split())) from error
-    model.save_pretrained(folder)
     if keep_backbone:
-        save_file(model.backbone.state_dict(), folder / "backbone.safetensors")
+        folder.mkdir(parents=True)
+        save_backbone(model.backbone, folder / "backbone.safetensors")
+    model.save_pretrained(folder)
     for warning in said:
         print(f"warning: {warning.message}")
     print(f"written: {folder}, {model.num_classes} classes around {backbone}")

@@ -36,13 +36,14 @@ def run(
     if not reports:
         return 0
     names = facts["class_names"]
-    content = facts | figures._asdict() | {"images": figures.images, "confusion": figures.confusion.tolist()}
+    named = {"per_class": dict(zip(names, figures.per_class, strict=True)), "confusion": figures.confusion.tolist()}
+    content = facts | figures._asdict() | {"images": figures.images} | named
 
     folder = Path(output or run)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (f"eval-{Path(data).name}.json" if data else "eval.json")
     lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
-    write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace"))
     draw_confusion(figures.confusion, names, file.with_suffix(".png"))
 
     print(f"{facts['data']}: {figures.images:,} images, {len(names)} classes, protocol {facts['protocol']}")

@@ -1,6 +1,6 @@
 """Say what is in a run folder, an adapter folder or a backbone: settings, sizes, classes, preprocessing, results.
 
-A backbone is the name of a timm Vision Transformer (nothing is downloaded), or NAME@FILE.
+A backbone is what --backbone of `insvp train` takes; of the name of a timm Vision Transformer nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(what: str) -> int:
     folder = Path(what)
-    if (folder / RUN_FILE).is_file():
+    about = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
+    if about is not None and "architecture" not in about:  # which timm writes into a file of the same name
         _run(folder)
     elif (folder / ADAPTER_FILE).is_file():
         _adapter(folder)
-    elif folder.is_dir():
-        raise CommandError(f"{what}: neither a run ({RUN_FILE}) nor an adapter ({ADAPTER_FILE})")
+    elif folder.is_dir() and about is None:
+        raise CommandError(f"{what}: neither a run ({RUN_FILE}), an adapter ({ADAPTER_FILE}) nor a backbone")
     else:
         _backbone(what)
     return 0
@@ -76,17 +77,15 @@ def _backbone(name: str) -> None:
 
     from insvp_fast import InsVPConfig, InsVPReference, unsupported_reason
     from insvp_fast.files import backbone_sha256
+    from insvp_fast.pretrained import is_name, is_shipped
     from insvp_fast.training.backbone import load_backbone, preprocessing_of
-    from insvp_fast.training.recipe import BUILTIN
 
-    if name == BUILTIN or "@" in name:
-        backbone: Any = load_backbone(name)
-        _say("sha256", backbone_sha256(backbone, torch.float32))
-    elif timm.is_model(name):
+    if is_name(name) and not is_shipped(name):
         with torch.device("meta"):  # no weights are needed to say how many there are
-            backbone = timm.create_model(name, num_classes=0)
+            backbone: Any = timm.create_model(name, num_classes=0)
     else:
-        raise CommandError(f"{name}: no such folder, and timm has no such model")
+        backbone = load_backbone(name)
+        _say("sha256", backbone_sha256(backbone, torch.float32))
     if not isinstance(backbone, timm.models.VisionTransformer):
         raise CommandError(f"{name} is a {type(backbone).__name__}: expected a Vision Transformer of timm")
     embedding = backbone.patch_embed

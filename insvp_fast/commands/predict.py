@@ -81,14 +81,15 @@ def _write_jsonl(predictions: Iterable[Any], top_k: int, stream: TextIO) -> None
 
 @contextlib.contextmanager
 def _stream(output: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears when it is complete."""
+    """Standard output, or a file that appears when it is complete; names that are no UTF-8 are escaped as in JSON."""
     if output is None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         yield sys.stdout
         return
     file = Path(output)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as stream:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
             yield stream
         os.replace(temporary, file)
     except OSError as error:

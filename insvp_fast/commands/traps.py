@@ -72,7 +72,7 @@ def _wrong_statistics(name: str, preprocessing: Mapping[str, Any] | None) -> Ite
 
 def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """The mean and standard deviation that a backbone's weights were trained with, if timm knows it."""
-    if not name:
+    if not name or name.startswith("local-dir:"):
         return None
     if name == BUILTIN:
         facts = json.loads((files("insvp_fast") / "assets" / f"{BUILTIN}.json").read_text())
@@ -80,7 +80,7 @@ def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None
     from timm import get_pretrained_cfg
 
     try:
-        cfg = get_pretrained_cfg(name.rpartition("/")[2])  # without hf-hub:owner/
+        cfg = get_pretrained_cfg(name.partition("@")[0].rpartition("/")[2])  # without hf-hub:owner/, @FILE or @REVISION
     except (KeyError, RuntimeError, ValueError):
         return None
     return (tuple(cfg.mean), tuple(cfg.std)) if cfg else None

@@ -22,7 +22,7 @@ from insvp_fast.training.recipe import CommandError
 
 __all__ = ["Cached", "cached"]
 
-FORMAT = 1
+FORMAT = 2  # of the file, and of how images are read
 CHUNK = 256  # images decoded between two writings
 
 
@@ -53,9 +53,9 @@ class Cached(Dataset):
 def cached(images: Images, preprocessing: dict[str, Any], folder: str | Path, name: str) -> Cached:
     """``images`` as ``stored_transform`` leaves them, from ``folder`` or, the first time, decoded into it.
 
-    The file's name holds a hash of the list of images, their sizes and times, the classes and the preprocessing:
-    when any of them changes, another file is written. A file gets its name when it is complete; of two processes that
-    write the same, the last one stays.
+    The file's name holds a hash of the list of images, their sizes and times, the classes, how images are read and the
+    preprocessing: when any of them changes, another file is written. A file gets its name when it is complete; of two
+    processes that write the same, the last one stays.
 
     Raises:
         CommandError: if an image cannot be read, or the folder cannot be written to.
@@ -95,7 +95,7 @@ def _write(images: Images, file: Path) -> None:
 
 
 def _hash(images: Images, transform: Transform) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {transform} {list(images.classes)}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {transform} {images.exif_rotation} {list(images.classes)}".encode())
     for item in images.items:
         digest.update(_identity(item))
     return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ from typing import Any
 
 from insvp_fast.training.recipe import CommandError
 
-__all__ = ["PARTS", "Pairs", "by_number", "indices_of", "read_list", "siblings"]
+__all__ = ["PARTS", "Pairs", "by_number", "indices_of", "read_list", "siblings", "some"]
 
 PARTS = ("train", "val", "test")
 Pairs = list[tuple[str, str]]  # path, label
@@ -69,7 +69,8 @@ def indices_of(labels: Sequence[str], classes: Sequence[str], where: object) -> 
     index: Mapping[str, int] = {label: i for i, label in enumerate(classes)}
     unknown = by_number(set(labels) - set(index))
     if unknown:
-        raise CommandError(f"{where}: found the label {unknown[0]}, which is none of the {len(index)} classes of train")
+        known = f"the {len(index)} classes of train: {some(classes)}"
+        raise CommandError(f"{where}: found the class {some(unknown)}, expected some of {known}")
     return [index[label] for label in labels]
 
 
@@ -85,3 +86,8 @@ def siblings(source: Path) -> dict[str, Path]:
     elif "train" not in source.name:
         return {"test": source}
     return {part: file for part, file in names.items() if file.is_file()}
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
-from torchvision.datasets import ImageFolder
 
 from insvp_fast.data.cache import cached
+from insvp_fast.data.folders import listing, read_classes
 from insvp_fast.data.lists import Pairs, by_number, indices_of, read_list, siblings
-from insvp_fast.data.readers import Images, Parts, read_set, require_images
+from insvp_fast.data.readers import Images, Parts, by_folder, read_set, require_images
 from insvp_fast.data.sets import HTA, PROTOCOLS, SETS, VTAB
 from insvp_fast.data.splits import describe, divide
 from insvp_fast.data.streams import PREFIXES, read_stream
@@ -54,6 +54,7 @@ def load_data(
     root: str | None = None,
     protocol: str = "paper",
     cache: str | None = None,
+    exif_rotation: bool = True,
 ) -> Data:
     """Read and divide a data set.
 
@@ -65,6 +66,7 @@ def load_data(
         root: the folder of a named set, or of the images that a list names.
         protocol: ``paper``, or ``released`` for the splits of the authors' code.
         cache: a folder to keep decoded images in.
+        exif_rotation: turn photographs upright, as their EXIF says.
 
     Raises:
         CommandError: for all that the user can put right; says what was found, and what was expected where.
@@ -78,6 +80,8 @@ def load_data(
     preprocessing = _preprocessing_of(source, preprocessing)
     found = read_source(source, seed, root)
     parts = found.parts
+    for images in parts.values():
+        images.exif_rotation = exif_rotation
     division, words = _division(source, parts, seed, protocol)
 
     augmentation = preprocessing.get("augmentation", "timm")
@@ -112,23 +116,24 @@ def load_test_data(
     class_names: Sequence[str],
     *,
     root: str | None = None,
-    protocol: str = "paper",
+    exif_rotation: bool = True,
 ) -> Dataset:
     """What a trained model is tested on: the test part of ``source``, or else its val; the same in every protocol.
 
+    Classes are found by their names: the data may have fewer than ``class_names``, and number them otherwise.
+
     Raises:
-        CommandError: if there is none, or it has other classes.
+        CommandError: if there is none, or an image has another class.
     """
     path = Path(source)
     if source not in (DIGITS, *SETS) and not source.startswith(PREFIXES):
         found = _read_tested(path, class_names, root)
     else:
         found = read_source(source, seed, root)
-    if list(found.class_names) != list(class_names):
-        expected = f"expected {_some(class_names)}"
-        raise CommandError(f"--data {source}: found the classes {_some(found.class_names)}, {expected}")
-    part = "test" if "test" in found.parts else "val"
-    return found.parts[part].with_transform(transform_for(_preprocessing_of(source, preprocessing)))
+    images = found.parts["test" if "test" in found.parts else "val"]
+    labels = [found.class_names[index] for index in images.classes]
+    images = Images(images.items, indices_of(labels, class_names, f"--data {source}"), exif_rotation=exif_rotation)
+    return images.with_transform(transform_for(_preprocessing_of(source, preprocessing)))
 
 
 def read_source(source: str, seed: int = 0, root: str | None = None) -> Parts:
@@ -202,26 +207,11 @@ def _digits(seed: int) -> Parts:
 def _image_folder(root: Path) -> Parts:
     names = [name for name in ("train", "val", "test") if (root / name).is_dir()]
     if "train" not in names or len(names) < 2:
-        raise CommandError(f"--data {root}: found {_listing(root)}, expected the folders train and val and/or test")
-    folders = {name: _read_folder(root / name) for name in names}
-    classes = folders["train"].classes
-    for name, folder in folders.items():
-        if folder.classes != classes:
-            found = f"{name} has the classes {_some(folder.classes)}, train has {_some(classes)}"
-            raise CommandError(f"--data {root}: {found}")
-    return Parts({name: _images(folder) for name, folder in folders.items()}, classes)
-
-
-def _read_folder(folder: Path) -> ImageFolder:
-    try:
-        return ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        found = f"found {_listing(folder)}, expected one folder of images per class"
-        raise CommandError(f"--data {folder}: {found}") from error
-
-
-def _images(folder: ImageFolder) -> Images:
-    return Images([path for path, _ in folder.samples], folder.targets)
+        raise CommandError(f"--data {root}: found {listing(root)}, expected the folders train and val and/or test")
+    folders = {name: read_classes(root / name) for name in names}
+    classes = list(folders["train"])
+    parts = {name: by_folder(found, classes, root / name) for name, found in folders.items()}
+    return Parts(parts, classes)
 
 
 def _listed(source: Path, lists: dict[str, Path], root: str | None) -> Parts:
@@ -249,20 +239,9 @@ def _read_tested(source: Path, class_names: Sequence[str], root: str | None) -> 
         return Parts({"test": _from_list(read_list(file), class_names, folder, file)}, list(class_names))
     part = next((source / name for name in ("test", "val") if (source / name).is_dir()), None)
     if part is None:
-        raise CommandError(f"--data {source}: found {_listing(source)}, expected a folder test or val")
-    found = _read_folder(part)
-    return Parts({"test": _images(found)}, found.classes)
+        raise CommandError(f"--data {source}: found {listing(source)}, expected a folder test or val")
+    return Parts({"test": by_folder(read_classes(part), class_names, part)}, list(class_names))
 
 
 def _all_names() -> str:
     return ", ".join(HTA) + " and the 19 tasks vtab/NAME"
-
-
-def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    return _some(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

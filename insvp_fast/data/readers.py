@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,11 +17,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+from insvp_fast.data.folders import read_classes
 from insvp_fast.data.lists import PARTS, Pairs, by_number, indices_of, read_list
+from insvp_fast.data.pictures import read_picture
 from insvp_fast.data.sets import SETS, NamedSet
 from insvp_fast.training.recipe import CommandError
 
-__all__ = ["Images", "Parts", "Slice", "read_pickle", "read_set", "require_images"]
+__all__ = ["Images", "Parts", "Slice", "by_folder", "read_pickle", "read_set", "require_images"]
 
 
 class Images(Dataset):
@@ -30,6 +32,7 @@ class Images(Dataset):
     Args:
         items: each a path, a ``Slice`` of a file, an open file, or pixels, uint8 [h, w, 3].
         classes: an index each.
+        exif_rotation: turn photographs upright, as their EXIF says.
     """
 
     def __init__(
@@ -37,8 +40,9 @@ class Images(Dataset):
         items: Sequence[Any] | np.ndarray,
         classes: Sequence[int],
         transform: Callable[[Image.Image], Any] | None = None,
+        exif_rotation: bool = True,
     ) -> None:
-        self.items, self.classes, self.transform = items, classes, transform
+        self.items, self.classes, self.transform, self.exif_rotation = items, classes, transform, exif_rotation
 
     def __len__(self) -> int:
         return len(self.items)
@@ -56,11 +60,7 @@ class Images(Dataset):
         item = self.items[index]
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
-        try:
-            with Image.open(item.open() if isinstance(item, Slice) else item) as image:
-                return image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise errors of many kinds for broken files
-            raise CommandError(f"{self.name(index)}: not an image that can be read ({error})") from error
+        return read_picture(item.open() if isinstance(item, Slice) else item, self.name(index), self.exif_rotation)
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""
@@ -69,7 +69,17 @@ class Images(Dataset):
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> Images:
         """The same images, seen differently."""
-        return Images(self.items, self.classes, transform)
+        return Images(self.items, self.classes, transform, self.exif_rotation)
+
+
+def by_folder(found: Mapping[str, Sequence[str]], classes: Sequence[str], where: object) -> Images:
+    """The images of class folders, numbered as ``classes`` are; not every one of these need have images.
+
+    Raises:
+        CommandError: if a folder is none of the classes.
+    """
+    pairs = [(file, name) for name, files in found.items() for file in files]
+    return Images([file for file, _ in pairs], indices_of([name for _, name in pairs], classes, where))
 
 
 class Slice(NamedTuple):
@@ -184,9 +194,9 @@ def _read_food101(home: Path, name: str) -> Parts:
 
 
 def _read_gtsrb(home: Path, name: str) -> Parts:
-    found = {part: datasets.GTSRB(str(home), part)._samples for part in ("train", "test")}  # it takes no loader
-    parts = {part: Images([p for p, _ in pairs], [c for _, c in pairs]) for part, pairs in found.items()}
-    return Parts(parts, sorted(entry.name for entry in (home / "gtsrb/GTSRB/Training").iterdir() if entry.is_dir()))
+    train, test = read_classes(home / "gtsrb/GTSRB/Training"), datasets.GTSRB(str(home), "test")._samples
+    parts = {"train": by_folder(train, list(train), name), "test": Images([p for p, _ in test], [c for _, c in test])}
+    return Parts(parts, list(train))
 
 
 def _read_svhn(home: Path, name: str) -> Parts:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
+from insvp_fast.data.folders import SUFFIXES, is_hidden
 from insvp_fast.data.lists import by_number, indices_of
+from insvp_fast.data.pictures import to_rgb
 from insvp_fast.data.readers import Images, Parts, Slice
 from insvp_fast.training.recipe import CommandError
 
@@ -19,13 +22,13 @@ __all__ = ["PREFIXES", "read_stream"]
 
 PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
 SPLITS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}  # a part's names, the usual one first
-PICTURES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 
 
 def read_stream(source: str, root: str | None) -> Parts:
     """The parts of ``wds/FOLDER``, or of ``hfds/NAME``, ``hfids/NAME``, ``tfds/NAME`` as timm reads it.
 
-    Tar files are indexed once and read in any order. What timm gives only as a stream (hfids, tfds) is kept in memory.
+    Tar files are indexed once and read in any order. What timm gives only as a stream (hfids, tfds) is kept
+    in memory, turned upright or not as the library decodes it.
 
     Raises:
         CommandError: if there is no train, or neither validation nor test, or what reads the format is not installed.
@@ -49,7 +52,7 @@ def _open(source: str, root: str | None, part: str) -> Any:
     """timm's data set for a part, or None if it has no such part."""
     for split in SPLITS[part]:
         try:
-            return create_dataset(source, root, split)
+            return create_dataset(source, root, split, input_img_mode=None)  # images as they are: `to_rgb` converts
         except ImportError as error:
             package = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}[source.split("/")[0]]
             raise CommandError(f"--data {source} needs a package: pip install {package}") from error
@@ -64,8 +67,13 @@ def _images(dataset: Any) -> Images:
     if isinstance(dataset, ImageDataset):
         reader = dataset.reader
         return Images(_Files(reader), [int(label) for label in reader.iter_targets()])
-    pairs = [(np.asarray(image), int(label)) for image, label in dataset]
+    pairs = [(_pixels(image), int(label)) for image, label in dataset]
     return Images([pixels for pixels, _ in pairs], [label for _, label in pairs])
+
+
+def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3] of what a library has decoded: TensorFlow's is RGB, the others' is whatever the file holds."""
+    return image if isinstance(image, np.ndarray) else np.asarray(to_rgb(image))
 
 
 class _Files(Sequence):
@@ -119,10 +127,12 @@ def _members(file: Path) -> list[tuple[Slice, str]]:
     try:
         with tarfile.open(file, "r:") as tar:  # uncompressed only: its members can be read where they are
             for member in tar:
+                if not member.isfile() or any(map(is_hidden, member.name.removeprefix("./").split("/"))):
+                    continue
                 stem, _, suffix = member.name.rpartition("/")[2].partition(".")
                 key = member.name.removesuffix(f"{stem}.{suffix}") + stem
                 where = Slice(str(file), member.name, member.offset_data, member.size)
-                if suffix.lower() in PICTURES:
+                if f".{suffix.lower()}" in SUFFIXES:
                     pictures[key] = where
                 elif suffix == "cls":
                     labels[key] = str(int(where.read()))

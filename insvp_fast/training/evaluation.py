@@ -56,7 +56,7 @@ def evaluate_run(
     accelerator = start()
     recipe, model, preprocessing, names = load_run(run)
     source, root = data or recipe.data, root or (recipe.root if data in (None, recipe.data) else None)
-    tested = load_test_data(source, preprocessing, recipe.seed, names, root=root, protocol=recipe.protocol)
+    tested = load_test_data(source, preprocessing, recipe.seed, names, root=root, exif_rotation=recipe.exif_rotation)
     workers = recipe.workers if workers is None else workers
     how = dataclasses.replace(recipe, batch_size=batch_size or recipe.batch_size, workers=workers)
     figures = measure(model, loader_for(tested, how, accelerator), len(names), accelerator)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import is_image_file
 
 from insvp_fast.data import transform_for
+from insvp_fast.data.folders import picture_files
+from insvp_fast.data.readers import Images
 from insvp_fast.training.device import start
 from insvp_fast.training.recipe import CommandError
 from insvp_fast.training.run import load_run
@@ -29,22 +29,19 @@ class Prediction(NamedTuple):
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """The files among ``paths``, and those in their folders whose names end as an image's do, sorted in each.
+    """The files among ``paths``, and the images in their folders, as ``picture_files`` finds them.
 
     Raises:
         CommandError: if a path does not exist, or a folder holds no image.
     """
     files: list[str] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(str(file) for file in path.rglob("*") if is_image_file(file.name) and file.is_file())
-            if not found:
-                raise CommandError(f"{path}: no image in this folder")
-            files += found
-        elif path.exists():
-            files.append(str(path))
-        else:
+        found = picture_files(path) if path.is_dir() else [str(path)]
+        if not path.exists():
             raise CommandError(f"{path}: no such file or folder")
+        if not found:
+            raise CommandError(f"{path}: no image in this folder")
+        files += found
     return files
 
 
@@ -65,7 +62,8 @@ def predict(
     recipe, model, preprocessing, names = load_run(run)
     device = start().device
     model = model.to(device)
-    pictures = _Pictures(files, transform_for(preprocessing))
+    unknown = [-1] * len(files)  # nobody says of which class they are
+    pictures = _Pictures(Images(files, unknown, transform_for(preprocessing), recipe.exif_rotation))
     workers = recipe.workers if workers is None else workers
     for batch in DataLoader(pictures, batch_size or recipe.batch_size, num_workers=workers, collate_fn=list):
         images = [image for _, image, _ in batch if image is not None]
@@ -83,16 +81,15 @@ def _rank(logits: Tensor, names: Sequence[str], top_k: int) -> list[list[tuple[s
 class _Pictures(Dataset):
     """(file, image [3, H, W] or None, error or None)."""
 
-    def __init__(self, files: Sequence[str], transform) -> None:
-        self.files, self.transform = files, transform
+    def __init__(self, images: Images) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[str, Tensor | None, str | None]:
-        file = self.files[index]
+        file = self.images.name(index)
         try:
-            with Image.open(file) as image:
-                return file, self.transform(image.convert("RGB")), None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, by format
-            return file, None, f"{file}: not an image that can be read ({error})"
+            return file, self.images[index][0], None
+        except CommandError as error:
+            return file, None, str(error)

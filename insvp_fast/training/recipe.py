@@ -35,11 +35,14 @@ class Recipe:
 
     Args:
         recipe: the name of the shipped recipe that these settings come from; only recorded.
-        backbone: ``vit_shapes_32``, the shipped one, or a timm Vision Transformer, as ``NAME`` or ``NAME@FILE``.
+        backbone: ``vit_shapes_32``, the shipped one, or a Vision Transformer of timm: ``NAME``, ``NAME@FILE``,
+            ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER`` or the folder that timm saved, or a file that says its
+            architecture.
         checkpoint: a checkpoint file for the backbone: .safetensors, .pth or .npz.
         data: ``digits``, a data set's name, an image folder, a list file, or a reader of timm.
         root: the folder of a named data set.
         preprocessing: ``timm`` as the backbone was trained, or ``insvp`` as the paper's authors prepare images.
+        exif_rotation: turn photographs upright, as their EXIF says; TIFF files are always turned as they say.
         protocol: ``paper``, or ``released`` for the splits of the authors' code and its selection on the test images.
         select_on: the split, ``val`` or ``test``, whose accuracy chooses the epoch that is kept.
         retrain: train on the train and val images together, and keep the last epoch.
@@ -79,6 +82,7 @@ class Recipe:
     data: str = DIGITS
     root: str | None = None
     preprocessing: str = "timm"
+    exif_rotation: bool = True
     protocol: str = "paper"
     select_on: str = "val"
     retrain: bool = False
@@ -139,7 +143,7 @@ class Recipe:
         fits = kernels is None or (len(kernels) == 3 and all(k > 0 and k % 2 for k in kernels))
         self._check("specific_kernels", fits, "three odd positive integers")
         self._check("trackers", set(self.trackers) <= set(TRACKERS), f"some of {', '.join(TRACKERS)}")
-        both = self.checkpoint is not None and "@" in self.backbone
+        both = self.checkpoint is not None and "@" in self.backbone.partition(":")[0]  # hf-hub:NAME@REVISION
         self._check("backbone", not both, "a name without @FILE where --checkpoint is given")
 
     @property

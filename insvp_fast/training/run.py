@@ -64,6 +64,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
             root=recipe.root,
             protocol=recipe.protocol,
             cache=str(CACHE) if recipe.cache else None,
+            exif_rotation=recipe.exif_rotation,
         )
     preprocessing = data.preprocessing or preprocessing  # VTAB has its own
     wanted = recipe.batch_size
