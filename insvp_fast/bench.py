@@ -22,9 +22,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, cpu, frozen, native_status
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, cpu, frozen, native_status, torch_private
 from insvp_fast.testing import DEVICE, relative_error, saved_bytes
 
 __all__ = [
@@ -278,15 +277,16 @@ def instructions() -> str:
     level = torch.backends.cpu.get_cpu_capability()
     if level != "AVX512":
         return level
-    if torch.cpu._is_amx_tile_supported():
+    found = torch.cpu.get_capabilities()
+    if found.get("amx_tile", False):
         return "AVX512-AMX"
-    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else level
+    return "AVX512-BF16" if found.get("avx512_bf16", False) else level
 
 
 def sdpa_backend(dtype: torch.dtype) -> str:
     """Which of its kernels PyTorch's attention takes for 197 queries and 206 keys."""
     q, k = (torch.empty(1, 12, length, 64, dtype=dtype, device=DEVICE) for length in (197, 206))
-    return SDPBackend(torch._fused_sdp_choice(q, k, k)).name
+    return torch_private.sdpa_backend(q, k, k)
 
 
 def gpu_state() -> str | None:

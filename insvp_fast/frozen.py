@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast import cpu, native
+from insvp_fast import cpu, native, torch_private
 from insvp_fast.prepack import packed
 
 __all__ = ["Frozen", "cpu_product", "linear", "linear_bwd", "linear_gelu", "linear_gelu_bwd"]
@@ -166,7 +166,7 @@ def cpu_product(dtype: torch.dtype) -> str:
     for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where there are none. "plain":
     ``torch.nn.functional.linear``. The first two only if a self-test passes.
     """
-    tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    tiles = dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile", False)
     vectors = native.available(dtype) and native.native_status().isa != "generic"
     if vectors and not tiles and _works(_native_product, dtype):
         return "native"
@@ -196,8 +196,8 @@ def _native_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _pack(matrix: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())
+    return torch_private.pack_linear(matrix.contiguous())
 
 
 def _onednn(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch_private.packed_linear(x, packed, bias)

@@ -114,7 +114,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             if prompter is not None and wanted:
                 prompter.compile()
             elif prompter is not None:
-                prompter._compiled_call_impl = None
+                prompter.compile(disable=True)
         self._prompters_are_compiled = wanted
 
     def _blocks(self, tokens: Tensor, p_s: Tensor | None, dtype: torch.dtype, num_queries: int | None) -> Tensor:

@@ -22,8 +22,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from insvp_fast import reference
-from insvp_fast.ops.library import transformed
+from insvp_fast import reference, torch_private
 
 __all__ = ["covers", "unsupported_reason"]
 
@@ -188,11 +187,11 @@ def covers(part: nn.Module) -> bool:
 
 def _surroundings() -> str | None:
     """What outside of the model changes what calling a module does."""
-    if any(getattr(torch.nn.modules.module, f"_global{hooks}", None) for hooks in HOOKS):
+    if torch_private.global_hooks():
         return "there is a hook for all modules"
     if [type.forward for type in _TYPES] != _FORWARDS or VisionTransformer._pos_embed is not _POS_EMBED:
         return "a class of timm or PyTorch has had a method replaced"
-    if transformed():
+    if torch_private.transforming():
         return "a transform of torch.func or forward-mode differentiation is under way"
     return None
 

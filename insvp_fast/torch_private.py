@@ -11,10 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
-__all__ = ["HAS_FLASH", "HAS_PRODUCTS", "flash_attention", "flash_attention_bwd", "pack_linear", "packed_linear",
-           "sdpa_backend", "softmax_bwd"]  # fmt: skip
+__all__ = [
+    "HAS_FLASH",
+    "HAS_PRODUCTS",
+    "flash_attention",
+    "flash_attention_bwd",
+    "global_hooks",
+    "pack_linear",
+    "packed_linear",
+    "sdpa_backend",
+    "softmax_bwd",
+    "transforming",
+]  # fmt: skip
 
 
 def _attempt(function: Callable[[], Any], otherwise: Any) -> Any:
@@ -100,3 +111,26 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Which of its kernels PyTorch's attention takes, for reports only: "unknown" where it does not tell."""
     return _attempt(lambda: SDPBackend(torch._fused_sdp_choice(q, k, v)).name, "unknown")
+
+
+def global_hooks() -> bool:
+    """Whether there are hooks for all modules, as of ``torch.nn.modules.module.register_module_forward_hook``."""
+    return any(_GLOBAL_HOOKS)
+
+
+_GLOBAL_HOOKS = [
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks", {})
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
+
+
+def transforming(*arguments: object) -> bool:
+    """Whether a transform of ``torch.func`` is under way, or forward-mode differentiation: of ``arguments``, if given."""
+    if _in_transform() or getattr(forward_ad, "_current_level", -1) < 0:
+        return _in_transform()
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    return not arguments or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+# where it is gone, PyTorch's autograd functions refuse by themselves, in other words
+_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)

@@ -45,6 +45,8 @@ def test_dtypes_of_modules_and_images(config, amp):
         for name, value in values.items():
             assert value.dtype == expected[name].dtype, f"{what}, {name}"
             if lowest == torch.float64:  # no oracle is finer: as close as 1e-5 is in fp32
-                assert relative_error(value, exact[name]) < 1e-5 * torch.finfo(lowest).eps / torch.finfo(torch.float32).eps
+                assert (
+                    relative_error(value, exact[name]) < 1e-5 * torch.finfo(lowest).eps / torch.finfo(torch.float32).eps
+                )
                 continue
             assert_within_budget(value, expected[name], exact[name], lowest, f"{what}, {name}")

@@ -10,7 +10,6 @@ Letters as in ``reference.py``.
 
 from insvp_fast.ops.attention import ATTENTION, attention, attention_few, require_attention
 from insvp_fast.ops.conv import conv, conv_pool
-from insvp_fast.ops.library import transformed
 from insvp_fast.ops.linear import linear, qkv_few
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
@@ -28,5 +27,4 @@ __all__ = [
     "qkv_few",
     "require_attention",
     "superpose",
-    "transformed",
 ]

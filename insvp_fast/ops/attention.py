@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from insvp_fast import cpu, memory, native, reference
+from insvp_fast import cpu, memory, native, reference, torch_private
 from insvp_fast.ops.library import (
     LIBRARY,
     NATIVE_DTYPES,
@@ -90,7 +90,7 @@ class _AttentionFew(torch.autograd.Function):
         num_heads, scale = ctx.shape
         k, v = map(_contiguous, _split_kv(kv, num_heads))
         q, grad = _heads(q, num_heads), _heads(grad, num_heads)
-        d_scores = scale * torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
+        d_scores = scale * torch_private.softmax_bwd(grad @ v.mT, p)
         d_kv, d_head = memory.empty_like(kv), memory.empty(v.shape, v.dtype, v.device)
         # each part is written where it belongs: stacking them would cost another buffer of their size
         for part, product in zip(_split_kv(d_kv, num_heads), ((d_scores, q), (p, grad)), strict=True):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.library import Library
 
-from insvp_fast import native
+from insvp_fast import native, torch_private
 
 __all__ = [
     "LIBRARY",
@@ -22,7 +22,6 @@ __all__ = [
     "implement",
     "require_dtypes",
     "require_native",
-    "transformed",
     "widened",
 ]
 
@@ -113,15 +112,6 @@ class _Once(Function):
 
 def apply(function: type[Function], *arguments: Any) -> Any:
     """``function.apply``, refused where PyTorch would ask for derivatives that a ``first_order`` function has not."""
-    if not torch.compiler.is_compiling() and transformed():
+    if not torch.compiler.is_compiling() and torch_private.transforming(*arguments):
         raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
     return function.apply(*arguments)
-
-
-# what autograd.Function itself asks; where a version of PyTorch lacks it, PyTorch's own error is raised instead
-_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
-    return _in_transform() or getattr(forward_ad, "_current_level", -1) >= 0
