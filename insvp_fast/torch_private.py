@@ -125,7 +125,7 @@ _GLOBAL_HOOKS = [
 
 
 def transforming(*arguments: object) -> bool:
-    """Whether a transform of ``torch.func`` is under way, or forward-mode differentiation: of ``arguments``, if given."""
+    """Whether a transform of ``torch.func`` or forward-mode differentiation (of ``arguments``, if any) is under way."""
     if _in_transform() or getattr(forward_ad, "_current_level", -1) < 0:
         return _in_transform()
     tensors = [x for x in arguments if isinstance(x, Tensor)]

@@ -82,7 +82,7 @@ def test_a_models_gradient_is_not_differentiated_again():
 
 
 def test_an_older_pytorch_raises_its_own_error(monkeypatch):
-    monkeypatch.setattr(library, "_in_transform", lambda: False)
+    monkeypatch.setattr(torch_private, "_in_transform", lambda: False)
     f, x = operations()["linear"]
     with pytest.raises(RuntimeError, match="setup_context"):
         TRANSFORMS["grad"](f, x)

@@ -23,6 +23,7 @@ ALLOWED = {
     "_forward_pre_hooks": "the same",
     "_version": "of a tensor: in PyTorch's documentation of in-place correctness checks",
     "_asdict": "named tuples have it for everybody",
+    "_replace": "the same",
     "_pos_embed": "timm's, part of every ViT that is understood",
     "_file_dict": "torchvision's, of one data set",
     "_samples": "torchvision's, of one data set",
