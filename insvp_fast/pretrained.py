@@ -38,7 +38,7 @@ def create_backbone(
             config.json and weights, also as ``local-dir:FOLDER``; ``NAME@FILE``, a name of timm and a file of weights;
             or a file alone, if it says the architecture: a checkpoint of timm's train.py, or safetensors with
             ``architecture`` in its metadata.
-        pretrained: False for random weights, without looking for any.
+        pretrained: False for random weights, without looking for any; the shipped backbone always has its own.
         checkpoint: a file whose weights are used instead: .safetensors, .npz, or of ``torch.save``.
         arguments: for ``timm.create_model``.
 
@@ -146,9 +146,9 @@ def is_name(source: str) -> bool:
 
 def _described(file: Path) -> tuple[str, dict[str, Any]]:
     """The architecture that a file of weights says it is of, and its arguments."""
-    facts, options = (_metadata(file), None) if file.suffix == ".safetensors" else ({}, None)
-    if file.suffix not in (".safetensors", ".npz") and isinstance(content := read_torch(file), dict):
-        facts, options = content, content.get("args")  # of train.py, a Namespace
+    content = {} if file.suffix == ".npz" else _metadata(file) if file.suffix == ".safetensors" else read_torch(file)
+    facts = content if isinstance(content, dict) else {}
+    options = facts.get("args")  # of train.py, a Namespace
     name = facts.get("arch", facts.get("architecture"))
     if not isinstance(name, str) or not is_model(name):
         found = f"the architecture {name!r}, which timm does not know" if name else "no architecture in it"

@@ -1,8 +1,8 @@
 """Images and their classes, by name, by folder, by list or through timm; needs the extra ``train``.
 
-sets.py is the table of the named sets, readers.py and lists.py read what lies on disk, splits.py divides it,
-transforms.py prepares images, cache.py keeps them decoded, load.py ties them together, verify.py checks a set, and
-fake.py makes tiny ones.
+sets.py is the table of the named sets, readers.py, folders.py and lists.py read what lies on disk, pictures.py opens
+an image, splits.py divides a set, transforms.py prepares images, cache.py keeps them decoded, load.py ties them
+together, verify.py checks a set, and fake.py makes tiny ones.
 """
 
 from __future__ import annotations
