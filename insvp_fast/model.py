@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import backbone as frozen_backbone
 from insvp_fast import cpu, ops, plan, prompters, reference
 from insvp_fast.checkpoint import AdapterCheckpoint
+from insvp_fast.config import InsVPConfig
+from insvp_fast.pretrained import create_backbone
 from insvp_fast.reference import InsVPReference
 
 __all__ = ["InsVPViT"]
@@ -28,7 +31,8 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     A backbone that the fast operations do not cover runs through the reference's own path, exactly, and says so once
     with a warning.
 
-    Args, shapes and errors: see ``InsVPReference``. Besides, each also an attribute that may be set later:
+    Args, shapes and errors: see ``InsVPReference``; a pretrained backbone is whatever ``create_backbone`` takes.
+    Besides, each also an attribute that may be set later:
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
             layers, half of the memory for a twelfth of the work), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds these weights anew.
@@ -43,15 +47,21 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
     def __init__(
         self,
-        *args: Any,
+        backbone: str | VisionTransformer,
+        num_classes: int | None = None,
+        config: InsVPConfig | None = None,
+        *,
+        pretrained: bool = False,
         recompute: str = "none",
         fold_norm: bool = True,
         attention: str = "auto",
         gelu_in_8_bits: bool = False,
         compile_prompters: bool | None = None,
-        **kwargs: Any,
+        **backbone_kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        if isinstance(backbone, str) and pretrained:
+            backbone, pretrained, backbone_kwargs = create_backbone(backbone, **backbone_kwargs), False, {}
+        super().__init__(backbone, num_classes, config, pretrained=pretrained, **backbone_kwargs)
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.gelu_in_8_bits, self.compile_prompters = gelu_in_8_bits, compile_prompters
         self._prompters_are_compiled = False
@@ -121,6 +131,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
         if self.recompute == "mlp" and self.gelu_in_8_bits:
             raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
+        ops.require_attention(self.attention, dtype, tokens.device)
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
         how = frozen_backbone.How(dtype, self.fold_norm, self.attention, keeps)
         blocks = self.backbone.blocks
@@ -174,7 +185,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
             affine = self._pixel_scale(pixels.device) if pixels.dtype == torch.uint8 else (None, None)
             patches = ops.superpose(
                 *(pixels, p_g, *weights, P, *self.config.blend_image),
-                dtype=image.dtype if folded else dtype,
+                dtype=torch.promote_types(image.dtype, dtype) if folded else dtype,
                 scale=affine[0],
                 shift=affine[1],
             )

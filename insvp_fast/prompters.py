@@ -15,7 +15,7 @@ class GlobalPrompter(reference.GlobalPrompter):
     """G_g with the convolutions of this package where they are faster."""
 
     def forward(self, image: Tensor) -> Tensor:
-        dtype = _result_dtype(image, self.conv1, self.conv2) if plan.covers(self) else None
+        dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if plan.covers(self) else None
         if dtype is None:
             return super().forward(image)
         (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
@@ -39,7 +39,7 @@ class SpecificPrompter(reference.SpecificPrompter):
         H, W = (side // size * size or side for side in image.shape[-2:])
         pool = H // size
         convs = self.conv1, self.conv2, self.conv3
-        dtype = _result_dtype(image, *convs)
+        dtype = _result_dtype(image, self.dropout, *convs)
         if dtype is None or not 1 <= pool <= 16 or W // size != pool:  # other windows overlap, or are not square
             x = reference.pool_centre(_conv(self.conv1, image, H, W), size)
             x = _conv(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
@@ -52,12 +52,15 @@ class SpecificPrompter(reference.SpecificPrompter):
             return ops.conv(x, w3, b3, 1, grid, grid, dtype=dtype).reshape(B, L, D)
 
 
-def _result_dtype(image: Tensor, *convs: nn.Conv2d) -> torch.dtype | None:
+def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torch.dtype | None:
     """The dtype that PyTorch's convolutions give here, or None where they have to run themselves.
 
-    They do on GPUs, where the compiler fuses them, and in fp16 and fp64.
+    They do on GPUs, where the compiler fuses them, and in fp16 and fp64. Before a dropout, whose mask is drawn in the
+    order of memory, they also do where they would keep the image's layout.
     """
     if image.device.type != "cpu" or image.shape[1] != convs[0].weight.shape[1]:
+        return None
+    if dropout.training and not image.is_contiguous():
         return None
     autocast = torch.is_autocast_enabled("cpu")
     if any(w.dtype != torch.float32 for conv in convs for w in _weights(conv)):

@@ -291,3 +291,28 @@ def test_a_model_that_is_made_of_another_backbone():
     fast.backbone = other.backbone
     fast.backbone.blocks[0].ls1 = nn.Tanh()
     assert not plan.covers(fast)
+
+
+def gradient(model, x):
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return torch.func.grad(lambda ps: torch.func.functional_call(model, ps, (x,)).square().sum())(parameters)
+
+
+TRANSFORMS = {
+    "vmap": lambda model, x: torch.func.vmap(lambda one: model(one[None])[0])(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
+    "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(len(x), 10))[0],
+    "gradients by the parameters": lambda model, x: torch.cat([g.flatten() for g in gradient(model, x).values()]),
+    "gradients of each image": lambda model, x: torch.func.vmap(lambda one: gradient(model, one[None])["head.bias"])(x),
+    "a functional call": lambda model, x: torch.func.functional_call(
+        model, {name: 1.5 * p.detach() for name, p in model.named_parameters()}, (x,)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_functions_go_the_general_way(transform):
+    reference, fast = (model.eval() for model in in_use(lambda model: None))
+    values, expected = (TRANSFORMS[transform](model, image()) for model in (fast, reference))
+    assert relative_error(values, expected) < 1e-5
+    assert plan.covers(fast)
