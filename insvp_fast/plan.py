@@ -5,7 +5,7 @@ stands in for, so a module that is not in the tables, or is there with another t
 general path, which calls every module. Listed are also the modules that the plan leaves out because they do nothing,
 such as a dropout in evaluation mode.
 
-``torch.compile`` asks while it traces: as with PyTorch's own modules, hooks that are added afterwards are not seen.
+``torch.compile`` asks while it traces, and traces anew where a module has been replaced, hooked or set to training.
 """
 
 from __future__ import annotations
@@ -169,9 +169,23 @@ def unsupported_reason(part: nn.Module) -> str | None:
     return _surroundings() or _carries_prompts(part) or _examine(part)[0]
 
 
-@torch.compiler.assume_constant_result
 def covers(part: nn.Module) -> bool:
     """Whether the fast plan covers ``part`` as it is now; a warning tells, once, why it does not."""
+    if torch.compiler.is_compiling():
+        _read_hooks(part)
+    return _judge(part)
+
+
+def _read_hooks(module: nn.Module) -> int:
+    """Read what is traced nowhere else: PyTorch then traces anew where a module is replaced, hooked or trained."""
+    read = len(module._forward_hooks) + len(module._forward_pre_hooks) + module.training
+    for child in module.children():
+        read += _read_hooks(child)
+    return read
+
+
+@torch.compiler.assume_constant_result
+def _judge(part: nn.Module) -> bool:
     memo = vars(part).setdefault("_memo", Memo())
     reason = _surroundings() or _carries_prompts(part)
     if reason is None and memo.holds(part):

@@ -280,9 +280,24 @@ def test_a_copy_does_not_look_at_its_original():
     assert plan.covers(fast) and not plan.covers(twin)
 
 
-def test_compiled_models_ask_while_they_are_traced():
-    reference, fast = in_use(replaced("backbone.blocks.0.drop_path1"))
+COMPILED = {
+    "a replaced module": replaced("backbone.blocks.0.drop_path1"),
+    "a hook of the backbone": at("backbone.blocks.1.mlp.drop2", HOOKS["forward hook"]),
+    "a hook of a prompter": at("specific_prompter.conv2", HOOKS["forward hook"]),
+    "training": at("backbone", lambda m: m.train()),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", COMPILED)
+def test_compiled_models_are_traced_anew(change, when):
+    torch._dynamo.reset()
+    reference, fast = in_use(lambda model: None)
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    if when == "after":
+        compiled(image())
+    for model in (reference, fast):
+        COMPILED[change](model)
     assert relative_error(compiled(image()), reference(image())) < 1e-5
 
 
