@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from insvp_fast import frozen, native, prepack
+from insvp_fast import InsVPConfig, frozen, native, prepack
 from insvp_fast.fingerprint import NativeFingerprint, PlainFingerprint, Region
 from insvp_fast.frozen import Frozen
-from insvp_fast.testing import relative_error
+from insvp_fast.testing import make_pair, relative_error, trained_gradients
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -263,6 +264,15 @@ def test_packed_weights_die_with_their_weights(product):
     assert not prepack._records
 
 
+def test_packed_weights_follow_a_parameter_made_again_on_the_same_memory(product):
+    """Its version counter starts anew, so that of the old one says nothing."""
+    layer, weight = nn.Linear(48, 33).requires_grad_(False), torch.randn(33, 48)
+    for _ in range(3):
+        layer.weight = nn.Parameter(weight.data, requires_grad=False)
+        check(layer, product)
+        weight.mul_(-3)
+
+
 def test_packed_weights_are_not_those_of_new_memory_at_an_old_address(product):
     for _ in range(50):
         layer = nn.Linear(48, 33).requires_grad_(False)
@@ -301,3 +311,49 @@ def test_threads_share_packed_weights(product):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
+UNSUITED = {"by_transposed_view": "backbone.blocks.0.norm1"}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("path", [f"backbone.blocks.{path}" for path in ("0.mlp.fc1", "1.attn.qkv", "0.norm1")])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_model_in_use_sees_a_write(write, path, autocast):
+    if UNSUITED.get(write) == path:
+        pytest.skip("the weight of a norm has one dimension")
+    models = reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(global_dropout=0.0), **TINY)
+    image = torch.randn(2, 3, 32, 32)
+    trained_gradients(fast, image, autocast=autocast)
+    for model in models:
+        torch.manual_seed(1)
+        WRITES[write](model.get_submodule(path))
+    values, anew = (trained_gradients(model, image, autocast=autocast) for model in (fast, copy.deepcopy(fast)))
+    assert all(torch.equal(value, anew[name]) for name, value in values.items())
+    if autocast is None:
+        plain, exact = trained_gradients(reference, image), trained_gradients(reference.double(), image.double())
+        for name, value in values.items():
+            assert relative_error(value, exact[name]) < max(1e-5, 2 * relative_error(plain[name], exact[name]))
+
+
+def test_nothing_is_packed_of_a_backbone_that_is_trained():
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(global_dropout=0.0), **TINY)
+    prepack.clear()
+    optimizers = []
+    for model in (reference, fast):
+        model.backbone.requires_grad_(True)
+        optimizers.append(torch.optim.SGD(model.backbone.parameters(), lr=0.01, fused=True))
+    image = torch.randn(2, 3, 32, 32)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the general path
+            expected, values = trained_gradients(reference, image), trained_gradients(fast, image)
+        assert max(relative_error(value, expected[name]) for name, value in values.items()) < 1e-5
+        assert not prepack._records
+        for optimizer in optimizers:
+            optimizer.step()
+    for model in (reference, fast):
+        model.backbone.requires_grad_(False)
+    assert relative_error(fast(image), reference(image)) < 1e-5
+    assert prepack._records
