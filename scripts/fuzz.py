@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from drawn import DTYPES, SCALES, SPECIAL, Case, cases
 
 EPS = torch.finfo(torch.float32).eps
+SCALE = 1024.0  # of the loss, as for every training in fp16, whose gradients would be lost below its smallest numbers
 DRAWS = (8, 32, 128)  # for a case that does not pass; each number is tried if the one before was not enough
 
 
@@ -129,7 +130,7 @@ def compute(model: nn.Module, x: Tensor, case: Case, exact: bool = False) -> dic
         target = torch.randn(logits.shape, dtype=torch.float64).to(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
         if logits.requires_grad:
-            (logits.to(wide) - target.to(wide)).square().mean().backward()
+            (SCALE * (logits.to(wide) - target.to(wide)).square().mean()).backward()
     except Exception as error:
         return error
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
