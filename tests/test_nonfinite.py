@@ -191,13 +191,14 @@ def test_gelu_of_numbers_of_every_size(isa, dtype):
     pre, hidden = native.linear_gelu(x[:, None], packed, None, 1)
     slope = native.linear_gelu_bwd(one, packed, pre)
     x = pre.double()
-    normal, density = torch.special.ndtr(x), (-x.square() / 2).exp() / (2 * torch.pi) ** 0.5
+    normal, density = torch.special.erfc(-x * 0.5**0.5) / 2, (-x.square() / 2).exp() / (2 * torch.pi) ** 0.5
     # roundings of the result and of the exponent x²/2 in it; of the derivative, whose two terms cancel, also of these
     for value, expected, terms in ((hidden, x * normal, 0), (slope, normal + x * density, 1)):
         finite = expected.isfinite()
         assert torch.equal(value.isfinite(), finite)
         allowed = torch.finfo(dtype).eps * ((4 + x.square()) * expected.abs() + terms)
-        allowed += 2.0**-120  # below, the distribution function counts as 0
+        # tails: below, the distribution counts as 0; or for 16 bits, as much as 1 + erf(x) loses in fp32
+        allowed += 2.0**-120 if dtype == F32 else torch.finfo(F32).eps
         assert ((value - expected).abs() <= allowed)[finite].all()
 
 
