@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -210,7 +211,7 @@ def _judge(case: Case, models: Any, x: Tensor, suspects: list[str], exact: dict[
     def near(t: Tensor) -> Tensor:
         return (t.double() * (1 + rounding * (torch.rand(t.shape, dtype=torch.float64) - 0.5))).to(t.dtype)
 
-    squares = {name: [0.0, 0.0] for name in suspects}
+    roots = {name: [0.0, 0.0] for name in suspects}  # of the sums of squares
     done = 0
     for count in DRAWS:
         while done < count:
@@ -222,9 +223,9 @@ def _judge(case: Case, models: Any, x: Tensor, suspects: list[str], exact: dict[
             assert isinstance(value, dict) and isinstance(plain, dict)
             for name in suspects:
                 for i, error in enumerate(_errors(name, value, plain, exact)):
-                    squares[name][i] += error**2
+                    roots[name][i] = math.hypot(roots[name][i], error)  # errors of a zero are too large to be squared
             done += 1
-        means = {name: [(total / done) ** 0.5 for total in squares[name]] for name in suspects}
+        means = {name: [root / done**0.5 for root in roots[name]] for name in suspects}
         suspects = [name for name in suspects if not _passes(*means[name], case)]
         if not suspects:
             return None
