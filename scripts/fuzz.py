@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -46,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from drawn import DTYPES, SCALES, SPECIAL, Case, cases
 
 EPS = torch.finfo(torch.float32).eps
+SCALE = 1024.0  # of the loss, as for every training in fp16, whose gradients would be lost below its smallest numbers
 DRAWS = (8, 32, 128)  # for a case that does not pass; each number is tried if the one before was not enough
 
 
@@ -129,7 +131,7 @@ def compute(model: nn.Module, x: Tensor, case: Case, exact: bool = False) -> dic
         target = torch.randn(logits.shape, dtype=torch.float64).to(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
         if logits.requires_grad:
-            (logits.to(wide) - target.to(wide)).square().mean().backward()
+            (SCALE * (logits.to(wide) - target.to(wide)).square().mean()).backward()
     except Exception as error:
         return error
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -209,7 +211,7 @@ def _judge(case: Case, models: Any, x: Tensor, suspects: list[str], exact: dict[
     def near(t: Tensor) -> Tensor:
         return (t.double() * (1 + rounding * (torch.rand(t.shape, dtype=torch.float64) - 0.5))).to(t.dtype)
 
-    squares = {name: [0.0, 0.0] for name in suspects}
+    roots = {name: [0.0, 0.0] for name in suspects}  # of the sums of squares
     done = 0
     for count in DRAWS:
         while done < count:
@@ -221,9 +223,9 @@ def _judge(case: Case, models: Any, x: Tensor, suspects: list[str], exact: dict[
             assert isinstance(value, dict) and isinstance(plain, dict)
             for name in suspects:
                 for i, error in enumerate(_errors(name, value, plain, exact)):
-                    squares[name][i] += error**2
+                    roots[name][i] = math.hypot(roots[name][i], error)  # errors of a zero are too large to be squared
             done += 1
-        means = {name: [(total / done) ** 0.5 for total in squares[name]] for name in suspects}
+        means = {name: [root / done**0.5 for root in roots[name]] for name in suspects}
         suspects = [name for name in suspects if not _passes(*means[name], case)]
         if not suspects:
             return None

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from insvp_fast import InsVPConfig, ops, reference
+from insvp_fast import InsVPConfig, native, ops, reference
 from insvp_fast.testing import DEVICE, make_pair
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -180,3 +180,36 @@ def finite(model, image, rows, autocast):
     logits[rows].float().square().sum().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {name: t.isfinite() for name, t in {"logits": logits, "image": image.grad, **trained}.items()}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gelu_of_numbers_of_every_size(isa, dtype):
+    """From the smallest to the largest, where powers of the argument overflow: what PyTorch makes of each."""
+    x = torch.logspace(-44, 38, 400, dtype=torch.float64).to(dtype)
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0, 3.3e38, -3.3e38, *BAD]).to(dtype)])
+    one, packed = torch.ones(len(x), 1, dtype=dtype), native.pack_linear(torch.eye(1), dtype)
+    pre, hidden = native.linear_gelu(x[:, None], packed, None, 1)
+    slope = native.linear_gelu_bwd(one, packed, pre)
+    x = pre.double()
+    normal, density = torch.special.erfc(-x * 0.5**0.5) / 2, (-x.square() / 2).exp() / (2 * torch.pi) ** 0.5
+    # roundings of the result and of the exponent x²/2 in it; of the derivative, whose two terms cancel, also of these
+    for value, expected, terms in ((hidden, x * normal, 0), (slope, normal + x * density, 1)):
+        finite = expected.isfinite()
+        assert torch.equal(value.isfinite(), finite)
+        allowed = torch.finfo(dtype).eps * ((4 + x.square()) * expected.abs() + terms)
+        # tails: below, the distribution counts as 0; or for 16 bits, as much as 1 + erf(x) loses in fp32
+        allowed += 2.0**-120 if dtype == F32 else torch.finfo(F32).eps
+        assert ((value - expected).abs() <= allowed)[finite].all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", [1e-20, 1e4, 1e9, 1e15, 1e18, 1e25])
+def test_attention_with_scores_of_every_size(isa, dtype, size):
+    """Where a score overflows the row is NaN, as in PyTorch; below, one key gets everything."""
+    qkv = (size * torch.randn(2, 9, 3 * 16)).to(dtype)
+    with torch.no_grad():
+        value, expected = (run(qkv, 2, 9, 0.4) for run in (native.attention_fwd, reference.attention))
+    assert torch.equal(value.isfinite(), expected.isfinite())
+    grad = torch.randn(2, 9, 16).to(dtype)
+    d_qkv, expected = native.attention_bwd(grad, qkv, 2, 9, 0.4), reference.attention_bwd(grad, qkv, 2, 9, 0.4)
+    assert torch.equal(d_qkv.isfinite(), expected.isfinite())
