@@ -125,6 +125,6 @@ class _First(torch.autograd.Function):
         return d_x, None
 
 
-def _in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
+def _in_own_dtype(norm: nn.LayerNorm | nn.Identity, x: Tensor) -> Tensor:
     """A norm inside the attention, in the dtype of its weight, back in that of its input."""
     return x if isinstance(norm, nn.Identity) else norm(x.to(norm.weight.dtype)).to(x.dtype)

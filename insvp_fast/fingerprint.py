@@ -32,7 +32,7 @@ class Region(NamedTuple):
     def of(cls, x: Tensor, storage: weakref.ref[UntypedStorage]) -> Region:
         """The bytes from the first to the last element of ``x``, which may have any strides."""
         span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-        return cls(storage, x.storage_offset() * x.element_size(), span * x.element_size())
+        return cls(storage, int(x.storage_offset()) * x.element_size(), span * x.element_size())
 
     def address(self) -> int | None:
         """Where it is now, or None if it is no more."""
@@ -73,7 +73,9 @@ class NativeFingerprint:
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions, self._line = regions, 0
         self._addresses = [region.address() for region in regions]
-        self._checksums = native.Checksums([(r.address(), r.nbytes) for r in regions])
+        self._checksums = native.Checksums(
+            [(address, r.nbytes) for address, r in zip(self._addresses, regions, strict=True) if address is not None]
+        )
 
     def broken(self) -> bool:
         self._line = (self._line + 1) % native.LINES

@@ -46,17 +46,16 @@ class Frozen(NamedTuple):
         """W*g and W @ s + b in ``dtype``; packed for both directions and all outputs, unless they are W and b."""
         own_matrix = self.gain is None and self.weight.dtype == dtype
         own_constant = self.shift is None and (self.bias is None or self.bias.dtype == dtype)
+
+        def make() -> tuple[Tensor | None, Tensor | None]:  # not W or b, which would keep themselves alive
+            constant = None if own_constant else self._constant()
+            return None if own_matrix else self._matrix().to(dtype), None if constant is None else constant.to(dtype)
+
         matrix, constant = self.weight.flatten(1), self.bias
         if not (own_matrix and own_constant):
-
-            def make() -> tuple[Tensor | None, Tensor | None]:
-                return (
-                    None if own_matrix else self._matrix().to(dtype),
-                    None if own_constant else self._constant().to(dtype),
-                )
-
             made = packed(self[:4], ("plain", dtype), make, look=direction == "forward")
-            matrix, constant = matrix if own_matrix else made[0], constant if own_constant else made[1]
+            matrix = matrix if made[0] is None else made[0]
+            constant = constant if own_constant else made[1]
         rows = slice(self.first, self.last)
         return matrix[rows], None if constant is None else constant[rows]
 

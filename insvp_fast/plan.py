@@ -65,9 +65,8 @@ Table = dict[str, tuple[Is, ...]]
 
 
 def _norm(width: int) -> tuple[Is, ...]:
-    shape = {"normalized_shape": (width,)}
-    read, parameters = "eps elementwise_affine", {"needs": "weight", "may_have": "bias"}
-    return is_(nn.LayerNorm, read, **parameters, **shape), is_(LayerNorm, read, **parameters, **shape, _fast_norm=False)
+    plain = is_(nn.LayerNorm, "eps elementwise_affine", needs="weight", may_have="bias", normalized_shape=(width,))
+    return plain, plain._replace(type=LayerNorm, attributes={**plain.attributes, "_fast_norm": False})
 
 
 def _vision_transformer(vit: VisionTransformer, patch_size: int) -> Table:
@@ -132,10 +131,11 @@ def _block(block: nn.Module, width: int) -> Table:
     }
 
 
-def _convolution(stride: tuple[int, int], padding: Any, dilation: tuple[int, int]) -> Is:
+def _convolution(stride: tuple[int, int], padding: object, dilation: tuple[int, int]) -> Is:
+    convolution = is_(nn.Conv2d, "in_channels out_channels kernel_size output_padding", needs="weight bias")
+    decided = {"stride": stride, "padding": padding, "dilation": dilation}
     fixed = {"groups": 1, "padding_mode": "zeros", "transposed": False}
-    read = "in_channels out_channels kernel_size output_padding"
-    return is_(nn.Conv2d, read, needs="weight bias", stride=stride, padding=padding, dilation=dilation, **fixed)
+    return convolution._replace(attributes={**convolution.attributes, **decided, **fixed})
 
 
 def _same_convolution(conv: nn.Module, dilation: int | None = None) -> tuple[Is, ...]:

@@ -25,7 +25,7 @@ def shared_memory(device: torch.device) -> float:
     """Bytes that a program may have; AMD's kernels are compiled within theirs."""
     if device.type != "cuda" or torch.version.hip:
         return float("inf")
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def require(operation: str, x: Tensor) -> int | str:
