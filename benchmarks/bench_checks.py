@@ -1,0 +1,45 @@
+"""What each forward pass of a ViT-B/16 asks before it computes: is the model what the fast plan assumes, and are its
+packed weights up to date? Both beside the forward pass itself, of one image."""
+
+import pytest
+import torch
+
+from insvp_fast import InsVPViT, plan, prepack
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def warm(request):
+    """A model in use, and its forward pass."""
+    prepack.clear()
+    model = InsVPViT("vit_base_patch16_224", num_classes=100).eval()
+    image = torch.randn(1, 3, 224, 224)
+
+    def forward():
+        with torch.no_grad(), torch.autocast("cpu", enabled=request.param == "bf16"):
+            return model(image)
+
+    forward()
+    return model, forward
+
+
+def parts(model):
+    return model, model.global_prompter, model.patch_prompter, model.specific_prompter
+
+
+@pytest.mark.benchmark(group="checks of a forward pass")
+def bench_plan(benchmark, warm):
+    model, _ = warm
+    assert benchmark(lambda: all(map(plan.covers, parts(model))))
+
+
+@pytest.mark.benchmark(group="checks of a forward pass")
+def bench_packed_weights(benchmark, warm):
+    held = [record.fingerprint for record in prepack._records.values()]
+    assert len(held) == 12 * 4 + 1  # four products a block, and the patch embedding
+    assert not benchmark(lambda: sum(fingerprint.broken() for fingerprint in held))
+
+
+@pytest.mark.benchmark(group="checks of a forward pass")
+def bench_forward(benchmark, warm):
+    _, forward = warm
+    assert benchmark.pedantic(forward, rounds=7).isfinite().all()
