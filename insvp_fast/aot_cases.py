@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from insvp_fast.kernels.gpu import attention, gelu, norm_insert, superpose
+from insvp_fast.kernels.gpu import attention, fingerprint, gelu, norm_insert, superpose
 
 # The versions of triton that were seen to compile every shape without a shortcoming (`python -m insvp_fast.aot --all`).
 CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
@@ -163,8 +163,14 @@ def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case
         )
 
 
+def fingerprint_cases() -> Iterator[Case]:
+    """The look at packed weights."""
+    signature = {"table_ptr": "*i64", "sums_ptr": "*i64", "first_line": "i32"}
+    yield Case("fingerprint", fingerprint._fingerprint_kernel, signature, fingerprint.CONSTANTS)
+
+
 def cases(target: str, every_shape: bool = False) -> list[Case]:
     """Every kernel of the package with the launch parameters for `target`."""
     arch = int(target) if target.isdigit() else target
     attentions = attention_cases(arch, every_shape)
-    return [*superpose_cases(arch), *norm_insert_cases(arch), *gelu_cases(arch), *attentions]
+    return [*superpose_cases(arch), *norm_insert_cases(arch), *gelu_cases(arch), *attentions, *fingerprint_cases()]

@@ -10,7 +10,8 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
-LINES, LINE = 128, tl.constexpr(16)  # lines of a block, and words of a line
+LINE = tl.constexpr(16)  # words of a line
+CONSTANTS = {"LINES": 128, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -41,5 +42,5 @@ def fingerprint(table: Tensor, first_line: int, num_lines: int) -> Tensor:
     sums = table.new_empty(len(table), num_lines)
     if len(table):
         with torch.cuda.device_of(table):
-            _fingerprint_kernel[(len(table), num_lines)](table, sums, first_line, LINES=LINES, BLOCK=64, num_warps=4)
+            _fingerprint_kernel[(len(table), num_lines)](table, sums, first_line, **CONSTANTS)
     return sums
