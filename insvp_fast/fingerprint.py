@@ -82,12 +82,13 @@ class NativeFingerprint:
         return not self._checksums.hold(self._line)
 
     def broken_anywhere(self) -> bool:
-        moved = self._addresses != [region.address() for region in self._regions]
+        held = [region.storage() for region in self._regions]  # alive while it is read
+        moved = None in held or self._addresses != [region.address() for region in self._regions]
         return moved or not all(map(self._checksums.hold, range(native.LINES)))
 
 
 class PlainFingerprint:
-    """Of each block of 8 KB, a look reads one word; the slower way, in PyTorch."""
+    """Of each block of 8 KB, a look reads one word, so that 1024 looks of fp64 or paired fp32 words read everything."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions, self._turn = regions, 0
@@ -104,8 +105,10 @@ class PlainFingerprint:
         return bool(_mixed(words[turn::size], turn, size).sum() != sums[turn])
 
     def broken_anywhere(self) -> bool:
+        held = [region.storage() for region in self._regions]  # alive while it is read
         pairs = zip(self._regions, self._sums, strict=True)
-        return any(region.address() is None or not torch.equal(_sums(region.words()), sums) for region, sums in pairs)
+        gone = None in held or any(region.address() is None for region in self._regions)
+        return gone or not all(torch.equal(_sums(region.words()), sums) for region, sums in pairs)
 
 
 def _sums(words: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ def _sums(words: Tensor) -> Tensor:
 
 
 def _mixed(words: Tensor, first: int, step: int) -> Tensor:
-    """Words, of which the first is number ``first`` and the next ``step`` further, mixed as in fingerprint.cpp."""
+    """Words, of which the first is number ``first`` and the next ``step`` further, mixed much as in fingerprint.cpp."""
     x = words.long() + (first + step * torch.arange(len(words), device=words.device)) * _signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27)) * _signed(0x94D049BB133111EB)
@@ -146,7 +149,8 @@ class DeviceFingerprint:
         return self.found
 
     def broken_anywhere(self) -> bool:
-        return not torch.equal(self._watch.sums(self.rows()), self.sums)
+        held = [region.storage() for region in self.regions]  # alive while it is read
+        return None in held or not torch.equal(self._watch.sums(self.rows()), self.sums)
 
 
 class _Look(NamedTuple):

@@ -35,6 +35,11 @@ class Frozen(NamedTuple):
     last: int | None = None
 
     @property
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """All that the operands of a product are made of."""
+        return self.weight, self.bias, self.gain, self.shift
+
+    @property
     def out_features(self) -> int:
         return len(self.weight[self.first : self.last])
 
@@ -53,13 +58,13 @@ class Frozen(NamedTuple):
 
         matrix, constant = self.weight.flatten(1), self.bias
         if not (own_matrix and own_constant):
-            made = packed(self[:4], ("plain", dtype), make, look=direction == "forward")
+            made = packed(self.sources, ("plain", dtype), make, look=direction == "forward")
             matrix = matrix if made[0] is None else made[0]
             constant = constant if own_constant else made[1]
         rows = slice(self.first, self.last)
         return matrix[rows], None if constant is None else constant[rows]
 
-    def packed(self, how: str, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
+    def operands(self, how: str, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
         """W*g, or for "backward" its transpose, as the product ``how`` wants it, and for "forward" W @ s + b."""
         forward, rows = direction == "forward", slice(self.first, self.last)
 
@@ -70,7 +75,7 @@ class Frozen(NamedTuple):
                 constant = constant[rows].to(torch.float32 if how == "native" else dtype, copy=True)
             return native.pack_linear(matrix, dtype) if how == "native" else _pack(matrix.to(dtype)), constant
 
-        return packed(self[:4], (how, direction, self.first, self.last, dtype), make, look=forward)
+        return packed(self.sources, (how, direction, self.first, self.last, dtype), make, look=forward)
 
     def _matrix(self) -> Tensor:
         weight = self.weight.flatten(1)
@@ -95,10 +100,10 @@ def linear(x: Tensor, w: Frozen) -> Tensor:  # [..., D_in] -> [..., n]
     if how == "widened":
         return linear(x.float(), w).to(dtype)
     if how == "native":
-        y = native.linear(_flat(x), *w.packed(how, dtype, "forward"), w.out_features)
+        y = native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features)
         return y.view(*x.shape[:-1], w.out_features)
     if how == "packed":
-        matrix, constant = w.packed(how, dtype, "forward")
+        matrix, constant = w.operands(how, dtype, "forward")
         return _by_rows(lambda rows: _onednn(rows, matrix, constant), x)
     matrix, constant = w.plain(dtype, "forward")
     return _by_rows(lambda rows: F.linear(rows, matrix, constant), x)
@@ -110,10 +115,10 @@ def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
     if how == "widened":
         return linear_bwd(grad.float(), w).to(dtype)
     if how == "native":
-        y = native.linear(_flat(grad), w.packed(how, dtype, "backward")[0], None, w.in_features)
+        y = native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features)
         return y.view(*grad.shape[:-1], w.in_features)
     if how == "packed":
-        matrix, _ = w.packed(how, dtype, "backward")
+        matrix, _ = w.operands(how, dtype, "backward")
         return _by_rows(lambda rows: _onednn(rows, matrix, None), grad)
     matrix, _ = w.plain(dtype, "backward")
     return _by_rows(lambda rows: F.linear(rows, matrix.T), grad)
@@ -122,7 +127,7 @@ def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
 def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n] twice
     """``linear``, of size 0 unless ``keep``, and its GELU."""
     if _product(x) == "native":
-        matrix, constant = w.packed("native", x.dtype, "forward")
+        matrix, constant = w.operands("native", x.dtype, "forward")
         pre, hidden = native.linear_gelu(_flat(x), matrix, constant, w.out_features, keep=keep)
         shape = *x.shape[:-1], w.out_features
         return x.new_empty(0) if pre is None else pre.view(shape), hidden.view(shape)
@@ -133,7 +138,7 @@ def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [
 def linear_gelu_bwd(grad: Tensor, w: Frozen, pre: Tensor) -> Tensor:
     """The gradient of ``linear(gelu(pre), w)`` by ``pre``."""
     if _product(grad) == "native":
-        matrix, _ = w.packed("native", grad.dtype, "backward")
+        matrix, _ = w.operands("native", grad.dtype, "backward")
         return native.linear_gelu_bwd(_flat(grad), matrix, _flat(pre)).view(pre.shape)
     return torch.ops.aten.gelu_backward(linear_bwd(grad, w), pre)
 

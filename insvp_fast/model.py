@@ -84,7 +84,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
 
     def _takes_fast_plan(self, image: Tensor) -> bool:
         """Whether ``plan.py`` covers the model, and the image is of a dtype that PyTorch would compute with it."""
-        if not plan.covers(self):
+        if image.is_meta or not plan.covers(self):
             return False
         return image.dtype == torch.uint8 or _dtypes_fit(image, self.backbone.patch_embed.proj.weight)
 
@@ -134,13 +134,15 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         ops.require_attention(self.attention, dtype, tokens.device)
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
         how = frozen_backbone.How(dtype, self.fold_norm, self.attention, keeps)
-        blocks = self.backbone.blocks
+        blocks = list(self.backbone.blocks)
 
         def run(tokens: Tensor, p_s: Tensor | None, indices: range) -> Tensor:
             residual, branch = tokens, None
             for j in indices:
                 queries = num_queries if j == len(blocks) - 1 else None
                 prompts = self.feature_prompt(j, p_s, tokens.shape[0])
+                if prompts is not None and prompts.shape[1] != self.config.prompt_length:
+                    raise ValueError(f"{prompts.shape[1]} prompts: expected prompt_length={self.config.prompt_length}")
                 residual, branch = frozen_backbone.forward_block(blocks[j], residual, branch, prompts, how, queries)
             return residual if branch is None else residual + branch
 

@@ -5,33 +5,33 @@ stands in for, so a module that is not in the tables, or is there with another t
 general path, which calls every module. Listed are also the modules that the plan leaves out because they do nothing,
 such as a dropout in evaluation mode.
 
-``torch.compile`` asks while it traces, and traces anew where a module has been replaced, hooked or set to training.
+``torch.compile`` asks while it traces, and traces anew where a module has been replaced, hooked, trained or set to
+training. Other changes to a model that is compiled need ``torch.compiler.reset()``.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from itertools import chain
-from operator import is_ as is_same
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, Format, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast import reference, torch_private
+from insvp_fast.snapshot import HOOKS, Snapshot
 
 __all__ = ["covers", "unsupported_reason"]
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ANY = object()
 
 
-class Is(NamedTuple):
-    """A module of exactly this type, with these attributes and parameters, no others, and no hooks."""
+class Rule(NamedTuple):
+    """A module of exactly this type, with these attributes and parameters, no others, no buffers and no hooks."""
 
     type: type[nn.Module]
     attributes: Mapping[str, Any]
@@ -39,33 +39,34 @@ class Is(NamedTuple):
     rate: str | None  # of a dropout: the attribute that has to be 0, unless the module is in evaluation mode
 
 
-def is_(
-    type: type[nn.Module],
+def rule(
+    cls: type[nn.Module],
     read: str = "",
     *,
     needs: str = "",
     may_have: str = "",
     rate: str | None = None,
     **expected: Any,
-) -> Is:
-    """An ``Is``; ``read`` names the attributes that may have any value: the plan reads them, or they decide nothing."""
+) -> Rule:
+    """A ``Rule``; ``read`` names attributes of any value: the plan reads them, or they decide nothing."""
     parameters = dict.fromkeys(needs.split(), True) | dict.fromkeys(may_have.split(), False)
-    return Is(type, dict.fromkeys(read.split(), ANY) | expected, parameters, rate)
+    return Rule(cls, dict.fromkeys(read.split(), ANY) | expected, parameters, rate)
 
 
-IDENTITY = is_(nn.Identity)
-OFF = (IDENTITY, is_(nn.Dropout, "p inplace", rate="p"))  # dropouts that do nothing
-PATH_OFF = (IDENTITY, is_(DropPath, "drop_prob scale_by_keep", rate="drop_prob"))
-PATCHES_OFF = (IDENTITY, is_(PatchDropout, "prob num_prefix_tokens ordered", rate="prob"))
-SCALE = (IDENTITY, is_(LayerScale, "init_values", needs="gamma", inplace=False))
-LINEAR = (is_(nn.Linear, "in_features out_features", needs="weight", may_have="bias"),)
+IDENTITY = rule(nn.Identity)
+OFF = (IDENTITY, rule(nn.Dropout, "p inplace", rate="p"))  # dropouts that do nothing
+DROPOUT = (IDENTITY, rule(nn.Dropout, "p", inplace=False))  # a dropout that the plan calls: its input is kept
+PATH_OFF = (IDENTITY, rule(DropPath, "drop_prob scale_by_keep", rate="drop_prob"))
+PATCHES_OFF = (IDENTITY, rule(PatchDropout, "prob num_prefix_tokens ordered", rate="prob"))
+SCALE = (IDENTITY, rule(LayerScale, "init_values", needs="gamma", inplace=False))
+LINEAR = (rule(nn.Linear, "in_features out_features", needs="weight", may_have="bias"),)
 CALLED = ()  # a module that the plan calls as the reference does, whatever it is
 
-Table = dict[str, tuple[Is, ...]]
+Table = dict[str, tuple[Rule, ...]]
 
 
-def _norm(width: int) -> tuple[Is, ...]:
-    plain = is_(nn.LayerNorm, "eps elementwise_affine", needs="weight", may_have="bias", normalized_shape=(width,))
+def _norm(width: int) -> tuple[Rule, ...]:
+    plain = rule(nn.LayerNorm, "eps elementwise_affine", needs="weight", may_have="bias", normalized_shape=(width,))
     return plain, plain._replace(type=LayerNorm, attributes={**plain.attributes, "_fast_norm": False})
 
 
@@ -79,14 +80,15 @@ def _vision_transformer(vit: VisionTransformer, patch_size: int) -> Table:
     }
     projection = _convolution(sides, padding=(0, 0), dilation=(1, 1))
     table = {
-        "": (is_(VisionTransformer, " ".join(vars(vit)), may_have="cls_token reg_token pos_embed"),),
-        "patch_embed": (is_(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
+        # the root's attributes count where timm's methods read them, which both paths call
+        "": (rule(VisionTransformer, " ".join(vars(vit)), may_have="cls_token reg_token pos_embed"),),
+        "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
         "patch_embed.proj": (projection._replace(parameters={"weight": True, "bias": False}),),
         "patch_embed.norm": (IDENTITY,),
         "pos_drop": OFF,
         "patch_drop": PATCHES_OFF,
         "norm_pre": CALLED,
-        "blocks": (is_(nn.Sequential), is_(nn.ModuleList)),
+        "blocks": (rule(nn.Sequential), rule(nn.ModuleList)),
         "norm": (IDENTITY, *_norm(width)),
         "fc_norm": CALLED,
         "attn_pool": CALLED,
@@ -94,7 +96,7 @@ def _vision_transformer(vit: VisionTransformer, patch_size: int) -> Table:
         "head": CALLED,
     }
     for j, block in enumerate(vit.blocks):
-        table |= {f"blocks.{j}{path}": rule for path, rule in _block(block, width).items()}
+        table |= {f"blocks.{j}{path}": rules for path, rules in _block(block, width).items()}
     return table
 
 
@@ -106,9 +108,9 @@ def _block(block: nn.Module, width: int) -> Table:
         attention["training"] = False  # the fused attention asks it instead of attn_drop
     inner = (IDENTITY, *_norm(head_width))
     return {
-        "": (is_(Block),),
+        "": (rule(Block),),
         ".norm1": _norm(width),
-        ".attn": (is_(Attention, "num_heads fused_attn", **attention),),
+        ".attn": (rule(Attention, "num_heads fused_attn", **attention),),
         ".attn.qkv": LINEAR,
         ".attn.q_norm": inner,
         ".attn.k_norm": inner,
@@ -119,9 +121,9 @@ def _block(block: nn.Module, width: int) -> Table:
         ".ls1": SCALE,
         ".drop_path1": PATH_OFF,
         ".norm2": _norm(width),
-        ".mlp": (is_(Mlp),),
+        ".mlp": (rule(Mlp),),
         ".mlp.fc1": LINEAR,
-        ".mlp.act": (is_(nn.GELU, approximate="none"),),
+        ".mlp.act": (rule(nn.GELU, approximate="none"),),
         ".mlp.drop1": OFF,
         ".mlp.norm": (IDENTITY,),
         ".mlp.fc2": LINEAR,
@@ -131,32 +133,36 @@ def _block(block: nn.Module, width: int) -> Table:
     }
 
 
-def _convolution(stride: tuple[int, int], padding: object, dilation: tuple[int, int]) -> Is:
-    convolution = is_(nn.Conv2d, "in_channels out_channels kernel_size output_padding", needs="weight bias")
+def _convolution(stride: tuple[int, int], padding: object, dilation: tuple[int, int]) -> Rule:
+    convolution = rule(nn.Conv2d, "in_channels out_channels kernel_size output_padding", needs="weight bias")
     decided = {"stride": stride, "padding": padding, "dilation": dilation}
     fixed = {"groups": 1, "padding_mode": "zeros", "transposed": False}
     return convolution._replace(attributes={**convolution.attributes, **decided, **fixed})
 
 
-def _same_convolution(conv: nn.Module, dilation: int | None = None) -> tuple[Is, ...]:
+def _same_convolution(prompter: nn.Module, name: str, dilation: int | None = None) -> tuple[Rule, ...]:
     if dilation is None:  # the plan reads it, and has one for both axes
-        dilation = next(iter(getattr(conv, "dilation", (1,))), 1)
+        own = getattr(getattr(prompter, name, None), "dilation", 1)
+        dilation = own[0] if isinstance(own, tuple) and own else 1
     return (_convolution((1, 1), "same", (dilation, dilation)),)
 
 
+# Of the prompters themselves any class will do, since it is their own forward that asks; not so of the patch prompter.
+
+
 def _global_prompter(prompter: nn.Module) -> Table:
-    convolutions = {name: _same_convolution(getattr(prompter, name)) for name in ("conv1", "conv2")}
-    return {"": (is_(type(prompter)),), **convolutions, "dropout": CALLED}
+    convolutions = {name: _same_convolution(prompter, name) for name in ("conv1", "conv2")}
+    return {"": (rule(type(prompter)),), **convolutions, "dropout": DROPOUT}
 
 
 def _specific_prompter(prompter: nn.Module) -> Table:
-    convolutions = {name: _same_convolution(getattr(prompter, name), 1) for name in ("conv1", "conv2", "conv3")}
-    return {"": (is_(type(prompter), "token_channels grid"),), **convolutions, "dropout": CALLED}
+    convolutions = {name: _same_convolution(prompter, name, 1) for name in ("conv1", "conv2", "conv3")}
+    return {"": (rule(type(prompter), "token_channels grid"),), **convolutions, "dropout": DROPOUT}
 
 
 def _patch_prompter(prompter: nn.Module) -> Table:
-    linear = (is_(nn.Linear, "in_features out_features", needs="weight bias"),)
-    return {"": (is_(reference.PatchPrompter, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": OFF}
+    linear = (rule(nn.Linear, "in_features out_features", needs="weight bias"),)
+    return {"": (rule(reference.PatchPrompter, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": OFF}
 
 
 def unsupported_reason(part: nn.Module) -> str | None:
@@ -166,74 +172,99 @@ def unsupported_reason(part: nn.Module) -> str | None:
         part: an ``InsVPViT``, of which the backbone is asked, or a ``GlobalPrompter``, ``PatchPrompter`` or
             ``SpecificPrompter``: each takes its own fast or general path.
     """
-    return _surroundings() or _carries_prompts(part) or _examine(part)[0]
+    return _passing_reason(part) or _examine(part)[0]
 
 
 def covers(part: nn.Module) -> bool:
     """Whether the fast plan covers ``part`` as it is now; a warning tells, once, why it does not."""
     if torch.compiler.is_compiling():
-        _read_hooks(part)
+        _guard(part)
     return _judge(part)
 
 
-def _read_hooks(module: nn.Module) -> int:
-    """Read what is traced nowhere else: PyTorch then traces anew where a module is replaced, hooked or trained."""
+def _guard(module: nn.Module) -> int:
+    """Read what nothing else reads while a model is traced, so that PyTorch traces anew when it changes."""
     read = len(module._forward_hooks) + len(module._forward_pre_hooks) + module.training
     for child in module.children():
-        read += _read_hooks(child)
+        read += _guard(child)
     return read
+
+
+class _Memo:
+    """What was found of a part, and what that rests on; a copy of the part starts anew."""
+
+    def __init__(self) -> None:
+        self.found: tuple[tuple[object, ...], str | None, Snapshot] | None = None
+        self.told: str | None = None  # in a warning
+
+    def __reduce__(self) -> Any:
+        return _Memo, ()
 
 
 @torch.compiler.assume_constant_result
 def _judge(part: nn.Module) -> bool:
-    memo = vars(part).setdefault("_memo", Memo())
-    reason = _surroundings() or _carries_prompts(part)
-    if reason is None and memo.holds(part):
-        reason = memo.reason
-    elif reason is None:
-        reason, modules = _examine(part)
-        memo.keep(part, reason, modules)
+    memo = vars(part).setdefault("_memo", _Memo())
+    reason = _passing_reason(part)
+    if reason is None:
+        found, key = memo.found, _key(part)
+        if found is None or found[0] != key or not found[2].holds():
+            reason, modules = _examine(part)
+            found = memo.found = key, reason, Snapshot(modules)
+        reason = found[1]
     if reason is not None and reason != memo.told:
         warnings.warn(f"{type(part).__name__} takes the general path, exact but not fast: {reason}", stacklevel=3)
     memo.told = reason
     return reason is None
 
 
-def _surroundings() -> str | None:
-    """What outside of the model changes what calling a module does."""
+def _key(part: nn.Module) -> tuple[object, ...]:
+    """What of a model decides besides its backbone's modules: which backbone, and its patches' side."""
+    return (part.backbone, part.patch_size) if isinstance(part, reference.InsVPReference) else (part,)
+
+
+def _passing_reason(part: nn.Module) -> str | None:
+    """What is asked each time: what outside of the model changes what calling a module does, and the model's own."""
     if torch_private.global_hooks():
         return "there is a hook for all modules"
-    if [type.forward for type in _TYPES] != _FORWARDS or VisionTransformer._pos_embed is not _POS_EMBED:
-        return "a class of timm or PyTorch has had a method replaced"
+    for (owner, name), own in _FUNCTIONS.items():
+        if getattr(owner, name) is not own:
+            return f"{owner.__name__}.{name} has been replaced"
+    if torch_private.function_modes():
+        return "a torch function mode is under way"
     if torch_private.transforming():
         return "a transform of torch.func or forward-mode differentiation is under way"
-    return None
+    return _own_reason(part) if isinstance(part, reference.InsVPReference) else None
 
 
-def _carries_prompts(part: nn.Module) -> str | None:
-    """Prompts that run on into blocks without their own ask queries too, which only the general path has."""
-    if not isinstance(part, reference.InsVPReference) or not part.config.carry_prompts or not part.prompted_blocks:
-        return None
-    blocks = range(part.prompted_blocks[0], len(part.backbone.blocks))
-    return (
-        None
-        if set(blocks) <= set(part.prompted_blocks)
-        else "carry_prompts with blocks that have no prompts of their own"
-    )
+def _own_reason(model: reference.InsVPReference) -> str | None:
+    for name in ("forward_features", "forward_head", "run_block"):
+        if name in vars(model) or not getattr(type(model), name).__module__.startswith("insvp_fast."):
+            return f"the model has a {name} of its own"
+    L, common = model.config.prompt_length, model.common_prompts
+    if common is not None and common.shape[1] != L:
+        return f"common_prompts has {common.shape[1]} prompts: expected prompt_length={L}"
+    # prompts that run on into blocks without their own ask queries too
+    later = range(model.prompted_blocks[0], len(model.backbone.blocks)) if model.prompted_blocks else ()
+    carried = model.config.carry_prompts and not set(later) <= set(model.prompted_blocks)
+    return "carry_prompts with blocks that have no prompts of their own" if carried else None
 
 
 def _examine(part: nn.Module) -> tuple[str | None, list[nn.Module]]:
     """The reason, and the modules that were looked at."""
     name, root, table = _table(part)
-    seen = []
+    frozen, seen = name == "backbone", {}
     for path, module in _modules(root, table):
-        seen.append(module)
-        if reason := _difference(module, table.get(path), frozen=root is not part):
-            return f"{name}{'.' * bool(path)}{path} {reason}", seen
-    dtypes = {p.dtype for module in seen for p in module._parameters.values() if p is not None}
-    if root is not part and len(dtypes) > 1:
-        return f"{name} has parameters in {' and '.join(sorted(map(str, dtypes)))}: expected one dtype", seen
-    return None, seen
+        seen[path] = module
+        if reason := _difference(module, table.get(path), frozen) or _compiled(path, module):
+            return f"{name}{'.' * bool(path)}{path} {reason}", [*seen.values()]
+    if missing := next((path for path, rules in table.items() if rules != CALLED and path not in seen), None):
+        return f"{name}.{missing} is missing", [*seen.values()]
+    dtypes = {p.dtype for module in seen.values() for p in module._parameters.values() if p is not None}
+    if frozen and len(dtypes) > 1:
+        return f"{name} has parameters in {' and '.join(sorted(map(str, dtypes)))}: expected one dtype", [
+            *seen.values()
+        ]
+    return None, [*seen.values()]
 
 
 def _table(part: nn.Module) -> tuple[str, nn.Module, Table]:
@@ -258,101 +289,83 @@ def _modules(root: nn.Module, table: Table) -> Iterator[tuple[str, nn.Module]]:
             pending += reversed(list(children))
 
 
-def _difference(module: nn.Module, rules: tuple[Is, ...] | None, frozen: bool) -> str | None:
-    """What is not as the rule says, to be read behind the name of the module."""
+def _difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) -> str | None:
+    """What is not as one of the rules says, to be read behind the name of the module."""
     if rules is None:
-        return f"({type(module).__name__}) is not known to the fast plan"
-    rule = next((rule for rule in rules if rule.type is type(module)), None)
-    if rule is None:
-        return f"is a {type(module).__name__}: expected {' or '.join(rule.type.__name__ for rule in rules)}"
+        return f"({_name(type(module))}) is not known to the fast plan"
+    fitting = next((one for one in rules if one.type is type(module)), None)
+    if fitting is None:
+        return f"is a {_name(type(module))}: expected {' or '.join(_name(one.type) for one in rules)}"
     state = vars(module)
     if any(state.get(hooks) for hooks in HOOKS):
         return "has a hook"
-    if own := next((name for name in state if callable(getattr(rule.type, name, None))), None):
+    if own := next((name for name in state if callable(getattr(fitting.type, name, None))), None):
         return f"has a {own} of its own"
-    if rule.rate is not None and module.training and getattr(module, rule.rate, 0) != 0:
-        return f"is in training mode with {rule.rate}={getattr(module, rule.rate)}"
-    return _other_attributes(state, rule) or _other_parameters(module, rule, frozen)
+    if hidden := state.keys() & (module._modules.keys() | module._parameters.keys()):
+        return f"has an attribute that hides its {min(hidden)}"
+    if fitting.rate is not None and module.training and getattr(module, fitting.rate, 0) != 0:
+        return f"is in training mode with {fitting.rate}={getattr(module, fitting.rate)}"
+    return _other_attributes(state, fitting) or _other_tensors(module, fitting, frozen)
 
 
-def _other_attributes(state: dict[str, Any], rule: Is) -> str | None:
+def _compiled(path: str, module: nn.Module) -> str | None:
+    """A module in a part that is compiled by itself may be compiled to anything."""
+    return "is compiled by itself" if path and module._compiled_call_impl is not None else None
+
+
+def _name(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__.partition('.')[0]}'s {cls.__name__}"
+
+
+def _other_attributes(state: dict[str, Any], rule: Rule) -> str | None:
+    for name, value in state.items():
+        known = name in rule.attributes or name.startswith("_") or name == "training"
+        if not known or isinstance(value, Tensor):
+            return f"has an attribute {name!r} that the fast plan does not know"
     for name, expected in rule.attributes.items():
         if expected is not ANY and (name not in state or state[name] != expected):
             return f"has {name}={state.get(name)!r}: expected {expected!r}"
-    for name, value in state.items():
-        unknown = name not in rule.attributes and not name.startswith("_") and name != "training"
-        if unknown or isinstance(value, Tensor):
-            return f"has an attribute {name!r} that the fast plan does not know"
     return None
 
 
-def _other_parameters(module: nn.Module, rule: Is, frozen: bool) -> str | None:
+def _other_tensors(module: nn.Module, rule: Rule, frozen: bool) -> str | None:
     for name, required in rule.parameters.items():
         if required and module._parameters.get(name) is None:
-            return f"has no {name}"
+            return f"has no parameter {name}"
+    for name in module._buffers:
+        return f"has a buffer {name}"
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        if name not in rule.parameters or type(parameter) not in (nn.Parameter, Tensor):
+        plain = type(parameter) in (nn.Parameter, Tensor) and parameter.layout == torch.strided
+        if name not in rule.parameters or not plain:
             return f"has a {type(parameter).__name__} {name!r} that the fast plan does not know"
         if frozen and parameter.requires_grad:
             return f"has a {name} that is trained"
     return None
 
 
-_TYPES = (
+_CLASSES = (
     *(VisionTransformer, PatchEmbed, Block, Attention, Mlp, LayerNorm, LayerScale, DropPath, PatchDropout),
-    *(nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.Identity, reference.PatchPrompter),
+    *(nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.Identity),
+    *(reference.GlobalPrompter, reference.PatchPrompter, reference.SpecificPrompter),
 )
-_FORWARDS, _POS_EMBED = [type.forward for type in _TYPES], VisionTransformer._pos_embed
 
 
-def _flags_of(parameter: Tensor | None) -> object:
-    return parameter is None or (parameter.requires_grad, parameter.dtype)
+def _as_released(owner: Any, name: str) -> Any:
+    """A function as it is; None if somebody has already put one from elsewhere in its place."""
+    own = getattr(owner, name)
+    return own if own.__module__.partition(".")[0] in ("torch", "timm", "insvp_fast") else None
 
 
-class Memo:
-    """What was found of a part, and what that rests on: all that is in the modules that were looked at.
-
-    To look takes milliseconds, to see that nothing has changed since a tenth of one. A copy of the part starts anew.
-    """
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self.told: str | None = None  # in a warning
-        self._key: tuple[object, ...] | None = None
-
-    def __reduce__(self) -> Any:
-        return Memo, ()
-
-    def keep(self, part: nn.Module, reason: str | None, modules: list[nn.Module]) -> None:
-        """Remember ``reason`` for as long as ``holds``."""
-        self.reason, self._key, self._modules = reason, _key(part), modules
-        self._types = [*map(type, modules)]
-        self._state = [state for m in modules for state in (vars(m), m._modules)]
-        self._copies = [*map(dict, self._state)]
-        self._hooks = [vars(m).get(name) for m in modules for name in HOOKS]
-        self._named = [m._parameters for m in modules]
-        self._parameters = _values(self._named)
-        self._flags = [*map(_flags_of, self._parameters)]
-
-    def holds(self, part: nn.Module) -> bool:
-        """Whether everything is as it was; never where there are hooks."""
-        if self._key is None or self._key != _key(part) or any(self._hooks):
-            return False
-        try:
-            same = [*map(type, self._modules)] == self._types and self._state == self._copies
-        except (RuntimeError, ValueError):  # tensors and arrays, which have no plain equality
-            return False
-        parameters = _values(self._named)
-        same = same and len(parameters) == len(self._parameters) and all(map(is_same, parameters, self._parameters))
-        return same and [*map(_flags_of, parameters)] == self._flags
-
-
-def _values(dictionaries: list[dict[str, Any]]) -> list[Any]:
-    return [*chain.from_iterable(map(dict.values, dictionaries))]
-
-
-def _key(part: nn.Module) -> tuple[object, ...]:
-    """What of a model decides besides its backbone's modules: which backbone, and its patches' side."""
-    return (part.backbone, part.patch_size) if isinstance(part, reference.InsVPReference) else (part,)
+# what the modules of the tables come down to, as it was when this was imported
+_FUNCTIONS = {
+    (owner, name): _as_released(owner, name)
+    for owner, names in (
+        *((cls, "forward __call__") for cls in _CLASSES),
+        (VisionTransformer, "_pos_embed pool forward_head"),
+        (nn.Conv2d, "_conv_forward"),
+        (F, "scaled_dot_product_attention linear conv2d layer_norm gelu leaky_relu max_pool2d adaptive_max_pool2d pad"),
+    )
+    for name in names.split()
+}

@@ -8,8 +8,9 @@ used with other contents. Before each forward product two things are asked:
 - what is in them, for writes that the counter does not see: ``weight.data.add_()``, fused optimizers, NumPy and DLPack
   aliases, flat buffers that weights are views of, two parameters with one storage. A look at a fingerprint reads a
   128th of a large weight, another 128th each time, and weights up to 64 KB in full: a write of 8 KB or more in a row
-  is seen at once, a smaller one within 128 forward passes. On a GPU, which is not waited for, both take a pass or a few
-  more (``DeviceFingerprint``).
+  is seen at once, a smaller one within 128 forward passes. Without the native library a look reads less, and a small
+  write may take thousands of passes. On a GPU, which is not waited for, all of it takes a pass or a few more
+  (``DeviceFingerprint``).
 
 A backward pass takes the forward pass's word for it. ``verify()`` compares everything, ``clear()`` drops everything. A
 CUDA graph reads the packed weights that it was captured with: capture it after a warm-up, and again when weights have
@@ -36,7 +37,7 @@ class _Record(NamedTuple):
     """What was made of some weights, and what these were like."""
 
     storages: tuple[weakref.ref[UntypedStorage], ...]
-    versions: tuple[int, ...]
+    state: tuple[object, ...]
     fingerprint: Fingerprint
     made: dict[object, Any]
 
@@ -55,7 +56,7 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
     weights = [w for w in sources if w is not None]
     if any(w.is_inference() for w in weights):  # they have no version counter
         return make()
-    key = tuple(None if w is None else (w.data_ptr(), w.shape, w.stride(), w.dtype) for w in sources)
+    key = tuple(None if w is None else _place(w) for w in sources)
     record = _records.get(key)
     if record is not None and not _is_current(record, weights, look):
         record = None
@@ -91,7 +92,7 @@ def verify() -> int:
 def _is_current(record: _Record, weights: Sequence[Tensor], look: bool) -> bool:
     return (
         all(storage() is w.untyped_storage() for storage, w in zip(record.storages, weights, strict=True))
-        and record.versions == tuple(w._version for w in weights)
+        and record.state == _state(weights)
         and not (look and record.fingerprint.broken())
     )
 
@@ -99,10 +100,22 @@ def _is_current(record: _Record, weights: Sequence[Tensor], look: bool) -> bool:
 def _new_record(key: object, weights: Sequence[Tensor]) -> _Record:
     def drop(storage: weakref.ref[UntypedStorage]) -> None:
         record = _records.get(key)
-        if record is not None and any(s is storage for s in record.storages):  # and not one of new memory there
+        if record is not None and any(
+            s is storage for s in record.storages
+        ):  # and not one of a new storage with its number
             _records.pop(key, None)
 
     storages = tuple(weakref.ref(w.untyped_storage(), drop) for w in weights)
     regions = [Region.of(w, storage) for w, storage in zip(weights, storages, strict=True)]
     # before anything is made: a write between the two will be seen
-    return _Record(storages, tuple(w._version for w in weights), fingerprint(regions, weights[0].device), {})
+    return _Record(storages, _state(weights), fingerprint(regions, weights[0].device), {})
+
+
+def _place(weight: Tensor) -> tuple[object, ...]:
+    """What names a weight as long as its storage lives, also when that is moved."""
+    return id(weight.untyped_storage()), weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
+
+
+def _state(weights: Sequence[Tensor]) -> tuple[object, ...]:
+    """What PyTorch knows of writes to weights, and of moves of their storage."""
+    return tuple((w._version, w.data_ptr()) for w in weights)

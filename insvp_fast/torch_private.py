@@ -19,6 +19,7 @@ __all__ = [
     "HAS_PRODUCTS",
     "flash_attention",
     "flash_attention_bwd",
+    "function_modes",
     "global_hooks",
     "pack_linear",
     "packed_linear",
@@ -122,6 +123,14 @@ _GLOBAL_HOOKS = [
     getattr(torch.nn.modules.module, f"_global_{kind}_hooks", {})
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
+
+
+def function_modes() -> bool:
+    """Whether a ``TorchFunctionMode`` is under way other than PyTorch's own for a default device."""
+    return any(type(mode).__name__ != "DeviceContext" for mode in _function_modes())
+
+
+_function_modes: Callable[[], list[Any]] = getattr(torch.overrides, "_get_current_function_mode_stack", list)
 
 
 def transforming(*arguments: object) -> bool:

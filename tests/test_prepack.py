@@ -296,11 +296,12 @@ def test_inference_tensors_are_never_kept(product):
 
 
 def test_threads_share_packed_weights(product):
-    failures = []
+    layer, failures = nn.Linear(48, 33).requires_grad_(False), []
 
     def work():
         try:
             for _ in range(50):
+                check(layer, product)
                 check(nn.Linear(48, 33).requires_grad_(False), product)
         except Exception as error:
             failures.append(error)
@@ -308,9 +309,41 @@ def test_threads_share_packed_weights(product):
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
+    while any(thread.is_alive() for thread in threads):
+        prepack.verify()  # beside weights that are freed
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_threads_that_look_at_once_all_see_a_write():
+    layer, seen = nn.Linear(300, 512).requires_grad_(False), []
+    if not native.available():
+        pytest.skip("needs the native library")
+    held = NativeFingerprint([Region.of(layer.weight, weakref.ref(layer.weight.untyped_storage()))])
+    layer.weight.data.neg_()
+    threads = [threading.Thread(target=lambda: seen.extend(held.broken() for _ in range(300))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 1200 and all(seen)
+
+
+def test_a_storage_that_moves_takes_its_packed_weights_along(product):
+    """As shards do that are gathered for each step."""
+    prepack.clear()
+    layer, holes = nn.Linear(48, 33).requires_grad_(False), []
+    for _ in range(5):
+        check(layer, product)
+        content, storage = layer.weight.detach().clone(), layer.weight.untyped_storage()
+        storage.resize_(0)
+        holes.append(torch.empty(33, 48))
+        storage.resize_(content.nbytes)
+        layer.weight.data.copy_(2 * content)
+    layer.share_memory()
+    check(layer, product)
+    assert len(prepack._records) == 1
 
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}

@@ -23,14 +23,14 @@ class Checksums:
 
     def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
         self._sums = [(ctypes.c_uint64 * LINES)() for _ in pieces]
+        # rows of the C struct Region
         table = [(*piece, ctypes.addressof(sums)) for piece, sums in zip(pieces, self._sums, strict=True)]
         for row in table:
             call("fingerprint", _FILL, *row)
         self._table = (i64 * (3 * len(table)))(*(number for row in table for number in row))
-        self._same = i32()
 
     def hold(self, line: int) -> bool:
         """Whether the memory has its old checksum of one line, or, up to 64 KB, of all."""
-        arguments = ctypes.addressof(self._table), len(self._sums), line, ctypes.addressof(self._same)
-        call("fingerprint_same", _SAME, *arguments)
-        return bool(self._same.value)
+        same = i32()
+        call("fingerprint_same", _SAME, ctypes.addressof(self._table), len(self._sums), line, ctypes.addressof(same))
+        return bool(same.value)

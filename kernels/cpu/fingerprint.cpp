@@ -35,7 +35,7 @@ inline uint64_t line_sum(const char* data, int64_t bytes, int64_t at) {
   return sum;
 }
 
-struct Region {
+struct Region {  // a row of the table in native/fingerprint.py
   const char* data;
   int64_t bytes;
   const uint64_t* sums;  // of each line
@@ -68,14 +68,14 @@ INSVP_FAST_API int fingerprint(const char* data, int64_t bytes, uint64_t* sums, 
   return 0;
 }
 
-// Whether each region still has the checksum of one line, into *same_; small regions are read in full. One thread: the
-// memory of a large weight takes some 20 microseconds, of which waiting for threads would be much.
-INSVP_FAST_API int fingerprint_same(const Region* regions, int64_t count, int64_t line, int* same_, int) {
-  *same_ = 1;
+// Whether each region still has the checksum of one line, into *result; small regions are read in full. One thread,
+// whatever their number: a look at a large weight takes some 20 microseconds, of which waiting for others would be much.
+INSVP_FAST_API int fingerprint_same(const Region* regions, int64_t count, int64_t line, int* result, int /*threads*/) {
+  bool all = true;
   for (const Region* r = regions; r < regions + count; ++r) {
     const bool small = r->bytes <= kSmall;
-    for (int64_t l = small ? 0 : line; l < (small ? kLines : line + 1); ++l)
-      if (!same(*r, l)) *same_ = 0;
+    for (int64_t l = small ? 0 : line; l < (small ? kLines : line + 1); ++l) all = all && same(*r, l);
   }
+  *result = all;
   return 0;
 }
