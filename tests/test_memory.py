@@ -245,6 +245,15 @@ def test_idle_blocks_are_given_back(monkeypatch):
     assert not memory._free[4 << 19] and free_blocks() <= 7
 
 
+def test_idle_blocks_are_given_back_where_no_request_needs_a_new_one(monkeypatch):
+    """As after one large batch of an evaluation, before a long training."""
+    monkeypatch.setattr(memory, "_IDLE", 50)
+    memory.empty((1 << 20,), F32)
+    for _ in range(200):
+        memory.empty((1 << 18,), F32)
+    assert not memory._free[4 << 20] and memory._free[4 << 18]
+
+
 def test_small_tensors_and_other_devices_are_pytorchs():
     assert memory.empty((3, 4), F32).shape == (3, 4)
     assert memory.empty((0, 4), F32).shape == (0, 4)
