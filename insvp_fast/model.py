@@ -34,7 +34,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     Args, shapes and errors: see ``InsVPReference``; a pretrained backbone is whatever ``create_backbone`` takes.
     Besides, each also an attribute that may be set later:
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
-            layers, half of the memory for a twelfth of the work), or "block" (all blocks).
+            layers: half of the memory, a twelfth more work), or "block" (all blocks, of the model as it is then).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds these weights anew.
         attention: the implementation, "auto" or one of those in ``ops.attention``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits, a quarter of a block's memory less in bf16,
@@ -86,7 +86,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         """Whether ``plan.py`` covers the model, and the image is of a dtype that PyTorch would compute with it."""
         if image.is_meta or not plan.covers(self):
             return False
-        return image.dtype == torch.uint8 or _dtypes_fit(image, self.backbone.patch_embed.proj.weight)
+        return image.dtype == torch.uint8 or plan.dtypes_fit(image, self.backbone.patch_embed.proj.weight)
 
     def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
         """All tokens after the last norm, or only the first ``num_queries``."""
@@ -199,7 +199,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
         return (
             plan.covers(prompter)
             and prompter.patch_size == self.patch_size
-            and _dtypes_fit(image, *prompter.parameters())
+            and plan.dtypes_fit(image, *prompter.parameters())
         )
 
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
@@ -291,10 +291,3 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
                 parts[part] = parts.get(part, 0) + parameter.numel()
         for part, count in parts.items():
             print(f"  {part}: {count:,}")
-
-
-def _dtypes_fit(image: Tensor, *weights: Tensor) -> bool:
-    """Whether PyTorch would multiply them, as they are or by a cast of autocast, which leaves fp64 alone."""
-    dtypes = {image.dtype, *(weight.dtype for weight in weights)}
-    casts = torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
-    return len(dtypes) == 1 or casts

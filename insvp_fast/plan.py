@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from insvp_fast import reference, torch_private
 from insvp_fast.snapshot import HOOKS, Snapshot
 
-__all__ = ["covers", "unsupported_reason"]
+__all__ = ["covers", "dtypes_fit", "unsupported_reason"]
 
 ANY = object()
 
@@ -180,6 +180,13 @@ def covers(part: nn.Module) -> bool:
     if torch.compiler.is_compiling():
         _guard(part)
     return _judge(part)
+
+
+def dtypes_fit(image: Tensor, *weights: Tensor) -> bool:
+    """Whether PyTorch would multiply them, as they are or by a cast of autocast, which leaves fp64 alone."""
+    dtypes = {image.dtype, *(weight.dtype for weight in weights)}
+    casts = torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
+    return len(dtypes) == 1 or casts
 
 
 def _guard(module: nn.Module) -> int:

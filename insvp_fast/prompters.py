@@ -32,7 +32,7 @@ class SpecificPrompter(reference.SpecificPrompter):
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        if not plan.covers(self):
+        if not plan.covers(self) or not plan.dtypes_fit(image, *self.parameters()):
             return super().forward(image)
         B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
         size, grid = 3 * self.grid + 4, self.grid
