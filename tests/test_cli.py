@@ -216,7 +216,7 @@ def test_a_recipe_is_not_its_own_base(tmp_path):
         (["--prompt-length", "-1"], "--prompt-length is -1: expected at least 0"),
         (["--backbone", "a@b", "--checkpoint", "c"], "--backbone is a@b: expected a name without @FILE"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--color", "red"], "unrecognized arguments: --color red"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
         (["--resume", "nowhere", "--lr", "1"], "--resume goes on with the settings of nowhere: expected no --lr"),
     ],

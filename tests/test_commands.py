@@ -174,15 +174,15 @@ def test_predict_writes_json_lines(run, images, chances, tmp_path, capsys):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["turned", "as stored"])
 def numbered(request, tmp_path_factory) -> SimpleNamespace:
-    """A trained run whose classes are numbers, told apart by the colour of photographs that lie on their side."""
+    """A trained run whose classes are numbers, told apart by the color of photographs that lie on their side."""
     root, exif = tmp_path_factory.mktemp("numbered"), Image.Exif()
     exif[0x0112] = 6
-    colours = {"1": (250, 20, 20), "2": (20, 250, 20), "10": (20, 20, 250)}
+    colors = {"1": (250, 20, 20), "2": (20, 250, 20), "10": (20, 20, 250)}
     for part, count in (("train", 8), ("val", 2), ("test", 2)):
-        for name, colour in colours.items():
+        for name, color in colors.items():
             (root / "data" / part / name).mkdir(parents=True)
             for i in range(count):
-                image = Image.new("RGB", (40, 40), colour)
+                image = Image.new("RGB", (40, 40), color)
                 image.paste((128, 128, 128), (0, 0, 15, 35 + i // 2))
                 image.save(root / "data" / part / name / f"{i}.jpg", exif=exif)
     options = {"probe": False, "epochs": 6, "batch_size": 8, "lr": 3e-3, "exif_rotation": request.param}

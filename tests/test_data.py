@@ -80,13 +80,13 @@ def test_every_set_through_its_reader(name, fakes):
 
 @pytest.mark.parametrize("name", HTA)
 def test_labels_belong_to_the_images(name, fakes):
-    """In a fake the colour tells the class: the mean colour must be that of the class, in train and in test."""
+    """In a fake the color tells the class: the mean color must be that of the class, in train and in test."""
     parts = read_set(name, fakes(name)).parts
     for images in parts.values():
         for i in range(0, len(images), 1 + len(images) // 7):
             label = images.classes[i]
-            colour = np.random.RandomState(label).randint(0, 200, 3) + 27.5
-            assert np.abs(np.asarray(images.picture(i)).mean((0, 1)) - colour).max() < 8
+            color = np.random.RandomState(label).randint(0, 200, 3) + 27.5
+            assert np.abs(np.asarray(images.picture(i)).mean((0, 1)) - color).max() < 8
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -22,8 +22,8 @@ from insvp_fast.training.prediction import find_images
 from insvp_fast.training.recipe import CommandError
 
 SMALL = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-COLOUR = (200, 100, 50)
-WIDE = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I": "<i4"}  # modes of 16-bit grey, and their bytes
+COLOR = (200, 100, 50)
+WIDE = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I": "<i4"}  # modes of 16-bit gray, and their bytes
 RAMP = np.linspace(0, 65535, 32 * 24).reshape(24, 32).round().astype(np.uint16)
 
 
@@ -52,7 +52,7 @@ WRITABLE = {"PNG": "I;16 I;16B", "TIFF": "I;16 I;16L I;16B", "PPM": "I;16 I", "J
 
 @pytest.mark.parametrize(("mode", "form"), [(mode, form) for form in WRITABLE for mode in WRITABLE[form].split()])
 def test_wide_integers_are_scaled_by_their_range(mode, form):
-    """Grey from black to white, whose mean was 254.5 instead of 127.5 when it was cut off at 255."""
+    """Gray from black to white, whose mean was 254.5 instead of 127.5 when it was cut off at 255."""
     found = pixels_of(saved(wide(mode), form))
     assert np.array_equal(found, np.rint(RAMP[..., None] / 257).astype(int).repeat(3, 2))
 
@@ -65,7 +65,7 @@ def test_an_image_of_unknown_range_is_refused(mode):
 
 
 def tiff(bits: int, photometric: int, content: bytes, size: tuple[int, int], kind: int = 1) -> io.BytesIO:
-    """A grey TIFF in one strip; Pillow itself writes neither 12 bits nor white as zero."""
+    """A gray TIFF in one strip; Pillow itself writes neither 12 bits nor white as zero."""
     tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: size[1]}
     tags |= {279: len(content), 339: kind}
     tags[273] = 8 + 2 + 12 * len(tags) + 4
@@ -76,15 +76,15 @@ def tiff(bits: int, photometric: int, content: bytes, size: tuple[int, int], kin
 @pytest.mark.parametrize("photometric", [0, 1])
 @pytest.mark.parametrize("bits", [12, 16])
 def test_tiffs_of_each_depth_and_sense(bits, photometric):
-    grey = (np.arange(32 * 24).reshape(24, 32) * 5 % 2**bits).astype(np.uint16)
-    packed = np.unpackbits(grey.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 16 - bits :]
-    content = grey.astype("<u2").tobytes() if bits == 16 else np.packbits(packed).tobytes()
+    gray = (np.arange(32 * 24).reshape(24, 32) * 5 % 2**bits).astype(np.uint16)
+    packed = np.unpackbits(gray.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 16 - bits :]
+    content = gray.astype("<u2").tobytes() if bits == 16 else np.packbits(packed).tobytes()
     if (bits, photometric) == (12, 0):
         with pytest.raises(CommandError, match="not an image that can be read"):  # Pillow knows no such TIFF
             read_picture(tiff(bits, photometric, content, (32, 24)), "scan.tif")
         return
     white = 2**bits - 1
-    expected = np.rint((grey if photometric else white - grey.astype(float)) * (255 / white))
+    expected = np.rint((gray if photometric else white - gray.astype(float)) * (255 / white))
     assert np.array_equal(pixels_of(tiff(bits, photometric, content, (32, 24)))[..., 0], expected)
 
 
@@ -116,8 +116,8 @@ def test_floating_point_outside_names_the_file(wrong, tmp_path):
 
 
 def of_mode(mode: str) -> Image.Image:
-    """One colour in every mode of Pillow that has 8 bits or fewer; its alpha, if there is one, is a half."""
-    image = Image.new("RGB", (16, 12), COLOUR)
+    """One color in every mode of Pillow that has 8 bits or fewer; its alpha, if there is one, is a half."""
+    image = Image.new("RGB", (16, 12), COLOR)
     match mode:
         case "LAB":
             profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
@@ -140,10 +140,10 @@ MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("error")
-def test_every_mode_is_the_same_colour(mode):
-    grey = mode in ("1", "L", "LA", "La")
-    expected = np.full(3, {"1": 0 if 124 < 128 else 255}.get(mode, 124)) if grey else np.array(COLOUR)
-    # a premultiplied half has lost one bit, and the other colour spaces are 8-bit too
+def test_every_mode_is_the_same_color(mode):
+    gray = mode in ("1", "L", "LA", "La")
+    expected = np.full(3, {"1": 0 if 124 < 128 else 255}.get(mode, 124)) if gray else np.array(COLOR)
+    # a premultiplied half has lost one bit, and the other color spaces are 8-bit too
     reach = {"La": 1, "RGBa": 1, "LAB": 1, "YCbCr": 1, "HSV": 1}.get(mode, 0)
     found = np.asarray(to_rgb(of_mode(mode))).astype(int)
     assert found.shape == (12, 16, 3)
@@ -173,7 +173,7 @@ def test_every_mode_in_every_format_is_what_was_saved(mode, form):
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128, 255])])
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
 @pytest.mark.filterwarnings("error")
-def test_transparency_is_dropped_and_the_colour_beneath_shows(mode, transparency):
+def test_transparency_is_dropped_and_the_color_beneath_shows(mode, transparency):
     image = Image.new("P", (8, 8))
     image.putpalette([200, 100, 50, 10, 20, 30, 1, 2, 3])
     image.putdata([i % 3 for i in range(64)])
@@ -185,22 +185,22 @@ def test_transparency_is_dropped_and_the_colour_beneath_shows(mode, transparency
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_several_frames_the_first_is_taken(form):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
     how = {"save_all": True, "append_images": frames[1:]} | ({"lossless": True} if form == "WEBP" else {})
     assert (pixels_of(saved(frames[0], form, **how)) == [255, 0, 0]).all()
 
 
-def test_16_bit_colours_are_read_by_pillow():
+def test_16_bit_colors_are_read_by_pillow():
     """A PNG of 16-bit RGB, which Pillow does not write: the high bytes of its numbers."""
     import zlib
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    row = b"\0" + struct.pack(">3H", *(value * 257 for value in COLOUR)) * 8
+    row = b"\0" + struct.pack(">3H", *(value * 257 for value in COLOR)) * 8
     header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
     content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
-    assert (pixels_of(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content)) == COLOUR).all()
+    assert (pixels_of(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content)) == COLOR).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------- EXIF
@@ -342,9 +342,9 @@ def test_leftovers_in_a_named_set(tmp_path):
 # -------------------------------------------------------------------------------------------------------- class folders
 
 
-def write(file: Path, colour: tuple[int, int, int] = COLOUR) -> None:
+def write(file: Path, color: tuple[int, int, int] = COLOR) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    Image.new("RGB", (32, 32), color).save(file, "PNG")
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -34,11 +34,11 @@ def test_each_format(name, tmp_path):
     assert data.class_names == (["class_0", "class_1", "class_2"] if name == "folder" else ["0", "1", "2"])
     assert data.protocol == "paper: the parts as they are" and data.tested_on == "test"
     assert isinstance(data.train_and_val, ConcatDataset) and len(data.train_and_val) == 18
-    colours = np.array([np.random.RandomState(label).randint(0, 200, 3) + 27.5 for label in range(3)])
+    colors = np.array([np.random.RandomState(label).randint(0, 200, 3) + 27.5 for label in range(3)])
     for part in (data.train, data.val, data.test):
         assert part.classes == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         for i in range(9):
-            assert np.abs(np.asarray(part.picture(i)).mean((0, 1)) - colours[part.classes[i]]).max() < 8
+            assert np.abs(np.asarray(part.picture(i)).mean((0, 1)) - colors[part.classes[i]]).max() < 8
     tested = load_test_data(source, SMALL, 0, data.class_names)
     assert torch.equal(tested[4][0], data.test[4][0])
     assert check(source).ok and check(source).differences == []

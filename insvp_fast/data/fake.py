@@ -24,7 +24,7 @@ SIDE = 32
 
 
 def make_fake_dataset(name: str, root: str | Path, images_per_class: int = 2, classes: int | None = None) -> str:
-    """Write a data set of noise, whose colour tells the class, in the format of the real one.
+    """Write a data set of noise, whose color tells the class, in the format of the real one.
 
     Args:
         name: of a set in ``insvp_fast.data.sets``, or ``folder``, ``list`` or ``wds`` for these formats.
@@ -53,7 +53,7 @@ def make_fake_dataset(name: str, root: str | Path, images_per_class: int = 2, cl
 
 @cache
 def _pixels(label: int) -> np.ndarray:
-    """uint8 [32, 32, 3]: a colour of its own for each label, and noise."""
+    """uint8 [32, 32, 3]: a color of its own for each label, and noise."""
     random = np.random.RandomState(label)
     return (random.randint(0, 200, 3) + random.randint(0, 56, (SIDE, SIDE, 3))).astype(np.uint8)
 

@@ -195,8 +195,8 @@ def _split(indices: Sequence[int], classes: Any, part: float, seed: int) -> tupl
 def _digits(seed: int) -> Parts:
     """1797 handwritten digits of 8x8 pixels, stratified: 70 % to train on, 10 % to validate, 20 % to test."""
     digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    pixels = np.repeat(grey[..., None], 3, axis=-1)
+    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    pixels = np.repeat(gray[..., None], 3, axis=-1)
     rest, test = _split(range(len(pixels)), digits.target, 0.2, seed)
     train, val = _split(rest, digits.target, 0.125, seed)
     indices = {"train": train, "val": val, "test": test}

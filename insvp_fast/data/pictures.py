@@ -46,8 +46,8 @@ def read_picture(source: str | Path | BinaryIO, name: object = None, exif_rotati
 def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:
     """An image of any mode as 8-bit RGB.
 
-    As ``image.convert("RGB")``, which torchvision and timm use: transparency is dropped, the colours beneath it show.
-    Besides, 16-bit grey is scaled by its range, and floating point by 255, where ``convert`` would cut off at 255.
+    As ``image.convert("RGB")``, which torchvision and timm use: transparency is dropped, the colors beneath it show.
+    Besides, 16-bit gray is scaled by its range, and floating point by 255, where ``convert`` would cut off at 255.
 
     Args:
         exif_rotation: turn and mirror the image as its EXIF orientation says. TIFF's own orientation is always applied.

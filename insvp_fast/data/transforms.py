@@ -34,7 +34,7 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
 
     Args:
         preprocessing: arguments of ``timm.data.create_transform``, and ``augmentation``: what training does besides:
-            ``timm``'s usual crops, flips and colours (the default), ``crop`` at random and flip, or ``none``.
+            ``timm``'s usual crops, flips and colors (the default), ``crop`` at random and flip, or ``none``.
     """
     augmentation = preprocessing.get("augmentation", "timm")
     if training and augmentation == "timm":

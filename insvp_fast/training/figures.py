@@ -67,8 +67,8 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) ->
         axes.set_xticks(range(classes), class_names, rotation=90, fontsize=7)
         axes.set_yticks(range(classes), class_names, fontsize=7)
         for row, column in confusion.nonzero().tolist():
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=6, color=colour)
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=6, color=color)
     figure.colorbar(image, shrink=0.8)
     figure.savefig(file, dpi=120)
 
@@ -79,7 +79,7 @@ def _as_picture(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
 
 
 def _as_relief(prompt: Tensor | None) -> Tensor | None:
-    """A prompt has both signs: zero becomes grey, and each picture is stretched to its own range."""
+    """A prompt has both signs: zero becomes gray, and each picture is stretched to its own range."""
     if prompt is None:
         return None
     reach = prompt.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
