@@ -19,6 +19,7 @@ def environments(count: int) -> list[dict[str, str]]:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    shared["OMP_NUM_THREADS"] = "1"  # more than the cores that there are would wait for each other
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
@@ -44,7 +45,7 @@ def runs(digits, tmp_path_factory):
         given = environments(2) if kind == "two" else [{"RANK": "0", "WORLD_SIZE": "1"}]
         processes = [start(settings, log=root / f"{kind}.log", environment=environment) for environment in given]
         for child in processes:
-            child.join(120)
+            child.join(300)
         assert [child.exitcode for child in processes] == [0] * len(given), (root / f"{kind}.log").read_text()
         found[kind] = outcome(root / kind / "few-1")
     return found
