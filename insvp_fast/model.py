@@ -22,7 +22,7 @@ __all__ = ["InsVPViT"]
 RECOMPUTED = 2
 
 
-class InsVPViT(AdapterCheckpoint, InsVPReference):
+class InsVPViT(AdapterCheckpoint, plan.Planned, InsVPReference):
     """InsVP around a frozen timm Vision Transformer, with the constructor, keys and numbers of ``InsVPReference``.
 
     Keeps timm's interface (``forward_features``, ``forward_head``, ``get_classifier``, ``reset_classifier``,
@@ -43,6 +43,7 @@ class InsVPViT(AdapterCheckpoint, InsVPReference):
     """
 
     global_prompter_type = prompters.GlobalPrompter
+    patch_prompter_type = prompters.PatchPrompter
     specific_prompter_type = prompters.SpecificPrompter
 
     def __init__(

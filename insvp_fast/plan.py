@@ -5,8 +5,8 @@ stands in for, so a module that is not in the tables, or is there with another t
 general path, which calls every module. Listed are also the modules that the plan leaves out because they do nothing,
 such as a dropout in evaluation mode.
 
-``torch.compile`` asks while it traces, and traces anew where a module has been replaced, hooked, trained or set to
-training. Other changes to a model that is compiled need ``torch.compiler.reset()``.
+``torch.compile`` asks while it traces, and traces anew where a module has been replaced, hooked (not so torch 2.11),
+trained or set to training. Other changes to a model that is compiled need ``torch.compiler.reset()``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from insvp_fast import reference, torch_private
 from insvp_fast.snapshot import HOOKS, Snapshot
 
-__all__ = ["covers", "dtypes_fit", "unsupported_reason"]
+__all__ = ["Planned", "covers", "dtypes_fit", "unsupported_reason"]
 
 ANY = object()
 
@@ -147,7 +147,8 @@ def _same_convolution(prompter: nn.Module, name: str, dilation: int | None = Non
     return (_convolution((1, 1), "same", (dilation, dilation)),)
 
 
-# Of the prompters themselves any class will do, since it is their own forward that asks; not so of the patch prompter.
+# Of the prompters themselves any class will do, since it is their own forward that asks; of the patch prompter, which
+# is not called, any with the forward of the reference.
 
 
 def _global_prompter(prompter: nn.Module) -> Table:
@@ -162,7 +163,8 @@ def _specific_prompter(prompter: nn.Module) -> Table:
 
 def _patch_prompter(prompter: nn.Module) -> Table:
     linear = (rule(nn.Linear, "in_features out_features", needs="weight bias"),)
-    return {"": (rule(reference.PatchPrompter, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": OFF}
+    own = type(prompter) if type(prompter).forward is reference.PatchPrompter.forward else reference.PatchPrompter
+    return {"": (rule(own, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": OFF}
 
 
 def unsupported_reason(part: nn.Module) -> str | None:
@@ -175,11 +177,21 @@ def unsupported_reason(part: nn.Module) -> str | None:
     return _passing_reason(part) or _examine(part)[0]
 
 
+class Planned(nn.Module):
+    """A part of a model that takes the fast plan or the general path."""
+
+    @torch.compiler.assume_constant_result  # of a method: as an argument a module would not be a constant to torch 2.11
+    def _is_covered(self) -> bool:
+        return _judge(self)
+
+
 def covers(part: nn.Module) -> bool:
     """Whether the fast plan covers ``part`` as it is now; a warning tells, once, why it does not."""
+    if not isinstance(part, Planned):
+        return not torch.compiler.is_compiling() and _judge(part)
     if torch.compiler.is_compiling():
         _guard(part)
-    return _judge(part)
+    return part._is_covered()
 
 
 def dtypes_fit(image: Tensor, *weights: Tensor) -> bool:
@@ -208,7 +220,6 @@ class _Memo:
         return _Memo, ()
 
 
-@torch.compiler.assume_constant_result
 def _judge(part: nn.Module) -> bool:
     memo = vars(part).setdefault("_memo", _Memo())
     reason = _passing_reason(part)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from insvp_fast import ops, plan, reference
 
-__all__ = ["GlobalPrompter", "SpecificPrompter"]
+__all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter"]
 
 
-class GlobalPrompter(reference.GlobalPrompter):
+class GlobalPrompter(plan.Planned, reference.GlobalPrompter):
     """G_g with the convolutions of this package where they are faster."""
 
     def forward(self, image: Tensor) -> Tensor:
@@ -25,7 +25,11 @@ class GlobalPrompter(reference.GlobalPrompter):
         return self.dropout(x)
 
 
-class SpecificPrompter(reference.SpecificPrompter):
+class PatchPrompter(plan.Planned, reference.PatchPrompter):
+    """G_l, which the fast plan computes by ``ops.superpose``."""
+
+
+class SpecificPrompter(plan.Planned, reference.SpecificPrompter):
     """G_s without the work that is thrown away: only what pooling reads is convolved, and LeakyReLU runs after pooling.
 
     LeakyReLU is increasing, so it commutes with the maximum; behind it the map is 16 times smaller.

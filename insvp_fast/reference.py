@@ -366,6 +366,7 @@ class InsVPReference(nn.Module):
 
     backbone: VisionTransformer
     global_prompter_type: type[GlobalPrompter] = GlobalPrompter
+    patch_prompter_type: type[PatchPrompter] = PatchPrompter
     specific_prompter_type: type[SpecificPrompter] = SpecificPrompter
 
     def __init__(
@@ -406,7 +407,7 @@ class InsVPReference(nn.Module):
         C, P, D = weight.shape[1], self.patch_size, backbone.embed_dim
         with torch.device(weight.device):
             self.global_prompter = self.global_prompter_type(C, config) if config.global_prompt else None
-            self.patch_prompter = PatchPrompter(C, P, config) if config.patch_prompt else None
+            self.patch_prompter = self.patch_prompter_type(C, P, config) if config.patch_prompt else None
             specific = config.specific_prompt and bool(self.prompted_blocks)
             self.specific_prompter = self.specific_prompter_type(C, P, D, config) if specific else None
             common = config.common_prompt and bool(self.prompted_blocks)

@@ -392,6 +392,8 @@ COMPILED = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", COMPILED)
 def test_compiled_models_are_traced_anew(change, when):
+    if "hook" in change and when == "after" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 does not trace anew for a hook")
     torch._dynamo.reset()
     reference, fast = in_use(lambda model: None)
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
