@@ -59,12 +59,13 @@ def release() -> None:
 def _lend(nbytes: int) -> memoryview:
     global _requests
     _requests += 1
-    if _requests % _IDLE == 0:
+    if _requests % _IDLE == 0:  # also where every request is met
         _drop(idle=_IDLE)
     blocks = _free[nbytes]
     try:
         block, _ = blocks.pop()  # the last to come back may still be in the cache
     except IndexError:
+        _drop(idle=_IDLE)
         try:
             block = mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY)  # a copy after a fork, as all memory of a process
         except OSError as error:
