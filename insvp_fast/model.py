@@ -197,8 +197,10 @@ class InsVPViT(AdapterCheckpoint, plan.Planned, InsVPReference):
 
     def _superposes(self, prompter: nn.Module, image: Tensor) -> bool:
         """Whether a patch prompter is what its weights say, and they fit the image and the backbone."""
+        masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
         return (
-            plan.covers(prompter)
+            not masked
+            and plan.covers(prompter)
             and prompter.patch_size == self.patch_size
             and plan.dtypes_fit(image, *prompter.parameters())
         )

@@ -373,6 +373,14 @@ def test_a_reason_is_told_once_and_taken_back():
     assert unsupported_reason(fast) is None and plan.covers(fast)
 
 
+def test_the_dropout_of_a_configuration_is_no_reason_to_warn():
+    model = InsVPViT("vit_tiny_patch16_224", 3, InsVPConfig.released(prompt_length=2, carry_prompts=False), **TINY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode in (True, False, True):
+            model.train(mode)(image())
+
+
 def test_a_copy_does_not_look_at_its_original():
     _, fast = in_use(lambda model: None)
     twin = copy.deepcopy(fast)
