@@ -15,7 +15,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libinsvp_fast_cpu"
-IN_PLACE = ROOT / "insvp_fast" / f"{LIBRARY}.so"
+HOME = "insvp_fast.runtime.native"  # the package that loads it
+IN_PLACE = ROOT.joinpath(*HOME.split("."), f"{LIBRARY}.so")
 MODES = {"": "auto", "auto": "auto", "1": "require", "0": "forbid"}
 
 mode = MODES.get(os.environ.get("INSVP_FAST_NATIVE", "").lower())
@@ -86,7 +87,7 @@ setup(
     ],
     package_dir={f"insvp_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in kernel_packages},
     # optional: setuptools must not copy the library of a build that was allowed to fail
-    ext_modules=[Extension(f"insvp_fast.{LIBRARY}", sources=[], optional=mode != "require")] if native else [],
+    ext_modules=[Extension(f"{HOME}.{LIBRARY}", sources=[], optional=mode != "require")] if native else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     # evaluated in an isolated build only: fetched where there is a compiler but no cmake
     setup_requires=["cmake>=3.18", "ninja"] if native and compiler and not shutil.which("cmake") else [],

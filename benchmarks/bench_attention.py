@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from benchmarks.steps import DEVICE
-from insvp_fast import cpu, native, ops, reference
+from insvp_fast import ops, reference
+from insvp_fast.ops.attention import _by_image_bwd, _by_image_fwd
+from insvp_fast.runtime import native
 from insvp_fast.testing import relative_error
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="these compare ways on a CPU")
@@ -21,7 +23,7 @@ def directions(provider, qkv, grad):
     if provider == "native":
         return lambda: native.attention_fwd(qkv, *SHAPE), lambda: native.attention_bwd(grad, qkv, *SHAPE)
     if provider == "explicit":
-        return lambda: cpu._by_image_fwd(qkv, *SHAPE), lambda: cpu._by_image_bwd(grad, qkv, *SHAPE)
+        return lambda: _by_image_fwd(qkv, *SHAPE), lambda: _by_image_bwd(grad, qkv, *SHAPE)
     x = qkv.detach().requires_grad_()
     out = ops.attention(x, *SHAPE, impl="sdpa")
 

@@ -4,7 +4,9 @@ packed weights up to date? Both beside the forward pass itself, of one image."""
 import pytest
 import torch
 
-from insvp_fast import InsVPViT, plan, prepack
+from insvp_fast import InsVPViT
+from insvp_fast.coverage import rules
+from insvp_fast.runtime import prepack
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -29,7 +31,7 @@ def parts(model):
 @pytest.mark.benchmark(group="checks of a forward pass")
 def bench_plan(benchmark, warm):
     model, _ = warm
-    assert benchmark(lambda: all(map(plan.covers, parts(model))))
+    assert benchmark(lambda: all(map(rules.covers, parts(model))))
 
 
 @pytest.mark.benchmark(group="checks of a forward pass")

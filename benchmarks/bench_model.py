@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import steps
 from benchmarks.measure import add_rates, model_flops, time_run
-from insvp_fast import cpu
 from insvp_fast.bench import AMP, CONFIGS, DEVICE, JOBS, make_images, peak_bytes
+from insvp_fast.runtime import hardware
 from insvp_fast.testing import saved_bytes
 
 PLAIN = ("bare", "reference", "insvp_fast")
@@ -60,7 +60,7 @@ CASES = list(dict.fromkeys(cases()))
 def bench_model(benchmark, tiny, provider, name, config, precision, batch, job):
     amp, depth = AMP[precision], {"depth": 1} if tiny else {}
     batch = 1 if tiny else batch
-    if DEVICE.type == "cpu" and amp is not None and not cpu.has_products(amp):
+    if DEVICE.type == "cpu" and amp is not None and not hardware.has_products(amp):
         pytest.skip(
             "without instructions for bf16, PyTorch's own products take minutes; benchmarks/paired.py times them"
         )

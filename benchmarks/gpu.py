@@ -1,6 +1,6 @@
 """First measurements on a GPU, within ten minutes: is it right, how fast are the parts, how fast is the whole.
 
-python benchmarks/gpu.py --output gpu.json
+python -m benchmarks.gpu --output gpu.json
 
 Each section prints its rows and stands alone: one that fails is reported and the next goes on. Sections that there is
 no time left for are named. Without a GPU, which is how this script is tried, sizes are tiny and figures mean nothing.
@@ -13,7 +13,6 @@ import functools
 import inspect
 import itertools
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench_mlp, steps
 from benchmarks.measure import median_seconds, model_flops, peak_bandwidth, peak_flops

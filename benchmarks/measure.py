@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from insvp_fast import InsVPConfig, InsVPReference, cpu, ops
+from insvp_fast import InsVPConfig, InsVPReference, ops
 from insvp_fast.bench import DEVICE, alternate, clock, peak_bytes, spread
+from insvp_fast.runtime import hardware
 from insvp_fast.testing import assert_within_budget, relative_error
 
 __all__ = [
@@ -74,7 +75,7 @@ def time_operation(
     """
     dtype = DTYPES[precision]
     ours, backward = implementation.startswith("insvp_fast"), direction != "forward"
-    if products and DEVICE.type == "cpu" and not cpu.has_products(dtype) and not ours:
+    if products and DEVICE.type == "cpu" and not hardware.has_products(dtype) and not ours:
         pytest.skip("without instructions for bf16, PyTorch's own products take minutes")
     benchmark.group = f"{name}, {direction}, {precision}"
     function = fast if ours else plain
@@ -110,7 +111,7 @@ def time_operation(
         if dtype == torch.float32:
             error = relative_error(value, right)
             assert error < 1e-5, f"result {k}: relative error {error:.1e}"
-        elif not (DEVICE.type == "cpu" and not cpu.has_products(dtype)):  # else the plain one takes minutes
+        elif not (DEVICE.type == "cpu" and not hardware.has_products(dtype)):  # else the plain one takes minutes
             assert_within_budget(value, again(lambda t: t)[k], right, dtype, f"result {k}")
 
 

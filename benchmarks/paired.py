@@ -1,18 +1,14 @@
 """Training step and inference against the bare frozen timm ViT: alternating runs in one process, medians, ratios.
 
-python benchmarks/paired.py                   prints a table
-python benchmarks/paired.py --save --readme   also writes benchmarks/results/<machine>.json and the README's table
+python -m benchmarks.paired                   prints a table
+python -m benchmarks.paired --save --readme   also writes benchmarks/results/<machine>.json and the README's table
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import results, steps  # found beside this file, whoever starts it
+from benchmarks import results, steps
 from insvp_fast import bench
 
 

@@ -1,20 +1,18 @@
 """The files of results, one per machine and torch version, and the README's table, which is made of them.
 
-python benchmarks/results.py   rewrites the table between the README's markers
+python -m benchmarks.results   rewrites the table between the README's markers
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+from insvp_fast import bench
 
-from insvp_fast import bench  # noqa: E402  # found beside this file, whoever starts it
+HERE = Path(__file__).resolve().parent
 
 __all__ = ["save", "waterfall_table", "write_readme"]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.released import Released
 from insvp_fast import InsVPConfig, bench
 from insvp_fast.bench import DEVICE, Run, clock, make_images
-from insvp_fast.released import to_ours, to_released
+from insvp_fast.checkpoints.released import to_ours, to_released
 from insvp_fast.testing import assert_within_budget, relative_error
 
 __all__ = ["DEVICE", "PROVIDERS", "assert_parity", "authors", "finished", "graphed", "make_model", "without_dropout"]

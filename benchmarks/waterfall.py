@@ -1,6 +1,6 @@
 """What each technique brings: one row each, from the authors' arithmetic down to InsVPViT with everything on.
 
-python benchmarks/waterfall.py --precision fp32 --batch 4
+python -m benchmarks.waterfall --precision fp32 --batch 4
 
 Each row is a process of its own, since the native library is chosen when it is first asked for, and in each the bare
 timm ViT runs in turns with the row's model: ratios to it can be compared, even where the machine does other things.
@@ -16,15 +16,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import results, steps  # found beside this file, whoever starts it
-from insvp_fast import InsVPViT, bench, cpu, frozen
+from benchmarks import results, steps
+from insvp_fast import InsVPViT, bench
+from insvp_fast.runtime import hardware, products
 
 JOB = "training step"
 
@@ -88,7 +86,7 @@ def main() -> None:
         return
     measured = []
     for i in chosen:
-        child = [sys.executable, __file__, "--one", "--rows", str(i), "--model", arguments.model]
+        child = [sys.executable, "-m", "benchmarks.waterfall", "--one", "--rows", str(i), "--model", arguments.model]
         child += ["--batch", str(arguments.batch), "--rounds", str(arguments.rounds)]
         child += ["--precision", arguments.precision]
         child += [] if arguments.depth is None else ["--depth", str(arguments.depth)]
@@ -106,7 +104,7 @@ def main() -> None:
 def measure(row: Technique, arguments: argparse.Namespace) -> bench.Row:
     """Time a row in turns with the bare ViT, and compare its values without dropout with float64."""
     if not row.packed:
-        frozen.cpu_product = lambda dtype: "plain" if cpu.has_products(dtype) else "widened"
+        products.cpu_product = lambda dtype: "plain" if hardware.has_products(dtype) else "widened"
     name, batch, amp = arguments.model, arguments.batch, bench.AMP[arguments.precision]
     cut = {} if arguments.depth is None else {"depth": arguments.depth}
     config = bench.CONFIGS[row.config]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from insvp_fast.config import InsVPConfig
+    from insvp_fast.coverage.rules import unsupported_reason
     from insvp_fast.model import InsVPViT
-    from insvp_fast.native import native_status
-    from insvp_fast.plan import unsupported_reason
     from insvp_fast.reference import InsVPReference
+    from insvp_fast.runtime.native import native_status
 
 __version__ = "0.1.0"
 __all__ = ["InsVPConfig", "InsVPReference", "InsVPViT", "native_status", "unsupported_reason"]
@@ -19,8 +19,8 @@ _HOME = {
     "InsVPConfig": "config",
     "InsVPReference": "reference",
     "InsVPViT": "model",
-    "native_status": "native",
-    "unsupported_reason": "plan",
+    "native_status": "runtime.native",
+    "unsupported_reason": "coverage.rules",
 }
 
 

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, cpu, frozen, native_status, torch_private
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, native_status
+from insvp_fast.runtime import hardware, products, torch_private
 from insvp_fast.testing import DEVICE, relative_error, saved_bytes
 
 __all__ = [
@@ -253,11 +254,11 @@ def machine() -> dict[str, Any]:
     if DEVICE.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
         return facts | {"cudnn": torch.backends.cudnn.version(), "state": gpu_state()}
-    how = {str(dtype).removeprefix("torch."): frozen.cpu_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    how = {str(dtype).removeprefix("torch."): products.cpu_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return facts | {
         "device": f"{cpu_name()}, {instructions()}, {torch.get_num_threads()} threads",
         "instructions": instructions(),
-        "bf16 products": cpu.has_products(torch.bfloat16),
+        "bf16 products": hardware.has_products(torch.bfloat16),
         "frozen products": how,
         "native library": str(native_status()),
     }
@@ -316,7 +317,7 @@ def report(file: str | None, name: str, batch: int | None, rounds: int) -> list[
     batch = batch or (2 if DEVICE.type == "cpu" else 64)
     rows: list[Row] = []
     for precision in ("fp32", "bf16"):
-        if DEVICE.type == "cpu" and not cpu.has_products(AMP[precision] or torch.float32):
+        if DEVICE.type == "cpu" and not hardware.has_products(AMP[precision] or torch.float32):
             print(f"{precision} left out: without instructions for it, PyTorch's own products take minutes")
             continue
         for job in ("training step", "inference"):

@@ -9,12 +9,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from insvp_fast import backbone as frozen_backbone
-from insvp_fast import cpu, ops, plan, prompters, reference
-from insvp_fast.checkpoint import AdapterCheckpoint
+from insvp_fast import ops, prompters, reference
+from insvp_fast.backbones import vision_transformer as frozen_backbone
+from insvp_fast.checkpoints.adapter import AdapterCheckpoint
+from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
-from insvp_fast.pretrained import create_backbone
+from insvp_fast.coverage import rules
 from insvp_fast.reference import InsVPReference
+from insvp_fast.runtime import hardware
 
 __all__ = ["InsVPViT"]
 
@@ -22,7 +24,7 @@ __all__ = ["InsVPViT"]
 RECOMPUTED = 2
 
 
-class InsVPViT(AdapterCheckpoint, plan.Planned, InsVPReference):
+class InsVPViT(AdapterCheckpoint, rules.Planned, InsVPReference):
     """InsVP around a frozen timm Vision Transformer, with the constructor, keys and numbers of ``InsVPReference``.
 
     Keeps timm's interface (``forward_features``, ``forward_head``, ``get_classifier``, ``reset_classifier``,
@@ -67,7 +69,7 @@ class InsVPViT(AdapterCheckpoint, plan.Planned, InsVPReference):
         self.gelu_in_8_bits, self.compile_prompters = gelu_in_8_bits, compile_prompters
         self._prompters_are_compiled = False
         self._pixel_scales: dict[object, tuple[Tensor, Tensor]] = {}
-        plan.covers(self)  # says at once what the first forward would say
+        rules.covers(self)  # says at once what the first forward would say
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -84,10 +86,10 @@ class InsVPViT(AdapterCheckpoint, plan.Planned, InsVPReference):
         return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
 
     def _takes_fast_plan(self, image: Tensor) -> bool:
-        """Whether ``plan.py`` covers the model, and the image is of a dtype that PyTorch would compute with it."""
-        if image.is_meta or not plan.covers(self):
+        """Whether ``rules.py`` covers the model, and the image is of a dtype that PyTorch would compute with it."""
+        if image.is_meta or not rules.covers(self):
             return False
-        return image.dtype == torch.uint8 or plan.dtypes_fit(image, self.backbone.patch_embed.proj.weight)
+        return image.dtype == torch.uint8 or rules.dtypes_fit(image, self.backbone.patch_embed.proj.weight)
 
     def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
         """All tokens after the last norm, or only the first ``num_queries``."""
@@ -98,7 +100,7 @@ class InsVPViT(AdapterCheckpoint, plan.Planned, InsVPReference):
         autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else dtype
         # on a CPU without products in this dtype convolutions are widened too, where nothing needs a cast
-        autocast = autocast and not (device == "cpu" and not cpu.has_products(dtype) and self._is_fp32(image))
+        autocast = autocast and not (device == "cpu" and not hardware.has_products(dtype) and self._is_fp32(image))
         with torch.autocast(device, dtype, enabled=autocast):
             pixels = image
             image = self._normalise(image) if image.dtype == torch.uint8 else image
@@ -200,9 +202,9 @@ class InsVPViT(AdapterCheckpoint, plan.Planned, InsVPReference):
         masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
         return (
             not masked
-            and plan.covers(prompter)
+            and rules.covers(prompter)
             and prompter.patch_size == self.patch_size
-            and plan.dtypes_fit(image, *prompter.parameters())
+            and rules.dtypes_fit(image, *prompter.parameters())
         )
 
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:

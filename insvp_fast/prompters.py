@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from insvp_fast import ops, plan, reference
+from insvp_fast import ops, reference
+from insvp_fast.coverage import rules
 
 __all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter"]
 
 
-class GlobalPrompter(plan.Planned, reference.GlobalPrompter):
+class GlobalPrompter(rules.Planned, reference.GlobalPrompter):
     """G_g with the convolutions of this package where they are faster."""
 
     def forward(self, image: Tensor) -> Tensor:
-        dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if plan.covers(self) else None
+        dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if rules.covers(self) else None
         if dtype is None:
             return super().forward(image)
         (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
@@ -25,18 +26,18 @@ class GlobalPrompter(plan.Planned, reference.GlobalPrompter):
         return self.dropout(x)
 
 
-class PatchPrompter(plan.Planned, reference.PatchPrompter):
+class PatchPrompter(rules.Planned, reference.PatchPrompter):
     """G_l, which the fast plan computes by ``ops.superpose``."""
 
 
-class SpecificPrompter(plan.Planned, reference.SpecificPrompter):
+class SpecificPrompter(rules.Planned, reference.SpecificPrompter):
     """G_s without the work that is thrown away: only what pooling reads is convolved, and LeakyReLU runs after pooling.
 
     LeakyReLU is increasing, so it commutes with the maximum; behind it the map is 16 times smaller.
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        if not plan.covers(self) or not plan.dtypes_fit(image, *self.parameters()):
+        if not rules.covers(self) or not rules.dtypes_fit(image, *self.parameters()):
             return super().forward(image)
         B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
         size, grid = 3 * self.grid + 4, self.grid

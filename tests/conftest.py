@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 will change what an unset variable means
 if not torch.cuda.is_available():
@@ -36,7 +39,7 @@ def device() -> torch.device:
 @pytest.fixture
 def poison(monkeypatch):
     """Fill fresh floating-point memory with NaN, so that an element that nobody writes shows."""
-    from insvp_fast import memory
+    from insvp_fast.runtime import buffers
 
     def poisoned(function):
         def call(*args, **kwargs):
@@ -49,7 +52,7 @@ def poison(monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    monkeypatch.setattr(memory, "empty", poisoned(memory.empty))
+    monkeypatch.setattr(buffers, "empty", poisoned(buffers.empty))
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +60,8 @@ def aot(tmp_path_factory) -> list[dict]:
     """What the compiler makes of every kernel; in a child, since an interpreting process cannot compile."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # an old cache would answer for an old compiler
-    command = [sys.executable, "-m", "insvp_fast.aot"]
-    child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "tools.aot"]
+    child = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
 
@@ -66,7 +69,7 @@ def aot(tmp_path_factory) -> list[dict]:
 @pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
 def isa(request, monkeypatch):
     """The native library at one instruction set; skips those that the processor lacks."""
-    from insvp_fast.native import library
+    from insvp_fast.runtime.native import library
 
     monkeypatch.setenv("INSVP_FAST_CPU_ISA", request.param)
     library.load.cache_clear()

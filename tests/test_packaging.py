@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import insvp_fast.kernels
-from insvp_fast import native
-from insvp_fast.native import library
+from insvp_fast.runtime import native
+from insvp_fast.runtime.native import library
 
 ROOT = Path(__file__).resolve().parents[1]
 

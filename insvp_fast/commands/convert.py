@@ -10,7 +10,7 @@ import argparse
 import warnings
 from pathlib import Path
 
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import CheckpointError, CommandError
 
 SUMMARY = "turn the authors' best_model.pth into an adapter"
 
@@ -33,8 +33,7 @@ def run(file: str, backbone: str, simam: bool, output: str | None, keep_backbone
     if folder.exists():
         raise CommandError(f"{folder} exists: nothing is overwritten; choose another folder by --output")
     from insvp_fast import InsVPViT
-    from insvp_fast.files import CheckpointError
-    from insvp_fast.pretrained import save_backbone
+    from insvp_fast.checkpoints.backbone import save_backbone
 
     if not Path(file).is_file():
         raise CommandError(f"{file}: there is no such file")

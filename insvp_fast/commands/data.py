@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import CommandError
 
 SUMMARY = "list the known data sets, or check one on disk"
 

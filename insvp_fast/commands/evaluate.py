@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from insvp_fast.commands.options import add_loading
+from insvp_fast.storage import write_file
 
 SUMMARY = "test a trained model: accuracies and a confusion matrix"
 
@@ -28,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     run: str, data: str | None, root: str | None, output: str | None, batch_size: int | None, workers: int | None
 ) -> int:
-    from insvp_fast.files import write_file
     from insvp_fast.training.evaluation import evaluate_run
     from insvp_fast.training.figures import draw_confusion
 

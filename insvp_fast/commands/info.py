@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from insvp_fast.errors import CommandError
 from insvp_fast.training.folders import ADAPTER_FILE, RUN_FILE, WEIGHTS_FILE, read_config, read_json, read_results
-from insvp_fast.training.recipe import CommandError
 
 SUMMARY = "say what is in a run, an adapter or a backbone"
 
@@ -76,8 +76,8 @@ def _backbone(name: str) -> None:
     import torch
 
     from insvp_fast import InsVPConfig, InsVPReference, unsupported_reason
-    from insvp_fast.files import backbone_sha256
-    from insvp_fast.pretrained import is_name, is_shipped
+    from insvp_fast.checkpoints.backbone import is_name, is_shipped
+    from insvp_fast.checkpoints.files import backbone_sha256
     from insvp_fast.training.backbone import load_backbone, preprocessing_of
 
     if is_name(name) and not is_shipped(name):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from insvp_fast.commands.options import add_loading, positive
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import CommandError
 
 SUMMARY = "classify image files with a trained model"
 

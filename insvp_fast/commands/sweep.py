@@ -32,9 +32,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from insvp_fast.errors import CommandError
 from insvp_fast.recipes import read
 from insvp_fast.training.folders import read_config, read_results
-from insvp_fast.training.recipe import DIGITS, CommandError, Recipe
+from insvp_fast.training.recipe import DIGITS, Recipe
 from insvp_fast.training.settings import known, to_arguments
 
 SUMMARY = "train a grid of settings, and put the results into one table"
@@ -130,7 +131,7 @@ def _has_settings(run: Path, recipe: Recipe) -> bool:
 
 def _train(arguments: Sequence[str], launcher: Sequence[str]) -> int:
     """Run ``insvp train`` in a process of its own: neither memory nor a crash is handed on to the next run."""
-    with subprocess.Popen([*launcher, "-m", "insvp_fast.cli", "train", *arguments]) as child:
+    with subprocess.Popen([*launcher, "-m", "insvp_fast", "train", *arguments]) as child:
         try:
             status = child.wait()
         except KeyboardInterrupt:  # it reached the run as well

@@ -2,7 +2,7 @@
 
 The settings are those of --recipe, a shipped recipe or a file, where one is given; each can be overridden by its own
 option. The run leaves a new folder with the adapter, the settings as they were resolved, metrics and pictures. On
-several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast.cli train ...` or `accelerate launch -m insvp_fast.cli train`.
+several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast train ...` or `accelerate launch -m insvp_fast.cli train`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import argparse
 import sys
 from typing import Any
 
+from insvp_fast.errors import CommandError
 from insvp_fast.recipes import read
 from insvp_fast.training.folders import read_config
-from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.settings import add_settings
 
 SUMMARY = "adapt a backbone to a data set"

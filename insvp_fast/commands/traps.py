@@ -88,7 +88,7 @@ def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None
 
 def _looks_untrained(weights: Path) -> bool:
     """Whether all convolutions of the specific prompter are uniform within 1/sqrt(inputs), PyTorch's random start."""
-    from insvp_fast.files import read_safetensors
+    from insvp_fast.checkpoints.files import read_safetensors
 
     tensors = {key: value.double() for key, value in read_safetensors(weights).items() if "specific_prompter." in key}
     kernels = [value for value in tensors.values() if value.ndim == 4]

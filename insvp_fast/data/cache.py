@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from insvp_fast.data.readers import Images, Slice
 from insvp_fast.data.transforms import Transform, stored_transform
-from insvp_fast.files import write_file
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import DataError
+from insvp_fast.storage import write_file
 
 __all__ = ["Cached", "cached"]
 
@@ -58,7 +58,7 @@ def cached(images: Images, preprocessing: dict[str, Any], folder: str | Path, na
     processes that write the same, the last one stays.
 
     Raises:
-        CommandError: if an image cannot be read, or the folder cannot be written to.
+        DataError: if an image cannot be read, or the folder cannot be written to.
     """
     transform = stored_transform(preprocessing)
     file = Path(folder) / f"{name}-{_hash(images, transform)}.npy"
@@ -67,7 +67,7 @@ def cached(images: Images, preprocessing: dict[str, Any], folder: str | Path, na
             file.parent.mkdir(parents=True, exist_ok=True)
             _write(images.with_transform(transform), file)
         except OSError as error:
-            raise CommandError(f"--cache: {file} cannot be written ({error})") from error
+            raise DataError(f"--cache: {file} cannot be written ({error})") from error
     return Cached(file)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from insvp_fast.data.lists import some
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import DataError
 
 __all__ = ["SUFFIXES", "is_hidden", "listing", "picture_files", "read_classes"]
 
@@ -36,7 +36,7 @@ def picture_files(folder: str | Path) -> list[str]:
     Links to folders are followed, each folder is entered once.
 
     Raises:
-        CommandError: if a folder cannot be listed.
+        DataError: if a folder cannot be listed.
     """
     found = [(place, name) for place, names in _walk(folder) for name in names if name.lower().endswith(SUFFIXES)]
     return [os.path.join(place, name) for place, name in sorted(found)]
@@ -56,24 +56,24 @@ def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _unlistable(error: OSError) -> None:
-    raise CommandError(f"{error.filename}: a folder that cannot be listed ({error.strerror})") from error
+    raise DataError(f"{error.filename}: a folder that cannot be listed ({error.strerror})") from error
 
 
 def read_classes(folder: Path) -> dict[str, list[str]]:
     """The images of each class folder; the classes sorted as text, the order of torchvision's ``ImageFolder``.
 
     Raises:
-        CommandError: if there is no class folder, or one without images.
+        DataError: if there is no class folder, or one without images.
     """
     _, folders, _ = next(os.walk(folder, onerror=_unlistable))
     names = sorted(name for name in folders if not is_hidden(name))
     if not names:
-        raise CommandError(f"--data {folder}: found {listing(folder)}, expected one folder of images per class")
+        raise DataError(f"--data {folder}: found {listing(folder)}, expected one folder of images per class")
     found = {name: picture_files(folder / name) for name in names}
     empty = [name for name, files in found.items() if not files]
     if empty:
         expected = f"expected a file that ends in {', '.join(sorted(SUFFIXES))}, or no such folder"
-        raise CommandError(f"--data {folder}: the class folder {some(empty)} is empty of images, {expected}")
+        raise DataError(f"--data {folder}: the class folder {some(empty)} is empty of images, {expected}")
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import DataError
 
 __all__ = ["PARTS", "Pairs", "by_number", "indices_of", "read_list", "siblings", "some"]
 
@@ -22,15 +22,15 @@ def read_list(file: Path) -> Pairs:
     the first label counts.
 
     Raises:
-        CommandError: naming the file and what in it was not understood.
+        DataError: naming the file and what in it was not understood.
     """
     try:
         text = file.read_text(encoding="utf-8")
         pairs = _from_json(json.loads(text)) if file.suffix == ".json" else _from_lines(text)
     except (OSError, ValueError) as error:
-        raise CommandError(f"{file}: not a list of images that can be read ({error})") from error
+        raise DataError(f"{file}: not a list of images that can be read ({error})") from error
     if not pairs:
-        raise CommandError(f"{file}: found an empty list, expected images and labels")
+        raise DataError(f"{file}: found an empty list, expected images and labels")
     return pairs
 
 
@@ -64,13 +64,13 @@ def indices_of(labels: Sequence[str], classes: Sequence[str], where: object) -> 
     """The class index of each label.
 
     Raises:
-        CommandError: if a label is none of the classes.
+        DataError: if a label is none of the classes.
     """
     index: Mapping[str, int] = {label: i for i, label in enumerate(classes)}
     unknown = by_number(set(labels) - set(index))
     if unknown:
         known = f"the {len(index)} classes of train: {some(classes)}"
-        raise CommandError(f"{where}: found the class {some(unknown)}, expected some of {known}")
+        raise DataError(f"{where}: found the class {some(unknown)}, expected some of {known}")
     return [index[label] for label in labels]
 
 

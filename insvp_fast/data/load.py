@@ -20,7 +20,8 @@ from insvp_fast.data.sets import HTA, PROTOCOLS, SETS, VTAB
 from insvp_fast.data.splits import describe, divide
 from insvp_fast.data.streams import PREFIXES, read_stream
 from insvp_fast.data.transforms import Eval, Train, transform_for
-from insvp_fast.training.recipe import DIGITS, CommandError
+from insvp_fast.errors import DataError
+from insvp_fast.training.recipe import DIGITS
 
 __all__ = ["Data", "load_data", "load_test_data", "read_source"]
 
@@ -69,12 +70,12 @@ def load_data(
         exif_rotation: turn photographs upright, as their EXIF says.
 
     Raises:
-        CommandError: for all that the user can put right; says what was found, and what was expected where.
+        DataError: for all that the user can put right; says what was found, and what was expected where.
     """
     if protocol not in PROTOCOLS:
-        raise CommandError(f"--protocol is {protocol}: expected one of {', '.join(PROTOCOLS)}")
+        raise DataError(f"--protocol is {protocol}: expected one of {', '.join(PROTOCOLS)}")
     if protocol == "released" and source not in SETS:
-        raise CommandError(
+        raise DataError(
             f"--protocol is released: the authors' code has no splits for {source}, only for {_all_names()}"
         )
     preprocessing = _preprocessing_of(source, preprocessing)
@@ -123,7 +124,7 @@ def load_test_data(
     Classes are found by their names: the data may have fewer than ``class_names``, and number them otherwise.
 
     Raises:
-        CommandError: if there is none, or an image has another class.
+        DataError: if there is none, or an image has another class.
     """
     path = Path(source)
     if source not in (DIGITS, *SETS) and not source.startswith(PREFIXES):
@@ -143,7 +144,7 @@ def read_source(source: str, seed: int = 0, root: str | None = None) -> Parts:
     if source in SETS:
         if root is None:
             files = ", ".join(SETS[source].files)
-            raise CommandError(
+            raise DataError(
                 f"--data {source} needs --root FOLDER, which should hold {files}; from {SETS[source].origin}"
             )
         return read_set(source, root)
@@ -152,7 +153,7 @@ def read_source(source: str, seed: int = 0, root: str | None = None) -> Parts:
     path = Path(source)
     if not path.exists():
         names = ", ".join(VTAB) if source.startswith("vtab/") else f"{DIGITS}, {_all_names()}"
-        raise CommandError(f"--data {source}: no such folder or list; the names known are {names}")
+        raise DataError(f"--data {source}: no such folder or list; the names known are {names}")
     lists = siblings(path)
     return _listed(path, lists, root) if path.is_file() or "train" in lists else _image_folder(path)
 
@@ -182,7 +183,7 @@ def _division(
     try:
         division = _split(range(len(parts["train"])), parts["train"].classes, 0.1, seed)
     except ValueError as error:  # a class with one image
-        raise CommandError(f"--data {source}: there is no val, and train cannot be split 90/10 ({error})") from error
+        raise DataError(f"--data {source}: there is no val, and train cannot be split 90/10 ({error})") from error
     return division, f"{protocol}: train/val 90/10 of every class of train, seed {seed}"
 
 
@@ -207,7 +208,7 @@ def _digits(seed: int) -> Parts:
 def _image_folder(root: Path) -> Parts:
     names = [name for name in ("train", "val", "test") if (root / name).is_dir()]
     if "train" not in names or len(names) < 2:
-        raise CommandError(f"--data {root}: found {listing(root)}, expected the folders train and val and/or test")
+        raise DataError(f"--data {root}: found {listing(root)}, expected the folders train and val and/or test")
     folders = {name: read_classes(root / name) for name in names}
     classes = list(folders["train"])
     parts = {name: by_folder(found, classes, root / name) for name, found in folders.items()}
@@ -217,7 +218,7 @@ def _image_folder(root: Path) -> Parts:
 def _listed(source: Path, lists: dict[str, Path], root: str | None) -> Parts:
     if "train" not in lists or len(lists) < 2:
         found = ", ".join(file.name for file in lists.values() if file.is_file()) or "nothing"
-        raise CommandError(f"--data {source}: found {found}, expected lists train and val and/or test, .txt or .json")
+        raise DataError(f"--data {source}: found {found}, expected lists train and val and/or test, .txt or .json")
     pairs = {part: read_list(file) for part, file in lists.items()}
     labels = by_number(label for _, label in pairs["train"])
     folder = Path(root) if root is not None else lists["train"].parent
@@ -239,7 +240,7 @@ def _read_tested(source: Path, class_names: Sequence[str], root: str | None) -> 
         return Parts({"test": _from_list(read_list(file), class_names, folder, file)}, list(class_names))
     part = next((source / name for name in ("test", "val") if (source / name).is_dir()), None)
     if part is None:
-        raise CommandError(f"--data {source}: found {listing(source)}, expected a folder test or val")
+        raise DataError(f"--data {source}: found {listing(source)}, expected a folder test or val")
     return Parts({"test": by_folder(read_classes(part), class_names, part)}, list(class_names))
 
 

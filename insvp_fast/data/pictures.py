@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import DataError
 
 __all__ = ["read_picture", "to_rgb"]
 
@@ -34,13 +34,13 @@ def read_picture(source: str | Path | BinaryIO, name: object = None, exif_rotati
         exif_rotation: as in ``to_rgb``.
 
     Raises:
-        CommandError: naming the file, if it is missing, damaged, no image, or its pixels have no known range.
+        DataError: naming the file, if it is missing, damaged, no image, or its pixels have no known range.
     """
     try:
         with Image.open(source) as image:
             return to_rgb(image, exif_rotation)
     except Exception as error:  # Pillow's decoders raise errors of many kinds for broken files
-        raise CommandError(f"{name or source}: not an image that can be read ({error})") from error
+        raise DataError(f"{name or source}: not an image that can be read ({error})") from error
 
 
 def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:

@@ -21,7 +21,7 @@ from insvp_fast.data.folders import read_classes
 from insvp_fast.data.lists import PARTS, Pairs, by_number, indices_of, read_list
 from insvp_fast.data.pictures import read_picture
 from insvp_fast.data.sets import SETS, NamedSet
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import DataError
 
 __all__ = ["Images", "Parts", "Slice", "by_folder", "read_pickle", "read_set", "require_images"]
 
@@ -55,7 +55,7 @@ class Images(Dataset):
         """The image itself, RGB.
 
         Raises:
-            CommandError: naming the file, if it is missing or no image.
+            DataError: naming the file, if it is missing or no image.
         """
         item = self.items[index]
         if isinstance(item, np.ndarray):
@@ -76,7 +76,7 @@ def by_folder(found: Mapping[str, Sequence[str]], classes: Sequence[str], where:
     """The images of class folders, numbered as ``classes`` are; not every one of these need have images.
 
     Raises:
-        CommandError: if a folder is none of the classes.
+        DataError: if a folder is none of the classes.
     """
     pairs = [(file, name) for name, files in found.items() for file in files]
     return Images([file for file, _ in pairs], indices_of([name for _, name in pairs], classes, where))
@@ -115,7 +115,7 @@ def read_set(name: str, root: str | Path) -> Parts:
     """The official parts of the named set in ``root``, or in ``root/<name>``.
 
     Raises:
-        CommandError: one, that says which file is missing or broken, where to get it and what the folder looks like.
+        DataError: one, that says which file is missing or broken, where to get it and what the folder looks like.
     """
     known = SETS[name]
     home = _home(name, known, Path(root))
@@ -125,10 +125,10 @@ def read_set(name: str, root: str | Path) -> Parts:
             require_images(images.items, f"the images of {part}")
     except ModuleNotFoundError as error:
         message = f"{name} comes with .mat files, for which {error.name} is needed: pip install 'insvp-fast[data]'"
-        raise CommandError(message) from error
+        raise DataError(message) from error
     except Exception as error:  # what torchvision, scipy and pickle raise for a file that is cut off is of every kind
-        reason = str(error) if isinstance(error, CommandError | OSError) else f"{type(error).__name__}: {error}"
-        raise CommandError(_advice(name, known, home, f"incomplete or broken: {' '.join(reason.split())}")) from error
+        reason = str(error) if isinstance(error, DataError | OSError) else f"{type(error).__name__}: {error}"
+        raise DataError(_advice(name, known, home, f"incomplete or broken: {' '.join(reason.split())}")) from error
     return found
 
 
@@ -140,9 +140,9 @@ def _home(name: str, known: NamedSet, root: Path) -> Path:
             return home
     home = max(homes, key=lambda home: sum((home / file).exists() for file in known.files))
     if not root.is_dir():
-        raise CommandError(_advice(name, known, root, "no such folder"))
+        raise DataError(_advice(name, known, root, "no such folder"))
     missing = next(file for file in known.files if not (home / file).exists())
-    raise CommandError(_advice(name, known, home, f"{missing} is missing"))
+    raise DataError(_advice(name, known, home, f"{missing} is missing"))
 
 
 def _needed(name: str, known: NamedSet) -> list[tuple[str, ...]]:
@@ -160,15 +160,15 @@ def require_images(items: Sequence[Any] | np.ndarray, what: str) -> None:
     """Refuse a list that names files which are not there; each folder is listed once, no file is touched.
 
     Raises:
-        CommandError: with the first of them, and how many there are.
+        DataError: with the first of them, and how many there are.
     """
     paths = [Path(item) for item in items if isinstance(item, str | Path)]
     listed = {folder: _names_in(folder) for folder in {path.parent for path in paths}}
     missing = [path for path in paths if path.name not in listed[path.parent]]
     if missing:
-        raise CommandError(f"{len(missing)} of {what} ({len(paths)}) are missing, the first is {missing[0]}")
+        raise DataError(f"{len(missing)} of {what} ({len(paths)}) are missing, the first is {missing[0]}")
     if not len(items):
-        raise CommandError(f"found none of {what}")
+        raise DataError(f"found none of {what}")
 
 
 def _names_in(folder: Path) -> set[str]:

@@ -16,7 +16,7 @@ from insvp_fast.data.folders import SUFFIXES, is_hidden
 from insvp_fast.data.lists import by_number, indices_of
 from insvp_fast.data.pictures import to_rgb
 from insvp_fast.data.readers import Images, Parts, Slice
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import DataError
 
 __all__ = ["PREFIXES", "read_stream"]
 
@@ -31,12 +31,12 @@ def read_stream(source: str, root: str | None) -> Parts:
     in memory, turned upright or not as the library decodes it.
 
     Raises:
-        CommandError: if there is no train, or neither validation nor test, or what reads the format is not installed.
+        DataError: if there is no train, or neither validation nor test, or what reads the format is not installed.
     """
     folder = Path(root) if root else Path(source.removeprefix("wds/"))
     read = _read_tars(folder) if source.startswith("wds/") else _read_timm(source, root)
     if len(read.parts) < 2:
-        raise CommandError(f"--data {source}: found only train, expected validation and/or test as well")
+        raise DataError(f"--data {source}: found only train, expected validation and/or test as well")
     return read
 
 
@@ -55,11 +55,11 @@ def _open(source: str, root: str | None, part: str) -> Any:
             return create_dataset(source, root, split, input_img_mode=None)  # images as they are: `to_rgb` converts
         except ImportError as error:
             package = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}[source.split("/")[0]]
-            raise CommandError(f"--data {source} needs a package: pip install {package}") from error
+            raise DataError(f"--data {source} needs a package: pip install {package}") from error
         except Exception as error:  # each library has its own way to say that a split does not exist
             reason = error
     if part == "train":
-        raise CommandError(f"--data {source}: train cannot be opened ({reason})") from reason
+        raise DataError(f"--data {source}: train cannot be opened ({reason})") from reason
     return None
 
 
@@ -93,7 +93,7 @@ def _read_tars(folder: Path) -> Parts:
     tars = {part: _tars_of(folder, part) for part in SPLITS}
     if not tars["train"]:
         expected = "expected train*.tar, or an _info.json that lists the files of train"
-        raise CommandError(f"--data wds/{folder}: {expected}; likewise validation and/or test")
+        raise DataError(f"--data wds/{folder}: {expected}; likewise validation and/or test")
     samples = {part: [row for file in files for row in _members(file)] for part, files in tars.items() if files}
     names = by_number(label for _, label in samples["train"])
     parts = {
@@ -112,7 +112,7 @@ def _tars_of(folder: Path, part: str) -> list[Path]:
             {name: facts["filenames"] for name, facts in json.loads(info.read_text())["splits"].items()} if info else {}
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"{info}: expected splits, each with its filenames ({error!r})") from error
+        raise DataError(f"{info}: expected splits, each with its filenames ({error!r})") from error
     for split in SPLITS[part]:
         files = [folder / name for name in splits.get(split, ())] or sorted(folder.glob(f"{split}*.tar"))
         if files:
@@ -137,9 +137,9 @@ def _members(file: Path) -> list[tuple[Slice, str]]:
                 elif suffix == "cls":
                     labels[key] = str(int(where.read()))
     except (OSError, ValueError, tarfile.TarError) as error:
-        raise CommandError(f"{file}: not a tar file of images and .cls labels that can be read ({error})") from error
+        raise DataError(f"{file}: not a tar file of images and .cls labels that can be read ({error})") from error
     lonely = sorted(pictures.keys() ^ labels.keys())
     if lonely or not pictures:
         found = f"{lonely[0]} lacks its image or its .cls label" if lonely else "found no image"
-        raise CommandError(f"{file}: {found}; expected NAME.jpg and NAME.cls for each sample")
+        raise DataError(f"{file}: {found}; expected NAME.jpg and NAME.cls for each sample")
     return [(pictures[key], labels[key]) for key in pictures]

@@ -11,7 +11,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
 
-from insvp_fast.released import RELEASED_PREPROCESSING
+from insvp_fast.checkpoints.released import RELEASED_PREPROCESSING
 
 __all__ = ["Eval", "Train", "insvp_preprocessing", "stored_transform", "transform_for"]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from insvp_fast.data.load import read_source
 from insvp_fast.data.readers import Images
 from insvp_fast.data.sets import SETS
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import DataError
 
 __all__ = ["Report", "check"]
 
@@ -41,7 +41,7 @@ def check(name: str, root: str | None = None) -> Report:
     """Open every image of a data set; ``name`` and ``root`` as in ``load_data``.
 
     Raises:
-        CommandError: if the data set cannot be read at all.
+        DataError: if the data set cannot be read at all.
     """
     found = read_source(name, root=root)
     counts = {part: len(images) for part, images in found.parts.items()}
@@ -53,7 +53,7 @@ def _unreadable(images: Images) -> list[str]:
     def message(index: int) -> str | None:
         try:
             images.picture(index)
-        except CommandError as error:
+        except DataError as error:
             return str(error)
         return None
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from insvp_fast import native, reference
-from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement, widened
+from insvp_fast import reference
+from insvp_fast.ops.registry import LIBRARY, apply, define, first_order, implement, widened
+from insvp_fast.runtime import native
 
 __all__ = ["conv", "conv_pool"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from insvp_fast import frozen
-from insvp_fast.frozen import Frozen
-from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement
+from insvp_fast.ops.registry import LIBRARY, apply, define, first_order, implement
+from insvp_fast.runtime import products
+from insvp_fast.runtime.products import Frozen
 
 __all__ = ["linear", "qkv_few"]
 
@@ -35,7 +35,7 @@ def linear(
         x: [..., D_in]; its dtype is that of the product and of the result.
         weight, bias: [D_out, D_in] and [D_out] or None, in any floating dtype; they must not require a gradient.
             A weight of more dimensions, a convolution's, is flattened to two.
-        gain, shift: [D_in], the affine map of the norm before, folded into the weight (``frozen.py``), or None.
+        gain, shift: [D_in], the affine map of the norm before, folded into the weight (``products.py``), or None.
         rows: use only the outputs from the first to before the last of these two.
 
     Raises:
@@ -113,11 +113,11 @@ class _QKVFew(torch.autograd.Function):
 
 
 def _linear(x, weight, bias, gain, shift, first, last):
-    return frozen.linear(x, Frozen(weight, bias, gain, shift, first, last))
+    return products.linear(x, Frozen(weight, bias, gain, shift, first, last))
 
 
 def _linear_bwd(grad, weight, bias, gain, shift, first, last):
-    return frozen.linear_bwd(grad, Frozen(weight, bias, gain, shift, first, last))
+    return products.linear_bwd(grad, Frozen(weight, bias, gain, shift, first, last))
 
 
 @register_fake("insvp_fast::linear", lib=LIBRARY)

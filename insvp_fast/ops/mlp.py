@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from insvp_fast import frozen, reference
-from insvp_fast.frozen import Frozen
-from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement
+from insvp_fast import reference
 from insvp_fast.ops.linear import require_frozen
+from insvp_fast.ops.registry import LIBRARY, apply, define, first_order, implement
+from insvp_fast.runtime import products
+from insvp_fast.runtime.products import Frozen
 
 __all__ = ["KEEP", "mlp"]
 
@@ -72,8 +73,8 @@ class _Mlp(torch.autograd.Function):
 
 
 def _fwd(x, w1, b1, w2, b2, gain, shift, keep):
-    pre, hidden = frozen.linear_gelu(x, Frozen(w1, b1, gain, shift), keep in ("pre", "code"))
-    return frozen.linear(hidden, Frozen(w2, b2)), _code(pre) if keep == "code" else pre
+    pre, hidden = products.linear_gelu(x, Frozen(w1, b1, gain, shift), keep in ("pre", "code"))
+    return products.linear(hidden, Frozen(w2, b2)), _code(pre) if keep == "code" else pre
 
 
 CODE_OF_NAN = 255  # those of numbers are 1 to 254
@@ -91,10 +92,10 @@ def _from_code(code: Tensor) -> Tensor:
 def _bwd(grad, kept, w1, b1, w2, b2, gain, shift, keep):
     fc1, fc2 = Frozen(w1, b1, gain, shift), Frozen(w2, b2)
     if keep == "code":
-        d_pre = frozen.linear_bwd(grad, fc2).mul_(_from_code(kept))
+        d_pre = products.linear_bwd(grad, fc2).mul_(_from_code(kept))
     else:
-        d_pre = frozen.linear_gelu_bwd(grad, fc2, frozen.linear(kept, fc1) if keep == "input" else kept)
-    return frozen.linear_bwd(d_pre, fc1)
+        d_pre = products.linear_gelu_bwd(grad, fc2, products.linear(kept, fc1) if keep == "input" else kept)
+    return products.linear_bwd(d_pre, fc1)
 
 
 def _fwd_cuda(x, w1, b1, w2, b2, gain, shift, keep):
@@ -102,10 +103,10 @@ def _fwd_cuda(x, w1, b1, w2, b2, gain, shift, keep):
 
     if not kernel.covers(x.device, x.dtype):
         return _fwd(x, w1, b1, w2, b2, gain, shift, keep)
-    pre = frozen.linear(x, Frozen(w1, b1, gain, shift))
+    pre = products.linear(x, Frozen(w1, b1, gain, shift))
     hidden, code = kernel.gelu_fwd_code(pre) if keep == "code" else (kernel.gelu_fwd(pre), None)
     kept = code if code is not None else pre if keep == "pre" else x.new_empty(0)
-    return frozen.linear(hidden, Frozen(w2, b2)), kept
+    return products.linear(hidden, Frozen(w2, b2)), kept
 
 
 def _bwd_cuda(grad, kept, w1, b1, w2, b2, gain, shift, keep):
@@ -113,12 +114,12 @@ def _bwd_cuda(grad, kept, w1, b1, w2, b2, gain, shift, keep):
 
     if not kernel.covers(grad.device, grad.dtype):
         return _bwd(grad, kept, w1, b1, w2, b2, gain, shift, keep)
-    fc1, d_hidden = Frozen(w1, b1, gain, shift), frozen.linear_bwd(grad, Frozen(w2, b2))
+    fc1, d_hidden = Frozen(w1, b1, gain, shift), products.linear_bwd(grad, Frozen(w2, b2))
     if keep == "code":
         d_pre = kernel.gelu_bwd_code(d_hidden, kept, out=d_hidden)
     else:
-        d_pre = kernel.gelu_bwd(d_hidden, frozen.linear(kept, fc1) if keep == "input" else kept, out=d_hidden)
-    return frozen.linear_bwd(d_pre, fc1)
+        d_pre = kernel.gelu_bwd(d_hidden, products.linear(kept, fc1) if keep == "input" else kept, out=d_hidden)
+    return products.linear_bwd(d_pre, fc1)
 
 
 @register_fake("insvp_fast::mlp_fwd", lib=LIBRARY)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from insvp_fast import memory, native
-from insvp_fast.ops.library import LIBRARY, apply, define, first_order, implement, widened
+from insvp_fast.ops.registry import LIBRARY, apply, define, first_order, implement, widened
+from insvp_fast.runtime import buffers, native
 
 __all__ = ["norm_insert"]
 
@@ -77,12 +77,12 @@ class _NormInsert(torch.autograd.Function):
 
 def _fwd_reference(residual, branch, prompts, weight, bias, eps, dtype):
     B, T, D = residual.shape
-    total = residual.new_empty(0) if branch is None else memory.empty_like(residual)
+    total = residual.new_empty(0) if branch is None else buffers.empty_like(residual)
     stream = residual if branch is None else torch.add(residual, branch, out=total)
     L = 0 if prompts is None else prompts.shape[1]
     parts = [stream] if prompts is None else [stream, prompts]
     normalised = [torch.native_layer_norm(part.to(widened(stream.dtype)), (D,), None, None, eps) for part in parts]
-    xhat = memory.empty((B, T + L, D), dtype, residual.device)
+    xhat = buffers.empty((B, T + L, D), dtype, residual.device)
     torch.cat([x.to(dtype) for x, _, _ in normalised], dim=1, out=xhat)
     rstd = torch.cat([rstd for _, _, rstd in normalised], dim=1).squeeze(-1)
     if weight is None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from insvp_fast import native, reference
-from insvp_fast.ops.library import (
+from insvp_fast import reference
+from insvp_fast.ops.registry import (
     LIBRARY,
     NATIVE_DTYPES,
     apply,
@@ -21,6 +21,7 @@ from insvp_fast.ops.library import (
     require_native,
     widened,
 )
+from insvp_fast.runtime import native
 
 __all__ = ["superpose"]
 

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.training.recipe import CommandError
+from insvp_fast.errors import TrainingError
 from insvp_fast.training.settings import known
 
 __all__ = ["read", "shipped", "title"]
@@ -32,7 +32,7 @@ def read(source: str, released: bool = False) -> dict[str, Any]:
     """The settings of a shipped recipe or of a file, for ``Recipe(**settings)``; ``recipe`` among them is ``source``.
 
     Raises:
-        CommandError: if there is none, or it holds something that is no setting.
+        TrainingError: if there is none, or it holds something that is no setting.
     """
     plain, different = _read(source, ())
     return {"recipe": source} | plain | (different if released or plain.get("released") else {})
@@ -41,14 +41,14 @@ def read(source: str, released: bool = False) -> dict[str, Any]:
 def _read(source: str, inner: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of a recipe and of its table, each over those of its base."""
     if source in inner:
-        raise CommandError(f"recipe {source}: it is its own base")
+        raise TrainingError(f"recipe {source}: it is its own base")
     file = FOLDER / f"{source}.toml" if source in shipped() else Path(source)
     if not file.is_file():
-        raise CommandError(f"recipe {source}: expected a TOML file or one of {', '.join(shipped())}")
+        raise TrainingError(f"recipe {source}: expected a TOML file or one of {', '.join(shipped())}")
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8
-        raise CommandError(f"recipe {source}: {error}") from error
+        raise TrainingError(f"recipe {source}: {error}") from error
     base, table = content.pop("base", None), content.pop("released", {})
     if isinstance(table, bool):  # the setting, which a file may hold as well
         content["released"], table = table, {}

@@ -7,9 +7,9 @@ from typing import Any
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
-from insvp_fast.files import CheckpointError
-from insvp_fast.pretrained import create_backbone
-from insvp_fast.training.recipe import BUILTIN, CommandError
+from insvp_fast.checkpoints.backbone import create_backbone
+from insvp_fast.errors import CheckpointError, TrainingError
+from insvp_fast.training.recipe import BUILTIN
 
 __all__ = ["load_backbone", "preprocessing_of"]
 
@@ -18,12 +18,12 @@ def load_backbone(source: str = BUILTIN, checkpoint: str | None = None) -> Visio
     """The backbone that ``create_backbone`` builds, without a head.
 
     Raises:
-        CommandError: if there is no such model, or its weights cannot be had.
+        TrainingError: if there is no such model, or its weights cannot be had.
     """
     try:
         return create_backbone(source, checkpoint=checkpoint, num_classes=0)
     except CheckpointError as error:
-        raise CommandError(f"--backbone is {source}: {error}") from error
+        raise TrainingError(f"--backbone is {source}: {error}") from error
 
 
 def preprocessing_of(backbone: VisionTransformer) -> dict[str, Any]:

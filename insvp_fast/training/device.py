@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import find_executable_batch_size, gather_object
 from torch import nn
 
-from insvp_fast import cpu
-from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.errors import TrainingError
+from insvp_fast.runtime import hardware
+from insvp_fast.training.recipe import Recipe
 
 __all__ = ["fit_batch_size", "precision", "scaled_lr", "start", "start_trackers"]
 
@@ -26,13 +27,13 @@ def start(amp: str = "off", trackers: tuple[str, ...] = ()) -> Accelerator:
     """An accelerator, also where another run of this process had one of another precision.
 
     Raises:
-        CommandError: if the precision is not to be had here, or a tracker is not installed.
+        TrainingError: if the precision is not to be had here, or a tracker is not installed.
     """
     if amp == "fp16" and not torch.accelerator.is_available():
-        raise CommandError("--amp is fp16: that needs a GPU; on a CPU use bf16 or off")
+        raise TrainingError("--amp is fp16: that needs a GPU; on a CPU use bf16 or off")
     for name in trackers:
         if find_spec(name) is None:
-            raise CommandError(f"--trackers has {name}: it is not installed; pip install {name}")
+            raise TrainingError(f"--trackers has {name}: it is not installed; pip install {name}")
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision="no" if amp == "off" else amp,
@@ -47,7 +48,7 @@ def precision(amp: str) -> str:
         return amp
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    return "bf16" if not torch.accelerator.is_available() and cpu.has_products(torch.bfloat16) else "off"
+    return "bf16" if not torch.accelerator.is_available() and hardware.has_products(torch.bfloat16) else "off"
 
 
 def start_trackers(recipe: Recipe, accelerator: Accelerator, folder: Path) -> None:
@@ -72,7 +73,7 @@ def fit_batch_size(recipe: Recipe, model: nn.Module, size: tuple[int, ...], acce
     ``model`` is moved to the device. All processes agree on the smallest of what they found.
 
     Raises:
-        CommandError: if not even one image fits.
+        TrainingError: if not even one image fits.
     """
     model = model.to(accelerator.device).train()
 
@@ -91,5 +92,5 @@ def fit_batch_size(recipe: Recipe, model: nn.Module, size: tuple[int, ...], acce
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise
-        raise CommandError("--auto-batch: not even one image fits into memory; try --recompute block") from error
+        raise TrainingError("--auto-batch: not even one image fits into memory; try --recompute block") from error
     return dataclasses.replace(recipe, batch_size=min(gather_object([found])), auto_batch=False)

@@ -51,7 +51,7 @@ def evaluate_run(
         What was tested on what, the figures, and whether this is the process that reports them.
 
     Raises:
-        CommandError: if it is not a finished run, or the data are not there or have other classes.
+        TrainingError: if it is not a finished run, or the data are not there or have other classes.
     """
     accelerator = start()
     recipe, model, preprocessing, names = load_run(run)

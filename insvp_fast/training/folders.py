@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.errors import TrainingError
+from insvp_fast.training.recipe import Recipe
 
 __all__ = ["ADAPTER_FILE", "RUN_FILE", "WEIGHTS_FILE", "read_config", "read_json", "read_metrics", "read_results"]
 
@@ -18,14 +19,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CommandError: if there is none.
+        TrainingError: if there is none.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CommandError(f"cannot read {file} ({error})") from error
+        raise TrainingError(f"cannot read {file} ({error})") from error
     if not isinstance(content, dict):
-        raise CommandError(f"cannot read {file}: expected a JSON object")
+        raise TrainingError(f"cannot read {file}: expected a JSON object")
     return content
 
 
@@ -33,13 +34,13 @@ def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """The settings of a run, and everything in its config.json.
 
     Raises:
-        CommandError: if it is not a run folder, or of a version with other settings.
+        TrainingError: if it is not a run folder, or of a version with other settings.
     """
     try:
         config = read_json(Path(run) / RUN_FILE)
         return Recipe(**config["recipe"]), config
-    except (CommandError, KeyError, TypeError) as error:
-        raise CommandError(f"{run} is not a run folder of `insvp train`: {error}") from error
+    except (TrainingError, KeyError, TypeError) as error:
+        raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from insvp_fast import __version__
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
-from insvp_fast.files import write_file
+from insvp_fast.errors import TrainingError
+from insvp_fast.storage import write_file
 from insvp_fast.training.device import start_trackers
-from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.training.recipe import Recipe
 
 __all__ = ["Journal"]
 
@@ -139,7 +140,7 @@ def _new_folder(parent: Path, name: str) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise CommandError(f"--output is {parent}: no folder can be made there ({error.strerror})") from error
+            raise TrainingError(f"--output is {parent}: no folder can be made there ({error.strerror})") from error
 
 
 def _list(numbers: Iterable[float]) -> str:

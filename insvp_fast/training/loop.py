@@ -17,14 +17,16 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.data import Data
-from insvp_fast.files import read_safetensors
+from insvp_fast.errors import TrainingError
 from insvp_fast.model import InsVPViT
+from insvp_fast.storage import recover, replace_folder
 from insvp_fast.training.journal import Journal
 from insvp_fast.training.meter import Meter
 from insvp_fast.training.order import Loader, loader_for
-from insvp_fast.training.recipe import CommandError, Recipe
-from insvp_fast.training.state import get_randomness, read_state, recover, replacing, set_randomness, write_state
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.state import get_randomness, read_state, set_randomness, write_state
 
 __all__ = ["Training", "evaluate", "rate"]
 
@@ -58,7 +60,7 @@ class Training:
         result: how the model did in the end; None before ``finish``.
 
     Raises:
-        CommandError: if ``last`` is damaged, or was written by another number of processes.
+        TrainingError: if ``last`` is damaged, or was written by another number of processes.
     """
 
     def __init__(self, name: str, model: InsVPViT, data: Data, lr: float, journal: Journal, folder: Path) -> None:
@@ -93,7 +95,7 @@ class Training:
         """Train to the last epoch; each is evaluated, logged and, if it is the best, kept.
 
         Raises:
-            CommandError: if the loss becomes infinite or not a number.
+            TrainingError: if the loss becomes infinite or not a number.
         """
         while self.epoch < self.recipe.epochs:
             record = {"model": self.name, "epoch": self.epoch + 1} | self._train_epoch()
@@ -185,7 +187,7 @@ class Training:
     def _finite(self, loss: float, where: str) -> float:
         if not math.isfinite(loss):
             rate_now = f"{self.optimiser.param_groups[0]['lr']:.3g}"
-            raise CommandError(f"the loss became {loss} in {where}, at learning rate {rate_now}: try a lower --lr")
+            raise TrainingError(f"the loss became {loss} in {where}, at learning rate {rate_now}: try a lower --lr")
         return loss
 
     # ------------------------------------------------------------------------------------------------------------- keep
@@ -200,17 +202,17 @@ class Training:
     def write_adapter(self, folder: Path) -> None:
         """Replace a folder by the adapter of the weights as they are."""
         if self.accelerator.is_main_process:
-            with replacing(folder) as new:
+            with replace_folder(folder) as new:
                 self.accelerator.unwrap_model(self.model).save_pretrained(new)
 
     def save(self) -> None:
         """Write ``last``, from which another process goes on bit for bit.
 
         Raises:
-            CommandError: if the weights are not numbers any more: the last good state is kept.
+            TrainingError: if the weights are not numbers any more: the last good state is kept.
         """
         if not torch.stack([p.isfinite().all() for p in self.trained.values()]).all():
-            raise CommandError(f"the weights of {self.name} became infinite or not a number: try a lower --lr")
+            raise TrainingError(f"the weights of {self.name} became infinite or not a number: try a lower --lr")
         own = {"random": get_randomness(self.accelerator.device), "losses": [loss.cpu() for loss in self.losses]}
         processes, scaler = gather_object([own]), self.accelerator.scaler
         if self.accelerator.is_main_process:
@@ -236,7 +238,7 @@ class Training:
         weights, tensors, facts = state
         accelerator, processes = self.accelerator, tensors["processes"]
         if len(processes) != accelerator.num_processes:
-            raise CommandError(
+            raise TrainingError(
                 f"{self.folder} was trained by {len(processes)} processes, found {accelerator.num_processes}:"
                 " resume it with as many"
             )

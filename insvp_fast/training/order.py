@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.errors import TrainingError
+from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.waiting import Waiting
 
 __all__ = ["Loader", "Order", "Sample", "loader_for"]
@@ -100,7 +101,7 @@ class Loader:
     """Batches (images, classes) on a device; its ``order`` says which, its ``waiting`` how long they were awaited.
 
     Raises:
-        CommandError: naming an image that cannot be read.
+        TrainingError: naming an image that cannot be read.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class Loader:
                     return
                 images, classes = (part.to(self.device, non_blocking=True) for part in batch)
                 yield (images if self.transform is None else self.transform(images)), classes
-        except CommandError as error:  # from a worker, with the worker's traceback in its text
-            raise CommandError(str(error).strip().splitlines()[-1].rpartition("CommandError: ")[-1]) from error
+        except TrainingError as error:  # from a worker, with the worker's traceback in its text
+            raise TrainingError(str(error).strip().splitlines()[-1].rpartition("TrainingError: ")[-1]) from error
 
 
 def loader_for(

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from insvp_fast.data import transform_for
 from insvp_fast.data.folders import picture_files
 from insvp_fast.data.readers import Images
+from insvp_fast.errors import TrainingError
 from insvp_fast.training.device import start
-from insvp_fast.training.recipe import CommandError
 from insvp_fast.training.run import load_run
 
 __all__ = ["Prediction", "find_images", "predict"]
@@ -32,15 +32,15 @@ def find_images(paths: Sequence[str]) -> list[str]:
     """The files among ``paths``, and the images in their folders, as ``picture_files`` finds them.
 
     Raises:
-        CommandError: if a path does not exist, or a folder holds no image.
+        TrainingError: if a path does not exist, or a folder holds no image.
     """
     files: list[str] = []
     for path in map(Path, paths):
         found = picture_files(path) if path.is_dir() else [str(path)]
         if not path.exists():
-            raise CommandError(f"{path}: no such file or folder")
+            raise TrainingError(f"{path}: no such file or folder")
         if not found:
-            raise CommandError(f"{path}: no image in this folder")
+            raise TrainingError(f"{path}: no image in this folder")
         files += found
     return files
 
@@ -57,7 +57,7 @@ def predict(
         batch_size, workers: None for those of the run.
 
     Raises:
-        CommandError: if it is not a finished run.
+        TrainingError: if it is not a finished run.
     """
     recipe, model, preprocessing, names = load_run(run)
     device = start().device
@@ -91,5 +91,5 @@ class _Pictures(Dataset):
         file = self.images.name(index)
         try:
             return file, self.images[index][0], None
-        except CommandError as error:
+        except TrainingError as error:
             return file, None, str(error)

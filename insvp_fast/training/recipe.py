@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BUILTIN", "CHOICES", "DIGITS", "TRACKERS", "CommandError", "Recipe"]
+from insvp_fast.errors import TrainingError
+
+__all__ = ["BUILTIN", "CHOICES", "DIGITS", "TRACKERS", "Recipe"]
 
 BUILTIN = "vit_shapes_32"  # the backbone that comes with the package
 DIGITS = "digits"  # the data set that comes with scikit-learn
@@ -23,10 +25,6 @@ CHOICES = {
     "recompute": ("none", "mlp", "block"),
 }
 KINDS: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
-
-
-class CommandError(ValueError):
-    """Something that the user can put right; the command line prints it in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class Recipe:
         output: the folder in which a run gets its own folder.
 
     Raises:
-        CommandError: naming the field, its value and what was expected.
+        TrainingError: naming the field, its value and what was expected.
     """
 
     recipe: str | None = None
@@ -155,7 +153,7 @@ class Recipe:
 
     def _check(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
-            raise CommandError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected {expected}")
+            raise TrainingError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected {expected}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON; ``Recipe(**values)`` is the inverse."""

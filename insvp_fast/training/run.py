@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.models.vision_transformer import VisionTransformer
 
-from insvp_fast.checkpoint import CheckpointError
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data, insvp_preprocessing, load_data
+from insvp_fast.errors import CheckpointError, TrainingError
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.backbone import load_backbone, preprocessing_of
 from insvp_fast.training.device import fit_batch_size, precision, scaled_lr, start
@@ -25,7 +25,7 @@ from insvp_fast.training.figures import draw_curves, draw_prompts
 from insvp_fast.training.folders import read_config
 from insvp_fast.training.journal import Journal
 from insvp_fast.training.loop import Training
-from insvp_fast.training.recipe import BUILTIN, CommandError, Recipe
+from insvp_fast.training.recipe import BUILTIN, Recipe
 
 __all__ = ["load_run", "train"]
 
@@ -43,13 +43,13 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
         resume: the folder of a run that was interrupted and now goes on.
 
     Raises:
-        CommandError: if the recipe names something that is not there or is not that of the run to resume, the loss
+        TrainingError: if the recipe names something that is not there or is not that of the run to resume, the loss
             diverges, or a file cannot be read or written. What was saved last is kept, to be resumed from.
     """
     if resume is not None:
         own = read_config(resume)[0]
         if recipe not in (None, own):
-            raise CommandError(f"--resume {resume}: expected no other settings than the run's own")
+            raise TrainingError(f"--resume {resume}: expected no other settings than the run's own")
         recipe = own
     recipe = recipe or Recipe()
     recipe = dataclasses.replace(recipe, amp=precision(recipe.amp))
@@ -181,7 +181,7 @@ def _in_one_line(journal: Journal) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"{error.strerror}: {error.filename or journal.folder}" if error.strerror else str(error)
-        raise CommandError(f"{what}; the last good state is kept: {way}") from error
+        raise TrainingError(f"{what}; the last good state is kept: {way}") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the last good state is kept: {way}") from None
 
@@ -202,12 +202,12 @@ def load_run(folder: str | Path) -> Run:
     """Read a run folder: its model in evaluation mode, and all that belongs to it.
 
     Raises:
-        CommandError: if it is not a run folder.
+        TrainingError: if it is not a run folder.
     """
     recipe, config = read_config(folder)
     backbone = load_backbone(recipe.backbone, recipe.checkpoint)
     try:
         model = InsVPViT.from_pretrained(Path(folder) / "adapter", backbone=backbone, local_files_only=True)
     except (CheckpointError, OSError) as error:
-        raise CommandError(f"{folder} has no adapter that can be loaded: {error}") from error
+        raise TrainingError(f"{folder} has no adapter that can be loaded: {error}") from error
     return Run(recipe, model, config["preprocessing"], config["class_names"])

@@ -14,7 +14,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from insvp_fast.training.recipe import CommandError, Recipe
+from insvp_fast.errors import TrainingError
+from insvp_fast.training.recipe import Recipe
 
 __all__ = ["SETTINGS", "Setting", "add_settings", "known", "to_arguments"]
 
@@ -85,11 +86,11 @@ def known(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of a file, if they are all settings; ``where`` precedes a name in messages.
 
     Raises:
-        CommandError: for a name that is no setting.
+        TrainingError: for a name that is no setting.
     """
     for name in values:
         if name not in SETTINGS:
-            raise CommandError(f"{where}: {name} is no setting; expected some of {', '.join(SETTINGS)}")
+            raise TrainingError(f"{where}: {name} is no setting; expected some of {', '.join(SETTINGS)}")
     return dict(values)
 
 

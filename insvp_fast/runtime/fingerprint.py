@@ -1,0 +1,204 @@
+"""Fingerprints: checksums that tell whether memory has been written to, without a reference to it.
+
+A look at a fingerprint reads a sample of the memory, another one each time, and small memory in full.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage
+
+from insvp_fast.runtime import native
+
+__all__ = ["Fingerprint", "Region", "fingerprint"]
+
+BLOCK, SMALL = 8192, 65536  # bytes: of which a look reads a part, and up to which it reads all; as in fingerprint.cpp
+
+
+class Region(NamedTuple):
+    """The memory of a tensor."""
+
+    storage: weakref.ref[UntypedStorage]
+    offset: int  # bytes from the start of the storage
+    nbytes: int
+
+    @classmethod
+    def of(cls, x: Tensor, storage: weakref.ref[UntypedStorage]) -> Region:
+        """The bytes from the first to the last element of ``x``, which may have any strides."""
+        span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        return cls(storage, int(x.storage_offset()) * x.element_size(), span * x.element_size())
+
+    def address(self) -> int | None:
+        """Where it is now, or None if it is no more."""
+        storage = self.storage()
+        if storage is None or self.offset + self.nbytes > storage.nbytes():
+            return None
+        return storage.data_ptr() + self.offset
+
+    def words(self) -> Tensor:
+        """Its contents as integers, of the widest type that divides it."""
+        storage = self.storage()
+        assert storage is not None
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, self.offset, (self.nbytes,), (1,))
+        types = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        return flat.view(next(dtype for dtype in types if (self.offset | self.nbytes) % dtype.itemsize == 0))
+
+
+class Fingerprint(Protocol):
+    """What the memory of some weights was like."""
+
+    def broken(self) -> bool:
+        """Whether the next sample of the memory has changed; it has to be where it was."""
+
+    def broken_anywhere(self) -> bool:
+        """Whether anything of the memory has changed, or it is no longer there."""
+
+
+def fingerprint(regions: Sequence[Region], device: torch.device) -> Fingerprint:
+    """The fingerprint of memory as it is now: by the native library or in PyTorch on a CPU, by Triton on a GPU."""
+    if device.type == "cuda":
+        return DeviceFingerprint(regions, device)
+    return NativeFingerprint(regions) if native.available() else PlainFingerprint(regions)
+
+
+class NativeFingerprint:
+    """Of each block of 8 KB, a look reads one cache line of 128."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._regions, self._line = regions, 0
+        self._addresses = [region.address() for region in regions]
+        self._checksums = native.Checksums(
+            [(address, r.nbytes) for address, r in zip(self._addresses, regions, strict=True) if address is not None]
+        )
+
+    def broken(self) -> bool:
+        self._line = (self._line + 1) % native.LINES
+        return not self._checksums.hold(self._line)
+
+    def broken_anywhere(self) -> bool:
+        held = [region.storage() for region in self._regions]  # alive while it is read
+        moved = None in held or self._addresses != [region.address() for region in self._regions]
+        return moved or not all(map(self._checksums.hold, range(native.LINES)))
+
+
+class PlainFingerprint:
+    """Of each block of 8 KB, a look reads one word, so that 1024 looks of fp64 or paired fp32 words read everything."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._regions, self._turn = regions, 0
+        self._sums = [_sums(region.words()) for region in regions]
+
+    def broken(self) -> bool:
+        self._turn += 1
+        return any(map(self._differs, self._regions, self._sums))
+
+    def _differs(self, region: Region, sums: Tensor) -> bool:
+        words, turn, size = region.words(), self._turn % len(sums), len(sums)
+        if region.nbytes <= SMALL:
+            return not torch.equal(_sums(words), sums)
+        return bool(_mixed(words[turn::size], turn, size).sum() != sums[turn])
+
+    def broken_anywhere(self) -> bool:
+        held = [region.storage() for region in self._regions]  # alive while it is read
+        pairs = zip(self._regions, self._sums, strict=True)
+        gone = None in held or any(region.address() is None for region in self._regions)
+        return gone or not all(torch.equal(_sums(region.words()), sums) for region, sums in pairs)
+
+
+def _sums(words: Tensor) -> Tensor:
+    """The sum over all blocks of each word of a block."""
+    size = BLOCK // words.element_size()
+    return F.pad(_mixed(words, 0, 1), (0, -len(words) % size)).view(-1, size).sum(0)
+
+
+def _mixed(words: Tensor, first: int, step: int) -> Tensor:
+    """Words, of which the first is number ``first`` and the next ``step`` further, mixed much as in fingerprint.cpp."""
+    x = words.long() + (first + step * torch.arange(len(words), device=words.device)) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27)) * _signed(0x94D049BB133111EB)
+    return x ^ (x >> 31)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64)
+
+
+class DeviceFingerprint:
+    """Looked at on a GPU without waiting for it: one launch for all the fingerprints of a forward pass.
+
+    A pass begins where a fingerprint is asked for the second time. What a look finds is known when the GPU has got that
+    far, a pass or a few later; until then, packed weights that are out of date are used.
+    """
+
+    def __init__(self, regions: Sequence[Region], device: torch.device) -> None:
+        self.regions, self.found, self._watch = regions, False, _watch(device)
+        self.sums = self._watch.sums(self.rows())
+
+    def rows(self) -> list[tuple[int, int]]:
+        """The address and the number of whole words of 4 bytes of each region that is still there."""
+        return [(address, r.nbytes // 4) for r in self.regions if (address := r.address()) is not None]
+
+    def broken(self) -> bool:
+        self._watch.asked(self)
+        return self.found
+
+    def broken_anywhere(self) -> bool:
+        held = [region.storage() for region in self.regions]  # alive while it is read
+        return None in held or not torch.equal(self._watch.sums(self.rows()), self.sums)
+
+
+class _Look(NamedTuple):
+    """One launch: whose memory was looked at, and once ``done``, what had changed."""
+
+    owners: list[DeviceFingerprint]
+    changed: Tensor
+    done: torch.cuda.Event
+
+
+class _Watch:
+    """The fingerprints of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._line = device, 0
+        self._asked: dict[DeviceFingerprint, None] = {}  # in this pass, in their order
+        self._look: _Look | None = None
+
+    def asked(self, one: DeviceFingerprint) -> None:
+        """Note that a forward product asks; where that begins a new pass, see what the last look has found and look."""
+        if one in self._asked:
+            if self._look is not None and self._look.done.query():
+                for owner, changed in zip(self._look.owners, self._look.changed.tolist(), strict=True):
+                    owner.found |= changed
+                self._look = None
+            if self._look is None:
+                self._look = self._begin([held for held in self._asked if len(held.rows()) == len(held.sums)])
+            self._asked.clear()
+        self._asked[one] = None
+
+    def _begin(self, all_held: list[DeviceFingerprint]) -> _Look:
+        self._line = (self._line + 1) % native.LINES
+        sums = self.sums([row for held in all_held for row in held.rows()], self._line, 1)
+        changed = sums[:, 0] != torch.cat([held.sums[:, self._line] for held in all_held])
+        on_host = torch.empty(len(changed), dtype=torch.bool, pin_memory=self._device.type == "cuda")
+        on_host.copy_(changed, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Look([held for held in all_held for _ in held.regions], on_host, done)
+
+    def sums(self, rows: list[tuple[int, int]], first_line: int = 0, num_lines: int = native.LINES) -> Tensor:
+        """The checksums of lines of pieces of memory, [n, num_lines]."""
+        from insvp_fast.kernels.gpu import fingerprint as kernel
+
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+        if self._device.type == "cuda":  # pinned: a copy from other memory would wait for the GPU
+            table = table.pin_memory().to(self._device, non_blocking=True)
+        return kernel.fingerprint(table, first_line, num_lines)
+
+
+_watch = cache(_Watch)

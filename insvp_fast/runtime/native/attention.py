@@ -1,0 +1,52 @@
+"""attention in C++, forward and backward.
+
+Letters: `B` images, `S` tokens of which the first `T` ask, `D` the width of all heads together.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from insvp_fast.runtime import buffers
+from insvp_fast.runtime.native.library import TYPE_CODES, call, f32, i32, i64, pointer, ptr, require
+
+__all__ = ["attention_bwd", "attention_fwd"]
+
+_FWD = [ptr, i32, ptr, *[i64] * 5, f32]
+_BWD = [ptr, ptr, i32, ptr, *[i64] * 5, f32]
+
+
+def _sizes(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int, int]:
+    """B, S, T, the number of heads, the width of one."""
+    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected [B, S, 3*D] with D in {num_heads} equal heads")
+    B, S, D3 = qkv.shape
+    if not 0 <= num_queries <= S:
+        raise ValueError(f"num_queries is {num_queries}, expected 0 to {S}, the number of tokens")
+    return B, S, num_queries, num_heads, D3 // (3 * num_heads)
+
+
+def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    """Softmax attention of the first `num_queries` tokens to all, from the packed product.
+
+    qkv [B, S, 3*D] in float32 or bfloat16. Returns [B, T, D] in its dtype; sums and the softmax are float32. The same
+    bits for every number of threads. Raises as `superpose_fwd`.
+    """
+    sizes = _sizes(qkv, num_heads, num_queries)
+    qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
+    out = buffers.empty((qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
+    call("attention_fwd", _FWD, *pointer(qkv), out.data_ptr(), *sizes, scale)
+    return out
+
+
+def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    """The gradient of `attention_fwd` for `grad` [B, T, D] of its result, in qkv's dtype as all here: [B, S, 3*D].
+
+    Zero for the queries of tokens that do not ask. The rest as in `attention_fwd`.
+    """
+    sizes = _sizes(qkv, num_heads, num_queries)
+    qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
+    grad = require("grad", grad, (qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
+    d_qkv = buffers.empty_like(qkv)
+    call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), d_qkv.data_ptr(), *sizes, scale)
+    return d_qkv

@@ -1,0 +1,133 @@
+"""Finding the native CPU library, loading it with ctypes, and calling its functions.
+
+Nothing here knows an operation: each has a file of its own beside this one, with its typed wrapper.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
+from torch import Tensor
+
+ABI = 5
+LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+array = [ptr, i32]  # a tensor's memory and the code of its dtype
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Whether the native CPU library is in use, with which instruction set, and if not, why."""
+
+    loaded: bool
+    isa: str | None  # "generic", "avx2", "avx512" or "avx512_bf16"
+    detail: str
+
+    def __bool__(self) -> bool:
+        return self.loaded
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+@lru_cache(None)
+def load() -> tuple[ctypes.CDLL | None, NativeStatus]:
+    def absent(why: str) -> tuple[None, NativeStatus]:
+        return None, NativeStatus(False, None, f"native CPU library not in use: {why}")
+
+    if os.environ.get("INSVP_FAST_NATIVE") == "0":
+        return absent("switched off by INSVP_FAST_NATIVE=0")
+    if not LIBRARY.exists():
+        return absent("not built; INSVP_FAST_NATIVE=1 pip install -v -e . shows why")
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+        abi = lib.insvp_fast_abi_version()
+    except (OSError, AttributeError) as error:
+        return absent(f"cannot load {LIBRARY.name}: {error}")
+    if abi != ABI:
+        return absent(f"{LIBRARY.name} has interface {abi}, this version needs {ABI}; run pip install -e . again")
+
+    lib.insvp_fast_select_isa.argtypes, lib.insvp_fast_select_isa.restype = [ctypes.c_char_p], ctypes.c_char_p
+    limit = os.environ.get("INSVP_FAST_CPU_ISA", "")
+    selected = lib.insvp_fast_select_isa(limit.encode())
+    if selected is None:
+        return absent(f"INSVP_FAST_CPU_ISA={limit!r} is none of generic, avx2, avx512, avx512_bf16")
+    isa = selected.decode()
+    return lib, NativeStatus(True, isa, f"native CPU library in use ({isa})")
+
+
+def native_status() -> NativeStatus:
+    """Tells whether the native CPU library is in use, and why not; never raises."""
+    return load()[1]
+
+
+def available(*dtypes: torch.dtype) -> bool:
+    """Whether the native operations can be used for tensors of `dtypes` (float32 and bfloat16 can).
+
+    Raises RuntimeError where INSVP_FAST_NATIVE=1 demands a library that is not there.
+    """
+    status = native_status()
+    if not status and os.environ.get("INSVP_FAST_NATIVE") == "1":
+        raise RuntimeError(f"INSVP_FAST_NATIVE=1, but {status}")
+    return status.loaded and all(dtype in TYPE_CODES for dtype in dtypes)
+
+
+def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} is on {x.device}, the native library computes on the CPU")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
+def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """`x`, contiguous, after a check of its device, dtype and shape."""
+    require_kind(name, x, *dtypes)
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
+    return x.contiguous()
+
+
+def pointer(x: Tensor | None) -> tuple[int | None, int]:
+    """The two arguments of a tensor; an absent or empty one has no memory."""
+    return (None, 0) if x is None or x.numel() == 0 else (address(x), TYPE_CODES[x.dtype])
+
+
+def address(x: Tensor | None) -> int | None:
+    """The one argument of a tensor whose dtype is fixed."""
+    if x is None:
+        return None
+    if x.device.type != "cpu":  # of a result that a default device has put elsewhere: C++ would write anywhere
+        raise ValueError(f"a tensor is on {x.device}, the native library computes on the CPU")
+    return x.data_ptr()
+
+
+def function(name: str, argtypes: Sequence[type], restype: type = i32) -> Any:
+    """The C function ``name``.
+
+    Raises RuntimeError where the library is not in use.
+    """
+    lib, status = load()
+    if lib is None:
+        raise RuntimeError(str(status))
+    found = getattr(lib, name)
+    if found.argtypes is None:
+        found.argtypes, found.restype = argtypes, restype
+    return found
+
+
+def call(name: str, argtypes: Sequence[type], *args: object) -> None:
+    """Run the C function ``name``, whose last argument, the number of threads, is added here.
+
+    Raises RuntimeError where the library is not in use, MemoryError where its workspace cannot be had.
+    """
+    if function(name, [*argtypes, i32])(*args, torch.get_num_threads()):
+        raise MemoryError(f"{name}: no memory for the workspace")

@@ -1,0 +1,125 @@
+"""The product with a weight that was packed once, alone or with GELU, in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from insvp_fast.runtime import buffers
+from insvp_fast.runtime.native.library import (
+    TYPE_CODES,
+    address,
+    array,
+    call,
+    function,
+    i32,
+    i64,
+    native_status,
+    pointer,
+    ptr,
+    require,
+    require_kind,
+)
+
+__all__ = ["linear", "linear_gelu", "linear_gelu_bwd", "pack_linear"]
+
+_PACK = [*array * 2, *[i64] * 4]
+_LINEAR = [*array * 2, ptr, *array * 2, i32, *[i64] * 6]
+_NONE, _GELU, _GELU_BWD = range(3)
+
+
+def _packed_type(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight for operands in `dtype`: bfloat16 where the instruction set multiplies it."""
+    pairs = dtype == torch.bfloat16 and native_status().isa == "avx512_bf16"
+    return torch.bfloat16 if pairs else torch.float32
+
+
+def _packed_size(dtype: torch.dtype, out_features: int, in_features: int) -> int:
+    size: int = function("linear_packed_size", [i32, i64, i64], i64)(TYPE_CODES[dtype], out_features, in_features)
+    return size
+
+
+def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [D_out, D_in] in the form that products with operands in `dtype` want: a flat tensor.
+
+    weight in float32 or bfloat16, of any strides. The form depends on the instruction set in use, and its dtype tells
+    whether the product is one of bfloat16 operands; that of float32 serves operands of both dtypes. Raises as
+    `superpose_fwd`.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D_out, D_in]")
+    require_kind("weight", weight, *TYPE_CODES)
+    if dtype not in TYPE_CODES:
+        raise TypeError(f"operands cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
+    dtype = _packed_type(dtype)
+    packed = torch.empty(_packed_size(dtype, *weight.shape), dtype=dtype, device="cpu")
+    call("linear_pack", _PACK, *pointer(packed), *pointer(weight), *weight.shape, *weight.stride())
+    return packed
+
+
+def _product(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    dtype: torch.dtype | None,
+    epilogue: int = _NONE,
+    pre: Tensor | None = None,
+) -> Tensor:
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [M, D_in] or [B, T, D_in]")
+    require_kind("x", x, *TYPE_CODES)
+    *rows, K = x.shape
+    dtype = x.dtype if dtype is None else dtype
+    if dtype not in TYPE_CODES:
+        raise TypeError(f"the product cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
+    kinds = {torch.float32, _packed_type(x.dtype)}
+    require_kind("packed", packed, *kinds)
+    packed = require("packed", packed, (_packed_size(packed.dtype, out_features, K),), *kinds)
+    if bias is not None:
+        bias = require("bias", bias, (out_features,), torch.float32)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    batch_stride, row_stride = (0, *x.stride()[:-1])[-2:]
+    y = buffers.empty((*rows, out_features), dtype)
+    call(
+        "linear",
+        _LINEAR,
+        *(*pointer(x), *pointer(packed), address(bias), *pointer(y), *pointer(pre), epilogue),
+        *(y.numel() // max(out_features, 1), out_features, K, rows[-1], batch_stride, row_stride),
+    )
+    return y
+
+
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`x @ weight.T + bias` in `dtype`, that of x by default, for the weight that `pack_linear` packed.
+
+    x [M, D_in] or [B, T, D_in] in float32 or bfloat16, of any strides, without a copy where the last one is 1; bias
+    [out_features] in float32. Returns a contiguous tensor [..., out_features], summed in float32, the same bits for
+    every number of threads. Raises as `superpose_fwd`.
+    """
+    return _product(x, packed, bias, out_features, dtype)
+
+
+def linear_gelu(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, keep: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """`pre = linear(x, ...)` and `gelu(pre)` in its exact (erf) form, both in the dtype of x.
+
+    `pre` is None unless it is to be kept for backward; GELU is computed before it is rounded. Raises as
+    `superpose_fwd`.
+    """
+    pre = buffers.empty((*x.shape[:-1], out_features), x.dtype) if keep else None
+    return pre, _product(x, packed, bias, out_features, None, _GELU, pre)
+
+
+def linear_gelu_bwd(grad: Tensor, packed: Tensor, pre: Tensor) -> Tensor:
+    """The gradient by `pre` of what follows `linear_gelu`: `linear(grad, packed) * gelu'(pre)` in the dtype of grad.
+
+    grad [..., D_out] of the results of the next product, packed its transposed weight, pre [..., D_in] in float32 or
+    bfloat16. Raises as `superpose_fwd`.
+    """
+    pre = require("pre", pre, (*grad.shape[:-1], *pre.shape[-1:]), *TYPE_CODES)
+    return _product(grad, packed, None, pre.shape[-1], None, _GELU_BWD, pre)

@@ -1,0 +1,207 @@
+"""Products with frozen weights.
+
+A frozen backbone multiplies by the same matrices in every step, forward by W and backward by W transposed. Under
+autocast PyTorch casts them anew at every use, and oneDNN reorders them anew at every call; here they are cast,
+transposed and packed once (``prepack.py``).
+
+The frozen affine map of the norm before a product is folded into it: (g*x + s) @ W.T + b is x @ (W*g).T + (W @ s + b),
+exact but for the rounding of W*g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from insvp_fast.runtime import hardware, native, torch_private
+from insvp_fast.runtime.prepack import packed
+
+__all__ = ["Frozen", "cpu_product", "linear", "linear_bwd", "linear_gelu", "linear_gelu_bwd"]
+
+
+class Frozen(NamedTuple):
+    """A frozen linear layer: (gain*x + shift) @ weight.T + bias, its outputs from ``first`` to before ``last``."""
+
+    weight: Tensor  # [D_out, D_in]; a convolution's, of more dimensions, counts as flattened to two
+    bias: Tensor | None = None
+    gain: Tensor | None = None  # [D_in], the affine map of the norm before
+    shift: Tensor | None = None
+    first: int = 0
+    last: int | None = None
+
+    @property
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """All that the operands of a product are made of."""
+        return self.weight, self.bias, self.gain, self.shift
+
+    @property
+    def out_features(self) -> int:
+        return len(self.weight[self.first : self.last])
+
+    @property
+    def in_features(self) -> int:
+        return self.weight[0].numel()
+
+    def plain(self, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
+        """W*g and W @ s + b in ``dtype``; packed for both directions and all outputs, unless they are W and b."""
+        own_matrix = self.gain is None and self.weight.dtype == dtype
+        own_constant = self.shift is None and (self.bias is None or self.bias.dtype == dtype)
+
+        def make() -> tuple[Tensor | None, Tensor | None]:  # not W or b, which would keep themselves alive
+            constant = None if own_constant else self._constant()
+            return None if own_matrix else self._matrix().to(dtype), None if constant is None else constant.to(dtype)
+
+        matrix, constant = self.weight.flatten(1), self.bias
+        if not (own_matrix and own_constant):
+            made = packed(self.sources, ("plain", dtype), make, look=direction == "forward")
+            matrix = matrix if made[0] is None else made[0]
+            constant = constant if own_constant else made[1]
+        rows = slice(self.first, self.last)
+        return matrix[rows], None if constant is None else constant[rows]
+
+    def operands(self, how: str, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
+        """W*g, or for "backward" its transpose, as the product ``how`` wants it, and for "forward" W @ s + b."""
+        forward, rows = direction == "forward", slice(self.first, self.last)
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            matrix = self._matrix()[rows] if forward else self._matrix()[rows].T
+            constant = self._constant() if forward else None
+            if constant is not None:  # a copy: nothing that is kept may keep the weights alive
+                constant = constant[rows].to(torch.float32 if how == "native" else dtype, copy=True)
+            return native.pack_linear(matrix, dtype) if how == "native" else _pack(matrix.to(dtype)), constant
+
+        return packed(self.sources, (how, direction, self.first, self.last, dtype), make, look=forward)
+
+    def _matrix(self) -> Tensor:
+        weight = self.weight.flatten(1)
+        if self.gain is None:
+            return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.to(_wide(weight))
+        return weight.to(_wide(weight)) * self.gain.to(_wide(weight))
+
+    def _constant(self) -> Tensor | None:
+        if self.shift is None:
+            return self.bias
+        constant = self.weight.flatten(1).to(_wide(self.weight)) @ self.shift.to(_wide(self.weight))
+        return constant if self.bias is None else constant + self.bias
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def linear(x: Tensor, w: Frozen) -> Tensor:  # [..., D_in] -> [..., n]
+    """The product in the dtype of x, accumulated in at least fp32."""
+    how, dtype = _product(x), x.dtype
+    if how == "widened":
+        return linear(x.float(), w).to(dtype)
+    if how == "native":
+        y = native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features)
+        return y.view(*x.shape[:-1], w.out_features)
+    if how == "packed":
+        matrix, constant = w.operands(how, dtype, "forward")
+        return _by_rows(lambda rows: _onednn(rows, matrix, constant), x)
+    matrix, constant = w.plain(dtype, "forward")
+    return _by_rows(lambda rows: F.linear(rows, matrix, constant), x)
+
+
+def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
+    """The gradient of ``linear`` by x."""
+    how, dtype = _product(grad), grad.dtype
+    if how == "widened":
+        return linear_bwd(grad.float(), w).to(dtype)
+    if how == "native":
+        y = native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features)
+        return y.view(*grad.shape[:-1], w.in_features)
+    if how == "packed":
+        matrix, _ = w.operands(how, dtype, "backward")
+        return _by_rows(lambda rows: _onednn(rows, matrix, None), grad)
+    matrix, _ = w.plain(dtype, "backward")
+    return _by_rows(lambda rows: F.linear(rows, matrix.T), grad)
+
+
+def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n] twice
+    """``linear``, of size 0 unless ``keep``, and its GELU."""
+    if _product(x) == "native":
+        matrix, constant = w.operands("native", x.dtype, "forward")
+        pre, hidden = native.linear_gelu(_flat(x), matrix, constant, w.out_features, keep=keep)
+        shape = *x.shape[:-1], w.out_features
+        return x.new_empty(0) if pre is None else pre.view(shape), hidden.view(shape)
+    pre = linear(x, w)
+    return pre if keep else x.new_empty(0), F.gelu(pre)
+
+
+def linear_gelu_bwd(grad: Tensor, w: Frozen, pre: Tensor) -> Tensor:
+    """The gradient of ``linear(gelu(pre), w)`` by ``pre``."""
+    if _product(grad) == "native":
+        matrix, _ = w.operands("native", grad.dtype, "backward")
+        return native.linear_gelu_bwd(_flat(grad), matrix, _flat(pre)).view(pre.shape)
+    return torch.ops.aten.gelu_backward(linear_bwd(grad, w), pre)
+
+
+def _product(x: Tensor) -> str:
+    if x.device.type != "cpu":
+        return "plain"
+    how = cpu_product(x.dtype)
+    return "plain" if how == "packed" and not x.numel() else how
+
+
+def _by_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # two dimensions, or PyTorch may take a batched product for one with a transposed weight
+    with torch.autocast(x.device.type, enabled=False):  # the dtype of x is that of the product
+        y = product(x.reshape(-1, x.shape[-1]))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])  # what the native product takes
+
+
+@cache
+def cpu_product(dtype: torch.dtype) -> str:
+    """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "native", "widened" or "plain".
+
+    "native": the native library's product with prepacked weights, for fp32 and bf16 with at least AVX2, unless the CPU
+    has matrix tiles (AMX) for bf16. "packed": oneDNN with prepacked weights, for 16 bits where the CPU has instructions
+    for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where there are none. "plain":
+    ``torch.nn.functional.linear``. The first two only if a self-test passes.
+    """
+    tiles = dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile", False)
+    vectors = native.available(dtype) and native.native_status().isa != "generic"
+    if vectors and not tiles and _works(_native_product, dtype):
+        return "native"
+    if not hardware.has_products(dtype):
+        return "widened"
+    half = dtype in (torch.bfloat16, torch.float16)
+    packs = half or (dtype == torch.float32 and hardware.wide_vectors())
+    return "packed" if packs and _works(_packed_product, dtype) else "plain"
+
+
+def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:
+    x, w = torch.linspace(-1, 1, 7 * 48).view(7, 48).to(dtype), torch.linspace(1, -1, 64 * 48).view(64, 48).to(dtype)
+    try:
+        y = product(x, w)
+    except (AttributeError, RuntimeError):  # private operators: absent from this build, or refused on this CPU
+        return False
+    exact = x.double() @ w.double().T
+    return bool((y - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max())
+
+
+def _packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    return _onednn(x, _pack(weight), None)
+
+
+def _native_product(x: Tensor, weight: Tensor) -> Tensor:
+    return native.linear(x, native.pack_linear(weight, weight.dtype), None, len(weight))
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    return torch_private.pack_linear(matrix.contiguous())
+
+
+def _onednn(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch_private.packed_linear(x, packed, bias)

@@ -1,0 +1,489 @@
+"""Adapters: what is saved comes back bit by bit, and what does not fit is refused before anything is touched."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import ModelCard, hub_mixin
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from timm import create_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from insvp_fast.checkpoints import files
+from insvp_fast.checkpoints.adapter import AdapterCheckpoint, backbone_sha256
+from insvp_fast.config import InsVPConfig
+from insvp_fast.errors import CheckpointError
+from insvp_fast.model import InsVPViT
+from insvp_fast.reference import InsVPReference
+
+
+class Reference(AdapterCheckpoint, InsVPReference):
+    pass
+
+
+models = pytest.mark.parametrize("model_type", [Reference, InsVPViT], ids=["reference", "fast"])
+pytestmark = pytest.mark.filterwarnings("ignore:InsVPViT takes the general path:UserWarning")
+
+NAME = "vit_tiny_patch16_224"
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+SMALL = InsVPConfig(prompt_length=2, specific_kernels=(3, 3, 3))
+CLASSES = ["cat", "dog", "œuf"]
+PREPROCESSING = {"mean": (0.5, 0.5, 0.5), "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+def make_backbone(seed: int = 0, **kwargs: Any) -> VisionTransformer:
+    torch.manual_seed(seed)
+    return create_model(NAME, **(SIZES | kwargs))
+
+
+def make_model(model_type: type = Reference, config: InsVPConfig = SMALL, seed: int = 0) -> Any:
+    return model_type(make_backbone(seed), 3, config).eval()
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    with torch.no_grad():
+        return model(images().to(dtype))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_model().save_pretrained(tmp_path, CLASSES, PREPROCESSING)
+    return tmp_path
+
+
+def edit(folder: Path, change: Any) -> None:
+    """Change the description in place."""
+    values = json.loads((folder / FILES[1]).read_text())
+    change(values)
+    (folder / FILES[1]).write_text(json.dumps(values))
+
+
+# ---------------------------------------------------------------------------------------------------------- round trips
+
+
+@models
+def test_comes_back_bit_by_bit(tmp_path, model_type):
+    model = make_model(model_type)
+    assert model.save_pretrained(tmp_path / "new" / "adapter", CLASSES, PREPROCESSING) is None
+    again = model_type.from_pretrained(tmp_path / "new" / "adapter", make_backbone())
+    assert type(again) is model_type
+    assert not again.training
+    assert torch.equal(logits(again), logits(model))
+    assert again.config == model.config
+    assert again.class_names == model.class_names == CLASSES
+    assert again.preprocessing == model.preprocessing == PREPROCESSING | {"mean": [0.5] * 3}
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_one_class_reads_what_another_wrote(folder):
+    assert torch.equal(logits(Reference.from_pretrained(folder, make_backbone())), logits(make_model()))
+    torch.testing.assert_close(logits(InsVPViT.from_pretrained(folder, make_backbone())), logits(make_model()))
+
+
+configs = st.builds(
+    InsVPConfig,
+    global_prompt=st.booleans(),
+    patch_prompt=st.booleans(),
+    common_prompt=st.booleans(),
+    specific_prompt=st.booleans(),
+    image_weights=st.floats(0, 1) | st.tuples(st.floats(-2, 2), st.integers(0, 3)),
+    prompt_length=st.integers(0, 3),
+    prompted_blocks=st.none() | st.integers(0, 2) | st.sampled_from([(), (0,), (1,), (0, 1)]),
+    carry_prompts=st.booleans(),
+    patch_hidden=st.integers(1, 5),
+    global_kernels=st.sampled_from([(3, 3), (1, 5)]),
+    specific_kernels=st.just((3, 1, 3)),
+    specific_input=st.sampled_from(["image", "prompted"]),
+    simam=st.booleans(),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=configs, classes=st.integers(0, 4))
+def test_any_configuration_comes_back(tmp_path, config, classes):
+    model = Reference(make_backbone(), classes, config).eval()
+    model.save_pretrained(tmp_path)
+    again = Reference.from_pretrained(tmp_path, make_backbone())
+    assert again.config == config
+    assert torch.equal(logits(again), logits(model))
+
+
+@models
+def test_saves_what_is_trained_and_nothing_of_the_backbone(tmp_path, model_type):
+    model = make_model(model_type)
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == FILES
+    saved = safetensors.torch.load_file(tmp_path / FILES[2])
+    assert set(saved) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(key.startswith("backbone") for key in saved)
+
+
+def test_saves_a_frozen_prompter_too(tmp_path):
+    model = make_model()
+    model.specific_prompter.requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(Reference.from_pretrained(tmp_path, make_backbone())), logits(model))
+
+
+def test_refuses_to_lose_trained_weights_of_the_backbone(tmp_path):
+    model = make_model()
+    model.backbone.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"backbone.norm.weight is trainable: expected a frozen backbone"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_description_says_what_to_build(folder):
+    values = json.loads((folder / FILES[1]).read_text())
+    backbone = values["backbone"]
+    assert (values["peft_type"], values["format_version"], values["num_classes"]) == ("INSVP", 1, 3)
+    assert values["base_model_name_or_path"] == f"timm/{NAME}.augreg_in21k_ft_in1k"
+    assert backbone["name"] == f"{NAME}.augreg_in21k_ft_in1k"
+    assert backbone["arguments"] == SIZES | {
+        "img_size": [32, 32],
+        "in_chans": 3,
+        "num_classes": 0,
+        "global_pool": "token",
+    }
+    assert backbone["sha256"] == backbone_sha256(make_backbone(seed=0), torch.float32)
+    assert InsVPConfig.from_dict(values["insvp"]) == SMALL
+
+
+def test_the_card_carries_the_metadata(folder):
+    card = ModelCard.load(folder / FILES[0])
+    data = card.data.to_dict()
+    assert (data["library_name"], data["license"]) == ("insvp_fast", "apache-2.0")
+    assert (data["pipeline_tag"], data["base_model"]) == ("image-classification", f"timm/{NAME}.augreg_in21k_ft_in1k")
+    assert "insvp" in data["tags"]
+    assert "10.1145/3664647.3681233" in card.text
+
+
+def test_builds_the_recorded_backbone(tmp_path):
+    file = tmp_path / "backbone.safetensors"
+    safetensors.torch.save_file(make_backbone(num_classes=0).state_dict(), file)
+    overlay = {"pretrained_cfg_overlay": {"file": str(file), "num_classes": 0}}
+    model = Reference(NAME, 3, SMALL, pretrained=True, **SIZES, **overlay).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = Reference.from_pretrained(tmp_path / "adapter", **overlay)
+    assert torch.equal(logits(again), logits(model))
+    named = Reference.from_pretrained(tmp_path / "adapter", NAME, **overlay)
+    assert torch.equal(logits(named), logits(model))
+
+
+def test_a_backbone_that_timm_did_not_make_must_be_given(tmp_path):
+    torch.manual_seed(0)
+    backbone = VisionTransformer(**SIZES)
+    model = Reference(copy.deepcopy(backbone), 3, SMALL).eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(Reference.from_pretrained(tmp_path, backbone)), logits(model))
+    with pytest.raises(CheckpointError, match=r"backbone.name is null: expected the backbone itself"):
+        Reference.from_pretrained(tmp_path)
+    assert "not made by timm" in (tmp_path / FILES[0]).read_text()
+
+
+def test_a_layer_type_among_the_arguments_is_not_recorded(tmp_path):
+    Reference(make_backbone(norm_layer=nn.LayerNorm), 3, SMALL).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / FILES[1]).read_text())["backbone"]["name"] is None
+
+
+def test_knows_a_rounded_backbone(tmp_path):
+    model = make_model().bfloat16()
+    model.save_pretrained(tmp_path)
+    again = Reference.from_pretrained(tmp_path, make_backbone().bfloat16())
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(again, torch.bfloat16), logits(model, torch.bfloat16))
+    original = Reference.from_pretrained(tmp_path, make_backbone())
+    assert {p.dtype for p in original.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(original), logits(model, torch.bfloat16).float(), atol=0.1, rtol=0.1)
+
+    built = Reference.from_pretrained(tmp_path, pretrained=False, allow_backbone_mismatch=True)
+    assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
+
+
+def test_refuses_the_rounded_copy_of_its_backbone(folder):
+    with pytest.raises(CheckpointError, match="allow_backbone_mismatch"):
+        Reference.from_pretrained(folder, make_backbone().bfloat16())
+    model = Reference.from_pretrained(folder, make_backbone().bfloat16(), allow_backbone_mismatch=True)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_keeps_fp32_adapters_around_a_half_precision_backbone(tmp_path):
+    model = make_model()
+    model.backbone.bfloat16()
+    model.save_pretrained(tmp_path)
+    again = Reference.from_pretrained(tmp_path, make_backbone().bfloat16())
+    assert again.head.weight.dtype == torch.float32
+    assert torch.equal(again.common_prompts, model.common_prompts)
+
+
+def test_says_that_timm_cannot_build_the_backbone(folder):
+    edit(folder, lambda v: v["backbone"]["arguments"].update(flavour="sweet"))
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json: timm does not build {NAME}.*'flavour'"):
+        Reference.from_pretrained(folder, pretrained=False)
+    with pytest.raises(CheckpointError, match="adapter_config.json: timm has no model vit_unheard_of"):
+        Reference.from_pretrained(folder, "vit_unheard_of")
+
+
+# ----------------------------------------------------------------------------------------------------- another backbone
+
+
+def test_refuses_another_backbone(folder):
+    other = make_backbone(seed=1)
+    found, expected = (backbone_sha256(make_backbone(seed), torch.float32) for seed in (1, 0))
+    with pytest.raises(CheckpointError) as caught:
+        Reference.from_pretrained(folder, other)
+    for part in (str(folder / FILES[1]), found, expected, "backbone=", "allow_backbone_mismatch=True"):
+        assert part in str(caught.value)
+    model = Reference.from_pretrained(folder, other, allow_backbone_mismatch=True)
+    assert torch.equal(model.common_prompts, make_model().common_prompts)
+    assert model.backbone is other
+
+
+def test_one_changed_weight_makes_another_backbone():
+    backbone = make_backbone()
+    before = backbone_sha256(backbone, torch.float32)
+    backbone.reset_classifier(17)
+    assert backbone_sha256(backbone, torch.float32) == before
+    with torch.no_grad():
+        backbone.blocks[1].mlp.fc2.bias[3] += 1e-6
+    assert backbone_sha256(backbone, torch.float32) != before
+
+
+def test_refuses_arguments_for_a_module_and_modules_of_another_kind(folder):
+    with pytest.raises(ValueError, match=r"\['img_size'\] belong to a backbone given by name"):
+        Reference.from_pretrained(folder, make_backbone(), img_size=64)
+    with pytest.raises(TypeError, match="backbone is a Linear: expected a timm VisionTransformer"):
+        Reference.from_pretrained(folder, nn.Linear(2, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------- wrong files
+
+WRONG_DESCRIPTIONS = {
+    "another adapter": (lambda v: v.update(peft_type="LORA"), r"peft_type is 'LORA', expected 'INSVP'"),
+    "a newer format": (lambda v: v.update(format_version=2, future=1), "format_version is 2, expected at most 1"),
+    "an unknown key": (lambda v: v.update(extra=1), "extra is unknown, expected"),
+    "an unknown backbone key": (lambda v: v["backbone"].update(extra=1), r"backbone\.extra is unknown, expected"),
+    "an unknown field": (lambda v: v["insvp"].update(extra=1), r"unknown configuration keys \['extra'\]"),
+    "a missing key": (lambda v: v.pop("num_classes"), "num_classes is missing, found"),
+    "a missing hash": (lambda v: v["backbone"].pop("sha256"), r"backbone\.sha256 is missing, found"),
+    "a wrong type": (lambda v: v.update(num_classes="3"), "num_classes is '3', expected int"),
+    "a wrong value": (lambda v: v["insvp"].update(prompt_length=-1), "prompt_length=-1: expected an integer of at"),
+    "a wrong dtype": (lambda v: v["backbone"].update(dtype="Tensor"), r"backbone\.dtype is 'Tensor', expected a dtype"),
+    "too few names": (lambda v: v["class_names"].pop(), "class_names has 2 names, expected one for each of the 3"),
+    "a wrong list": (lambda v: v.update(class_names="cat"), r"class_names is 'cat', expected list \| None"),
+    "too deep": (lambda v: v["insvp"].update(prompted_blocks=[5]), "asks for block 5"),
+}
+
+
+def refused(folder: Path, message: str, file: str) -> None:
+    """The adapter is refused with a message that names the file, and the backbone is as it was."""
+    backbone = make_backbone()
+    before = backbone.head, backbone.training, backbone.head.weight.requires_grad
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Reference.from_pretrained(folder, backbone)
+    assert str(caught.value).startswith(str(folder / file))
+    assert (backbone.head, backbone.training, backbone.pos_embed.requires_grad) == before
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_DESCRIPTIONS.values(), ids=WRONG_DESCRIPTIONS)
+def test_refuses_a_wrong_description(folder, change, message):
+    edit(folder, change)
+    refused(folder, message, FILES[1])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"architectures": []}', "\x80"])
+def test_refuses_a_foreign_description(folder, content):
+    (folder / FILES[1]).write_text(content, encoding="latin-1")
+    refused(folder, "found no JSON|not an InsVP adapter", FILES[1])
+
+
+WRONG_TENSORS = {
+    "missing": (lambda t: t.pop("head.bias"), r"head\.bias is missing, expected shape \(3,\)"),
+    "unexpected": (lambda t: t.update(extra=torch.ones(2)), r"found the unexpected extra of shape \(2,\)"),
+    "of the backbone": (lambda t: t.update({"backbone.norm.bias": torch.ones(48)}), "the unexpected backbone.norm"),
+    "of another shape": (
+        lambda t: t.update(common_prompts=torch.ones(2, 5, 48)),
+        r"common_prompts has shape \(2, 5, 48\), expected \(2, 2, 48\)",
+    ),
+    "all missing": (lambda t: t.clear(), "and 14 more"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_refuses_wrong_tensors(folder, change, message):
+    tensors = safetensors.torch.load_file(folder / FILES[2])
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / FILES[2])
+    refused(folder, message, FILES[2])
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_refuses_a_truncated_file(folder, size):
+    content = (folder / FILES[2]).read_bytes()
+    (folder / FILES[2]).write_bytes(content[:size])
+    refused(folder, "found a truncated or foreign file", FILES[2])
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda bomb, file: file.write_bytes(pickle.dumps(bomb))])
+def test_unpickles_no_code(folder, dump):
+    dump(Bomb(folder / "marker"), folder / FILES[2])
+    refused(folder, "found a truncated or foreign file", FILES[2])
+    assert not (folder / "marker").exists()
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_refuses_a_folder_without_the_files(folder, name):
+    (folder / name).unlink()
+    refused(folder, f"not an adapter: found .*README.*, expected {name}", "")
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_files(folder, monkeypatch, step):
+    before = {name: (folder / name).read_bytes() for name in FILES}
+
+    def interrupt(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.os, step, interrupt)
+    with pytest.raises(OSError, match="no space left"):
+        make_model(seed=1).save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_replaces_an_adapter_and_keeps_other_files(folder):
+    (folder / "config.json").write_text("of a training run")
+    (folder / FILES[0]).write_text("a card that somebody wrote")
+    model = make_model(seed=1)
+    model.save_pretrained(folder)
+    assert (folder / "config.json").read_text() == "of a training run"
+    assert (folder / FILES[0]).read_text() == "a card that somebody wrote"
+    again = Reference.from_pretrained(folder, make_backbone(seed=1))
+    assert torch.equal(logits(again), logits(model))
+    assert again.class_names is None
+    assert again.preprocessing is None
+
+
+def test_class_names_of_every_kind_come_back(tmp_path):
+    names = ["é ü", "猫", "latin \udce9"]  # the last as Python decodes a folder's name that is no UTF-8
+    make_model().save_pretrained(tmp_path, class_names=names)
+    assert Reference.from_pretrained(tmp_path, make_backbone()).class_names == names
+
+
+def test_names_are_remembered_and_must_fit(tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match="class_names has 2 names, expected one for each of the 3 classes"):
+        model.save_pretrained(tmp_path, ["a", "b"])
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path, CLASSES, PREPROCESSING)
+    model.save_pretrained(tmp_path)
+    assert Reference.from_pretrained(tmp_path, make_backbone()).class_names == CLASSES
+
+
+@models
+def test_the_mixin_leaves_the_constructor_alone(model_type):
+    backbone = make_backbone()
+    model = model_type(backbone, num_classes=3, config=SMALL)
+    assert model.backbone is backbone
+    assert model.config is SMALL
+    assert model.class_names is model.preprocessing is None
+    assert model_type(NAME, 3, **SIZES).config == InsVPConfig()
+
+
+@models
+def test_copies_and_keeps_its_names(tmp_path, model_type):
+    model = make_model(model_type)
+    model.save_pretrained(tmp_path, CLASSES, PREPROCESSING)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), logits(model))
+    other.class_names[0] = "lion"
+    other.save_pretrained(tmp_path)
+    assert model.class_names == CLASSES
+    assert model_type.from_pretrained(tmp_path, make_backbone()).class_names[0] == "lion"
+
+
+# -------------------------------------------------------------------------------------------------------------- the Hub
+
+
+class FakeHub:
+    """Stands in for ``HfApi`` and keeps what is uploaded."""
+
+    uploaded: dict[str, Any]
+
+    def __init__(self, token: str | None = None) -> None: ...
+
+    def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+        return type("Repository", (), {"repo_id": f"someone/{repo_id}"})
+
+    def upload_folder(self, repo_id: str, folder_path: Path, **kwargs: Any) -> str:
+        content = {file.name: file.read_bytes() for file in folder_path.iterdir()}
+        type(self).uploaded = {"repo_id": repo_id, "files": content, "commit_message": kwargs["commit_message"]}
+        return "address of the commit"
+
+
+def test_uploads_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(AdapterCheckpoint, "push_to_hub", lambda *args, **kwargs: pytest.fail("uploaded"))
+    make_model().save_pretrained(tmp_path)
+
+
+def test_uploads_the_three_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_mixin, "HfApi", FakeHub)
+    address = make_model().save_pretrained(tmp_path / "flowers", CLASSES, push_to_hub=True, commit_message="New")
+    assert address == "address of the commit"
+    assert FakeHub.uploaded["repo_id"] == "someone/flowers"
+    assert FakeHub.uploaded["commit_message"] == "New"
+    assert FakeHub.uploaded["files"] == {file.name: file.read_bytes() for file in (tmp_path / "flowers").iterdir()}
+    make_model().push_to_hub("petals")
+    assert sorted(FakeHub.uploaded["files"]) == FILES
+    with pytest.raises(ValueError, match="config was given: expected None"):
+        make_model().push_to_hub("petals", config={"a": 1})
+
+
+def test_downloads_the_two_files(folder, monkeypatch):
+    asked = []
+
+    def download(repo_id: str, name: str, **kwargs: Any) -> str:
+        asked.append((repo_id, name, kwargs["revision"], kwargs["local_files_only"]))
+        return str(folder / name)
+
+    monkeypatch.setattr(files, "hf_hub_download", download)
+    model = Reference.from_pretrained("someone/flowers", make_backbone(), revision="v2", local_files_only=True)
+    assert asked == [("someone/flowers", name, "v2", True) for name in FILES[1:]]
+    assert torch.equal(logits(model), logits(make_model()))
+
+
+@pytest.mark.parametrize("place", ["someone/flowers", "not/an/adapter/anywhere"])
+def test_says_that_an_adapter_cannot_be_had(tmp_path, place):
+    with pytest.raises(CheckpointError, match=f"{place}: found no such folder, and no repository"):
+        Reference.from_pretrained(place, make_backbone(), local_files_only=True, cache_dir=tmp_path)
+
+
+def test_stays_offline_when_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="someone/flowers: found no such folder, and no repository"):
+        Reference.from_pretrained("someone/flowers", make_backbone(), cache_dir=tmp_path)

@@ -1,0 +1,262 @@
+"""The command line: quick help, options and recipes, one-line errors, exit statuses."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+
+from insvp_fast import recipes
+from insvp_fast.commands import cli
+from insvp_fast.commands.cli import COMMANDS
+from insvp_fast.errors import InsVPError
+from insvp_fast.training import run as run_module
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.settings import SETTINGS, to_arguments
+
+HTA = ("cifar10", "cifar100", "cub", "dogs", "dtd", "flowers", "food101", "gtsrb", "nabirds", "svhn")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What ``insvp train`` hands on: recipes and runs to resume, instead of training."""
+    calls = []
+    monkeypatch.setattr(run_module, "train", lambda recipe, resume=None: calls.append((recipe, resume)))
+    return calls
+
+
+def status_of(arguments):
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], *([name] for name in COMMANDS), ["data", "list"], ["data", "check"]], ids=" ".join
+)
+def test_help_is_quick_and_does_without_torch(arguments):
+    program = (
+        "import sys\nfrom insvp_fast.commands.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n"
+        "    heavy = {'torch', 'timm', 'numpy', 'PIL', 'accelerate', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, heavy"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 5  # a fraction of a second on a quiet machine
+    assert done.stdout.startswith(" ".join(["usage: insvp", *arguments]))
+
+
+def test_every_setting_says_what_it_is(capsys):
+    assert status_of(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{setting.option} " in text for setting in SETTINGS.values())
+    assert [setting.name for setting in SETTINGS.values() if not setting.text] == []
+
+
+# -------------------------------------------------------------------------------------------------- options and recipes
+
+EVERYTHING = Recipe(
+    backbone="a@b",
+    data="c",
+    root="r",
+    preprocessing="insvp",
+    exif_rotation=False,
+    protocol="released",
+    select_on="test",
+    epochs=2,
+    batch_size=3,
+    auto_batch=True,
+    accumulate=2,
+    lr=0.1,
+    probe_lr=0.2,
+    lr_scale="sqrt",
+    weight_decay=0.3,
+    warmup=0.4,
+    mixup=0.5,
+    cutmix=0.6,
+    mix_prob=0.7,
+    label_smoothing=0.1,
+    ema=0.9,
+    amp="bf16",
+    compile="prompters",
+    recompute="mlp",
+    seed=5,
+    prompt_length=6,
+    released=True,
+    specific_kernels=(9, 5, 3),
+    simam=True,
+    probe=False,
+    workers=7,
+    cache=True,
+    trackers=("tensorboard", "wandb"),
+    save_every=2,
+    save_steps=3,
+    output="d",
+)
+
+
+def test_every_setting_has_an_option(trained):
+    values = EVERYTHING.to_dict()
+    untouched = {field.name for field in dataclasses.fields(Recipe) if values[field.name] == field.default}
+    assert untouched <= {"recipe", "checkpoint", "retrain"}  # the last two exclude others
+    given = {name: value for name, value in values.items() if name not in untouched}
+    assert cli.main(["train", *to_arguments(given)]) == 0
+    assert cli.main(["train", "--checkpoint", "e", "--retrain"]) == 0
+    assert cli.main(["train"]) == 0
+    assert trained == [(EVERYTHING, None), (Recipe(checkpoint="e", retrain=True), None), (Recipe(), None)]
+
+
+def test_the_shipped_recipes_are_those_of_the_ten_sets():
+    assert recipes.shipped() == sorted((*HTA, "paper"))
+    for name in HTA:
+        paper, released = Recipe(**recipes.read(name)), Recipe(**recipes.read(name, released=True))
+        assert paper.data == released.data == paper.recipe == name
+        assert (paper.epochs, paper.prompt_length, paper.released, paper.protocol) == (100, 9, False, "paper")
+        assert (released.released, released.protocol, released.select_on) == (True, "released", "test")
+        same = ("lr", "weight_decay", "batch_size", "warmup", "mixup", "cutmix", "mix_prob", "label_smoothing", "seed")
+        assert all(getattr(paper, field) == getattr(released, field) for field in same)
+        assert not paper.simam and paper.specific_kernels is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dtd", (1e-3, 0.5, 16, (7, 9, 3), False)),
+        ("cub", (7e-4, 2e-3, 9, (9, 5, 3), True)),
+        ("nabirds", (5e-3, 2e-3, 16, (7, 9, 3), False)),
+        ("dogs", (5e-4, 5e-3, 16, (7, 9, 3), True)),
+        ("flowers", (1e-3, 1.0, 16, (7, 9, 3), False)),
+        ("food101", (5e-4, 1e-3, 16, (7, 9, 3), False)),
+        ("cifar100", (3e-3, 5e-4, 20, (7, 9, 3), False)),
+        ("cifar10", (2e-3, 1e-3, 16, (7, 9, 3), False)),
+        ("gtsrb", (2e-3, 0.07, 16, (7, 9, 3), False)),
+        ("svhn", (4e-3, 1e-3, 16, (7, 9, 3), True)),
+    ],
+)
+def test_released_recipes_are_those_of_the_authors_scripts(name, expected):
+    recipe = Recipe(**recipes.read(name, released=True))
+    found = recipe.lr, recipe.weight_decay, recipe.prompt_length, recipe.specific_kernels, recipe.simam
+    assert found == expected
+
+
+def test_options_override_a_recipe(trained):
+    assert cli.main(["train", "--recipe", "cub", "--lr", "0.5", "--probe"]) == 0
+    assert cli.main(["train", "--recipe", "cub", "--released", "--prompt-length", "3"]) == 0
+    (first, _), (second, _) = trained
+    assert first == dataclasses.replace(Recipe(**recipes.read("cub")), lr=0.5, probe=True)
+    assert second == dataclasses.replace(Recipe(**recipes.read("cub", released=True)), prompt_length=3)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_printed_recipe_is_a_recipe(released, tmp_path, capsys, trained):
+    assert cli.main(["recipes", "svhn", *["--released"] * released]) == 0
+    file = tmp_path / "mine.toml"
+    file.write_text(printed := capsys.readouterr().out)
+    assert tomllib.loads(printed)["lr"] == 4e-3
+    assert cli.main(["train", "--recipe", str(file)]) == 0
+    assert trained[0][0] == dataclasses.replace(Recipe(**recipes.read("svhn", released)), recipe=str(file))
+
+
+def test_recipes_are_listed(capsys):
+    assert cli.main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert "cub        CUB-200-2011, 200 species of birds\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected a TOML file or one of cifar10, cifar100, cub"),
+        ("epochs = ", "wrong.toml: Invalid value"),
+        ("epoch = 3", "epoch is no setting; expected some of backbone"),
+        ("base = 'nothing'", "recipe nothing: expected a TOML file"),
+        ("epochs = 0", "--epochs is 0: expected at least 1"),
+        ("epochs = 'ten'", "--epochs is ten: expected"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(content, message, tmp_path, capsys, trained):
+    file = tmp_path / "wrong.toml"
+    if content is not None:
+        file.write_text(content)
+    assert status_of(["train", "--recipe", str(file)]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not trained
+
+
+def test_a_recipe_is_not_its_own_base(tmp_path):
+    file = tmp_path / "circle.toml"
+    file.write_text(f"base = {str(file)!r}")
+    with pytest.raises(InsVPError, match="its own base"):
+        recipes.read(str(file))
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs is 0: expected at least 1"),
+        (["--batch-size", "-4"], "--batch-size is -4: expected at least 1"),
+        (["--lr", "nan"], "--lr is nan: expected a positive number"),
+        (["--probe-lr", "0"], "--probe-lr is 0.0: expected a positive number"),
+        (["--weight-decay", "-1"], "--weight-decay is -1.0"),
+        (["--warmup", "1"], "--warmup is 1.0"),
+        (["--amp", "int8"], "--amp is int8: expected one of "),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--prompt-length", "-1"], "--prompt-length is -1: expected at least 0"),
+        (["--backbone", "a@b", "--checkpoint", "c"], "--backbone is a@b: expected a name without @FILE"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--color", "red"], "unrecognized arguments: --color red"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+        (["--resume", "nowhere", "--lr", "1"], "--resume goes on with the settings of nowhere: expected no --lr"),
+    ],
+)
+def test_invalid_values_are_refused_in_one_line(arguments, message, capsys, trained):
+    assert status_of(["train", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not trained, "work has begun"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "insvp: interrupted\n"),
+        (KeyboardInterrupt("a state is kept"), 130, "insvp: interrupted; a state is kept"),
+        (InsVPError("the loss became nan"), 1, "insvp: error: the loss became nan"),
+        (ModuleNotFoundError("No module named 'sklearn'", name="sklearn"), 1, "pip install 'insvp-fast[train]'"),
+    ],
+)
+def test_failures_end_with_a_message_and_a_status(error, status, message, capsys, monkeypatch):
+    def fail(recipe, resume):
+        raise error
+
+    monkeypatch.setattr(run_module, "train", fail)
+    assert cli.main(["train"]) == status
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "info", "predict"])
+def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
+    (tmp_path / "image.png").touch()
+    extra = [str(tmp_path / "image.png")] if command == "predict" else []
+    assert cli.main([command, str(tmp_path), *extra]) == 1
+    printed = capsys.readouterr().err
+    assert "not a run folder" in printed or "neither a run" in printed
+    assert printed.count("\n") == 1

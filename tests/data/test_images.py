@@ -1,0 +1,429 @@
+"""Image files and folders as people have them: every mode, format, orientation, leftover and layout."""
+
+import io
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, features
+from torchvision.datasets import ImageFolder
+
+from insvp_fast.data import check, load_data, load_test_data, transform_for
+from insvp_fast.data.cache import cached
+from insvp_fast.data.folders import SUFFIXES, picture_files, read_classes
+from insvp_fast.data.pictures import UPRIGHT, read_picture, to_rgb
+from insvp_fast.data.readers import Images
+from insvp_fast.errors import DataError
+from insvp_fast.testing.fake_data import make_fake_dataset
+from insvp_fast.training.prediction import find_images
+
+SMALL = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+COLOR = (200, 100, 50)
+WIDE = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I": "<i4"}  # modes of 16-bit gray, and their bytes
+RAMP = np.linspace(0, 65535, 32 * 24).reshape(24, 32).round().astype(np.uint16)
+
+
+def wide(mode: str, pixels: np.ndarray = RAMP) -> Image.Image:
+    size = (pixels.shape[1], pixels.shape[0])
+    return Image.frombytes(mode, size, pixels.astype(WIDE[mode]).tobytes())
+
+
+def saved(image: Image.Image, form: str, **how) -> io.BytesIO:
+    stream = io.BytesIO()
+    image.save(stream, form, **how)
+    return io.BytesIO(stream.getvalue())
+
+
+def pixels_of(source) -> np.ndarray:
+    image = read_picture(source)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+# ---------------------------------------------------------------------------------------------------- modes and formats
+
+
+WRITABLE = {"PNG": "I;16 I;16B", "TIFF": "I;16 I;16L I;16B", "PPM": "I;16 I", "JPEG2000": "I;16"}  # by Pillow
+
+
+@pytest.mark.parametrize(("mode", "form"), [(mode, form) for form in WRITABLE for mode in WRITABLE[form].split()])
+def test_wide_integers_are_scaled_by_their_range(mode, form):
+    """Gray from black to white, whose mean was 254.5 instead of 127.5 when it was cut off at 255."""
+    found = pixels_of(saved(wide(mode), form))
+    assert np.array_equal(found, np.rint(RAMP[..., None] / 257).astype(int).repeat(3, 2))
+
+
+@pytest.mark.parametrize("mode", WIDE)
+def test_an_image_of_unknown_range_is_refused(mode):
+    image = wide(mode)  # without a file there is no format that says what white is
+    with pytest.raises(ValueError, match=f"None of mode {mode}: integers of unknown range, expected 8 or 16 bits"):
+        to_rgb(image)
+
+
+def tiff(bits: int, photometric: int, content: bytes, size: tuple[int, int], kind: int = 1) -> io.BytesIO:
+    """A gray TIFF in one strip; Pillow itself writes neither 12 bits nor white as zero."""
+    tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: size[1]}
+    tags |= {279: len(content), 339: kind}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return io.BytesIO(b"II*\0" + struct.pack("<IH", 8, len(tags)) + rows + bytes(4) + content)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_tiffs_of_each_depth_and_sense(bits, photometric):
+    gray = (np.arange(32 * 24).reshape(24, 32) * 5 % 2**bits).astype(np.uint16)
+    packed = np.unpackbits(gray.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 16 - bits :]
+    content = gray.astype("<u2").tobytes() if bits == 16 else np.packbits(packed).tobytes()
+    if (bits, photometric) == (12, 0):
+        with pytest.raises(DataError, match="not an image that can be read"):  # Pillow knows no such TIFF
+            read_picture(tiff(bits, photometric, content, (32, 24)), "scan.tif")
+        return
+    white = 2**bits - 1
+    expected = np.rint((gray if photometric else white - gray.astype(float)) * (255 / white))
+    assert np.array_equal(pixels_of(tiff(bits, photometric, content, (32, 24)))[..., 0], expected)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(16, 2), (32, 1), (32, 2)])
+def test_integers_without_a_known_range_name_the_file(bits, kind, tmp_path):
+    (tmp_path / "labels.tif").write_bytes(tiff(bits, 1, bytes(8 * 8 * bits // 8), (8, 8), kind).read())
+    with pytest.raises(DataError, match=r"labels.tif: not an image that can be read \(.*expected 8 or 16 bits"):
+        read_picture(tmp_path / "labels.tif")
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PPM"])
+@pytest.mark.parametrize("dtype", [np.float32])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.25, 0.5), (0, 0)])
+def test_floating_point_is_read_within_0_and_1(low, high, dtype, form):
+    values = np.linspace(low, high, 64, dtype=dtype).reshape(8, 8)
+    if form == "PPM":
+        values = np.ascontiguousarray(values)
+    found = pixels_of(saved(Image.fromarray(values), form))[..., 0]
+    assert np.array_equal(found, np.rint(values.astype(float) * 255))
+
+
+@pytest.mark.parametrize("wrong", [-0.01, 1.01, 255.0, np.nan, np.inf, -np.inf])
+def test_floating_point_outside_names_the_file(wrong, tmp_path):
+    values = np.full((8, 8), 0.5, np.float32)
+    values[3, 4] = wrong
+    Image.fromarray(values).save(tmp_path / "depth.tif")
+    with pytest.raises(DataError, match=r"depth.tif: not an image that can be read \(its pixels go from .* 0 to 1"):
+        read_picture(tmp_path / "depth.tif")
+
+
+def of_mode(mode: str) -> Image.Image:
+    """One color in every mode of Pillow that has 8 bits or fewer; its alpha, if there is one, is a half."""
+    image = Image.new("RGB", (16, 12), COLOR)
+    match mode:
+        case "LAB":
+            profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+            return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+        case "LA" | "La" | "RGBA" | "RGBa":
+            image = image.convert(mode.upper())
+            image.putalpha(128)
+            return image.convert(mode)
+        case "PA":
+            return of_mode("P").convert("PA")
+        case "P":
+            return image.convert("P", palette=Image.Palette.ADAPTIVE)
+        case "1":
+            return image.convert("1", dither=Image.Dither.NONE)
+    return image.convert(mode)
+
+
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("error")
+def test_every_mode_is_the_same_color(mode):
+    gray = mode in ("1", "L", "LA", "La")
+    expected = np.full(3, {"1": 0 if 124 < 128 else 255}.get(mode, 124)) if gray else np.array(COLOR)
+    # a premultiplied half has lost one bit, and the other color spaces are 8-bit too
+    reach = {"La": 1, "RGBa": 1, "LAB": 1, "YCbCr": 1, "HSV": 1}.get(mode, 0)
+    found = np.asarray(to_rgb(of_mode(mode))).astype(int)
+    assert found.shape == (12, 16, 3)
+    assert np.abs(found - expected).max() <= reach
+
+
+FORMATS = ("PNG", "TIFF", "GIF", "WEBP", "JPEG", "PPM", "BMP", "JPEG2000", "AVIF")
+LOSSLESS = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}, "AVIF": {"quality": 100}}
+
+
+def written(mode: str, form: str) -> io.BytesIO | None:
+    """None if Pillow does not write this mode in this format, or was built without it."""
+    try:
+        return saved(of_mode(mode), form, **LOSSLESS.get(form, {}))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@pytest.mark.parametrize(("mode", "form"), [(m, f) for f in FORMATS for m in MODES if written(m, f) is not None])
+@pytest.mark.filterwarnings("error")
+def test_every_mode_in_every_format_is_what_was_saved(mode, form):
+    image, file = of_mode(mode), written(mode, form)
+    reach = 2 if form in ("JPEG", "AVIF", "WEBP") or mode in ("YCbCr", "LAB") else 0
+    assert np.abs(pixels_of(file) - np.asarray(to_rgb(image)).astype(int)).max() <= reach
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0, 128, 255])])
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_dropped_and_the_color_beneath_shows(mode, transparency):
+    image = Image.new("P", (8, 8))
+    image.putpalette([200, 100, 50, 10, 20, 30, 1, 2, 3])
+    image.putdata([i % 3 for i in range(64)])
+    expected = np.asarray(image.convert(mode).convert("RGB")).astype(int)
+    if mode != "P":
+        image, transparency = image.convert(mode), (200, 100, 50) if mode == "RGB" else 120
+    assert np.array_equal(pixels_of(saved(image, "PNG", transparency=transparency)), expected)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_taken(form):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
+    how = {"save_all": True, "append_images": frames[1:]} | ({"lossless": True} if form == "WEBP" else {})
+    assert (pixels_of(saved(frames[0], form, **how)) == [255, 0, 0]).all()
+
+
+def test_16_bit_colors_are_read_by_pillow():
+    """A PNG of 16-bit RGB, which Pillow does not write: the high bytes of its numbers."""
+    import zlib
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    row = b"\0" + struct.pack(">3H", *(value * 257 for value in COLOR)) * 8
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
+    assert (pixels_of(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content)) == COLOR).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------- EXIF
+
+
+def turned(orientation: int, form: str = "JPEG") -> tuple[bytes, np.ndarray]:
+    """A file that has to be turned, and the upright pixels, [24, 32, 3]: a bright corner top left."""
+    upright = Image.new("RGB", (32, 24), (20, 40, 80))
+    upright.paste((250, 240, 230), (0, 0, 16, 8))
+    undo = {6: 8, 8: 6}.get(orientation, orientation)  # a quarter turn is undone by the other one
+    stored = upright.transpose(UPRIGHT[undo]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(stored, form, exif=exif, **LOSSLESS.get(form, {})).read(), np.asarray(upright).astype(int)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(orientation, form):
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    content, upright = turned(orientation, form)
+    found = pixels_of(io.BytesIO(content))
+    assert found.shape == upright.shape
+    assert np.abs(found - upright).mean() < 3  # JPEG smears the edges
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert read_picture(saved(Image.new("RGB", (32, 24)), "JPEG", exif=exif)).size == (32, 24)
+
+
+def test_the_switch_reaches_every_reader(tmp_path):
+    """Training, validation, testing, the cache and later evaluation see the same image, turned or not."""
+    for part in ("train", "val", "test"):
+        for name in ("elk", "owl"):
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.jpg").write_bytes(turned(6)[0])
+    plain = SMALL | {"augmentation": "none"}
+    for rotation in (True, False):
+        image = read_picture(io.BytesIO(turned(6)[0]), exif_rotation=rotation)
+        assert image.size == ((32, 24) if rotation else (24, 32))
+        expected = transform_for(plain)(image)
+        data = load_data(str(tmp_path), plain, 0, exif_rotation=rotation)
+        tested = load_test_data(str(tmp_path), plain, 0, ["elk", "owl"], exif_rotation=rotation)
+        for seen in (data.train, data.val, data.test, tested):
+            assert torch.equal(seen[0][0], expected)
+        stored = load_data(str(tmp_path), plain, 0, exif_rotation=rotation, cache=str(tmp_path / "cache"))
+        assert torch.equal(stored.on_device[1](stored.test[0][0][None])[0], expected)
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kept", [0, 1, 16, 0.5])
+def test_a_damaged_file_is_one_error_that_names_it(form, kept, tmp_path):
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    content = saved(Image.effect_noise((64, 64), 90).convert("RGB"), form).read()
+    file = tmp_path / f"half.{form.lower()}"
+    file.write_bytes(content[: kept if kept != 0.5 else len(content) // 2])
+    with pytest.raises(DataError, match=f"half.{form.lower()}: not an image that can be read"):
+        read_picture(file)
+
+
+def test_what_is_no_file_is_one_error_that_names_it(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    for name in ("folder.jpg", "link.jpg", "nothing.jpg"):
+        with pytest.raises(DataError, match=f"{name}: not an image that can be read"):
+            read_picture(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------------------ leftovers
+
+HIDDEN_FOLDERS = (".ipynb_checkpoints", ".git", ".hidden", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+HIDDEN_FILES = ("._0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs0001.png", ".0.jpg.swp")
+PARTS = ("train", "val", "test")
+
+
+def contents(data) -> list[tuple[list[str], list[int]]]:
+    return [([str(item) for item in part.items], list(part.classes)) for part in (data.train, data.val, data.test)]
+
+
+@pytest.mark.parametrize("where", [".", "train", "val", "test", "train/class_0", "test/class_2"])
+@pytest.mark.parametrize("name", HIDDEN_FOLDERS)
+def test_folders_that_tools_leave_are_no_classes(name, where, tmp_path):
+    make_fake_dataset("folder", tmp_path)
+    before, files = load_data(str(tmp_path), SMALL, 0), find_images([str(tmp_path)])
+    (tmp_path / where / name).mkdir()
+    shutil.copy(tmp_path / "test" / "class_0" / "0.jpg", tmp_path / where / name / "0-checkpoint.jpg")
+    after = load_data(str(tmp_path), SMALL, 0)
+    assert after.class_names == before.class_names and contents(after) == contents(before)
+    assert find_images([str(tmp_path)]) == files
+    assert load_test_data(str(tmp_path), SMALL, 0, after.class_names).items == after.test.items
+    assert check(str(tmp_path)).ok
+
+
+@pytest.mark.parametrize("where", [".", "train", "train/class_0", "val/class_1", "test/class_2"])
+@pytest.mark.parametrize("name", HIDDEN_FILES)
+def test_files_that_tools_leave_are_no_images(name, where, tmp_path):
+    make_fake_dataset("folder", tmp_path)
+    before, files = load_data(str(tmp_path), SMALL, 0), find_images([str(tmp_path)])
+    (tmp_path / where / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    assert contents(load_data(str(tmp_path), SMALL, 0)) == contents(before)
+    assert find_images([str(tmp_path)]) == files and check(str(tmp_path)).ok
+
+
+@pytest.mark.parametrize("name", ["._{}", ".ipynb_checkpoints/{}", "__MACOSX/{}", "./__MACOSX/._{}"])
+def test_leftovers_in_tar_files_are_no_samples(name, tmp_path):
+    import tarfile
+
+    make_fake_dataset("wds", tmp_path)
+    source = f"wds/{tmp_path}"
+    before = load_data(source, SMALL, 0)
+    (file,) = tmp_path.glob("train*.tar")
+    with tarfile.open(file) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(file, "w") as tar:
+        for stem, content in members + [(name.format(stem), b"\0\5\x16\7") for stem, _ in members]:
+            tar.addfile((info := tarfile.TarInfo(stem), setattr(info, "size", len(content)))[0], io.BytesIO(content))
+    after = load_data(source, SMALL, 0)
+    assert after.train.classes == before.train.classes
+    assert torch.equal(after.val[0][0], before.val[0][0])
+
+
+def test_leftovers_in_a_named_set(tmp_path):
+    make_fake_dataset("gtsrb", tmp_path, classes=3)
+    before = load_data("gtsrb", SMALL, 0, root=str(tmp_path))
+    (tmp_path / "gtsrb/GTSRB/Training/.ipynb_checkpoints").mkdir()
+    after = load_data("gtsrb", SMALL, 0, root=str(tmp_path))
+    assert after.class_names == before.class_names == ["00000", "00001", "00002"]
+    assert after.test.classes == before.test.classes
+
+
+# -------------------------------------------------------------------------------------------------------- class folders
+
+
+def write(file: Path, color: tuple[int, int, int] = COLOR) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), color).save(file, "PNG")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("inside", [[], ["notes.txt"], [".DS_Store"], ["deeper/"]])
+def test_an_empty_class_folder_is_said_to_be_empty(part, inside, tmp_path):
+    make_fake_dataset("folder", tmp_path)
+    for name in ("extra", *(f"extra/{name}" for name in inside if name.endswith("/"))):
+        (tmp_path / part / name).mkdir()
+    for name in inside:
+        if not name.endswith("/"):
+            (tmp_path / part / "extra" / name).touch()
+    with pytest.raises(DataError, match=f"{tmp_path / part}: the class folder extra is empty of images, expected"):
+        load_data(str(tmp_path), SMALL, 0)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_train_lacks_is_named(part, tmp_path):
+    make_fake_dataset("folder", tmp_path)
+    write(tmp_path / part / "wolf" / "0.png")
+    with pytest.raises(DataError, match=f"{tmp_path / part}: found the class wolf, expected some of the 3 classes"):
+        load_data(str(tmp_path), SMALL, 0)
+
+
+@pytest.mark.parametrize("names", [["1", "2", "10"], ["0", "1", "2"], ["b", "a", "C"], ["010", "9", "é è"]])
+@pytest.mark.parametrize("there", [[0], [1], [2], [0, 2], [1, 2]])
+def test_fewer_classes_in_val_and_test_keep_their_numbers(names, there, tmp_path):
+    for name in names:
+        write(tmp_path / "train" / name / "0.png")
+    for name in (names[i] for i in there):
+        write(tmp_path / "val" / name / "0.png")
+        write(tmp_path / "test" / name / "0.png")
+    data = load_data(str(tmp_path), SMALL, 0)
+    assert data.class_names == sorted(names) == ImageFolder(tmp_path / "train").classes
+    expected = sorted(names[i] for i in there)
+    tested = load_test_data(str(tmp_path), SMALL, 0, data.class_names)
+    for part in (data.val, data.test, tested):
+        assert [data.class_names[index] for index in part.classes] == expected
+
+
+def test_class_folders_are_read_as_by_torchvision(tmp_path):
+    for name in ("b/1.png", "b/z/0.png", "b/a/10.png", "b/a-b/2.png", "b/a/x/2.png", "A c/é.PNG", "A c/ 2.JPeG"):
+        write(tmp_path / name)
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "folder.png").mkdir()
+    (tmp_path / "b" / "notes.txt").touch()
+    expected, found = ImageFolder(tmp_path), read_classes(tmp_path)
+    assert list(found) == expected.classes
+    assert [path for files in found.values() for path in files] == [path for path, _ in expected.samples]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
+def test_every_ending_counts(suffix, change, tmp_path):
+    write(tmp_path / f"a b{change(suffix)}")
+    assert picture_files(tmp_path) == find_images([str(tmp_path)]) == [str(tmp_path / f"a b{change(suffix)}")]
+
+
+def test_links_in_circles_are_walked_once(tmp_path):
+    for name in ("a/0.png", "b/1.png"):
+        write(tmp_path / "c" / name)
+    (tmp_path / "c" / "a" / "up").symlink_to(tmp_path / "c")
+    (tmp_path / "c" / "a" / "self").symlink_to(tmp_path / "c" / "a")
+    (tmp_path / "c" / "a" / "across").symlink_to(tmp_path / "c" / "b")
+    (tmp_path / "c" / "b" / "across").symlink_to(tmp_path / "c" / "a")
+    (tmp_path / "c" / "lost").symlink_to(tmp_path / "nowhere")
+    for files in (picture_files(tmp_path), read_classes(tmp_path)["c"], find_images([str(tmp_path)])):
+        assert sorted(Path(file).name for file in files) == ["0.png", "1.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may list every folder")
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path):
+    write(tmp_path / "c" / "a" / "0.png")
+    (tmp_path / "c" / "a").chmod(0)
+    with pytest.raises(DataError, match="c/a: a folder that cannot be listed"):
+        picture_files(tmp_path)
+
+
+def test_a_cache_is_not_shared_with_another_rotation(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(turned(6)[0])
+    plain = SMALL | {"augmentation": "none"}
+    files = {cached(Images([tmp_path / "0.jpg"], [0], None, r), plain, tmp_path, "x").file for r in (True, False)}
+    assert len(files) == 2

@@ -1,0 +1,308 @@
+"""Data without a name: folders, lists, tar files and what timm reads; and the digits."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, IterableDataset
+
+from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, streams, transform_for
+from insvp_fast.data.lists import by_number, read_list
+from insvp_fast.errors import DataError
+from insvp_fast.testing import make_fake_dataset
+
+SMALL = insvp_preprocessing(32)
+
+
+def write_images(folder: Path, names: list[str]) -> None:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), (number * 20, 0, 0)).save(folder / name)
+
+
+@pytest.mark.parametrize("name", ["folder", "list", "wds"])
+def test_each_format(name, tmp_path):
+    source = make_fake_dataset(name, tmp_path / "data", images_per_class=3)
+    data = load_data(source, SMALL, 0)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [9, 9, 9]
+    assert data.class_names == (["class_0", "class_1", "class_2"] if name == "folder" else ["0", "1", "2"])
+    assert data.protocol == "paper: the parts as they are" and data.tested_on == "test"
+    assert isinstance(data.train_and_val, ConcatDataset) and len(data.train_and_val) == 18
+    colors = np.array([np.random.RandomState(label).randint(0, 200, 3) + 27.5 for label in range(3)])
+    for part in (data.train, data.val, data.test):
+        assert part.classes == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        for i in range(9):
+            assert np.abs(np.asarray(part.picture(i)).mean((0, 1)) - colors[part.classes[i]]).max() < 8
+    tested = load_test_data(source, SMALL, 0, data.class_names)
+    assert torch.equal(tested[4][0], data.test[4][0])
+    assert check(source).ok and check(source).differences == []
+
+
+def test_names_of_sets_are_known_without_torch():
+    code = "import sys, insvp_fast.data.sets; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- lists
+
+
+LISTS = {
+    "lines.txt": "a b.png 10\n\n  c.png 9  \n",
+    "object.json": json.dumps({"a b.png": 10, "c.png": "9"}),
+    "pairs.json": json.dumps([["a b.png", 10], ["c.png", 9]]),
+    "triples.json": json.dumps([["a b.png", 10, 3], ["c.png", 9, 4]]),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_each_kind(name, tmp_path):
+    (tmp_path / name).write_text(LISTS[name])
+    assert read_list(tmp_path / name) == [("a b.png", "10"), ("c.png", "9")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.txt", "", "found an empty list"),
+        ("list.txt", "a.png 1\nb.png\n", "line 2 is 'b.png': expected `path label`"),
+        ("list.json", "[", "not a list of images that can be read"),
+        ("list.json", "[]", "found an empty list"),
+        ("list.json", "3", "found 3: expected an object path -> label, or an array"),
+        ("list.json", '[["a.png"]]', "expected an object path -> label, or an array"),
+        ("list.json", '{"a.png": [1]}', "expected an object path -> label, or an array"),
+        ("list.json", '{"a.png": null}', "expected an object path -> label, or an array"),
+        ("list.txt", b"\xff\xfe\x00", "not a list of images that can be read"),
+    ],
+)
+def test_wrong_lists_are_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=f"{name}.*{message}"):
+        read_list(tmp_path / name)
+
+
+def test_labels_are_sorted_as_numbers_if_they_are():
+    assert by_number(["10", "9", "9", "2"]) == ["2", "9", "10"]
+    assert by_number(["10", "9", "b"]) == ["10", "9", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json"])
+def test_a_list_its_siblings_and_the_root_of_its_images(suffix, tmp_path):
+    write_images(tmp_path / "pictures", [f"{n}.png" for n in range(6)])
+    (tmp_path / "lists").mkdir()
+    for part, labels in (
+        ("train", {0: "owl", 1: "elk", 2: "owl"}),
+        ("val", {3: "elk"}),
+        ("test", {4: "owl", 5: "elk"}),
+    ):
+        rows = {f"{n}.png": label for n, label in labels.items()}
+        lines = "".join(f"{path} {label}\n" for path, label in rows.items())
+        text = json.dumps(rows) if suffix == "json" else lines
+        (tmp_path / "lists" / f"animals_{part}.{suffix}").write_text(text)
+    source, root = str(tmp_path / "lists" / f"animals_train.{suffix}"), str(tmp_path / "pictures")
+    data = load_data(source, SMALL, 0, root=root)
+    assert data.class_names == ["elk", "owl"]
+    assert data.train.classes == [1, 0, 1] and data.val.classes == [0] and data.test.classes == [1, 0]
+    alone = load_test_data(str(tmp_path / "lists" / f"animals_test.{suffix}"), SMALL, 0, ["elk", "owl"], root=root)
+    assert torch.equal(alone[1][0], data.test[1][0]) and alone.classes == [1, 0]
+    with pytest.raises(DataError, match=f"animals_test.{suffix}: found the class elk, expected some of .*: owl"):
+        load_test_data(source, SMALL, 0, ["owl"], root=root)
+    with pytest.raises(DataError, match="3 of the images that .* names .* are missing, the first is .*lists/0.png"):
+        load_data(source, SMALL, 0)
+
+
+def test_a_list_without_val_is_divided_by_seed(tmp_path):
+    make_fake_dataset("list", tmp_path, images_per_class=10)
+    (tmp_path / "val.txt").unlink()
+    first, again, other = (load_data(str(tmp_path / "train.txt"), SMALL, seed) for seed in (0, 0, 1))
+    assert (len(first.train), len(first.val), len(first.test), len(first.train_and_val)) == (27, 3, 30, 30)
+    assert first.val.indices == again.val.indices != other.val.indices
+    assert not set(first.train.indices) & set(first.val.indices)
+    assert first.protocol == "paper: train/val 90/10 of every class of train, seed 0"
+
+
+def test_a_list_needs_a_part_to_be_tested_on(tmp_path):
+    make_fake_dataset("list", tmp_path)
+    (tmp_path / "val.txt").unlink()
+    (tmp_path / "test.txt").unlink()
+    with pytest.raises(DataError, match="found train.txt, expected lists train and val and/or test"):
+        load_data(str(tmp_path), SMALL, 0)
+
+
+def test_a_name_that_is_nothing_is_told_what_there_is():
+    with pytest.raises(
+        DataError, match="--data cubs: no such folder or list; the names known are digits, dtd, cub, nabirds"
+    ):
+        load_data("cubs", SMALL, 0)
+    with pytest.raises(
+        DataError,
+        match="--data vtab/pets: no such folder or list; the names known are vtab/caltech101, vtab/cifar, ",
+    ):
+        load_data("vtab/pets", SMALL, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ timm's formats
+
+
+def test_tar_files_named_by_an_index(tmp_path):
+    make_fake_dataset("wds", tmp_path, images_per_class=2)
+    (tmp_path / "train-0000.tar").rename(tmp_path / "first.tar")
+    (tmp_path / "val-0000.tar").rename(tmp_path / "validation-0000.tar")
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": ["first.tar"]}}}))
+    data = load_data("wds/here", SMALL, 0, root=str(tmp_path))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 6, 6)
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": ["train"]}))
+    with pytest.raises(DataError, match="_info.json: expected splits, each with its filenames"):
+        load_data("wds/here", SMALL, 0, root=str(tmp_path))
+
+
+def test_the_bytes_in_a_tar_are_the_images(tmp_path):
+    """Two samples, as the package webdataset lays them out; read in any order, and named where they are broken."""
+    write_images(tmp_path, ["a/0.png", "a/1.png"])
+    for part in ("train", "test"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+            for n in (0, 1):
+                (tmp_path / f"{n}.cls").write_text(f"{n}\n")
+                tar.add(tmp_path / f"{n}.cls", f"./{n}.cls")
+                tar.add(tmp_path / f"a/{n}.png", f"./{n}.png")
+    test = load_test_data(f"wds/{tmp_path}", SMALL, 0, ["0", "1"])
+    for n in (1, 0):
+        with Image.open(tmp_path / f"a/{n}.png") as image:
+            assert torch.equal(test[n][0], transform_for(SMALL)(image))
+    content = (tmp_path / "test.tar").read_bytes()
+    (tmp_path / "test.tar").write_bytes(content.replace(b"IHDR", b"IHD_"))
+    with pytest.raises(DataError, match=r"test.tar:./1.png: not an image that can be read"):
+        load_test_data(f"wds/{tmp_path}", SMALL, 0, ["0", "1"])[1]
+
+
+def test_wrong_tar_files_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"expected train\*.tar"):
+        load_data(f"wds/{tmp_path}", SMALL, 0)
+    make_fake_dataset("wds", tmp_path)
+    content = (tmp_path / "train-0000.tar").read_bytes()
+    for wrong in (b"no tar", content[:700], content[:1200]):
+        (tmp_path / "train-0000.tar").write_bytes(wrong)
+        with pytest.raises(DataError, match="train-0000.tar: "):
+            load_data(f"wds/{tmp_path}", SMALL, 0)
+
+
+def test_train_alone_is_not_enough(tmp_path):
+    make_fake_dataset("wds", tmp_path)
+    for part in ("val", "test"):
+        (tmp_path / f"{part}-0000.tar").unlink()
+    with pytest.raises(DataError, match="found only train, expected validation and/or test as well"):
+        load_data(f"wds/{tmp_path}", SMALL, 0)
+
+
+def test_webdataset_reads_what_is_made(tmp_path):
+    """The fake tar files are what timm's own reader expects."""
+    pytest.importorskip("webdataset")
+    from timm.data import create_dataset
+
+    source = make_fake_dataset("wds", tmp_path)
+    expected = list(create_dataset("wds/", str(tmp_path), "train-0000.tar"))
+    found = load_data(source, SMALL, 0).train
+    assert [label for _, label in expected] == found.classes
+    assert all(np.array_equal(image, found.picture(i)) for i, (image, _) in enumerate(expected))
+
+
+def test_hugging_face_data_sets_from_a_local_folder(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    make_fake_dataset("folder", tmp_path / "pictures", images_per_class=2)
+    data = load_data(f"hfds/{tmp_path / 'pictures'}", SMALL, 0, root=str(tmp_path / "hf"))
+    folder = load_data(str(tmp_path / "pictures"), SMALL, 0)
+    assert data.class_names == folder.class_names and data.test.classes == folder.test.classes
+    assert all(torch.equal(data.test[i][0], folder.test[i][0]) for i in range(6))
+
+
+def test_what_timm_only_streams_is_kept(monkeypatch):
+    """A stand-in for tfds/, whose package is large: an iterable data set with a train and a validation part."""
+    images = [Image.new("RGB", (40, 32), (n * 20, 0, 0)) for n in range(4)]
+
+    class Stream(IterableDataset):
+        reader = type("Reader", (), {"class_to_idx": {"owl": 1, "elk": 0}})
+
+        def __iter__(self):
+            return iter([(image, n % 2) for n, image in enumerate(images)])
+
+    def create_dataset(name, root, split, input_img_mode):
+        if split not in ("train", "validation"):
+            raise ValueError(f"unknown split {split}")
+        return Stream()
+
+    monkeypatch.setattr(streams, "create_dataset", create_dataset)
+    data = load_data("tfds/animals", SMALL, 0)
+    assert data.class_names == ["elk", "owl"] and data.tested_on == "val"
+    assert data.val.classes == [0, 1, 0, 1]
+    assert torch.equal(data.test[3][0], transform_for(SMALL)(images[3]))
+
+
+def test_a_reader_that_is_not_installed_or_finds_nothing(monkeypatch):
+    def fail(error):
+        def create_dataset(name, root, split, input_img_mode):
+            raise error
+
+        monkeypatch.setattr(streams, "create_dataset", create_dataset)
+
+    fail(ImportError("no"))
+    with pytest.raises(DataError, match="--data hfds/a/b needs a package: pip install datasets"):
+        load_data("hfds/a/b", SMALL, 0)
+    fail(RuntimeError("not within reach"))
+    with pytest.raises(DataError, match=r"--data hfds/a/b: train cannot be opened \(not within reach\)"):
+        load_data("hfds/a/b", SMALL, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- folders, digits
+
+
+def test_images_of_a_folder_are_named_when_they_are_broken(tmp_path):
+    make_fake_dataset("folder", tmp_path)
+    (tmp_path / "val" / "class_1" / "0.jpg").write_bytes(b"")
+    data = load_data(str(tmp_path), SMALL, 0)
+    with pytest.raises(DataError, match=r"class_1/0.jpg: not an image that can be read"):
+        data.val[2]
+    assert not check(str(tmp_path)).ok
+
+
+def test_a_list_of_something_else_does_not_hide_a_folder(tmp_path):
+    make_fake_dataset("folder", tmp_path)
+    (tmp_path / "val.txt").write_text("nothing to do with it\n")
+    assert load_data(str(tmp_path), SMALL, 0).class_names == ["class_0", "class_1", "class_2"]
+
+
+def test_digits_are_divided_by_seed():
+    first, again, other = (load_data("digits", SMALL, seed) for seed in (0, 0, 1))
+    assert [len(part) for part in (first.train, first.val, first.test)] == [1257, 180, 360]
+    assert first.train.classes == again.train.classes != other.train.classes
+    assert first.class_names == [str(digit) for digit in range(10)]
+    assert torch.equal(first.train[0][0], first.train[0][0])  # a digit is not cropped or flipped
+    assert torch.equal(load_test_data("digits", SMALL, 0, first.class_names)[7][0], first.test[7][0])
+    with pytest.raises(DataError, match="--data digits: found the class 0, 1, .* expected some of .*: owl"):
+        load_test_data("digits", SMALL, 0, ["owl"])
+
+
+# ---------------------------------------------------------------------------------------------------------- transforms
+
+
+def test_the_preset_is_resize_256_crop_224():
+    preset = insvp_preprocessing()
+    plain, training = (transform_for(preset, training).transforms for training in (False, True))
+    assert [type(step).__name__ for step in plain] == ["Resize", "CenterCrop", "MaybeToTensor", "Normalize"]
+    names = ["Resize", "RandomCrop", "RandomHorizontalFlip", "MaybeToTensor", "Normalize"]
+    assert [type(step).__name__ for step in training] == names
+    assert plain[0].size == training[0].size == 256 and tuple(training[1].size) == (224, 224)
+    assert plain[0].interpolation.value == training[0].interpolation.value == "bilinear"
+    assert plain[-1].mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert insvp_preprocessing(384)["input_size"] == [3, 384, 384]
+
+
+def test_timm_is_the_default_in_training():
+    preprocessing = {key: value for key, value in SMALL.items() if key != "augmentation"}
+    steps = [type(step).__name__ for step in transform_for(preprocessing, training=True).transforms]
+    assert steps[:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "ColorJitter"]

@@ -1,0 +1,161 @@
+"""Every Triton kernel compiled for chips that are not here: it fits, spills nothing and accesses memory widely."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from insvp_fast.kernels.gpu import attention, chip, gelu, norm_insert, superpose
+
+from tools.aot import SHARED_LIMIT, TARGETS, cases, shortcomings
+from tools.aot_cases import CHECKED, POINTERS
+
+ROOT = Path(__file__).parents[2]
+
+
+def failing(facts, wrong):
+    return [(fact["kernel"], fact["target"], fact) for fact in facts if wrong(fact)]
+
+
+def test_every_kernel_compiles_for_every_target(aot):
+    assert {(fact["target"], fact["kernel"]) for fact in aot} == {(t, case.name) for t in TARGETS for case in cases(t)}
+
+
+def test_shared_memory_is_within_the_chips_limit(aot):
+    assert not failing(aot, lambda fact: fact["shared"] > SHARED_LIMIT[fact["target"]])
+
+
+def test_matrix_units_are_used(aot):
+    assert not failing(aot, lambda fact: fact["kernel"].startswith(("superpose", "attention")) and not fact["matrix"])
+
+
+def test_no_kernel_lives_in_memory(aot):
+    """Whatever the compiler: a thread with more than 256 bytes of its own outside of registers is broken."""
+    assert not failing(aot, lambda fact: fact.get("stack", 4 * fact["spills"]) > 256)
+
+
+def judge(facts, version):
+    """A compiler's shortcomings: an error where the version was seen to have none, else a warning that says them."""
+    worse = [fact for fact in facts if fact["shortcomings"]]
+    found = [f"{fact['kernel']} on {fact['target']}: {'; '.join(fact['shortcomings'])}" for fact in worse]
+    if version in CHECKED:
+        assert not found
+    elif found:
+        warnings.warn("\n".join([f"triton {version} was not checked", *found]), stacklevel=2)
+
+
+def test_the_compiler_makes_the_best_of_every_kernel(aot):
+    judge(aot, triton.__version__)
+
+
+GOOD = {"target": "90", "registers": 100, "spills": 0, "stack": 0, "shared": 0, "narrow": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"kernel": "attention_bwd", "spills": 93, "stack": 16}, ["93 spills, at most 0", "16 stack, at most 0"]),
+        ({"kernel": "attention_bwd", "narrow": 9, "shared": 9, "registers": 255}, []),
+        ({"kernel": "gelu_fwd_code", "narrow": 1}, ["1 narrow, at most 0"]),
+        ({"kernel": "gelu_fwd_code", "target": "gfx942", "narrow": 1}, []),
+        ({"kernel": "norm_insert_fwd", "narrow": 3}, ["3 narrow, at most 2"]),
+        ({"kernel": "norm_insert_fwd", "narrow": 2, "shared": 1024}, ["1024 shared, at most 0"]),
+        ({"kernel": "norm_insert_fwd", "target": "gfx942", "shared": 1024, "registers": 255}, []),
+        ({"kernel": "norm_insert_bwd", "registers": 169}, ["169 registers, at most 168"]),
+        ({"kernel": "superpose_fwd-P16-bf16-bf16", "registers": 129}, ["129 registers, at most 128"]),
+    ],
+)
+def test_a_shortcoming_is_told_and_an_unknown_compiler_only_warns(change, text):
+    fact = GOOD | change
+    assert shortcomings(fact) == text
+    fact["shortcomings"] = text
+    if not text:
+        return judge([fact], CHECKED[0])
+    with pytest.raises(AssertionError, match=text[0]):
+        judge([fact], CHECKED[0])
+    with pytest.warns(UserWarning, match=f"{fact['kernel']} on {fact['target']}: {text[0]}"):
+        judge([fact], "99.0.0")
+    return None
+
+
+def test_attention_covers_what_is_compiled(monkeypatch):
+    """And no more: as many keys and as wide heads as the widest case, in its dtypes, on every chip."""
+    monkeypatch.setattr(chip, "shared_memory", lambda device: float("inf"))
+    for target in TARGETS:
+        monkeypatch.setattr(chip, "arch", lambda device, row=target: row)
+        seen = [case for case in cases(target, every_shape=True) if case.name.startswith("attention")]
+        most, widest = (max(case.constants[name] for case in seen) for name in ("S", "d"))
+        kinds = {case.signature["qkv_ptr"] for case in seen}
+        for S, d, covered in [(1, 1, True), (most, widest, True), (most + 1, widest, False), (most, widest + 1, False)]:
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                assert attention.covers("cuda", S, d, dtype) == (covered and POINTERS[dtype] in kinds)
+
+
+class Recorder:
+    """Stands in for a kernel and notes the arguments of its launch."""
+
+    def __init__(self, kernel, launches):
+        self.arg_names, self.launches = kernel.arg_names, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Records the launches of the kernels of a module, in their order, instead of running them."""
+    monkeypatch.setattr(chip, "INTERPRETED", True)
+    seen = []
+    for module in (superpose, norm_insert, gelu):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
+    return seen
+
+
+def same_as_launched(prefix, label, launches):
+    expected = [c for c in cases("90") if c.name.startswith(prefix) and c.name.endswith(label)]
+    for case, (args, kwargs) in zip(expected, launches, strict=True):
+        absent = {name for name, value in zip(case.kernel.arg_names, args, strict=False) if value is None}
+        assert absent == {name for name, value in case.constants.items() if value is None}
+        assert len(args) == len(case.signature) + len(absent)
+        types = {
+            name: POINTERS[x.dtype] for name, x in zip(case.kernel.arg_names, args, strict=False) if torch.is_tensor(x)
+        }
+        assert types == {name: kind for name, kind in case.signature.items() if kind.startswith("*")}
+        constants = {name: value for name, value in case.constants.items() if name not in absent}
+        assert {**kwargs, "COMPUTE": None} == {**constants, "COMPUTE": None}  # the interpreter computes in fp32
+
+
+def test_the_cases_are_what_superpose_launches(launches):
+    image = torch.zeros(2, 3, 224, 224, dtype=torch.bfloat16)
+    w1, w2 = torch.zeros(16, 768), torch.zeros(768, 16)
+    tokens, hidden = superpose.superpose_fwd(image, image, w1, w1[:, 0], w2, w2[:, 0], 16, 0.7, 0.3, torch.bfloat16)
+    superpose.superpose_bwd(tokens, image, hidden, w1, w2, 16, 0.7, 0.3, True, True)
+    same_as_launched("superpose", "P16-bf16-bf16", launches)
+
+
+def test_the_cases_are_what_norm_insert_launches(launches):
+    stream, product = torch.zeros(2, 5, 768), torch.zeros(2, 5, 768, dtype=torch.bfloat16)
+    weight, prompts = torch.zeros(768), product[:, :2]
+    _, normed, xhat, rstd = norm_insert.norm_insert_fwd(stream, product, prompts, weight, weight, 1e-6, product.dtype)
+    norm_insert.norm_insert_bwd(stream, normed, xhat, rstd, weight, 5, stream.dtype, product.dtype)
+    same_as_launched("norm_insert", "fp32-bf16-affine", launches)
+
+
+def test_the_cases_are_what_gelu_launches(launches):
+    pre = torch.zeros(4, 6, dtype=torch.bfloat16)
+    gelu.gelu_bwd(gelu.gelu_fwd(pre), pre)
+    gelu.gelu_bwd_code(*gelu.gelu_fwd_code(pre))
+    same_as_launched("gelu", "bf16", launches)
+
+
+def test_an_interpreting_process_refuses():
+    child = subprocess.run(
+        [sys.executable, "-m", "tools.aot"], cwd=ROOT, env={"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert child.returncode == 2 and "TRITON_INTERPRET" in child.stderr

@@ -1,0 +1,238 @@
+"""The native product and its epilogues against the same mathematics in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from insvp_fast.runtime import native
+from insvp_fast.testing import assert_within_budget
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+pytestmark = pytest.mark.usefixtures("poison")  # an element left unwritten is NaN
+needs_library = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
+dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)  # small products take less time than waking threads
+
+
+def inputs(M: int, K: int, N: int, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias with values of `dtype`, the latter two held in float32."""
+    torch.manual_seed(M + 10 * K + 100 * N)
+    weight = (torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype).float()
+    return torch.randn(M, K).to(dtype), weight, torch.randn(N)
+
+
+def gelu64(x: Tensor) -> Tensor:
+    """GELU in float64, exact in the lower tail too."""
+    return x * torch.special.erfc(-x / math.sqrt(2)) / 2
+
+
+def gelu_slope64(x: Tensor) -> Tensor:
+    return torch.special.erfc(-x / math.sqrt(2)) / 2 + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def assert_exact(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Sums of products in fp32, rounded once to `dtype`."""
+    assert out.shape == expected.shape and out.dtype == dtype and out.is_contiguous()
+    excess = (out.double() - expected).norm() - 1e-6 * expected.norm()
+    rounding = 0.0 if dtype == F32 else 2**-8 * expected.norm()
+    assert excess <= rounding
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
+    y = native.linear(x, native.pack_linear(weight, x.dtype), bias, len(weight), dtype=dtype)
+    assert_exact(y, x.double() @ weight.double().T + (0 if bias is None else bias.double()), dtype or x.dtype)
+
+
+def check_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    packed = native.pack_linear(weight, x.dtype)
+    pre, hidden = native.linear_gelu(x, packed, bias, len(weight))
+    assert torch.equal(pre, native.linear(x, packed, bias, len(weight)))
+    product = x.double() @ weight.double().T
+    assert_exact(hidden, gelu64(product if bias is None else product + bias.double()), x.dtype)
+    nothing, same = native.linear_gelu(x, packed, bias, len(weight), keep=False)
+    assert nothing is None and torch.equal(same, hidden)
+    assert_exact(native.linear_gelu_bwd(x, packed, pre), product * gelu_slope64(pre.double()), x.dtype)
+
+
+@needs_library
+@dtypes
+@pytest.mark.parametrize("M", [0, 1, 13, 111])
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (33, 50), (512, 96), (601, 331), (31, 0), (0, 31)])
+def test_linear(isa, dtype, M, K, N):
+    x, weight, bias = inputs(M, K, N, dtype)
+    check(x, weight, bias)
+    check(x, weight, None)
+    check(x, weight, bias, BF16 if dtype == F32 else F32)
+    check_gelu(x, weight, bias)
+    check_gelu(torch.randn(M, N).to(dtype), weight.T, None)  # the weight of backward
+
+
+@needs_library
+@dtypes
+@pytest.mark.parametrize(("K", "N"), [(768, 2304), (3072, 768), (1027, 1031)])
+def test_linear_of_a_transformer(isa, dtype, K, N):
+    check(*inputs(197 if isa == "generic" else 1000, K, N, dtype))
+
+
+@needs_library
+def test_bf16_within_the_budget_of_arithmetic(isa):
+    """The whole path in bf16, the rounding of the weight and of `pre` included."""
+    x, weight, bias = torch.randn(197, 768), torch.randn(300, 768) / 768**0.5, torch.randn(300)
+    grad, back = torch.randn(197, 50), torch.randn(300, 50) / 50**0.5
+    leaf = (x.double() @ weight.double().T + bias).requires_grad_()
+    exact = torch.nn.functional.gelu(leaf)
+    (exact_grad,) = torch.autograd.grad(exact, leaf, grad.double() @ back.double().T)
+    leaf = torch.nn.functional.linear(x.to(BF16), weight.to(BF16), bias.to(BF16)).requires_grad_()
+    plain = torch.nn.functional.gelu(leaf)
+    (plain_grad,) = torch.autograd.grad(plain, leaf, grad.to(BF16) @ back.to(BF16).T)
+    pre, hidden = native.linear_gelu(x.to(BF16), native.pack_linear(weight, BF16), bias, 300)
+    d_pre = native.linear_gelu_bwd(grad.to(BF16), native.pack_linear(back, BF16), pre)
+    assert_within_budget(hidden, plain, exact, BF16, "hidden")
+    assert_within_budget(d_pre, plain_grad, exact_grad, BF16, "d_pre")
+
+
+@needs_library
+def test_gelu_to_the_last_bits(isa):
+    x = torch.cat([torch.linspace(-15, 15, 300_001), torch.logspace(-30, 30, 1001), -torch.logspace(-30, 30, 1001)])
+    identity = native.pack_linear(torch.ones(1, 1))
+    pre, hidden = native.linear_gelu(x[:, None], identity, None, 1)
+    slope = native.linear_gelu_bwd(torch.ones(len(x), 1), identity, x[:, None])
+    assert torch.equal(pre[:, 0], x)
+    ulp = 2**-23
+    exact = gelu64(x.double())
+    # exp(-x*x/2) has the roundings of its argument
+    assert ((hidden[:, 0] - exact).abs() <= ulp * (4 + x.double().square() / 2) * exact.abs() + 1e-37).all()
+    assert ((slope[:, 0] - gelu_slope64(x.double())).abs() <= 2 * ulp).all()
+
+
+@needs_library
+def test_gelu_in_its_tails(isa):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[0.0, 10.0, -20.0, 1e30, -1e30, inf, -inf, nan]]).T
+    identity = native.pack_linear(torch.ones(1, 1))
+    _, hidden = native.linear_gelu(x, identity, None, 1)
+    assert_close = torch.testing.assert_close
+    expected = torch.tensor([[0.0, 10.0, 0.0, 1e30, 0.0, inf, nan, nan]]).T
+    assert_close(hidden, expected, rtol=0, atol=0, equal_nan=True)
+    slope = native.linear_gelu_bwd(torch.ones_like(x), identity, x)
+    expected = torch.tensor([[0.5, 1.0, 0.0, 1.0, 0.0, nan, nan, nan]]).T
+    assert_close(slope, expected, rtol=0, atol=1e-20, equal_nan=True)
+
+
+@needs_library
+@dtypes
+def test_strided_inputs(isa, dtype):
+    x, weight, bias = inputs(5 * 13, 300, 50, dtype)
+    packed = native.pack_linear(weight, dtype)
+    y = native.linear(x, packed, bias, 50)
+    wide_weight, wide_bias = weight.repeat_interleave(3, 1)[:, ::3], bias.repeat_interleave(2)[::2]
+    assert torch.equal(native.pack_linear(wide_weight, dtype), packed)
+    assert torch.equal(native.pack_linear(weight.to(dtype), dtype), packed)
+    assert torch.equal(native.linear(x.T.contiguous().T, packed, wide_bias, 50), y)
+
+    images = torch.full((5, 17, 301), float("nan"), dtype=dtype)[:, 2:15, 1:]
+    images.copy_(x.view(5, 13, 300))
+    got = native.linear(images, packed, bias, 50)
+    assert got.is_contiguous() and torch.equal(got, y.view(5, 13, 50))
+    pre, hidden = native.linear_gelu(images, packed, bias, 50)
+    assert torch.equal(hidden.view(-1, 50), native.linear_gelu(x, packed, bias, 50)[1])
+    d_pre = native.linear_gelu_bwd(images, packed, pre.transpose(0, 1).contiguous().transpose(0, 1))
+    assert torch.equal(d_pre.view(-1, 50), native.linear_gelu_bwd(x, packed, pre.view(-1, 50)))
+    assert torch.equal(native.linear(x[:1].expand(7, 300), packed, bias, 50), y[:1].expand(7, 50))
+    assert native.linear(images[:, :0], packed, bias, 50).shape == (5, 0, 50)
+
+
+@needs_library
+@dtypes
+@pytest.mark.parametrize(("M", "K", "N"), [(8, 1100, 331), (450, 1501, 60), (1, 9, 2304)])
+def test_same_bits_for_every_number_of_threads(isa, dtype, threads, M, K, N):
+    x, weight, bias = inputs(M, K, N, dtype)
+    runs = []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        packed = native.pack_linear(weight, dtype)
+        pre, hidden = native.linear_gelu(x, packed, bias, N)
+        runs.append((packed, pre, hidden, native.linear_gelu_bwd(x, packed, pre)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    rows = slice(M - 3, M) if M > 3 else slice(None)
+    packed, pre, hidden, d_pre = runs[0]
+    again = *native.linear_gelu(x[rows], packed, bias, N), native.linear_gelu_bwd(x[rows], packed, pre[rows])
+    for a, b in zip(again, (pre, hidden, d_pre), strict=True):
+        assert torch.equal(a, b[rows])  # nor do the other rows matter
+
+
+@needs_library
+@dtypes
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_stays_in_its_row(isa, dtype, bad):
+    x, weight, bias = inputs(15, 301, 50, dtype)
+    packed = native.pack_linear(weight, dtype)
+    pre, _ = native.linear_gelu(x, packed, bias, 50)
+    x[7, 300] = bad
+    for y in (*native.linear_gelu(x, packed, bias, 50), native.linear_gelu_bwd(x, packed, pre)):
+        assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [7]
+
+
+@needs_library
+@dtypes
+def test_a_bad_weight_stays_in_its_column(isa, dtype):
+    x, weight, bias = inputs(15, 301, 50, dtype)
+    weight[3, 300] = float("nan")
+    y = native.linear(x, native.pack_linear(weight, dtype), bias, 50)
+    assert y.isnan().any(0).nonzero().flatten().tolist() == [3]
+
+
+@needs_library
+def test_bf16_operands_and_a_weight_packed_for_fp32(isa):
+    x, weight, bias = inputs(13, 301, 50, BF16)
+    packed = native.pack_linear(weight)
+    widened = native.linear(x.float(), packed, bias, 50)
+    assert torch.equal(native.linear(x, packed, bias, 50, dtype=F32), widened)
+    assert torch.equal(native.linear(x, packed, bias, 50), widened.to(BF16))
+
+
+@needs_library
+def test_the_form_of_a_packed_weight(isa):
+    weight = torch.randn(50, 33)
+    assert native.pack_linear(weight).dtype == F32
+    assert native.pack_linear(weight, BF16).dtype == (BF16 if isa == "avx512_bf16" else F32)
+
+
+@needs_library
+def test_wrong_arguments_are_refused():
+    x, weight, bias = inputs(3, 33, 50)
+    packed = native.pack_linear(weight)
+    with pytest.raises(TypeError, match=r"weight has dtype torch\.float64"):
+        native.pack_linear(weight.double())
+    with pytest.raises(TypeError, match=r"operands cannot have dtype torch\.float16"):
+        native.pack_linear(weight, torch.float16)
+    with pytest.raises(ValueError, match="weight is on meta"):
+        native.pack_linear(weight.to("meta"))
+    with pytest.raises(ValueError, match=r"weight has shape \(50,\)"):
+        native.pack_linear(bias)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 1, 3, 33\)"):
+        native.linear(x[None, None], packed, bias, 50)
+    with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
+        native.linear(x.double(), packed, bias, 50)
+    with pytest.raises(TypeError, match=r"the product cannot have dtype torch\.float16"):
+        native.linear(x, packed, bias, 50, dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"packed has dtype torch\.bfloat16"):
+        native.linear(x, packed.bfloat16(), bias, 50)
+    with pytest.raises(ValueError, match="packed has shape"):
+        native.linear(x[:, :32], packed, bias, 50)
+    with pytest.raises(ValueError, match=r"bias has shape \(49,\), expected \(50,\)"):
+        native.linear_gelu(x, packed, bias[:49], 50)
+    with pytest.raises(ValueError, match=r"pre has shape \(2, 50\), expected \(3, 50\)"):
+        native.linear_gelu_bwd(x, packed, torch.zeros(2, 50))
+    with pytest.raises(TypeError, match=r"pre has dtype torch\.float64"):
+        native.linear_gelu_bwd(x, packed, torch.zeros(3, 50).double())

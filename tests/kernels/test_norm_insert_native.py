@@ -1,0 +1,119 @@
+"""The native norm_insert against the same mathematics in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from insvp_fast import reference
+from insvp_fast.runtime import native
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),  # an element left unwritten is NaN
+    pytest.mark.skipif(not native.native_status(), reason=str(native.native_status())),
+]
+
+
+def assert_close(name: str, value: Tensor, exact: Tensor) -> None:
+    """float32: 1e-5 of the largest value; bfloat16: one rounding (2**-8) more."""
+    assert value.shape == exact.shape, name
+    bound = 1e-5 * (exact.abs().max() if exact.numel() else 0) + (2**-8 * exact.abs() if value.dtype == BF16 else 0)
+    assert ((value.double() - exact).abs() <= bound).all(), name
+
+
+def inputs(B, T, L, D, dtypes=(F32, F32, F32)):
+    shapes = [(B, T, D), (B, T, D), (B, L, D)]
+    return [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "L", "D"), [(0, 3, 2, 8), (1, 1, 0, 1), (3, 5, 2, 24), (2, 7, 9, 100), (2, 3, 1, 768)]
+)
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F32, BF16, F32), (F32, BF16, BF16), (BF16, BF16, BF16)], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("branch", [True, False])
+def test_parity(isa, B, T, L, D, dtypes, affine, branch):
+    residual, added, prompts = inputs(B, T, L, D, dtypes)
+    added = added if branch else None
+    weight, bias = (torch.randn(D), torch.randn(D)) if affine else (None, None)
+    dtype = dtypes[1]
+    total, normed, xhat, rstd = native.norm_insert_fwd(residual, added, prompts, weight, bias, 1e-6, dtype)
+
+    tokens = torch.cat([residual.double() + (added.double() if branch else 0), prompts.double()], 1)
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    sigma = 1 / (centred.square().mean(-1) + 1e-6).sqrt()
+    exact = centred * sigma[..., None]
+    assert (total.numel() > 0) == (branch and B > 0)
+    if branch:
+        assert_close("total", total, tokens[:, :T])
+    assert_close("rstd", rstd, sigma)
+    assert_close("normed", normed, exact * weight + bias if affine else exact)
+    kept = xhat if affine else normed
+    assert_close("xhat", kept, exact)
+
+    grad_total, grad_normed = torch.randn(B, T, D).to(dtypes[0]), torch.randn(B, T + L, D).to(dtype)
+    for grad in (grad_total, None):
+        d_residual, d_branch, d_prompts = native.norm_insert_bwd(
+            grad, grad_normed, kept, rstd, weight, T, dtypes[0], dtype
+        )
+        expected = reference.norm_insert_bwd(
+            torch.zeros(B, T, D, dtype=torch.float64) if grad is None else grad.double(),
+            grad_normed.double(),
+            kept.double(),
+            rstd.double()[..., None],
+            torch.ones(D) if weight is None else weight.double(),
+        )
+        assert (d_residual.dtype, d_prompts.dtype) == (dtypes[0], dtypes[0])
+        assert_close("d_residual", d_residual, expected[0])
+        assert_close("d_prompts", d_prompts, expected[1])
+        if dtype == dtypes[0]:
+            assert d_branch.numel() == 0
+        else:
+            assert_close("d_branch", d_branch, expected[0])
+
+
+def test_a_large_mean_does_not_cost_the_variance(isa):
+    residual = 1e4 + torch.randn(1, 3, 64)
+    _, normed, *_ = native.norm_insert_fwd(residual, None, None, None, None, 0.0, F32)
+    exact = torch.nn.functional.layer_norm(residual.double(), (64,), eps=0.0)
+    assert (normed - exact).abs().max() < 1e-3  # the mean is rounded at 1e4 * 2**-24; E[x²] - E[x]² would lose it all
+
+
+def test_prompts_of_one_image_for_all():
+    residual, branch, prompts = inputs(3, 4, 2, 24)
+    expanded = prompts[:1].expand(3, -1, -1)
+    outputs = native.norm_insert_fwd(residual, branch, expanded, None, None, 1e-6, F32)
+    whole = native.norm_insert_fwd(residual, branch, expanded.contiguous(), None, None, 1e-6, F32)
+    assert all(torch.equal(x, y) for x, y in zip(outputs, whole, strict=True))
+
+
+def test_same_bits_for_every_number_of_threads(isa, threads):
+    residual, branch, prompts = inputs(3, 5, 2, 100)
+    runs = []
+    for n in (1, 2, 3, 64):
+        threads(n)
+        total, normed, _, rstd = native.norm_insert_fwd(residual, branch, prompts, None, None, 1e-6, F32)
+        runs.append([total, normed, *native.norm_insert_bwd(total, normed + 1, normed, rstd, None, 5, F32, BF16)])
+    for run in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_stays_in_its_row(isa, bad):
+    residual, branch, prompts = inputs(2, 5, 2, 40)
+    branch[1, 3, 39] = bad
+    _, normed, *_ = native.norm_insert_fwd(residual, branch, prompts, None, None, 1e-6, F32)
+    assert (~normed.isfinite()).any(-1).nonzero().tolist() == [[1, 3]]
+
+
+def test_wrong_arguments_are_refused():
+    residual, branch, prompts = inputs(2, 5, 2, 8)
+    with pytest.raises(ValueError, match=r"branch has shape \(2, 4, 8\), expected \(2, 5, 8\)"):
+        native.norm_insert_fwd(residual, branch[:, :4], prompts, None, None, 1e-6, F32)
+    with pytest.raises(TypeError, match=r"residual has dtype torch\.float64"):
+        native.norm_insert_fwd(residual.double(), branch, prompts, None, None, 1e-6, F32)
+    with pytest.raises(ValueError, match=r"residual has shape \(5, 8\), expected \[B, T, D\]"):
+        native.norm_insert_fwd(residual[0], branch, prompts, None, None, 1e-6, F32)

@@ -1,0 +1,447 @@
+"""Whatever is changed in a model that is in use: it has the reference's numbers, or its error."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import pkgutil
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
+from torch.overrides import TorchFunctionMode
+
+from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
+from insvp_fast.coverage import rules
+from insvp_fast.testing import make_pair, relative_error, trained_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*takes the general path:UserWarning")
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
+RATES = {"drop_rate": 0.3, "pos_drop_rate": 0.3, "proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}
+CONFIG = InsVPConfig(prompt_length=3, global_dropout=0.0)
+
+
+@functools.cache
+def originals(**kwargs):
+    torch.manual_seed(0)
+    return make_pair("vit_tiny_patch16_224", CONFIG, **TINY, **kwargs)
+
+
+@functools.cache
+def image():
+    torch.manual_seed(3)
+    return torch.randn(2, 3, 32, 32)
+
+
+def in_use(change, **kwargs):
+    """A reference and a fast model, this one in use, with the same change made to both."""
+    models = copy.deepcopy(originals(**kwargs))
+    with torch.no_grad():
+        assert unsupported_reason(models[1]) is None
+        models[1](image())
+    for model in models:
+        torch.manual_seed(1)
+        change(model)
+    return models
+
+
+def numbers(model, dtype=torch.float32):
+    try:
+        return trained_gradients(model, image().to(dtype))
+    except Exception as error:
+        return error
+
+
+def problem(change, **kwargs):
+    """What is wrong after a change, if anything."""
+    reference, fast = in_use(change, **kwargs)
+    expected, values = numbers(reference), numbers(fast)
+    if isinstance(expected, Exception) or isinstance(values, Exception):
+        both = isinstance(expected, Exception) and isinstance(values, Exception)
+        return None if both else f"reference: {expected!r:.200}, fast: {values!r:.200}"
+    if values.keys() != expected.keys():
+        return f"gradients of {sorted(expected.keys() ^ values.keys())}"
+    if max_error(values, expected) < 1e-5:
+        return None
+    # each is charged with its own rounding only; a change that has no double precision has no such excuse
+    exact = numbers(copy.deepcopy(reference).double(), torch.float64)
+    if isinstance(exact, Exception) or max_error(values, exact) > max(1e-5, 2 * max_error(expected, exact)):
+        return f"off by {max_error(values, expected):.0e}"
+    return None
+
+
+def test_a_problem_is_found(monkeypatch):
+    monkeypatch.setattr(rules, "covers", lambda part: True)
+    for path in ("backbone.blocks.0.drop_path1", "backbone.blocks.1.mlp.drop2"):
+        assert problem(replaced(path)).startswith("off by")
+    assert problem(at("specific_prompter.conv2", HOOKS["forward hook"])).startswith("off by")
+
+
+def max_error(values, exact):
+    return max(relative_error(value, exact[name]) for name, value in values.items())
+
+
+def at(path, change):
+    return lambda model: change(model.get_submodule(path))
+
+
+class Adapter(nn.Module):
+    """Computes something besides what it stands for."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        y = self.inner(*args, **kwargs)
+        return y + 0.3 * y.tanh()
+
+
+def replaced(path):
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(path)))
+
+    return change
+
+
+def with_own_forward(module):
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
+
+
+def doubled(module, args, result):
+    return 2 * result
+
+
+HOOKS = {
+    "forward hook": lambda m: m.register_forward_hook(doubled),
+    "forward pre-hook": lambda m: m.register_forward_pre_hook(lambda module, args: (1.5 * args[0], *args[1:])),
+    "backward hook": lambda m: m.register_full_backward_hook(
+        lambda module, inputs, outputs: (2 * inputs[0], *inputs[1:])
+    ),
+    "backward pre-hook": lambda m: m.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],)),
+    "own forward": with_own_forward,
+}
+
+
+def other_values(value):
+    """Other values of an attribute, of its type."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, 2 * value, max(value // 2, 1)]
+    if isinstance(value, float):
+        return [1.5 * value + 0.1, 0.0]
+    if isinstance(value, tuple) and value and all(isinstance(v, int) for v in value):
+        return [(value[0] + 1, *value[1:]), (*value[:-1], value[-1] + 1), tuple(v + 1 for v in value)]
+    if not isinstance(value, str):
+        return []
+    return {"zeros": ["circular", "reflect"], "same": ["valid", 0, 1], "none": ["tanh"], "token": ["avg"]}.get(
+        value, []
+    )
+
+
+def changes(path, module):
+    """Every change to one module, by name."""
+    yield "replaced", replaced(path)
+    for name, hook in HOOKS.items():
+        yield name, at(path, hook)
+    for name, value in vars(module).items():
+        if name == "training" or (name.startswith("_") and name != "_fast_norm"):
+            continue
+        for other in other_values(value):
+            yield f"{name}={other}", at(path, lambda m, name=name, other=other: setattr(m, name, other))
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        yield f"{name} trained or not", at(path, lambda m, name=name: getattr(m, name).requires_grad_())
+        yield f"no {name}", at(path, lambda m, name=name: setattr(m, name, None))
+        yield f"{name} in another dtype", at(path, lambda m, name=name: setattr(m, name, other_dtype(getattr(m, name))))
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        yield "spectral norm", at(path, spectral_norm)
+        yield "parametrization", at(path, lambda m: parametrizations.weight_norm(m))
+        yield "own parametrization", at(path, lambda m: parametrize.register_parametrization(m, "weight", nn.Tanh()))
+
+
+def other_dtype(parameter):
+    return nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
+
+
+PATHS = [path for path, _ in originals()[0].named_modules() if path and not path.startswith("head")]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_changed_module(path):
+    module = originals()[0].get_submodule(path)
+    problems = {name: found for name, change in changes(path, module) if (found := problem(change))}
+    assert not problems
+
+
+@pytest.mark.parametrize("variant", [RATES, {**RATES, "patch_drop_rate": 0.3}], ids=["dropouts", "patch dropout"])
+def test_a_backbone_in_training_mode(variant):
+    for path in ("backbone", *(path for path in PATHS if path.startswith("backbone."))):
+        assert problem(at(path, lambda module: module.train()), **variant) is None, path
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(16), nn.LayerNorm(16, elementwise_affine=False), nn.RMSNorm(16), nn.Tanh()]
+)
+def test_one_norm_of_queries_or_keys(name, norm):
+    norm = copy.deepcopy(norm).requires_grad_(False)
+    for block in (0, 1):
+        change = at(f"backbone.blocks.{block}.attn", lambda m: setattr(m, name, copy.deepcopy(norm)))
+        assert problem(change) is None
+
+
+SETTINGS = {
+    "global pool": at("backbone", lambda m: setattr(m, "global_pool", "avg")),
+    "position embedding": at("backbone", lambda m: setattr(m, "_pos_embed", lambda x: 2 * type(m)._pos_embed(m, x))),
+    "dilated patches": at("backbone.patch_embed.proj", lambda m: vars(m).update(dilation=(2, 2), padding=(4, 4))),
+    "patch prompter a convolution": lambda m: setattr(m, "patch_prompter", nn.Conv2d(3, 3, 3, padding=1)),
+    "patch prompter on larger patches": at("patch_prompter", lambda m: vars(m).update(patch_size=4)),
+    "grouped convolutions": at(
+        "global_prompter", lambda m: setattr(m, "conv2", nn.Conv2d(6, 3, 3, padding="same", groups=3))
+    ),
+    "even kernels": at("specific_prompter", lambda m: setattr(m, "conv1", nn.Conv2d(3, 3, 6, padding="same"))),
+    "dilated specific prompter": at("specific_prompter.conv2", lambda m: setattr(m, "dilation", (2, 2))),
+    "swapped weights": lambda m: [
+        torch.utils.swap_tensors(p, nn.Parameter(1.5 * p.detach(), p.requires_grad)) for p in list(m.parameters())
+    ],
+    "pruned blocks": at("backbone", lambda m: setattr(m, "blocks", nn.ModuleList([m.blocks[1]]))),
+    "unknown child": at("backbone.blocks.0", lambda m: setattr(m, "adapter", nn.Linear(48, 48))),
+    "linear backbone weight from a network": at("backbone.blocks.0.mlp.fc1", lambda m: weight_from_a_network(m)),
+    "half of the backbone in fp64": at("backbone.blocks.1", lambda m: m.double()),
+}
+
+
+def hidden_by(value):
+    """The attribute of a child's name that Python finds before the child."""
+    return lambda name: lambda module: object.__setattr__(module, name, value)
+
+
+def reordered(backbone):
+    backbone.blocks = nn.ModuleList(backbone.blocks)
+    blocks = backbone.blocks._modules
+    blocks["0"] = blocks.pop("0")
+
+
+def as_buffer(linear):
+    bias = 2 * linear.bias.detach()
+    del linear.bias
+    linear.register_buffer("bias", bias)
+
+
+class Louder(nn.Parameter):
+    """A parameter that multiplies as another."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs or {})
+        return 1.5 * y.as_subclass(torch.Tensor) if function is torch.nn.functional.linear else y
+
+
+SETTINGS |= {
+    "a child deleted, a function there": at(
+        "backbone", lambda m: (delattr(m, "patch_drop"), setattr(m, "patch_drop", lambda x: 2 * x))
+    ),
+    "a child hidden": at("backbone", hidden_by(nn.Tanh())("patch_drop")),
+    "a child of a block hidden": at("backbone.blocks.0", hidden_by(nn.Tanh())("drop_path2")),
+    "a parameter hidden": at("backbone.blocks.0.mlp.fc1", hidden_by(torch.ones(192))("bias")),
+    "a head over all tokens": lambda m: setattr(m, "forward_head", lambda x: m.head(x.mean(1))),
+    "blocks run otherwise": lambda m: setattr(m, "run_block", lambda block, x: 2 * block(x)),
+    "features otherwise": lambda m: setattr(m, "forward_features", lambda x: 2 * type(m).forward_features(m, x)),
+    "a parameter of another class": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m.weight, "__class__", Louder)),
+    "a sparse weight": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m, "weight", sparse(m.weight))),
+    "a compiled block": at(
+        "backbone.blocks.0", lambda m: m.compile(backend=lambda graph, _: lambda *a: (2 * graph(*a)[0],))
+    ),
+    "blocks in another order": at("backbone", reordered),
+    "prompts of another number": lambda m: setattr(m, "common_prompts", nn.Parameter(m.common_prompts.detach()[:, :2])),
+    "a configuration of another number": lambda m: setattr(m, "config", dataclasses.replace(m.config, prompt_length=2)),
+    "a dilation of one number": at("global_prompter.conv1", lambda m: setattr(m, "dilation", 2)),
+    "a prompter of something else": at("global_prompter", lambda m: setattr(m, "conv1", nn.MaxPool2d(3, 1, 1))),
+    "scales of heads": at(
+        "backbone.blocks.0.attn",
+        lambda m: vars(m).update(fused_attn=False, scale=torch.tensor([0.1, 0.2, 0.3])[:, None, None]),
+    ),
+    "a bias that is a buffer": at("backbone.blocks.0.mlp.fc1", as_buffer),
+    "a dropout in place": at("specific_prompter", lambda m: setattr(m, "dropout", nn.Dropout(0.0, inplace=True))),
+    "an activation for a dropout": at("specific_prompter", lambda m: setattr(m, "dropout", nn.ReLU(inplace=True))),
+}
+
+
+def sparse(weight):
+    return nn.Parameter(weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+def weight_from_a_network(linear):
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = weight * nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_changed_setting(setting):
+    assert problem(SETTINGS[setting]) is None
+
+
+@contextlib.contextmanager
+def hook_for_all_modules(register, hook):
+    handle = register(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_hooks_for_all_modules():
+    _, fast = models = in_use(lambda model: None)
+
+    def doubled_linear(module, args, result):
+        return 2 * result if isinstance(module, nn.Linear) else None
+
+    with hook_for_all_modules(nn.modules.module.register_module_forward_hook, doubled_linear):
+        reference, values = map(numbers, models)
+        assert unsupported_reason(fast) == "there is a hook for all modules"
+    assert max_error(values, reference) < 1e-5
+    assert unsupported_reason(fast) is None and max_error(numbers(fast), numbers(models[0])) < 1e-5
+
+
+PATCHED = [
+    ("timm.layers.attention.Attention", "forward"),
+    ("timm.models.vision_transformer.Block", "__call__"),
+    ("timm.models.vision_transformer.VisionTransformer", "pool"),
+    ("timm.models.vision_transformer.VisionTransformer", "_pos_embed"),
+    ("torch.nn.Linear", "__call__"),
+    ("torch.nn.Conv2d", "_conv_forward"),
+    ("insvp_fast.reference.GlobalPrompter", "forward"),
+    ("torch.nn.functional", "scaled_dot_product_attention"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), PATCHED)
+def test_a_replaced_function(monkeypatch, owner, name):
+    _, fast = models = in_use(lambda model: None)
+    own = getattr(pkgutil.resolve_name(owner), name)
+    monkeypatch.setattr(f"{owner}.{name}", lambda *args, **kwargs: 1.5 * own(*args, **kwargs))
+    reference, values = map(numbers, models)
+    assert max_error(values, reference) < 1e-5
+    assert unsupported_reason(fast).endswith(f"{name} has been replaced")
+
+
+class Halved(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        return 0.5 * y if function is torch.nn.functional.gelu else y
+
+
+def test_a_function_mode():
+    _, fast = models = in_use(lambda model: None)
+    with Halved():
+        reference, values = (model(image()) for model in models)
+    assert relative_error(values, reference) < 1e-5 < relative_error(fast(image()), reference)
+    with torch.device("cpu"):  # PyTorch's own mode for a default device
+        assert rules.covers(fast)
+
+
+def test_unchanged_models_take_the_fast_plan():
+    for variant in ({}, RATES, {"reg_tokens": 2, "init_values": 0.1, "qk_norm": True}, {"dynamic_img_size": True}):
+        _, fast = in_use(lambda model: None, **variant)
+        for part in (fast, fast.global_prompter, fast.patch_prompter, fast.specific_prompter):
+            assert unsupported_reason(part) is None and rules.covers(part)
+        for mode in (True, False):
+            fast.train(mode)
+            assert rules.covers(fast)
+
+
+def test_a_reason_is_told_once_and_taken_back():
+    _, fast = in_use(lambda model: None)
+    drop = fast.backbone.blocks[1].mlp.drop2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast.backbone.blocks[1].mlp.drop2 = nn.Tanh()
+        for _ in range(3):
+            fast(image())
+    reason = "backbone.blocks.1.mlp.drop2 is a torch's Tanh: expected torch's Identity or torch's Dropout"
+    assert [str(w.message) for w in caught] == [f"InsVPViT takes the general path, exact but not fast: {reason}"]
+    fast.backbone.blocks[1].mlp.drop2 = drop
+    assert unsupported_reason(fast) is None and rules.covers(fast)
+
+
+def test_the_dropout_of_a_configuration_is_no_reason_to_warn():
+    model = InsVPViT("vit_tiny_patch16_224", 3, InsVPConfig.released(prompt_length=2, carry_prompts=False), **TINY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode in (True, False, True):
+            model.train(mode)(image())
+
+
+def test_a_copy_does_not_look_at_its_original():
+    _, fast = in_use(lambda model: None)
+    twin = copy.deepcopy(fast)
+    assert rules.covers(twin)
+    twin.backbone.blocks[0].attn.proj_drop = nn.Tanh()
+    assert rules.covers(fast) and not rules.covers(twin)
+
+
+COMPILED = {
+    "a replaced module": replaced("backbone.blocks.0.drop_path1"),
+    "a hook of the backbone": at("backbone.blocks.1.mlp.drop2", HOOKS["forward hook"]),
+    "a hook of a prompter": at("specific_prompter.conv2", HOOKS["forward hook"]),
+    "training": at("backbone", lambda m: m.train()),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", COMPILED)
+def test_compiled_models_are_traced_anew(change, when):
+    if "hook" in change and when == "after" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 does not trace anew for a hook")
+    torch._dynamo.reset()
+    reference, fast = in_use(lambda model: None)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    if when == "after":
+        compiled(image())
+    for model in (reference, fast):
+        COMPILED[change](model)
+    assert relative_error(compiled(image()), reference(image())) < 1e-5
+
+
+def test_a_model_that_is_made_of_another_backbone():
+    _, fast = in_use(lambda model: None)
+    other = InsVPViT(copy.deepcopy(originals(qk_norm=True)[1].backbone), 10, CONFIG)
+    fast.backbone = other.backbone
+    fast.backbone.blocks[0].ls1 = nn.Tanh()
+    assert not rules.covers(fast)
+
+
+def gradient(model, x):
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return torch.func.grad(lambda ps: torch.func.functional_call(model, ps, (x,)).square().sum())(parameters)
+
+
+TRANSFORMS = {
+    "vmap": lambda model, x: torch.func.vmap(lambda one: model(one[None])[0])(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
+    "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(len(x), 10))[0],
+    "gradients by the parameters": lambda model, x: torch.cat([g.flatten() for g in gradient(model, x).values()]),
+    "gradients of each image": lambda model, x: torch.func.vmap(lambda one: gradient(model, one[None])["head.bias"])(x),
+    "a functional call": lambda model, x: torch.func.functional_call(
+        model, {name: 1.5 * p.detach() for name, p in model.named_parameters()}, (x,)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_functions_go_the_general_way(transform):
+    reference, fast = (model.eval() for model in in_use(lambda model: None))
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no forward-mode derivative on CPUs
+        values, expected = (TRANSFORMS[transform](model, image()) for model in (fast, reference))
+    assert relative_error(values, expected) < 1e-5
+    assert rules.covers(fast)

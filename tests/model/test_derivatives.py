@@ -1,0 +1,89 @@
+"""Gradients are of the first order: what asks for others is told which operation it was and what to use."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from insvp_fast import InsVPConfig, ops
+from insvp_fast.runtime import torch_private
+from insvp_fast.testing import DEVICE, make_pair
+
+
+def operations():
+    image, tokens = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 16)
+    prompter = torch.randn(5, 48), torch.randn(5), torch.randn(48, 5), torch.randn(48)
+    kernel, w1, w2, qkv = torch.randn(2, 3, 3, 3), torch.randn(32, 16), torch.randn(16, 32), torch.randn(48, 16)
+    return {
+        "superpose": (lambda x: ops.superpose(x, None, *prompter, 4, 0.7, 0.3), image),
+        "norm_insert": (lambda x: ops.norm_insert(x, None, None, None, None, 1e-6)[1], tokens),
+        "attention": (lambda x: ops.attention(x, 1, 3, 0.5), torch.randn(2, 5, 48)),
+        "attention_few": (lambda x: ops.attention_few(x[:, :2], x.repeat(1, 1, 2), 2, 0.5), tokens),
+        "linear": (lambda x: ops.linear(x, w1, None), tokens),
+        "qkv_few": (lambda x: ops.qkv_few(x, 2, qkv, None)[1], tokens),
+        "mlp": (lambda x: ops.mlp(x, w1, None, w2, None), tokens),
+        "conv": (lambda x: ops.conv(x, kernel, torch.zeros(2), 1, 8, 8), image),
+        "conv_pool": (lambda x: ops.conv_pool(x, kernel, torch.zeros(2), 8, 8, 2), image),
+    }
+
+
+def forward_mode(f, x):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, x))
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "vmap": lambda f, x: torch.func.vmap(lambda row: f(row[None])[0])(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "forward mode": forward_mode,
+}
+
+
+@pytest.mark.parametrize("operation", operations())
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_refused(operation, transform):
+    f, x = operations()[operation]
+    message = rf"insvp_fast\.ops\.{operation} cannot run inside a transform of torch\.func .*: use InsVPReference, or "
+    with pytest.raises(RuntimeError, match=message):
+        TRANSFORMS[transform](f, x)
+
+
+def test_tangents_are_seen_and_levels_without_them_do_no_harm():
+    f, x = operations()["linear"]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert torch_private.transforming(None, dual) and not torch_private.transforming(x)
+        assert torch.equal(f(x), f(x.clone()))
+
+
+@pytest.mark.parametrize("loss", [torch.sum, torch.norm], ids=["linear", "not linear"])
+@pytest.mark.parametrize("operation", operations())
+def test_a_gradient_is_not_differentiated_again(operation, loss):
+    """Not even where the loss is linear in the result, and nothing that autograd knows of leads back to the input."""
+    f, x = operations()[operation]
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(loss(f(x)), x, create_graph=True)
+    (plain,) = torch.autograd.grad(loss(f(x)), x)
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match=rf"gradient of insvp_fast\.ops\.{operation} cannot be .*use InsVPReference"):
+        (grad.square().sum() + x.sum()).backward()
+
+
+def test_a_models_gradient_is_not_differentiated_again():
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    _, model = make_pair("vit_tiny_patch16_224", InsVPConfig(prompt_length=2), 3, **kwargs)
+    loss = model(torch.randn(2, 3, 32, 32, device=DEVICE)).sum()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, trained, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"gradient of insvp_fast\.ops\.\w+ cannot be .*use InsVPReference"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+def test_an_older_pytorch_raises_its_own_error(monkeypatch):
+    monkeypatch.setattr(torch_private, "_in_transform", lambda: False)
+    f, x = operations()["linear"]
+    with pytest.raises(RuntimeError, match="setup_context"):
+        TRANSFORMS["grad"](f, x)

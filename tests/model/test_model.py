@@ -1,0 +1,609 @@
+"""The fast model against the reference: logits and every trained gradient, in all ways it can be configured and run."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import SwiGLUPacked
+from timm.models.vision_transformer import ParallelThingsBlock
+from timm.optim import param_groups_weight_decay
+
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
+from insvp_fast.ops.attention import keeps_softmax
+from insvp_fast.reference import crop_centre, pool_centre, simam
+from insvp_fast.runtime import native, products
+from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
+
+TINY = {"img_size": 32, "depth": 2}
+ODD = {  # timm's variants of the plain ViT, each small
+    "rectangular": {"img_size": (32, 48)},
+    "patch 8": {"img_size": 32, "patch_size": 8},
+    "patch 14": {"img_size": 42, "patch_size": 14},
+    "patch 32": {"img_size": 64, "patch_size": 32},
+    "one channel": {"img_size": 32, "in_chans": 1},
+    "registers": {"img_size": 32, "reg_tokens": 4},
+    "no class token": {"img_size": 32, "class_token": False, "global_pool": "avg"},
+    "position on patches only": {"img_size": 32, "no_embed_class": True, "reg_tokens": 2},
+    "no position": {"img_size": 32, "pos_embed": "none"},
+    "layer scale": {"img_size": 32, "init_values": 0.3},
+    "qk norm": {"img_size": 32, "qk_norm": True},
+    "scale norm": {"img_size": 32, "scale_attn_norm": True},
+    "pre-norm": {"img_size": 32, "pre_norm": True},
+    "fc norm": {"img_size": 32, "global_pool": "avg", "fc_norm": True},
+    "average": {"img_size": 32, "global_pool": "avg"},
+    "average of all": {"img_size": 32, "global_pool": "avg", "pool_include_prefix": True},
+    "average and maximum": {"img_size": 32, "global_pool": "avgmax"},
+    "maximum": {"img_size": 32, "global_pool": "max"},
+    "attention pool": {"img_size": 32, "global_pool": "map"},
+    "probe pool": {"img_size": 32, "global_pool": "prr"},
+    "no pool": {"img_size": 32, "global_pool": ""},
+    "no bias": {"img_size": 32, "qkv_bias": False, "proj_bias": False},
+    "no final norm": {"img_size": 32, "final_norm": False},
+    "dropouts of the backbone": {
+        "img_size": 32,
+        "drop_rate": 0.5,
+        "proj_drop_rate": 0.5,
+        "attn_drop_rate": 0.5,
+        "drop_path_rate": 0.5,
+    },
+}
+GENERAL = {  # not covered by the fast operations
+    "RMSNorm": {"img_size": 32, "norm_layer": "rmsnorm"},
+    "norm after the patch embedding": {"img_size": 32, "embed_norm_layer": "layernorm"},
+    "differential attention": {"img_size": 32, "attn_layer": "diff"},
+    "SwiGLU": {"img_size": 32, "mlp_layer": SwiGLUPacked},
+    "MLP norm": {"img_size": 32, "scale_mlp_norm": True},
+    "parallel blocks": {"img_size": 32, "block_fn": ParallelThingsBlock},
+    "tanh GELU": {"img_size": 32, "act_layer": "gelu_tanh"},
+    "padding": {"img_size": 32, "dynamic_img_pad": True},
+}
+NO_DROPOUT = {"global_dropout": 0.0}
+
+
+def images(model, batch=2, size=None):
+    """Random images, drawn again while fp32 rounding could change which pixel of a pool leads, or its sign."""
+    embedding = model.backbone.patch_embed
+    while True:
+        image = torch.randn(batch, embedding.proj.in_channels, *(size or embedding.img_size), device=DEVICE)
+        if model.specific_prompter is None or batch == 0 or pooling_margin(model, image) > 1e-6:
+            return image
+
+
+def pooling_margin(model, image):
+    """How far the specific prompter is from its kinks, in fp64.
+
+    That is the smallest lead of the largest over the next in all pooling windows, and the smallest largest value, which
+    LeakyReLU would take for one of the other sign.
+    """
+    prompter, margins = copy.deepcopy(model.specific_prompter).double().eval(), []
+
+    def windows(x, size):
+        x = crop_centre(x, *(side // size * size or side for side in x.shape[-2:]))
+        side = [max(s // size, 1) for s in x.shape[-2:]]
+        if max(side) > 1:
+            largest = F.unfold(x.flatten(0, 1)[:, None], side, stride=side).topk(2, dim=1).values
+            margins.append((largest[:, 0] - largest[:, 1]).min().item())
+        margins.append(pool_centre(x, size).abs().min().item())
+        return pool_centre(F.leaky_relu(x), size)
+
+    image = simam(image) if model.config.simam else image
+    parts = model._image_prompt(image) if model.config.specific_input == "prompted" else None
+    x = (image if parts is None else parts.prompted.detach()).double()
+    with torch.no_grad():
+        x = prompter.conv2(windows(prompter.conv1(x), 3 * prompter.grid + 4))
+        windows(crop_centre(x, 3 * prompter.grid, 3 * prompter.grid), prompter.grid)
+    return min(margins)
+
+
+def assert_equal_numbers(reference, fast, image, tolerance=1e-5):
+    """Against the reference in double precision, so that each is charged with its own rounding only."""
+    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+    plain, values = trained_gradients(reference, image), trained_gradients(fast, image)
+    assert values.keys() == exact.keys()
+    for name, value in values.items():
+        allowed = max(tolerance, 2 * relative_error(plain[name], exact[name]))
+        assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
+
+
+@pytest.mark.parametrize("variant", ODD)
+def test_backbones(variant):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the general path would warn
+        reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **ODD[variant])
+    assert_equal_numbers(reference, fast, images(fast))
+    image = images(fast, 1)
+    assert relative_error(fast.forward_features(image), reference.forward_features(image)) < 1e-5
+
+
+@pytest.mark.parametrize("variant", GENERAL)
+def test_general_path(variant):
+    with pytest.warns(UserWarning, match="general path, exact but not fast") as warned:
+        reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **GENERAL[variant])
+    assert len(warned) == 1
+    assert_equal_numbers(reference, fast, images(fast))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "vit_base_patch32_224", "vit_large_patch16_224", "vit_huge_patch14_224"]
+)
+def test_sizes(name):
+    size = 56 if "14" in name else 64
+    reference, fast = make_pair(
+        name, InsVPConfig(prompt_length=2, specific_kernels=(3, 3, 3), **NO_DROPOUT), img_size=size, depth=1
+    )
+    assert_equal_numbers(reference, fast, images(fast, 1))
+
+
+@pytest.mark.parametrize("size", [(384, 384), (224, 160)])
+def test_large_and_rectangular_images_of_a_dynamic_backbone(size):
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=1, dynamic_img_size=True)
+    assert_equal_numbers(reference, fast, images(fast, 1, size))
+
+
+SWITCHES = [
+    {"global_prompt": False},
+    {"patch_prompt": False},
+    {"global_prompt": False, "patch_prompt": False},
+    {"common_prompt": False},
+    {"specific_prompt": False},
+    {"common_prompt": False, "specific_prompt": False},
+    {"global_prompt": False, "patch_prompt": False, "specific_prompt": False},
+    {"prompt_length": 0},
+    {"prompt_length": 1},
+    {"prompt_length": 20},
+    {"prompted_blocks": 1},
+    {"prompted_blocks": (1,)},
+    {"prompted_blocks": 0},
+    {"patch_hidden": 1},
+    {"simam": True},
+    {"specific_input": "prompted"},
+    {"specific_input": "prompted", "patch_prompt": False},
+    {"image_weights": (2.0, -1.0), "feature_weights": (0.0, 1.5)},
+    {"global_kernels": (1, 5), "global_dilations": (1, 2), "specific_kernels": (5, 3, 1), "global_hidden": 4},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_configurations(switch):
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**(NO_DROPOUT | switch)), **TINY)
+    assert_equal_numbers(reference, fast, images(fast, 3))
+
+
+def test_linear_probe_trains_the_head_only():
+    off = InsVPConfig(global_prompt=False, patch_prompt=False, common_prompt=False, specific_prompt=False)
+    reference, fast = make_pair("vit_tiny_patch16_224", off, **TINY)
+    assert {name for name, p in fast.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+    assert_equal_numbers(reference, fast, images(fast))
+    bare = fast.backbone.forward_head(fast.backbone.forward_features(image := images(fast)), pre_logits=True)
+    torch.testing.assert_close(fast(image), fast.head(bare), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config", [InsVPConfig(), InsVPConfig.released(prompt_length=3, simam=True)], ids=["paper", "released"]
+)
+def test_dropout_under_the_same_masks(config):
+    reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
+    image = images(fast)
+    values = trained_gradients(fast, image, seed=1)
+    assert_equal_numbers(reference, fast, image)
+    assert relative_error(trained_gradients(fast, image, seed=2)["logits"], values["logits"]) > 1e-4
+    assert torch.equal(fast.eval()(image), fast(image))
+
+
+def test_carried_prompts_go_the_general_way():
+    config = InsVPConfig(prompted_blocks=1, carry_prompts=True, **NO_DROPOUT)
+    with pytest.warns(UserWarning, match="carry_prompts with blocks that have no prompts"):
+        reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
+    assert_equal_numbers(reference, fast, images(fast))
+
+
+@settings(max_examples=15)
+@given(
+    batch=st.sampled_from([0, 1, 3]),
+    L=st.integers(0, 5),
+    blocks=st.sampled_from([None, 0, 1, (1,), (0, 2)]),
+    prompts=st.tuples(*[st.booleans()] * 4),
+    weights=st.tuples(*[st.floats(-2, 2)] * 4),
+    pool=st.sampled_from(["token", "avg", "max"]),
+    size=st.sampled_from([(32, 32), (16, 48)]),
+    registers=st.integers(0, 2),
+)
+def test_any_configuration(batch, L, blocks, prompts, weights, pool, size, registers):
+    names = ("global_prompt", "patch_prompt", "common_prompt", "specific_prompt")
+    config = InsVPConfig(
+        prompt_length=L,
+        prompted_blocks=blocks,
+        image_weights=weights[:2],
+        feature_weights=weights[2:],
+        specific_kernels=(3, 3, 3),
+        **dict(zip(names, prompts, strict=True)),
+        **NO_DROPOUT,
+    )
+    backbone = {
+        "img_size": size,
+        "depth": 3,
+        "global_pool": pool,
+        "reg_tokens": registers,
+        "embed_dim": 96,
+        "num_heads": 2,
+    }
+    reference, fast = make_pair("vit_tiny_patch16_224", config, **backbone)
+    image = images(fast, batch)
+    if batch == 0:
+        assert fast(image).shape == reference(image).shape == (0, 10)
+    else:
+        assert_equal_numbers(reference, fast, image)
+
+
+PRECISIONS = [(True, torch.bfloat16), (True, torch.float16), (False, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("amp", "dtype"), PRECISIONS, ids=["bf16 autocast", "fp16 autocast", "bf16"])
+@pytest.mark.parametrize("variant", ["plain", "layer scale", "qk norm", "pre-norm"])
+def test_low_precision(amp, dtype, variant):
+    reference, fast = make_pair(
+        "vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **ODD.get(variant, {"img_size": 32})
+    )
+    image = images(fast, 4)
+    if not amp:
+        reference, fast, image = reference.to(dtype), fast.to(dtype), image.to(dtype)
+    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+    plain = trained_gradients(reference, image, autocast=dtype if amp else None)
+    values = trained_gradients(fast, image, autocast=dtype if amp else None)
+    assert values["logits"].dtype == plain["logits"].dtype == dtype
+    for name, value in values.items():
+        assert value.dtype == plain[name].dtype
+        assert_within_budget(value, plain[name], exact[name], dtype, name)
+
+
+def test_half_without_autocast():
+    """Logits only: without loss scaling the reference's own fp16 gradients vanish."""
+    reference, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    image = images(fast, 4)
+    exact = copy.deepcopy(reference).double().eval()(image.double())
+    plain, value = (model.half().eval()(image.half()) for model in (reference, fast))
+    assert value.dtype == torch.float16
+    assert_within_budget(value, plain, exact, torch.float16)
+
+
+@pytest.mark.parametrize("switch", [{"specific_input": "prompted"}, {"simam": True}, {"patch_prompt": False}], ids=str)
+def test_switches_in_low_precision(switch):
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT, **switch), **TINY)
+    image = images(fast, 4)
+    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+    plain = trained_gradients(reference, image, autocast=torch.bfloat16)
+    for name, value in trained_gradients(fast, image, autocast=torch.bfloat16).items():
+        assert_within_budget(value, plain[name], exact[name], torch.bfloat16, name)
+
+
+def test_memory_formats():
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
+    image = images(fast, 6)
+    for view in (image.to(memory_format=torch.channels_last), image.flip(0)[::2], image.mT):
+        assert_equal_numbers(reference, fast, view)
+
+
+def test_gradient_to_the_image():
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
+    gradients = []
+    for model in (reference, fast):
+        image = torch.linspace(-1, 1, 2 * 3 * 32 * 32, device=DEVICE).view(2, 3, 32, 32).requires_grad_()
+        model(image).square().sum().backward()
+        gradients.append(image.grad)
+    assert relative_error(gradients[1], gradients[0]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole(backend):
+    _, fast = make_pair(
+        "vit_tiny_patch16_224",
+        InsVPConfig(prompt_length=2, **NO_DROPOUT),
+        img_size=32,
+        depth=1,
+        embed_dim=96,
+        num_heads=2,
+    )
+    image = images(fast)
+    compiled = torch.compile(fast, fullgraph=True, backend=backend)
+    for autocast, tolerance in [(None, 1e-5)] + [(torch.bfloat16, 5e-2)] * (backend == "aot_eager"):
+        expected, values = (
+            trained_gradients(fast, image, autocast=autocast),
+            trained_gradients(compiled, image, autocast=autocast),
+        )
+        for name, value in expected.items():
+            compiled_value = values.get(name, values.get(f"_orig_mod.{name}"))
+            assert relative_error(compiled_value, value) < tolerance, name
+
+
+def test_exports_with_any_batch_size():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    fast.eval()
+    program = torch.export.export(
+        fast, (images(fast, 3),), dynamic_shapes=({0: torch.export.Dim("B", min=1, max=64)},)
+    ).module()
+    for batch in (1, 7):
+        torch.testing.assert_close(program(image := images(fast, batch)), fast(image))
+
+
+@pytest.mark.parametrize(
+    ("path", "recompute", "share"), [("fast", "mlp", 0.8), ("fast", "block", 0.5), ("general", "block", 0.6)]
+)
+def test_recompute_changes_memory_and_nothing_else(path, recompute, share):
+    variant = {"img_size": 64, "depth": 5} | ({"scale_mlp_norm": True} if path == "general" else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(common_dropout=0.1), **variant)
+    image = images(fast)
+    expected, kept = trained_gradients(fast, image), saved_bytes(fast, image)
+    fast.recompute = recompute
+    values = trained_gradients(fast, image)
+    assert all(torch.equal(values[name], value) for name, value in expected.items())
+    assert saved_bytes(fast, image) < share * kept
+
+
+@pytest.mark.parametrize("path", ["fast", "general"])
+@pytest.mark.parametrize("simam", [False, True])
+def test_an_8_bit_image_is_normalised(path, simam):
+    variant = TINY | ({"scale_mlp_norm": True} if path == "general" else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(simam=simam), **variant)
+    fast.preprocessing = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
+    mean, std = (torch.tensor(fast.preprocessing[key], device=DEVICE)[:, None, None] for key in ("mean", "std"))
+    expected = fast.eval()((pixels / 255 - mean) / std)
+    assert relative_error(fast(pixels), expected) < 1e-5
+    assert relative_error(fast.forward_features(pixels), fast.forward_features((pixels / 255 - mean) / std)) < 1e-5
+
+
+def test_a_default_device_is_for_others():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    image, expected = images(fast), None
+    fast.eval()
+    expected = fast(image)
+    with torch.device("meta"):
+        assert torch.equal(fast(image), expected)
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_a_replaced_layer_of_the_patch_prompter_is_called(layer):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
+    for model in (reference, fast):
+        old = getattr(model.patch_prompter, layer)
+        new = Doubled(old.in_features, old.out_features, device=DEVICE)
+        new.load_state_dict(old.state_dict())
+        setattr(model.patch_prompter, layer, new)
+    assert_equal_numbers(reference, fast, images(fast))
+
+
+def test_8_bit_images_in_inference_do_not_hinder_training():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
+    with torch.inference_mode():
+        fast(pixels)
+    assert not any(scale.is_inference() for scale in fast._pixel_scale(pixels.device))
+    trained_gradients(fast, pixels)
+    fast.bfloat16()(pixels)
+    assert fast.image_prompt(pixels).prompted.dtype == torch.bfloat16
+
+
+def test_settings_are_checked_and_may_change():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    image = images(fast)
+    fast.compile_prompters = True
+    fast(image)
+    assert fast.global_prompter._compiled_call_impl is not None
+    fast.compile_prompters = False
+    fast(image)
+    assert fast.global_prompter._compiled_call_impl == fast.global_prompter._call_impl
+    with pytest.raises(ValueError, match="attention='nonsense': expected one of"):
+        fast.attention = "nonsense"
+    fast.recompute, fast.gelu_in_8_bits = "mlp", True
+    with pytest.raises(ValueError, match="expected gelu_in_8_bits=False"):
+        fast(image)
+
+
+@pytest.mark.parametrize("attention", ["native", "sdpa", "reference"])
+def test_a_named_attention_compiles_whole(attention):
+    if attention == "native" and (DEVICE.type != "cpu" or not native.available()):
+        pytest.skip("no native library")
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    fast.eval().attention = attention
+    image = images(fast)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(image), fast(image)) < 1e-6
+
+
+def test_recompute_is_also_timms_gradient_checkpointing():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    fast.set_grad_checkpointing()
+    assert fast.recompute == "block"
+    fast.set_grad_checkpointing(False)
+    assert fast.recompute == "none"
+    with pytest.raises(ValueError, match="recompute='all': expected 'none', 'mlp' or 'block'"):
+        fast.recompute = "all"
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_norms_may_be_folded_or_not(autocast):
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
+    image = images(fast)
+    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+    plain = trained_gradients(reference, image, autocast=autocast)
+    results = []
+    for fold_norm in (True, False):
+        fast.fold_norm = fold_norm
+        results.append(trained_gradients(fast, image, autocast=autocast))
+        for name, value in results[-1].items():
+            assert_within_budget(value, plain[name], exact[name], autocast or torch.float32, name)
+    assert not torch.equal(results[0]["logits"], results[1]["logits"])  # the switch is one
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_saved_for_backward_is_the_minimum(recompute):
+    """Both normalised buffers, QKV, attended values and, unless computed again, pre-GELU, all in bf16; nothing else."""
+    config = InsVPConfig(global_prompt=False, patch_prompt=False, specific_prompt=False)
+    _, fast = make_pair("vit_tiny_patch16_224", config, img_size=64, depth=5, global_pool="avg")
+    _, shallow = make_pair("vit_tiny_patch16_224", config, img_size=64, depth=4, global_pool="avg")
+    fast.recompute = shallow.recompute = recompute
+    image = images(fast, 4)
+    T, S, D = 17, 26, 192
+    attended = T * D if DEVICE.type == "cuda" or keeps_softmax(torch.bfloat16) else 0
+    block = 4 * 2 * (S * D + 3 * S * D + attended + T * D + (4 * T * D if recompute == "none" else 0))
+    measured = saved_bytes(fast, image, torch.bfloat16) - saved_bytes(shallow, image, torch.bfloat16)
+    assert block <= measured < 1.03 * block  # and a few numbers per token
+
+
+@pytest.mark.parametrize(("recompute", "megabytes"), [("none", 36), ("mlp", 20), ("block", 6)])
+def test_vit_base_saves_little_per_image(recompute, megabytes):
+    fast = InsVPViT("vit_base_patch16_224", 200, recompute=recompute).to(DEVICE)
+    assert saved_bytes(fast, images(fast, 1), torch.bfloat16) < megabytes * 1e6
+
+
+def test_vit_base_in_full():
+    """The paper's configuration on ViT-B/16, random weights, batch 2: within 1e-5 of the reference."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_base_patch16_224")
+    reference, fast = InsVPReference(copy.deepcopy(backbone), 200), InsVPViT(backbone, 200)
+    fast.load_state_dict(reference.state_dict())
+    reference, fast, image = reference.to(DEVICE), fast.to(DEVICE), torch.randn(2, 3, 224, 224, device=DEVICE)
+    expected, values = trained_gradients(reference, image), trained_gradients(fast, image)
+    errors = {name: relative_error(value, expected[name]) for name, value in values.items()}
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("how", ["packed", "plain", "default"])
+def test_changed_backbone_weights_take_effect(monkeypatch, how):
+    if how != "default":
+        monkeypatch.setattr(products, "cpu_product", lambda dtype: "plain" if dtype != torch.float32 else how)
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
+    image = images(fast, 1)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        before = fast(image)
+    state = {name: value + 0.05 * torch.randn_like(value) for name, value in reference.state_dict().items()}
+    for model in (reference, fast):
+        model.load_state_dict(state)
+    assert_equal_numbers(reference, fast, image)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert relative_error(fast(image), reference(image)) < 5e-2 < relative_error(fast(image), before)
+
+
+def test_deepcopy_is_independent():
+    _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
+    twin, image = copy.deepcopy(fast), images(fast)
+    expected = fast(image)
+    assert torch.equal(twin(image), expected)
+    with torch.no_grad():
+        twin.backbone.blocks[0].mlp.fc1.weight.zero_()
+    assert not torch.equal(twin(image), expected) and torch.equal(fast(image), expected)
+
+
+def test_same_seed_same_bits():
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    first, second = (trained_gradients(fast, torch.ones(4, 3, 32, 32, device=DEVICE)) for _ in range(2))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from insvp_fast import InsVPConfig, InsVPViT
+rank, port = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = InsVPViT("vit_tiny_patch16_224", 10, InsVPConfig(global_dropout=0.0), img_size=32, depth=2)
+image, target = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
+loss = torch.nn.functional.cross_entropy
+loss(model(image), target).backward()
+expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+model.zero_grad()
+shard = slice(2 * rank, 2 * rank + 2)
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+loss(parallel(image[shard]), target[shard]).backward()
+for name, gradient in expected.items():
+    error = (model.get_parameter(name).grad - gradient).norm() / gradient.norm()
+    assert error < 1e-5, (name, error)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_make_the_gradients_of_one():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen([*command, str(rank), port], stderr=subprocess.PIPE, text=True, env=os.environ)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, stderr = worker.communicate(timeout=300)
+        assert worker.returncode == 0, stderr
+
+
+def test_timms_interface():
+    _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), num_classes=7, **TINY)
+    image = images(fast, 3)
+    tokens = fast.forward_features(image)
+    assert tokens.shape == (3, 5, 192) and fast.num_features == 192 and fast.num_classes == 7
+    torch.testing.assert_close(fast.forward_head(tokens), fast(image), rtol=1e-4, atol=1e-5)
+    assert fast.forward_head(tokens, pre_logits=True).shape == (3, 192)
+    assert fast.get_classifier() is fast.head and fast.pretrained_cfg["num_classes"] == 1000
+    fast.reset_classifier(4, "avg")
+    pooled = fast.forward_features(image)[:, 1:].mean(1)
+    torch.testing.assert_close(fast(image), fast.head(pooled))
+    assert fast(image).shape == (3, 4) and fast.head.weight.requires_grad and fast.num_classes == 4
+    groups = param_groups_weight_decay(fast, 0.1, no_weight_decay_list=fast.no_weight_decay())
+    assert any(p is fast.common_prompts for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0
+    fast.reset_classifier(0)
+    assert fast(image).shape == (3, 192)
+
+
+def test_keeps_the_backbones_own_head_if_no_classes_are_given():
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=6, **TINY)
+    head = backbone.head
+    model = InsVPViT(backbone)
+    assert model.head is head and model.num_classes == 6 and head.weight.requires_grad
+
+
+def test_print_trainable_parameters(capsys):
+    model = InsVPViT("vit_tiny_patch16_224", 10, **TINY)
+    model.print_trainable_parameters()
+    first, *parts = capsys.readouterr().out.splitlines()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert first.startswith(f"trainable params: {trained:,} || all params: ")
+    assert sum(int(line.split(": ")[1].replace(",", "")) for line in parts) == trained
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 32, 32), r"image has shape \(2, 1, 32, 32\): expected \[B, 3, H, W\]"),
+        ((3, 32, 32), r"expected \[B, 3, H, W\]"),
+        ((2, 3, 64, 32), "image has 64x32 pixels: this backbone expects 32x32"),
+    ],
+)
+def test_wrong_images_are_refused(shape, message):
+    model = InsVPViT("vit_tiny_patch16_224", 10, **TINY)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(shape))
+
+
+def test_dynamic_backbone_refuses_a_cut_patch():
+    model = InsVPViT("vit_tiny_patch16_224", 10, depth=1, dynamic_img_size=True)
+    with pytest.raises(ValueError, match="40x32 pixels: expected multiples of the patch side 16"):
+        model(torch.zeros(1, 3, 40, 32))

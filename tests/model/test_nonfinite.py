@@ -1,0 +1,216 @@
+"""NaN and infinities: results and gradients are finite where those of the formulas in PyTorch are, and nowhere else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from insvp_fast import InsVPConfig, ops, reference
+from insvp_fast.runtime import native
+from insvp_fast.testing import DEVICE, make_pair
+
+F32, BF16 = torch.float32, torch.bfloat16
+BAD = torch.tensor([torch.nan, torch.inf, -torch.inf])
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def number(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
+
+
+def spoil(x: torch.Tensor) -> torch.Tensor:
+    """Up to three numbers made NaN or infinite."""
+    for _ in range(number(1, 3)):
+        x.view(-1)[number(0, x.numel() - 1)] = BAD[number(0, 2)]
+    return x
+
+
+# Each draws the formula, the operation, their inputs, how many of these may be spoiled, and further arguments.
+
+
+def draw_superpose():
+    P, C, R, grid = number(2, 7), number(1, 3), number(1, 6), (number(1, 3), number(1, 3))
+    K, shape = C * P * P, (2, C, grid[0] * P, grid[1] * P)
+    shapes = shape, shape, (R, K), (R,), (K, R), (K,)
+    return reference.superpose, ops.superpose, [torch.randn(s) for s in shapes], 2, (P, 0.7, 0.3)
+
+
+def draw_norm_insert():
+    D, T, L = number(1, 40), number(1, 6), number(1, 3)
+    inputs = [torch.randn(2, n, D) for n in (T, T, L)]
+    # the fixed affine map is finite and nowhere 0, so that it may be left to the next product
+    return reference.norm_insert, ops.norm_insert, inputs, 3, (torch.rand(D) + 1, torch.randn(D), 1e-6)
+
+
+def draw_attention():
+    heads, d, S = number(1, 3), number(1, 20), number(1, 60)
+    shape = heads, number(1, S), 0.4
+    return reference.attention, ops.attention, [torch.randn(2, S, 3 * heads * d)], 1, shape
+
+
+def draw_attention_few():
+    heads, d, S = number(1, 3), number(1, 20), number(1, 30)
+
+    def formula(q, kv, heads, scale):
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
+        return reference.merge_heads((scale * q @ k.mT).softmax(-1) @ v)
+
+    inputs = [torch.randn(2, number(1, S), heads * d), torch.randn(2, S, 2 * heads * d)]
+    return formula, ops.attention_few, inputs, 2, (heads, 0.4)
+
+
+def draw_linear():
+    weight, bias = torch.randn(number(1, 50), number(1, 50)), torch.randn(1)
+    bias = bias.expand(len(weight)).contiguous()
+    return F.linear, ops.linear, [torch.randn(2, 3, weight.shape[1])], 1, (weight, bias)
+
+
+def draw_mlp():
+    D, M = number(1, 40), number(1, 50)
+    weights = torch.randn(M, D), torch.randn(M), torch.randn(D, M), torch.randn(D)
+    keep = ops.mlp.__globals__["KEEP"][number(0, 2)]
+
+    def formula(x, w1, b1, w2, b2):
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+    return formula, lambda *t: ops.mlp(*t, keep=keep), [torch.randn(2, 3, D)], 1, weights
+
+
+def draw_conv():
+    C, out, k, H, W = number(1, 4), number(1, 4), 2 * number(0, 3) + 1, number(3, 40), number(3, 40)
+    inputs = [torch.randn(2, C, H, W), torch.randn(out, C, k, k), torch.randn(out)]
+    return reference.conv, ops.conv, inputs, 1, (number(1, 4), number(1, H), number(1, W), bool(number(0, 1)))
+
+
+def draw_conv_pool():
+    C, out, k, pool = number(1, 4), number(1, 4), 2 * number(0, 3) + 1, number(1, 4)
+    height, width = pool * number(1, 9), pool * number(1, 9)
+
+    def formula(x, weight, bias, height, width, pool):
+        y = reference.conv(x, weight, bias, 1, height, width, False)
+        return F.leaky_relu(F.max_pool2d(y, pool))
+
+    inputs = [
+        torch.randn(2, C, height + number(0, 3), width + number(0, 3)),
+        torch.randn(out, C, k, k),
+        torch.randn(out),
+    ]
+    return formula, ops.conv_pool, inputs, 1, (height, width, pool)
+
+
+def values(function, inputs, constants, grads, dtype=None):
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    out = function(*(inputs if dtype is None else [t.to(dtype) for t in inputs]), *constants)
+    out = out if isinstance(out, tuple) else (out,)
+    return [*out, *torch.autograd.grad(out, inputs, [g.to(o) for g, o in zip(grads, out, strict=True)])]
+
+
+DRAWS = [draw_superpose, draw_norm_insert, draw_attention, draw_attention_few]
+DRAWS += [draw_linear, draw_mlp, draw_conv, draw_conv_pool]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_operations(isa, draw, dtype):
+    for seed in range(12):
+        torch.manual_seed(seed)
+        formula, operation, inputs, spoiled, constants = draw()
+        with torch.no_grad():
+            out = formula(*inputs, *constants)
+        grads = [torch.randn(o.shape) for o in (out if isinstance(out, tuple) else (out,))]
+        where = number(0, 2)
+        maps = [spoil(t).to(dtype) if where != 0 else t.to(dtype) for t in inputs[:spoiled]]
+        grads = [spoil(g).to(dtype) if where != 1 else g.to(dtype) for g in grads]
+        inputs = [*maps, *inputs[spoiled:]]
+        expected = values(formula, inputs, constants, grads, F32)
+        for value, exact in zip(values(operation, inputs, constants, grads), expected, strict=True):
+            assert torch.equal(value.isfinite(), exact.isfinite()), f"seed {seed}, {constants}"
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_max_pooling_takes_a_nan_over_a_number(pool, size):
+    """The last one, as PyTorch does; so that is where the gradient goes."""
+    x = torch.randn(2, 1, pool * size, pool * size)
+    x[torch.rand(x.shape) < 0.3] = torch.nan
+    weight, bias = torch.ones(1, 1, 1, 1), torch.zeros(1)
+    grads = []
+    for function in (ops.conv_pool, lambda x, w, b, h, v, p: F.leaky_relu(F.max_pool2d(x, p))):
+        x = x.detach().requires_grad_()
+        y = function(x, weight, bias, pool * size, pool * size, pool)
+        grads += torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(*grads)
+
+
+VARIANTS = [
+    {},
+    {"specific_input": "prompted"},
+    {"patch_prompt": False},
+    {"global_prompt": False, "patch_prompt": False},
+    {"specific_prompt": False, "simam": True},
+]
+SETTINGS = [{}, {"recompute": "mlp"}, {"recompute": "block"}, {"gelu_in_8_bits": True}, {"fold_norm": False}]
+
+
+@pytest.mark.parametrize("autocast", [None, BF16])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_models(variant, pool, autocast):
+    """A bad pixel anywhere, also at the border, beside a good image, and a loss of all images or of either."""
+    kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": pool}
+    models = make_pair("vit_tiny_patch16_224", InsVPConfig(prompt_length=2, **variant), 3, **kwargs)
+    for i, settings in enumerate(SETTINGS):
+        for name, value in settings.items():
+            setattr(models[1], name, value)
+        image = torch.randn(2, 3, 64, 64, device=DEVICE)
+        row, column = (0, 63)[i % 2] if i < 2 else number(0, 63), number(0, 63)
+        image[1, number(0, 2), row, column] = BAD[i % 3]
+        rows = (slice(None), slice(1), slice(1, 2))[i % 3]
+        expected, fast = (finite(model, image, rows, autocast) for model in models)
+        assert expected["logits"].tolist() == [[True] * 3, [False] * 3]
+        for what, mask in expected.items():
+            assert torch.equal(fast[what], mask), f"{what}, {settings}"
+
+
+def finite(model, image, rows, autocast):
+    image = image.clone().requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(0)
+    with torch.autocast(DEVICE.type, BF16, enabled=autocast is not None):
+        logits = model(image)
+    logits[rows].float().square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: t.isfinite() for name, t in {"logits": logits, "image": image.grad, **trained}.items()}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gelu_of_numbers_of_every_size(isa, dtype):
+    """From the smallest to the largest, where powers of the argument overflow: what PyTorch makes of each."""
+    x = torch.logspace(-44, 38, 400, dtype=torch.float64).to(dtype)
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0, 3.3e38, -3.3e38, *BAD]).to(dtype)])
+    one, packed = torch.ones(len(x), 1, dtype=dtype), native.pack_linear(torch.eye(1), dtype)
+    pre, hidden = native.linear_gelu(x[:, None], packed, None, 1)
+    slope = native.linear_gelu_bwd(one, packed, pre)
+    x = pre.double()
+    normal, density = torch.special.erfc(-x * 0.5**0.5) / 2, (-x.square() / 2).exp() / (2 * torch.pi) ** 0.5
+    # roundings of the result and of the exponent x²/2 in it; of the derivative, whose two terms cancel, also of these
+    for value, expected, terms in ((hidden, x * normal, 0), (slope, normal + x * density, 1)):
+        finite = expected.isfinite()
+        assert torch.equal(value.isfinite(), finite)
+        allowed = torch.finfo(dtype).eps * ((4 + x.square()) * expected.abs() + terms)
+        # tails: below, the distribution counts as 0; or for 16 bits, as much as 1 + erf(x) loses in fp32
+        allowed += 2.0**-120 if dtype == F32 else torch.finfo(F32).eps
+        assert ((value - expected).abs() <= allowed)[finite].all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", [1e-20, 1e4, 1e9, 1e15, 1e18, 1e25])
+def test_attention_with_scores_of_every_size(isa, dtype, size):
+    """Where a score overflows the row is NaN, as in PyTorch; below, one key gets everything."""
+    qkv = (size * torch.randn(2, 9, 3 * 16)).to(dtype)
+    with torch.no_grad():
+        value, expected = (run(qkv, 2, 9, 0.4) for run in (native.attention_fwd, reference.attention))
+    assert torch.equal(value.isfinite(), expected.isfinite())
+    grad = torch.randn(2, 9, 16).to(dtype)
+    d_qkv, expected = native.attention_bwd(grad, qkv, 2, 9, 0.4), reference.attention_bwd(grad, qkv, 2, 9, 0.4)
+    assert torch.equal(d_qkv.isfinite(), expected.isfinite())

@@ -1,0 +1,178 @@
+"""What PyTorch does not promise: in one file, and right without it."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import insvp_fast
+from insvp_fast import ops, reference
+from insvp_fast.ops.attention import keeps_softmax
+from insvp_fast.runtime import hardware, torch_private
+from insvp_fast.testing import assert_within_budget
+
+PACKAGE = Path(insvp_fast.__file__).parent
+ALLOWED = {
+    "_apply": "torch.nn.Module's, overridden: it is how subclasses follow `to`",
+    "_buffers": "torch.nn.Module's, as old as itself",
+    "_modules": "the same",
+    "_parameters": "the same",
+    "_compiled_call_impl": "a torch.nn.Module's that ``compile`` has been called on: nothing else tells",
+    "_backward_hooks": "the hooks of a torch.nn.Module: nothing else tells whether there are any",
+    "_backward_pre_hooks": "the same",
+    "_forward_hooks": "the same",
+    "_forward_pre_hooks": "the same",
+    "_version": "of a tensor: in PyTorch's documentation of in-place correctness checks",
+    "_asdict": "named tuples have it for everybody",
+    "_replace": "the same",
+    "_pos_embed": "timm's, part of every ViT that is understood",
+    "_file_dict": "torchvision's, of one data set",
+    "_samples": "torchvision's, of one data set",
+    "_hub_mixin_info": "huggingface_hub's, of the mixin that the model inherits",
+    "_reset_state": "accelerate's",
+    "_Pickler": "the standard library's, in Python",
+}
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(trees):
+    """Private names that the package gives itself."""
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def foreign_names(tree, own):
+    """Private attributes of others in a file, and private things that it imports: line and name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            if ast.unparse(node).startswith("torch.") or node.attr not in own:
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            paths = [f"{getattr(node, 'module', None) or ''}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, path) for path in paths if any(map(private, path.split("."))))
+
+
+def scan(sources):
+    trees = {path: ast.parse(text) for path, text in sources.items()}
+    own = set(own_names(trees.values()))
+    return {
+        f"{path}:{line} {name}"
+        for path, tree in trees.items()
+        for line, name in foreign_names(tree, own)
+        if name not in ALLOWED and path != "torch_private.py"
+    }
+
+
+def test_one_file_names_what_pytorch_does_not_promise():
+    kernels = Path(importlib.import_module("insvp_fast.kernels.gpu").__file__).parent
+    files = {str(path.relative_to(root)): path for root in (PACKAGE, kernels) for path in root.rglob("*.py")}
+    assert len(files) > 60
+    assert not scan({name: path.read_text() for name, path in files.items()})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("torch._x(y)", ["a.py:1 _x"]),
+        ("def _x(): pass\ntorch.cpu._x()", ["a.py:2 _x"]),
+        ("f = torch.ops.aten._x.default", ["a.py:1 _x"]),
+        ("x.storage()._cdata", ["a.py:1 _cdata"]),
+        ("module._slow_forward = None", ["a.py:1 _slow_forward"]),
+        ("from torch._C import x", ["a.py:1 torch._C.x"]),
+        ("from torch import _x", ["a.py:1 torch._x"]),
+        ("import torch._inductor.config", ["a.py:1 .torch._inductor.config"]),
+        ("self._x = 1\nother._x", []),
+        ("module.__dict__, x._version", []),
+    ],
+)
+def test_the_scan_sees(text, found):
+    assert sorted(scan({"a.py": text})) == found
+
+
+def gone(*arguments, **options):
+    raise AttributeError("gone")
+
+
+def refuses(*arguments, **options):
+    raise TypeError("takes another argument")
+
+
+def lies(x, *arguments, **options):
+    return x
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Imports the file anew, in a PyTorch where a private name is something else."""
+
+    def replace(owner, name, replacement):
+        monkeypatch.setattr(owner, name, replacement)
+        return importlib.reload(torch_private)
+
+    yield replace
+    monkeypatch.undo()
+    importlib.reload(torch_private)
+
+
+@pytest.mark.parametrize("replacement", [None, gone, refuses, lies])
+def test_each_function_is_tried_before_it_is_used(without, replacement):
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    assert not without(torch.ops.aten, flash, replacement).HAS_FLASH
+    assert not without(torch.ops.aten, f"{flash}_backward", replacement).HAS_FLASH
+    changed = without(torch, "_softmax_backward_data", replacement)
+    assert changed.softmax_bwd is changed._softmax_bwd_formula
+    q = torch.zeros(1, 1, 2, 8)
+    assert without(torch, "_fused_sdp_choice", replacement or gone).sdpa_backend(q, q, q) == "unknown"
+
+
+@pytest.mark.parametrize("replacement", [gone, refuses])
+def test_the_processor_tells_what_onednn_does_not(without, replacement):
+    known = dict(torch_private.HAS_PRODUCTS)
+    for kind in ("bf16", "fp16"):
+        changed = without(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", replacement)
+    if torch.cpu.get_capabilities()["architecture"] == "x86_64":
+        assert known == changed.HAS_PRODUCTS
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_softmax_without_pytorchs(dtype):
+    scores = torch.randn(3, 4, 31, dtype=torch.float64)
+    p, grad = scores.softmax(-1).to(dtype), torch.randn(3, 4, 31).to(dtype)
+    exact = torch_private._softmax_bwd_formula(grad.double(), p.double())
+    expected = torch.autograd.functional.vjp(lambda s: s.softmax(-1), scores, grad.double())[1]
+    torch.testing.assert_close(torch_private._softmax_bwd_formula(grad.double(), scores.softmax(-1)), expected)
+    plain = p * (grad - (p * grad).sum(-1, keepdim=True))
+    assert_within_budget(torch_private._softmax_bwd_formula(grad, p), plain, exact, dtype)
+
+
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_attention_without_pytorchs_private_functions(monkeypatch, dtype, products):
+    """On a processor for which it would be taken, with 16-bit products and without."""
+    monkeypatch.setattr(torch_private, "HAS_FLASH", False)
+    monkeypatch.setattr(torch_private, "HAS_PRODUCTS", {torch.bfloat16: products, torch.float16: products})
+    monkeypatch.setattr(torch_private, "softmax_bwd", torch_private._softmax_bwd_formula)
+    monkeypatch.setattr(hardware, "wide_vectors", lambda: False)
+    monkeypatch.setattr(hardware, "_native_attention", lambda dtype: False)
+    assert not keeps_softmax(dtype)
+    qkv, grad = torch.randn(2, 7, 3 * 32).to(dtype), torch.randn(2, 5, 32).to(dtype)
+
+    def run(function, to):
+        x = qkv.to(to).requires_grad_()
+        y = function(x, 4, 5, 0.3)
+        return y, *torch.autograd.grad(y, x, grad.to(to))
+
+    exact = run(reference.attention, torch.float64)
+    for y, plain, e in zip(run(ops.attention, dtype), run(reference.attention, dtype), exact, strict=True):
+        assert y.dtype == dtype
+        assert_within_budget(y, plain, e, dtype)

@@ -1,0 +1,131 @@
+"""Compile every Triton kernel for chips that are not here and print what the compiler made of it, as JSON.
+
+``python -m tools.aot [--all] [target ...]`` takes 80, 90, 100 (NVIDIA) and gfx942 (AMD), all four by default;
+``--all`` adds shapes across everything that attention covers. An entry of the list tells the kernel with its case, the
+target, ``registers`` of a thread, ``spills`` (NVIDIA: local loads and stores, AMD: spilled registers), ``stack`` bytes
+(NVIDIA), ``shared`` bytes, ``matrix``, the number of matrix instructions, of which ``wgmma`` (NVIDIA) are of warp
+groups, ``wide`` and ``narrow``, the loads and stores of global memory with 16 bytes a lane and with less, and
+``shortcomings``. Where ``TRITON_INTERPRET=1`` nothing can be compiled, and it refuses.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tools.aot_cases import CHECKED, Case, cases
+
+TARGETS = {
+    "80": GPUTarget("cuda", 80, 32),
+    "90": GPUTarget("cuda", 90, 32),
+    "100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program may have
+OPTIONS = ("num_warps", "num_stages")
+
+
+def compile_case(case: Case, target: str):
+    """Compile one case; pointers count as aligned to 16 bytes, as the launcher sees those of PyTorch's allocator."""
+    options = {name: case.constants[name] for name in OPTIONS}
+    constants = {name: value for name, value in case.constants.items() if name not in OPTIONS}
+    order = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in order}
+    aligned = [name for name in order if signature[name].startswith("*") or name in case.multiples]
+    attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in the compiler's report"
+    return int(found[1])
+
+
+def facts(case: Case, target: str) -> dict[str, Any]:
+    """What the compiler made of one case."""
+    compiled = compile_case(case, target)
+    found = {"kernel": case.name, "target": target, "shared": compiled.metadata.shared}
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers, spills = _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.vgpr_spill_count:\s*(\d+)", text)
+        found |= {"matrix": text.count("v_mfma"), "registers": registers, "spills": spills}
+        return found | _widths(r"\b(?:global|buffer)_(?:load|store)_(\w+)", text)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", file.name)
+    found |= {"registers": _number(r"REG:(\d+)", usage), "stack": _number(r"STACK:(\d+)", usage)}
+    found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    found["matrix"] = len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))
+    found["wgmma"] = len(re.findall(r"\bHGMMA\b", sass))
+    return found | _widths(r"\b(?:LDG|STG)\.([\w.]+)", sass)
+
+
+def _widths(accesses: str, text: str) -> dict[str, int]:
+    wide = [re.search(r"\b(?:128|256|dwordx4)\b", kind) is not None for kind in re.findall(accesses, text)]
+    return {"wide": sum(wide), "narrow": len(wide) - sum(wide)}
+
+
+def shortcomings(fact: dict[str, Any]) -> list[str]:
+    """Where the compiler, whose version decides it, fell short of what a kernel allows: what is seen and its limit."""
+    kernel, nvidia = fact["kernel"], fact["target"] != "gfx942"
+    most = {"spills": 0, "stack": 0}
+    if kernel.startswith("gelu"):
+        most["narrow"] = int("_code" in kernel and not nvidia)  # the 8 codes of a lane are written as 8 bytes
+    if kernel.startswith("norm_insert"):
+        most["narrow"] = 2  # the statistics, one number a row
+        if nvidia:
+            most["shared"] = 0  # a row is a warp's own
+            most["registers"] = 168  # of 65 536: 12 and more warps of two rows, whose loads are 70 KB in flight
+    if kernel == "superpose_fwd-P16-bf16-bf16" and nvidia:
+        most["registers"] = 128  # 16 warps: fewer would not keep enough loads in flight
+    return [f"{fact[name]} {name}, at most {limit}" for name, limit in most.items() if fact.get(name, 0) > limit]
+
+
+def _facts_of(target: str, index: int, every_shape: bool) -> dict[str, Any]:
+    found = facts(cases(target, every_shape)[index], target)
+    return found | {"shortcomings": shortcomings(found)}
+
+
+def main() -> int:
+    """Print the facts for the targets named on the command line."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("nothing can be compiled where TRITON_INTERPRET=1", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(prog="python -m tools.aot")
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; all by default")
+    parser.add_argument("--all", action="store_true", help="every shape instead of the main ones")
+    options = parser.parse_args()
+    targets = options.targets or list(TARGETS)
+    work = [(target, i, options.all) for target in targets for i in range(len(cases(target, options.all)))]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=get_context("spawn")) as pool:
+        found = [*pool.map(_facts_of, *zip(*work, strict=True))]
+    print(json.dumps(found, indent=1))
+    if triton.__version__ not in CHECKED:
+        print(f"triton {triton.__version__} is not one of those checked, {', '.join(CHECKED)}", file=sys.stderr)
+    for fact in found:
+        if fact["shortcomings"]:
+            print(f"{fact['kernel']} on {fact['target']}: {'; '.join(fact['shortcomings'])}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,175 @@
+"""What is compiled ahead of time: every kernel of the package at its main shapes, launched as its launcher would."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from insvp_fast.kernels.gpu import attention, fingerprint, gelu, norm_insert, superpose
+
+# The versions of triton that were seen to compile every shape without a shortcoming (`python -m tools.aot --all`).
+CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+
+
+class Case(NamedTuple):
+    """One kernel to compile: its run-time arguments' types in `signature`, everything else in `constants`.
+
+    `multiples` names the integers that are multiples of 16 at this shape, which a launch finds out by itself.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    multiples: tuple[str, ...] = ()
+
+
+def case(name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], *multiples: str) -> Case:
+    """A case; pointers that neither `signature` nor `constants` names are None."""
+    absent = {a: None for a in kernel.arg_names if a.endswith("_ptr") and a not in signature}
+    return Case(name, kernel, signature, absent | constants, multiples)
+
+
+def pointers(kind: str, *names: str) -> dict[str, str]:
+    """The signature of arguments of one type."""
+    return {f"{name}_ptr": kind for name in names}
+
+
+def superpose_cases(arch: int | str) -> Iterator[Case]:
+    """The image prompt of a 224 image, patch 16 and 14."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    variants = [(16, 16, bf16, bf16), (16, 16, fp32, fp32)]
+    # One or two chips each are enough for the rest, and the run stays short.
+    if arch == 80:
+        variants.append((14, 16, torch.float16, torch.float16))
+    if arch == 90:
+        variants += [(16, 16, fp32, bf16), (16, 16, torch.uint8, bf16)]
+    if arch in (80, 90):
+        variants += [(16, R, fp32, fp32) for R in (32, 64, 128)]
+    for P, R, image, tokens in variants:
+        x, y = POINTERS[image], POINTERS[tokens]
+        scalars = {"M": "i32", "global_weight": "fp32", "patch_weight": "fp32"}
+        weights = pointers("*fp32", "w1", "w2", "hidden")
+        affine = pointers("*fp32", "scale", "shift") if image == torch.uint8 else {}
+        shape, strides = (2, 3, 224, 224), (3 * 224 * 224, 224 * 224, 224, 1)
+        fwd, bwd, bwd_weight = (
+            {**superpose.constants(kind, shape, P, R, (image, tokens), arch), "IMAGE": strides}
+            for kind in ("fwd", "bwd", "bwd_weight")
+        )
+        label = f"P{P}-{x[1:]}-{y[1:]}" + f"-R{R}" * (R != 16)
+        yield case(
+            f"superpose_fwd-{label}",
+            superpose._superpose_fwd_kernel,
+            pointers(x, "image")
+            | affine
+            | weights
+            | pointers("*fp32", "b1", "b2")
+            | pointers(y, "global", "tokens")
+            | scalars,
+            {**fwd, "GLOBAL": strides, "HAS_GLOBAL": True},
+        )
+        yield case(
+            f"superpose_bwd-{label}",
+            superpose._superpose_bwd_kernel,
+            pointers(y, "grad", "d_global")
+            | weights
+            | pointers("*fp32", "d_hidden")
+            | pointers(x, "d_image")
+            | scalars,
+            {**bwd, "NEED_IMAGE": image != torch.uint8, "NEED_GLOBAL": True},
+        )
+        if R != 16:
+            continue
+        yield case(
+            f"superpose_bwd_weight-{label}",
+            superpose._superpose_bwd_weight_kernel,
+            pointers(y, "grad") | pointers(x, "image") | affine
+            | pointers("*fp32", "hidden", "d_hidden", "dw1", "db1", "dw2", "db2")
+            | {"M": "i32", "patch_weight": "fp32"},
+            bwd_weight,
+        )  # fmt: skip
+
+
+def norm_insert_cases(arch: int | str) -> Iterator[Case]:
+    """Width 768: all bf16 with the affine map folded away, a wide stream of narrow products with it, all fp32."""
+    bf16, fp32, sizes = "*bf16", "*fp32", {"M": "i32", "T": "i32", "L": "i32"}
+    for stream, product, affine in [(bf16, bf16, False), (fp32, bf16, True)] + [(fp32, fp32, True)] * (arch == 90):
+        label = f"{stream[1:]}-{product[1:]}" + "-affine" * affine
+        constants = {"D": 768, **norm_insert.launch_config(768)}
+        yield case(
+            f"norm_insert_fwd-{label}",
+            norm_insert._norm_insert_fwd_kernel,
+            pointers(stream, "residual", "total") | pointers(product, "branch", "prompts", "normed")
+            | (pointers(fp32, "weight", "bias") | pointers(product, "xhat") if affine else {})
+            | pointers(fp32, "rstd") | sizes | {"prompt_stride": "i32", "eps": "fp32"},
+            constants,
+            "prompt_stride",
+        )  # fmt: skip
+        yield case(
+            f"norm_insert_bwd-{label}",
+            norm_insert._norm_insert_bwd_kernel,
+            pointers(stream, "grad_residual", "d_residual", "d_prompts") | pointers(product, "grad_normed", "xhat")
+            | (pointers(fp32, "weight") if affine else {})
+            | (pointers(product, "d_branch") if stream != product else {})
+            | pointers(fp32, "rstd") | sizes,
+            constants,
+        )  # fmt: skip
+
+
+def gelu_cases(arch: int | str) -> Iterator[Case]:
+    """GELU of bf16 with the pre-activation and with 8 bits kept, and of fp32."""
+    for dtype in ["*bf16"] + ["*fp32"] * (arch == 90):
+        label, n = dtype[1:], {"N": "i32"}
+        for suffix, code, kept in (("", {}, dtype), ("_code", pointers("*u8", "code"), "*u8")):
+            fwd = pointers(dtype, "pre", "hidden") | code | n
+            yield case(f"gelu_fwd{suffix}-{label}", gelu._gelu_fwd_kernel, fwd, gelu.BLOCK, "N")
+            bwd = pointers(dtype, "grad", "out") | pointers(kept, "kept") | n
+            yield case(f"gelu_bwd{suffix}-{label}", gelu._gelu_bwd_kernel, bwd, gelu.BLOCK, "N")
+
+
+def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case]:
+    """ViT-B/16 with 9 prompts, and as many tokens as `attention.covers` says; every shape: across what it says."""
+    bf16, fp16, d = torch.bfloat16, torch.float16, 64
+    shapes = [(bf16, 12, 197, 206), (fp16, 3, 231, 240)]
+    # One or two shapes a chip are enough for the rest, and the run stays short; with one, a class token asks alone.
+    shapes += {
+        80: [(bf16, 12, 55, 64)],
+        90: [(bf16, 3, 100, 109), (bf16, 12, 1, 206)],
+        100: [(bf16, 3, 119, 128)],
+        "gfx942": [(bf16, 3, 119, 128)],
+    }[arch]
+    if every_shape:
+        others = [
+            (dtype, H, S - 9, S) for dtype, H, S in itertools.product((bf16, fp16), (3, 12), (64, 109, 128, 206, 240))
+        ]
+        shapes += [shape for shape in others if shape not in shapes]
+    for dtype, H, T, S in shapes:
+        x, label = POINTERS[dtype], f"H{H}-T{T}-S{S}-{POINTERS[dtype][1:]}"
+        fwd, bwd = (attention.constants(kind, H, T, S, d, dtype, arch) for kind in ("fwd", "bwd"))
+        yield Case(
+            f"attention_fwd-{label}",
+            attention._attention_fwd_kernel,
+            {"qkv_ptr": x, "out_ptr": x, "log2_scale": "fp32"},
+            fwd | {"QKV": (S * 3 * H * d, 3 * H * d)},
+        )
+        yield Case(
+            f"attention_bwd-{label}",
+            attention._attention_bwd_kernel,
+            {"grad_ptr": x, "qkv_ptr": x, "d_qkv_ptr": x, "scale": "fp32", "log2_scale": "fp32"},
+            bwd | {"GRAD": (T * H * d, H * d), "QKV": (S * 3 * H * d, 3 * H * d)},
+        )
+
+
+def fingerprint_cases() -> Iterator[Case]:
+    """The look at packed weights."""
+    signature = {"table_ptr": "*i64", "sums_ptr": "*i64", "first_line": "i32"}
+    yield Case("fingerprint", fingerprint._fingerprint_kernel, signature, fingerprint.CONSTANTS)
+
+
+def cases(target: str, every_shape: bool = False) -> list[Case]:
+    """Every kernel of the package with the launch parameters for `target`."""
+    arch = int(target) if target.isdigit() else target
+    attentions = attention_cases(arch, every_shape)
+    return [*superpose_cases(arch), *norm_insert_cases(arch), *gelu_cases(arch), *attentions, *fingerprint_cases()]
