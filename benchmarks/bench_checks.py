@@ -1,11 +1,10 @@
-"""What each forward pass of a ViT-B/16 asks before it computes: is the model what the fast plan assumes, and are its
+"""What each forward pass of a ViT-B/16 asks before it computes: is the model what the fast path assumes, and are its
 packed weights up to date? Both beside the forward pass itself, of one image."""
 
 import pytest
 import torch
 
-from insvp_fast import InsVPViT
-from insvp_fast.coverage import rules
+from insvp_fast import InsVPViT, coverage
 from insvp_fast.runtime import prepack
 
 
@@ -29,9 +28,9 @@ def parts(model):
 
 
 @pytest.mark.benchmark(group="checks of a forward pass")
-def bench_plan(benchmark, warm):
+def bench_coverage(benchmark, warm):
     model, _ = warm
-    assert benchmark(lambda: all(map(rules.covers, parts(model))))
+    assert benchmark(lambda: all(map(coverage.covers, parts(model))))
 
 
 @pytest.mark.benchmark(group="checks of a forward pass")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from insvp_fast.config import InsVPConfig
-    from insvp_fast.coverage.rules import unsupported_reason
+    from insvp_fast.coverage import unsupported_reason
     from insvp_fast.model import InsVPViT
     from insvp_fast.reference import InsVPReference
     from insvp_fast.runtime.native import native_status
@@ -20,7 +20,7 @@ _HOME = {
     "InsVPReference": "reference",
     "InsVPViT": "model",
     "native_status": "runtime.native",
-    "unsupported_reason": "coverage.rules",
+    "unsupported_reason": "coverage",
 }
 
 

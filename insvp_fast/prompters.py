@@ -1,4 +1,4 @@
-"""The convolutional prompters with less work for the same function."""
+"""The prompters of the reference, computed faster; and what their fast paths require."""
 
 from __future__ import annotations
 
@@ -6,38 +6,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from insvp_fast import ops, reference
-from insvp_fast.coverage import rules
+from insvp_fast import coverage, ops, reference
+from insvp_fast.coverage import Covered, Requirements, Rule, rule, watch
+from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
 
-__all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter"]
+__all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter", "accelerate"]
+
+watch("forward __call__", reference.GlobalPrompter, reference.PatchPrompter, reference.SpecificPrompter)
+watch("leaky_relu max_pool2d adaptive_max_pool2d pad", F)
+
+DROPOUT = (IDENTITY, rule(nn.Dropout, "p", inplace=False))  # runs, on a tensor that backward needs unchanged
 
 
-class GlobalPrompter(rules.Planned, reference.GlobalPrompter):
+class GlobalPrompter(Covered, reference.GlobalPrompter):
     """G_g with the convolutions of this package where they are faster."""
 
+    def _requirements(self) -> Requirements:
+        convolutions = {name: _same_convolution(_dilation(getattr(self, name, None))) for name in ("conv1", "conv2")}
+        # any subclass: it is this forward that asks
+        return Requirements("global_prompter", self, {"": (rule(type(self)),), **convolutions, "dropout": DROPOUT})
+
     def forward(self, image: Tensor) -> Tensor:
-        dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if rules.covers(self) else None
+        dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if coverage.covers(self) else None
         if dtype is None:
             return super().forward(image)
         (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
         with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
             x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
             x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)
-        return self.dropout(x)
+        prompt: Tensor = self.dropout(x)
+        return prompt
 
 
-class PatchPrompter(rules.Planned, reference.PatchPrompter):
-    """G_l, which the fast plan computes by ``ops.superpose``."""
+class PatchPrompter(Covered, reference.PatchPrompter):
+    """G_l, whose fast path is a part of ``ops.superpose`` in ``InsVPViT``; called, it is the reference."""
+
+    def _requirements(self) -> Requirements:
+        linear = (rule(nn.Linear, "in_features out_features", required="weight bias"),)
+        # the fast path does not call this module, so that a subclass must not have a forward of its own
+        own = type(self) if type(self).forward is reference.PatchPrompter.forward else PatchPrompter
+        table = {"": (rule(own, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT_OFF}
+        return Requirements("patch_prompter", self, table)
 
 
-class SpecificPrompter(rules.Planned, reference.SpecificPrompter):
-    """G_s without the work that is thrown away: only what pooling reads is convolved, and LeakyReLU runs after pooling.
+class SpecificPrompter(Covered, reference.SpecificPrompter):
+    """G_s that convolves only what pooling reads, and applies LeakyReLU after pooling.
 
-    LeakyReLU is increasing, so it commutes with the maximum; behind it the map is 16 times smaller.
+    LeakyReLU is increasing, so it may be exchanged with the maximum; behind it the map is 16 times smaller.
     """
 
+    def _requirements(self) -> Requirements:
+        convolutions = dict.fromkeys(("conv1", "conv2", "conv3"), _same_convolution(dilation=1))
+        table = {"": (rule(type(self), "token_channels grid"),), **convolutions, "dropout": DROPOUT}
+        return Requirements("specific_prompter", self, table)
+
     def forward(self, image: Tensor) -> Tensor:
-        if not rules.covers(self) or not rules.dtypes_fit(image, *self.parameters()):
+        if not coverage.covers(self) or not coverage.dtypes_fit(image, *self.parameters()):
             return super().forward(image)
         B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
         size, grid = 3 * self.grid + 4, self.grid
@@ -45,23 +69,50 @@ class SpecificPrompter(rules.Planned, reference.SpecificPrompter):
         pool = H // size
         convs = self.conv1, self.conv2, self.conv3
         dtype = _result_dtype(image, self.dropout, *convs)
-        if dtype is None or not 1 <= pool <= 16 or W // size != pool:  # other windows overlap, or are not square
-            x = reference.pool_centre(_conv(self.conv1, image, H, W), size)
+        if dtype is None or not 1 <= pool <= 16 or W // size != pool:  # windows overlap, are large or not square
+            x = reference.pool_center(_conv(self.conv1, image, H, W), size)
             x = _conv(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
-            return self.conv3(self.dropout(F.leaky_relu(F.max_pool2d(x, 3)))).reshape(B, L, D)
+            tokens: Tensor = self.conv3(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))))
+            return tokens.reshape(B, L, D)
         (w1, b1), (w2, b2), (w3, b3) = map(_weights, convs)
         with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
-            # the maps between are small, and rounding them would change which of two neighbours is the largest
+            # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest
             x = self.dropout(ops.conv_pool(image, w1, b1, H, W, pool, dtype=torch.float32))
             x = self.dropout(ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3))
             return ops.conv(x, w3, b3, 1, grid, grid, dtype=dtype).reshape(B, L, D)
 
 
-def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torch.dtype | None:
-    """The dtype that PyTorch's convolutions give here, or None where they have to run themselves.
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    reference.GlobalPrompter: GlobalPrompter,
+    reference.PatchPrompter: PatchPrompter,
+    reference.SpecificPrompter: SpecificPrompter,
+}
 
-    They do on GPUs, where the compiler fuses them, and in fp16 and fp64. Before a dropout, whose mask is drawn in the
-    order of memory, they also do where they would keep the image's layout.
+
+def accelerate(prompter: nn.Module) -> None:
+    """Turn a prompter of the reference into the one of the same name from this file, in place: only its class changes.
+
+    Raises:
+        KeyError: for a module of any other type.
+    """
+    prompter.__class__ = FAST[type(prompter)]
+
+
+def _same_convolution(dilation: int) -> tuple[Rule, ...]:
+    return (convolution(stride=(1, 1), padding="same", dilation=(dilation, dilation)),)
+
+
+def _dilation(conv: object) -> int:
+    """The vertical dilation of a convolution, which its fast path uses for both axes; 1 for anything else."""
+    dilation = getattr(conv, "dilation", None)
+    return dilation[0] if isinstance(dilation, tuple) and dilation else 1
+
+
+def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torch.dtype | None:
+    """The dtype of these convolutions' result, or None where PyTorch's own have to run.
+
+    Those run on GPUs, where the compiler fuses them, and in fp16 and fp64. They also run before an active dropout if
+    the image is not contiguous: they would keep its layout, and the mask is drawn in the order of memory.
     """
     if image.device.type != "cpu" or image.shape[1] != convs[0].weight.shape[1]:
         return None

@@ -45,7 +45,7 @@ def fold(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:  
     return patches.reshape(B, height // P, width // P, C, P, P).permute(0, 3, 1, 4, 2, 5).reshape(B, C, height, width)
 
 
-def normalise(image: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # [B, C, H, W], uint8
+def normalize(image: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # [B, C, H, W], uint8
     """The values u·scale + shift that an 8-bit image stands for; both [C], the dataset's mean and deviation in them."""
     return image.to(scale.dtype) * scale[:, None, None] + shift[:, None, None]
 
@@ -258,9 +258,6 @@ def gelu_from_code(code: Tensor) -> Tensor:
     return (code.float() - GELU_CODE_ZERO) / GELU_CODE_STEPS
 
 
-# -------------------------------------------------------------------------------------------------------- the prompters
-
-
 class GlobalPrompter(nn.Module):
     """G_g: two dilated convolutions with a ReLU between, dropout after (eq. 4). [B, C, H, W] -> [B, C, H, W]."""
 
@@ -294,7 +291,7 @@ class SpecificPrompter(nn.Module):
     """G_s: three convolutions with pooling between that make L tokens from an image (eq. 9). [B, C, H, W] -> [B, L, D].
 
     The paper reshapes [c·L, grid, grid] to [L, D], which needs D = c·grid². Its own case is c = 3 and grid = P = 16;
-    for other widths c and grid come from ``token_grid``. Each pooling window is the largest that fits, on the centre
+    for other widths c and grid come from ``token_grid``. Each pooling window is the largest that fits, on the center
     of the image, and for 224 pixels, P = 16 and D = 768 all sizes are those of the authors' release.
     """
 
@@ -309,32 +306,29 @@ class SpecificPrompter(nn.Module):
 
     @staticmethod
     def token_grid(embed_dim: int, patch_size: int) -> tuple[int, int]:
-        """(c, grid) with c·grid² = D and grid as close to the patch side as divides."""
+        """(c, grid) with c·grid² = D, where grid is the possible value nearest to the patch size."""
         fits = [grid for grid in range(1, embed_dim + 1) if embed_dim % grid**2 == 0]
         grid = min(fits, key=lambda grid: (abs(grid - patch_size), -grid))
         return embed_dim // grid**2, grid
 
     def forward(self, image: Tensor) -> Tensor:
         B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
-        x = pool_centre(F.leaky_relu(self.conv1(image)), 3 * self.grid + 4)
+        x = pool_center(F.leaky_relu(self.conv1(image)), 3 * self.grid + 4)
         x = F.leaky_relu(self.conv2(self.dropout(x)))
-        x = F.max_pool2d(crop_centre(x, 3 * self.grid, 3 * self.grid), 3)
+        x = F.max_pool2d(crop_center(x, 3 * self.grid, 3 * self.grid), 3)
         return self.conv3(self.dropout(x)).reshape(B, L, D)
 
 
-def pool_centre(x: Tensor, size: int) -> Tensor:
-    """Max-pool to ``size`` x ``size`` with the largest equal windows that fit on the centre of a map."""
+def pool_center(x: Tensor, size: int) -> Tensor:
+    """Max-pool to ``size`` x ``size`` with the largest equal windows that fit on the center of a map."""
     H, W = (side // size * size or side for side in x.shape[-2:])
-    return F.adaptive_max_pool2d(crop_centre(x, H, W), size)
+    return F.adaptive_max_pool2d(crop_center(x, H, W), size)
 
 
-def crop_centre(x: Tensor, height: int, width: int) -> Tensor:
+def crop_center(x: Tensor, height: int, width: int) -> Tensor:
     """The central ``height`` x ``width`` of the last two dimensions."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
-
-
-# ------------------------------------------------------------------------------------------------------------ the model
 
 
 class ImagePrompt(NamedTuple):
@@ -350,8 +344,8 @@ class InsVPReference(nn.Module):
     """InsVP around a frozen timm Vision Transformer, exactly as the equations say.
 
     Args:
-        backbone: a timm model name, or a timm ``VisionTransformer``, which is taken over as it is: it gets frozen and
-        gives up its head.
+        backbone: a timm model name, or a timm ``VisionTransformer``, which is modified: it gets frozen, and its head
+            becomes the model's.
         num_classes: classes of a new head; None keeps the backbone's own head, 0 returns pooled features.
         config: the hyper-parameters; ``InsVPConfig()``, the paper's, if not given.
         pretrained, backbone_kwargs: for ``timm.create_model``, where the backbone is a name.
@@ -365,9 +359,6 @@ class InsVPReference(nn.Module):
     """
 
     backbone: VisionTransformer
-    global_prompter_type: type[GlobalPrompter] = GlobalPrompter
-    patch_prompter_type: type[PatchPrompter] = PatchPrompter
-    specific_prompter_type: type[SpecificPrompter] = SpecificPrompter
 
     def __init__(
         self,
@@ -385,11 +376,7 @@ class InsVPReference(nn.Module):
             raise ValueError(
                 f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
             )
-        if not isinstance(backbone, VisionTransformer):
-            raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
-        patch_height, patch_width = backbone.patch_embed.patch_size
-        if patch_height != patch_width:
-            raise ValueError(f"the backbone has {patch_height}x{patch_width} patches: expected square ones")
+        self.patch_size = _patch_size(backbone)
         if num_classes is not None:
             backbone.reset_classifier(num_classes)
         self.num_classes = backbone.num_classes
@@ -400,16 +387,15 @@ class InsVPReference(nn.Module):
         self.backbone = backbone.requires_grad_(False).eval()
 
         self.config = config = config or InsVPConfig()
-        self.patch_size = patch_height
         self.prompted_blocks = config.block_indices(len(backbone.blocks))
         # a hybrid's patch embedding is a whole network: the image channels are those of its first convolution
         weight = next(module.weight for module in backbone.patch_embed.modules() if isinstance(module, nn.Conv2d))
         C, P, D = weight.shape[1], self.patch_size, backbone.embed_dim
         with torch.device(weight.device):
-            self.global_prompter = self.global_prompter_type(C, config) if config.global_prompt else None
-            self.patch_prompter = self.patch_prompter_type(C, P, config) if config.patch_prompt else None
+            self.global_prompter = GlobalPrompter(C, config) if config.global_prompt else None
+            self.patch_prompter = PatchPrompter(C, P, config) if config.patch_prompt else None
             specific = config.specific_prompt and bool(self.prompted_blocks)
-            self.specific_prompter = self.specific_prompter_type(C, P, D, config) if specific else None
+            self.specific_prompter = SpecificPrompter(C, P, D, config) if specific else None
             common = config.common_prompt and bool(self.prompted_blocks)
             shape = (len(self.prompted_blocks), config.prompt_length, D)
             self.common_prompts = nn.Parameter(torch.empty(shape).uniform_(-1, 1).to(weight.dtype)) if common else None
@@ -456,28 +442,30 @@ class InsVPReference(nn.Module):
         c_j = F.dropout(c_j, self.config.common_dropout, self.training)
         return w_c * c_j if p_s is None else w_c * c_j + w_s * p_s
 
+    def apply_block(self, block: nn.Module, h: Tensor, p_j: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """B_j of tokens [B, T, D] and prompts [B, L, D], which stand between prefix tokens and patches (eq. 2 and 11).
+
+        Returns:
+            The outputs of the tokens, [B, T, D], and of the prompts, [B, L, D] or None.
+        """
+        if p_j is None:
+            return block(h), None  # (2)
+        n, L = self.backbone.num_prefix_tokens, p_j.shape[1]
+        z = block(torch.cat([h[:, :n], p_j.to(h.dtype), h[:, n:]], dim=1))  # (11)
+        return torch.cat([z[:, :n], z[:, n + L :]], dim=1), z[:, n : n + L]
+
     def forward_features(self, image: Tensor) -> Tensor:
-        """The tokens after the backbone's last norm, [B, T, D], prompts left out."""
-        backbone = self.backbone
+        """The tokens after the backbone's last norm, [B, T, D], without prompts."""
+        backbone, carried = self.backbone, None
         image = simam(image) if self.config.simam else image
         prompted = self._image_prompt(image).prompted
         p_s = self.specific_prompt(image, prompted)
         h = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(prompted))))  # (1)
-        n, L, carried = backbone.num_prefix_tokens, self.config.prompt_length, None
         for j, block in enumerate(backbone.blocks):
             p_j = self.feature_prompt(j, p_s, image.shape[0])
-            p_j = carried if p_j is None else p_j
-            if p_j is None:
-                h = self.run_block(block, h)  # (2)
-            else:
-                z = self.run_block(block, torch.cat([h[:, :n], p_j.to(h.dtype), h[:, n:]], dim=1))  # (11)
-                h = torch.cat([z[:, :n], z[:, n + L :]], dim=1)
-                carried = z[:, n : n + L] if self.config.carry_prompts else None
+            h, outputs = self.apply_block(block, h, carried if p_j is None else p_j)
+            carried = outputs if self.config.carry_prompts else None
         return backbone.norm(h)
-
-    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """B_j, a stock block; a subclass may compute it again in backward."""
-        return block(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the tokens as the backbone does and, unless ``pre_logits``, classify (eq. 3)."""
@@ -487,3 +475,12 @@ class InsVPReference(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, num_classes]."""
         return self.forward_head(self.forward_features(image))
+
+
+def _patch_size(backbone: nn.Module) -> int:
+    if not isinstance(backbone, VisionTransformer):
+        raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
+    patch_height, patch_width = backbone.patch_embed.patch_size
+    if patch_height != patch_width:
+        raise ValueError(f"the backbone has {patch_height}x{patch_width} patches: expected square ones")
+    return patch_height

@@ -137,9 +137,9 @@ def compute(model: nn.Module, x: Tensor, case: Case, exact: bool = False) -> dic
     return {"logits": logits.detach(), **image, **{name: grad.clone() for name, grad in gradients.items()}}
 
 
-def normalised(fast: nn.Module, x: Tensor) -> Tensor:
+def normalized(fast: nn.Module, x: Tensor) -> Tensor:
     """What a reference gets, which takes no 8-bit images."""
-    return fast._normalise(x) if x.dtype == torch.uint8 else x
+    return fast._normalize(x) if x.dtype == torch.uint8 else x
 
 
 def check(case: Case) -> str | None:
@@ -148,16 +148,16 @@ def check(case: Case) -> str | None:
         warnings.simplefilter("ignore")
         reference, fast, oracle = models = build(case)
         x = pixels(case)
-        plain, value = compute(reference, normalised(fast, x), case), compute(fast, x, case)
+        plain, value = compute(reference, normalized(fast, x), case), compute(fast, x, case)
         if isinstance(plain, Exception) or isinstance(value, Exception):
             raised = [isinstance(result, Exception) for result in (plain, value)]
             return None if all(raised) else f"the reference: {_told(plain)}; fast: {_told(value)}"
-        exact = compute(oracle, normalised(fast, x).double(), case, exact=True)
+        exact = compute(oracle, normalized(fast, x).double(), case, exact=True)
         assert isinstance(exact, dict), exact
         if wrong := _structure(value, plain):
             return wrong
         if _finiteness(value, plain, exact):
-            single = compute(copy.deepcopy(reference).float(), normalised(fast, x).float(), case, exact=True)
+            single = compute(copy.deepcopy(reference).float(), normalized(fast, x).float(), case, exact=True)
             if wrong := _finiteness(value, plain, exact, single):
                 return wrong
         suspects = [name for name in plain if not _passes(*_errors(case, name, value, plain, exact), case)]
@@ -216,7 +216,7 @@ def _judge(case: Case, models: Any, x: Tensor, suspects: list[str], exact: dict[
     Where a maximum is undecided, more draws of one than of the other fall on its other side, but then they are alike.
     """
     reference, fast, _ = models
-    x, weights = normalised(fast, x), copy.deepcopy(reference.state_dict())
+    x, weights = normalized(fast, x), copy.deepcopy(reference.state_dict())
     rounding = torch.finfo(case.computed_in).eps
     if rounding <= EPS:  # sums of hundreds are rounded as they grow; in 16 bits only their results are
         rounding *= 16

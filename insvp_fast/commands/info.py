@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ def _backbone(name: str) -> None:
     import timm
     import torch
 
-    from insvp_fast import InsVPConfig, InsVPReference, unsupported_reason
+    from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
     from insvp_fast.checkpoints.backbone import is_name, is_shipped
     from insvp_fast.checkpoints.files import backbone_sha256
     from insvp_fast.training.backbone import load_backbone, preprocessing_of
@@ -94,7 +95,8 @@ def _backbone(name: str) -> None:
     _say("images", f"{embedding.img_size} in patches of {embedding.patch_size}, {embedding.num_patches} of them")
     _say("preprocessing", _pairs(preprocessing_of(backbone)) + " (timm's for these weights)")
     _say("parameters", f"{sum(p.numel() for p in backbone.parameters()):,} frozen")
-    model = InsVPReference(backbone.to("meta"), 0, InsVPConfig())
+    with warnings.catch_warnings(action="ignore"):  # of the general path, which is told below
+        model = InsVPViT(backbone.to("meta"), 0, InsVPConfig())
     reason = unsupported_reason(model)
     _say("runs", f"through the general path: {reason}" if reason else "through the fast path")
     sizes = Counter({key: p.numel() for key, p in model.named_parameters() if p.requires_grad})

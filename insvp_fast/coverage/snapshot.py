@@ -1,4 +1,4 @@
-"""Modules as they were: to see that nothing about them has changed takes a tenth of a millisecond for a ViT-B."""
+"""Whether modules have changed since they were examined; the comparison takes a tenth of a millisecond for a ViT-B."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Snapshot:
-    """The types, attributes, children, parameters and hooks of some modules, none of their children included.
+    """The types, attributes, children, parameters and hooks of some modules, without those of their children.
 
-    Values are compared as the modules hold them: an object that is changed in place counts as the same.
+    Attributes are compared by ``==``, so that an object changed in place counts as unchanged; parameters by identity,
+    type, dtype, layout and ``requires_grad``, so that new values count as unchanged.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -30,10 +31,10 @@ class Snapshot:
         self._has_buffers = any(self._buffers)
         self._named = [m._parameters for m in modules]
         self._parameters = _values(self._named)
-        self._facts = [*map(_facts, self._parameters)]
+        self._properties = [*map(_properties, self._parameters)]
 
     def holds(self) -> bool:
-        """Whether all is as it was; never where there are hooks or buffers, whose contents are not compared."""
+        """Whether nothing has changed; never with hooks or buffers, whose contents are not compared."""
         if self._has_hooks or self._has_buffers or any(self._hooks) or any(self._buffers):
             return False
         try:
@@ -44,12 +45,12 @@ class Snapshot:
         same = (
             same and len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
         )
-        return same and [*map(_facts, parameters)] == self._facts
+        return same and [*map(_properties, parameters)] == self._properties
 
 
 def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
     return [*chain.from_iterable(map(dict.values, dictionaries))]
 
 
-def _facts(parameter: Tensor | None) -> object:
+def _properties(parameter: Tensor | None) -> object:
     return parameter is None or (type(parameter), parameter.requires_grad, parameter.dtype, parameter.layout)

@@ -130,7 +130,7 @@ class _Superpose(torch.autograd.Function):
 
 def _values(image, scale, shift):
     """The floating-point image that an 8-bit one stands for."""
-    return image if scale is None else reference.normalise(image, scale, shift)
+    return image if scale is None else reference.normalize(image, scale, shift)
 
 
 def _pixel_dtype(image):

@@ -14,8 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from torch.overrides import TorchFunctionMode
 
-from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
-from insvp_fast.coverage import rules
+from insvp_fast import InsVPConfig, InsVPViT, coverage, unsupported_reason
 from insvp_fast.testing import make_pair, relative_error, trained_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes the general path:UserWarning")
@@ -75,7 +74,7 @@ def problem(change, **kwargs):
 
 
 def test_a_problem_is_found(monkeypatch):
-    monkeypatch.setattr(rules, "covers", lambda part: True)
+    monkeypatch.setattr(coverage, "covers", lambda part: True)
     for path in ("backbone.blocks.0.drop_path1", "backbone.blocks.1.mlp.drop2"):
         assert problem(replaced(path)).startswith("off by")
     assert problem(at("specific_prompter.conv2", HOOKS["forward hook"])).startswith("off by")
@@ -254,7 +253,7 @@ SETTINGS |= {
     "a child of a block hidden": at("backbone.blocks.0", hidden_by(nn.Tanh())("drop_path2")),
     "a parameter hidden": at("backbone.blocks.0.mlp.fc1", hidden_by(torch.ones(192))("bias")),
     "a head over all tokens": lambda m: setattr(m, "forward_head", lambda x: m.head(x.mean(1))),
-    "blocks run otherwise": lambda m: setattr(m, "run_block", lambda block, x: 2 * block(x)),
+    "blocks run otherwise": lambda m: setattr(m, "apply_block", lambda block, h, p_j: (2 * block(h), None)),
     "features otherwise": lambda m: setattr(m, "forward_features", lambda x: 2 * type(m).forward_features(m, x)),
     "a parameter of another class": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m.weight, "__class__", Louder)),
     "a sparse weight": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m, "weight", sparse(m.weight))),
@@ -347,17 +346,17 @@ def test_a_function_mode():
         reference, values = (model(image()) for model in models)
     assert relative_error(values, reference) < 1e-5 < relative_error(fast(image()), reference)
     with torch.device("cpu"):  # PyTorch's own mode for a default device
-        assert rules.covers(fast)
+        assert coverage.covers(fast)
 
 
-def test_unchanged_models_take_the_fast_plan():
+def test_unchanged_models_take_the_fast_path():
     for variant in ({}, RATES, {"reg_tokens": 2, "init_values": 0.1, "qk_norm": True}, {"dynamic_img_size": True}):
         _, fast = in_use(lambda model: None, **variant)
         for part in (fast, fast.global_prompter, fast.patch_prompter, fast.specific_prompter):
-            assert unsupported_reason(part) is None and rules.covers(part)
+            assert unsupported_reason(part) is None and coverage.covers(part)
         for mode in (True, False):
             fast.train(mode)
-            assert rules.covers(fast)
+            assert coverage.covers(fast)
 
 
 def test_a_reason_is_told_once_and_taken_back():
@@ -371,7 +370,7 @@ def test_a_reason_is_told_once_and_taken_back():
     reason = "backbone.blocks.1.mlp.drop2 is a torch's Tanh: expected torch's Identity or torch's Dropout"
     assert [str(w.message) for w in caught] == [f"InsVPViT takes the general path, exact but not fast: {reason}"]
     fast.backbone.blocks[1].mlp.drop2 = drop
-    assert unsupported_reason(fast) is None and rules.covers(fast)
+    assert unsupported_reason(fast) is None and coverage.covers(fast)
 
 
 def test_the_dropout_of_a_configuration_is_no_reason_to_warn():
@@ -385,9 +384,9 @@ def test_the_dropout_of_a_configuration_is_no_reason_to_warn():
 def test_a_copy_does_not_look_at_its_original():
     _, fast = in_use(lambda model: None)
     twin = copy.deepcopy(fast)
-    assert rules.covers(twin)
+    assert coverage.covers(twin)
     twin.backbone.blocks[0].attn.proj_drop = nn.Tanh()
-    assert rules.covers(fast) and not rules.covers(twin)
+    assert coverage.covers(fast) and not coverage.covers(twin)
 
 
 COMPILED = {
@@ -418,7 +417,7 @@ def test_a_model_that_is_made_of_another_backbone():
     other = InsVPViT(copy.deepcopy(originals(qk_norm=True)[1].backbone), 10, CONFIG)
     fast.backbone = other.backbone
     fast.backbone.blocks[0].ls1 = nn.Tanh()
-    assert not rules.covers(fast)
+    assert not coverage.covers(fast)
 
 
 def gradient(model, x):
@@ -444,4 +443,4 @@ def test_transforms_of_functions_go_the_general_way(transform):
     with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no forward-mode derivative on CPUs
         values, expected = (TRANSFORMS[transform](model, image()) for model in (fast, reference))
     assert relative_error(values, expected) < 1e-5
-    assert rules.covers(fast)
+    assert coverage.covers(fast)

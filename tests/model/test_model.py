@@ -19,7 +19,7 @@ from timm.optim import param_groups_weight_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.ops.attention import keeps_softmax
-from insvp_fast.reference import crop_centre, pool_centre, simam
+from insvp_fast.reference import crop_center, pool_center, simam
 from insvp_fast.runtime import native, products
 from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
 
@@ -87,20 +87,20 @@ def pooling_margin(model, image):
     prompter, margins = copy.deepcopy(model.specific_prompter).double().eval(), []
 
     def windows(x, size):
-        x = crop_centre(x, *(side // size * size or side for side in x.shape[-2:]))
+        x = crop_center(x, *(side // size * size or side for side in x.shape[-2:]))
         side = [max(s // size, 1) for s in x.shape[-2:]]
         if max(side) > 1:
             largest = F.unfold(x.flatten(0, 1)[:, None], side, stride=side).topk(2, dim=1).values
             margins.append((largest[:, 0] - largest[:, 1]).min().item())
-        margins.append(pool_centre(x, size).abs().min().item())
-        return pool_centre(F.leaky_relu(x), size)
+        margins.append(pool_center(x, size).abs().min().item())
+        return pool_center(F.leaky_relu(x), size)
 
     image = simam(image) if model.config.simam else image
     parts = model._image_prompt(image) if model.config.specific_input == "prompted" else None
     x = (image if parts is None else parts.prompted.detach()).double()
     with torch.no_grad():
         x = prompter.conv2(windows(prompter.conv1(x), 3 * prompter.grid + 4))
-        windows(crop_centre(x, 3 * prompter.grid, 3 * prompter.grid), prompter.grid)
+        windows(crop_center(x, 3 * prompter.grid, 3 * prompter.grid), prompter.grid)
     return min(margins)
 
 
@@ -352,7 +352,7 @@ def test_recompute_changes_memory_and_nothing_else(path, recompute, share):
 
 @pytest.mark.parametrize("path", ["fast", "general"])
 @pytest.mark.parametrize("simam", [False, True])
-def test_an_8_bit_image_is_normalised(path, simam):
+def test_an_8_bit_image_is_normalized(path, simam):
     variant = TINY | ({"scale_mlp_norm": True} if path == "general" else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -455,7 +455,7 @@ def test_the_norms_may_be_folded_or_not(autocast):
 
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
 def test_saved_for_backward_is_the_minimum(recompute):
-    """Both normalised buffers, QKV, attended values and, unless computed again, pre-GELU, all in bf16; nothing else."""
+    """Both normalized buffers, QKV, attended values and, unless computed again, pre-GELU, all in bf16; nothing else."""
     config = InsVPConfig(global_prompt=False, patch_prompt=False, specific_prompt=False)
     _, fast = make_pair("vit_tiny_patch16_224", config, img_size=64, depth=5, global_pool="avg")
     _, shallow = make_pair("vit_tiny_patch16_224", config, img_size=64, depth=4, global_pool="avg")
@@ -605,5 +605,5 @@ def test_wrong_images_are_refused(shape, message):
 
 def test_dynamic_backbone_refuses_a_cut_patch():
     model = InsVPViT("vit_tiny_patch16_224", 10, depth=1, dynamic_img_size=True)
-    with pytest.raises(ValueError, match="40x32 pixels: expected multiples of the patch side 16"):
+    with pytest.raises(ValueError, match="40x32 pixels: expected multiples of the patch size 16"):
         model(torch.zeros(1, 3, 40, 32))

@@ -45,8 +45,8 @@ def test_operations_in_every_dtype(run, dtype):
     def plain(x, weight, bias):
         y = F.conv2d(x, weight, bias, padding="same", dilation=2 if run is run_conv else 1)
         if run is run_conv:
-            return reference.crop_centre(y.relu(), 7, 8)
-        return F.leaky_relu(F.max_pool2d(reference.crop_centre(y, 8, 8), 4))
+            return reference.crop_center(y.relu(), 7, 8)
+        return F.leaky_relu(F.max_pool2d(reference.crop_center(y, 8, 8), 4))
 
     inputs = operands(dtype)
     exact = with_gradients(plain, [t.detach().double().requires_grad_() for t in inputs])

@@ -92,7 +92,7 @@ def test_superpose_of_8_bit_images(impl, dtype):
     fast = with_gradients(
         lambda *t: ops.superpose(image, *t, P, 0.7, 0.3, dtype=dtype, scale=scale, shift=shift, impl=impl), inputs
     )
-    values = reference.normalise(image, scale.double(), shift.double())
+    values = reference.normalize(image, scale.double(), shift.double())
     exact = with_gradients(lambda *t: reference.superpose(values, *t, P, 0.7, 0.3), copies(inputs, torch.float64))
     plain = with_gradients(
         lambda *t: reference.superpose(values.to(dtype or torch.float32), *t, P, 0.7, 0.3),

@@ -1,0 +1,25 @@
+"""The backbones that have a fast path: what is supported of each family, and how it runs.
+
+To add a family write a file like ``vision_transformer.py``, with the functions that ``BackboneFamily`` lists, and enter
+it below. The reference has to take the backbone, too: ``InsVPReference`` is written for timm's ``VisionTransformer``.
+"""
+
+from __future__ import annotations
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from insvp_fast.backbones import vision_transformer
+from insvp_fast.backbones.family import BackboneFamily, BlockOptions
+
+__all__ = ["FAMILIES", "BackboneFamily", "BlockOptions", "family_of"]
+
+FAMILIES: dict[type[nn.Module], BackboneFamily] = {VisionTransformer: vision_transformer}
+
+
+def family_of(backbone: nn.Module) -> BackboneFamily | None:
+    """The family of a backbone, by its type or a base of that; None if there is no fast path for it."""
+    for cls, family in FAMILIES.items():
+        if isinstance(backbone, cls):
+            return family
+    return None

@@ -1,0 +1,160 @@
+"""``Covered``: a module with a fast path, and whether that path covers the module as it is now."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from insvp_fast.coverage.rules import CALLED, Table, difference, full_name
+from insvp_fast.coverage.snapshot import Snapshot
+from insvp_fast.coverage.surroundings import surroundings_reason
+
+__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "unsupported_reason"]
+
+
+class Requirements(NamedTuple):
+    """What the fast path of a ``Covered`` module requires."""
+
+    name: str  # of ``root``, in messages
+    root: nn.Module
+    table: Table  # for all submodules of ``root``, and itself under ""
+    frozen: bool = False  # whether the parameters must not be trained and have one dtype
+
+
+class Covered(nn.Module):
+    """A module with a fast path and a general path; its ``forward`` asks ``covers(self)`` which one to take."""
+
+    def _requirements(self) -> Requirements:
+        """What the fast path requires, for the module as it is now."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its fast path requires")
+
+    def _requirements_depend_on(self) -> object:
+        """What ``_requirements`` depends on besides the modules of its table; compared by ``==``."""
+        return None
+
+    def _own_reason(self) -> str | None:
+        """Why the fast path does not cover this module, if that is not a matter of the table; asked each time."""
+        return None
+
+    # a method, because torch 2.11 takes no module as a constant argument
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _is_covered(self) -> bool:
+        return _judge(self)
+
+
+def unsupported_reason(part: Covered) -> str | None:
+    """Why a model or a prompter takes the general path, in words; None if it takes the fast path.
+
+    Args:
+        part: an ``InsVPViT`` (the answer is about its backbone), or one of its prompters, which take a fast or general
+            path of their own.
+
+    Raises:
+        TypeError: for another module, which has no fast path.
+    """
+    if not isinstance(part, Covered):
+        raise TypeError(f"part is a {full_name(type(part))}: expected an InsVPViT or one of its prompters")
+    return _changeable_reason(part) or _examine(part._requirements())[0]
+
+
+def covers(part: nn.Module) -> bool:
+    """Whether the fast path covers ``part`` as it is now; if not, a warning says why, once for each reason."""
+    if not isinstance(part, Covered):
+        return not torch.compiler.is_compiling() and _report(part, f"{full_name(type(part))} has no fast path")
+    if torch.compiler.is_compiling():
+        _guard(part)
+    covered: bool = part._is_covered()
+    return covered
+
+
+def dtypes_fit(image: Tensor, *weights: Tensor) -> bool:
+    """Whether PyTorch would multiply these: they have one dtype, or autocast casts them, as all but fp64."""
+    dtypes = {image.dtype, *(weight.dtype for weight in weights)}
+    casts = torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
+    return len(dtypes) == 1 or casts
+
+
+def _guard(module: nn.Module) -> int:
+    """While a model is traced, read what only ``_is_covered`` reads, so that a change makes PyTorch trace again."""
+    read = len(module._forward_hooks) + len(module._forward_pre_hooks) + module.training
+    for child in module.children():
+        read += _guard(child)
+    return read
+
+
+class _Memo:
+    """The last result for a part, and what it rests on; a copy of the part starts without one."""
+
+    def __init__(self) -> None:
+        self.result: tuple[object, str | None, Snapshot] | None = None
+        self.reported: str | None = None
+
+    def __reduce__(self) -> Any:
+        return _Memo, ()
+
+
+def _memo(part: nn.Module) -> _Memo:
+    memo: _Memo = vars(part).setdefault("_memo", _Memo())
+    return memo
+
+
+def _judge(part: Covered) -> bool:
+    reason = _changeable_reason(part)
+    if reason is None:
+        memo, key = _memo(part), part._requirements_depend_on()
+        if memo.result is None or memo.result[0] != key or not memo.result[2].holds():
+            reason, modules = _examine(part._requirements())
+            memo.result = key, reason, Snapshot(modules)
+        reason = memo.result[1]
+    return _report(part, reason)
+
+
+def _report(part: nn.Module, reason: str | None) -> bool:
+    """Warn of a new reason; returns whether there is none."""
+    memo = _memo(part)
+    if reason is not None and reason != memo.reported:
+        warnings.warn(f"{type(part).__name__} takes the general path, exact but not fast: {reason}", stacklevel=4)
+    memo.reported = reason
+    return reason is None
+
+
+def _changeable_reason(part: Covered) -> str | None:
+    """A reason that no snapshot notices, so that it is looked for each time."""
+    return surroundings_reason() or part._own_reason()
+
+
+def _examine(requirements: Requirements) -> tuple[str | None, list[nn.Module]]:
+    """The first difference from the table, and the modules that were looked at."""
+    name, root, table, frozen = requirements
+    seen: dict[str, nn.Module] = {}
+    for path, module in _modules(root, table):
+        seen[path] = module
+        if reason := difference(module, table.get(path), frozen) or _compiled(path, module):
+            return f"{name}{'.' * bool(path)}{path} {reason}", [*seen.values()]
+    modules = [*seen.values()]
+    if missing := next((path for path, rules in table.items() if rules != CALLED and path not in seen), None):
+        return f"{name}.{missing} is missing", modules
+    dtypes = {p.dtype for module in modules for p in module._parameters.values() if p is not None}
+    if frozen and len(dtypes) > 1:
+        return f"{name} has parameters in {' and '.join(sorted(map(str, dtypes)))}: expected one dtype", modules
+    return None, modules
+
+
+def _modules(root: nn.Module, table: Table) -> Iterator[tuple[str, nn.Module]]:
+    """``root.named_modules()``, but with a shared module under each of its names, and without those ``CALLED``."""
+    pending = [("", root)]
+    while pending:
+        path, module = pending.pop()
+        if table.get(path) != CALLED:
+            yield path, module
+            children = ((f"{path}.{key}".removeprefix("."), m) for key, m in module._modules.items() if m is not None)
+            pending += reversed(list(children))
+
+
+def _compiled(path: str, module: nn.Module) -> str | None:
+    """A submodule that is compiled alone may be compiled to something else."""
+    return "is compiled by itself" if path and module._compiled_call_impl is not None else None

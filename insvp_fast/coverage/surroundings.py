@@ -1,0 +1,40 @@
+"""What outside of a model changes the result of its modules: replaced functions, global hooks, modes, transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from insvp_fast.runtime import torch_private
+
+__all__ = ["surroundings_reason", "watch"]
+
+_WATCHED: dict[tuple[Any, str], Any] = {}
+
+
+def watch(names: str, *owners: Any) -> None:
+    """Stop all fast paths when one of these functions is replaced.
+
+    Args:
+        names: of functions that modules of a fast path call, separated by blanks. One that comes from another package
+            than torch, timm and this one counts as replaced from the start.
+        owners: classes or modules that have them.
+    """
+    for owner in owners:
+        for name in names.split():
+            function = getattr(owner, name)
+            original = function.__module__.partition(".")[0] in ("torch", "timm", "insvp_fast")
+            _WATCHED[owner, name] = function if original else None
+
+
+def surroundings_reason() -> str | None:
+    """Why no fast path may run now, or None."""
+    if torch_private.global_hooks():
+        return "there is a hook for all modules"
+    for (owner, name), function in _WATCHED.items():
+        if getattr(owner, name) is not function:
+            return f"{owner.__name__}.{name} has been replaced"
+    if torch_private.function_modes():
+        return "a torch function mode is active"
+    if torch_private.transforming():
+        return "a transform of torch.func or forward-mode differentiation is active"
+    return None
