@@ -15,6 +15,7 @@ from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
 from insvp_fast.coverage import Covered, Requirements
+from insvp_fast.coverage.rules import full_name
 from insvp_fast.reference import InsVPReference
 from insvp_fast.runtime import hardware
 from insvp_fast.timm_interface import TimmInterface
@@ -38,7 +39,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
     ``create_backbone`` takes. These arguments are attributes as well, which may be set later:
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
             layers: half of the memory, a twelfth more work), or "block" (all blocks).
-        fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds these weights anew.
+        fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds these weights once more.
         attention: the implementation, "auto" or one of those in ``ops.attention``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
@@ -113,7 +114,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
     def _own_reason(self) -> str | None:
         family = family_of(self.backbone)
         if family is None:
-            return f"backbone is a {type(self.backbone).__name__}, which has no fast path"
+            return f"backbone is {full_name(type(self.backbone))}, which has no fast path"
         for name in ("forward_features", "forward_head", "apply_block"):
             if name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast."):
                 return f"the model has a {name} of its own"

@@ -1,20 +1,21 @@
-"""InsVPViT against InsVPReference on drawn models, configurations, dtypes, layouts, CPU levels and special values.
+"""Compare InsVPViT with InsVPReference on random models, configurations, dtypes, layouts, CPU levels and pixel values.
 
     python -m tools.fuzz --cases 10000 --seed 0
 
-Each case computes logits and all gradients three times: fast, by the reference, and by the reference in double
-precision, the oracle. What is held against what:
+Each case computes logits and all gradients three times: by the fast model, by the reference, and by the reference in
+double precision, the oracle. Three things are checked:
 
-- Where the reference raises, the fast model raises, and nowhere else. Results have the reference's dtypes and shapes.
-- A number is finite where the oracle and the reference have it finite, and not finite where both have it not so. (Not
-  for a weight of a convolution that meets padding alone: 0 times NaN, or nothing, as PyTorch's own kernels differ.)
-- The error against the oracle is at most 1e-5 in fp32, in fp64 as much less as its roundings are, and else twice the
-  reference's own plus one rounding. One error is a random number, and of two of the same size either may be twice the
-  other; some gradients jump where rounding decides which of two pixels is the larger. So what does not pass is judged
-  by the root of the mean square of errors, over many draws of image and weights that differ by roundings alone.
+- The fast model raises where the reference raises, and nowhere else. Results have the reference's dtypes and shapes.
+- A number is finite where it is finite in oracle and reference, and not finite where it is so in neither. (Except for
+  weights of a convolution that only ever meet padding: PyTorch's kernels differ in whether they compute 0 times NaN.)
+- The error against the oracle is at most 1e-5 in fp32, proportionally less in fp64, and in 16 bits twice the error of
+  the reference plus one rounding. A single error is random: of two models that are equally exact, either may have twice
+  the error of the other, and some gradients jump where rounding decides which of two pixels is the larger. Therefore
+  a case that fails is repeated with many images and weights that differ by rounding only, and judged by the root mean
+  square of the errors, or by the largest.
 
-Exit status 1 if a case fails; each is printed as a line of Python that runs it again, in this folder and after
-``from fuzz import Case, check``.
+The exit status is 1 if a case fails. Each failure is printed as a line of Python that runs it again, after
+``from tools.fuzz import Case, check``.
 """
 
 from __future__ import annotations
@@ -45,16 +46,13 @@ from insvp_fast.testing import make_pair
 from tests.model.generated_cases import DTYPES, SCALES, SPECIAL, Case, cases
 
 EPS = torch.finfo(torch.float32).eps
-SCALE = 1024.0  # of the loss, as for every training in fp16, whose gradients would be lost below its smallest numbers
-DRAWS = (8, 32, 128)  # for a case that does not pass; each number is tried if the one before was not enough
-
-
-# ----------------------------------------------------------------------------------------------------------- one case
+SCALE = 1024.0  # of the loss: without it gradients in fp16 underflow
+DRAWS = (8, 32, 128)  # repetitions of a case that fails; each number only if it fails with the one before
 
 
 @contextlib.contextmanager
 def instruction_set(level: str | None) -> Iterator[None]:
-    """The native library limited to an instruction set."""
+    """Limit the native library to an instruction set; None for no limit."""
     before = os.environ.get("INSVP_FAST_CPU_ISA")
     try:
         if level is not None:
@@ -82,14 +80,14 @@ def build(case: Case) -> tuple[nn.Module, nn.Module, nn.Module]:
     reference, fast = make_pair("vit_tiny_patch16_224", make(**config), case.classes, **case.backbone)
     oracle = copy.deepcopy(reference).double()
     models = reference.to(DTYPES[case.dtype]), fast.to(DTYPES[case.dtype])
-    oracle.load_state_dict(reference.state_dict())  # the weights as they were rounded
+    oracle.load_state_dict(reference.state_dict())  # the rounded weights
     for name, value in case.settings.items():
         setattr(fast, name, value)
     return *(model.train(case.train) for model in models), oracle.train(case.train)
 
 
 def pixels(case: Case) -> Tensor:
-    """The image that a layout is made of, in its dtype; it may have one row or 8 bits."""
+    """The images in their dtype; one if the layout is to expand it."""
     rows = min(case.batch, 1) if case.layout == "expanded" else case.batch
     shape = rows, case.backbone.get("in_chans", 3), *case.size
     if case.layout == "8 bits":
@@ -105,7 +103,7 @@ def pixels(case: Case) -> Tensor:
 
 
 def laid_out(x: Tensor, case: Case) -> Tensor:
-    """The batch as the model gets it, of the same numbers."""
+    """The same numbers as a batch of the layout of the case."""
     if case.layout == "channels last":
         return x.contiguous(memory_format=torch.channels_last)
     if case.layout == "transposed":
@@ -116,7 +114,7 @@ def laid_out(x: Tensor, case: Case) -> Tensor:
 
 
 def compute(model: nn.Module, x: Tensor, case: Case, exact: bool = False) -> dict[str, Tensor] | Exception:
-    """Logits, the gradients of a fixed random loss by image and trained parameters, or what was raised."""
+    """Logits and the gradients of a fixed random loss by image and trained parameters, or the exception."""
     model.zero_grad()
     x = x.detach().clone().requires_grad_(case.image_gradient and case.layout != "8 bits")
     autocast = None if exact or case.autocast is None else DTYPES[case.autocast]
@@ -138,7 +136,7 @@ def compute(model: nn.Module, x: Tensor, case: Case, exact: bool = False) -> dic
 
 
 def normalized(fast: nn.Module, x: Tensor) -> Tensor:
-    """What a reference gets, which takes no 8-bit images."""
+    """Pixels for the reference, which takes no 8-bit images."""
     return fast._normalize(x) if x.dtype == torch.uint8 else x
 
 
@@ -151,7 +149,7 @@ def check(case: Case) -> str | None:
         plain, value = compute(reference, normalized(fast, x), case), compute(fast, x, case)
         if isinstance(plain, Exception) or isinstance(value, Exception):
             raised = [isinstance(result, Exception) for result in (plain, value)]
-            return None if all(raised) else f"the reference: {_told(plain)}; fast: {_told(value)}"
+            return None if all(raised) else f"the reference: {_text(plain)}; fast: {_text(value)}"
         exact = compute(oracle, normalized(fast, x).double(), case, exact=True)
         assert isinstance(exact, dict), exact
         if wrong := _structure(value, plain):
@@ -164,7 +162,7 @@ def check(case: Case) -> str | None:
         return _judge(case, models, x, suspects, exact) if suspects else None
 
 
-def _told(result: dict[str, Tensor] | Exception) -> str:
+def _text(result: dict[str, Tensor] | Exception) -> str:
     return f"{type(result).__name__}: {str(result)[:160]}" if isinstance(result, Exception) else "no error"
 
 
@@ -194,8 +192,8 @@ def _errors(
     """Relative errors of fast and reference, of the numbers that are finite everywhere."""
     both = value[name].isfinite() & plain[name].isfinite() & exact[name].isfinite()
     wanted, info = exact[name][both], torch.finfo(torch.promote_types(value[name].dtype, torch.float32))
-    # At the lower end of the range numbers have no digits. Nor has the gradient of the last bias, which the norms
-    # behind it take away: what is left are roundings of a sum, whose size that of the weight tells.
+    # Denormal numbers have few digits. The gradient of the last bias is zero up to rounding, because the norm behind it
+    # subtracts any constant: its error is compared with the size of the weight's gradient.
     lost = 0.0
     if name == "specific_prompter.conv3.bias":
         weight = exact["specific_prompter.conv3.weight"]
@@ -211,14 +209,15 @@ def _passes(error: float, own: float, case: Case) -> bool:
 
 
 def _judge(case: Case, models: Any, x: Tensor, suspects: list[str], exact: dict[str, Tensor]) -> str | None:
-    """The errors of draws near image and weights against the oracle's numbers for these themselves: mean or worst.
+    """Repeat a failing case with images and weights that differ by rounding; what still fails, as text.
 
-    Where a maximum is undecided, more draws of one than of the other fall on its other side, but then they are alike.
+    Errors are against the oracle for the original image and weights. It is enough if either their root mean square
+    or their largest passes: where two pixels compete for a maximum, one model may pick the other pixel more often.
     """
     reference, fast, _ = models
     x, weights = normalized(fast, x), copy.deepcopy(reference.state_dict())
     rounding = torch.finfo(case.computed_in).eps
-    if rounding <= EPS:  # sums of hundreds are rounded as they grow; in 16 bits only their results are
+    if rounding <= EPS:  # every partial sum is rounded; in 16 bits only the result is
         rounding *= 16
 
     def near(t: Tensor) -> Tensor:
@@ -237,7 +236,7 @@ def _judge(case: Case, models: Any, x: Tensor, suspects: list[str], exact: dict[
             for name in suspects:
                 errors[name].append(_errors(case, name, value, plain, exact))
             done += 1
-        suspects = [name for name in suspects if not any(_passes(*typical(errors[name]), case) for typical in TYPICAL)]
+        suspects = [name for name in suspects if not any(_passes(*of(errors[name]), case) for of in (_mean, _worst))]
         if not suspects:
             return None
     texts = (
@@ -256,18 +255,12 @@ def _worst(errors: list[list[float]]) -> list[float]:
     return [max(column) for column in zip(*errors, strict=True)]
 
 
-TYPICAL = (_mean, _worst)
-
-
-# ---------------------------------------------------------------------------------------------------------------- all
-
-
 def simplified(case: Case) -> Case:
-    """The case with all that does not matter to its failure left out."""
+    """The case without all that its failure does not depend on."""
     simplest = Case()
     for name, value in vars(case).items():
         if isinstance(value, dict):
-            needed = ("img_size", "patch_size")  # the image has them
+            needed = ("img_size", "patch_size")  # the size of the image depends on them
             for key in [key for key in value if key not in needed]:
                 rest = {k: v for k, v in getattr(case, name).items() if k != key}
                 case = _if_it_fails(dataclasses.replace(case, **{name: rest}), case)
@@ -284,20 +277,20 @@ def _if_it_fails(simpler: Case, case: Case) -> Case:
 
 
 def run(count: int, seed: int, simplify: bool = False) -> list[tuple[Case, str]]:
-    """The cases that fail, out of ``count``."""
+    """Check ``count`` cases, print those that fail, and return them with the reasons."""
     failures: list[tuple[Case, str]] = []
     start, done, seen = time.monotonic(), 0, set[int]()
 
     def each(case: Case) -> None:
         nonlocal done
-        if case.seed in seen or done == count:  # hypothesis makes five near-copies of each case
+        if case.seed in seen or done == count:  # hypothesis tries five near-copies of each case
             return
         seen.add(case.seed)
         done += 1
         try:
             wrong = check(case)
         except Exception as error:
-            wrong = f"the check itself: {_told(error)}"
+            wrong = f"the check itself: {_text(error)}"
         if wrong:
             failures.append((case, wrong))
             print(f"FAILED {wrong}\n    check({simplified(case) if simplify else case!r})", flush=True)
@@ -322,9 +315,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--simplify", action="store_true", help="leave out of a failing case what does not matter; slow"
-    )
+    parser.add_argument("--simplify", action="store_true", help="reduce failing cases to what matters; slow")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the models are tiny
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, timm, hypothesis)}

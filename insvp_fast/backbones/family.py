@@ -25,8 +25,8 @@ class BlockOptions(NamedTuple):
 class BackboneFamily(Protocol):
     """The functions of a module in this package: one file for each family, listed in ``FAMILIES``.
 
-    ``requirements`` describes the backbones for which the others compute what timm's modules compute. The others are
-    called only while a backbone satisfies it.
+    ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
+    ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """
 
     def requirements(self, backbone: Any, patch_size: int) -> Table:

@@ -57,7 +57,7 @@ def unsupported_reason(part: Covered) -> str | None:
         TypeError: for another module, which has no fast path.
     """
     if not isinstance(part, Covered):
-        raise TypeError(f"part is a {full_name(type(part))}: expected an InsVPViT or one of its prompters")
+        raise TypeError(f"part is {full_name(type(part))}: expected an InsVPViT or one of its prompters")
     return _changeable_reason(part) or _examine(part._requirements())[0]
 
 

@@ -102,7 +102,7 @@ def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) 
         return f"({full_name(type(module))}) is not known to the fast path"
     found = next((one for one in rules if one.type is type(module)), None)
     if found is None:
-        return f"is a {full_name(type(module))}: expected {' or '.join(full_name(one.type) for one in rules)}"
+        return f"is {full_name(type(module))}: expected {' or '.join(full_name(one.type) for one in rules)}"
     state = vars(module)
     if any(state.get(hooks) for hooks in HOOKS):
         return "has a hook"

@@ -1,4 +1,4 @@
-"""What ``tools/fuzz.py`` draws: models, configurations, batches, and how they are computed."""
+"""Random models, configurations, batches and settings for ``tools/fuzz.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS = ("contiguous", "channels last", "transposed", "strided", "expanded", "
 
 @dataclass(frozen=True)
 class Case:
-    """One model, one batch, and how they are computed; the defaults are the simplest."""
+    """One model, one batch, and how they are computed; the defaults make the simplest case."""
 
     seed: int = 0
     backbone: dict[str, Any] = field(default_factory=dict)  # timm's arguments
@@ -28,7 +28,7 @@ class Case:
     batch: int = 2
     size: tuple[int, int] = (16, 16)
     dtype: str = "fp32"
-    image_dtype: str | None = None  # that of the model
+    image_dtype: str | None = None  # None: that of the model
     autocast: str | None = None
     layout: str = "contiguous"
     values: str = "normal"
@@ -36,7 +36,7 @@ class Case:
     no_grad: bool = False
     train: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of InsVPViT
-    isa: str | None = None  # the best that there is
+    isa: str | None = None  # None: the best of this machine
 
     def __repr__(self) -> str:
         simplest = Case()
@@ -50,7 +50,7 @@ class Case:
 
 
 def some(**choices: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """A dictionary with any of the keys."""
+    """A dictionary with any subset of the keys."""
     return st.fixed_dictionaries({}, optional=choices)
 
 
@@ -60,7 +60,7 @@ def flags(*names: str) -> dict[str, st.SearchStrategy[Any]]:
 
 @st.composite
 def backbones(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int]]:
-    """timm's arguments and the size of an image."""
+    """timm's arguments for a backbone, and the size of an image."""
     heads, patch = draw(st.integers(1, 3)), draw(st.sampled_from([4, 7, 8, 14, 16]))
     most = max(1, 56 // patch)
     token = draw(st.sampled_from([True, True, False]))
@@ -88,7 +88,7 @@ def backbones(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int]]:
         "global_pool": draw(st.sampled_from(pools)),
     }
     size = draw(sides) if optional.get("dynamic_img_size") else fixed["img_size"]
-    wrong = draw(st.sampled_from([0] * 30 + [1]))  # which both models have to refuse
+    wrong = draw(st.sampled_from([0] * 30 + [1]))  # an image of a wrong size, which both models have to refuse
     return fixed | optional, (size[0] + wrong, size[1])
 
 
@@ -119,26 +119,25 @@ def configurations(draw: st.DrawFn, depth: int) -> dict[str, Any]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any case that this machine can run."""
+    """Any case; where the machine lacks the instruction set, it limits nothing."""
     backbone, size = draw(backbones())
     dtype = draw(st.sampled_from(["fp32"] * 5 + ["bf16", "fp16", "fp64"]))
     halves = {"bf16": ["bf16"], "fp16": ["fp16"]}  # torch.cat refuses the other one under autocast
     autocast = draw(st.sampled_from([None, None, None, *halves.get(dtype, ["bf16", "bf16", "fp16"])]))
     train = draw(st.booleans())
-    # dropout draws its mask in the order of memory, and results of the operations are contiguous whatever the image is
+    # dropout masks are drawn in the order of memory, and results of our operations are contiguous for any image
     refused = {
         "channels last": train,
-        "8 bits": "in_chans" in backbone,
-    }  # mean and deviation are those of three channels
+        "8 bits": "in_chans" in backbone,  # mean and deviation are those of three channels
+    }
+    smallest = 1 if "dynamic_img_size" in backbone or "pos_embed" in backbone else 0  # timm refuses 0
     layouts = [layout for layout in LAYOUTS if not refused.get(layout)]
     case = Case(
         seed=draw(st.integers(0, 2**31 - 1)),
         backbone=backbone,
         config=draw(configurations(backbone["depth"])),
         classes=draw(st.sampled_from([3, 3, 3, 1, 0])),
-        batch=draw(
-            st.integers(1 if "dynamic_img_size" in backbone or "pos_embed" in backbone else 0, 3)
-        ),  # timm refuses 0
+        batch=draw(st.integers(smallest, 3)),
         size=size,
         dtype=dtype,
         image_dtype=draw(st.sampled_from([None] * 9 + list(DTYPES))),

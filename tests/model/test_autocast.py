@@ -1,4 +1,4 @@
-"""Autocast casts every floating-point tensor but those in fp64, and dtypes that PyTorch refuses are refused."""
+"""All combinations of dtypes: results have the dtypes of the reference's, and what PyTorch refuses is refused."""
 
 import copy
 import itertools
@@ -44,7 +44,7 @@ def test_dtypes_of_modules_and_images(config, amp):
         lowest = min((modules, image, amp or modules), key=lambda dtype: -torch.finfo(dtype).eps)
         for name, value in values.items():
             assert value.dtype == expected[name].dtype, f"{what}, {name}"
-            if lowest == torch.float64:  # no oracle is finer: as close as 1e-5 is in fp32
+            if lowest == torch.float64:  # nothing is more precise: allowed is what 1e-5 is in fp32
                 assert (
                     relative_error(value, exact[name]) < 1e-5 * torch.finfo(lowest).eps / torch.finfo(torch.float32).eps
                 )

@@ -1,4 +1,4 @@
-"""Whatever is changed in a model that is in use: it has the reference's numbers, or its error."""
+"""A model that is changed after its first forward pass has the reference's numbers, or raises as the reference does."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ def image():
 
 
 def in_use(change, **kwargs):
-    """A reference and a fast model, this one in use, with the same change made to both."""
+    """A reference and a fast model, both changed, the latter after a forward pass."""
     models = copy.deepcopy(originals(**kwargs))
     with torch.no_grad():
         assert unsupported_reason(models[1]) is None
@@ -66,7 +66,7 @@ def problem(change, **kwargs):
         return f"gradients of {sorted(expected.keys() ^ values.keys())}"
     if max_error(values, expected) < 1e-5:
         return None
-    # each is charged with its own rounding only; a change that has no double precision has no such excuse
+    # the difference may be rounding: compare both with double precision, if the change allows that
     exact = numbers(copy.deepcopy(reference).double(), torch.float64)
     if isinstance(exact, Exception) or max_error(values, exact) > max(1e-5, 2 * max_error(expected, exact)):
         return f"off by {max_error(values, expected):.0e}"
@@ -89,7 +89,7 @@ def at(path, change):
 
 
 class Adapter(nn.Module):
-    """Computes something besides what it stands for."""
+    """Adds something to the output of a module."""
 
     def __init__(self, inner):
         super().__init__()
@@ -220,7 +220,7 @@ SETTINGS = {
 
 
 def hidden_by(value):
-    """The attribute of a child's name that Python finds before the child."""
+    """An attribute that hides the child of the same name."""
     return lambda name: lambda module: object.__setattr__(module, name, value)
 
 
@@ -237,7 +237,7 @@ def as_buffer(linear):
 
 
 class Louder(nn.Parameter):
-    """A parameter that multiplies as another."""
+    """A parameter that makes ``F.linear`` return 1.5 times its result."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -252,9 +252,9 @@ SETTINGS |= {
     "a child hidden": at("backbone", hidden_by(nn.Tanh())("patch_drop")),
     "a child of a block hidden": at("backbone.blocks.0", hidden_by(nn.Tanh())("drop_path2")),
     "a parameter hidden": at("backbone.blocks.0.mlp.fc1", hidden_by(torch.ones(192))("bias")),
-    "a head over all tokens": lambda m: setattr(m, "forward_head", lambda x: m.head(x.mean(1))),
-    "blocks run otherwise": lambda m: setattr(m, "apply_block", lambda block, h, p_j: (2 * block(h), None)),
-    "features otherwise": lambda m: setattr(m, "forward_features", lambda x: 2 * type(m).forward_features(m, x)),
+    "own forward_head": lambda m: setattr(m, "forward_head", lambda x: m.head(x.mean(1))),
+    "own apply_block": lambda m: setattr(m, "apply_block", lambda block, h, p_j: (2 * block(h), None)),
+    "own forward_features": lambda m: setattr(m, "forward_features", lambda x: 2 * type(m).forward_features(m, x)),
     "a parameter of another class": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m.weight, "__class__", Louder)),
     "a sparse weight": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m, "weight", sparse(m.weight))),
     "a compiled block": at(
@@ -345,7 +345,7 @@ def test_a_function_mode():
     with Halved():
         reference, values = (model(image()) for model in models)
     assert relative_error(values, reference) < 1e-5 < relative_error(fast(image()), reference)
-    with torch.device("cpu"):  # PyTorch's own mode for a default device
+    with torch.device("cpu"):  # a mode of PyTorch that changes no result
         assert coverage.covers(fast)
 
 
@@ -359,7 +359,7 @@ def test_unchanged_models_take_the_fast_path():
             assert coverage.covers(fast)
 
 
-def test_a_reason_is_told_once_and_taken_back():
+def test_a_reason_is_reported_once_and_may_disappear():
     _, fast = in_use(lambda model: None)
     drop = fast.backbone.blocks[1].mlp.drop2
     with warnings.catch_warnings(record=True) as caught:
@@ -367,13 +367,27 @@ def test_a_reason_is_told_once_and_taken_back():
         fast.backbone.blocks[1].mlp.drop2 = nn.Tanh()
         for _ in range(3):
             fast(image())
-    reason = "backbone.blocks.1.mlp.drop2 is a torch's Tanh: expected torch's Identity or torch's Dropout"
+    reason = "backbone.blocks.1.mlp.drop2 is torch's Tanh: expected torch's Identity or torch's Dropout"
     assert [str(w.message) for w in caught] == [f"InsVPViT takes the general path, exact but not fast: {reason}"]
     fast.backbone.blocks[1].mlp.drop2 = drop
     assert unsupported_reason(fast) is None and coverage.covers(fast)
 
 
-def test_the_dropout_of_a_configuration_is_no_reason_to_warn():
+def test_modules_without_a_fast_path():
+    reference, fast = in_use(lambda model: setattr(model, "patch_prompter", nn.Conv2d(3, 3, 3, padding=1)))
+    with pytest.warns(
+        UserWarning, match="Conv2d takes the general path, exact but not fast: torch's Conv2d has no fast"
+    ):
+        fast(image())
+    with pytest.raises(TypeError, match="part is insvp_fast's InsVPReference: expected an InsVPViT or one of its"):
+        unsupported_reason(reference)
+    with pytest.raises(TypeError, match="part is torch's Conv2d"):
+        unsupported_reason(fast.patch_prompter)
+    fast.backbone = nn.Sequential(fast.backbone)
+    assert unsupported_reason(fast) == "backbone is torch's Sequential, which has no fast path"
+
+
+def test_no_warning_for_the_dropout_of_a_configuration():
     model = InsVPViT("vit_tiny_patch16_224", 3, InsVPConfig.released(prompt_length=2, carry_prompts=False), **TINY)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -381,7 +395,7 @@ def test_the_dropout_of_a_configuration_is_no_reason_to_warn():
             model.train(mode)(image())
 
 
-def test_a_copy_does_not_look_at_its_original():
+def test_a_copy_is_examined_by_itself():
     _, fast = in_use(lambda model: None)
     twin = copy.deepcopy(fast)
     assert coverage.covers(twin)
@@ -399,9 +413,9 @@ COMPILED = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", COMPILED)
-def test_compiled_models_are_traced_anew(change, when):
+def test_compiled_models_are_traced_again(change, when):
     if "hook" in change and when == "after" and torch.__version__ < "2.12":
-        pytest.skip("torch 2.11 does not trace anew for a hook")
+        pytest.skip("torch 2.11 does not trace again for a hook")
     torch._dynamo.reset()
     reference, fast = in_use(lambda model: None)
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
@@ -412,7 +426,7 @@ def test_compiled_models_are_traced_anew(change, when):
     assert relative_error(compiled(image()), reference(image())) < 1e-5
 
 
-def test_a_model_that_is_made_of_another_backbone():
+def test_the_backbone_of_a_model_is_replaced():
     _, fast = in_use(lambda model: None)
     other = InsVPViT(copy.deepcopy(originals(qk_norm=True)[1].backbone), 10, CONFIG)
     fast.backbone = other.backbone
@@ -438,7 +452,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_of_functions_go_the_general_way(transform):
+def test_transforms_of_functions_take_the_general_path(transform):
     reference, fast = (model.eval() for model in in_use(lambda model: None))
     with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no forward-mode derivative on CPUs
         values, expected = (TRANSFORMS[transform](model, image()) for model in (fast, reference))

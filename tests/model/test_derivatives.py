@@ -1,4 +1,4 @@
-"""Gradients are of the first order: what asks for others is told which operation it was and what to use."""
+"""Gradients are of the first order: any other derivative is an error that names the operation and what to use."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_transforms_are_refused(operation, transform):
         TRANSFORMS[transform](f, x)
 
 
-def test_tangents_are_seen_and_levels_without_them_do_no_harm():
+def test_forward_mode_is_refused_only_for_tensors_with_a_tangent():
     f, x = operations()["linear"]
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, x)
@@ -62,7 +62,7 @@ def test_tangents_are_seen_and_levels_without_them_do_no_harm():
 @pytest.mark.parametrize("loss", [torch.sum, torch.norm], ids=["linear", "not linear"])
 @pytest.mark.parametrize("operation", operations())
 def test_a_gradient_is_not_differentiated_again(operation, loss):
-    """Not even where the loss is linear in the result, and nothing that autograd knows of leads back to the input."""
+    """Also where the loss is linear in the result, so that autograd itself would see no dependence on the input."""
     f, x = operations()[operation]
     x.requires_grad_()
     (grad,) = torch.autograd.grad(loss(f(x)), x, create_graph=True)

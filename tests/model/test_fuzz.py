@@ -1,4 +1,4 @@
-"""A small share of what ``tools/fuzz.py`` draws: the same cases in every run."""
+"""The first cases of ``tools/fuzz.py``, and whether it finds errors."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_drawn_models(threads):
 
 
 def test_a_wrong_number_is_found(monkeypatch):
-    """Also one that hides behind rounding, and a finite number in the place of NaN."""
+    """Also one as small as a rounding error, and a finite number in the place of NaN."""
     monkeypatch.setattr(fuzz, "DRAWS", (8,))
     case = fuzz.Case(backbone={"img_size": (16, 16), "patch_size": 8, "embed_dim": 8, "num_heads": 2, "depth": 1})
     assert fuzz.check(case) is None

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -17,14 +18,14 @@ from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import ParallelThingsBlock
 from timm.optim import param_groups_weight_decay
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, prompters
 from insvp_fast.ops.attention import keeps_softmax
 from insvp_fast.reference import crop_center, pool_center, simam
 from insvp_fast.runtime import native, products
 from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
 
 TINY = {"img_size": 32, "depth": 2}
-ODD = {  # timm's variants of the plain ViT, each small
+VARIANTS = {  # of timm's ViT, that have a fast path
     "rectangular": {"img_size": (32, 48)},
     "patch 8": {"img_size": 32, "patch_size": 8},
     "patch 14": {"img_size": 42, "patch_size": 14},
@@ -56,7 +57,7 @@ ODD = {  # timm's variants of the plain ViT, each small
         "drop_path_rate": 0.5,
     },
 }
-GENERAL = {  # not covered by the fast operations
+GENERAL = {  # have no fast path
     "RMSNorm": {"img_size": 32, "norm_layer": "rmsnorm"},
     "norm after the patch embedding": {"img_size": 32, "embed_norm_layer": "layernorm"},
     "differential attention": {"img_size": 32, "attn_layer": "diff"},
@@ -70,7 +71,7 @@ NO_DROPOUT = {"global_dropout": 0.0}
 
 
 def images(model, batch=2, size=None):
-    """Random images, drawn again while fp32 rounding could change which pixel of a pool leads, or its sign."""
+    """Random images for which fp32 rounding cannot change the place or the sign of a window's maximum."""
     embedding = model.backbone.patch_embed
     while True:
         image = torch.randn(batch, embedding.proj.in_channels, *(size or embedding.img_size), device=DEVICE)
@@ -79,10 +80,10 @@ def images(model, batch=2, size=None):
 
 
 def pooling_margin(model, image):
-    """How far the specific prompter is from its kinks, in fp64.
+    """How far the specific prompter is from the kinks of maximum and LeakyReLU, in fp64.
 
-    That is the smallest lead of the largest over the next in all pooling windows, and the smallest largest value, which
-    LeakyReLU would take for one of the other sign.
+    That is the smaller of two numbers: in all pooling windows, the least difference of the two largest values, and the
+    least magnitude of a maximum.
     """
     prompter, margins = copy.deepcopy(model.specific_prompter).double().eval(), []
 
@@ -105,7 +106,7 @@ def pooling_margin(model, image):
 
 
 def assert_equal_numbers(reference, fast, image, tolerance=1e-5):
-    """Against the reference in double precision, so that each is charged with its own rounding only."""
+    """Errors against double precision are at most the tolerance, or twice those of the reference in fp32."""
     exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
     plain, values = trained_gradients(reference, image), trained_gradients(fast, image)
     assert values.keys() == exact.keys()
@@ -114,11 +115,11 @@ def assert_equal_numbers(reference, fast, image, tolerance=1e-5):
         assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
 
 
-@pytest.mark.parametrize("variant", ODD)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_backbones(variant):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the general path would warn
-        reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **ODD[variant])
+        reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **VARIANTS[variant])
     assert_equal_numbers(reference, fast, images(fast))
     image = images(fast, 1)
     assert relative_error(fast.forward_features(image), reference.forward_features(image)) < 1e-5
@@ -199,7 +200,7 @@ def test_dropout_under_the_same_masks(config):
     assert torch.equal(fast.eval()(image), fast(image))
 
 
-def test_carried_prompts_go_the_general_way():
+def test_carried_prompts_take_the_general_path():
     config = InsVPConfig(prompted_blocks=1, carry_prompts=True, **NO_DROPOUT)
     with pytest.warns(UserWarning, match="carry_prompts with blocks that have no prompts"):
         reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
@@ -251,7 +252,7 @@ PRECISIONS = [(True, torch.bfloat16), (True, torch.float16), (False, torch.bfloa
 @pytest.mark.parametrize("variant", ["plain", "layer scale", "qk norm", "pre-norm"])
 def test_low_precision(amp, dtype, variant):
     reference, fast = make_pair(
-        "vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **ODD.get(variant, {"img_size": 32})
+        "vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **VARIANTS.get(variant, {"img_size": 32})
     )
     image = images(fast, 4)
     if not amp:
@@ -266,7 +267,7 @@ def test_low_precision(amp, dtype, variant):
 
 
 def test_half_without_autocast():
-    """Logits only: without loss scaling the reference's own fp16 gradients vanish."""
+    """Logits only: without loss scaling even the reference's fp16 gradients underflow."""
     reference, fast = make_pair("vit_tiny_patch16_224", **TINY)
     image = images(fast, 4)
     exact = copy.deepcopy(reference).double().eval()(image.double())
@@ -365,7 +366,7 @@ def test_an_8_bit_image_is_normalized(path, simam):
     assert relative_error(fast.forward_features(pixels), fast.forward_features((pixels / 255 - mean) / std)) < 1e-5
 
 
-def test_a_default_device_is_for_others():
+def test_a_default_device_does_not_matter():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
     image, expected = images(fast), None
     fast.eval()
@@ -450,12 +451,12 @@ def test_the_norms_may_be_folded_or_not(autocast):
         results.append(trained_gradients(fast, image, autocast=autocast))
         for name, value in results[-1].items():
             assert_within_budget(value, plain[name], exact[name], autocast or torch.float32, name)
-    assert not torch.equal(results[0]["logits"], results[1]["logits"])  # the switch is one
+    assert not torch.equal(results[0]["logits"], results[1]["logits"])  # the option has an effect
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
 def test_saved_for_backward_is_the_minimum(recompute):
-    """Both normalized buffers, QKV, attended values and, unless computed again, pre-GELU, all in bf16; nothing else."""
+    """A block keeps both normalized buffers, QKV, attended values and, unless computed again, GELU's input, in bf16."""
     config = InsVPConfig(global_prompt=False, patch_prompt=False, specific_prompt=False)
     _, fast = make_pair("vit_tiny_patch16_224", config, img_size=64, depth=5, global_pool="avg")
     _, shallow = make_pair("vit_tiny_patch16_224", config, img_size=64, depth=4, global_pool="avg")
@@ -465,7 +466,7 @@ def test_saved_for_backward_is_the_minimum(recompute):
     attended = T * D if DEVICE.type == "cuda" or keeps_softmax(torch.bfloat16) else 0
     block = 4 * 2 * (S * D + 3 * S * D + attended + T * D + (4 * T * D if recompute == "none" else 0))
     measured = saved_bytes(fast, image, torch.bfloat16) - saved_bytes(shallow, image, torch.bfloat16)
-    assert block <= measured < 1.03 * block  # and a few numbers per token
+    assert block <= measured < 1.03 * block  # the rest is a few numbers for each token
 
 
 @pytest.mark.parametrize(("recompute", "megabytes"), [("none", 36), ("mlp", 20), ("block", 6)])
@@ -571,6 +572,20 @@ def test_timms_interface():
     assert any(p is fast.common_prompts for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0
     fast.reset_classifier(0)
     assert fast(image).shape == (3, 192)
+
+
+def test_prompters_are_those_of_the_reference_but_for_their_class():
+    models = []
+    for cls in (InsVPReference, InsVPViT):
+        torch.manual_seed(0)
+        models.append(cls("vit_tiny_patch16_224", 10, **TINY))
+    reference, fast = models
+    expected, state = reference.state_dict(), fast.state_dict()
+    assert [*state] == [*expected] and all(torch.equal(state[key], value) for key, value in expected.items())
+    for model in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        for name in ("global_prompter", "patch_prompter", "specific_prompter"):
+            own, plain = type(getattr(model, name)), type(getattr(reference, name))
+            assert own is getattr(prompters, plain.__name__) and issubclass(own, plain) and own is not plain
 
 
 def test_keeps_the_backbones_own_head_if_no_classes_are_given():

@@ -1,4 +1,4 @@
-"""NaN and infinities: results and gradients are finite where those of the formulas in PyTorch are, and nowhere else."""
+"""Inputs with NaN or infinity: the same numbers are finite as in the same formulas computed by PyTorch."""
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ def number(low: int, high: int) -> int:
 
 
 def spoil(x: torch.Tensor) -> torch.Tensor:
-    """Up to three numbers made NaN or infinite."""
+    """Make up to three numbers NaN or infinite, in place."""
     for _ in range(number(1, 3)):
         x.view(-1)[number(0, x.numel() - 1)] = BAD[number(0, 2)]
     return x
 
 
-# Each draws the formula, the operation, their inputs, how many of these may be spoiled, and further arguments.
+# Each returns a formula, its operation, their inputs, how many of the inputs may be spoiled, and further arguments.
 
 
 def draw_superpose():
@@ -38,7 +38,7 @@ def draw_superpose():
 def draw_norm_insert():
     D, T, L = number(1, 40), number(1, 6), number(1, 3)
     inputs = [torch.randn(2, n, D) for n in (T, T, L)]
-    # the fixed affine map is finite and nowhere 0, so that it may be left to the next product
+    # the affine map is finite and nowhere 0: only such a map may be folded into the next product
     return reference.norm_insert, ops.norm_insert, inputs, 3, (torch.rand(D) + 1, torch.randn(D), 1e-6)
 
 
@@ -129,8 +129,8 @@ def test_operations(isa, draw, dtype):
 
 @pytest.mark.parametrize("size", [1, 5, 12])
 @pytest.mark.parametrize("pool", [1, 2, 3])
-def test_max_pooling_takes_a_nan_over_a_number(pool, size):
-    """The last one, as PyTorch does; so that is where the gradient goes."""
+def test_the_maximum_of_a_window_with_nan_is_nan(pool, size):
+    """The gradient goes to the last NaN of the window, as in PyTorch."""
     x = torch.randn(2, 1, pool * size, pool * size)
     x[torch.rand(x.shape) < 0.3] = torch.nan
     weight, bias = torch.ones(1, 1, 1, 1), torch.zeros(1)
@@ -156,7 +156,7 @@ SETTINGS = [{}, {"recompute": "mlp"}, {"recompute": "block"}, {"gelu_in_8_bits":
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_models(variant, pool, autocast):
-    """A bad pixel anywhere, also at the border, beside a good image, and a loss of all images or of either."""
+    """One bad pixel in one of two images, also at the border; the loss is that of both images or of one."""
     kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": pool}
     models = make_pair("vit_tiny_patch16_224", InsVPConfig(prompt_length=2, **variant), 3, **kwargs)
     for i, settings in enumerate(SETTINGS):
@@ -185,7 +185,7 @@ def finite(model, image, rows, autocast):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_gelu_of_numbers_of_every_size(isa, dtype):
-    """From the smallest to the largest, where powers of the argument overflow: what PyTorch makes of each."""
+    """Also where powers of the argument underflow or overflow."""
     x = torch.logspace(-44, 38, 400, dtype=torch.float64).to(dtype)
     x = torch.cat([x, -x, torch.tensor([0.0, -0.0, 3.3e38, -3.3e38, *BAD]).to(dtype)])
     one, packed = torch.ones(len(x), 1, dtype=dtype), native.pack_linear(torch.eye(1), dtype)
@@ -193,12 +193,12 @@ def test_gelu_of_numbers_of_every_size(isa, dtype):
     slope = native.linear_gelu_bwd(one, packed, pre)
     x = pre.double()
     normal, density = torch.special.erfc(-x * 0.5**0.5) / 2, (-x.square() / 2).exp() / (2 * torch.pi) ** 0.5
-    # roundings of the result and of the exponent x²/2 in it; of the derivative, whose two terms cancel, also of these
+    # rounding of the result and of the exponent x²/2; for the derivative also of its two terms, which cancel
     for value, expected, terms in ((hidden, x * normal, 0), (slope, normal + x * density, 1)):
         finite = expected.isfinite()
         assert torch.equal(value.isfinite(), finite)
         allowed = torch.finfo(dtype).eps * ((4 + x.square()) * expected.abs() + terms)
-        # tails: below, the distribution counts as 0; or for 16 bits, as much as 1 + erf(x) loses in fp32
+        # tails: below this the distribution function is 0, or in 16 bits has the error of 1 + erf(x) in fp32
         allowed += 2.0**-120 if dtype == F32 else torch.finfo(F32).eps
         assert ((value - expected).abs() <= allowed)[finite].all()
 
@@ -206,7 +206,7 @@ def test_gelu_of_numbers_of_every_size(isa, dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("size", [1e-20, 1e4, 1e9, 1e15, 1e18, 1e25])
 def test_attention_with_scores_of_every_size(isa, dtype, size):
-    """Where a score overflows the row is NaN, as in PyTorch; below, one key gets everything."""
+    """A row is NaN where a score overflows, as in PyTorch; with large finite scores one key gets all the weight."""
     qkv = (size * torch.randn(2, 9, 3 * 16)).to(dtype)
     with torch.no_grad():
         value, expected = (run(qkv, 2, 9, 0.4) for run in (native.attention_fwd, reference.attention))

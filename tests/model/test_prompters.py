@@ -1,4 +1,4 @@
-"""The prompters against the reference's, and their two operations as PyTorch operators."""
+"""The prompters against those of the reference, and their operations ``ops.conv`` and ``ops.conv_pool``."""
 
 import copy
 
@@ -15,7 +15,7 @@ PAPER = InsVPConfig(prompt_length=2)
 RELEASED = InsVPConfig.released(prompt_length=3)
 
 
-# ------------------------------------------------------------------------------------------------------- operations
+# operations
 
 
 def operands(dtype=torch.float32, B=2, C=3, size=(9, 10), out=4, kernel=(3, 5)):
@@ -40,7 +40,7 @@ def with_gradients(function, inputs, seed=1):
 @pytest.mark.parametrize("run", [run_conv, run_conv_pool])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_operations_in_every_dtype(run, dtype):
-    """The result is PyTorch's own; without the native library's dtypes it is the formula that runs."""
+    """The numbers are those of PyTorch's modules, also in dtypes that the native library does not have."""
 
     def plain(x, weight, bias):
         y = F.conv2d(x, weight, bias, padding="same", dilation=2 if run is run_conv else 1)
@@ -107,11 +107,11 @@ def test_wrong_arguments_are_refused(run, message):
         run(*operands())
 
 
-# -------------------------------------------------------------------------------------------------------- prompters
+# prompters
 
 
 def pair(kind: str, config: InsVPConfig, embed_dim: int = 48):
-    """The reference's prompter and ours with the same weights; for 48 = 3·4², pooling makes 16x16, then 4x4."""
+    """The reference's prompter and ours with the same weights; a width of 48 = 3·4² pools to 16x16, then 4x4."""
     own, plain = getattr(prompters, kind), getattr(reference, kind)
     arguments = (3, config) if kind == "GlobalPrompter" else (3, 4, embed_dim, config)
     expected = plain(*arguments)
@@ -133,9 +133,9 @@ def outcome(prompter, image, seed=0, autocast=None):
 KINDS = ["GlobalPrompter", "SpecificPrompter"]
 SIZES = [
     (32, 32),  # windows of 2 x 2
-    (53, 58),  # 3 x 3 and cut off borders
+    (53, 58),  # 3 x 3, with borders cut off
     (20, 40),  # windows that are not square
-    (12, 16),  # smaller than what pooling makes: windows overlap
+    (12, 16),  # smaller than the pooled map: windows overlap
 ]
 
 
@@ -225,7 +225,7 @@ def parametrize(conv):
 @pytest.mark.parametrize("change", [use_a_subclass, add_a_hook, patch_forward, parametrize])
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_convolutions_are_not_bypassed(kind, change):
-    """The last convolution gives twice as much, whoever made it so."""
+    """A last convolution with twice the result gives twice the prompt."""
     _, fast = pair(kind, PAPER)
     fast, image = fast.eval(), torch.randn(1, 3, 32, 32)
     plain = fast(image)

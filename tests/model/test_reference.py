@@ -1,4 +1,4 @@
-"""The specification against timm, against PyTorch's own operators and against autograd."""
+"""The reference against timm, PyTorch's operators and autograd."""
 
 import pytest
 import timm
@@ -15,7 +15,7 @@ def double(*shape):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 12), (2, 1, 16, 8), (3, 3, 28, 42)])
-def test_unfold_is_pytorchs(shape):
+def test_unfold_is_that_of_pytorch(shape):
     P = 14 if shape[-1] == 42 else 4
     image = double(*shape)
     patches = reference.unfold(image, P)
@@ -44,8 +44,8 @@ def test_all_prompts_off_is_the_bare_backbone():
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
 
 
-def test_feature_prompts_are_written_out():
-    """One block by hand: prompts between class token and patches, blended, their outputs discarded."""
+def test_feature_prompts_block_by_block():
+    """Prompts are blended, stand between class token and patches, and their outputs are discarded."""
     config = InsVPConfig(global_prompt=False, patch_prompt=False, prompt_length=4, feature_weights=(0.25, 3.0))
     model = InsVPReference("vit_tiny_patch16_224", 5, config, img_size=32, depth=2)
     backbone, image = model.backbone, torch.randn(2, 3, 32, 32)
