@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from insvp_fast import coverage, ops, reference
 from insvp_fast.coverage import Covered, Requirements, Rule, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
+from insvp_fast.ops.conv import conv_reference
 
 __all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter", "accelerate"]
 
@@ -133,4 +134,4 @@ def _weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 
 def _conv(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
-    return reference.conv(x, *_weights(conv), 1, height, width, relu=False)
+    return conv_reference(x, *_weights(conv), 1, height, width, relu=False)

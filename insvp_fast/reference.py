@@ -10,7 +10,6 @@ J blocks.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +17,10 @@ import torch.nn.functional as F
 from timm import create_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from insvp_fast.config import InsVPConfig
 
 __all__ = ["GlobalPrompter", "ImagePrompt", "InsVPReference", "PatchPrompter", "SpecificPrompter"]
-
-
-# ------------------------------------------------------------------------------------------------------- the operations
 
 
 def unfold(image: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, K]
@@ -56,206 +51,6 @@ def simam(image: Tensor) -> Tensor:  # [B, C, H, W]
     deviation = (image - image.mean(dim=(2, 3), keepdim=True)).square()
     energy = deviation / (4 * (deviation.sum(dim=(2, 3), keepdim=True) / (H * W - 1) + 1e-3)) + 0.5
     return image * energy.sigmoid()
-
-
-def superpose(
-    image: Tensor,  # [B, C, H, W]
-    global_prompt: Tensor | None,  # [B, C, H, W]
-    w1: Tensor,  # [R, K]
-    b1: Tensor,  # [R]
-    w2: Tensor,  # [K, R]
-    b2: Tensor,  # [K]
-    patch_size: int,
-    global_weight: float,
-    patch_weight: float,
-) -> Tensor:  # [B, N, K]
-    """The prompted image x + w_g·p_g + w_l·G_l(x), unfolded into patches (eq. 5, 6 and 7)."""
-    x = unfold(image, patch_size)
-    p_l = F.linear(F.linear(x, w1, b1).relu(), w2, b2)
-    if global_prompt is None:
-        return x + patch_weight * p_l
-    return x + (global_weight * unfold(global_prompt, patch_size) + patch_weight * p_l)
-
-
-def superpose_bwd(
-    grad: Tensor,  # [B, N, K]
-    image: Tensor,
-    hidden: Tensor,  # [B, N, R], after the ReLU
-    w1: Tensor,
-    w2: Tensor,
-    patch_size: int,
-    global_weight: float,
-    patch_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of ``superpose`` by image, global prompt, w1, b1, w2 and b2, written out."""
-    H, W = image.shape[-2:]
-    d_patch = patch_weight * grad
-    d_hidden = torch.ops.aten.threshold_backward(d_patch @ w2, hidden, 0)
-    d_image = fold(grad + d_hidden @ w1, patch_size, H, W)
-    d_global = fold(global_weight * grad, patch_size, H, W)
-    x, hidden, d_hidden, d_patch = (t.flatten(0, 1) for t in (unfold(image, patch_size), hidden, d_hidden, d_patch))
-    return d_image, d_global, d_hidden.T @ x, d_hidden.sum(0), d_patch.T @ hidden, d_patch.sum(0)
-
-
-def norm_insert(
-    residual: Tensor,  # [B, T, D]
-    branch: Tensor | None,  # [B, T, D], what the preceding half-block adds
-    prompts: Tensor | None,  # [B, L, D]
-    weight: Tensor,  # [D]
-    bias: Tensor | None,  # [D]
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, S, D]
-    """Residual addition, then LayerNorm of the tokens and, placed behind them, of the prompts.
-
-    Behind the tokens and not between them: attention does not care for the order of its keys, and the T queries stay
-    one strided block.
-    """
-    residual = residual if branch is None else residual + branch
-    tokens = residual if prompts is None else torch.cat([residual, prompts.to(residual.dtype)], dim=1)
-    return residual, F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
-
-
-def norm_insert_bwd(
-    grad_residual: Tensor,  # [B, T, D]
-    grad_normed: Tensor,  # [B, S, D]
-    normalised: Tensor,  # [B, S, D], before the affine map
-    rstd: Tensor,  # [B, S, 1]
-    weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of ``norm_insert`` by the residual (and so by the branch) and by the prompts, written out."""
-    T = grad_residual.shape[1]
-    g = grad_normed * weight
-    d = rstd * (g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True))
-    return grad_residual + d[:, :T], d[:, T:]
-
-
-def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:  # [B, S, 3·D] -> [B, T, D]
-    """Softmax attention of the first ``num_queries`` tokens to all S, from the packed product (heads folded into D)."""
-    q, k, v = split_heads(qkv, num_heads)
-    probabilities = (scale * q[:, :, :num_queries] @ k.mT).softmax(dim=-1)
-    return merge_heads(probabilities @ v)
-
-
-def attention_bwd(
-    grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float
-) -> Tensor:  # -> [B, S, 3·D]
-    """The gradient of ``attention`` by the packed product, written out; rows that ask no query have none there."""
-    q, k, v = split_heads(qkv, num_heads)
-    q = q[:, :, :num_queries]
-    d_out = grad.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    p = (scale * q @ k.mT).softmax(dim=-1)
-    d_p = d_out @ v.mT
-    d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True)) * scale
-    d_q = F.pad(d_scores @ k, (0, 0, 0, k.shape[2] - num_queries))
-    return torch.cat([merge_heads(d) for d in (d_q, d_scores.mT @ q, p.mT @ d_out)], dim=-1)
-
-
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:  # [B, S, 3·D] -> three [B, heads, S, d]
-    """Queries, keys and values as views of their packed product."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
-
-
-def merge_heads(x: Tensor) -> Tensor:  # [B, heads, S, d] -> [B, S, D]
-    """Put the heads side by side again."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def conv(
-    x: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [O, C, kh, kw]
-    bias: Tensor,  # [O]
-    dilation: int,
-    height: int,
-    width: int,
-    relu: bool,
-) -> Tensor:  # [B, O, height, width]
-    """The central ``height`` x ``width`` of a "same" convolution with stride 1."""
-    margins = same_margins(x, weight, dilation, height, width)
-    y = F.conv2d(F.pad(x, margins), weight, bias, dilation=dilation)
-    return y.relu() if relu else y
-
-
-def conv_bwd(
-    grad: Tensor,  # [B, O, height, width], before the ReLU
-    x: Tensor,
-    weight: Tensor,
-    dilation: int,
-    height: int,
-    width: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``conv`` by x, weight and bias, written out."""
-    margins = same_margins(x, weight, dilation, height, width)
-    padded = F.pad(x, margins)
-    d_padded = F.conv_transpose2d(grad, weight, dilation=dilation)
-    d_weight = conv2d_weight(padded, weight.shape, grad, dilation=dilation)
-    return F.pad(d_padded, [-margin for margin in margins]), d_weight, grad.sum((0, 2, 3))
-
-
-def same_margins(x: Tensor, weight: Tensor, dilation: int, height: int, width: int) -> list[int]:
-    """What "same" padding adds on the left, right, top and bottom of the centre of a map, less what is cut off."""
-    margins = []
-    for side, size, kernel in zip(x.shape[:1:-1], (width, height), weight.shape[:1:-1], strict=True):
-        reach = dilation * (kernel - 1)
-        before = reach // 2 - (side - size) // 2
-        margins += [before, size + reach - side - before]
-    return margins
-
-
-def conv_pool(
-    x: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [O, C, kh, kw]
-    bias: Tensor,  # [O]
-    height: int,
-    width: int,
-    pool: int,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor]:  # twice [B, O, height / pool, width / pool]
-    """``conv``, the maxima in windows of ``pool`` x ``pool``, LeakyReLU; and the maxima's places in their windows."""
-    y, index = F.max_pool2d(conv(x, weight, bias, 1, height, width, False), pool, return_indices=True)
-    place = index // width % pool * pool + index % width % pool
-    return F.leaky_relu(y, negative_slope), place.to(torch.uint8)
-
-
-def conv_pool_bwd(
-    grad: Tensor,  # [B, O, height / pool, width / pool]
-    x: Tensor,
-    y: Tensor,
-    chosen: Tensor,
-    weight: Tensor,
-    height: int,
-    width: int,
-    pool: int,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``conv_pool`` by x, weight and bias, written out."""
-    grad = torch.where(y > 0, grad, negative_slope * grad)
-    places = torch.arange(pool * pool, device=x.device).view(pool, pool)
-    # [B, O, rows, columns, pool, pool]; zero beside the chosen place also where the gradient is not finite
-    windows = torch.where(chosen[..., None, None] == places, grad[..., None, None], 0)
-    return conv_bwd(windows.transpose(-3, -2).reshape(*grad.shape[:2], height, width), x, weight, 1, height, width)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its exact (erf) form."""
-    return F.gelu(x)
-
-
-# The derivative of GELU lies within -0.1290 and 1.1290. In 8 bits it has steps of 1/201, and the code of 0 is 27: the
-# range -0.1343 to 1.1343 contains the extrema, and saturated units, whose derivative is 0 or 1, are exact.
-GELU_CODE_STEPS, GELU_CODE_ZERO = 201, 27
-
-
-def gelu_code(x: Tensor) -> Tensor:
-    """The derivative of ``gelu`` rounded to 8 bits."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    derivative = torch.special.ndtr(x) + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
-    return (GELU_CODE_STEPS * derivative + GELU_CODE_ZERO).round().to(torch.uint8)
-
-
-def gelu_from_code(code: Tensor) -> Tensor:
-    """The derivative that ``gelu_code`` rounded, to half a step, in fp32."""
-    return (code.float() - GELU_CODE_ZERO) / GELU_CODE_STEPS
 
 
 class GlobalPrompter(nn.Module):

@@ -19,6 +19,7 @@ from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution
+from insvp_fast.ops import FrozenLinear
 from insvp_fast.runtime import buffers
 
 __all__ = [
@@ -151,7 +152,7 @@ def reads_one_token(backbone: VisionTransformer) -> bool:
 def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
     """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
     projection = backbone.patch_embed.proj
-    tokens = ops.linear(patches, projection.weight, projection.bias)
+    tokens = ops.linear(patches, FrozenLinear(projection.weight, projection.bias))
     # timm adds to the embedding of zeros just what does not depend on the image: positions and prefix tokens
     zeros = tokens.new_zeros((1, *grid, tokens.shape[-1]) if backbone.dynamic_img_size else (1, *tokens.shape[1:]))
     embedded: Tensor = backbone.norm_pre(_AddPositions.apply(tokens, backbone._pos_embed(zeros)))
@@ -195,10 +196,10 @@ def forward_block(
     else:
         attended = _attend_from_first(attn, y, affine, num_queries)
         residual = _FirstTokens.apply(residual, num_queries)
-    branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), attn.proj.weight, attn.proj.bias))
+    branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
     residual, y, affine = _norm(block.norm2, residual, branch, None, options)
-    weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    return residual, block.ls2(ops.mlp(y, *weights, gain=affine.gain, shift=affine.shift, keep=options.mlp_keeps))
+    fc1, fc2 = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
+    return residual, block.ls2(ops.mlp(y, fc1, fc2, keep=options.mlp_keeps))
 
 
 def final_norm(backbone: VisionTransformer, tokens: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def _norm(
 def _attend(
     attn: Attention, y: Tensor, affine: Affine, num_queries: int, options: BlockOptions
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
-    qkv = ops.linear(y, attn.qkv.weight, attn.qkv.bias, gain=affine.gain, shift=affine.shift)
+    qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = torch.unflatten(qkv, -1, (3, attn.num_heads, -1)).unbind(2)
         qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
@@ -238,12 +239,12 @@ def _attend_from_first(
     attn: Attention, y: Tensor, affine: Affine, num_queries: int
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
-    q, kv = ops.qkv_few(y, num_queries, attn.qkv.weight, attn.qkv.bias, gain=affine.gain, shift=affine.shift)
+    q, kv = ops.project_q_kv(y, num_queries, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
     q = _in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).flatten(2)
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
         kv = torch.stack([_in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    return ops.attention_few(q, kv, attn.num_heads, attn.scale)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale)
 
 
 class _FirstTokens(torch.autograd.Function):
