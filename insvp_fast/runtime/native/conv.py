@@ -24,7 +24,7 @@ def _sizes(x: Tensor, weight: Tensor, height: int, width: int, pool: int = 1) ->
         raise ValueError(f"expected x [B, C, H, W] and weight [O, C, kh, kw], got {x.shape} and {weight.shape}")
     H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:
-        raise ValueError(f"{height}x{width} is no centre of {H}x{W} in windows of {pool}x{pool}")
+        raise ValueError(f"{height}x{width} is no center of {H}x{W} in windows of {pool}x{pool}")
     return *x.shape, weight.shape[0], height, width, *weight.shape[2:]
 
 
@@ -32,7 +32,17 @@ def _weight_shape(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes[4], sizes[1], *sizes[7:]
 
 
-def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dtype) -> tuple[Tensor, Tensor | None]:
+def _run_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dilation: int,
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
     sizes = _sizes(x, weight, height, width, pool)
     if dtype not in TYPE_CODES:
         raise TypeError(f"y cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
@@ -84,6 +94,12 @@ def conv_pool_fwd(
     return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if indices is None else indices
 
 
+def _empty_grads(x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
+    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+    return d_x, d_weight, torch.empty(len(weight), dtype=torch.float32, device="cpu")
+
+
 def conv_bwd(
     grad: Tensor,
     x: Tensor,
@@ -106,9 +122,7 @@ def conv_bwd(
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = None if y is None else require("y", y, grad.shape, *TYPE_CODES)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
+    d_x, d_weight, d_bias = _empty_grads(x, weight, need_x)
     call(
         "conv_bwd",
         _BWD,
@@ -140,9 +154,7 @@ def conv_pool_bwd(
     y = require("y", y, grad.shape, *TYPE_CODES)
     indices = require("indices", indices, tuple(grad.shape), torch.uint8)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
+    d_x, d_weight, d_bias = _empty_grads(x, weight, need_x)
     call(
         "conv_pool_bwd",
         _POOL_BWD,
