@@ -26,7 +26,7 @@ def python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, *args], cwd=cwd, env={**clean, **env}, capture_output=True, text=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- imports
+# Imports
 
 
 def test_import_is_silent_and_loads_no_kernels(tmp_path):
@@ -66,7 +66,7 @@ def test_kernels_are_looked_for_beside_the_shim_first(tmp_path, installed):
     assert module.__path__ == [str(shim.parent)] + ([] if installed else [str(tmp_path / "kernels")])
 
 
-# ---------------------------------------------------------------------------------------- the native library's absence
+# The native library's absence
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch, reload_native):
     assert "'avx3' is none of generic, avx2, avx512" in str(native.native_status())
 
 
-# ----------------------------------------------------------------------------------------------------------- the build
+# The build
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_available():
     assert not native.available(torch.float32, torch.float16)
 
 
-# ------------------------------------------------------------------------------------------------------------ versions
+# Versions
 
 
 def test_the_oldest_versions_checked_are_those_declared():

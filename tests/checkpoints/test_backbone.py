@@ -18,7 +18,7 @@ from torch import nn
 from insvp_fast import InsVPConfig, InsVPReference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, is_name, save_backbone, source_of
-from insvp_fast.checkpoints.files import backbone_sha256
+from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.commands import cli
 from insvp_fast.errors import CheckpointError, InsVPError
 from insvp_fast.training.backbone import load_backbone
@@ -250,7 +250,7 @@ def test_a_name_of_timm_comes_before_a_folder(tmp_path, monkeypatch):
     assert source_of(create_backbone(NAME, pretrained=False)) == f"{NAME}.r160_in1k"
 
 
-# --------------------------------------------------------------------------------------------------------- the commands
+# The commands
 
 
 @pytest.mark.parametrize("kind", ["local-dir", "folder", "file of train.py", "NAME@FILE"])
@@ -279,7 +279,7 @@ def test_a_revision_of_the_hub_is_no_file():
         Recipe(backbone="a@b", checkpoint="w.pth")
 
 
-# -------------------------------------------------------------------------------------------------------------- offline
+# Offline
 
 SLOW = "import socket, time; socket.getaddrinfo = lambda *a, **k: time.sleep(60)"  # a resolver that never answers
 TIMED = """
