@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import shutil
@@ -41,6 +42,23 @@ def test_import_is_silent_and_loads_no_kernels(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def imported_parts(package: Path) -> set[str]:
+    """The modules directly in ``insvp_fast`` that the files of a package import from, themselves left out."""
+    modules = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules |= {name.split(".")[1] for name in names if name.startswith("insvp_fast.")}
+    return modules - {package.name}
+
+
+def test_data_does_not_depend_on_models_or_training():
+    assert imported_parts(Path(insvp_fast.__file__).parent / "data") == {"config", "errors", "storage"}
+
+
 def test_kernels_are_importable_as_a_part_of_the_package():
     spec = importlib.util.find_spec("insvp_fast.kernels.gpu")
     assert spec is not None
@@ -71,7 +89,7 @@ def test_kernels_are_looked_for_beside_the_shim_first(tmp_path, installed):
 
 @pytest.fixture
 def reload_native():
-    """Forgets what was loaded, before and after the test; call it after changing the surroundings."""
+    """A function that makes the next use load the library anew; also called after the test."""
     yield library.load.cache_clear
     library.load.cache_clear()
 
@@ -138,9 +156,9 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stale(checkout) -> Path:
-    library = checkout / "insvp_fast" / "libinsvp_fast_cpu.so"
-    library.write_bytes(b"an older build")
-    return library
+    file = checkout / "insvp_fast" / "runtime" / "native" / library.LIBRARY.name
+    file.write_bytes(b"an older build")
+    return file
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
     for _ in WRAPPERS:  # some are nested: {"state_dict": {"model": ...}}
         outer = content if isinstance(content, Mapping) else {}
         content = next((outer[key] for key in WRAPPERS if isinstance(outer.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    items = content.items() if isinstance(content, Mapping) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
         found = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{where}: found {found}, expected a state dict of tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
