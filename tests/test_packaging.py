@@ -182,7 +182,7 @@ def test_a_required_library_that_cannot_be_built_stops_the_build(checkout, stale
     assert "no C++ compiler found" in done.stderr
 
 
-def test_a_misspelt_wish_is_refused(checkout):
+def test_a_misspelled_mode_is_refused(checkout):
     done = python("setup.py", "--version", cwd=checkout, INSVP_FAST_NATIVE="yes")
     assert done.returncode != 0
     assert "INSVP_FAST_NATIVE must be 1 (require), 0 (forbid) or auto" in done.stderr

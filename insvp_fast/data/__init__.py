@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["Data", "Report", "check", "insvp_preprocessing", "load_data", "load_test_data", "transform_for"]
 
 _MODULES = {
-    "Data": "load",
-    "Report": "verify",
-    "check": "verify",
-    "insvp_preprocessing": "transforms",
-    "load_data": "load",
-    "load_test_data": "load",
-    "transform_for": "transforms",
+    "load": ("Data", "load_data", "load_test_data"),
+    "transforms": ("insvp_preprocessing", "transform_for"),
+    "verify": ("Report", "check"),
 }
 
 
 def __getattr__(name: str) -> Any:
     # imported when first used: the command line lists the sets of sets.py without waiting for torch
-    if name in _MODULES:
-        return getattr(import_module(f"insvp_fast.data.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'insvp_fast.data' has no attribute {name!r}")
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,8 @@ SPLITS = ("train", "val", "test")
 PROTOCOLS = ("paper", "released")
 
 # rules by which an official training split is divided into train and val, see splits.py
-OFFICIAL, NINETY, EIGHTY, FIRST_EIGHTY = "official", "90/10", "80/20", "first 80 %"
+NINETY, EIGHTY, FIRST_EIGHTY = "90/10", "80/20", "first 80 %"
+OFFICIAL_VAL = {"paper": "official", "released": "official"}
 
 
 class NamedSet(NamedTuple):
@@ -51,8 +52,7 @@ HTA = {  # the paper's ten data sets
         {"train": 1880, "val": 1880, "test": 1880},
         ("dtd/dtd/labels/train1.txt", "dtd/dtd/labels/val1.txt", "dtd/dtd/labels/test1.txt", "dtd/dtd/images"),
         "https://www.robots.ox.ac.uk/~vgg/data/dtd/ (dtd-r1.0.1.tar.gz, unpacked in dtd/)",
-        paper=OFFICIAL,
-        released=OFFICIAL,
+        **OFFICIAL_VAL,
     ),
     "cub": NamedSet(
         200,
@@ -78,8 +78,7 @@ HTA = {  # the paper's ten data sets
         ("flowers-102/imagelabels.mat", "flowers-102/setid.mat", "flowers-102/jpg"),
         "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz unpacked in flowers-102/, beside "
         "imagelabels.mat and setid.mat)",
-        paper=OFFICIAL,
-        released=OFFICIAL,
+        **OFFICIAL_VAL,
     ),
     "food101": NamedSet(
         101,
@@ -137,8 +136,7 @@ VTAB = {
         {"train": 800, "val": 200, "train_and_val": 1000, "test": test_images},
         tuple(f"{task}/{name}" for name in ("train800.txt", "val200.txt", "train800val200.txt", "test.txt", "images")),
         "https://huggingface.co/datasets/XiN0919/VTAB-1k (each task unpacked in a folder of its name)",
-        paper=OFFICIAL,
-        released=OFFICIAL,
+        **OFFICIAL_VAL,
     )
     for task, (classes, test_images) in _TASKS.items()
 }
