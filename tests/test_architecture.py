@@ -19,7 +19,7 @@ LAYERS = [
     ["ops"],
     ["coverage"],
     ["backbones", "prompters"],
-    ["checkpoints"],
+    ["checkpoints", "timm_interface"],
     ["model"],
     ["data"],
     ["training"],
