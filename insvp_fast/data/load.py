@@ -16,12 +16,11 @@ from insvp_fast.data.cache import cached
 from insvp_fast.data.folders import listing, read_classes
 from insvp_fast.data.lists import Pairs, by_number, indices_of, read_list, siblings
 from insvp_fast.data.readers import Images, Parts, by_folder, read_set, require_images
-from insvp_fast.data.sets import HTA, PROTOCOLS, SETS, VTAB
+from insvp_fast.data.sets import DIGITS, HTA, PROTOCOLS, SETS, VTAB
 from insvp_fast.data.splits import describe, divide
 from insvp_fast.data.streams import PREFIXES, read_stream
 from insvp_fast.data.transforms import Eval, Train, transform_for
 from insvp_fast.errors import DataError
-from insvp_fast.training.recipe import DIGITS
 
 __all__ = ["Data", "load_data", "load_test_data", "read_source"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["HTA", "PROTOCOLS", "SETS", "VTAB", "NamedSet"]
+__all__ = ["DIGITS", "HTA", "PROTOCOLS", "SETS", "VTAB", "NamedSet"]
 
+DIGITS = "digits"  # the data set that comes with scikit-learn
 PROTOCOLS = ("paper", "released")
 
 OFFICIAL, NINETY, EIGHTY, FIRST_EIGHTY = "official", "90/10", "80/20", "first 80 %"

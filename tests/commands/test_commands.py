@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from insvp_fast import InsVPConfig, InsVPViT
-from insvp_fast.commands import cli, doctor, sweep, traps
+from insvp_fast.commands import cli, diagnostics, doctor, sweep
 from insvp_fast.data import transform_for
 from insvp_fast.data.pictures import read_picture
-from insvp_fast.recipes import read
+from insvp_fast.recipes import read_recipe
 from insvp_fast.runtime import native
-from insvp_fast.training.backbone import load_backbone, preprocessing_of
-from insvp_fast.training.evaluation import figures_of
-from insvp_fast.training.figures import draw_confusion
-from insvp_fast.training.recipe import BUILTIN, Recipe
+from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from insvp_fast.training.metrics import metrics_from_confusion
+from insvp_fast.training.plots import plot_confusion
+from insvp_fast.training.recipe import BUILTIN_BACKBONE, Recipe
 from insvp_fast.training.run import train
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox, red"]
@@ -56,7 +56,7 @@ def run(images, tmp_path_factory) -> Path:
     backbone = load_backbone()
     model = InsVPViT(backbone, len(CLASSES), InsVPConfig(prompt_length=4))
     torch.nn.init.normal_(model.head.weight)
-    preprocessing = preprocessing_of(backbone)
+    preprocessing = resolve_preprocessing(backbone)
     model.save_pretrained(folder / "adapter", class_names=CLASSES, preprocessing=preprocessing)
     config = {"recipe": recipe.to_dict(), "preprocessing": preprocessing, "class_names": CLASSES, "tested_on": "test"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -68,7 +68,7 @@ def run(images, tmp_path_factory) -> Path:
 def chances(run, images) -> dict[str, torch.Tensor]:
     """The probabilities of each test image by the model itself, file by file."""
     model = InsVPViT.from_pretrained(run / "adapter", backbone=load_backbone())
-    transform = transform_for(preprocessing_of(load_backbone()))
+    transform = transform_for(resolve_preprocessing(load_backbone()))
     files = sorted((images / "test").rglob("*.png"))
     with torch.inference_mode():
         return {str(file): model(transform(Image.open(file))[None]).softmax(1)[0] for file in files}
@@ -137,14 +137,14 @@ def test_eval_refuses_other_classes(run, tmp_path, capsys):
 
 
 def test_classes_without_images_do_not_count():
-    figures = figures_of(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 0, 1]]), among_five=5)
-    assert figures.per_class == [0.75, None, 0.5]
-    assert (figures.mean_per_class, figures.images) == (0.625, 6)
-    assert (figures.top1, figures.top5) == (pytest.approx(4 / 6), pytest.approx(5 / 6))
+    metrics = metrics_from_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 0, 1]]), top5_hits=5)
+    assert metrics.per_class == [0.75, None, 0.5]
+    assert (metrics.mean_per_class, metrics.images) == (0.625, 6)
+    assert (metrics.top1, metrics.top5) == (pytest.approx(4 / 6), pytest.approx(5 / 6))
 
 
 def test_a_confusion_matrix_of_many_classes_is_drawn_without_names(tmp_path):
-    draw_confusion(torch.eye(555, dtype=torch.int64), [f"class {i}" for i in range(555)], tmp_path / "birds.png")
+    plot_confusion(torch.eye(555, dtype=torch.int64), [f"class {i}" for i in range(555)], tmp_path / "birds.png")
     assert Image.open(tmp_path / "birds.png").size[0] < 2000
 
 
@@ -291,7 +291,9 @@ def test_info_on_a_run_counts_the_trained_parameters(run, capsys):
 
 
 def test_info_on_an_adapter_needs_no_torch(run):
-    program = "import sys\nfrom insvp_fast import cli\ncli.main(sys.argv[1:])\nassert 'torch' not in sys.modules"
+    program = (
+        "import sys\nfrom insvp_fast.commands import cli\ncli.main(sys.argv[1:])\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program, "info", str(run / "adapter")], check=True, capture_output=True)
 
 
@@ -367,16 +369,22 @@ def test_doctor_shows_the_environment(capsys):
 def test_doctor_warns_of_builds_that_do_not_fit(torch_version, vision, warned, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    versions = dict.fromkeys(doctor.PACKAGES, "1") | {"torch": torch_version, "torchvision": vision}
-    found = list(doctor._package_traps(versions))
+    versions = dict.fromkeys((*doctor.REQUIRED, *doctor.FOR_TRAINING), "1") | {
+        "torch": torch_version,
+        "torchvision": vision,
+    }
+    found = list(doctor._package_warnings(versions))
     assert len(found) == warned
     assert not warned or "operator torchvision::nms" in found[0]
 
 
 def test_doctor_warns_of_a_gpu_that_is_not_used(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    versions = dict.fromkeys(doctor.PACKAGES, "1") | {"torch": "2.15.0+cpu", "torchvision": "0.30.0+cpu"}
-    assert any("torch is built for CPUs" in text for text in doctor._package_traps(versions))
+    versions = dict.fromkeys((*doctor.REQUIRED, *doctor.FOR_TRAINING), "1") | {
+        "torch": "2.15.0+cpu",
+        "torchvision": "0.30.0+cpu",
+    }
+    assert any("torch is built for CPUs" in text for text in doctor._package_warnings(versions))
 
 
 def test_doctor_fails_where_the_library_is_demanded_in_vain(monkeypatch, capsys):
@@ -407,8 +415,11 @@ def test_doctor_warns_of_statistics_that_are_not_the_weights_own(run, tmp_path, 
     wrong_here = rewritten(run, tmp_path / "wrong_here", preprocessing=imagenet)  # the shipped one has no timm name
     assert cli.main(["doctor", "--adapter", str(wrong)]) == 0
     assert "mean 0.485/0.456/0.406" in capsys.readouterr().out
-    assert not any("normalised" in text for text in traps.adapter_traps(right))
-    assert any("vit_shapes_32 were trained with mean 0.5" in text for text in traps.adapter_traps(wrong_here, BUILTIN))
+    assert not any("normalized" in text for text in diagnostics.adapter_warnings(right))
+    assert any(
+        "vit_shapes_32 were trained with mean 0.5" in text
+        for text in diagnostics.adapter_warnings(wrong_here, BUILTIN_BACKBONE)
+    )
 
 
 def test_doctor_warns_of_augreg_weights_around_a_released_adapter(run, tmp_path):
@@ -416,25 +427,25 @@ def test_doctor_warns_of_augreg_weights_around_a_released_adapter(run, tmp_path)
     for tag, warned in (("augreg_in21k", True), ("orig_in21k", False)):
         name = {"name": f"hf-hub:timm/vit_base_patch16_224.{tag}"}
         adapter = rewritten(run, tmp_path / tag, backbone=name, insvp=released)
-        assert any("orig_in21k; with the others" in text for text in traps.adapter_traps(adapter)) == warned
+        assert any("orig_in21k; with the others" in text for text in diagnostics.adapter_warnings(adapter)) == warned
 
 
 def test_doctor_tells_a_specific_prompter_that_was_never_trained(run, tmp_path):
     untrained = rewritten(run, tmp_path / "untrained")
-    assert any("looks untrained" in text for text in traps.adapter_traps(untrained))
+    assert any("looks untrained" in text for text in diagnostics.adapter_warnings(untrained))
     tensors = load_file(untrained / "adapter_model.safetensors")
     tensors["specific_prompter.conv2.weight"] += 0.05 * torch.randn_like(tensors["specific_prompter.conv2.weight"])
     trained = rewritten(run, tmp_path / "trained")
     (trained / "adapter_model.safetensors").unlink()
     save_file(tensors, trained / "adapter_model.safetensors")
-    assert not any("looks untrained" in text for text in traps.adapter_traps(trained))
+    assert not any("looks untrained" in text for text in diagnostics.adapter_warnings(trained))
 
 
 def test_doctor_warns_of_a_run_that_waits_for_its_data(run, tmp_path):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
     for share, warned in ((0.6, True), (0.1, False)):
         finish(tmp_path, 0.5, data_wait=share)
-        assert any("waiting for images" in text for text in traps.run_traps(tmp_path)) == warned
+        assert any("waiting for images" in text for text in diagnostics.run_warnings(tmp_path)) == warned
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -560,7 +571,7 @@ def test_a_sweep_may_grow_and_start_from_recipes(tmp_path):
     file.write_text('[recipe]\nroot = "r"\n[grid]\nrecipe = ["cub", "svhn"]\nreleased = [false, true]')
     entries = list(sweep.read_grid(file, tmp_path))
     assert [entry.recipe.prompt_length for entry in entries] == [9, 9, 9, 16]
-    assert entries[3].recipe == replace(Recipe(**read("svhn", released=True)), root="r", output=str(tmp_path))
+    assert entries[3].recipe == replace(Recipe(**read_recipe("svhn", released=True)), root="r", output=str(tmp_path))
     assert entries[3].arguments == ["--recipe", "svhn", "--root", "r", "--released", "--output", str(tmp_path)]
 
 

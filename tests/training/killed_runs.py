@@ -60,7 +60,7 @@ def _train(
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # a server of the workers would outlive it
     from insvp_fast import InsVPConfig
-    from insvp_fast.training import run
+    from insvp_fast.training import candidates, run
     from insvp_fast.training.recipe import Recipe
 
     torch.set_num_threads(1)
@@ -71,14 +71,14 @@ def _train(
     if die:
         _die_before(*die)
     if environment:  # each process draws other masks for its own images
-        run.insvp_config = lambda recipe: InsVPConfig(prompt_length=2, global_dropout=0.0)
+        candidates.insvp_config = lambda recipe: InsVPConfig(prompt_length=2, global_dropout=0.0)
     run.train(None if resume else Recipe(**settings), resume)
 
 
 def _die_before(event: str, count: int) -> None:
-    from insvp_fast.training.loop import Training
+    from insvp_fast.training.trainer import Trainer
 
-    owner, name = {"step": (Training, "_step"), "sync": (os, "fsync"), "rename": (os, "rename")}[event]
+    owner, name = {"step": (Trainer, "_step"), "sync": (os, "fsync"), "rename": (os, "rename")}[event]
     function, left = getattr(owner, name), count
 
     def call(*args, **kwargs):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from insvp_fast.training import device, order
+from insvp_fast.training import accelerator
 from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.sampler import BatchSampler
 from tests.training.killed_runs import make_digits, outcome, start
 
 SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False}
@@ -66,13 +67,15 @@ def test_weights_are_those_of_one_process(runs, kind):
 
 
 def test_all_processes_take_the_smallest_batch_that_one_of_them_can(monkeypatch):
-    monkeypatch.setattr(device, "gather_object", lambda found: [*found, 5])
+    monkeypatch.setattr(accelerator, "gather_object", lambda found: [*found, 5])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
-    recipe = device.fit_batch_size(Recipe(batch_size=7, auto_batch=True), model, (3, 2, 2), device.start())
+    recipe = accelerator.find_batch_size(
+        Recipe(batch_size=7, auto_batch=True), model, (3, 2, 2), accelerator.create_accelerator()
+    )
     assert (recipe.batch_size, recipe.auto_batch) == (5, False)
 
 
 def test_a_process_without_images_is_not_counted():
-    shares = [order.Order(9, 4, None, rank, 2, every_process=True) for rank in range(2)]
+    shares = [BatchSampler(9, 4, None, rank, 2, fill_empty=True) for rank in range(2)]
     assert [share.sizes(1) for share in shares] == [[1, 0]] * 2
     assert [len(list(share)[1]) for share in shares] == [1, 1]

@@ -13,11 +13,11 @@ import torch
 
 from insvp_fast.errors import InsVPError
 from insvp_fast.storage import recover, replace_folder
-from insvp_fast.training.loop import Training
-from insvp_fast.training.order import Order
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
-from insvp_fast.training.state import get_randomness, read_state, set_randomness, write_state
+from insvp_fast.training.sampler import BatchSampler
+from insvp_fast.training.state import get_rng_states, load_state, save_state, set_rng_states
+from insvp_fast.training.trainer import Trainer
 from tests.training.killed_runs import make_digits, outcome, start
 
 
@@ -99,7 +99,7 @@ def tiny(digits, tmp_path):
 def test_a_finished_run_is_left_as_it_is(tiny, capsys, monkeypatch):
     folder = train(Recipe(**tiny))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "curve.png"}
-    monkeypatch.setattr(Training, "fit", None)  # not called again
+    monkeypatch.setattr(Trainer, "fit", None)  # not called again
     assert train(resume=folder) == folder
     assert before == {path: path.read_bytes() for path in before}
     assert "kept" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(InsVPError, match=r"No space left on device: .*few-2; .*insvp train --resume .*few-2"):
+        with pytest.raises(InsVPError, match=r"No space left on device: .*few-2; .*go on with `resume` .*few-2"):
             train(Recipe(**tiny))
     folder = whole.with_name("few-2")
     assert not list(folder.glob("*.new"))
@@ -127,7 +127,7 @@ def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch):
-    step = Training._step
+    step = Trainer._step
 
     def interrupted(self, number):
         if number == 6:
@@ -135,15 +135,15 @@ def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch):
         step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"last good state is kept: insvp train --resume .*few-1"):
+        patch.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"last good state is kept, go on with `resume` .*few-1"):
             train(Recipe(**tiny))
     folder = train(resume=f"{tiny['output']}/few-1")
     assert len(outcome(folder)[1]) == 3
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tiny, monkeypatch):
-    save = Training.save
+    save = Trainer.save
 
     def spoiled(self):
         if self.epoch == 2:
@@ -151,7 +151,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tiny, monkeypatch):
                 next(iter(self.trained.values())).fill_(float("nan"))
         save(self)
 
-    monkeypatch.setattr(Training, "save", spoiled)
+    monkeypatch.setattr(Trainer, "save", spoiled)
     with pytest.raises(InsVPError, match="weights of InsVP became infinite or not a number"):
         train(Recipe(**tiny))
     assert json.loads((Path(tiny["output"]) / "few-1" / "last" / "state.json").read_text())["epoch"] == 1
@@ -216,22 +216,22 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     np.random.randn()  # keeps a second normal number for later
     device, weights = torch.device("cpu"), {"a": torch.randn(3), "b": torch.randn(2, 2).T}
-    write_state(tmp_path / "last", weights, {"random": get_randomness(device)}, {"epoch": 3, "accuracy": 0.1 + 0.2})
+    save_state(tmp_path / "last", weights, {"random": get_rng_states(device)}, {"epoch": 3, "accuracy": 0.1 + 0.2})
     expected = random.random(), np.random.randn(2).tolist(), torch.randn(2).tolist()
-    found, tensors, facts = read_state(tmp_path / "last")
-    set_randomness(tensors["random"], device)
+    found, tensors, facts = load_state(tmp_path / "last")
+    set_rng_states(tensors["random"], device)
     assert (random.random(), np.random.randn(2).tolist(), torch.randn(2).tolist()) == expected
     assert all(torch.equal(weights[key], found[key]) for key in weights)
     assert facts == {"epoch": 3, "accuracy": 0.1 + 0.2}
-    assert read_state(tmp_path / "nothing") is None
+    assert load_state(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 7, 12, 13, 25])
 def test_processes_share_the_batches_of_one(count, processes, even):
-    alone = Order(count, 3 * processes, seed=1)
-    shares = [Order(count, 3, 1, rank, processes, even, every_process=True) for rank in range(processes)]
+    alone = BatchSampler(count, 3 * processes, seed=1)
+    shares = [BatchSampler(count, 3, 1, rank, processes, even, fill_empty=True) for rank in range(processes)]
     for order in (alone, *shares):
         order.epoch = 2
     batches = [list(order) for order in shares]
@@ -247,9 +247,9 @@ def test_processes_share_the_batches_of_one(count, processes, even):
 
 
 def test_an_order_begins_where_it_is_told():
-    order = Order(10, 3, seed=5)
+    order = BatchSampler(10, 3, seed=5)
     whole = list(order)
-    order.first = 2
+    order.first_batch = 2
     assert list(order) == whole[2:]
-    order.first, order.epoch = 0, 1
+    order.first_batch, order.epoch = 0, 1
     assert [index for batch in order for _, index in batch] != [index for batch in whole for _, index in batch]

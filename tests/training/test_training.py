@@ -20,15 +20,18 @@ from insvp_fast import InsVPConfig
 from insvp_fast.data import load as data_module
 from insvp_fast.data import transform_for
 from insvp_fast.errors import InsVPError
-from insvp_fast.training import device, journal, loop
+from insvp_fast.training import accelerator, candidates, run_logger, trainer
 from insvp_fast.training import run as run_module
-from insvp_fast.training.backbone import load_backbone, preprocessing_of
+from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from insvp_fast.training.candidates import insvp_config
 from insvp_fast.training.evaluation import evaluate_run
-from insvp_fast.training.loop import rate
+from insvp_fast.training.load import load_run
 from insvp_fast.training.prediction import predict
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run import insvp_config, load_run, train, train_one
-from insvp_fast.training.waiting import Waiting
+from insvp_fast.training.run import train, train_candidate
+from insvp_fast.training.schedule import lr_factor, scale_lr
+from insvp_fast.training.timer import DataTimer
+from insvp_fast.training.trainer import Trainer
 from tools import pretrain_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +58,7 @@ def digits_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         few_digits.__wrapped__(patch)
         models = []
-        patch.setattr(run_module, "train_one", lambda *args: models.append(train_one(*args)) or models[-1])
+        patch.setattr(run_module, "train_candidate", lambda *args: models.append(train_candidate(*args)) or models[-1])
         recipe = Recipe(output=str(tmp_path_factory.mktemp("runs")), **SMALL)
         first, again = train(recipe), train(recipe)
         yield SimpleNamespace(folder=first, again=again, insvp=models[0], probe=models[1], recipe=recipe)
@@ -137,7 +140,7 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     for file, picture in zip(files, digits.images, strict=False):
         Image.fromarray(np.rint(picture * (255 / 16)).astype(np.uint8)).save(file)
-    transform = transform_for(preprocessing_of(load_backbone()))
+    transform = transform_for(resolve_preprocessing(load_backbone()))
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.inference_mode():
         chances = digits_run.insvp.eval()(images).softmax(1)
@@ -179,16 +182,16 @@ def test_backbone_stays_as_it_was(digits_run, which):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_rate_rises_then_falls():
-    rates = [rate(step, 100, warmup=0.1) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert 0 < rates[-1] < 0.001
+def test_learning_rate_rises_then_falls():
+    factors = [lr_factor(step, 100, warmup=0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert 0 < factors[-1] < 0.001
 
 
 def test_diverging_loss_stops_with_advice(few_digits, tmp_path):
     recipe = Recipe(output=str(tmp_path), lr=1e30, **SMALL)
-    with pytest.raises(InsVPError, match=r"the loss became (nan|inf) in epoch 1/3.*lower --lr"):
+    with pytest.raises(InsVPError, match=r"the loss became (nan|inf) in epoch 1/3.*lower `lr`"):
         train(recipe)
 
 
@@ -220,10 +223,10 @@ def test_the_release_decays_every_trained_tensor(released, tmp_path, few_digits,
     seen = []
 
     def stop(training):
-        seen.append(training.optimiser)
+        seen.append(training.optimizer)
         raise InsVPError("enough")
 
-    monkeypatch.setattr(loop.Training, "fit", stop)
+    monkeypatch.setattr(Trainer, "fit", stop)
     recipe = Recipe(output=str(tmp_path), released=released, prompt_length=2, weight_decay=0.3, probe=False, **SMALL)
     with pytest.raises(InsVPError, match="enough"):
         train(recipe)
@@ -275,7 +278,7 @@ def quick(pictures: Path, tmp_path: Path, **settings) -> Recipe:
 
 def test_the_best_epoch_is_kept_the_last_of_equals(pictures, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.75, 0.75, 0.25, 1.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: next(accuracies))
+    monkeypatch.setattr(trainer, "evaluate_accuracy", lambda *_: next(accuracies))
     run = train(quick(pictures, tmp_path, epochs=4))
     best, adapter = (run / name / "adapter_model.safetensors" for name in ("best", "adapter"))
     assert best.read_bytes() == adapter.read_bytes()
@@ -308,13 +311,13 @@ def test_retraining_takes_train_and_val_and_the_last_epoch(pictures, tmp_path, c
 
 
 def test_an_average_is_what_is_kept(pictures, tmp_path, monkeypatch):
-    weights, step = [], loop.Training._step
+    weights, step = [], Trainer._step
 
     def recorded(self, number):
         step(self, number)
         weights.append(self.trained["head.weight"].detach().clone())
 
-    monkeypatch.setattr(loop.Training, "_step", recorded)
+    monkeypatch.setattr(Trainer, "_step", recorded)
     run = train(quick(pictures, tmp_path, ema=0.9, retrain=True, epochs=2))
     kept = load_file(run / "adapter" / "adapter_model.safetensors")["head.weight"]
     average = weights[0].double()
@@ -353,18 +356,17 @@ def test_mixing_smooths_targets_and_drops_an_odd_image(pictures, tmp_path, monke
 )
 def test_how_it_is_computed_changes_nothing(pictures, tmp_path, monkeypatch, settings):
     # without dropout, for which compiled code draws other masks
-    monkeypatch.setattr(run_module, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
+    monkeypatch.setattr(candidates, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
     plain, other = (train(quick(pictures, tmp_path, **more)) for more in ({}, settings))
     for one, two in zip(records_of(plain), records_of(other), strict=True):
         assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-4)
         assert one.get("test_accuracy") == two.get("test_accuracy")
 
 
-def test_rates_scale_with_the_images_of_a_step():
-    accelerator = device.start()
+def test_learning_rates_scale_with_the_images_per_step():
     for scale, factor in {"none": 1, "linear": 4, "sqrt": 2}.items():
-        recipe = Recipe(batch_size=32, accumulate=8, lr_scale=scale)
-        assert device.scaled_lr(recipe, 1e-3, accelerator) == pytest.approx(factor * 1e-3)
+        recipe = Recipe(batch_size=32, accumulate=4, lr_scale=scale)
+        assert scale_lr(1e-3, recipe, num_processes=2) == pytest.approx(factor * 1e-3)
 
 
 def test_the_largest_batch_that_fits_is_found(pictures, tmp_path, monkeypatch, capsys):
@@ -383,7 +385,7 @@ def test_the_largest_batch_that_fits_is_found(pictures, tmp_path, monkeypatch, c
 
 
 def test_a_slow_loader_is_told_once(pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(journal, "SLOW_LOADER", -1.0)
+    monkeypatch.setattr(run_logger, "SLOW_LOADER", -1.0)
     train(quick(pictures, tmp_path, epochs=3))
     lines = capsys.readouterr().out
     assert lines.count("the loader is the limit") == 1
@@ -391,18 +393,18 @@ def test_a_slow_loader_is_told_once(pictures, tmp_path, capsys, monkeypatch):
 
 
 def test_waiting_is_what_the_loader_takes(monkeypatch):
-    waiting = Waiting(torch.device("cpu"))
+    timer = DataTimer(torch.device("cpu"))
     clock = iter([1.0, 1.5, 4.0, 4.25])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     for _ in range(2):
-        with waiting:
+        with timer:
             pass
-    assert waiting.seconds() == 0.75
+    assert timer.seconds() == 0.75
 
 
 def test_a_tracker_that_is_not_installed_is_named(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "find_spec", lambda name: None)
-    with pytest.raises(InsVPError, match="--trackers has wandb: it is not installed; pip install wandb"):
+    monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
+    with pytest.raises(InsVPError, match="`trackers` has wandb: it is not installed; pip install wandb"):
         train(quick(pictures, tmp_path, trackers=("wandb",)))
 
 
@@ -426,7 +428,7 @@ def test_trackers_log_into_the_run_folder(pictures, tmp_path):
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(field, value, expected):
-    with pytest.raises(InsVPError, match=f"--{field.replace('_', '-')} is .*: expected {expected}"):
+    with pytest.raises(InsVPError, match=f"`{field}` is .*: expected {expected}"):
         Recipe(**{field: value})
 
 
@@ -463,7 +465,7 @@ def test_a_pickle_with_code_is_not_loaded(tmp_path):
 
 
 def test_wrong_backbones_are_refused(tmp_path):
-    with pytest.raises(InsVPError, match="--backbone is vit_huger: timm has no model vit_huger, and there is no"):
+    with pytest.raises(InsVPError, match="`backbone` is vit_huger: timm has no model vit_huger, and there is no"):
         load_backbone("vit_huger")
     with pytest.raises(InsVPError, match="a ResNet: expected a Vision Transformer"):
         load_backbone(f"resnet10t@{__file__}")
@@ -486,7 +488,7 @@ def test_shipped_backbone_is_what_its_description_says():
 
 def test_the_output_must_be_a_folder(few_digits, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InsVPError, match="--output is .*file: no folder can be made there"):
+    with pytest.raises(InsVPError, match="`output` is .*file: no folder can be made there"):
         train(Recipe(output=str(tmp_path / "file"), **SMALL))
 
 
