@@ -34,9 +34,6 @@ def status_of(arguments):
         return stop.code
 
 
-# ---------------------------------------------------------------------------------------------------------------- help
-
-
 @pytest.mark.parametrize(
     "arguments", [[], *([name] for name in COMMANDS), ["data", "list"], ["data", "check"]], ids=" ".join
 )
@@ -63,8 +60,6 @@ def test_every_setting_says_what_it_is(capsys):
     assert all(f"\n        {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
     assert Recipe.__doc__.index("Args:") < Recipe.__doc__.index("Raises:")
 
-
-# -------------------------------------------------------------------------------------------------- options and recipes
 
 EVERYTHING = Recipe(
     backbone="a@b",
@@ -201,9 +196,6 @@ def test_a_recipe_is_not_its_own_base(tmp_path):
     file.write_text(f"base = {str(file)!r}")
     with pytest.raises(InsVPError, match="its own base"):
         recipes.read_recipe(str(file))
-
-
-# --------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

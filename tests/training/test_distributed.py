@@ -1,4 +1,4 @@
-"""Two processes train as one does with the same images in a step."""
+"""Two processes train as one does with the same images per step."""
 
 import socket
 
@@ -15,29 +15,29 @@ SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False}
 
 
 def environments(count: int) -> list[dict[str, str]]:
-    """What a launcher would set."""
+    """The environment variables that a launcher would set for each process."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    shared["OMP_NUM_THREADS"] = "1"  # more than the cores that there are would wait for each other
+    shared["OMP_NUM_THREADS"] = "1"  # more threads than cores would wait for each other
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """145 images: 9 batches of 16 and one image, which one of two processes does without."""
+    """145 training images: 9 batches of 16, and one image for two processes."""
     root = make_digits(tmp_path_factory.mktemp("data") / "few")
     for file in sorted((root / "train").rglob("*.png"))[::30]:
         file.unlink()
-    for part in ("val", "test"):
-        next((root / part / "7").iterdir()).unlink()  # 29 images, which do not divide either
+    for split in ("val", "test"):
+        next((root / split / "7").iterdir()).unlink()  # 29 images, which do not divide either
     return root
 
 
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
-    """The outcome of one process, of two, and of one that takes two batches for a step."""
+    """The outcomes of one process, of two, and of one that accumulates two batches per step."""
     root = tmp_path_factory.mktemp("runs")
     sizes = {"one": {"batch_size": 16}, "two": {"batch_size": 8}, "accumulated": {"batch_size": 8, "accumulate": 2}}
     found = {}

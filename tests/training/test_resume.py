@@ -3,20 +3,15 @@
 import json
 import os
 import random
-import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from insvp_fast.errors import InsVPError
-from insvp_fast.storage import recover, replace_folder
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
-from insvp_fast.training.sampler import BatchSampler
-from insvp_fast.training.state import get_rng_states, load_state, save_state, set_rng_states
 from insvp_fast.training.trainer import Trainer
 from tests.training.killed_runs import make_digits, outcome, start
 
@@ -24,11 +19,6 @@ from tests.training.killed_runs import make_digits, outcome, start
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     return make_digits(tmp_path_factory.mktemp("data") / "few")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(threads):
-    threads(1)  # two threads that wait for each other are slow on a busy machine
 
 
 def finish(child, status=0):
@@ -86,9 +76,6 @@ def test_a_run_killed_at_a_random_moment(digits, tmp_path):
     finish(start(settings, folder, log=log))
     finish(whole)
     assert outcome(folder) == outcome(tmp_path / "whole" / "few-1")
-
-
-# ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
 @pytest.fixture
@@ -175,81 +162,3 @@ def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
     (folder / "last" / "training.pt").write_bytes(b"")
     with pytest.raises(InsVPError, match="not a state that can be resumed"):
         train(resume=folder)
-
-
-# ------------------------------------------------------------------------------------------------------------ the parts
-
-
-@pytest.mark.parametrize("interrupted_at", ["content", "first rename", "second rename", "removal"])
-def test_a_folder_is_replaced_whole_or_not(tmp_path, monkeypatch, interrupted_at):
-    folder = tmp_path / "last"
-    with replace_folder(folder) as new:
-        (new / "content").write_text("old")
-    owner, name, count = {
-        "content": (os, "rename", 9),
-        "first rename": (os, "rename", 1),
-        "second rename": (os, "rename", 2),
-        "removal": (shutil, "rmtree", 3),
-    }[interrupted_at]
-    function = getattr(owner, name)
-
-    def killed(*args, **kwargs):
-        nonlocal count
-        count -= 1
-        if count <= 0:  # whatever would tidy up afterwards does not run either
-            raise SystemExit
-        function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, killed)
-    with pytest.raises(SystemExit):  # noqa: PT012, SIM117 (what is within is interrupted)
-        with replace_folder(folder) as new:
-            (new / "content").write_text("new")
-            if interrupted_at == "content":
-                raise SystemExit
-    monkeypatch.undo()
-    recover(folder)
-    assert (folder / "content").read_text() == ("new" if interrupted_at == "removal" else "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
-def test_a_state_comes_back_as_it_was(tmp_path):
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    np.random.randn()  # keeps a second normal number for later
-    device, weights = torch.device("cpu"), {"a": torch.randn(3), "b": torch.randn(2, 2).T}
-    save_state(tmp_path / "last", weights, {"random": get_rng_states(device)}, {"epoch": 3, "accuracy": 0.1 + 0.2})
-    expected = random.random(), np.random.randn(2).tolist(), torch.randn(2).tolist()
-    found, tensors, facts = load_state(tmp_path / "last")
-    set_rng_states(tensors["random"], device)
-    assert (random.random(), np.random.randn(2).tolist(), torch.randn(2).tolist()) == expected
-    assert all(torch.equal(weights[key], found[key]) for key in weights)
-    assert facts == {"epoch": 3, "accuracy": 0.1 + 0.2}
-    assert load_state(tmp_path / "nothing") is None
-
-
-@pytest.mark.parametrize("even", [False, True])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("count", [0, 1, 7, 12, 13, 25])
-def test_processes_share_the_batches_of_one(count, processes, even):
-    alone = BatchSampler(count, 3 * processes, seed=1)
-    shares = [BatchSampler(count, 3, 1, rank, processes, even, fill_empty=True) for rank in range(processes)]
-    for order in (alone, *shares):
-        order.epoch = 2
-    batches = [list(order) for order in shares]
-    assert {len(part) for part in batches} == {len(alone)}
-    for number, whole in enumerate(alone):
-        sizes = shares[0].sizes(number)
-        own = [part[number][:size] for part, size in zip(batches, sizes, strict=True)]
-        assert [sample for part in own for sample in part] == whole[: sum(sizes)]
-        assert len(whole) - sum(sizes) <= (processes if even else 0)
-        assert all(part[number] for part in batches)  # nobody is left out
-    if not even:
-        assert sorted(index for batch in alone for _, index in batch) == list(range(count))
-
-
-def test_an_order_begins_where_it_is_told():
-    order = BatchSampler(10, 3, seed=5)
-    whole = list(order)
-    order.first_batch = 2
-    assert list(order) == whole[2:]
-    order.first_batch, order.epoch = 0, 1
-    assert [index for batch in order for _, index in batch] != [index for batch in whole for _, index in batch]
