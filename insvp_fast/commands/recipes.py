@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from insvp_fast.commands.settings import show_options
 from insvp_fast.recipes import list_shipped, read_recipe, read_title
 from insvp_fast.training.recipe import Recipe, setting_names
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(name: str | None, released: bool) -> int:
     if name is None:
-        print(*(f"{name:10} {read_title(name)}" for name in list_shipped()), sep="\n")
+        print(*(f"{name:10} {show_options(read_title(name))}" for name in list_shipped()), sep="\n")
         print("\nTrain with `insvp train --recipe NAME --root FOLDER`; --released follows the authors' released code.")
         return 0
     settings = Recipe(**read_recipe(name, released)).to_dict()

@@ -167,6 +167,7 @@ def test_recipes_are_listed(capsys):
     assert cli.main(["recipes"]) == 0
     printed = capsys.readouterr().out
     assert "cub        CUB-200-2011, 200 species of birds\n" in printed
+    assert "paper      the paper's protocol for any data set: set --data, and search --lr and" in printed
 
 
 @pytest.mark.parametrize(
