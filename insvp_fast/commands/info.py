@@ -76,7 +76,7 @@ def _describe_backbone(name: str) -> None:
 
     from insvp_fast import InsVPConfig, InsVPReference, unsupported_reason
     from insvp_fast.checkpoints.backbone import create_backbone, is_name, is_shipped
-    from insvp_fast.checkpoints.files import backbone_sha256
+    from insvp_fast.checkpoints.state_dict import backbone_sha256
     from insvp_fast.training.backbone import resolve_preprocessing
 
     if is_name(name) and not is_shipped(name):

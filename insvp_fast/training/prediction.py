@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from insvp_fast.data import transform_for
-from insvp_fast.data.folders import picture_files
-from insvp_fast.data.readers import Images
+from insvp_fast.data.folders import image_files
+from insvp_fast.data.images import Images
 from insvp_fast.errors import DataError
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.load import load_run
@@ -29,14 +29,14 @@ class Prediction(NamedTuple):
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """The files among ``paths``, and the images in the folders among them, as ``picture_files`` finds them.
+    """The files among ``paths``, and the images in the folders among them, as ``image_files`` finds them.
 
     Raises:
         DataError: if a path does not exist, or a folder holds no image.
     """
     files: list[str] = []
     for path in map(Path, paths):
-        found = picture_files(path) if path.is_dir() else [str(path)]
+        found = image_files(path) if path.is_dir() else [str(path)]
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         if not found:

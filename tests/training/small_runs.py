@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from insvp_fast.data import load as data_module
+from insvp_fast.data import sources as data_module
 from insvp_fast.training.recipe import Recipe
 
 SMALL = {"epochs": 3, "batch_size": 16, "amp": "off"}

@@ -19,6 +19,7 @@ from torch import Tensor
 ABI = 5
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = tuple(TYPE_CODES)
 
 ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 array = [ptr, i32]  # a tensor's memory and the code of its dtype
@@ -71,7 +72,7 @@ def native_status() -> NativeStatus:
 
 
 def available(*dtypes: torch.dtype) -> bool:
-    """Whether the native operations can be used for tensors of `dtypes` (float32 and bfloat16 can).
+    """Whether the native operations can be used for tensors of ``dtypes`` (float32 and bfloat16 can).
 
     Raises RuntimeError where INSVP_FAST_NATIVE=1 demands a library that is not there.
     """
@@ -89,7 +90,7 @@ def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """`x`, contiguous, after a check of its device, dtype and shape."""
+    """``x``, contiguous, after a check of its device, dtype and shape."""
     require_kind(name, x, *dtypes)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
