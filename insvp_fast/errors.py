@@ -1,6 +1,6 @@
-"""The errors of this package that a user can put right; the command line prints them in one line.
+"""The errors of this package that a user can correct; the command line prints each in one line.
 
-A setting of ``Recipe`` stands in a message in backticks, `lr`: the command line shows it as its option, --lr.
+In a message, a setting of ``Recipe`` stands in backticks, `lr`; the command line shows it as its option, --lr.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ __all__ = ["CheckpointError", "CommandError", "DataError", "InsVPError", "Traini
 
 
 class InsVPError(ValueError):
-    """What all others are."""
+    """The base class of all errors below."""
 
 
 class CheckpointError(InsVPError):
-    """A file that cannot be loaded; the message names the file, the key, what was found and what was expected."""
+    """A file cannot be loaded; the message names the file, the key, what was found and what was expected."""
 
 
 class DataError(InsVPError):
-    """Images, folders, lists or data sets that are not there, or not what they should be."""
+    """Images, folders, lists or data sets are missing or not as expected."""
 
 
 class TrainingError(InsVPError):
-    """A setting that does not fit, a run folder that cannot be read, or a training that diverged."""
+    """A setting has an invalid value, a run folder cannot be read, or a training diverged."""
 
 
 class CommandError(InsVPError):
-    """A command that cannot do what it was asked for."""
+    """A command cannot do what it was asked to do."""

@@ -1,6 +1,6 @@
-"""The command ``insvp``: a thin parser over ``insvp_fast.commands``.
+"""The command ``insvp``: a thin parser over the modules of ``insvp_fast.commands``.
 
-Torch is imported when a command runs, so that help and mistakes are answered at once.
+torch is imported only when a command runs, so that help and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -13,40 +13,42 @@ from importlib import import_module
 from typing import NoReturn
 
 from insvp_fast import __version__
-from insvp_fast.errors import CommandError
+from insvp_fast.commands.settings import show_options
+from insvp_fast.errors import InsVPError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "INTERRUPTED", "main"]
 
-# each is a module of insvp_fast.commands with SUMMARY, add_arguments(parser) and run(**options) -> exit status
 COMMANDS = ("train", "eval", "predict", "recipes", "data", "sweep", "info", "convert", "doctor", "bench")
-MODULES = {"eval": "evaluate"}  # where the name is Python's
-EXTRAS = ("accelerate", "sklearn", "matplotlib", "tqdm")  # what the extra `train` installs, as imported
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
+EXTRAS = ("accelerate", "sklearn", "matplotlib", "tqdm")  # what the extra `train` installs, by the names of imports
+INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose error messages are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 for failed work, 2 for a wrong argument, or 130 for Ctrl-C."""
-    # read when torch is loaded: threads that spin while they wait make training several times slower on a busy machine
+    """Run the command line. Returns the exit status: 0, 1 for failure, 2 for invalid arguments, 130 for Ctrl-C."""
+    # OpenMP reads it when torch is loaded: threads that spin while they wait slow training down on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     try:
         return command(**options)
-    except CommandError as error:
-        print(f"insvp: error: {error}", file=sys.stderr)
+    except InsVPError as error:
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"insvp: error: {show_options(message)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as interrupt:  # which may know what is left to go on from
-        print("; ".join(["insvp: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # its arguments may say how to resume
+        message = "; ".join(["interrupted", *map(str, interrupt.args)])
+        print(f"insvp: {show_options(message)}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `insvp predict ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at exit
         return 1
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
@@ -59,7 +61,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="insvp",
         description="Adapt a frozen Vision Transformer with instance visual prompts (InsVP).",
-        epilog="`insvp COMMAND --help` explains a command; `insvp train` alone adapts a small model to digits.",
+        epilog="`insvp COMMAND --help` explains a command; without options, `insvp train` fits a small model to digits",
     )
     parser.add_argument("--version", action="version", version=f"insvp {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -69,7 +71,3 @@ def _parser() -> Parser:
         command.set_defaults(command=module.run)
         module.add_arguments(command)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
-"""Turn a checkpoint of the authors' released code (best_model.pth) into an adapter folder.
+"""Convert a checkpoint of the authors' released code (best_model.pth) into an adapter folder.
 
-Only tensors are read: nothing in the file is executed. The adapter fits the backbone that is in the file; whether
-timm's weights of that name are the same ones is told when it is loaded, and --keep-backbone keeps those of the file.
+Only tensors are read from the file, no code in it is run. The adapter fits the backbone in the file. Loading it checks
+whether timm's weights of that name are the same; if they are not, use --keep-backbone, which writes the file's own.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import argparse
 import warnings
 from pathlib import Path
 
-from insvp_fast.errors import CheckpointError, CommandError
+from insvp_fast.errors import CommandError
 
-SUMMARY = "turn the authors' best_model.pth into an adapter"
+SUMMARY = "convert a checkpoint of the authors' code into an adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,33 +21,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         metavar="NAME",
         default="vit_base_patch16_224.orig_in21k",
-        help="the timm name of the backbone in the file (default: %(default)s, which the authors link)",
+        help="timm name of the backbone in the file (default: %(default)s, which the authors link)",
     )
     parser.add_argument("--simam", action="store_true", help="it was trained with SimAM, as for CUB, Dogs and SVHN")
-    parser.add_argument("--output", metavar="FOLDER", help="a new folder (default: FILE without its ending)")
-    parser.add_argument("--keep-backbone", action="store_true", help="write its backbone beside, backbone.safetensors")
+    parser.add_argument("--output", metavar="FOLDER", help="folder to make (default: FILE without its suffix)")
+    parser.add_argument(
+        "--keep-backbone", action="store_true", help="write the file's backbone as well, to backbone.safetensors"
+    )
 
 
 def run(file: str, backbone: str, simam: bool, output: str | None, keep_backbone: bool) -> int:
     folder = Path(output) if output else Path(file).with_suffix("")
     if folder.exists():
         raise CommandError(f"{folder} exists: nothing is overwritten; choose another folder by --output")
+    if not Path(file).is_file():
+        raise CommandError(f"{file}: there is no such file")
     from insvp_fast import InsVPViT
     from insvp_fast.checkpoints.backbone import save_backbone
 
-    if not Path(file).is_file():
-        raise CommandError(f"{file}: there is no such file")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        try:
-            model = InsVPViT.from_released(file, backbone, simam)
-        except CheckpointError as error:
-            raise CommandError(" ".join(str(error).split())) from error
+        model = InsVPViT.from_released(file, backbone, simam)
     if keep_backbone:
         folder.mkdir(parents=True)
         save_backbone(model.backbone, folder / "backbone.safetensors")
     model.save_pretrained(folder)
-    for warning in said:
+    for warning in caught:
         print(f"warning: {warning.message}")
     print(f"written: {folder}, {model.num_classes} classes around {backbone}")
     return 0

@@ -1,12 +1,11 @@
-"""Say what is in a run folder, an adapter folder or a backbone: settings, sizes, classes, preprocessing, results.
+"""Describe a run folder, an adapter folder or a backbone: settings, results, sizes, classes, preprocessing.
 
-A backbone is what --backbone of `insvp train` takes; of the name of a timm Vision Transformer nothing is downloaded.
+A backbone is anything that `insvp train --backbone` takes; for a timm model given by name, nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import warnings
 from collections import Counter
@@ -14,112 +13,114 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.errors import CommandError
-from insvp_fast.training.folders import ADAPTER_FILE, RUN_FILE, WEIGHTS_FILE, read_config, read_json, read_results
+from safetensors import SafetensorError, safe_open
 
-SUMMARY = "say what is in a run, an adapter or a backbone"
+from insvp_fast.errors import CommandError
+from insvp_fast.training.run_folder import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_config, read_json, read_results
+
+SUMMARY = "describe a run, an adapter or a backbone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="RUN|ADAPTER|BACKBONE", help="a folder, or a timm name")
+    parser.add_argument("what", metavar="RUN|ADAPTER|BACKBONE", help="a folder, or the name of a backbone")
 
 
 def run(what: str) -> int:
     folder = Path(what)
-    about = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
-    if about is not None and "architecture" not in about:  # which timm writes into a file of the same name
-        _run(folder)
+    content = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+    if content is not None and "architecture" not in content:  # timm's config.json of a backbone has it
+        _describe_run(folder)
     elif (folder / ADAPTER_FILE).is_file():
-        _adapter(folder)
-    elif folder.is_dir() and about is None:
-        raise CommandError(f"{what}: neither a run ({RUN_FILE}), an adapter ({ADAPTER_FILE}) nor a backbone")
+        _describe_adapter(folder)
+    elif folder.is_dir() and content is None:
+        raise CommandError(f"{what}: neither a run ({CONFIG_FILE}), an adapter ({ADAPTER_FILE}) nor a backbone")
     else:
-        _backbone(what)
+        _describe_backbone(what)
     return 0
 
 
-def _run(folder: Path) -> None:
+def _describe_run(folder: Path) -> None:
     (recipe, config), results = read_config(folder), read_results(folder)
-    _say("run", f"{folder}, {'finished' if results else 'not finished'}")
-    _say("recipe", f"{recipe.recipe or 'none'}, protocol {recipe.protocol}")
-    _say("data", f"{recipe.data}: {_pairs(config.get('images', {}))}")
+    _print("run", f"{folder}, {'finished' if results else 'not finished'}")
+    _print("recipe", f"{recipe.recipe or 'none'}, protocol {recipe.protocol}")
+    _print("data", f"{recipe.data}: {_join(config.get('images', {}))}")
     for name, result in results.items():
-        _say(name, f"{result['test_accuracy']:.2%} on {config.get('tested_on', 'test')}")
+        _print(name, f"{result['test_accuracy']:.2%} on {config.get('tested_on', 'test')}")
     for name, value in recipe.to_dict().items():
         if name not in ("recipe", "protocol", "data") and value is not None:
-            _say(f"  {name}", value)
+            _print(f"  {name}", value)
     if (folder / "adapter" / ADAPTER_FILE).is_file():
         print()
-        _adapter(folder / "adapter")
+        _describe_adapter(folder / "adapter")
 
 
-def _adapter(folder: Path) -> None:
-    about, shapes = read_json(folder / ADAPTER_FILE), _shapes(folder / WEIGHTS_FILE)
-    backbone, names = about.get("backbone") or {}, about.get("class_names")
-    sizes: Counter[str] = Counter()
-    for key, shape in shapes.items():
-        sizes[key.partition(".")[0]] += math.prod(shape)
-    _say("adapter", f"{folder}, {(folder / WEIGHTS_FILE).stat().st_size / 2**20:.2f} MiB")
-    _say("made by", f"insvp_fast {about.get('insvp_fast_version')}")
-    _say("backbone", f"{backbone.get('name')}, {backbone.get('dtype')}, sha256 {str(backbone.get('sha256'))[:12]}...")
-    _say("classes", f"{about.get('num_classes')}: {_some(names)}" if names else about.get("num_classes"))
-    _say("preprocessing", _pairs(about.get("preprocessing") or {}) or "not recorded")
-    _say("parameters", f"{sum(sizes.values()):,} trained")
-    for part, size in sizes.items():
-        _say(f"  {part}", f"{size:,}")
-    _say("configuration", "")
-    for name, value in (about.get("insvp") or {}).items():
-        _say(f"  {name}", value)
+def _describe_adapter(folder: Path) -> None:
+    config, sizes = read_json(folder / ADAPTER_FILE), _count_parameters(folder / WEIGHTS_FILE)
+    backbone, names = config.get("backbone") or {}, config.get("class_names")
+    _print("adapter", f"{folder}, {(folder / WEIGHTS_FILE).stat().st_size / 2**20:.2f} MiB")
+    _print("made by", f"insvp_fast {config.get('insvp_fast_version')}")
+    sha256 = str(backbone.get("sha256"))[:12]
+    _print("backbone", f"{backbone.get('name')}, {backbone.get('dtype')}, sha256 {sha256}...")
+    _print("classes", f"{config.get('num_classes')}: {_shorten(names)}" if names else config.get("num_classes"))
+    _print("preprocessing", _join(config.get("preprocessing") or {}) or "not recorded")
+    _print("parameters", f"{sizes.total():,} trained")
+    for module, size in sizes.items():
+        _print(f"  {module}", f"{size:,}")
+    _print("configuration", "")
+    for name, value in (config.get("insvp") or {}).items():
+        _print(f"  {name}", value)
 
 
-def _backbone(name: str) -> None:
+def _describe_backbone(name: str) -> None:
     import timm
     import torch
 
     from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
-    from insvp_fast.checkpoints.backbone import is_name, is_shipped
+    from insvp_fast.checkpoints.backbone import create_backbone, is_name, is_shipped
     from insvp_fast.checkpoints.state_dict import backbone_sha256
-    from insvp_fast.training.backbone import load_backbone, preprocessing_of
+    from insvp_fast.training.backbone import resolve_preprocessing
 
     if is_name(name) and not is_shipped(name):
-        with torch.device("meta"):  # no weights are needed to say how many there are
+        with torch.device("meta"):  # only the shapes are needed
             backbone: Any = timm.create_model(name, num_classes=0)
     else:
-        backbone = load_backbone(name)
-        _say("sha256", backbone_sha256(backbone, torch.float32))
+        backbone = create_backbone(name, num_classes=0)
+        _print("sha256", backbone_sha256(backbone, torch.float32))
     if not isinstance(backbone, timm.models.VisionTransformer):
         raise CommandError(f"{name} is a {type(backbone).__name__}: expected a Vision Transformer of timm")
-    embedding = backbone.patch_embed
-    _say("backbone", name)
-    _say("blocks", f"{len(backbone.blocks)} of width {backbone.embed_dim}, {backbone.blocks[0].attn.num_heads} heads")
-    _say("images", f"{embedding.img_size} in patches of {embedding.patch_size}, {embedding.num_patches} of them")
-    _say("preprocessing", _pairs(preprocessing_of(backbone)) + " (timm's for these weights)")
-    _say("parameters", f"{sum(p.numel() for p in backbone.parameters()):,} frozen")
+    patches = backbone.patch_embed
+    _print("backbone", name)
+    _print("blocks", f"{len(backbone.blocks)} of width {backbone.embed_dim}, {backbone.blocks[0].attn.num_heads} heads")
+    _print("images", f"{patches.img_size} in {patches.num_patches} patches of {patches.patch_size}")
+    _print("preprocessing", _join(resolve_preprocessing(backbone)) + " (timm's for these weights)")
+    _print("parameters", f"{sum(p.numel() for p in backbone.parameters()):,} frozen")
     with warnings.catch_warnings(action="ignore"):  # of the general path, which is told below
         model = InsVPViT(backbone.to("meta"), 0, InsVPConfig())
     reason = unsupported_reason(model)
-    _say("runs", f"through the general path: {reason}" if reason else "through the fast path")
-    sizes = Counter({key: p.numel() for key, p in model.named_parameters() if p.requires_grad})
-    _say("InsVP adds", f"{sizes.total():,} trained parameters (the paper's configuration) and a head")
+    _print("runs", f"through the general path: {reason}" if reason else "through the fast path")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _print("InsVP adds", f"{trained:,} trained parameters (the paper's configuration) and a head")
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """The names and shapes of a safetensors file: eight bytes of length, then JSON."""
+def _count_parameters(file: Path) -> Counter[str]:
+    """The parameters of each top-level module, from the header of a safetensors file."""
+    sizes: Counter[str] = Counter()
     try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        return {key: value["shape"] for key, value in header.items() if key != "__metadata__"}
-    except (OSError, ValueError, KeyError, MemoryError) as error:
+        with safe_open(file, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                sizes[key.partition(".")[0]] += math.prod(tensors.get_slice(key).get_shape())
+    except (OSError, SafetensorError) as error:
         raise CommandError(f"{file}: not a safetensors file that can be read ({error})") from error
+    return sizes
 
 
-def _say(label: str, value: object) -> None:
+def _print(label: str, value: object) -> None:
     print(f"{label:20} {value}".rstrip())
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def _join(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -8,13 +8,13 @@ __all__ = ["add_loading", "positive"]
 
 
 def positive(text: str) -> int:
-    """The type of an option that counts something."""
+    """The argparse type of a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return int(text)
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """How images are put through a model."""
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at a time (default: as in training)")
+    """Add the options for loading images."""
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images per batch (default: as in training)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: as in training)")

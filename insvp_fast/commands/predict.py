@@ -1,7 +1,7 @@
 """Classify image files, or all images in folders, with a trained model.
 
-CSV has one line per image: file, class, probability, and with --top-k more pairs of class and probability. JSON lines
-(--format jsonl) have one object per image: {"file": ..., "classes": [...], "probabilities": [...]}, likeliest first.
+CSV has one line per image: file, class, probability; with --top-k, further pairs of class and probability follow. With
+--format jsonl, each line is an object: {"file": ..., "classes": [...], "probabilities": [...]}, likeliest class first.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import argparse
 import contextlib
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from insvp_fast.commands.options import add_loading, positive
 from insvp_fast.errors import CommandError
+from insvp_fast.storage import replace_file
 
 SUMMARY = "classify image files with a trained model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a folder made by insvp train")
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder that is searched for images")
+    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder to search for images")
     parser.add_argument("--top-k", type=positive, metavar="K", default=1, help="classes per image (default: 1)")
-    parser.add_argument("--format", choices=["csv", "jsonl"], default="csv", help="(default: csv)")
-    parser.add_argument("--output", metavar="FILE", help="where the lines go (default: they are printed)")
-    parser.add_argument("--skip-unreadable", action="store_true", help="go on after a file that is no image")
+    parser.add_argument("--format", choices=["csv", "jsonl"], default="csv", help="format of the output (default: csv)")
+    parser.add_argument("--output", metavar="FILE", help="write to a file (default: print)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip files that are not readable images")
     add_loading(parser)
 
 
@@ -57,42 +57,37 @@ def run(
             else:
                 raise CommandError(f"{prediction.error}; --skip-unreadable goes on without such files")
 
-    with _stream(output) as stream:
+    with _open_output(output) as stream:
         (_write_csv if format == "csv" else _write_jsonl)(readable(), top_k, stream)
     if skipped:
         print(f"insvp: skipped {skipped} of {len(files)} files", file=sys.stderr)
     return 0
 
 
-def _write_csv(predictions: Iterable[Any], top_k: int, stream: TextIO) -> None:
+def _write_csv(predictions: Iterable[Any], top_k: int, stream: IO) -> None:
     writer = csv.writer(stream, lineterminator="\n")
     more = [name for rank in range(2, top_k + 1) for name in (f"class_{rank}", f"probability_{rank}")]
     writer.writerow(["file", "class", "probability", *more])
     for file, ranking, _ in predictions:
-        writer.writerow([file, *(cell for name, chance in ranking for cell in (name, f"{chance:.4f}"))])
+        writer.writerow([file, *(cell for name, probability in ranking for cell in (name, f"{probability:.4f}"))])
 
 
-def _write_jsonl(predictions: Iterable[Any], top_k: int, stream: TextIO) -> None:
+def _write_jsonl(predictions: Iterable[Any], top_k: int, stream: IO) -> None:
     for file, ranking, _ in predictions:
-        names, chances = zip(*ranking, strict=True)
-        line = {"file": file, "classes": names, "probabilities": [round(chance, 6) for chance in chances]}
+        names, probabilities = zip(*ranking, strict=True)
+        line = {"file": file, "classes": names, "probabilities": [round(value, 6) for value in probabilities]}
         print(json.dumps(line, ensure_ascii=False), file=stream)
 
 
 @contextlib.contextmanager
-def _stream(output: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears when it is complete; names that are no UTF-8 are escaped as in JSON."""
+def _open_output(output: str | None) -> Iterator[IO]:
+    """Standard output, or a file that appears once it is complete. File names that are not UTF-8 are escaped."""
     if output is None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         yield sys.stdout
         return
-    file = Path(output)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+        with replace_file(Path(output), "w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
             yield stream
-        os.replace(temporary, file)
     except OSError as error:
         raise CommandError(f"--output is {output}: cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

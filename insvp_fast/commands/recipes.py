@@ -1,36 +1,30 @@
-"""List the shipped recipes, or print one with all its settings, ready to be kept as a file, edited and trained from."""
+"""List the shipped recipes, or print one with all its settings as TOML, to save, edit and train with."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
-from insvp_fast.recipes import read, shipped, title
-from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.settings import SETTINGS
+from insvp_fast.commands.settings import show_options
+from insvp_fast.recipes import list_shipped, read_recipe, read_title
+from insvp_fast.training.recipe import Recipe, setting_names
 
 SUMMARY = "list the shipped recipes, or print one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME|FILE", nargs="?", help="a recipe to print as TOML")
-    parser.add_argument("--released", action="store_true", help="as in the authors' released code, not as in the paper")
+    parser.add_argument("name", metavar="NAME|FILE", nargs="?", help="the recipe to print (default: list all)")
+    parser.add_argument("--released", action="store_true", help="print the settings of the authors' released code")
 
 
 def run(name: str | None, released: bool) -> int:
     if name is None:
-        print(*(f"{name:10} {title(name)}" for name in shipped()), sep="\n")
-        print("\ninsvp train --recipe NAME --root FOLDER trains by one; add --released for the authors' released code.")
+        print(*(f"{name:10} {show_options(read_title(name))}" for name in list_shipped()), sep="\n")
+        print("\nTrain with `insvp train --recipe NAME --root FOLDER`; --released follows the authors' released code.")
         return 0
-    recipe = Recipe(**read(name, released)).to_dict()
+    settings = Recipe(**read_recipe(name, released)).to_dict()
     print(f"# {name}{', as released' if released else ''}")
-    for field in SETTINGS:  # what is None is left to be decided by the run, and TOML has no word for it
-        if recipe[field] is not None:
-            print(f"{field} = {_toml(recipe[field])}")
+    for setting in setting_names():
+        if settings[setting] is not None:  # TOML has no null
+            print(f"{setting} = {json.dumps(settings[setting], ensure_ascii=False)}")  # also valid TOML
     return 0
-
-
-def _toml(value: Any) -> str:
-    """Strings, numbers, booleans and lists of them are written in TOML as in JSON."""
-    return json.dumps(value, ensure_ascii=False)

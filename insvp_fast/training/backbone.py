@@ -1,4 +1,4 @@
-"""The frozen backbone of a run: the shipped one, or any Vision Transformer of timm."""
+"""The frozen backbone of a run, and how its images are prepared."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast.checkpoints.backbone import create_backbone
-from insvp_fast.errors import CheckpointError, TrainingError
-from insvp_fast.training.recipe import BUILTIN
+from insvp_fast.data import insvp_preprocessing
+from insvp_fast.errors import CheckpointError
+from insvp_fast.training.recipe import BUILTIN_BACKBONE
 
-__all__ = ["load_backbone", "preprocessing_of"]
+__all__ = ["load_backbone", "resolve_preprocessing"]
 
 
-def load_backbone(source: str = BUILTIN, checkpoint: str | None = None) -> VisionTransformer:
+def load_backbone(source: str = BUILTIN_BACKBONE, checkpoint: str | None = None) -> VisionTransformer:
     """The backbone that ``create_backbone`` builds, without a head.
 
     Raises:
-        TrainingError: if there is no such model, or its weights cannot be had.
+        CheckpointError: if there is no such model, or its weights cannot be found.
     """
     try:
         return create_backbone(source, checkpoint=checkpoint, num_classes=0)
     except CheckpointError as error:
-        raise TrainingError(f"--backbone is {source}: {error}") from error
+        raise CheckpointError(f"`backbone` is {source}: {error}") from error
 
 
-def preprocessing_of(backbone: VisionTransformer) -> dict[str, Any]:
-    """How images are prepared for a backbone, as arguments of ``timm.data.create_transform``."""
+def resolve_preprocessing(backbone: VisionTransformer, preset: str = "timm") -> dict[str, Any]:
+    """How images are prepared for a backbone, as arguments of ``timm.data.create_transform``.
+
+    Args:
+        preset: ``Recipe.preprocessing``, "timm" or "insvp".
+    """
     resolved = resolve_data_config(model=backbone)
-    wanted = ("input_size", "interpolation", "mean", "std", "crop_pct")
-    return {key: list(value) if isinstance(value := resolved[key], tuple) else value for key in wanted}
+    if preset == "insvp":
+        return insvp_preprocessing(resolved["input_size"][-1])
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct")
+    return {name: list(value) if isinstance(value := resolved[name], tuple) else value for name in names}

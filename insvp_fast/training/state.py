@@ -1,4 +1,4 @@
-"""Folders that are replaced whole, and the state of a training in one: tensors and JSON, nothing pickled."""
+"""The state of a training in a folder, from which it can resume: tensors and JSON, nothing pickled."""
 
 from __future__ import annotations
 
@@ -18,23 +18,31 @@ from insvp_fast.checkpoints.files import read_safetensors, read_torch
 from insvp_fast.errors import CheckpointError, TrainingError
 from insvp_fast.storage import recover, replace_folder, write_file
 
-__all__ = ["get_randomness", "read_state", "set_randomness", "write_state"]
+__all__ = ["get_rng_states", "load_state", "save_state", "set_rng_states"]
 
-WEIGHTS, TENSORS, FACTS = "trained.safetensors", "training.pt", "state.json"
+WEIGHTS_FILE, TENSORS_FILE, FACTS_FILE = "trained.safetensors", "training.pt", "state.json"
 
 
-def write_state(folder: Path, weights: Mapping[str, Tensor], tensors: Any, facts: Mapping[str, Any]) -> None:
-    """Replace a folder by the trained weights, other tensors in plain containers, and facts for JSON."""
-    content = io.BytesIO()  # torch.save would not tell a full disk as an OSError
+def save_state(folder: Path, weights: Mapping[str, Tensor], tensors: Any, facts: Mapping[str, Any]) -> None:
+    """Replace a folder by one with this state.
+
+    Args:
+        weights: what is trained.
+        tensors: other tensors, in plain containers.
+        facts: anything that JSON can hold.
+    """
+    content = io.BytesIO()  # torch.save to a file would not report a full disk as an OSError
     torch.save(tensors, content)
     with replace_folder(folder) as new:
-        write_file(new / WEIGHTS, safetensors.torch.save({key: t.cpu().contiguous() for key, t in weights.items()}))
-        write_file(new / TENSORS, content.getvalue())
-        write_file(new / FACTS, (json.dumps(facts) + "\n").encode())
+        write_file(
+            new / WEIGHTS_FILE, safetensors.torch.save({key: t.cpu().contiguous() for key, t in weights.items()})
+        )
+        write_file(new / TENSORS_FILE, content.getvalue())
+        write_file(new / FACTS_FILE, (json.dumps(facts) + "\n").encode())
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]] | None:
-    """What ``write_state`` wrote, on the CPU; None if nothing was written yet.
+def load_state(folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]] | None:
+    """The arguments of the last ``save_state``, on the CPU; None if nothing was saved yet.
 
     Raises:
         TrainingError: if the files are damaged.
@@ -43,14 +51,14 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]] | 
     if not folder.exists():
         return None
     try:
-        facts = json.loads((folder / FACTS).read_text())
-        return read_safetensors(folder / WEIGHTS), read_torch(folder / TENSORS), facts
+        facts = json.loads((folder / FACTS_FILE).read_text())
+        return read_safetensors(folder / WEIGHTS_FILE), read_torch(folder / TENSORS_FILE), facts
     except (CheckpointError, OSError, json.JSONDecodeError) as error:
         raise TrainingError(f"{folder}: not a state that can be resumed ({error})") from error
 
 
-def get_randomness(device: torch.device) -> dict[str, Any]:
-    """The random states of this process, in plain containers."""
+def get_rng_states(device: torch.device) -> dict[str, Any]:
+    """The states of this process's random generators (Python, NumPy, torch, the GPU's), in plain containers."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -60,8 +68,8 @@ def get_randomness(device: torch.device) -> dict[str, Any]:
     }
 
 
-def set_randomness(states: Mapping[str, Any], device: torch.device) -> None:
-    """Go on from what ``get_randomness`` returned."""
+def set_rng_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Restore what ``get_rng_states`` returned."""
     name, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

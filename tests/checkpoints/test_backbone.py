@@ -238,7 +238,7 @@ WRONG = {
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_backbones_are_one_error(make, message, tmp_path):
     source = make(tmp_path)
-    with pytest.raises(InsVPError, match=f"--backbone is .*{message}") as caught:
+    with pytest.raises(InsVPError, match=f"`backbone` is .*{message}") as caught:
         load_backbone(source)
     assert "\n" not in str(caught.value)
 

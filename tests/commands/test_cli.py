@@ -11,10 +11,10 @@ import pytest
 from insvp_fast import recipes
 from insvp_fast.commands import cli
 from insvp_fast.commands.cli import COMMANDS
-from insvp_fast.errors import InsVPError
+from insvp_fast.commands.settings import show_options, to_arguments, to_option
+from insvp_fast.errors import CheckpointError, DataError, InsVPError
 from insvp_fast.training import run as run_module
-from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.settings import SETTINGS, to_arguments
+from insvp_fast.training.recipe import Recipe, setting_names
 
 HTA = ("cifar10", "cifar100", "cub", "dogs", "dtd", "flowers", "food101", "gtsrb", "nabirds", "svhn")
 
@@ -32,9 +32,6 @@ def status_of(arguments):
         return cli.main(arguments)
     except SystemExit as stop:
         return stop.code
-
-
-# ---------------------------------------------------------------------------------------------------------------- help
 
 
 @pytest.mark.parametrize(
@@ -58,11 +55,11 @@ def test_help_is_quick_and_does_without_torch(arguments):
 def test_every_setting_says_what_it_is(capsys):
     assert status_of(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"{setting.option} " in text for setting in SETTINGS.values())
-    assert [setting.name for setting in SETTINGS.values() if not setting.text] == []
+    assert all(f"{to_option(name)} " in text for name in setting_names())
+    assert [field.name for field in dataclasses.fields(Recipe) if not field.metadata["help"]] == []
+    assert all(f"\n        {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
+    assert Recipe.__doc__.index("Args:") < Recipe.__doc__.index("Raises:")
 
-
-# -------------------------------------------------------------------------------------------------- options and recipes
 
 EVERYTHING = Recipe(
     backbone="a@b",
@@ -116,9 +113,9 @@ def test_every_setting_has_an_option(trained):
 
 
 def test_the_shipped_recipes_are_those_of_the_ten_sets():
-    assert recipes.shipped() == sorted((*HTA, "paper"))
+    assert recipes.list_shipped() == sorted((*HTA, "paper"))
     for name in HTA:
-        paper, released = Recipe(**recipes.read(name)), Recipe(**recipes.read(name, released=True))
+        paper, released = Recipe(**recipes.read_recipe(name)), Recipe(**recipes.read_recipe(name, released=True))
         assert paper.data == released.data == paper.recipe == name
         assert (paper.epochs, paper.prompt_length, paper.released, paper.protocol) == (100, 9, False, "paper")
         assert (released.released, released.protocol, released.select_on) == (True, "released", "test")
@@ -143,7 +140,7 @@ def test_the_shipped_recipes_are_those_of_the_ten_sets():
     ],
 )
 def test_released_recipes_are_those_of_the_authors_scripts(name, expected):
-    recipe = Recipe(**recipes.read(name, released=True))
+    recipe = Recipe(**recipes.read_recipe(name, released=True))
     found = recipe.lr, recipe.weight_decay, recipe.prompt_length, recipe.specific_kernels, recipe.simam
     assert found == expected
 
@@ -152,8 +149,8 @@ def test_options_override_a_recipe(trained):
     assert cli.main(["train", "--recipe", "cub", "--lr", "0.5", "--probe"]) == 0
     assert cli.main(["train", "--recipe", "cub", "--released", "--prompt-length", "3"]) == 0
     (first, _), (second, _) = trained
-    assert first == dataclasses.replace(Recipe(**recipes.read("cub")), lr=0.5, probe=True)
-    assert second == dataclasses.replace(Recipe(**recipes.read("cub", released=True)), prompt_length=3)
+    assert first == dataclasses.replace(Recipe(**recipes.read_recipe("cub")), lr=0.5, probe=True)
+    assert second == dataclasses.replace(Recipe(**recipes.read_recipe("cub", released=True)), prompt_length=3)
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -163,13 +160,14 @@ def test_a_printed_recipe_is_a_recipe(released, tmp_path, capsys, trained):
     file.write_text(printed := capsys.readouterr().out)
     assert tomllib.loads(printed)["lr"] == 4e-3
     assert cli.main(["train", "--recipe", str(file)]) == 0
-    assert trained[0][0] == dataclasses.replace(Recipe(**recipes.read("svhn", released)), recipe=str(file))
+    assert trained[0][0] == dataclasses.replace(Recipe(**recipes.read_recipe("svhn", released)), recipe=str(file))
 
 
 def test_recipes_are_listed(capsys):
     assert cli.main(["recipes"]) == 0
     printed = capsys.readouterr().out
     assert "cub        CUB-200-2011, 200 species of birds\n" in printed
+    assert "paper      the paper's protocol for any data set: set --data, and search --lr and" in printed
 
 
 @pytest.mark.parametrize(
@@ -198,10 +196,7 @@ def test_a_recipe_is_not_its_own_base(tmp_path):
     file = tmp_path / "circle.toml"
     file.write_text(f"base = {str(file)!r}")
     with pytest.raises(InsVPError, match="its own base"):
-        recipes.read(str(file))
-
-
-# --------------------------------------------------------------------------------------------------------------- errors
+        recipes.read_recipe(str(file))
 
 
 @pytest.mark.parametrize(
@@ -232,12 +227,23 @@ def test_invalid_values_are_refused_in_one_line(arguments, message, capsys, trai
     assert not trained, "work has begun"
 
 
+def test_settings_in_backticks_are_shown_as_options():
+    message = "`batch_size` is 0: try `lr`, `recompute` block or `resume` runs/a; not `x`, `batch size` or lr"
+    assert show_options(message) == (
+        "--batch-size is 0: try --lr, --recompute block or --resume runs/a; not `x`, `batch size` or lr"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "insvp: interrupted\n"),
         (KeyboardInterrupt("a state is kept"), 130, "insvp: interrupted; a state is kept"),
+        (KeyboardInterrupt("go on with `resume` runs/a"), 130, "insvp: interrupted; go on with --resume runs/a"),
         (InsVPError("the loss became nan"), 1, "insvp: error: the loss became nan"),
+        (InsVPError("a file\n  of two lines"), 1, "insvp: error: a file of two lines"),
+        (DataError("`data` is x: see `insvp data list`"), 1, "insvp: error: --data is x: see `insvp data list`"),
+        (CheckpointError("not weights of this model"), 1, "insvp: error: not weights of this model"),
         (ModuleNotFoundError("No module named 'sklearn'", name="sklearn"), 1, "pip install 'insvp-fast[train]'"),
     ],
 )

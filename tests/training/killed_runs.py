@@ -1,4 +1,4 @@
-"""Training in child processes, that are killed or work together, for tests and tools/kill_and_resume.py."""
+"""Training in child processes that are killed or that work together, for the tests and tools/kill_and_resume.py."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-# the imports are made once, in the server that the children are forked from
+# the server that the children are forked from imports once for all of them
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["insvp_fast.training.run", "insvp_fast.data.load"])
 
@@ -21,10 +21,10 @@ TIMES = ("images_per_s", "data_wait")
 def make_digits(root: Path, train: int = 150, held_out: int = 30) -> Path:
     """An image folder with the first handwritten digits, equally many of each."""
     digits = load_digits()
-    parts = ["val"] * (held_out // 10) + ["test"] * (held_out // 10) + ["train"] * (train // 10)
-    for i in np.concatenate([np.flatnonzero(digits.target == digit)[: len(parts)] for digit in range(10)]):
-        part = parts[np.sum(digits.target[:i] == digits.target[i])]
-        file = root / part / str(digits.target[i]) / f"{i}.png"
+    splits = ["val"] * (held_out // 10) + ["test"] * (held_out // 10) + ["train"] * (train // 10)
+    for i in np.concatenate([np.flatnonzero(digits.target == digit)[: len(splits)] for digit in range(10)]):
+        split = splits[np.sum(digits.target[:i] == digits.target[i])]
+        file = root / split / str(digits.target[i]) / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)).save(file)
     return root
@@ -44,7 +44,7 @@ def start(
 
 
 def outcome(run: Path) -> tuple[bytes, list[dict]]:
-    """What must be the same however often a run was killed: the adapter's bytes, and the metrics but for times."""
+    """What an interruption must not change: the bytes of the adapter, and the metrics but for times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
     return (run / "adapter" / "adapter_model.safetensors").read_bytes(), metrics
@@ -58,9 +58,9 @@ def _train(
     environment: dict[str, str],
 ) -> None:
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # a server of the workers would outlive it
+    multiprocessing.set_start_method("fork", force=True)  # a fork server for the workers would outlive this process
     from insvp_fast import InsVPConfig
-    from insvp_fast.training import run
+    from insvp_fast.training import candidates, run
     from insvp_fast.training.recipe import Recipe
 
     torch.set_num_threads(1)
@@ -70,15 +70,15 @@ def _train(
         os.dup2(output, 2)
     if die:
         _die_before(*die)
-    if environment:  # each process draws other masks for its own images
-        run.insvp_config = lambda recipe: InsVPConfig(prompt_length=2, global_dropout=0.0)
+    if environment:  # dropout masks depend on the number of processes
+        candidates.insvp_config = lambda recipe: InsVPConfig(prompt_length=2, global_dropout=0.0)
     run.train(None if resume else Recipe(**settings), resume)
 
 
 def _die_before(event: str, count: int) -> None:
-    from insvp_fast.training.loop import Training
+    from insvp_fast.training.trainer import Trainer
 
-    owner, name = {"step": (Training, "_step"), "sync": (os, "fsync"), "rename": (os, "rename")}[event]
+    owner, name = {"step": (Trainer, "_step"), "sync": (os, "fsync"), "rename": (os, "rename")}[event]
     function, left = getattr(owner, name), count
 
     def call(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Two processes train as one does with the same images in a step."""
+"""Two processes train as one does with the same images per step."""
 
 import socket
 
@@ -6,37 +6,38 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from insvp_fast.training import device, order
+from insvp_fast.training import accelerator
 from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.sampler import BatchSampler
 from tests.training.killed_runs import make_digits, outcome, start
 
 SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False}
 
 
 def environments(count: int) -> list[dict[str, str]]:
-    """What a launcher would set."""
+    """The environment variables that a launcher would set for each process."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    shared["OMP_NUM_THREADS"] = "1"  # more than the cores that there are would wait for each other
+    shared["OMP_NUM_THREADS"] = "1"  # more threads than cores would wait for each other
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """145 images: 9 batches of 16 and one image, which one of two processes does without."""
+    """145 training images: 9 batches of 16, and one image for two processes."""
     root = make_digits(tmp_path_factory.mktemp("data") / "few")
     for file in sorted((root / "train").rglob("*.png"))[::30]:
         file.unlink()
-    for part in ("val", "test"):
-        next((root / part / "7").iterdir()).unlink()  # 29 images, which do not divide either
+    for split in ("val", "test"):
+        next((root / split / "7").iterdir()).unlink()  # 29 images, which do not divide either
     return root
 
 
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
-    """The outcome of one process, of two, and of one that takes two batches for a step."""
+    """The outcomes of one process, of two, and of one that accumulates two batches per step."""
     root = tmp_path_factory.mktemp("runs")
     sizes = {"one": {"batch_size": 16}, "two": {"batch_size": 8}, "accumulated": {"batch_size": 8, "accumulate": 2}}
     found = {}
@@ -66,13 +67,15 @@ def test_weights_are_those_of_one_process(runs, kind):
 
 
 def test_all_processes_take_the_smallest_batch_that_one_of_them_can(monkeypatch):
-    monkeypatch.setattr(device, "gather_object", lambda found: [*found, 5])
+    monkeypatch.setattr(accelerator, "gather_object", lambda found: [*found, 5])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
-    recipe = device.fit_batch_size(Recipe(batch_size=7, auto_batch=True), model, (3, 2, 2), device.start())
+    recipe = accelerator.find_batch_size(
+        Recipe(batch_size=7, auto_batch=True), model, (3, 2, 2), accelerator.create_accelerator()
+    )
     assert (recipe.batch_size, recipe.auto_batch) == (5, False)
 
 
 def test_a_process_without_images_is_not_counted():
-    shares = [order.Order(9, 4, None, rank, 2, every_process=True) for rank in range(2)]
+    shares = [BatchSampler(9, 4, None, rank, 2, fill_empty=True) for rank in range(2)]
     assert [share.sizes(1) for share in shares] == [[1, 0]] * 2
     assert [len(list(share)[1]) for share in shares] == [1, 1]

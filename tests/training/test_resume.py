@@ -3,32 +3,22 @@
 import json
 import os
 import random
-import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from insvp_fast.errors import InsVPError
-from insvp_fast.storage import recover, replace_folder
-from insvp_fast.training.loop import Training
-from insvp_fast.training.order import Order
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
-from insvp_fast.training.state import get_randomness, read_state, set_randomness, write_state
+from insvp_fast.training.trainer import Trainer
 from tests.training.killed_runs import make_digits, outcome, start
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     return make_digits(tmp_path_factory.mktemp("data") / "few")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(threads):
-    threads(1)  # two threads that wait for each other are slow on a busy machine
 
 
 def finish(child, status=0):
@@ -88,9 +78,6 @@ def test_a_run_killed_at_a_random_moment(digits, tmp_path):
     assert outcome(folder) == outcome(tmp_path / "whole" / "few-1")
 
 
-# ------------------------------------------------------------------------------------------------------ what goes wrong
-
-
 @pytest.fixture
 def tiny(digits, tmp_path):
     return {"data": str(digits), "output": str(tmp_path / "runs"), "epochs": 2, "batch_size": 32, "probe": False}
@@ -99,7 +86,7 @@ def tiny(digits, tmp_path):
 def test_a_finished_run_is_left_as_it_is(tiny, capsys, monkeypatch):
     folder = train(Recipe(**tiny))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "curve.png"}
-    monkeypatch.setattr(Training, "fit", None)  # not called again
+    monkeypatch.setattr(Trainer, "fit", None)  # not called again
     assert train(resume=folder) == folder
     assert before == {path: path.read_bytes() for path in before}
     assert "kept" in capsys.readouterr().out
@@ -118,7 +105,7 @@ def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(InsVPError, match=r"No space left on device: .*few-2; .*insvp train --resume .*few-2"):
+        with pytest.raises(InsVPError, match=r"No space left on device: .*few-2; .*go on with `resume` .*few-2"):
             train(Recipe(**tiny))
     folder = whole.with_name("few-2")
     assert not list(folder.glob("*.new"))
@@ -127,7 +114,7 @@ def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch):
-    step = Training._step
+    step = Trainer._step
 
     def interrupted(self, number):
         if number == 6:
@@ -135,15 +122,15 @@ def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch):
         step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"last good state is kept: insvp train --resume .*few-1"):
+        patch.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"last good state is kept, go on with `resume` .*few-1"):
             train(Recipe(**tiny))
     folder = train(resume=f"{tiny['output']}/few-1")
     assert len(outcome(folder)[1]) == 3
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tiny, monkeypatch):
-    save = Training.save
+    save = Trainer.save
 
     def spoiled(self):
         if self.epoch == 2:
@@ -151,7 +138,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tiny, monkeypatch):
                 next(iter(self.trained.values())).fill_(float("nan"))
         save(self)
 
-    monkeypatch.setattr(Training, "save", spoiled)
+    monkeypatch.setattr(Trainer, "save", spoiled)
     with pytest.raises(InsVPError, match="weights of InsVP became infinite or not a number"):
         train(Recipe(**tiny))
     assert json.loads((Path(tiny["output"]) / "few-1" / "last" / "state.json").read_text())["epoch"] == 1
@@ -175,81 +162,3 @@ def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
     (folder / "last" / "training.pt").write_bytes(b"")
     with pytest.raises(InsVPError, match="not a state that can be resumed"):
         train(resume=folder)
-
-
-# ------------------------------------------------------------------------------------------------------------ the parts
-
-
-@pytest.mark.parametrize("interrupted_at", ["content", "first rename", "second rename", "removal"])
-def test_a_folder_is_replaced_whole_or_not(tmp_path, monkeypatch, interrupted_at):
-    folder = tmp_path / "last"
-    with replace_folder(folder) as new:
-        (new / "content").write_text("old")
-    owner, name, count = {
-        "content": (os, "rename", 9),
-        "first rename": (os, "rename", 1),
-        "second rename": (os, "rename", 2),
-        "removal": (shutil, "rmtree", 3),
-    }[interrupted_at]
-    function = getattr(owner, name)
-
-    def killed(*args, **kwargs):
-        nonlocal count
-        count -= 1
-        if count <= 0:  # whatever would tidy up afterwards does not run either
-            raise SystemExit
-        function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, killed)
-    with pytest.raises(SystemExit):  # noqa: PT012, SIM117 (what is within is interrupted)
-        with replace_folder(folder) as new:
-            (new / "content").write_text("new")
-            if interrupted_at == "content":
-                raise SystemExit
-    monkeypatch.undo()
-    recover(folder)
-    assert (folder / "content").read_text() == ("new" if interrupted_at == "removal" else "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
-def test_a_state_comes_back_as_it_was(tmp_path):
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    np.random.randn()  # keeps a second normal number for later
-    device, weights = torch.device("cpu"), {"a": torch.randn(3), "b": torch.randn(2, 2).T}
-    write_state(tmp_path / "last", weights, {"random": get_randomness(device)}, {"epoch": 3, "accuracy": 0.1 + 0.2})
-    expected = random.random(), np.random.randn(2).tolist(), torch.randn(2).tolist()
-    found, tensors, facts = read_state(tmp_path / "last")
-    set_randomness(tensors["random"], device)
-    assert (random.random(), np.random.randn(2).tolist(), torch.randn(2).tolist()) == expected
-    assert all(torch.equal(weights[key], found[key]) for key in weights)
-    assert facts == {"epoch": 3, "accuracy": 0.1 + 0.2}
-    assert read_state(tmp_path / "nothing") is None
-
-
-@pytest.mark.parametrize("even", [False, True])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("count", [0, 1, 7, 12, 13, 25])
-def test_processes_share_the_batches_of_one(count, processes, even):
-    alone = Order(count, 3 * processes, seed=1)
-    shares = [Order(count, 3, 1, rank, processes, even, every_process=True) for rank in range(processes)]
-    for order in (alone, *shares):
-        order.epoch = 2
-    batches = [list(order) for order in shares]
-    assert {len(part) for part in batches} == {len(alone)}
-    for number, whole in enumerate(alone):
-        sizes = shares[0].sizes(number)
-        own = [part[number][:size] for part, size in zip(batches, sizes, strict=True)]
-        assert [sample for part in own for sample in part] == whole[: sum(sizes)]
-        assert len(whole) - sum(sizes) <= (processes if even else 0)
-        assert all(part[number] for part in batches)  # nobody is left out
-    if not even:
-        assert sorted(index for batch in alone for _, index in batch) == list(range(count))
-
-
-def test_an_order_begins_where_it_is_told():
-    order = Order(10, 3, seed=5)
-    whole = list(order)
-    order.first = 2
-    assert list(order) == whole[2:]
-    order.first, order.epoch = 0, 1
-    assert [index for batch in order for _, index in batch] != [index for batch in whole for _, index in batch]

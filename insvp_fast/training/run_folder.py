@@ -1,4 +1,4 @@
-"""Reading run folders and adapters without loading a model, so without torch."""
+"""Reading the files of run folders and adapters without loading a model, so without torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.errors import TrainingError
+from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.recipe import Recipe
 
-__all__ = ["ADAPTER_FILE", "RUN_FILE", "WEIGHTS_FILE", "read_config", "read_json", "read_metrics", "read_results"]
+__all__ = [
+    "ADAPTER_FILE",
+    "CONFIG_FILE",
+    "METRICS_FILE",
+    "WEIGHTS_FILE",
+    "read_config",
+    "read_json",
+    "read_metrics",
+    "read_results",
+]
 
-RUN_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
-ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # of a run
+ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # of an adapter
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -31,20 +41,20 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
-    """The settings of a run, and everything in its config.json.
+    """The settings of a run, and the whole content of its config.json.
 
     Raises:
-        TrainingError: if it is not a run folder, or of a version with other settings.
+        TrainingError: if it is not a run folder, or was written by a version with other settings.
     """
     try:
-        config = read_json(Path(run) / RUN_FILE)
+        config = read_json(Path(run) / CONFIG_FILE)
         return Recipe(**config["recipe"]), config
     except (TrainingError, KeyError, TypeError) as error:
         raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All records of a run so far; a last line that is half written does not count."""
+    """All records of a run so far; an incomplete last line is left out."""
     records = []
     file = run / METRICS_FILE
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
@@ -56,7 +66,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_results(run: Path) -> dict[str, dict[str, Any]]:
-    """How each model did in the end, with its ``test_accuracy``; empty while the run is not finished."""
+    """The final record of each model by its name, with its ``test_accuracy``; empty while the run is not finished."""
     results = {record["model"]: record for record in read_metrics(run) if "trained_parameters" in record}
-    expected = {"InsVP", "linear probe"} if read_config(run)[0].probe else {"InsVP"}
+    expected = {candidate.name for candidate in candidates_of(read_config(run)[0])}
     return results if results.keys() >= expected else {}

@@ -1,4 +1,4 @@
-"""How long the device had nothing to do because the next images were not there."""
+"""How long the device is idle because the next batch is not there yet."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["Waiting"]
+__all__ = ["DataTimer"]
 
-FOLDED = 64  # pairs of events that are kept before those that have passed are added up
+MAX_EVENTS = 64  # pairs of events that are kept before those that have passed are added up
 
 
-class Waiting:
-    """A context around taking the next batch, and the ``seconds`` that the device was idle in it.
+class DataTimer:
+    """A context manager around loading a batch; ``seconds`` is how long the device was idle in it.
 
-    A GPU works through what it was given before, while the host already asks for more: what counts there is the time
-    between the end of that work and the arrival of the images, told by events on the device, read without waiting.
+    While the host waits for a batch, a GPU may still be busy with earlier ones. So on a GPU the time is measured by
+    events on the device, from the end of that work to the arrival of the batch; reading them does not synchronize.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class Waiting:
         self.reset()
 
     def reset(self) -> None:
-        """Begin again from 0."""
+        """Start again from 0."""
         self._seconds, self._events = 0.0, list[tuple[Any, Any]]()
 
     def __enter__(self) -> None:
@@ -36,18 +36,18 @@ class Waiting:
             self._seconds += end - self._start
             return
         self._events.append((self._start, end))
-        if len(self._events) >= FOLDED:
-            self._fold()
+        if len(self._events) >= MAX_EVENTS:
+            self._add_events()
 
     def seconds(self) -> float:
-        """So far, as far as the device has come."""
-        self._fold()
+        """The idle time so far; on a GPU, of the work that is already done."""
+        self._add_events()
         return self._seconds
 
-    def _fold(self) -> None:
+    def _add_events(self) -> None:
         while self._events and self._events[0][1].query():
             start, end = self._events.pop(0)
-            self._seconds += start.elapsed_time(end) / 1000  # it counts milliseconds
+            self._seconds += start.elapsed_time(end) / 1000  # elapsed_time is in milliseconds
 
     def _now(self) -> Any:
         if not self.on_gpu:

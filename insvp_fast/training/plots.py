@@ -1,4 +1,4 @@
-"""The pictures of a run: the learning curves, what the prompts look like, and which classes are confused."""
+"""The plots of a run: learning curves, prompts, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from insvp_fast.reference import InsVPReference
 
-__all__ = ["draw_confusion", "draw_curves", "draw_prompts"]
+__all__ = ["plot_confusion", "plot_curves", "plot_prompts"]
 
-NAMED = 40  # classes whose names can be read beside a confusion matrix
+MAX_NAMED = 40  # with more classes, their names beside a confusion matrix could not be read
 
 
-def draw_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
+def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
     """Training loss and validation accuracy over the epochs, one line per model."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -33,54 +33,55 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 @torch.inference_mode()
-def draw_prompts(model: InsVPReference, images: Tensor, preprocessing: dict[str, Any], file: Path) -> None:
+def plot_prompts(model: InsVPReference, images: Tensor, preprocessing: dict[str, Any], file: Path) -> None:
     """One column per image [B, 3, H, W]: the image, the parts of its prompt, the prompt, and the prompted image."""
-    parts = model.eval().image_prompt(images)
-    every: dict[str, Tensor | None] = {
-        "image": _as_picture(images, preprocessing),
-        "global prompt": _as_relief(parts.global_),
-        "patch prompt": _as_relief(parts.patch),
-        "image prompt": _as_relief(parts.prompt),
-        "prompted image": _as_picture(parts.prompted, preprocessing),
+    prompt = model.eval().image_prompt(images)
+    candidates: dict[str, Tensor | None] = {
+        "image": _denormalize(images, preprocessing),
+        "global prompt": _to_gray_range(prompt.global_),
+        "patch prompt": _to_gray_range(prompt.patch),
+        "image prompt": _to_gray_range(prompt.prompt),
+        "prompted image": _denormalize(prompt.prompted, preprocessing),
     }
-    rows = {name: pictures for name, pictures in every.items() if pictures is not None}
+    rows = {name: pictures for name, pictures in candidates.items() if pictures is not None}
     figure = Figure(figsize=(1.2 * len(images) + 1.2, 1.25 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(images), squeeze=False)
-    for (name, pictures), line in zip(rows.items(), panels, strict=True):
-        for axes, picture in zip(line, pictures, strict=True):
+    for (name, pictures), row in zip(rows.items(), panels, strict=True):
+        for axes, picture in zip(row, pictures, strict=True):
             axes.imshow(picture.permute(1, 2, 0).cpu().numpy())
             axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, fontsize=8)
+        row[0].set_ylabel(name, fontsize=8)
     figure.savefig(file, dpi=120)
 
 
-def draw_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) -> None:
-    """The confusion matrix [classes, classes] as parts of each row, with names and numbers where they can be read."""
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+def plot_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) -> None:
+    """The confusion matrix [true class, predicted class], each row normalized to 1; with few classes, labeled."""
+    fractions = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     classes = len(class_names)
     side = min(12.0, 3 + 0.3 * classes)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
-    axes.set(xlabel="predicted class", ylabel="true class", title="part of the true class's images")
-    if classes <= NAMED:
+    image = axes.imshow(fractions.numpy(), vmin=0, vmax=1, cmap="Blues")
+    axes.set(xlabel="predicted class", ylabel="true class", title="fraction of the true class's images")
+    if classes <= MAX_NAMED:
         axes.set_xticks(range(classes), class_names, rotation=90, fontsize=7)
         axes.set_yticks(range(classes), class_names, fontsize=7)
         for row, column in confusion.nonzero().tolist():
-            color = "white" if shares[row, column] > 0.5 else "black"
+            color = "white" if fractions[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=6, color=color)
     figure.colorbar(image, shrink=0.8)
     figure.savefig(file, dpi=120)
 
 
-def _as_picture(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
+def _denormalize(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
+    """Pixels in [0, 1], from a model's input."""
     mean, std = (images.new_tensor(preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return (images * std + mean).clamp(0, 1).float()
 
 
-def _as_relief(prompt: Tensor | None) -> Tensor | None:
-    """A prompt has both signs: zero becomes gray, and each picture is stretched to its own range."""
+def _to_gray_range(prompt: Tensor | None) -> Tensor | None:
+    """Pixels in [0, 1]: 0 becomes gray, and the largest magnitude of each prompt becomes black or white."""
     if prompt is None:
         return None
-    reach = prompt.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
-    return (0.5 + 0.5 * prompt / reach).float()
+    largest = prompt.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+    return (0.5 + 0.5 * prompt / largest).float()

@@ -1,0 +1,79 @@
+"""The device, precision and processes of a run, by Accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import find_executable_batch_size, gather_object
+from torch import nn
+
+from insvp_fast.errors import TrainingError
+from insvp_fast.runtime import hardware
+from insvp_fast.training.recipe import Recipe
+
+__all__ = ["create_accelerator", "find_batch_size", "resolve_amp"]
+
+
+def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Accelerator:
+    """An accelerator of this precision, even if an earlier run of this process had another one.
+
+    Raises:
+        TrainingError: if the hardware lacks the precision, or a tracker is not installed.
+    """
+    if amp == "fp16" and not torch.accelerator.is_available():
+        raise TrainingError("`amp` is fp16: that needs a GPU; on a CPU use bf16 or off")
+    for name in trackers:
+        if find_spec(name) is None:
+            raise TrainingError(f"`trackers` has {name}: it is not installed; pip install {name}")
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision="no" if amp == "off" else amp,
+        log_with=list(trackers) or None,
+        project_dir="." if trackers else None,  # until there is a run folder
+    )
+
+
+def resolve_amp(amp: str) -> str:
+    """What ``auto`` stands for on this machine: bf16 where the hardware has products in it, else off."""
+    if amp != "auto":
+        return amp
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    return "bf16" if not torch.accelerator.is_available() and hardware.has_products(torch.bfloat16) else "off"
+
+
+def find_batch_size(recipe: Recipe, model: nn.Module, size: tuple[int, ...], accelerator: Accelerator) -> Recipe:
+    """The recipe with the largest batch, of at most ``batch_size`` images, whose backward fits into memory.
+
+    ``model`` is moved to the device. All processes use the smallest batch size that one of them found.
+
+    Args:
+        size: of an image, [C, H, W].
+
+    Raises:
+        TrainingError: if not even one image fits.
+    """
+    model = model.to(accelerator.device).train()
+
+    @find_executable_batch_size(starting_batch_size=recipe.batch_size)
+    def attempt(batch_size: int) -> int:
+        images = torch.zeros(batch_size, *size, device=accelerator.device)
+        classes = torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)
+        with accelerator.autocast():
+            loss = F.cross_entropy(model(images).float(), classes)
+        loss.backward()
+        model.zero_grad()
+        return batch_size
+
+    try:
+        found = attempt()
+    except RuntimeError as error:
+        if "reached zero" not in str(error):
+            raise
+        raise TrainingError("`auto_batch`: not even one image fits into memory; try `recompute` block") from error
+    return dataclasses.replace(recipe, batch_size=min(gather_object([found])), auto_batch=False)

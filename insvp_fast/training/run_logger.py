@@ -1,0 +1,165 @@
+"""What a run writes into its folder and prints while it is running."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from insvp_fast import __version__
+from insvp_fast.config import InsVPConfig
+from insvp_fast.data import Data
+from insvp_fast.errors import TrainingError
+from insvp_fast.storage import write_file
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE
+
+__all__ = ["RunLogger"]
+
+SLOW_LOADER = 0.3  # of an epoch spent waiting for images: from here on it is reported
+
+
+class RunLogger:
+    """Records a run in its folder and prints it; in distributed training only the main process writes and prints.
+
+    Args:
+        folder: of a run that is resumed; None makes a new one, ``<output>/<data>-<n>``.
+
+    Attributes:
+        epochs, results: the records of all epochs, and the final record of each model, so far.
+
+    Raises:
+        TrainingError: if the folder cannot be made.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path | None = None) -> None:
+        self.recipe, self.accelerator, self.active = recipe, accelerator, accelerator.is_main_process
+        self.tested_on = "test"
+        self.epochs: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+        self.warned = False
+        self.folder = folder or Path(recipe.output)
+        if self.active and folder is None:
+            self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
+
+    def start(self, config: InsVPConfig, preprocessing: dict[str, Any], data: Data) -> None:
+        """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
+        self.tested_on = data.tested_on
+        images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
+        content = {
+            "recipe": self.recipe.to_dict(),
+            "insvp": config.to_dict(),
+            "preprocessing": preprocessing,
+            "class_names": data.class_names,
+            "images": images,
+            "tested_on": data.tested_on,
+            "protocol": data.protocol,
+            "selected_on": self.recipe.selection_split,
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "versions": {"insvp_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        file = self.folder / CONFIG_FILE
+        if self.active and not file.exists():
+            write_file(file, (json.dumps(content, indent=2) + "\n").encode())
+        self._start_trackers()
+        counts = ", ".join(f"{count} {split}" for split, count in images.items())
+        self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
+        split = self.recipe.selection_split
+        kept = "the last epoch" if split is None else f"the best epoch on {split}"
+        statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
+        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), protocol {data.protocol}: keeps {kept}")
+
+    def restore(self, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
+        """Take over the records of a model from before an interruption; metrics.jsonl is cut off after them."""
+        self.epochs += epochs
+        self.results += [result] if result else []
+        models = dict.fromkeys(record["model"] for record in self.epochs)
+        records = [record for model in models for record in self.epochs + self.results if record["model"] == model]
+        if self.active and (records or (self.folder / METRICS_FILE).exists()):
+            write_file(self.folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+    def log_epoch(self, record: dict[str, Any]) -> None:
+        """Write and print the record of an epoch."""
+        self.epochs.append(record)
+        self._write(record)
+        accuracies = "  ".join(
+            f"{key.removesuffix('_accuracy')} {value:6.1%}"
+            for key, value in record.items()
+            if key.endswith("_accuracy") and value is not None
+        )
+        epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
+        self.say(f"{epoch}  loss {record['loss']:.4f}  {accuracies}  {record['images_per_s']:.0f} images/s")
+        values = {f"{record['model']}/{key}": value for key, value in record.items() if isinstance(value, float)}
+        self.accelerator.log(values, step=record["epoch"])
+        if record["data_wait"] > SLOW_LOADER and not (
+            self.warned or self.results
+        ):  # a linear probe leaves a device idle anyway
+            self.warned = True
+            self.say(
+                f"warning: {record['data_wait']:.0%} of the epoch was spent waiting for images: the loader is the"
+                f" limit, not the {self.accelerator.device.type}; try more `workers` than {self.recipe.workers}, or"
+                " `cache`"
+            )
+
+    def log_result(self, record: dict[str, Any]) -> None:
+        """Write the final record of a model."""
+        self.results.append(record)
+        self._write(record)
+
+    def finish(self) -> None:
+        """Print the final records."""
+        column = f"{self.tested_on} accuracy"  # val where an image folder has no test
+        self.say(f"\n{'':12}{column:>15}{'trained parameters':>20}{'kept':>12}")
+        for record in self.results:
+            kept = f"epoch {record['kept_epoch']}"
+            accuracy, parameters = f"{record['test_accuracy']:.1%}", f"{record['trained_parameters']:,}"
+            self.say(f"{record['model']:12}{accuracy:>15}{parameters:>20}{kept:>12}")
+        split = self.recipe.selection_split
+        selection = f"epoch selected on {split}" if split else "trained on train and val, last epoch"
+        self.say(f"protocol {self.recipe.protocol}, {selection}, tested on {self.tested_on}")
+        self.say(f"\nrun folder: {self.folder}")
+        self.accelerator.end_training()
+
+    def say(self, line: str) -> None:
+        """Print a line, in the main process."""
+        if self.active:
+            print(line, flush=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.active:
+            with (self.folder / METRICS_FILE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _start_trackers(self) -> None:
+        """Begin to log into the run folder, and to Weights & Biases as a run with the folder's name."""
+        if self.recipe.trackers:
+            self.accelerator.project_configuration.logging_dir = str(self.folder)
+            settings = {
+                key: value for key, value in self.recipe.to_dict().items() if isinstance(value, str | float | int)
+            }
+            wandb = {"name": self.folder.name, "dir": str(self.folder)}
+            self.accelerator.init_trackers("insvp_fast", settings, {"wandb": wandb})
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make and return the first of ``name-1``, ``name-2``, ... that does not exist."""
+    number = 1
+    while True:
+        folder = parent / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise TrainingError(f"`output` is {parent}: no folder can be made there ({error.strerror})") from error
+
+
+def _join(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)

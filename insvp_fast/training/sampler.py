@@ -1,0 +1,101 @@
+"""Which images each process sees, in which order, and with which random augmentation.
+
+All of it follows from seed, epoch and index alone. So a run can resume in the middle of an epoch without loading the
+images before, and several processes share the batches that one process would have.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+__all__ = ["BatchSampler", "Sample", "SeededDataset"]
+
+Sample = tuple[int, int]  # the epoch, and the index of the image
+
+
+class BatchSampler(Sampler[list[Sample]]):
+    """The batches of one process in epoch ``epoch``, from batch ``first_batch`` on; both are attributes to be set.
+
+    A global batch has ``batch_size`` images for each process. The last one of an epoch has the images that are left,
+    shared as evenly as possible.
+
+    Args:
+        num_images: in the data set.
+        batch_size: images per process.
+        seed: of the permutations, a new one in each epoch; None for the order of the data set.
+        even: drop one image of a batch with an odd number of them, because mixup pairs images; a single one stays.
+        fill_empty: a process whose share is empty gets an image that ``sizes`` does not count: in distributed training
+            every process has to take part in backward.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int | None = None,
+        rank: int = 0,
+        num_processes: int = 1,
+        even: bool = False,
+        fill_empty: bool = False,
+    ) -> None:
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.num_processes, self.even, self.fill_empty = rank, num_processes, even, fill_empty
+        self.epoch = self.first_batch = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return -(-self.num_images // (self.batch_size * self.num_processes))
+
+    def sizes(self, batch: int) -> list[int]:
+        """The number of images of a batch in each process."""
+        global_batch = self.batch_size * self.num_processes
+        left = min(global_batch, self.num_images - batch * global_batch)
+        shares = [left // self.num_processes + (rank < left % self.num_processes) for rank in range(self.num_processes)]
+        return [size - size % 2 if self.even and size > 1 else size for size in shares]
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        order = self._permutation()
+        for batch in range(self.first_batch, len(self)):
+            sizes, start = self.sizes(batch), batch * self.batch_size * self.num_processes
+            own = order[start + sum(sizes[: self.rank]) :][: sizes[self.rank]]
+            if not own and self.fill_empty:
+                own = order[:1]
+            if own:
+                yield [(self.epoch, index) for index in own]
+
+    def _permutation(self) -> list[int]:
+        if self.seed is None:
+            return list(range(self.num_images))
+        generator = torch.Generator().manual_seed(_combine(self.seed, self.epoch))
+        return torch.randperm(self.num_images, generator=generator).tolist()
+
+
+class SeededDataset(Dataset):
+    """A data set whose random augmentation depends on seed, epoch and index alone, not on the worker that loads it.
+
+    Args:
+        seed: None leaves the random generators as they are.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int | None) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, sample: Sample) -> Any:
+        epoch, index = sample
+        if self.seed is not None:
+            seed = _combine(self.seed, epoch, index)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU too
+        return self.dataset[index]
+
+
+def _combine(*numbers: int) -> int:
+    """A seed that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

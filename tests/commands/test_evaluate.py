@@ -1,0 +1,68 @@
+"""`insvp eval`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
+
+from insvp_fast.commands import cli
+from tests.commands.finished_run import CLASSES
+
+
+def test_eval_reports_what_scikit_learn_reports(run, images, probabilities, capsys):
+    assert cli.main(["eval", str(run)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((run / "eval.json").read_text())
+    labels = [CLASSES.index(Path(file).parent.name) for file in probabilities]
+    scores = torch.stack(list(probabilities.values())).numpy()
+    found = scores.argmax(1)
+    assert report["images"] == len(labels) == 16
+    assert report["confusion"] == confusion_matrix(labels, found, labels=range(6)).tolist()
+    assert report["top1"] == pytest.approx((found == labels).mean())
+    assert report["top5"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=range(6)))
+    assert report["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, found))
+    assert (report["class_names"], report["protocol"], report["data"]) == (CLASSES, "paper", str(images))
+    assert report["tested_on"] == "test"
+    assert f"top-1 {report['top1']:.2%}" in printed and "protocol paper" in printed
+    pixels = np.asarray(Image.open(run / "eval.png").convert("RGB"))
+    assert min(pixels.shape[:2]) > 200 and pixels.std() > 5
+
+
+def test_eval_on_other_data_keeps_the_runs_own_results(run, images, tmp_path, capsys):
+    other = tmp_path / "other"
+    for name in CLASSES:
+        (other / "val" / name).mkdir(parents=True)
+        os.link(images / "test" / "ant" / "0.png", other / "val" / name / "0.png")
+    assert cli.main(["eval", str(run), "--data", str(other), "--output", str(tmp_path), "--batch-size", "5"]) == 0
+    report = json.loads((tmp_path / "eval-other.json").read_text())
+    assert (report["images"], report["mean_per_class"]) == (6, pytest.approx(1 / 6))
+    assert (tmp_path / "eval-other.png").exists() and not (run / "eval-other.json").exists()
+
+
+def test_eval_scores_fewer_classes_by_their_names(run, images, tmp_path, capsys):
+    """Two of six, which in a folder of their own would be classes 0 and 1."""
+    for name in ("cat", "fox, red"):
+        shutil.copytree(images / "test" / name, tmp_path / "few" / "val" / name)
+    assert cli.main(["eval", str(run), "--data", str(tmp_path / "few"), "--output", str(tmp_path)]) == 0
+    assert cli.main(["eval", str(run), "--output", str(tmp_path)]) == 0
+    few, every = (json.loads((tmp_path / name).read_text()) for name in ("eval-few.json", "eval.json"))
+    rows = [
+        row if name in ("cat", "fox, red") else [0] * 6 for name, row in zip(CLASSES, every["confusion"], strict=True)
+    ]
+    assert few["confusion"] == rows and few["class_names"] == CLASSES
+    assert list(every["per_class"]) == CLASSES
+    kept = {name: share if name in ("cat", "fox, red") else None for name, share in every["per_class"].items()}
+    assert few["per_class"] == kept
+
+
+def test_eval_refuses_other_classes(run, tmp_path, capsys):
+    (tmp_path / "test" / "wolf").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "wolf" / "0.png")
+    assert cli.main(["eval", str(run), "--data", str(tmp_path)]) == 1
+    assert "found the class wolf, expected some of the 6 classes of train: ant, bee" in capsys.readouterr().err

@@ -1,0 +1,34 @@
+"""`insvp info`."""
+
+import subprocess
+import sys
+
+from insvp_fast import InsVPViT
+from insvp_fast.commands import cli
+from insvp_fast.training.backbone import load_backbone
+
+
+def test_info_on_a_run_counts_the_trained_parameters(run, capsys):
+    assert cli.main(["info", str(run)]) == 0
+    printed = capsys.readouterr().out
+    model = InsVPViT.from_pretrained(run / "adapter", backbone=load_backbone())
+    assert f"{model.get_nb_trainable_parameters()[0]:,} trained" in printed
+    words = " ".join(printed.split())
+    assert all(text in words for text in ("finished", "head 1,158", "classes 6: ant, bee", "prompt_length 4"))
+
+
+def test_info_on_an_adapter_needs_no_torch(run):
+    program = (
+        "import sys\nfrom insvp_fast.commands import cli\ncli.main(sys.argv[1:])\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, "info", str(run / "adapter")], check=True, capture_output=True)
+
+
+def test_info_on_a_backbone_downloads_nothing(capsys):
+    assert cli.main(["info", "vit_base_patch16_224"]) == 0
+    printed = capsys.readouterr().out
+    assert "85,798,656 frozen" in printed and "through the fast path" in printed
+    model = InsVPViT("vit_base_patch16_224", num_classes=0)
+    assert f"{model.get_nb_trainable_parameters()[0]:,} trained" in printed
+    assert cli.main(["info", "resnet18"]) == 1
+    assert cli.main(["info", "vit_huger"]) == 1

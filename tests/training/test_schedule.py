@@ -1,0 +1,19 @@
+"""Learning rates."""
+
+import pytest
+
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.schedule import lr_factor, scale_lr
+
+
+def test_learning_rate_rises_then_falls():
+    factors = [lr_factor(step, 100, warmup=0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert 0 < factors[-1] < 0.001
+
+
+def test_learning_rates_scale_with_the_images_per_step():
+    for scale, factor in {"none": 1, "linear": 4, "sqrt": 2}.items():
+        recipe = Recipe(batch_size=32, accumulate=4, lr_scale=scale)
+        assert scale_lr(1e-3, recipe, num_processes=2) == pytest.approx(factor * 1e-3)

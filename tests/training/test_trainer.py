@@ -1,0 +1,160 @@
+"""What the settings of a recipe change in training."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from insvp_fast import InsVPConfig
+from insvp_fast.errors import InsVPError
+from insvp_fast.training import accelerator, candidates, run_logger, trainer
+from insvp_fast.training import run as run_module
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.run import train
+from insvp_fast.training.trainer import Trainer
+from tests.training.small_runs import SMALL, quick, read_records
+
+
+def test_diverging_loss_stops_with_advice(few_digits, tmp_path):
+    recipe = Recipe(output=str(tmp_path), lr=1e30, **SMALL)
+    with pytest.raises(InsVPError, match=r"the loss became (nan|inf) in epoch 1/3.*lower `lr`"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_the_release_decays_every_trained_tensor(released, tmp_path, few_digits, monkeypatch):
+    seen = []
+
+    def stop(training):
+        seen.append(training.optimizer)
+        raise InsVPError("enough")
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    recipe = Recipe(output=str(tmp_path), released=released, prompt_length=2, weight_decay=0.3, probe=False, **SMALL)
+    with pytest.raises(InsVPError, match="enough"):
+        train(recipe)
+    decays = {group["weight_decay"] for group in seen[0].param_groups}
+    assert decays == ({0.3} if released else {0.0, 0.3})
+
+
+def test_the_best_epoch_is_kept_the_last_of_equals(pictures, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.75, 0.75, 0.25, 1.0])
+    monkeypatch.setattr(trainer, "evaluate_accuracy", lambda *_: next(accuracies))
+    run = train(quick(pictures, tmp_path, epochs=4))
+    best, adapter = (run / name / "adapter_model.safetensors" for name in ("best", "adapter"))
+    assert best.read_bytes() == adapter.read_bytes()
+    assert read_records(run)[-1] == {
+        "model": "InsVP",
+        "test_accuracy": 1.0,
+        "trained_parameters": sum(tensor.numel() for tensor in load_file(adapter).values()),
+        "kept_epoch": 3,
+        "selected_on": "val",
+        "protocol": "paper",
+    }
+
+
+def test_selection_on_the_test_images_is_named(pictures, tmp_path, capsys):
+    run = train(quick(pictures, tmp_path, select_on="test"))
+    epoch, result = read_records(run)
+    assert epoch["test_accuracy"] == result["test_accuracy"]
+    assert result["selected_on"] == "test"
+    assert "protocol paper, epoch selected on test, tested on test" in capsys.readouterr().out
+
+
+def test_retraining_takes_train_and_val_and_the_last_epoch(pictures, tmp_path, capsys):
+    run = train(quick(pictures, tmp_path, retrain=True, epochs=2))
+    *epochs, result = read_records(run)
+    assert [record["val_accuracy"] for record in epochs] == [None, None]
+    assert (result["kept_epoch"], result["selected_on"]) == (2, None)
+    assert not (run / "best").exists()
+    assert "trained on train and val, last epoch" in capsys.readouterr().out
+    assert json.loads((run / "last" / "state.json").read_text())["epoch"] == 2
+
+
+def test_an_average_is_what_is_kept(pictures, tmp_path, monkeypatch):
+    weights, step = [], Trainer._step
+
+    def recorded(self, number):
+        step(self, number)
+        weights.append(self.trained["head.weight"].detach().clone())
+
+    monkeypatch.setattr(Trainer, "_step", recorded)
+    run = train(quick(pictures, tmp_path, ema=0.9, retrain=True, epochs=2))
+    kept = load_file(run / "adapter" / "adapter_model.safetensors")["head.weight"]
+    average = weights[0].double()
+    for number, weight in enumerate(weights[1:], 1):  # timm's warm-up: the decay begins low
+        average = average.lerp(weight.double(), max(0.1, (1 + number) ** (-2 / 3)))
+    torch.testing.assert_close(kept.double(), average, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(kept, weights[-1])
+
+
+def test_mixing_smooths_targets_and_drops_an_odd_image(pictures, tmp_path, monkeypatch):
+    seen, cross_entropy = [], torch.nn.functional.cross_entropy
+
+    def spy(logits, targets, **how):
+        seen.append((len(logits), targets.detach().clone(), how["label_smoothing"]))
+        return cross_entropy(logits, targets, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0, "label_smoothing": 0.2}
+    train(quick(pictures, tmp_path, batch_size=5, **mixing))  # 18 images: 5, 5, 5 and 3
+    assert [size for size, *_ in seen] == [4, 4, 4, 2]
+    assert all(smoothing == 0 for *_, smoothing in seen)
+    for size, targets, _ in seen:
+        assert targets.shape == (size, 2)
+        assert targets.min() >= 0.1 - 1e-6
+        torch.testing.assert_close(targets.sum(1), torch.ones(size))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recompute": "mlp"},
+        {"recompute": "block"},
+        pytest.param({"compile": "prompters"}, marks=pytest.mark.slow),
+        pytest.param({"compile": "model"}, marks=pytest.mark.slow),
+    ],
+)
+def test_how_it_is_computed_changes_nothing(pictures, tmp_path, monkeypatch, settings):
+    # without dropout, for which compiled code draws other masks
+    monkeypatch.setattr(candidates, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
+    plain, other = (train(quick(pictures, tmp_path, **more)) for more in ({}, settings))
+    for one, two in zip(read_records(plain), read_records(other), strict=True):
+        assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-4)
+        assert one.get("test_accuracy") == two.get("test_accuracy")
+
+
+def test_the_largest_batch_that_fits_is_found(pictures, tmp_path, monkeypatch, capsys):
+    forward = run_module.InsVPViT.forward
+
+    def small(self, images):
+        if len(images) > 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return forward(self, images)
+
+    monkeypatch.setattr(run_module.InsVPViT, "forward", small)
+    run = train(quick(pictures, tmp_path, auto_batch=True))
+    recipe = json.loads((run / "config.json").read_text())["recipe"]
+    assert (recipe["batch_size"], recipe["auto_batch"]) == (5, False)
+    assert "batch size 5" in capsys.readouterr().out
+
+
+def test_a_slow_loader_is_told_once(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_logger, "SLOW_LOADER", -1.0)
+    train(quick(pictures, tmp_path, epochs=3))
+    lines = capsys.readouterr().out
+    assert lines.count("the loader is the limit") == 1
+    assert "data_wait" in read_records(tmp_path / "pictures-1")[0]
+
+
+def test_a_tracker_that_is_not_installed_is_named(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
+    with pytest.raises(InsVPError, match="`trackers` has wandb: it is not installed; pip install wandb"):
+        train(quick(pictures, tmp_path, trackers=("wandb",)))
+
+
+def test_trackers_log_into_the_run_folder(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = train(quick(pictures, tmp_path, trackers=("tensorboard",)))
+    assert list((run / "insvp_fast").glob("events.*"))
