@@ -159,8 +159,8 @@ int pool_weight_gradient(const ConvPoolBwd& a, float* dw, float* db, int threads
 using namespace insvp_fast;
 
 // All return 0, or -1 if there is no memory for the workspace. Tensors are contiguous: x [B, C, H, W],
-// w [O, C, KH, KW], bias [O], y, grad and indices [B, O, OH / pool, OW / pool]. The result is LeakyReLU of the maxima in
-// windows of pool x pool of the central OH x OW of a convolution with "same" padding. Slope 0 is ReLU, 1 is none.
+// w [O, C, KH, KW], bias [O], y, grad and indices [B, O, OH / pool, OW / pool]. The result is LeakyReLU of the maxima
+// in windows of pool x pool of the central OH x OW of a convolution with "same" padding. Slope 0 is ReLU, 1 is none.
 
 INSVP_FAST_API int conv_fwd(
     void* x, int x_type, const float* w, const float* bias, void* y, int y_type, uint8_t* indices, int64_t B, int64_t C,

@@ -2,9 +2,9 @@
 //
 // y = x @ w + bias, with M rows, K terms in a sum, N columns. Operands are held in words of 32 bits: one fp32 factor
 // or, where the instruction set multiplies pairs, two bf16 factors that are neighbors along K. A block of y is computed
-// in tiles that the registers hold. w is packed in panels as wide as a tile, word row after word row. The words of x are
-// taken in runs of kDepth: a run of a panel stays in the first-level cache while the rows of x in a block, which the
-// second level holds, are multiplied with it.
+// in tiles that the registers hold. w is packed in panels as wide as a tile, word row after word row. The words of x
+// are taken in runs of kDepth: a run of a panel stays in the first-level cache while the rows of x in a block, which
+// the second level holds, are multiplied with it.
 #pragma once
 #include "common/abi.h"
 #include "common/isa.h"
