@@ -5,9 +5,10 @@
 namespace {
 
 // The elements of a and b in turn: of their lower halves (HALF = 0) or of their upper halves (HALF = 1).
-template <int HALF>
-inline vec zip(vec a, vec b) {
-  constexpr int W = kWidth, h = HALF * kWidth / 2;
+// A template of the vector type, because clang would otherwise check the branches of other widths too.
+template <int HALF, class Vec>
+inline Vec zip(Vec a, Vec b) {
+  constexpr int W = sizeof(Vec) / sizeof(float), h = HALF * W / 2;
   if constexpr (W == 16)
     return __builtin_shufflevector(a, b, h, h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19, h + 4, h + 20, h + 5,
                                    h + 21, h + 6, h + 22, h + 7, h + 23);

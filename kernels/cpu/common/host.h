@@ -36,14 +36,14 @@ inline int useful_threads(int threads, int64_t jobs) { return static_cast<int>(l
 
 // Calls run(job, scratch) for each job; each thread has a part of `scratch_size` floats of `scratch`.
 template <class Run>
-void for_each_job(int64_t jobs, int threads, float* scratch, int64_t scratch_size, const Run& run) {
+void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, int64_t scratch_size, const Run& run) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t job = 0; job < jobs; ++job) run(job, scratch + thread_id() * scratch_size);
 }
 
 // Adds `count` arrays of `size` floats, which follow one another, up in the first one. The order of the additions does
 // not depend on the number of threads.
-inline void sum_arrays(float* arrays, int64_t count, int64_t size, int threads) {
+inline void sum_arrays(float* arrays, int64_t count, int64_t size, [[maybe_unused]] int threads) {
   constexpr int64_t step = 1024;
 #pragma omp parallel for num_threads(threads)
   for (int64_t from = 0; from < size; from += step)
