@@ -24,7 +24,7 @@ def _sizes(x: Tensor, weight: Tensor, height: int, width: int, pool: int = 1) ->
         raise ValueError(f"expected x [B, C, H, W] and weight [O, C, kh, kw], got {x.shape} and {weight.shape}")
     H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:
-        raise ValueError(f"{height}x{width} is no centre of {H}x{W} in windows of {pool}x{pool}")
+        raise ValueError(f"{height}x{width} is no center of {H}x{W} in windows of {pool}x{pool}")
     return *x.shape, weight.shape[0], height, width, *weight.shape[2:]
 
 
@@ -32,7 +32,17 @@ def _weight_shape(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes[4], sizes[1], *sizes[7:]
 
 
-def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dtype) -> tuple[Tensor, Tensor | None]:
+def _run_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dilation: int,
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
     sizes = _sizes(x, weight, height, width, pool)
     if dtype not in TYPE_CODES:
         raise TypeError(f"y cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
@@ -40,14 +50,14 @@ def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dty
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     bias = require("bias", bias, sizes[4:5], torch.float32)
     y = buffers.empty((sizes[0], sizes[4], height // pool, width // pool), dtype)
-    chosen = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pool > 1 else None
+    indices = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pool > 1 else None
     call(
         "conv_fwd",
         _FWD,
-        *(*pointer(x), weight.data_ptr(), bias.data_ptr(), *pointer(y), address(chosen)),
+        *(*pointer(x), weight.data_ptr(), bias.data_ptr(), *pointer(y), address(indices)),
         *(*sizes, dilation, pool, negative_slope),
     )
-    return y, chosen
+    return y, indices
 
 
 def conv_fwd(
@@ -80,8 +90,14 @@ def conv_pool_fwd(
     """
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
-    y, chosen = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype)
-    return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if chosen is None else chosen
+    y, indices = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype)
+    return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if indices is None else indices
+
+
+def _empty_grads(x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
+    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+    return d_x, d_weight, torch.empty(len(weight), dtype=torch.float32, device="cpu")
 
 
 def conv_bwd(
@@ -106,9 +122,7 @@ def conv_bwd(
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = None if y is None else require("y", y, grad.shape, *TYPE_CODES)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
+    d_x, d_weight, d_bias = _empty_grads(x, weight, need_x)
     call(
         "conv_bwd",
         _BWD,
@@ -122,7 +136,7 @@ def conv_pool_bwd(
     grad: Tensor,
     x: Tensor,
     y: Tensor,
-    chosen: Tensor,
+    indices: Tensor,
     weight: Tensor,
     height: int,
     width: int,
@@ -132,21 +146,19 @@ def conv_pool_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `conv_pool_fwd` for `grad` of its y: d_x, d_weight, d_bias.
 
-    Dtypes and errors are those of `conv_bwd`, y and chosen those of `conv_pool_fwd`.
+    Dtypes and errors are those of `conv_bwd`, y and indices those of `conv_pool_fwd`.
     """
     sizes = _sizes(x, weight, height, width, pool)
     grad = require("grad", grad, (sizes[0], sizes[4], height // pool, width // pool), *TYPE_CODES)
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = require("y", y, grad.shape, *TYPE_CODES)
-    chosen = require("chosen", chosen, tuple(grad.shape), torch.uint8)
+    indices = require("indices", indices, tuple(grad.shape), torch.uint8)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
+    d_x, d_weight, d_bias = _empty_grads(x, weight, need_x)
     call(
         "conv_pool_bwd",
         _POOL_BWD,
-        *(*pointer(grad), *pointer(y), chosen.data_ptr(), *pointer(x), weight.data_ptr(), *pointer(d_x)),
+        *(*pointer(grad), *pointer(y), indices.data_ptr(), *pointer(x), weight.data_ptr(), *pointer(d_x)),
         *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, pool, negative_slope),
     )
     return d_x, d_weight, d_bias
