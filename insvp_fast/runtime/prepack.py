@@ -1,12 +1,13 @@
-"""Packed weights: what a product wants of frozen weights, made once, and again when they change.
+"""Packed weights: frozen weights in the layout of a product, made once, and again when they change.
 
-A packed weight belongs to the memory of the weights that it was made of: it is dropped when that is freed, and never
-used with other contents. Before each forward product two things are asked:
+A packed weight is dropped when the memory of the weights that it was made of is freed, and is never used after they
+have changed. Two things are compared before each forward product:
 
-- what PyTorch knows of them: storage, address, layout and dtype, which change when a tensor is replaced, and the
+- what PyTorch knows of the weights: storage, address, layout and dtype, which change when a tensor is replaced, and the
   version counter, which counts operations in place, ``load_state_dict`` and optimizers that loop over parameters;
-- what is in them, for writes that the counter does not see: ``weight.data.add_()``, fused optimizers, NumPy and DLPack
-  aliases, flat buffers that weights are views of, two parameters with one storage. A look at a fingerprint reads a
+- what is in the weights, for writes that the counter does not see: ``weight.data.add_()``, fused optimizers, NumPy and
+  DLPack aliases, flat buffers that weights are views of, two parameters with one storage. A look at a fingerprint reads
+  a
   128th of a large weight, another 128th each time, and weights up to 64 KB in full: a write of 8 KB or more in a row
   is seen at once, a smaller one within 128 forward passes. Without the native library a look reads less, and a small
   write may take thousands of passes. On a GPU, which is not waited for, all of it takes a pass or a few more
