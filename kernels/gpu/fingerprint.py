@@ -1,6 +1,6 @@
 """Checksums of memory that is not supposed to change: Triton kernel and launcher.
 
-As in kernels/cpu/fingerprint.cpp: memory is seen as blocks of 128 lines of 64 bytes, and line l of all blocks together
+As in kernels/cpu/fingerprint: memory is seen as blocks of 128 lines of 64 bytes, and line l of all blocks together
 has one checksum, the sum of its words, each mixed with its place. Here a word has 4 bytes; a rest of fewer is not read.
 """
 

@@ -1,0 +1,58 @@
+// attention: softmax attention of the first T tokens to all S, from the packed projection to queries, keys and values.
+// The C functions and the threads are here, the arithmetic is in kernel.cpp.
+#include "attention.h"
+
+#include "common/host.h"
+
+namespace insvp_fast {
+namespace {
+
+// The kernels for pairs of bf16 take qkv in bf16 only.
+const AttentionKernels& kernels(DType type) {
+  return best_kernels<AttentionKernels>(type == DType::bf16 ? isa() : isa(Isa::avx512));
+}
+
+Attention arguments(
+    Array qkv, Array out, Array d_qkv, int64_t S, int64_t T, int64_t heads, int64_t d, float scale) {
+  Attention a{qkv, out, d_qkv, S, T, heads, d, scale, 0, 0, 0, 0};
+  a.width = whole_lines(d);
+  a.stride = odd_lines(S);
+  a.tokens = larger((S + 1) * a.width, d * a.stride);
+  a.scores = kQueries * a.stride;
+  return a;
+}
+
+template <class Kernel>
+int for_each_head(const Attention& a, int64_t B, int64_t scratch_size, int threads, Kernel kernel) {
+  const int64_t jobs = B * a.heads;
+  threads = useful_threads(threads, jobs);
+  Workspace memory(threads * scratch_size);
+  if (!memory.base) return -1;
+  for_each_job(jobs, threads, memory.base, scratch_size,
+               [&](int64_t job, float* own) { kernel(a, job / a.heads, job % a.heads, own); });
+  return 0;
+}
+
+}  // namespace
+}  // namespace insvp_fast
+
+using namespace insvp_fast;
+
+// Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous and of one type: qkv and d_qkv
+// [B, S, 3*D], out and its gradient [B, T, D], D = heads * d.
+
+INSVP_FAST_API int attention_fwd(
+    void* qkv, int qkv_type, void* out, int64_t B, int64_t S, int64_t T, int64_t heads, int64_t d, float scale,
+    int threads) {
+  const DType type = DType(qkv_type);
+  const Attention a = arguments({qkv, type}, {out, type}, {nullptr, type}, S, T, heads, d, scale);
+  return for_each_head(a, B, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
+}
+
+INSVP_FAST_API int attention_bwd(
+    void* grad, void* qkv, int qkv_type, void* d_qkv, int64_t B, int64_t S, int64_t T, int64_t heads, int64_t d,
+    float scale, int threads) {
+  const DType type = DType(qkv_type);
+  const Attention a = arguments({qkv, type}, {grad, type}, {d_qkv, type}, S, T, heads, d, scale);
+  return for_each_head(a, B, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
+}

@@ -1,0 +1,19 @@
+// The types of the C interface.
+//
+// Most headers here are included by files that are compiled for different instruction sets. The linker must not merge a
+// function of one with that of another, so these headers use no STL and put every function into an unnamed namespace.
+#pragma once
+#include <cstdint>
+
+#define INSVP_FAST_API extern "C" __attribute__((visibility("default")))
+
+namespace insvp_fast {
+
+enum class DType : int { f32 = 0, bf16 = 1 };  // the codes are part of the C ABI
+
+struct Array {
+  void* data;  // null: absent
+  DType type;
+};
+
+}  // namespace insvp_fast

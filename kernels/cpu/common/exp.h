@@ -1,0 +1,44 @@
+// Exponential functions of vectors.
+#pragma once
+#include "common/vec.h"
+
+namespace {
+
+// Horner's rule: ((first * x + second) * x + ...) + last.
+inline vec horner(vec, vec p) { return p; }
+template <class... Rest>
+inline vec horner(vec x, vec p, float next, Rest... rest) {
+  return horner(x, p * x + next, rest...);
+}
+template <class... Rest>
+inline vec polynomial(vec x, float first, float second, Rest... rest) {
+  return horner(x, x * first + second, rest...);
+}
+
+// Adding 1.5 * 2^23 rounds a float to a whole number, which then stands in the low bits.
+constexpr float kRound = 12582912.0f;
+
+// e^x for x <= 0, with a relative error below 1e-7. Below -87, near the smallest normal number, it is 0; NaN stays NaN.
+// x = n log(2) + r with |r| <= log(2)/2; e^r is a polynomial with an error of 3e-9.
+inline vec exp(vec x) {
+  constexpr float shift = kRound + 127.0f;      // 127: the bias of an exponent
+  const vec shifted = x * 1.44269504f + shift;  // n + 127 stands in the low bits
+  const vec n = shifted - shift;
+  const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log(2) in two parts; n times the first is exact
+  const vec p = polynomial(r, 0x1.6a2352p-10f, 0x1.123a6cp-7f, 0x1.5558f4p-5f, 0x1.55549p-3f, 0x1.fffffcp-2f, 1.0f,
+                           1.0f);
+  const vec power = (vec)((bits32)shifted << 23);
+  return x < -87.0f ? vec{} : p * power;
+}
+
+// 2^y for y <= 0; 0 below -125, where it ceases to be a normal number. y = n + f with |f| <= 1/2; `coefficients` are
+// those of the polynomial that replaces 2^f, and n is added to its exponent.
+template <class... Coefficients>
+inline vec exp2_of_negative(vec y, Coefficients... coefficients) {
+  const vec shifted = y + kRound, f = y - (shifted - kRound);
+  const vec p = polynomial(f, coefficients...);
+  const vec scaled = (vec)((bits32)p + ((bits32)shifted << 23));
+  return y < -125.0f ? vec{} : scaled;
+}
+
+}  // namespace

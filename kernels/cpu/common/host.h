@@ -1,0 +1,68 @@
+// What the files with the C functions share: the choice of kernels, threads, memory. Kernels do not include it.
+#pragma once
+#include <cstdlib>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "common/abi.h"
+#include "common/isa.h"
+#include "common/sizes.h"
+
+namespace {
+
+using namespace insvp_fast;
+
+// The kernels of the best instruction set up to `level`. The build defines INSVP_FAST_LAST_ISA: the last instruction
+// set for which the operation of this file has kernels.
+template <class Kernels, Isa candidate = Isa::INSVP_FAST_LAST_ISA>
+const Kernels& best_kernels(Isa level) {
+  if constexpr (candidate > Isa::generic)
+    if (level < candidate) return best_kernels<Kernels, Isa(static_cast<int>(candidate) - 1)>(level);
+  return kernels_for<Kernels, candidate>();
+}
+
+inline int thread_id() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// As many threads as there are jobs for, but one at least.
+inline int useful_threads(int threads, int64_t jobs) { return static_cast<int>(larger(1, smaller(threads, jobs))); }
+
+// Calls run(job, scratch) for each job; each thread has a part of `scratch_size` floats of `scratch`.
+template <class Run>
+void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, int64_t scratch_size, const Run& run) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t job = 0; job < jobs; ++job) run(job, scratch + thread_id() * scratch_size);
+}
+
+// Adds `count` arrays of `size` floats, which follow one another, up in the first one. The order of the additions does
+// not depend on the number of threads.
+inline void sum_arrays(float* arrays, int64_t count, int64_t size, [[maybe_unused]] int threads) {
+  constexpr int64_t step = 1024;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t from = 0; from < size; from += step)
+    for (int64_t n = 1; n < count; ++n)
+      for (int64_t i = from; i < smaller(size, from + step); ++i) arrays[i] += arrays[n * size + i];
+}
+
+// Aligned memory, handed out piece by piece. Pieces of whole cache lines stay aligned. `base` is null where there is no
+// memory.
+struct Workspace {
+  float *base, *next;
+  explicit Workspace(int64_t floats)
+      : base(static_cast<float*>(std::aligned_alloc(64, larger(floats, kLine) * sizeof(float)))), next(base) {}
+  ~Workspace() { std::free(base); }
+  float* take(int64_t floats) {
+    float* piece = next;
+    next += floats;
+    return piece;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,70 @@
+// Vectors of kWidth floats in the compiler's own vector types: one source for every instruction set.
+// INSVP_FAST_WIDTH comes from the build, with the flags that make this width native.
+#pragma once
+#include <cstdint>
+
+#include "common/bf16.h"
+
+namespace {
+
+constexpr int kWidth = INSVP_FAST_WIDTH;
+typedef float vec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t bits32 __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t bits16 __attribute__((vector_size(2 * kWidth)));
+
+inline vec load(const float* p) {
+  vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline vec load(const bf16* p) {
+  bits16 high;
+  __builtin_memcpy(&high, p, sizeof high);
+  return (vec)(__builtin_convertvector(high, bits32) << 16);
+}
+
+inline void store(bf16* p, vec v) {
+  const bits16 high = __builtin_convertvector(rounded_to_bf16(v, (bits32)v), bits16);
+  __builtin_memcpy(p, &high, sizeof high);
+}
+
+inline float sum(vec v) {
+  float lane[kWidth];
+  store(lane, v);
+  for (int n = kWidth / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
+}
+
+// to[i] = scale * from[i] with conversion. The last vector may overlap the one before, so `to` and `from` must not.
+template <class To, class From>
+inline void copy(To* __restrict__ to, const From* __restrict__ from, int64_t n, float scale) {
+  if (n < kWidth) {
+    From in[kWidth] = {};
+    To out[kWidth];
+    for (int64_t i = 0; i < n; ++i) in[i] = from[i];
+    store(out, scale * load(in));
+    for (int64_t i = 0; i < n; ++i) to[i] = out[i];
+    return;
+  }
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, scale * load(from + i));
+  if (i < n) store(to + n - kWidth, scale * load(from + n - kWidth));
+}
+
+// Calls f(constant<n>) for a number n, 1 <= n <= MOST, that is known at run time only.
+template <int N>
+struct constant {
+  static constexpr int value = N;
+};
+
+template <int MOST, class F>
+inline void with_constant(int64_t n, F f) {
+  if (n == MOST) return f(constant<MOST>{});
+  if constexpr (MOST > 1) with_constant<MOST - 1>(n, f);
+}
+
+}  // namespace

@@ -1,0 +1,91 @@
+// The forward convolution of one job.
+#pragma once
+#include "input.h"
+#include "tile.h"
+
+namespace {
+
+// The sums of M channels at V vectors.
+template <int M, int V>
+inline void products(vec (&acc)[M][V], const float* x, const int32_t* offsets, int64_t taps, const float* w,
+                     const float* bias, const int32_t (&p)[V]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[m][v] = vec{} + (bias ? bias[m] : 0.0f);
+  for (int64_t t = 0; t < taps; ++t, w += M) {
+    const float* at = x + offsets[t];
+    vec in[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) in[v] = load(at + p[v]);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] += w[m] * in[v];
+  }
+}
+
+// M channels at `count` vectors: the sums or, with pooling, the maximum of each window and the place of the first one.
+template <int M>
+inline void correlate(const ConvFwd& a, const float* x, const float* w, const float* bias, int64_t count, float* out,
+                      float* indices) {
+  constexpr int V = across(M);
+  const int64_t taps = a.s.taps(), phases = a.s.pool * a.s.pool;
+  for (int64_t i = 0; i < count; i += V) {
+    int32_t p[V];
+    for (int v = 0; v < V; ++v) p[v] = a.positions[smaller(i + v, count - 1)];
+    vec best[M][V];
+    products(best, x, a.offsets, taps, w, bias, p);
+    if (phases > 1) {
+      vec place[M][V], acc[M][V];
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) place[m][v] = vec{};
+      for (int64_t phase = 1; phase < phases; ++phase) {
+        products(acc, x, a.offsets + phase * taps, taps, w, bias, p);
+        const vec here = vec{} + static_cast<float>(phase);
+        for (int m = 0; m < M; ++m)
+          for (int v = 0; v < V; ++v) {
+            const auto take = (acc[m][v] > best[m][v]) | (acc[m][v] != acc[m][v]);  // a later NaN too, as in torch
+            place[m][v] = take ? here : place[m][v];
+            best[m][v] = take ? acc[m][v] : best[m][v];
+          }
+      }
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) store(indices + m * a.l.out_plane + p[v], place[m][v]);
+    }
+    const vec slope = vec{} + a.negative_slope, none = vec{};
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) {
+        const vec below = a.negative_slope == 0 ? none : slope * best[m][v];  // 0, not NaN, for -infinity
+        store(out + m * a.l.out_plane + p[v], best[m][v] < none ? below : best[m][v]);
+      }
+  }
+}
+
+void conv_fwd_job(const ConvFwd& a, int64_t job, float* scratch) {
+  const ConvShape& s = a.s;
+  const ConvLayout& l = a.l;
+  const int64_t b = job / l.bands, first = job % l.bands * l.rows, rows = smaller(l.rows, s.rows_out() - first);
+  float* x = scratch;
+  float* out = x + s.pool * s.pool * s.C * l.plane + kSlack;
+  float* indices = out + a.block * l.out_plane;
+  float* spare = indices + (s.pool > 1 ? a.block * l.out_plane : 0);
+  const Padded from{a.x, a.mask, s.C, s.H, s.W, b, s.top + first * s.pool, s.left};
+  fill(x, from, rows + l.halo, l.stride, l.plane, s.pool, spare);
+  for (int64_t o = 0; o < s.O; o += a.block) {
+    const int64_t channels = smaller(a.block, s.O - o), count = vectors(s, l, rows);
+    const float *w = a.w + o * s.taps(), *bias = a.bias ? a.bias + o : nullptr;
+    with_constant<kChannels>(channels, [&](auto M) { correlate<M.value>(a, x, w, bias, count, out, indices); });
+    for (int64_t m = 0; m < channels; ++m)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t to = ((b * s.O + o + m) * s.rows_out() + first + r) * s.cols_out();
+        write(a.y, to, out + m * l.out_plane + r * l.stride, s.cols_out());
+        const float* place = indices + m * l.out_plane + r * l.stride;
+        if (s.pool > 1)
+          for (int64_t i = 0; i < s.cols_out(); ++i)
+            a.indices[to + i] = static_cast<uint8_t>(static_cast<int>(place[i]));
+      }
+  }
+}
+
+}  // namespace

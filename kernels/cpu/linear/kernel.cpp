@@ -1,0 +1,149 @@
+// The arithmetic of linear on one block of y. With INSVP_FAST_BF16_PAIRS a word of x or w holds two bf16 factors,
+// otherwise one fp32 factor.
+#include "common/array.h"
+#include "common/bf16_pairs.h"
+#include "common/sizes.h"
+#include "gelu.h"
+#include "linear.h"
+
+namespace {
+
+using namespace insvp_fast;
+
+#ifdef INSVP_FAST_BF16_PAIRS
+constexpr int kFactors = 2;
+typedef bf16 factor;
+typedef uint32_t word;
+typedef bits32 words;
+inline Normal distribution(vec x) { return rough_normal(x); }
+inline vec multiply_add(vec sum, word x, words w) { return add_pairs(sum, x, w); }
+#else
+constexpr int kFactors = 1;
+typedef float factor;
+typedef float word;
+typedef vec words;
+inline Normal distribution(vec x) { return normal(x); }
+inline vec multiply_add(vec sum, word x, words w) { return sum + x * w; }
+#endif
+
+// The sums of a tile, the words of one row of a panel and one word of x fill the 16 registers, or the 32 of AVX-512.
+// With 16, a tile of 4 rows and 3 vectors takes fewer instructions than one of 6 by 2.
+constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kColumns = kVectors * kWidth;
+
+// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop.
+template <int ROWS>
+inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first) {
+  vec acc[ROWS][kVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < ROWS; ++j)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) acc[j][v] = vec{};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    words wk[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&wk[v], w + k * kColumns + v * kWidth, sizeof wk[v]);
+#pragma GCC unroll 8
+    for (int j = 0; j < ROWS; ++j)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) acc[j][v] = multiply_add(acc[j][v], x[j * kRowStride + k], wk[v]);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < ROWS; ++j)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + j * kColumns + v * kWidth;
+      store(to, first ? acc[j][v] : load(to) + acc[j][v]);
+    }
+}
+
+// Makes the results of a tile from its sums.
+inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+  for (int64_t j = 0; j < rows; ++j)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t n = column + v * kWidth, left = a.N - n, at = (row + j) * a.N + n;
+      if (left <= 0) break;
+      vec y = load(sums + j * kColumns + v * kWidth);
+      if (a.bias) y += load_some(a.bias + n, left);
+      if (a.epilogue == Epilogue::gelu) {
+        if (a.pre.data) write(a.pre, at, y, left);
+        y *= distribution(y).below;
+      } else if (a.epilogue == Epilogue::gelu_bwd) {
+        const vec x = read(a.pre, at, left);
+        y *= slope(x, distribution(x));
+      }
+      write(a.y, at, y, left);
+    }
+}
+
+// Copies the words of x from `first` to `end`, in runs.
+inline void take(word* x, const Linear& a, const LinearBlock& b, int64_t first, int64_t end) {
+  for (int64_t j = 0; j < b.rows; ++j, x += kRowStride) {
+    const int64_t m = b.row + j, row = m / a.T * a.batch_stride + m % a.T * a.row_stride;
+    for (int64_t k = first; k < end; k += kDepth) {
+      const int64_t at = row + k * kFactors, n = smaller(kDepth * kFactors, a.K - k * kFactors);
+      factor* to = reinterpret_cast<factor*>(x + (k - first) / kDepth * b.rows * kRowStride);
+#ifdef INSVP_FAST_BF16_PAIRS
+      __builtin_memcpy(to, static_cast<const bf16*>(a.x.data) + at, n * sizeof(bf16));
+      if (n % 2) __builtin_memset(to + n, 0, sizeof(bf16));
+#else
+      if (a.x.type == DType::f32) __builtin_memcpy(to, static_cast<const float*>(a.x.data) + at, n * sizeof(float));
+      else copy(to, static_cast<const bf16*>(a.x.data) + at, n, 1.0f);
+#endif
+    }
+  }
+}
+
+// Prefetches a row of a tile that will be read or written.
+inline void expect(Array array, int64_t at) {
+  const int64_t size = array.type == DType::f32 ? 4 : 2;
+  const char* line = static_cast<const char*>(array.data) + at * size;
+  for (int64_t i = 0; i < kColumns * size; i += 64) __builtin_prefetch(line + i, 1);
+}
+
+// The sums of one panel over one run of words and, with the last run, the results. `next` is the run of w used after
+// this one.
+inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, float* sums, const word* x, const word* w,
+                      const word* next, int64_t depth, bool first, bool last) {
+  int64_t share = ceil_div(depth * kColumns, b.rows);  // of `next`, to be prefetched with each row
+  if (share * kRows > 96 * 16) share = 0;              // so many requests at a time would delay each other
+  for (int64_t j = 0; j < b.rows; j += kRows) {
+    const int64_t rows = smaller(kRows, b.rows - j);
+    for (int64_t i = j * share; i < (j + rows) * share; i += 16) __builtin_prefetch(next + i, 0, 2);
+    for (int64_t m = b.row + j; last && m < b.row + j + rows; ++m) {
+      expect(a.y, m * a.N + column);
+      if (a.pre.data) expect(a.pre, m * a.N + column);
+    }
+    with_constant<kRows>(rows, [&](auto height) {
+      tile<height.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first);
+    });
+    if (last) finish(a, sums + j * kColumns, b.row + j, rows, column);
+  }
+}
+
+void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
+  const int64_t K = ceil_div(a.K, kFactors), part = b.runs * kDepth;  // in words
+  word* x = reinterpret_cast<word*>(scratch);
+  for (int64_t first = 0; first == 0 || first < K; first += part) {
+    const int64_t end = smaller(K, first + part);
+    take(x, a, b, first, end);
+    float* sums = scratch + part / kDepth * b.rows * kRowStride;
+    for (int64_t n = b.column; n < b.column + b.columns; n += kColumns) {
+      const word* w = static_cast<const word*>(a.w) + n * K;
+      for (int64_t k = first; k == first || k < end; k += kDepth) {
+        const int64_t depth = smaller(kDepth, end - k), following = k + depth < end ? k + depth : K + first;
+        panel_run(a, b, n, sums, x + (k - first) / kDepth * b.rows * kRowStride, w + k * kColumns,
+                  w + following * kColumns, depth, k == 0, k + depth == K);
+      }
+      if (part < K) sums += b.rows * kColumns;  // the sums of each panel wait for the next part
+    }
+  }
+}
+
+}  // namespace
+
+template <>
+const LinearKernels& insvp_fast::kernels_for<LinearKernels, Isa::INSVP_FAST_ISA>() {
+  static constexpr LinearKernels kernels{kRows, kColumns, kFactors, linear_block};
+  return kernels;
+}

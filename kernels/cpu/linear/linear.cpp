@@ -1,0 +1,129 @@
+// linear: x @ w.T + bias with a weight that does not change and was packed once.
+// The C functions, the packing and the threads are here, the arithmetic is in kernel.cpp.
+#include "linear.h"
+
+#include <unistd.h>
+
+#include "common/bf16.h"
+#include "common/host.h"
+
+namespace insvp_fast {
+namespace {
+
+const LinearKernels& kernels(DType packed) {
+  return best_kernels<LinearKernels>(packed == DType::bf16 ? Isa::avx512_bf16 : isa(Isa::avx512));
+}
+
+int64_t words(const LinearKernels& kernels, int64_t K) { return ceil_div(K, kernels.factors); }
+
+// The words of x that a block may hold in the second-level cache: half of it.
+int64_t resident_words() {
+  long bytes = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return (bytes > 0 ? bytes : 1 << 20) / 2 / 4;
+}
+
+constexpr int64_t kMostRows = 160;  // of a block; with more rows, too little of K fits into the cache
+constexpr int64_t kFewestRows = 48, kFewestPanels = 4;  // of a block, to be worth copying its part of x
+
+struct Division {
+  int64_t down, across;         // the number of blocks
+  int64_t rows, columns, runs;  // the size of each
+  int64_t scratch;              // floats
+};
+
+// One thread takes blocks as large as the caches allow. Several threads take several blocks each, so that none waits
+// long at the end.
+Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
+  const int64_t wanted = threads > 1 ? 8 * threads : 1, panels = ceil_div(N, kernels.columns);
+  Division d;
+  d.down = ceil_div(M, kMostRows);
+  d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kFewestPanels));
+  d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kFewestRows)));
+  d.rows = ceil_div(ceil_div(M, kernels.rows), d.down) * kernels.rows;
+  d.columns = ceil_div(panels, d.across) * kernels.columns;
+  d.down = ceil_div(M, d.rows);
+  d.across = ceil_div(N, d.columns);
+  const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
+  const int64_t parts = ceil_div(runs, larger(1, resident_words() / (d.rows * kRowStride)));
+  d.runs = ceil_div(runs, parts);
+  d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : kernels.columns));
+  return d;
+}
+
+struct Weight {
+  const void* data;
+  int64_t N, K, row_stride, column_stride;
+};
+
+// Packs the panel that starts at column n: [words, width, factors], with zeros behind the end of w.
+template <class To, class From>
+void pack_panel(To* to, const Weight& w, int64_t n, int64_t width, int64_t factors) {
+  const From* from = static_cast<const From*>(w.data) + n * w.row_stride;
+  const int64_t columns = smaller(width, w.N - n);
+  for (int64_t k = 0; k < w.K; k += factors)
+    for (int64_t i = 0; i < width; ++i)
+      for (int64_t f = 0; f < factors; ++f, ++to)
+        narrow(*to, i < columns && k + f < w.K ? widen(from[i * w.row_stride + (k + f) * w.column_stride]) : 0.0f);
+}
+
+}  // namespace
+}  // namespace insvp_fast
+
+using namespace insvp_fast;
+
+// Types are codes of DType. `packed_type` is bf16 only where the instruction set multiplies pairs of bf16.
+
+// The number of elements that linear_pack writes.
+INSVP_FAST_API int64_t linear_packed_size(int packed_type, int64_t N, int64_t K) {
+  const LinearKernels& k = kernels(DType(packed_type));
+  return ceil_div(N, k.columns) * k.columns * words(k, K) * k.factors;
+}
+
+// Packs w [N, K], element (n, k) at n * row_stride + k * column_stride.
+INSVP_FAST_API int linear_pack(void* packed, int packed_type, const void* w, int w_type, int64_t N, int64_t K,
+                               int64_t row_stride, int64_t column_stride, int threads) {
+  const LinearKernels& k = kernels(DType(packed_type));
+  const int64_t width = k.columns, panels = ceil_div(N, width), size = width * words(k, K) * k.factors;
+  const Weight weight{w, N, K, row_stride, column_stride};
+  const bool pairs = DType(packed_type) == DType::bf16, half = DType(w_type) == DType::bf16;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t p = 0; p < panels; ++p) {
+    if (pairs) {
+      bf16* to = static_cast<bf16*>(packed) + p * size;
+      half ? pack_panel<bf16, bf16>(to, weight, p * width, width, 2)
+           : pack_panel<bf16, float>(to, weight, p * width, width, 2);
+    } else {
+      float* to = static_cast<float*>(packed) + p * size;
+      half ? pack_panel<float, bf16>(to, weight, p * width, width, 1)
+           : pack_panel<float, float>(to, weight, p * width, width, 1);
+    }
+  }
+  return 0;
+}
+
+// y [M, N] = epilogue(x [M, K] @ w.T + bias [N]), with w packed by linear_pack. Row m of x starts at element
+// (m / T) * batch_stride + (m % T) * row_stride and is contiguous; a null bias is absent. The epilogues are none; gelu,
+// which also writes its argument into `pre`, unless that is null; gelu_bwd, a multiplication with gelu'(pre).
+// Returns 0, or -1 if there is no memory for the workspace. The order of each element's sum does not depend on how the
+// work is divided, so neither the number of threads nor the other rows change its bits.
+INSVP_FAST_API int linear(
+    void* x, int x_type, void* packed, int packed_type, const float* bias, void* y, int y_type, void* pre, int pre_type,
+    int epilogue, int64_t M, int64_t N, int64_t K, int64_t T, int64_t batch_stride, int64_t row_stride, int threads) {
+  if (M == 0 || N == 0) return 0;
+  const LinearKernels& k = kernels(DType(packed_type));
+  const Division d = divide(k, M, N, K, threads);
+  threads = useful_threads(threads, d.down * d.across);
+  Workspace memory(threads * d.scratch);
+  if (!memory.base) return -1;
+
+  const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)},
+                    {pre, DType(pre_type)}, Epilogue(epilogue), N, K};
+  for_each_job(d.down * d.across, threads, memory.base, d.scratch, [&](int64_t block, float* own) {
+    const int64_t row = block / d.across * d.rows, column = block % d.across * d.columns;
+    k.block(args, {row, smaller(d.rows, M - row), column, smaller(d.columns, N - column), d.runs}, own);
+  });
+  return 0;
+}

@@ -1,0 +1,40 @@
+// The interface between linear.cpp and kernel.cpp.
+//
+// y = x @ w + bias, with M rows, K terms in a sum, N columns. Operands are held in words of 32 bits: one fp32 factor
+// or, where the instruction set multiplies pairs, two bf16 factors that are neighbors along K. A block of y is computed
+// in tiles that the registers hold. w is packed in panels as wide as a tile, word row after word row. The words of x
+// are taken in runs of kDepth: a run of a panel stays in the first-level cache while the rows of x in a block, which
+// the second level holds, are multiplied with it.
+#pragma once
+#include "common/abi.h"
+#include "common/isa.h"
+
+namespace insvp_fast {
+
+constexpr int64_t kDepth = 128;              // words summed before the sums leave the registers
+constexpr int64_t kRowStride = kDepth + 16;  // an odd number of cache lines: rows start in different cache sets
+
+enum class Epilogue : int { none, gelu, gelu_bwd };  // the codes are part of the C ABI
+
+struct Linear {
+  Array x;  // row m at (m / T) * batch_stride + (m % T) * row_stride
+  int64_t T, batch_stride, row_stride;
+  const void* w;
+  const float* bias;  // null: absent
+  Array y, pre;       // [M, N]
+  Epilogue epilogue;
+  int64_t N, K;
+};
+
+struct LinearBlock {
+  int64_t row, rows, column, columns;  // of y; `column` is the first of a panel
+  int64_t runs;                        // of words of x, held at a time
+};
+
+struct LinearKernels {
+  int64_t rows, columns;  // of a tile
+  int64_t factors;        // of x and w in a word
+  void (*block)(const Linear&, const LinearBlock&, float* scratch);
+};
+
+}  // namespace insvp_fast

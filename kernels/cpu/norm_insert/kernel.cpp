@@ -1,0 +1,85 @@
+// The arithmetic of norm_insert on a range of rows. A row stays in the first-level cache.
+#include "common/array.h"
+#include "norm_insert.h"
+
+namespace {
+
+using namespace insvp_fast;
+
+// Calls f(i, n) for each vector of a row; n of its elements are in the row.
+template <class F>
+inline void for_each(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) f(i, int64_t(kWidth));
+  if (i < size) f(i, size - i);
+}
+
+void norm_insert_fwd_rows(const NormInsertFwd& a, int64_t first, int64_t last, float* x) {
+  const int64_t S = a.T + a.L, D = a.D;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t b = row / S, s = row % S, token = (b * a.T + s) * D;
+    vec total = {};
+    if (s < a.T) {
+      for_each(D, [&](int64_t i, int64_t n) {
+        vec v = read(a.residual, token + i, n);
+        if (a.branch.data) write(a.total, token + i, v += read(a.branch, token + i, n), n);
+        store_some(x + i, v, n);
+        total += v;
+      });
+    } else {
+      const int64_t prompt = b * a.prompts_stride + (s - a.T) * D;
+      for_each(D, [&](int64_t i, int64_t n) {
+        const vec v = read(a.prompts, prompt + i, n);
+        store_some(x + i, v, n);
+        total += v;
+      });
+    }
+    const float mean = sum(total) / D;
+    vec squares = {};
+    for_each(D, [&](int64_t i, int64_t n) {
+      store_some(x + i, load_some(x + i, n) - mean, n);
+      const vec v = load_some(x + i, n);  // read again: it has zeros behind the row's end
+      squares += v * v;
+    });
+    const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / D + a.eps);
+    a.rstd[row] = rstd;
+    for_each(D, [&](int64_t i, int64_t n) {
+      const vec v = load_some(x + i, n) * rstd;
+      if (!a.weight) return write(a.normed, row * D + i, v, n);
+      write(a.xhat, row * D + i, v, n);
+      const vec y = v * load_some(a.weight + i, n);
+      write(a.normed, row * D + i, a.bias ? y + load_some(a.bias + i, n) : y, n);
+    });
+  }
+}
+
+void norm_insert_bwd_rows(const NormInsertBwd& a, int64_t first, int64_t last, float* g) {
+  const int64_t S = a.T + a.L, D = a.D;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t b = row / S, s = row % S, token = (b * a.T + s) * D, prompt = (b * a.L + s - a.T) * D;
+    vec sums = {}, products = {};
+    for_each(D, [&](int64_t i, int64_t n) {
+      vec v = read(a.grad_normed, row * D + i, n);
+      if (a.weight) v *= load_some(a.weight + i, n);
+      store_some(g + i, v, n);
+      sums += v;
+      products += v * read(a.xhat, row * D + i, n);
+    });
+    const float mean = sum(sums) / D, along = sum(products) / D, rstd = a.rstd[row];
+    for_each(D, [&](int64_t i, int64_t n) {
+      vec v = rstd * (load_some(g + i, n) - mean - along * read(a.xhat, row * D + i, n));
+      if (s >= a.T) return write(a.d_prompts, prompt + i, v, n);
+      if (a.grad_total.data) v += read(a.grad_total, token + i, n);
+      write(a.d_residual, token + i, v, n);
+      if (a.d_branch.data) write(a.d_branch, token + i, v, n);
+    });
+  }
+}
+
+}  // namespace
+
+template <>
+const NormInsertKernels& insvp_fast::kernels_for<NormInsertKernels, Isa::INSVP_FAST_ISA>() {
+  static constexpr NormInsertKernels kernels{norm_insert_fwd_rows, norm_insert_bwd_rows};
+  return kernels;
+}

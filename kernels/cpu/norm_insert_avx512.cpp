@@ -1,4 +1,0 @@
-#define INSVP_FAST_WIDTH 16
-#include "norm_insert_kernel.h"
-
-const NormInsertKernels insvp_fast::norm_insert_avx512 = {norm_insert_fwd_rows, norm_insert_bwd_rows};

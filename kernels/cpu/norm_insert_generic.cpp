@@ -1,4 +1,0 @@
-#define INSVP_FAST_WIDTH 4
-#include "norm_insert_kernel.h"
-
-const NormInsertKernels insvp_fast::norm_insert_generic = {norm_insert_fwd_rows, norm_insert_bwd_rows};
