@@ -5,11 +5,10 @@ import functools
 import pytest
 import torch
 
-from benchmarks.steps import DEVICE
 from insvp_fast import ops, reference
 from insvp_fast.ops.attention import _by_image_bwd, _by_image_fwd
 from insvp_fast.runtime import native
-from insvp_fast.testing import relative_error
+from insvp_fast.testing import DEVICE, relative_error
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="these compare ways on a CPU")
 

@@ -85,9 +85,9 @@ def _package_traps(versions: dict[str, str | None]) -> Iterator[str]:
 def _machine() -> Iterator[tuple[str, object]]:
     import torch
 
-    from insvp_fast import bench, native_status
+    from insvp_fast import native_status
     from insvp_fast.ops.attention import keeps_softmax
-    from insvp_fast.runtime import products
+    from insvp_fast.runtime import hardware, products
 
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     yield "torch is built for", built if torch.version.cuda or torch.version.hip else "CPUs only"
@@ -96,12 +96,12 @@ def _machine() -> Iterator[tuple[str, object]]:
         yield f"GPU {index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
         yield "GPU", "none"
-    yield "CPU", f"{bench.cpu_name()}, {bench.instructions()}, {torch.get_num_threads()} threads"
+    yield "CPU", f"{hardware.cpu_name()}, {hardware.instruction_set()}, {torch.get_num_threads()} threads"
     yield "native library", native_status()
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     yield "CPU products", ", ".join(f"{name} {products.cpu_product(dtype)}" for name, dtype in types.items())
     if torch.cuda.is_available():
-        backends = ", ".join(f"{name} {bench.sdpa_backend(dtype)}" for name, dtype in types.items())
+        backends = ", ".join(f"{name} {hardware.sdpa_backend(dtype, 'cuda')}" for name, dtype in types.items())
         yield "attention", f"PyTorch's: {backends}"
     else:
         kept = {name: "PyTorch's" if keeps_softmax(dtype) else "own" for name, dtype in types.items()}
