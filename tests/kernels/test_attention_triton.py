@@ -114,7 +114,7 @@ def test_same_inputs_same_bits(device, poison):
 def test_one_program_walks_all_queries(device, monkeypatch, poison):
     _, qkv = inputs(1, 75, 70, 1, 16, torch.float16, device)
     shared = attention.attention_fwd(qkv, 1, 70, 0.25)
-    monkeypatch.setattr(attention.chip, "PROCESSORS", dict.fromkeys(attention.chip.PROCESSORS, 1))
+    monkeypatch.setattr(attention.chip, "MULTIPROCESSORS", dict.fromkeys(attention.chip.MULTIPROCESSORS, 1))
     assert torch.equal(attention.attention_fwd(qkv.expand(2, -1, -1), 1, 70, 0.25)[1:], shared)
 
 

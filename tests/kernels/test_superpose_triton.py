@@ -179,7 +179,7 @@ def test_same_inputs_same_bits(device, poison):
 
 
 def test_a_split_sums_several_blocks_of_patches(device, monkeypatch, poison):
-    monkeypatch.setattr(chip, "PROCESSORS", dict.fromkeys(chip.PROCESSORS, 3))
+    monkeypatch.setattr(chip, "MULTIPROCESSORS", dict.fromkeys(chip.MULTIPROCESSORS, 3))
     tensors, grad = inputs(4, 3, 64, 80, 8, 16, torch.float32, device)
     check(computed(tensors, grad, 8), tensors, grad, 8, torch.float32)
 
@@ -205,11 +205,11 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
         computed(tensors, grad, 8)
 
 
-@pytest.mark.parametrize("arch", list(chip.PROCESSORS))
+@pytest.mark.parametrize("arch", list(chip.MULTIPROCESSORS))
 @pytest.mark.parametrize("R", [1, 16, 17, 64, 128])
 def test_the_weight_grid_is_bounded(arch, R):
     for P, M in ((4, 1), (16, 50176), (32, 10**6)):
         config = superpose.launch_config("bwd_weight", P, 3 * P * P, R, torch.bfloat16, arch)
         splits = superpose.weight_splits(M, 3 * P * P, config, arch)
         programs = splits * -(-3 * P * P // config["BLOCK_K"])
-        assert splits == 1 or 1 < programs <= 2 * chip.PROCESSORS[arch]
+        assert splits == 1 or 1 < programs <= 2 * chip.MULTIPROCESSORS[arch]
