@@ -43,7 +43,7 @@ def expected(formula, tensors, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 # B, C, H, W, channels out, kh, kw, dilation, height, width
 CONV_SHAPES = [
-    (3, 3, 40, 37, 6, 3, 3, 5, 40, 37),  # the paper's first; rows that no vector divides
+    (3, 3, 40, 37, 6, 3, 3, 5, 40, 37),  # the paper's first; rows that are no multiple of a vector
     (1, 6, 33, 48, 3, 3, 3, 12, 33, 48),  # its second: rows shorter than what the kernel reaches
     (1, 3, 30, 45, 6, 11, 11, 1, 30, 45),
     (1, 6, 20, 70, 3, 25, 25, 1, 20, 70),  # most rows of the kernel lie in the padding
