@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from benchmarks.operations import Operation, each_case, time_operation
-from insvp_fast import ops, reference
+from insvp_fast import ops
+from insvp_fast.ops.conv import conv_reference
+from insvp_fast.ops.conv_pool import conv_pool_reference
 from insvp_fast.testing import DEVICE
 
 SLOPE = 0.01  # of LeakyReLU
@@ -54,7 +56,7 @@ def conv(shape, batch):
     geometry = shape.dilation, shape.size, shape.size, shape.relu
     return Operation(
         name=f"conv {batch}x{shape.C}x{shape.side}x{shape.side} to {shape.O}, {shape.kernel}x{shape.kernel}",
-        plain=lambda x, weight, bias: reference.conv(x, weight.to(x.dtype), bias.to(x.dtype), *geometry),
+        plain=lambda x, weight, bias: conv_reference(x, weight.to(x.dtype), bias.to(x.dtype), *geometry),
         fast=lambda x, weight, bias: ops.conv(x, weight, bias, *geometry),
         make=lambda dtype: shape.make_operands(batch, dtype),
         flops=shape.flops(batch),
@@ -66,7 +68,7 @@ def conv_pool(shape, batch):
     geometry = shape.size, shape.size, shape.pool, SLOPE
     return Operation(
         name=f"conv_pool {batch}x{shape.C}x{shape.side}x{shape.side} to {shape.O}, {shape.kernel}x{shape.kernel}",
-        plain=lambda x, weight, bias: reference.conv_pool(x, weight.to(x.dtype), bias.to(x.dtype), *geometry)[0],
+        plain=lambda x, weight, bias: conv_pool_reference(x, weight.to(x.dtype), bias.to(x.dtype), *geometry)[0],
         fast=lambda x, weight, bias: ops.conv_pool(x, weight, bias, *geometry),
         make=lambda dtype: shape.make_operands(batch, dtype),
         flops=shape.flops(batch),

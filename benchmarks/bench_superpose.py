@@ -3,20 +3,21 @@
 import torch
 
 from benchmarks.operations import DTYPES, Operation, each_case, time_operation
-from insvp_fast import ops, reference
+from insvp_fast import ops
+from insvp_fast.ops import Blend, PatchWeights
+from insvp_fast.ops.superpose import superpose_reference
 from insvp_fast.testing import DEVICE
 
 P, R, K, N = 16, 16, 768, 196
-GLOBAL_WEIGHT, PATCH_WEIGHT = 0.7, 0.3
+BLEND = Blend(patch_size=P, global_weight=0.7, patch_weight=0.3)
 
 
 def plain(image, prompt, *weights):  # the weights as autocast would have them
-    weights = [w.to(image.dtype) for w in weights]
-    return reference.superpose(image, prompt, *weights, P, GLOBAL_WEIGHT, PATCH_WEIGHT)
+    return superpose_reference(image, prompt, PatchWeights(*(w.to(image.dtype) for w in weights)), BLEND)
 
 
 def fast(image, prompt, *weights):
-    return ops.superpose(image, prompt, *weights, P, GLOBAL_WEIGHT, PATCH_WEIGHT)
+    return ops.superpose(image, prompt, PatchWeights(*weights), BLEND)
 
 
 def make_operands(batch, dtype):

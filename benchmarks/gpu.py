@@ -28,11 +28,12 @@ from benchmarks.models import RELEASE, make_model, without_dropout
 from benchmarks.operations import evaluate
 from benchmarks.parity import assert_parity
 from benchmarks.rates import model_flops, peak_bandwidth, peak_flops
-from insvp_fast import ops, reference
+from insvp_fast import ops
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, forward_backward, training_step
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.timing import Row, alternate, compare, median_and_spread
+from insvp_fast.ops.heads import merge_heads, split_packed
 from insvp_fast.testing import DEVICE
 
 ON_GPU = DEVICE.type == "cuda"
@@ -119,8 +120,8 @@ def sdpa() -> Iterator[Row]:
     """PyTorch's attention by backend: 197 queries, 206 keys, from the packed product."""
 
     def attend(qkv: Tensor) -> Tensor:
-        q, k, v = reference.split_heads(qkv, HEADS)
-        return reference.merge_heads(F.scaled_dot_product_attention(q[:, :, :T], k, v))
+        q, k, v = split_packed(qkv, HEADS)
+        return merge_heads(F.scaled_dot_product_attention(q[:, :, :T], k, v))
 
     backends = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     for batch in BATCHES:

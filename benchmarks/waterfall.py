@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def main() -> None:
     rows = techniques()
     indices = range(len(rows)) if arguments.rows is None else arguments.rows
     if arguments.one:
-        print(json.dumps(measure(rows[indices[0]], arguments)))
+        row = rows[indices[0]]
+        with nullcontext() if row.packed else products.override_provider(unpacked):
+            print(json.dumps(measure(row, arguments)))
         return
     measured = []
     for i in indices:
@@ -108,10 +111,13 @@ def main() -> None:
         print(results.save(measured, "waterfall"))
 
 
+def unpacked(dtype: torch.dtype) -> str:
+    """The provider of products with frozen weights that packs nothing."""
+    return "plain" if hardware.has_products(dtype) else "widened"
+
+
 def measure(row: Technique, arguments: argparse.Namespace) -> Row:
     """Time a row in turn with the bare ViT, and compare its values without dropout with float64."""
-    if not row.packed:
-        products.cpu_product = lambda dtype: "plain" if hardware.has_products(dtype) else "widened"
     name, batch, amp = arguments.model, arguments.batch, AUTOCAST_DTYPES[arguments.precision]
     cut = {} if arguments.depth is None else {"depth": arguments.depth}
     config = CONFIGS[row.config]

@@ -25,7 +25,7 @@ def machine_facts() -> dict[str, Any]:
     if DEVICE.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
         return facts | {"cudnn": torch.backends.cudnn.version(), "state": hardware.gpu_state()}
-    how = {str(dtype).removeprefix("torch."): products.cpu_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    how = {str(dtype).removeprefix("torch."): products.cpu_provider(dtype) for dtype in (torch.float32, torch.bfloat16)}
     instructions = hardware.instruction_set()
     return facts | {
         "device": f"{hardware.cpu_name()}, {instructions}, {torch.get_num_threads()} threads",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from insvp_fast import reference
+from insvp_fast.ops.norm_insert import norm_insert_bwd_reference
 from insvp_fast.runtime import native
 from tests.kernels.native_checks import BF16, F32, assert_close, assert_same_bits, needs_library
 
@@ -47,7 +47,7 @@ def test_parity(isa, B, T, L, D, dtypes, affine, branch):
         d_residual, d_branch, d_prompts = native.norm_insert_bwd(
             grad, grad_normed, kept, rstd, weight, T, dtypes[0], dtype
         )
-        expected = reference.norm_insert_bwd(
+        expected = norm_insert_bwd_reference(
             torch.zeros(B, T, D, dtype=torch.float64) if grad is None else grad.double(),
             grad_normed.double(),
             kept.double(),
