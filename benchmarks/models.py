@@ -1,7 +1,7 @@
 """The models that are timed: those of ``insvp_fast.bench.models``, the release's arithmetic, and its authors' own code.
 
-``INSVP_RELEASE_REPO=<checkout>:<module>:<factory>`` adds the authors' code as the provider "authors": ``factory()``,
-imported from their checkout, returns their model. This repository has nothing of it, and the tests use a stand-in.
+``INSVP_RELEASE_MODEL=<module>:<factory>``, with a checkout of the authors' code on ``PYTHONPATH``, adds it as the
+provider "authors": ``factory()`` returns their model. This repository has nothing of it, and the tests use a stand-in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-import sys
 from typing import Any
 
 import timm
@@ -23,7 +22,7 @@ from insvp_fast.testing import DEVICE
 
 __all__ = ["PROVIDERS", "RELEASE", "make_model", "without_dropout"]
 
-RELEASE = ("released", "released frozen", *(["authors"] if "INSVP_RELEASE_REPO" in os.environ else []))
+RELEASE = ("released", "released frozen", *(["authors"] if "INSVP_RELEASE_MODEL" in os.environ else []))
 PROVIDERS = (*models.PROVIDERS, *RELEASE)
 
 
@@ -56,19 +55,15 @@ def make_model(provider: str, name: str, config: InsVPConfig | None = None, **kw
 
 
 def _authors() -> nn.Module:
-    """The model of the authors' own code, from the checkout that ``INSVP_RELEASE_REPO`` names."""
-    checkout, _, place = os.environ.get("INSVP_RELEASE_REPO", "").partition(":")
+    """The model of the authors' own code."""
+    place = os.environ.get("INSVP_RELEASE_MODEL", "")
     module, _, factory = place.partition(":")
-    if not os.path.isdir(checkout) or not module or not factory:
+    if not module or not factory:
         raise ValueError(
-            f"INSVP_RELEASE_REPO={os.environ.get('INSVP_RELEASE_REPO')}: expected <checkout>:<module>:<factory>, where"
-            " factory() of the module in that folder returns the model, as with functools.partial in a file of yours"
+            f"INSVP_RELEASE_MODEL={place}: expected <module>:<factory>, where factory() of a module on PYTHONPATH"
+            " returns the model, as with functools.partial in a file of yours"
         )
-    sys.path.insert(0, checkout)
-    try:
-        return getattr(importlib.import_module(module), factory)()
-    finally:
-        sys.path.remove(checkout)
+    return getattr(importlib.import_module(module), factory)()
 
 
 def without_dropout(config: InsVPConfig) -> InsVPConfig:

@@ -91,10 +91,11 @@ def test_parity_sees_a_wrong_value():
 
 def test_the_authors_code_is_an_import(tmp_path, monkeypatch):
     (tmp_path / "theirs_of_test.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 3)\n")
-    monkeypatch.setenv("INSVP_RELEASE_REPO", f"{tmp_path}:theirs_of_test:make")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("INSVP_RELEASE_MODEL", "theirs_of_test:make")
     assert make_model("authors", BASE).out_features == 3
-    monkeypatch.setenv("INSVP_RELEASE_REPO", str(tmp_path))
-    with pytest.raises(ValueError, match="expected <checkout>:<module>:<factory>"):
+    monkeypatch.setenv("INSVP_RELEASE_MODEL", "theirs_of_test")
+    with pytest.raises(ValueError, match="INSVP_RELEASE_MODEL=theirs_of_test: expected <module>:<factory>"):
         make_model("authors", BASE)
 
 
