@@ -1,5 +1,7 @@
-"""What each forward pass of a ViT-B/16 asks before it computes: is the model what the fast path assumes, and are its
-packed weights up to date? Both beside the forward pass itself, of one image."""
+"""The checks before each forward pass of a ViT-B/16, beside the forward pass of one image.
+
+They ask whether the fast path covers the model and whether its packed weights are up to date.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from insvp_fast.runtime import prepack
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def warm(request):
-    """A model in use, and its forward pass."""
+    """A model whose weights are packed, and its forward pass."""
     prepack.clear()
     model = InsVPViT("vit_base_patch16_224", num_classes=100).eval()
     image = torch.randn(1, 3, 224, 224)
@@ -23,14 +25,14 @@ def warm(request):
     return model, forward
 
 
-def parts(model):
+def covered_modules(model):
     return model, model.global_prompter, model.patch_prompter, model.specific_prompter
 
 
 @pytest.mark.benchmark(group="checks of a forward pass")
 def bench_coverage(benchmark, warm):
     model, _ = warm
-    assert benchmark(lambda: all(map(coverage.covers, parts(model))))
+    assert benchmark(lambda: all(map(coverage.covers, covered_modules(model))))
 
 
 @pytest.mark.benchmark(group="checks of a forward pass")

@@ -1,4 +1,4 @@
-"""The convolutional prompters: PyTorch's convolutions against those of this package, forward and forward + backward."""
+"""The convolutional prompters as modules: the reference's, with PyTorch's convolutions, and this package's."""
 
 import functools
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.steps import DEVICE, finished
 from insvp_fast import InsVPConfig, prompters, reference
-from insvp_fast.testing import relative_error
+from insvp_fast.testing import DEVICE, relative_error
 
 BATCH = 8 if DEVICE.type == "cpu" else 256
 CONFIGS = {"paper": InsVPConfig(global_dropout=0.0), "release": InsVPConfig.released(global_dropout=0.0)}
@@ -16,7 +15,7 @@ CONFIGS = {"paper": InsVPConfig(global_dropout=0.0), "release": InsVPConfig.rele
 
 @functools.cache
 def make_prompters(kind, preset):
-    """The reference's and the fast prompter with the same weights."""
+    """The reference's prompter and ours, with the same weights."""
     arguments = (3, CONFIGS[preset]) if kind == "GlobalPrompter" else (3, 16, 768, CONFIGS[preset])
     made = [getattr(home, kind)(*arguments).eval().to(DEVICE) for home in (reference, prompters)]
     made[1].load_state_dict(made[0].state_dict())
@@ -25,7 +24,7 @@ def make_prompters(kind, preset):
 
 @functools.cache
 def image(preset, kind):
-    """The release's specific prompter reads the prompted image, whose gradient is asked for."""
+    """Images; the release's specific prompter reads the prompted image, which has a gradient."""
     needs_gradient = preset == "release" and kind == "SpecificPrompter"
     return torch.randn(BATCH, 3, 224, 224, device=DEVICE, requires_grad=needs_gradient)
 
@@ -46,14 +45,9 @@ def bench_prompters(benchmark, provider, kind, preset, direction, amp):
     benchmark.group = f"{kind} {preset} {direction} {'bf16 autocast' if amp else 'fp32'}"
     x, prompter, backward = image(preset, kind), make_prompters(kind, preset)[provider], direction != "forward"
 
-    def timed():
-        results = run(prompter, x, amp, backward)
-        finished(results[0].detach())
-        return results
-
-    results = benchmark.pedantic(timed, rounds=10, warmup_rounds=2)
-    if not amp:  # in 16 bits the choice of a maximum may differ; tests/test_prompters.py has the bounds
+    results = benchmark.pedantic(lambda: run(prompter, x, amp, backward), rounds=10, warmup_rounds=2)
+    if not amp:  # in 16 bits another pixel may be the maximum; tests/model/test_prompters.py has the bounds
         expected = run(make_prompters(kind, preset)["reference"], x, False, backward)
         for value, want in zip(results, expected, strict=True):
-            # what is expected is not exact: PyTorch's sum of 400,000 gradients for a bias is itself off by 1e-3
+            # the reference itself is off by up to 1e-3: PyTorch's sum of 400,000 gradients for a bias
             assert relative_error(value, want) < 4e-3

@@ -1,29 +1,30 @@
-"""Every benchmark carries the machine it ran on, waits for the device, and runs on a seeded state.
+"""Every benchmark is seeded, waits for the device, and stores the facts of the machine beside its times.
 
-With ``--benchmark-disable`` each body runs once, on the smallest sizes: a test that the benchmarks work.
+With ``--benchmark-disable`` each body runs once, at the smallest size, to test that the benchmarks work.
 """
 
 import pytest
 import torch
 
-from insvp_fast import bench
+from insvp_fast.bench.machine import machine_facts
+from insvp_fast.bench.timing import clock
 
-torch.backends.cudnn.allow_tf32 = False  # fp32 parity is meant to the last bits
+torch.backends.cudnn.allow_tf32 = False  # parity in fp32 allows no TF32
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=bench.clock))
+        item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
 @pytest.fixture(scope="session")
 def machine():
-    return bench.machine()
+    return machine_facts()
 
 
 @pytest.fixture
 def tiny(request):
-    """Whether nothing is timed; what is compiled is then left out, which takes longer than all the rest."""
+    """Whether nothing is timed. Compiled cases are skipped then: compiling takes longer than everything else."""
     tiny = request.config.getoption("benchmark_disable")
     if tiny and "compiled" in request.node.name:
         pytest.skip("compiled models and operations have their tests in tests/")

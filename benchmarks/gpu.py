@@ -1,54 +1,56 @@
-"""First measurements on a GPU, within ten minutes: is it right, how fast are the parts, how fast is the whole.
+"""First measurements on a GPU, within ten minutes: correctness, then the speed of the parts and of whole models.
 
 python -m benchmarks.gpu --output gpu.json
 
-Each section prints its rows and stands alone: one that fails is reported and the next goes on. Sections that there is
-no time left for are named. Without a GPU, which is how this script is tried, sizes are tiny and figures mean nothing.
+Each section prints its rows and stands alone: if one fails, that is reported and the next one runs. Sections for which
+no time is left are named. Without a GPU the sizes are tiny and the figures mean nothing; that is to try the script.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import itertools
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import bench_mlp, steps
-from benchmarks.measure import median_seconds, model_flops, peak_bandwidth, peak_flops
-from insvp_fast import bench, ops
-from insvp_fast.bench import DEVICE
-from insvp_fast.ops import Blend, PatchWeights
+from benchmarks import bench_mlp, bench_norm_insert, bench_superpose
+from benchmarks.cuda_graphs import graphed
+from benchmarks.models import RELEASE, make_model, without_dropout
+from benchmarks.operations import evaluate
+from benchmarks.parity import assert_parity
+from benchmarks.rates import model_flops, peak_bandwidth, peak_flops
+from insvp_fast import ops
+from insvp_fast.bench.jobs import AUTOCAST_DTYPES, forward_backward, training_step
+from insvp_fast.bench.machine import machine_facts
+from insvp_fast.bench.models import CONFIGS
+from insvp_fast.bench.timing import Row, alternate, compare, median_and_spread
 from insvp_fast.ops.heads import merge_heads, split_packed
-from insvp_fast.ops.norm_insert import norm_insert_reference
-from insvp_fast.ops.superpose import superpose_reference
+from insvp_fast.testing import DEVICE
 
 ON_GPU = DEVICE.type == "cuda"
 NAME, CUT = "vit_base_patch16_224", {} if ON_GPU else {"depth": 1}
 BATCHES = (64, 256) if ON_GPU else (1,)
 DTYPE, SIZE, T, L, D, HEADS = torch.bfloat16, 2, 197, 9, 768, 12
-COPIES = 4 if ON_GPU else 1  # operands taken in turns, more than the cache holds
+COPIES = 4 if ON_GPU else 1  # sets of operands used in turn, together larger than the cache
 ROUNDS, RUNS = (20, 10) if ON_GPU else (2, 1)
-Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="gpu.json", help="where the rows go")
-    parser.add_argument("--minutes", type=float, default=10, help="no section is begun after so long")
+    parser.add_argument("--output", default="gpu.json", help="where the rows go (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10, help="start no section later than this (default: 10)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     arguments = parser.parse_args()
-    begin, found = time.monotonic(), {"machine": bench.machine()}
+    begin, found = time.monotonic(), {"machine": machine_facts()}
     print(json.dumps(found["machine"], indent=1))
     for name in arguments.sections:
         print(f"\n{name}")
@@ -62,7 +64,7 @@ def main() -> None:
                 for row in SECTIONS[name]():
                     rows.append(row)
                     print("  " + ", ".join(f"{key} {shown(value)}" for key, value in row.items()), flush=True)
-            except Exception as error:  # whatever it is, the other sections shall run
+            except Exception as error:  # any: the other sections shall run
                 section["failed"] = traceback.format_exc()
                 print(f"failed: {type(error).__name__}: {error}")
         section["seconds so far"] = time.monotonic() - begin
@@ -77,51 +79,31 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def timed(run: Callable[[int], object], flops: float = 0.0, nbytes: float = 0.0) -> Row:
-    """Microseconds of a run, which takes the operands of its turn, and its rates."""
-    turn = iter(range(10**9))
-    median, p20, p80 = median_seconds(lambda: run(next(turn) % COPIES), ROUNDS, RUNS)
-    row = {"us": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6}
-    if flops:
-        row |= {"TFLOP/s": flops / median / 1e12, "of peak": flops / median / peak_flops(DTYPE)}
-    if nbytes:
-        row |= {"GB/s": nbytes / median / 1e9, "of copy": nbytes / median / peak_bandwidth()}
-    return row
-
-
-def normal(*shape: int, dtype: torch.dtype = DTYPE, grad: bool = False) -> list[Tensor]:
-    return [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad) for _ in range(COPIES)]
-
-
-# ------------------------------------------------------------------------------------------------------------- sections
-
-
 def correctness() -> Iterator[Row]:
-    """Logits and gradients of whole models against float64, without dropout, convolutions in full fp32."""
+    """Logits and gradients of whole models against float64, without dropout and without TF32."""
     torch.backends.cudnn.allow_tf32 = False
     for config, providers in (("paper", ("reference", "insvp_fast")), ("released", ("released", "insvp_fast"))):
-        still = steps.without_dropout(bench.CONFIGS[config])
+        still = without_dropout(CONFIGS[config])
         for provider in providers:
             for precision in ("fp32", "bf16"):
-                amp, batch = bench.AMP[precision], 8 if ON_GPU else 1
-                model = steps.make_model(provider, NAME, still, **CUT)
-                values = bench.forward_backward(model, batch, amp)()
+                amp, batch = AUTOCAST_DTYPES[precision], 8 if ON_GPU else 1
+                values = forward_backward(make_model(provider, NAME, still, **CUT), batch, amp)()
                 row: Row = {"config": config, "provider": provider, "precision": precision}
                 try:
-                    yield row | steps.assert_parity(values, provider, amp, NAME, batch, still, **CUT) | {"right": True}
+                    yield row | assert_parity(values, provider, amp, NAME, batch, still, **CUT) | {"right": True}
                 except AssertionError as error:
                     yield row | {"right": False, "why": str(error)}
 
 
 def peaks() -> Iterator[Row]:
-    """What shares refer to."""
+    """The peaks that the shares in other sections refer to."""
     for dtype in (torch.float32, DTYPE):
         yield {"matmul": str(dtype), "TFLOP/s": peak_flops(dtype) / 1e12}
     yield {"copy": "float32", "GB/s": peak_bandwidth() / 1e9}
 
 
 def products() -> Iterator[Row]:
-    """The four products of a block, with the weight as it lies (NT) and transposed (NN), as backward has it."""
+    """The four products of a block, with the transposed weight (NT), as forward has it, and without (NN)."""
     for batch in BATCHES:
         for name, (d_in, d_out) in {"qkv": (D, 3 * D), "proj": (D, D), "fc1": (D, 4 * D), "fc2": (4 * D, D)}.items():
             M = batch * (T + L if name == "qkv" else T)
@@ -135,7 +117,7 @@ def product_rows(row: Row, M: int, d_in: int, d_out: int) -> Iterator[Row]:
 
 
 def sdpa() -> Iterator[Row]:
-    """PyTorch's attention by backend, 197 queries and 206 keys, from the packed product."""
+    """PyTorch's attention by backend: 197 queries, 206 keys, from the packed product."""
 
     def attend(qkv: Tensor) -> Tensor:
         q, k, v = split_packed(qkv, HEADS)
@@ -151,13 +133,12 @@ def sdpa() -> Iterator[Row]:
 
 
 def attention() -> Iterator[Row]:
-    """This package's attention in each way that it can be asked for."""
-    asked = "impl" in inspect.signature(ops.attention).parameters
+    """This package's attention by implementation."""
     for batch in BATCHES:
-        for way in ("auto", "sdpa", "triton", "xformers") if asked else ("auto",):
-            attend = functools.partial(ops.attention, num_heads=HEADS, num_queries=T, scale=(D // HEADS) ** -0.5)
-            attend = functools.partial(attend, impl=way) if asked else attend
-            yield from attention_rows({"way": way, "batch": batch}, attend)
+        for impl in ("auto", "sdpa", "triton", "xformers"):
+            scale = (D // HEADS) ** -0.5
+            attend = functools.partial(ops.attention, num_heads=HEADS, num_queries=T, scale=scale, impl=impl)
+            yield from attention_rows({"impl": impl, "batch": batch}, attend)
 
 
 def attention_rows(row: Row, attend: Callable[[Tensor], Tensor]) -> Iterator[Row]:
@@ -167,83 +148,37 @@ def attention_rows(row: Row, attend: Callable[[Tensor], Tensor]) -> Iterator[Row
     # backward reads the same again, the result and its gradient, and writes the operands' gradients
     both = nbytes + batch * (6 * (T + L) + 2 * T) * D * SIZE
     try:
-        yield from directions(row, lambda i: (attend(qkv[i]),), lambda i: [qkv[i]], [grad[0]], nbytes, both, flops)
-    except (ImportError, RuntimeError, ValueError) as error:  # not every way exists on every device
+        yield from direction_rows(row, attend, [[x] for x in qkv], grad[:1], (flops, 3.5 * flops), (nbytes, both))
+    except (ImportError, RuntimeError, ValueError) as error:  # not every implementation exists on every device
         yield row | {"refused": (str(error) or repr(error)).splitlines()[0]}
 
 
 def kernels() -> Iterator[Row]:
-    """The fused operations beside their formula: bytes that have to move over the time."""
+    """The fused operations and their references, with the least bytes to be moved over the time."""
     for batch in BATCHES:
-        for case in (norm_insert, mlp, superpose):
-            for fast in (False, True):
-                row: Row = {"operation": case.__name__, "by": "ops" if fast else "formula", "batch": batch}
-                call, operands, forward, both = case(fast, batch)
-                grads = [torch.randn_like(y) for y in call(0)]
-                yield from directions(row, call, operands, grads, forward, both)
-
-
-def norm_insert(fast: bool, batch: int) -> Any:
-    residual, branch = normal(batch, T, D, dtype=torch.float32, grad=True), normal(batch, T, D, grad=True)
-    prompts = normal(batch, L, D, dtype=torch.float32, grad=True)
-    scale, shift = torch.rand(D, device=DEVICE) + 0.5, torch.randn(D, device=DEVICE)
-    run = functools.partial(ops.norm_insert, dtype=DTYPE) if fast else norm_insert_reference
-
-    def call(i: int) -> tuple[Tensor, Tensor]:
-        total, normed = run(residual[i], branch[i], prompts[i], scale, shift, 1e-6)
-        return total, normed.to(DTYPE)
-
-    forward = batch * D * (T * (8 + 2 * SIZE) + L * (4 + SIZE))
-    backward = batch * D * (T * (12 + 2 * SIZE) + L * (8 + SIZE))
-    return call, lambda i: [residual[i], branch[i], prompts[i]], forward, forward + backward
-
-
-def mlp(fast: bool, batch: int) -> Any:
-    x, weights = normal(batch, T, D, grad=True), bench_mlp.make_weights()
-    function = bench_mlp.fast if fast else bench_mlp.plain
-    once = batch * T * 4 * D * SIZE  # of the hidden layer: written and read; backward reads it and its gradient moves
-    return lambda i: (function(x[i], *weights),), lambda i: [x[i]], 2 * once, 5 * once
-
-
-def superpose(fast: bool, batch: int) -> Any:
-    image, prompt = normal(batch, 3, 224, 224), normal(batch, 3, 224, 224, grad=True)
-    shapes = (16, 768), (16,), (768, 16), (768,)
-    weights = [(torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
-
-    def call(i: int) -> tuple[Tensor]:
-        own = PatchWeights(*(weights if fast else (w.to(DTYPE) for w in weights)))  # as autocast would have them
-        run = ops.superpose if fast else superpose_reference
-        return (run(image[i], prompt[i], own, Blend(16, 0.7, 0.3)),)
-
-    return call, lambda i: [prompt[i], *weights], 3 * image[0].nbytes, 6 * image[0].nbytes
-
-
-def directions(
-    row: Row,
-    call: Callable[[int], tuple[Tensor, ...]],
-    operands: Callable[[int], list[Tensor]],
-    grads: list[Tensor],
-    forward: float,
-    both: float,
-    flops: float = 0.0,
-) -> Iterator[Row]:
-    with torch.no_grad():
-        yield row | {"direction": "forward"} | timed(call, flops, forward)
-    rates = timed(lambda i: torch.autograd.grad(call(i), operands(i), grads), 3.5 * flops, both)
-    yield row | {"direction": "forward + backward"} | rates
+        for operation in (
+            bench_norm_insert.operation(batch, SIZE),
+            bench_mlp.operation(batch * T, SIZE),
+            bench_superpose.operation(batch, SIZE),
+        ):
+            sets = [list(operation.make(DTYPE)) for _ in range(COPIES)]
+            for by, function in (("reference", operation.plain), ("insvp_fast", operation.fast)):
+                row: Row = {"operation": operation.name, "by": by, "batch": batch}
+                grads = [torch.randn_like(y) for y in evaluate(function, sets[0])]
+                yield from direction_rows(row, function, sets, grads, operation.flops, operation.nbytes)
 
 
 def models() -> Iterator[Row]:
     """Whole steps of all providers, with memory: as benchmarks/paired.py, with fewer rounds and little compiled."""
     for batch in BATCHES:
-        for config, job in itertools.product(bench.CONFIGS, ("training step", "inference")):
-            providers = ["bare", *(steps.RELEASE if config == "released" else ()), "reference", "insvp_fast"]
+        for config, job in itertools.product(CONFIGS, ("training step", "inference")):
+            providers = ["bare", *(RELEASE if config == "released" else ()), "reference", "insvp_fast"]
             if ON_GPU and (config, job, batch) == ("paper", "training step", 64):
                 providers += ["bare compiled", "insvp_fast compiled"]
             rounds = 10 if ON_GPU else 1
-            for row in bench.compare(job, "bf16", providers, NAME, batch, rounds, config, steps.make_model, **CUT):
+            for row in compare(job, "bf16", providers, NAME, batch, rounds, config, make_model, **CUT):
                 kind = "bare" if row["provider"].startswith("bare") else "reference"
-                flops = model_flops(kind, NAME, bench.CONFIGS[config], job != "inference", **CUT)
+                flops = model_flops(kind, NAME, CONFIGS[config], job != "inference", **CUT)
                 yield row | {"TFLOP/s": flops * row["images per second"] / 1e12}
 
 
@@ -253,19 +188,57 @@ def graphs() -> Iterator[Row]:
         raise NotImplementedError("CUDA graphs need a GPU")
     for batch in (8, 16, 64):
         for provider in ("bare", "insvp_fast"):
-            eager = bench.training_step(steps.make_model(provider, NAME), batch, DTYPE)
+            eager = training_step(make_model(provider, NAME), batch, DTYPE)
             capturable = {} if provider == "bare" else {"capturable": True}
-            graph = steps.graphed(bench.training_step(steps.make_model(provider, NAME), batch, DTYPE, **capturable))
-            seconds = bench.alternate({"eager": eager, "graph": graph}, 20, warmup=1.0)
-            for way, values in seconds.items():
-                median, p20, p80 = bench.spread(values)
-                row: Row = {"provider": provider, "batch": batch, "way": way, "ms": median * 1e3}
+            graph = graphed(training_step(make_model(provider, NAME), batch, DTYPE, **capturable))
+            seconds = alternate({"eager": eager, "graph": graph}, 20, warmup=1.0)
+            for launched, values in seconds.items():
+                median, p20, p80 = median_and_spread(values)
+                row: Row = {"provider": provider, "batch": batch, "launched": launched, "ms": median * 1e3}
                 yield row | {"p20": p20 * 1e3, "p80": p80 * 1e3, "images/s": batch / median}
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     section.__name__: section for section in (correctness, peaks, products, sdpa, kernels, models, attention, graphs)
 }
+
+
+def direction_rows(
+    row: Row,
+    function: Callable[..., object],
+    sets: Sequence[Sequence[Tensor]],
+    grads: Sequence[Tensor],
+    flops: tuple[float, float],
+    nbytes: tuple[float, float],
+) -> Iterator[Row]:
+    """Time forward, and forward + backward, of a function of the operands in ``sets``; flops and bytes of each."""
+    with torch.no_grad():
+        yield row | {"direction": "forward"} | timed(lambda i: evaluate(function, sets[i]), flops[0], nbytes[0])
+    rates = timed(lambda i: evaluate(function, sets[i], grads), flops[1], nbytes[1])
+    yield row | {"direction": "forward + backward"} | rates
+
+
+def timed(run: Callable[[int], object], flops: float = 0.0, nbytes: float = 0.0) -> Row:
+    """Microseconds of a run, median and percentiles, and its rates; the run gets the number of the operands to use."""
+    turn = itertools.count()
+
+    def repeated() -> None:  # several runs are timed at once, so that waiting for the device costs nothing
+        for _ in range(RUNS):
+            run(next(turn) % COPIES)
+
+    seconds = alternate({"": repeated}, ROUNDS, warmup=0.2 if ON_GPU else 0.0)[""]
+    median, p20, p80 = median_and_spread([each / RUNS for each in seconds])
+    row = {"us": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6}
+    if flops:
+        row |= {"TFLOP/s": flops / median / 1e12, "of peak": flops / median / peak_flops(DTYPE)}
+    if nbytes:
+        row |= {"GB/s": nbytes / median / 1e9, "of copy": nbytes / median / peak_bandwidth()}
+    return row
+
+
+def normal(*shape: int, dtype: torch.dtype = DTYPE, grad: bool = False) -> list[Tensor]:
+    """``COPIES`` normally distributed tensors."""
+    return [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad) for _ in range(COPIES)]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The arithmetic of the authors' released code, said again in plain PyTorch and stock timm blocks.
+"""The arithmetic of the authors' released code, written anew in plain PyTorch around timm's blocks.
 
-Written for its one geometry: images 224x224, patches 16x16, width 768. All crops and strides are literal numbers, and
-it shares nothing with the package: the tests take its logits for the authors', the benchmarks its time.
+It covers the one geometry of the release: images 224x224, patches 16x16, width 768, with all crops and strides as
+literal numbers. It shares no code with the package, so that tests can compare with it and benchmarks can time it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ __all__ = ["Released"]
 
 
 class Released(nn.Module):
-    """[B, 3, 224, 224] -> [B, classes], under the state-dict keys of the authors' code.
+    """The released model, [B, 3, 224, 224] -> [B, classes], under the state-dict keys of the authors' code.
 
-    As released, nothing is frozen: the gradients of all weights are computed, although the optimiser gets neither the
-    backbone's nor the specific prompter's. ``frozen`` is the same arithmetic with a frozen backbone.
+    As released, nothing is frozen: backward computes the gradients of all weights, although the optimizer gets neither
+    the backbone's nor the specific prompter's.
 
     Args:
         backbone: timm's ViT-B/16, of any depth.
-        layers: how many blocks get prompts of their own; behind them the prompts' outputs run on.
+        layers: how many blocks get prompts of their own; later blocks take the previous block's outputs of the prompts.
+        frozen: freeze the backbone but for its head.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Released(nn.Module):
             backbone.head.requires_grad_(True)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser gets."""
+        """What the optimizer gets."""
         left_out = ("backbone.",) if self.frozen else ("backbone.", "TokenPrompt.")
         names = dict(self.named_parameters())
         return [p for name, p in names.items() if name.startswith("backbone.head.") or not name.startswith(left_out)]

@@ -1,83 +1,139 @@
-"""The files of results, one per machine and torch version, and the README's table, which is made of them.
+"""The saved results, one JSON file per machine and torch version, and the tables in Markdown that are made of them.
 
-python -m benchmarks.results   rewrites the table between the README's markers
+python -m benchmarks.results   rewrites the tables between the markers of README.md and docs/performance.md
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from insvp_fast import bench
+from torch.torch_version import TorchVersion
 
-HERE = Path(__file__).resolve().parent
+from insvp_fast.bench.machine import machine_facts
+from insvp_fast.bench.tables import format_ratio, table
+from insvp_fast.bench.timing import Row
 
-__all__ = ["save", "waterfall_table", "write_readme"]
+__all__ = ["save", "waterfall_table", "write_tables"]
 
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks" / "results"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
+# what the README shows: the instruction set of a machine that multiplies bf16 in hardware, and the model
+SHOWN, MODEL = "AVX512-BF16", "vit_base_patch16_224"
 KEYS = ("job", "precision", "provider", "model", "batch", "config", "technique")  # rows alike in these are the same row
 
 
-def save(rows: list[bench.Row], section: str = "rows", folder: Path = HERE / "results") -> Path:
+def save(rows: list[Row], section: str = "rows", folder: Path = FOLDER) -> Path:
     """Merge rows into a section of this machine's file; a row replaces the older one that measured the same."""
-    facts = bench.machine()
+    facts = machine_facts()
     name = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
     path = folder / f"{name}-torch{facts['torch']}.json"
     path.parent.mkdir(exist_ok=True)
     saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    merged = {identity(row): row for row in [*saved.get(section, []), *rows]}
+    merged = {_identity(row): row for row in [*saved.get(section, []), *rows]}
     saved = {**saved, "machine": facts, section: list(merged.values())}
     path.write_text(json.dumps(saved, indent=1) + "\n")
     return path
 
 
-def identity(row: bench.Row) -> tuple[Any, ...]:
+def _identity(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(key, "paper" if key == "config" else None) for key in KEYS)
 
 
-def write_readme(folder: Path = HERE / "results", readme: Path = HERE.parent / "README.md") -> None:
-    """Put tables of all saved results between the README's markers."""
+def write_tables(folder: Path = FOLDER, readme: Path = README, performance: Path = PERFORMANCE) -> None:
+    """Write a short table into the README and all tables into the page on performance, between their markers.
+
+    Raises:
+        ValueError: for a file without the markers, or if no machine has what the short table shows.
+    """
+    saved = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    pages = {readme: short_table(saved), performance: full_tables(saved)}
+    for file, text in {file: _with_tables(file, tables) for file, tables in pages.items()}.items():
+        file.write_text(text)
+
+
+def _with_tables(file: Path, tables: str) -> str:
+    before, begin, rest = file.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{file} has no lines `{BEGIN.strip()}` and `{END}`")
+    return f"{before}{begin}{tables}\n{end}{after}"
+
+
+def short_table(saved: list[dict[str, Any]]) -> str:
+    """InsVPViT against the bare timm ViT in the paper's configuration, on the machine of the newest ``SHOWN`` file.
+
+    A row for each job and precision, at the largest batch that both were timed at.
+    """
+    files = [file for file in saved if file["machine"].get("instructions") == SHOWN]
+    if not files:
+        raise ValueError(f"no results of a machine with {SHOWN}")
+    newest = max(files, key=lambda file: TorchVersion(file["machine"]["torch"]))
+    rows = sorted((row for row in newest["rows"] if _group(row)[:2] == ("paper", MODEL)), key=lambda row: row["batch"])
+    bare, ours = ({_group(row): row for row in rows if row["provider"] == name} for name in ("bare", "insvp_fast"))
+    pairs = {group[2:4]: (bare[group], ours[group]) for group in bare if group in ours}
+    lines = [_title(newest), "", "| | precision | batch | bare timm ViT | InsVPViT | time ratio |"]
+    lines.append("|---|---|---|---|---|---|")
+    for job, precision in itertools.product(("training step", "inference"), ("fp32", "bf16")):
+        if (job, precision) in pairs:
+            baseline, row = pairs[job, precision]
+            cells = [f"{MODEL}, {job}", precision, str(row["batch"])]
+            cells += [f"{each['images per second']:.2f} images/s" for each in (baseline, row)]
+            lines.append("| " + " | ".join([*cells, format_ratio(row)]) + " |")
+    return "\n".join(lines)
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    """What rows that were timed together have in common."""
+    return row.get("config", "paper"), row["model"], row["job"], row["precision"], row["batch"]
+
+
+def _title(file: dict[str, Any]) -> str:
+    return f"{file['machine']['device']}, torch {file['machine']['torch']}:"
+
+
+def full_tables(saved: list[dict[str, Any]]) -> str:
+    """All rows and waterfalls, by machine; rows that were timed together are neighbors, the bare ViT first."""
     parts = []
-    for path in sorted(folder.glob("*.json")):
-        saved = json.loads(path.read_text())
-        # what was timed together stands together, the bare ViT first
-        groups: dict[tuple[Any, ...], list[bench.Row]] = {}
-        for row in saved["rows"]:
-            key = row["model"], row.get("config", "paper"), row["job"], row["precision"], row["batch"]
-            groups.setdefault(key, []).append(row)
-        rows = [row for group in groups.values() for row in sorted(group, key=rank)]
-        parts.append(f"{saved['machine']['device']}, torch {saved['machine']['torch']}:\n\n{bench.table(rows)}\n")
-        if "waterfall" in saved:
-            parts.append(f"{waterfall_table(saved['waterfall'])}\n")
-    before, rest = readme.read_text().split("<!-- results -->\n", 1)
-    _, after = rest.split("<!-- end of results -->", 1)
-    readme.write_text(f"{before}<!-- results -->\n" + "\n".join(parts) + f"<!-- end of results -->{after}")
+    for file in saved:
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in file["rows"]:
+            groups.setdefault(_group(row), []).append(row)
+        rows = [row for group in groups.values() for row in sorted(group, key=_rank)]
+        parts += [_title(file), table(rows)]
+        if "waterfall" in file:
+            parts.append(waterfall_table(file["waterfall"]))
+    return "\n\n".join(parts)
 
 
-def rank(row: bench.Row) -> int:
+def _rank(row: Row) -> int:
     order = ("bare", "released", "authors", "reference", "insvp_fast")
     return order.index(row["provider"].split(" ")[0])
 
 
-def waterfall_table(rows: list[bench.Row]) -> str:
+def waterfall_table(rows: list[Row]) -> str:
     """Each row's time over that of the row before and over the bare ViT's, memory and errors."""
     lines = [
         "| technique | job | s | to the row before | to the bare ViT | saved per image | error: logits, gradients |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
-    before: bench.Row | None = None
+    before: Row | None = None
     for row in rows:
         same = before is not None and all(before[key] == row[key] for key in ("precision", "model", "batch"))
         step = f"{row['ratio'] / before['ratio']:.2f}" if before is not None and same else ""
         job = f"{row['model']}, {row['job']}, {row['precision']}, batch {row['batch']}"
         peak = f", peak {row['peak MB']:.0f} MB" if "peak MB" in row else ""
         errors = f"{row['error of logits']:.0e}, {row['error of gradients']:.0e}"
-        cells = [row["technique"], job, f"{row['seconds']:.4f}", step, bench.ratio(row)]
+        cells = [row["technique"], job, f"{row['seconds']:.4f}", step, format_ratio(row)]
         lines.append("| " + " | ".join([*cells, f"{row['saved MB per image']:.0f} MB{peak}", errors]) + " |")
         before = row
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    write_readme()
+    write_tables()

@@ -1,16 +1,11 @@
 """Without a GPU the Triton kernels run in the interpreter, on CPU tensors; with one, the same tests run on it."""
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 will change what an unset variable means
 if not torch.cuda.is_available():
@@ -53,17 +48,6 @@ def poison(monkeypatch):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     monkeypatch.setattr(buffers, "empty", poisoned(buffers.empty))
-
-
-@pytest.fixture(scope="session")
-def aot(tmp_path_factory) -> list[dict]:
-    """What the compiler makes of every kernel; in a child, since an interpreting process cannot compile."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # an old cache would answer for an old compiler
-    command = [sys.executable, "-m", "tools.aot"]
-    child = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])

@@ -1,11 +1,18 @@
-"""Compile every Triton kernel for chips that are not here and print what the compiler made of it, as JSON.
+"""Compile every Triton kernel ahead of time, without a GPU, and print facts about the compiled code as JSON.
 
-``python -m tools.aot [--all] [target ...]`` takes 80, 90, 100 (NVIDIA) and gfx942 (AMD), all four by default;
-``--all`` adds shapes across everything that attention covers. An entry of the list tells the kernel with its case, the
-target, ``registers`` of a thread, ``spills`` (NVIDIA: local loads and stores, AMD: spilled registers), ``stack`` bytes
-(NVIDIA), ``shared`` bytes, ``matrix``, the number of matrix instructions, of which ``wgmma`` (NVIDIA) are of warp
-groups, ``wide`` and ``narrow``, the loads and stores of global memory with 16 bytes a lane and with less, and
-``shortcomings``. Where ``TRITON_INTERPRET=1`` nothing can be compiled, and it refuses.
+``python -m tools.aot [--all] [target ...]``: targets are 80, 90, 100 (NVIDIA) and gfx942 (AMD), by default all four;
+``--all`` adds more of the shapes that attention covers. With ``TRITON_INTERPRET=1`` nothing can be compiled, and the
+exit status is 2. The entries of the list have these keys:
+
+    kernel, target   the name of the case, and what it was compiled for
+    registers        of a thread
+    spills           NVIDIA: loads and stores of local memory; AMD: spilled registers
+    stack            NVIDIA: bytes of a thread
+    shared           bytes of a program
+    matrix           matrix instructions
+    wgmma            NVIDIA: those of warp groups among them
+    wide, narrow     loads and stores of global memory, with 16 bytes per lane and with fewer
+    shortcomings     what is worse than the kernel allows
 """
 
 import argparse
@@ -32,12 +39,12 @@ TARGETS = {
     "100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program may have
+SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # bytes of a program
 OPTIONS = ("num_warps", "num_stages")
 
 
 def compile_case(case: Case, target: str):
-    """Compile one case; pointers count as aligned to 16 bytes, as the launcher sees those of PyTorch's allocator."""
+    """Compile one case, with pointers aligned to 16 bytes, as PyTorch's allocator gives them."""
     options = {name: case.constants[name] for name in OPTIONS}
     constants = {name: value for name, value in case.constants.items() if name not in OPTIONS}
     order = case.kernel.arg_names
@@ -60,7 +67,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def facts(case: Case, target: str) -> dict[str, Any]:
-    """What the compiler made of one case."""
+    """Compile one case and read the facts from the compiled code."""
     compiled = compile_case(case, target)
     found = {"kernel": case.name, "target": target, "shared": compiled.metadata.shared}
     if target.startswith("gfx"):
@@ -85,18 +92,18 @@ def _widths(accesses: str, text: str) -> dict[str, int]:
 
 
 def shortcomings(fact: dict[str, Any]) -> list[str]:
-    """Where the compiler, whose version decides it, fell short of what a kernel allows: what is seen and its limit."""
+    """What is worse than the kernel allows, with the limit. It depends on the version of the compiler."""
     kernel, nvidia = fact["kernel"], fact["target"] != "gfx942"
     most = {"spills": 0, "stack": 0}
     if kernel.startswith("gelu"):
-        most["narrow"] = int("_code" in kernel and not nvidia)  # the 8 codes of a lane are written as 8 bytes
+        most["narrow"] = int("_code" in kernel and not nvidia)  # 8 values per lane, written as 8 bytes
     if kernel.startswith("norm_insert"):
-        most["narrow"] = 2  # the statistics, one number a row
+        most["narrow"] = 2  # the statistics, one number per row
         if nvidia:
-            most["shared"] = 0  # a row is a warp's own
-            most["registers"] = 168  # of 65 536: 12 and more warps of two rows, whose loads are 70 KB in flight
+            most["shared"] = 0  # each row belongs to one warp
+            most["registers"] = 168  # of 65,536: room for 12 warps of two rows, with 70 KB of loads in flight
     if kernel == "superpose_fwd-P16-bf16-bf16" and nvidia:
-        most["registers"] = 128  # 16 warps: fewer would not keep enough loads in flight
+        most["registers"] = 128  # room for 16 warps, which keep enough loads in flight
     return [f"{fact[name]} {name}, at most {limit}" for name, limit in most.items() if fact.get(name, 0) > limit]
 
 
@@ -106,12 +113,12 @@ def _facts_of(target: str, index: int, every_shape: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print the facts for the targets named on the command line."""
+    """Print the facts for the targets on the command line."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("nothing can be compiled where TRITON_INTERPRET=1", file=sys.stderr)
+        print("nothing can be compiled with TRITON_INTERPRET=1", file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(prog="python -m tools.aot")
-    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; all by default")
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"{', '.join(TARGETS)} (default: all)")
     parser.add_argument("--all", action="store_true", help="every shape instead of the main ones")
     options = parser.parse_args()
     targets = options.targets or list(TARGETS)
@@ -120,7 +127,7 @@ def main() -> int:
         found = [*pool.map(_facts_of, *zip(*work, strict=True))]
     print(json.dumps(found, indent=1))
     if triton.__version__ not in CHECKED:
-        print(f"triton {triton.__version__} is not one of those checked, {', '.join(CHECKED)}", file=sys.stderr)
+        print(f"triton {triton.__version__} is not one of the checked versions: {', '.join(CHECKED)}", file=sys.stderr)
     for fact in found:
         if fact["shortcomings"]:
             print(f"{fact['kernel']} on {fact['target']}: {'; '.join(fact['shortcomings'])}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: every kernel of the package at its main shapes, launched as its launcher would."""
+"""What is compiled ahead of time: every Triton kernel at its main shapes, with the arguments of its launcher."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,16 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from insvp_fast.kernels.gpu import attention, fingerprint, gelu, norm_insert, superpose
 
-# The versions of triton that were seen to compile every shape without a shortcoming (`python -m tools.aot --all`).
+# versions of triton that compile every shape without shortcomings (`python -m tools.aot --all`)
 CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 
 
 class Case(NamedTuple):
-    """One kernel to compile: its run-time arguments' types in `signature`, everything else in `constants`.
+    """One kernel to compile.
 
-    `multiples` names the integers that are multiples of 16 at this shape, which a launch finds out by itself.
+    Attributes:
+        signature: types of the arguments that are given at run time, by name.
+        constants: all other arguments, and the launch options.
+        multiples: arguments that are multiples of 16 at this shape; a launch detects this by itself.
     """
 
     name: str
@@ -27,21 +30,21 @@ class Case(NamedTuple):
 
 
 def case(name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], *multiples: str) -> Case:
-    """A case; pointers that neither `signature` nor `constants` names are None."""
+    """A case in which pointers that are not in ``signature`` are None."""
     absent = {a: None for a in kernel.arg_names if a.endswith("_ptr") and a not in signature}
     return Case(name, kernel, signature, absent | constants, multiples)
 
 
 def pointers(kind: str, *names: str) -> dict[str, str]:
-    """The signature of arguments of one type."""
+    """The signature of pointers of one type."""
     return {f"{name}_ptr": kind for name in names}
 
 
 def superpose_cases(arch: int | str) -> Iterator[Case]:
-    """The image prompt of a 224 image, patch 16 and 14."""
+    """The image prompt for images of 224x224, with patches of 16 and 14 pixels."""
     bf16, fp32 = torch.bfloat16, torch.float32
     variants = [(16, 16, bf16, bf16), (16, 16, fp32, fp32)]
-    # One or two chips each are enough for the rest, and the run stays short.
+    # The other variants are compiled for one or two architectures each, to keep the run short.
     if arch == 80:
         variants.append((14, 16, torch.float16, torch.float16))
     if arch == 90:
@@ -93,7 +96,7 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
 
 
 def norm_insert_cases(arch: int | str) -> Iterator[Case]:
-    """Width 768: all bf16 with the affine map folded away, a wide stream of narrow products with it, all fp32."""
+    """Width 768: all bf16 with weight and bias folded away, an fp32 stream with bf16 products, and all fp32."""
     bf16, fp32, sizes = "*bf16", "*fp32", {"M": "i32", "T": "i32", "L": "i32"}
     for stream, product, affine in [(bf16, bf16, False), (fp32, bf16, True)] + [(fp32, fp32, True)] * (arch == 90):
         label = f"{stream[1:]}-{product[1:]}" + "-affine" * affine
@@ -119,7 +122,7 @@ def norm_insert_cases(arch: int | str) -> Iterator[Case]:
 
 
 def gelu_cases(arch: int | str) -> Iterator[Case]:
-    """GELU of bf16 with the pre-activation and with 8 bits kept, and of fp32."""
+    """GELU with the pre-activation kept and with the derivative kept in 8 bits, in bf16 and fp32."""
     for dtype in ["*bf16"] + ["*fp32"] * (arch == 90):
         label, n = dtype[1:], {"N": "i32"}
         for suffix, code, kept in (("", {}, dtype), ("_code", pointers("*u8", "code"), "*u8")):
@@ -130,10 +133,10 @@ def gelu_cases(arch: int | str) -> Iterator[Case]:
 
 
 def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case]:
-    """ViT-B/16 with 9 prompts, and as many tokens as `attention.covers` says; every shape: across what it says."""
+    """ViT-B/16 with 9 prompts, the most tokens that ``attention.covers`` allows, and other shapes within."""
     bf16, fp16, d = torch.bfloat16, torch.float16, 64
     shapes = [(bf16, 12, 197, 206), (fp16, 3, 231, 240)]
-    # One or two shapes a chip are enough for the rest, and the run stays short; with one, a class token asks alone.
+    # The other shapes are compiled for one architecture each, to keep the run short. T = 1 is a class token alone.
     shapes += {
         80: [(bf16, 12, 55, 64)],
         90: [(bf16, 3, 100, 109), (bf16, 12, 1, 206)],
@@ -163,13 +166,13 @@ def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case
 
 
 def fingerprint_cases() -> Iterator[Case]:
-    """The look at packed weights."""
+    """The checksums of packed weights."""
     signature = {"table_ptr": "*i64", "sums_ptr": "*i64", "first_line": "i32"}
     yield Case("fingerprint", fingerprint._fingerprint_kernel, signature, fingerprint.CONSTANTS)
 
 
 def cases(target: str, every_shape: bool = False) -> list[Case]:
-    """Every kernel of the package with the launch parameters for `target`."""
+    """Every kernel with the launch parameters for ``target``."""
     arch = int(target) if target.isdigit() else target
     attentions = attention_cases(arch, every_shape)
     return [*superpose_cases(arch), *norm_insert_cases(arch), *gelu_cases(arch), *attentions, *fingerprint_cases()]

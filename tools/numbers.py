@@ -1,9 +1,9 @@
-"""SHA-256 of what models compute from a fixed seed, to see that a change of structure changes no bit.
+"""SHA-256 of what models compute from a fixed seed, to check that a refactoring changes no bit.
 
-    python -m tools.numbers > before.json      # on one commit
+    python -m tools.numbers > before.json            # on one commit
     python -m tools.numbers --compare before.json    # on the other, on the same machine
 
-Only names that both commits have may be used here.
+Only names that exist in both commits may be used here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--compare", metavar="FILE", help="what another commit printed; the exit status is 1 if it differs"
+        "--compare", metavar="FILE", help="output of another commit; the exit status is 1 if anything differs"
     )
     compare = parser.parse_args().compare
     warnings.simplefilter("ignore")
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def numbers() -> Iterator[tuple[str, str]]:
-    """What was computed, and the SHA-256 of it."""
+    """The name of each case and the SHA-256 of its results."""
     for name, fields in CONFIGS.items():
         for precision in ("fp32", "bf16"):
             yield f"{name}, {precision}", step(InsVPViT, InsVPConfig(**fields), precision)
@@ -97,7 +97,7 @@ def step(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> str:
-    """Logits in evaluation, then a training step: loss and all gradients."""
+    """Logits in evaluation mode, then logits, loss and all gradients in training mode."""
     torch.manual_seed(0)
     backbone = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=5, num_classes=0)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def step(
 
 
 def train() -> str:
-    """The adapter that two epochs on the digits leave."""
+    """The adapter after two epochs on the digits."""
     module = "insvp_fast" if find_spec("insvp_fast.__main__") else "insvp_fast.cli"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", module, "train", "--epochs", "2", "--amp", "off", "--output", folder]

@@ -1,4 +1,4 @@
-"""Time InsVP on this machine, beside the bare frozen backbone: inference and training steps, alternating."""
+"""Time InsVP and the bare frozen backbone on this machine: inference and training steps, alternating."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 
 from insvp_fast.commands.options import positive
 
-SUMMARY = "time InsVP on this machine, beside the bare frozen backbone"
+SUMMARY = "time InsVP against the bare frozen backbone on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--report", metavar="FILE", help="write a table there, in Markdown, and a plot beside it")
-    parser.add_argument("--model", metavar="NAME", default="vit_base_patch16_224", help="(default: %(default)s)")
+    parser.add_argument("--report", metavar="FILE", help="write a Markdown table to FILE, and a plot beside it")
+    parser.add_argument(
+        "--model", metavar="NAME", default="vit_base_patch16_224", help="timm model name (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images per step (default: 2, on a GPU 64)")
     parser.add_argument(
         "--rounds", type=positive, metavar="N", default=7, help="timed runs of each kind (default: %(default)s)"
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(report: str | None, model: str, batch_size: int | None, rounds: int) -> int:
-    from insvp_fast import bench
+    from insvp_fast.bench.report import run_benchmark
 
-    bench.report(report, model, batch_size, rounds)
+    run_benchmark(report, model, batch_size, rounds)
     return 0

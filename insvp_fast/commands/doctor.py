@@ -87,9 +87,9 @@ def _package_warnings(versions: dict[str, str | None]) -> Iterator[str]:
 def _describe_machine() -> Iterator[tuple[str, object]]:
     import torch
 
-    from insvp_fast import bench, native_status
+    from insvp_fast import native_status
     from insvp_fast.ops.attention import cpu_attention
-    from insvp_fast.runtime import products
+    from insvp_fast.runtime import hardware, products
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     yield "torch is built for", build if torch.version.cuda or torch.version.hip else "CPUs only"
@@ -98,12 +98,12 @@ def _describe_machine() -> Iterator[tuple[str, object]]:
         yield f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
         yield "GPU", "none"
-    yield "CPU", f"{bench.cpu_name()}, {bench.instructions()}, {torch.get_num_threads()} threads"
+    yield "CPU", f"{hardware.cpu_name()}, {hardware.instruction_set()}, {torch.get_num_threads()} threads"
     yield "native library", native_status()
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     yield "CPU products", ", ".join(f"{name} {products.cpu_provider(dtype)}" for name, dtype in dtypes.items())
     if torch.cuda.is_available():
-        backends = ", ".join(f"{name} {bench.sdpa_backend(dtype)}" for name, dtype in dtypes.items())
+        backends = ", ".join(f"{name} {hardware.sdpa_backend(dtype, 'cuda')}" for name, dtype in dtypes.items())
         yield "attention", f"PyTorch's: {backends}"
     else:
         yield "attention", ", ".join(f"{name} {cpu_attention(dtype)}" for name, dtype in dtypes.items())

@@ -1,8 +1,8 @@
-"""Kernel sub-packages; in a source checkout they live in the top-level ``kernels/`` directory."""
+"""The kernels; in a checkout they are in the top-level folder ``kernels/``, in an installed package here."""
 
 from pathlib import Path as _Path
 
 _here = _Path(__file__).resolve().parent
-# Looked for beside this file, not two levels up: in site-packages ``../../kernels`` may be somebody else's package.
+# First beside this file: in site-packages ``../../kernels`` may be another project's package.
 if not (_here / "gpu").is_dir():
     __path__.append(str(_here.parents[1] / "kernels"))

@@ -1,5 +1,5 @@
-"""Triton kernels, one file per operation; nothing here is imported before an operation first runs on a GPU."""
+"""Triton kernels, one file per operation, imported when an operation first runs on a GPU."""
 
-# From a checkout `import kernels.gpu` would also resolve, as a second copy of every kernel.
+# In a checkout `import kernels.gpu` would work too, and load every kernel a second time.
 if not __name__.startswith("insvp_fast."):
     raise ImportError("import these kernels as insvp_fast.kernels.gpu")

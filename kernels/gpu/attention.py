@@ -1,15 +1,16 @@
 """Softmax attention of the first T tokens to all S, from the packed product: Triton kernels and launchers.
 
-Letters: B images, S tokens (keys), T of them ask (queries), H heads of d columns, D = H*d. A row of the packed product
-holds q, k and v, D columns each, with head h at columns h*d of each.
+Letters: B images, S tokens (keys), the first T of which are queries, H heads of d columns, D = H*d. A row of the packed
+product holds q, k and v, D columns each, with head h at columns h*d of each.
 
-A program owns one head of one image and holds all of its keys and values on chip, so that the scores of a query are
-complete in registers: one softmax without rescaling, and a backward that needs nothing of the forward but the packed
-product. Every input is read once and every output written once, the zeros of d_qkv included; only where there are few
-heads the forward shares out the queries of a head, and each share reads its keys and values.
+A program computes one head of one image. It holds all keys and values on chip and all scores of a query in registers,
+so that the softmax needs no rescaling, and backward nothing of the forward pass but the packed product. Each input is
+read once and each output written once, including the zeros of d_qkv. Only where there are few heads does the forward
+kernel split the queries of a head among programs, each of which reads the keys and values.
 
-Arithmetic: matrix operands have the dtype of the packed product, everything else is fp32. fp32 operands are for the
-interpreter: exact products would take three TF32 passes, and keys and values split for them leave no room for the rest.
+Arithmetic: matrix operands have the dtype of the packed product, everything else is fp32. Operands in fp32 are for the
+interpreter only: on a GPU, products to full fp32 take three TF32 passes, and the operands that are split for them leave
+too few registers.
 """
 
 import torch
@@ -18,7 +19,7 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
-SHARED_MEMORY = 110592  # bytes, of the backward on sm_80; consumer chips of that generation have 101376
+SHARED_MEMORY = 110592  # bytes that backward takes on sm_80; sm_86 and sm_89 have only 101376
 
 LOG2_E = 1.4426950408889634
 
@@ -26,7 +27,7 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def _tile(start, count: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr,
           ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Offsets and mask of rows start.. of a head [ROWS, BLOCK_D]; `count` rows exist."""
+    """Offsets and mask [ROWS, BLOCK_D] of the rows of a head from ``start``; ``count`` rows exist."""
     rows, columns = start + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     return rows * STRIDE + columns, (rows < count) & (columns < d)
 
@@ -51,7 +52,7 @@ def _attention_fwd_kernel(
     H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, d: tl.constexpr, QKV: tl.constexpr, KEYS: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """KEYS cuts the keys into tiles (first, size): for 206 keys a single one, a power of two, would be 256."""
+    """KEYS divides the keys into tiles (first, size): a single one, a power of two, would be 256 for 206 keys."""
     D: tl.constexpr = H * d
     image, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     q_ptr = qkv_ptr + image * QKV[0] + head * d
@@ -59,10 +60,10 @@ def _attention_fwd_kernel(
 
     k, v = (), ()
     for i in tl.static_range(len(KEYS)):
-        # transposed before the loop, or the compiler copies the keys to shared memory for every block of queries
+        # transposed before the loop, or the compiler would copy the keys to shared memory for every block of queries
         k_i = tl.trans(_load(q_ptr + D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE))
         v_i = _load(q_ptr + 2 * D, KEYS[i][0], S, d, QKV[1], KEYS[i][1], BLOCK_D, COMPUTE)
-        k += (k_i,)  # type: ignore[assignment]  # Triton tuples, as long as the unrolled loop
+        k += (k_i,)  # type: ignore[assignment]  # Triton tuples with an entry per unrolled iteration
         v += (v_i,)  # type: ignore[assignment]
 
     for t0 in range(tl.program_id(1) * BLOCK_T, T, tl.num_programs(1) * BLOCK_T):
@@ -90,7 +91,7 @@ def _attention_bwd_kernel(
     H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, d: tl.constexpr, GRAD: tl.constexpr, QKV: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores are transposed, [keys, queries]: so they are operands of d_k and d_v without leaving their registers."""
+    """Scores are transposed, [keys, queries], and so are operands of d_k and d_v without leaving their registers."""
     D: tl.constexpr = H * d
     image, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     grad_ptr += image * GRAD[0] + head * d
@@ -115,7 +116,7 @@ def _attention_bwd_kernel(
         d_s = (p * (d_p - tl.sum(p * d_p, 0)[None, :])).to(COMPUTE)
         d_k = tl.dot(d_s, q, d_k)
         d_q = scale * tl.trans(tl.dot(k_t, d_s))
-        _store(d_q_ptr, d_q, t0, S, d, 3 * D, BLOCK_T, BLOCK_D)  # zero from T on, since grad is zero there
+        _store(d_q_ptr, d_q, t0, S, d, 3 * D, BLOCK_T, BLOCK_D)  # zero for rows from T on, where grad is loaded as zero
 
     for t0 in range((T + BLOCK_T - 1) // BLOCK_T * BLOCK_T, S, BLOCK_T):
         _store(d_q_ptr, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), t0, S, d, 3 * D, BLOCK_T, BLOCK_D)
@@ -124,22 +125,22 @@ def _attention_bwd_kernel(
 
 
 def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
-    """Tiles, warps and stages of kernel `kind` ("fwd", "bwd") for S keys of width d."""
-    BLOCK_D = max(64, triton.next_power_of_2(d))  # 64 also below: rows of d_q, transposed, for which wgmma wants 64
-    small = arch in (80, "gfx942")  # operands of products are in registers, beside the sums
+    """Tiles, warps and stages of kernel ``kind`` ("fwd" or "bwd") for S keys of width d."""
+    BLOCK_D = max(64, triton.next_power_of_2(d))  # at least 64: these are the rows of the transposed d_q, for wgmma
+    few_registers = arch in (80, "gfx942")  # operands of products share them with the sums
     if kind == "fwd":
-        stages = 1 if small and S > 208 else 2  # queries loaded ahead leave no registers for so many scores
+        stages = 1 if few_registers and S > 208 else 2  # queries loaded ahead would leave too few for the scores
         return {"KEYS": key_tiles(S), "BLOCK_T": 64, "BLOCK_D": BLOCK_D, "num_warps": 4, "num_stages": stages}
     BLOCK_S = max(16, triton.next_power_of_2(S))
-    num_warps = 8 if BLOCK_S >= 128 else 4  # d_k and d_v are at most half of a thread's registers
+    num_warps = 8 if BLOCK_S >= 128 else 4  # so that d_k and d_v take at most half of a thread's registers
     if arch == "gfx942":
         num_warps //= 2  # 64 lanes in a warp
-    BLOCK_T = 16 if small else 32
+    BLOCK_T = 16 if few_registers else 32
     return {"BLOCK_T": BLOCK_T, "BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D, "num_warps": num_warps, "num_stages": 2}
 
 
 def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
-    """S keys, rounded up to 16, as (first, size) with sizes 128, 64, 32 and 16, the largest first."""
+    """Tiles (first, size) for S keys, rounded up to 16: sizes of 128, 64, 32 and 16, the largest first."""
     tiles, start, end = [], 0, triton.cdiv(S, 16) * 16
     while start < end:
         size = next(size for size in (128, 64, 32, 16) if size <= end - start)
@@ -149,23 +150,23 @@ def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
 
 
 def constants(kind: str, H: int, T: int, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
-    """Compile-time constants and launch options of one kernel, but for the strides of its inputs."""
+    """The compile-time constants and launch options of kernel ``kind``, without the strides of its inputs."""
     compute = tl.float32 if chip.INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
     return {"H": H, "T": T, "S": S, "d": d, "COMPUTE": compute} | launch_config(kind, S, d, dtype, arch)
 
 
 def covers(device: torch.device, S: int, d: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels serve this device, keys, width of a head and dtype.
+    """Whether the kernels run on this device, for S keys of width d in this dtype.
 
-    Heads of 64 and 64, 109, 128, 206 and 240 keys are compiled ahead of time and spill no register on any chip.
+    With d = 64 and 64, 109, 128, 206 and 240 keys they were compiled ahead of time, without spills on any architecture.
     """
     known = chip.arch(device) is not None and chip.shared_memory(device) >= SHARED_MEMORY
     return known and 1 <= S <= 240 and 1 <= d <= 64 and dtype in (torch.float16, torch.bfloat16)
 
 
 def _check(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int | str]:
-    """Batch, keys, width of a head and the row of the tables; raises what the launchers say they raise."""
-    arch = chip.require("attention", qkv)
+    """B, S, d and the architecture; raises what the launchers say they raise."""
+    arch = chip.require_arch("attention", qkv)
     B, S, D3 = qkv.shape
     d = D3 // (3 * num_heads)
     if not chip.INTERPRETED and not covers(qkv.device, S, d, qkv.dtype):
@@ -175,39 +176,50 @@ def _check(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int
     return B, S, d, arch
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A tensor whose rows are contiguous, as it is; any other copied."""
+def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
-    """Attend from the first `num_queries` tokens to all, softmax(scale q k^T) v for every head.
+    """Attention of the first ``num_queries`` tokens to all: softmax(scale q k^T) v for every head.
 
-    qkv [B, S, 3*D] in bf16 or fp16 with contiguous rows and any other strides; returns [B, num_queries, D], contiguous,
-    in the same dtype. Raises RuntimeError on a CPU tensor outside of the interpreter, ValueError where `covers` says no
-    and where num_queries is not 1 to S. The interpreter takes fp32 and any width too.
+    Args:
+        qkv: [B, S, 3*D] in bf16 or fp16; only rows that are not contiguous are copied.
+
+    Returns:
+        [B, num_queries, D], contiguous, in the same dtype.
+
+    Raises:
+        RuntimeError: for a CPU tensor outside of the interpreter, which also takes fp32 and any d.
+        ValueError: for what ``covers`` excludes, and for num_queries outside of 1 to S.
     """
     B, S, d, arch = _check(qkv, num_heads, num_queries)
-    qkv = _rows(qkv)
+    qkv = _with_contiguous_rows(qkv)
     const = constants("fwd", num_heads, num_queries, S, d, qkv.dtype, arch)
     out = qkv.new_empty(B, num_queries, num_heads * d)
     if B:
-        # few heads: their blocks of queries go to programs of their own, until every multiprocessor has two
+        # with few heads, blocks of queries get programs of their own, until each multiprocessor has two
         heads, blocks = B * num_heads, triton.cdiv(num_queries, const["BLOCK_T"])
-        splits = min(blocks, triton.cdiv(2 * chip.PROCESSORS[arch], heads))
+        splits = min(blocks, triton.cdiv(2 * chip.MULTIPROCESSORS[arch], heads))
         with torch.cuda.device_of(qkv):
             _attention_fwd_kernel[(heads, splits)](qkv, out, scale * LOG2_E, QKV=qkv.stride()[:2], **const)
     return out
 
 
 def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
-    """The gradient of `attention_fwd` by the packed product; rows that ask no query have none in their first D columns.
+    """The gradient of ``attention_fwd`` with respect to the packed product, without atomics and so deterministic.
 
-    grad [B, num_queries, D] in the dtype of qkv, the rest as in the forward; returns [B, S, 3*D], contiguous. Raises
-    as the forward does. No atomics: the same inputs give the same bits.
+    Args:
+        grad: [B, num_queries, D] in the dtype of ``qkv``; the rest as in forward.
+
+    Returns:
+        [B, S, 3*D], contiguous; zero in the first D columns of tokens that are no queries.
+
+    Raises:
+        RuntimeError, ValueError: as forward does.
     """
     B, S, d, arch = _check(qkv, num_heads, num_queries)
-    qkv, grad = _rows(qkv), _rows(grad)
+    qkv, grad = _with_contiguous_rows(qkv), _with_contiguous_rows(grad)
     const = constants("bwd", num_heads, num_queries, S, d, qkv.dtype, arch)
     d_qkv = qkv.new_empty(qkv.shape)
     if B:

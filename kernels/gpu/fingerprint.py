@@ -1,7 +1,8 @@
-"""Checksums of memory that is not supposed to change: Triton kernel and launcher.
+"""Checksums of memory that should not change, such as frozen weights: Triton kernel and launcher.
 
-As in kernels/cpu/fingerprint: memory is seen as blocks of 128 lines of 64 bytes, and line l of all blocks together
-has one checksum, the sum of its words, each mixed with its place. Here a word has 4 bytes; a rest of fewer is not read.
+Memory is divided as in kernels/cpu/fingerprint, into blocks of 128 lines of 64 bytes. Checksum l covers line l of
+all blocks; it is the sum of a hash of each word and its position. Here a word has 4 bytes, and bytes behind the last
+whole word are not read.
 """
 
 import torch
@@ -10,13 +11,13 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
-LINE = tl.constexpr(16)  # words of a line
+LINE = tl.constexpr(16)  # words in a line
 CONSTANTS = {"LINES": 128, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
 def _fingerprint_kernel(table_ptr, sums_ptr, first_line, LINES: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a piece and line; the table has the address and the number of words of each piece."""
+    """One program per piece of memory and line; the table has the address and the number of words of each piece."""
     piece, line = tl.program_id(0), tl.program_id(1)
     data_ptr = tl.load(table_ptr + 2 * piece).to(tl.pointer_type(tl.int32))
     words = tl.load(table_ptr + 2 * piece + 1)
@@ -33,12 +34,18 @@ def _fingerprint_kernel(table_ptr, sums_ptr, first_line, LINES: tl.constexpr, BL
 
 
 def fingerprint(table: Tensor, first_line: int, num_lines: int) -> Tensor:
-    """The checksums of lines ``first_line`` to before ``first_line + num_lines`` of pieces of memory.
+    """The checksums ``first_line`` to ``first_line + num_lines - 1`` of pieces of memory.
 
-    table [n, 2], int64, on the device of the memory: the address, a multiple of 4, and the words of each piece. Returns
-    [n, num_lines], int64. Raises RuntimeError on a CPU tensor outside of the interpreter.
+    Args:
+        table: [n, 2], int64, on the device of the memory: the address of each piece, a multiple of 4, and its words.
+
+    Returns:
+        [n, num_lines], int64.
+
+    Raises:
+        RuntimeError: for a CPU tensor outside of the interpreter.
     """
-    chip.require("fingerprint", table)
+    chip.require_arch("fingerprint", table)
     sums = table.new_empty(len(table), num_lines)
     if len(table):
         with torch.cuda.device_of(table):

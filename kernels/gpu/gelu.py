@@ -1,9 +1,10 @@
 """GELU in its exact (erf) form, forward and backward, its derivative optionally kept in 8 bits: Triton kernels.
 
-GELU is x Φ(x), and Φ comes from the one tail that needs computing: Φ(-a) = 2^p(a) for a = |x|, with p of degree 10
-fitted to log2 Φ(-a) and falling without end behind the fit. This takes half the instructions of libdevice's erf, which
-would outweigh the memory traffic. In fp32 it is off by at most 4e-8, half a unit in the last place of 1, and by 1e-5
-relatively down to x = -6, where 1 + erf has nothing left.
+GELU is x Φ(x). Only one tail of Φ is computed, Φ(-a) = 2^p(a) with a = |x| and a polynomial p of degree 10. It is
+fitted to log2 Φ(-a), and beyond the range of the fit it decreases without bound. This takes half the instructions of
+libdevice's erf, with which the kernel would be limited by computation and not by memory. In fp32 the absolute error is
+at most 4e-8, half a unit in the last place of 1, and the relative error at most 1e-5 down to x = -6, where 1 + erf has
+lost all its digits.
 
 Arithmetic: fp32 from load to store.
 """
@@ -14,8 +15,8 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
-# The derivative d in 8 bits is round(STEPS d) + ZERO: room for its range, -0.1290 to 1.1290; 0 and 1 are exact, and the
-# code 255, which no number has, is for NaN.
+# The derivative d is kept in 8 bits as round(STEPS d) + ZERO. This covers its range, -0.1290 to 1.1290, and is exact
+# for 0 and 1. No number has the code 255, which stands for NaN.
 STEPS: tl.constexpr = tl.constexpr(201)
 ZERO: tl.constexpr = tl.constexpr(27)
 NAN: tl.constexpr = tl.constexpr(255)
@@ -45,7 +46,7 @@ def _gelu(x):
 
 @triton.jit
 def _derivative(x):
-    """Φ(x) + x φ(x), by its symmetry from -|x|."""
+    """Φ(x) + x φ(x), computed at -|x| and mirrored."""
     a = tl.abs(x)
     bell = tl.exp2(tl.fma(x * x, -0.7213475204444817, -1.3257480647361593))  # log2 of exp(-x²/2) / √2π
     tail = tl.fma(-a, bell, _tail(a))
@@ -54,7 +55,7 @@ def _derivative(x):
 
 @triton.jit
 def _gelu_fwd_kernel(pre_ptr, hidden_ptr, code_ptr, N, BLOCK: tl.constexpr):
-    """`code_ptr` may be None."""
+    """``code_ptr`` may be None."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(pre_ptr + offs, offs < N, 0.0).to(tl.float32)
     tl.store(hidden_ptr + offs, _gelu(x).to(hidden_ptr.dtype.element_ty), offs < N)
@@ -65,7 +66,7 @@ def _gelu_fwd_kernel(pre_ptr, hidden_ptr, code_ptr, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gelu_bwd_kernel(grad_ptr, kept_ptr, out_ptr, N, BLOCK: tl.constexpr):
-    """Kept is the pre-activation, or the code of the derivative where it has 8 bits."""
+    """``kept_ptr`` has the pre-activation, or as uint8 the derivative in 8 bits."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr + offs, offs < N, 0.0).to(tl.float32)
     kept = tl.load(kept_ptr + offs, offs < N, 0.0).to(tl.float32)
@@ -76,43 +77,49 @@ def _gelu_bwd_kernel(grad_ptr, kept_ptr, out_ptr, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, (grad * d).to(out_ptr.dtype.element_ty), offs < N)
 
 
-BLOCK = {"BLOCK": 2048, "num_warps": 4, "num_stages": 1}  # 16 values a thread: two or more 16-byte loads in flight
+BLOCK = {"BLOCK": 2048, "num_warps": 4, "num_stages": 1}  # 16 values per thread: at least two 16-byte loads in flight
 
 
 def covers(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels serve this device and dtype."""
+    """Whether the kernels run on this device and dtype."""
     return chip.arch(device) is not None and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def gelu_fwd(pre: Tensor) -> Tensor:
-    """x Φ(x) of fp32, fp16 or bf16 of any shape, contiguous.
+    """GELU of a tensor of any shape in fp32, fp16 or bf16; the result is contiguous.
 
-    Raises RuntimeError on a CPU tensor outside of the interpreter.
+    Raises:
+        RuntimeError: for a CPU tensor outside of the interpreter.
     """
     return _forward(pre, None)
 
 
 def gelu_fwd_code(pre: Tensor) -> tuple[Tensor, Tensor]:
-    """`gelu_fwd`, and the derivative in 8 bits: uint8, of the shape of `pre`."""
+    """``gelu_fwd``, and the derivative in 8 bits, as uint8 in the shape of ``pre``."""
     code = torch.empty(pre.shape, dtype=torch.uint8, device=pre.device)
     return _forward(pre, code), code
 
 
 def gelu_bwd(grad: Tensor, pre: Tensor, out: Tensor | None = None) -> Tensor:
-    """`grad` times the derivative at `pre`, in the dtype of `pre`, in `out` if given, which may be `grad` itself.
+    """``grad`` times the derivative at ``pre``, in the dtype of ``pre``.
 
-    Raises as the forward does, and ValueError for an `out` that does not fit.
+    Args:
+        out: where the result goes; it may be ``grad`` itself.
+
+    Raises:
+        RuntimeError: for a CPU tensor outside of the interpreter.
+        ValueError: for an ``out`` of another shape, dtype or layout.
     """
     return _backward(grad, pre, pre.dtype, out)
 
 
 def gelu_bwd_code(grad: Tensor, code: Tensor, out: Tensor | None = None) -> Tensor:
-    """`grad` times the derivative that `code` stands for, in the dtype of `grad`; else as `gelu_bwd`."""
+    """``grad`` times the derivative in 8 bits, in the dtype of ``grad``; otherwise as ``gelu_bwd``."""
     return _backward(grad, code, grad.dtype, out)
 
 
 def _forward(pre: Tensor, code: Tensor | None) -> Tensor:
-    chip.require("gelu", pre)
+    chip.require_arch("gelu", pre)
     pre = pre.contiguous()
     hidden = torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
     if N := pre.numel():
@@ -122,7 +129,7 @@ def _forward(pre: Tensor, code: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, kept: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    chip.require("gelu", grad)
+    chip.require_arch("gelu", grad)
     if out is None:
         out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     elif out.shape != grad.shape or out.dtype != dtype or not out.is_contiguous():

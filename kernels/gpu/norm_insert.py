@@ -1,12 +1,13 @@
 """Residual addition, LayerNorm and placement of the prompts in one pass: Triton kernels and launchers.
 
-Letters: B images, T tokens and L prompts of each, S = T + L, M = B*S rows of the normalised buffer, D width.
+Letters: B images, T tokens and L prompts of each, S = T + L, M = B*S rows of the normalized buffer, D width.
 
-A program owns BLOCK_M consecutive rows of the normalised buffer, tokens and prompts alike: which of them a row is
-follows from its number, and masked loads add up to its values. It is one warp up to D = 2048, so that the sums over a
-row need no shared memory and no barrier; the chip holds enough such programs to keep its memory busy.
+A program computes BLOCK_M consecutive rows of the normalized buffer, each a token or a prompt, depending on its number.
+It loads both through masks that exclude each other, and adds them. Up to D = 2048 a program is one warp, so that the
+sums over a row need no shared memory and no barrier, and many programs per multiprocessor keep the memory busy.
 
-Arithmetic: fp32 from load to store, the variance from the deviations, never as a difference of squares.
+Arithmetic: fp32 from load to store. The variance is the mean square of the deviations, which does not cancel as
+E[x²] - E[x]² does.
 """
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 @triton.jit
 def _rows(M, T, L, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Image, place in it [BLOCK_M, 1], columns and mask of a program's rows; int64 where widths are multiplied in."""
+    """Image, position in it [BLOCK_M, 1], columns and mask of a program's rows; int64, as offsets may exceed int32."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # as many rows as the data, so that the affine map gets the same layout and moves between no lanes
+    # broadcast to the rows, so that weight and bias get the layout of the data and need no exchange between lanes
     offs_d = tl.broadcast_to(tl.arange(0, BLOCK_D)[None, :], (BLOCK_M, BLOCK_D))
     image, place = (m // (T + L)).to(tl.int64)[:, None], (m % (T + L))[:, None]
     return image, place, offs_d, (m < M)[:, None] & (offs_d < D)
@@ -31,7 +32,7 @@ def _norm_insert_fwd_kernel(
     residual_ptr, branch_ptr, prompts_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, xhat_ptr, rstd_ptr,
     M, T, L, prompt_stride, eps, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A pointer may be None: no branch and so no total, no prompts, no affine map and so no separate x-hat, no bias."""
+    """Pointers may be None: without a branch there is no total, without a weight no bias and no separate x-hat."""
     image, place, offs_d, mask = _rows(M, T, L, D, BLOCK_M, BLOCK_D)
     tokens = (image * T + place) * D + offs_d
     token_mask = mask & (place < T)
@@ -40,7 +41,7 @@ def _norm_insert_fwd_kernel(
         x += tl.load(branch_ptr + tokens, token_mask, 0.0).to(tl.float32)
         total = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + tokens, total, token_mask)
-        x = total.to(tl.float32)  # what is normalised is the stream as the next block reads it
+        x = total.to(tl.float32)  # normalize the rounded stream, which is what the next block reads
     if prompts_ptr is not None:
         prompts = image * prompt_stride + (place - T) * D + offs_d
         x += tl.load(prompts_ptr + prompts, mask & (place >= T), 0.0).to(tl.float32)
@@ -64,7 +65,7 @@ def _norm_insert_bwd_kernel(
     grad_residual_ptr, grad_normed_ptr, xhat_ptr, rstd_ptr, weight_ptr, d_residual_ptr, d_branch_ptr, d_prompts_ptr,
     M, T, L, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A pointer may be None: no gradient of the stream, no affine map, nothing to write apart for branch or prompts."""
+    """Pointers may be None: those of the stream's gradient, of the weight, and of results that are not needed."""
     image, place, offs_d, mask = _rows(M, T, L, D, BLOCK_M, BLOCK_D)
     rows = image * (T + L) + place
     tokens = (image * T + place) * D + offs_d
@@ -72,7 +73,7 @@ def _norm_insert_bwd_kernel(
     g = tl.load(grad_normed_ptr + rows * D + offs_d, mask, 0.0).to(tl.float32)
     xhat = tl.load(xhat_ptr + rows * D + offs_d, mask, 0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + rows, rows < M, 0.0)
-    if grad_residual_ptr is not None:  # asked for before the sums, which would wait for it
+    if grad_residual_ptr is not None:  # loaded before the sums, to overlap with them
         onward = tl.load(grad_residual_ptr + tokens, token_mask, 0.0).to(tl.float32)
     if weight_ptr is not None:
         g *= tl.load(weight_ptr + offs_d, offs_d < D, 0.0).to(tl.float32)
@@ -90,7 +91,10 @@ def _norm_insert_bwd_kernel(
 
 
 def launch_config(D: int) -> dict[str, int]:
-    """Rows, warps and stages of both kernels on every chip: a warp has 2048 values at most, 64 a lane or on AMD 32."""
+    """Rows, warps and stages of both kernels on every architecture.
+
+    A warp has at most 2048 values, 64 per lane and on AMD 32. Raises ValueError for a width above 16384.
+    """
     if not 1 <= D <= 16384:
         raise ValueError(f"norm_insert: the width must be 1 to 16384, got {D}")
     BLOCK_D = triton.next_power_of_2(D)
@@ -99,7 +103,7 @@ def launch_config(D: int) -> dict[str, int]:
 
 
 def covers(device: torch.device, D: int, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels serve this device, width and dtypes."""
+    """Whether the kernels run on this device, width and dtypes."""
     known = {torch.float32, torch.float16, torch.bfloat16}
     return chip.arch(device) is not None and 1 <= D <= 16384 and set(dtypes) <= known
 
@@ -108,15 +112,25 @@ def norm_insert_fwd(
     residual: Tensor, branch: Tensor | None, prompts: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Add the branch to the stream, normalise tokens and prompts and place them in one buffer.
+    """Add the branch to the stream, normalize tokens and prompts, and place them in one buffer.
 
-    residual, branch [B, T, D] and prompts [B, L, D], which may be expanded along B; weight and bias [D] of the frozen
-    LayerNorm, None where the next product has taken them up; each fp32, fp16 or bf16. Returns total [B, T, D] in the
-    dtype of `residual`, empty without a branch; normed [B, S, D] in `dtype`; xhat [B, S, D] in `dtype`, the same before
-    the affine map, empty without a weight; rstd [B, S] in fp32. Raises RuntimeError on a CPU tensor outside of the
-    interpreter, ValueError for D above 16384.
+    Args:
+        residual, branch: [B, T, D], in fp32, fp16 or bf16 as all operands.
+        prompts: [B, L, D], which may be expanded along B.
+        weight, bias: [D], of the frozen LayerNorm; None where they are folded into the next product.
+        dtype: of the normalized tokens.
+
+    Returns:
+        total: [B, T, D] in the dtype of ``residual``; empty without a branch.
+        normed: [B, S, D] in ``dtype``.
+        xhat: [B, S, D] in ``dtype``, ``normed`` before weight and bias; empty without a weight.
+        rstd: [B, S] in fp32.
+
+    Raises:
+        RuntimeError: for a CPU tensor outside of the interpreter.
+        ValueError: for D above 16384.
     """
-    chip.require("norm_insert", residual)
+    chip.require_arch("norm_insert", residual)
     config = launch_config(residual.shape[-1])
     (B, T, D), L = residual.shape, 0 if prompts is None else prompts.shape[1]
     S, device = T + L, residual.device
@@ -140,14 +154,23 @@ def norm_insert_bwd(
     grad_residual: Tensor | None, grad_normed: Tensor, xhat: Tensor, rstd: Tensor, weight: Tensor | None,
     num_tokens: int, stream_dtype: torch.dtype, branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `norm_insert_fwd` by the stream, the branch and the prompts.
+    """The gradients of ``norm_insert_fwd``.
 
-    grad_residual [B, T, D] or None where nothing came along the stream; grad_normed, xhat [B, S, D] and rstd [B, S] as
-    the forward returned them (without a weight its normed is xhat). Returns d_residual [B, T, D] in `stream_dtype`;
-    d_branch, the same values in `branch_dtype`, empty where that is `stream_dtype`; d_prompts [B, L, D] in
-    `stream_dtype`. Raises as the forward does.
+    Args:
+        grad_residual: [B, T, D], of ``total``; None for zero.
+        grad_normed: [B, S, D].
+        xhat, rstd: as forward returned them; without a weight its ``normed`` is ``xhat``.
+        num_tokens: T.
+
+    Returns:
+        d_residual: [B, T, D] in ``stream_dtype``.
+        d_branch: the same values in ``branch_dtype``; empty where that is ``stream_dtype``.
+        d_prompts: [B, L, D] in ``stream_dtype``.
+
+    Raises:
+        RuntimeError, ValueError: as forward does.
     """
-    chip.require("norm_insert", xhat)
+    chip.require_arch("norm_insert", xhat)
     config = launch_config(xhat.shape[-1])
     (B, S, D), T, device = xhat.shape, num_tokens, xhat.device
     L = S - T

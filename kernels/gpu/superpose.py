@@ -1,16 +1,16 @@
-"""The image prompt in one pass over the pixels, written unfolded (equations 5 to 7): Triton kernels and launchers.
+"""The image prompt (equations 5 to 7) in one pass over the pixels, written unfolded: Triton kernels and launchers.
 
 Letters: B images, C channels, H, W image size, P patch side, N = (H/P)(W/P) patches in row-major order, M = B*N patches
 of the batch, K = C*P*P values of a patch (channel, row, column), R hidden width of the patch prompter, S splits of M.
 
-A program owns BLOCK_M consecutive patches and walks K. Lanes run along a patch's pixel row and then along the next
-patch, so that reads of the image use whole sectors and the tokens are written contiguously. Neither the unfolded image
-nor the patch prompt exists in memory.
+A program computes BLOCK_M consecutive patches and loops over K. Lanes run along a pixel row of a patch and on into the
+next patch, so that reads of the image use whole sectors and the tokens are written contiguously. Neither the unfolded
+image nor the patch prompt is stored in memory.
 
-Arithmetic: everything is accumulated in fp32. The operands of the matrix products have the dtype that image and tokens
-promote to. Where both are the same 16-bit dtype the weights are rounded to it, as autocast does; otherwise the products
-are exact to fp32 ("ieee", or three TF32 passes on NVIDIA, whose tensor cores have no fp32). An 8-bit image
-becomes fp32 as it is loaded, with scale and shift of its channel applied, and counts as that.
+Arithmetic: sums are in fp32. The operands of the matrix products have the dtype that image and tokens promote to. If
+both have the same 16-bit dtype, the weights are rounded to it, as under autocast; otherwise the products have fp32
+accuracy ("ieee", and three TF32 passes on NVIDIA, whose tensor cores have no fp32). An 8-bit image counts as fp32: it
+is converted when loaded, with the scale and shift of its channel.
 """
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @triton.jit
 def _patch_offsets(m, P: tl.constexpr, GRID: tl.constexpr, STRIDES: tl.constexpr):
-    """First pixel of patch m [BLOCK_M]; int64, since a batch may exceed 2^31 elements."""
+    """Offset of the first pixel of patch m [BLOCK_M]; int64, since a batch may exceed 2^31 elements."""
     n = m % (GRID[0] * GRID[1])
     image = (m // (GRID[0] * GRID[1])).to(tl.int64) * STRIDES[0]
     return image + (n // GRID[1]) * (P * STRIDES[2]) + (n % GRID[1]) * (P * STRIDES[3])
@@ -30,14 +30,14 @@ def _patch_offsets(m, P: tl.constexpr, GRID: tl.constexpr, STRIDES: tl.constexpr
 
 @triton.jit
 def _pixel_offsets(k, P: tl.constexpr, STRIDES: tl.constexpr):
-    """Place of value k = (channel, row, column) relative to its patch [BLOCK_K]."""
+    """Offset of value k = (channel, row, column) from the first pixel of its patch [BLOCK_K]."""
     return (k // (P * P)) * STRIDES[1] + (k // P % P) * STRIDES[2] + (k % P) * STRIDES[3]
 
 
 @triton.jit
 def _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask,
             K: tl.constexpr, P: tl.constexpr, IMAGE: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Values offs_k of the patches that start at `places`; scale and shift are None unless the image has 8 bits."""
+    """Values offs_k of the patches that start at ``places``; scale and shift are None unless the image has 8 bits."""
     u = tl.load(image_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :], mask, 0.0)
     if scale_ptr is not None:
         channel, known = offs_k // (P * P), offs_k < K
@@ -50,7 +50,7 @@ def _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask,
 def _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr,
              K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, IMAGE: tl.constexpr,
              COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """Pixels k0.. of the patches, and `hidden` with their share of the first layer added."""
+    """The next BLOCK_K pixels of the patches, from k0, and ``hidden`` plus their part of the first layer's product."""
     offs_k, offs_r = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_k = (offs_k < K)[None, :]
     u = _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask_m & mask_k, K, P, IMAGE, COMPUTE)
@@ -63,7 +63,7 @@ def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, toke
                   K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GLOBAL: tl.constexpr, HAS_GLOBAL: tl.constexpr,
                   COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
                   BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """Second layer, superposition and store for pixels k0.. of the patches."""
+    """Second layer, superposition and store for BLOCK_K pixels of the patches, from k0."""
     offs_k, offs_r = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_k = offs_k < K
     mask = mask_m & mask_k[None, :]
@@ -85,7 +85,7 @@ def _superpose_fwd_kernel(
     HAS_GLOBAL: tl.constexpr, KEEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """KEEP holds the pixels in registers between the layers, unrolled over K; else pipelined loops read them twice."""
+    """With KEEP the pixels stay in registers between the layers, in loops unrolled over K; else they are read twice."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     rows = offs_m.to(tl.int64)[:, None]
@@ -98,7 +98,7 @@ def _superpose_fwd_kernel(
         for k0 in tl.static_range(0, K, BLOCK_K):
             u, hidden = _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr,
                                  K, P, R, IMAGE, COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
-            kept += (u,)  # type: ignore[assignment]  # a Triton tuple, as long as the unrolled loop
+            kept += (u,)  # type: ignore[assignment]  # a Triton tuple with an entry per unrolled iteration
     else:
         for k0 in range(0, K, BLOCK_K):
             u, hidden = _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr,
@@ -175,7 +175,7 @@ def _superpose_bwd_weight_kernel(
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of split s over its fixed share of patches: every S-th block of them; summed over s afterwards."""
+    """Partial sums of split s of S, over every S-th block of patches; the launcher adds the splits."""
     split = tl.program_id(1)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
@@ -210,19 +210,26 @@ def _superpose_bwd_weight_kernel(
 
 
 def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
-    """Tiles, warps and stages of kernel `kind` ("fwd", "bwd", "bwd_weight"); `dtype` is that of the matrix operands."""
+    """Tiles, warps and stages of kernel ``kind`` ("fwd", "bwd" or "bwd_weight").
+
+    Args:
+        dtype: of the operands of the matrix products.
+
+    Raises:
+        ValueError: for R outside of 1 to 128.
+    """
     if not 1 <= R <= 128:
         raise ValueError(f"superpose: the hidden width must be 1 to 128, got {R}")
     BLOCK_R = max(16, triton.next_power_of_2(R))
     wide = dtype == torch.float32
     config = {"KEEP": not wide and K <= 1024 and R <= 32} if kind == "fwd" else {}
-    if config.get("KEEP"):  # 32 x 768 pixels are 48 registers a thread
+    if config.get("KEEP"):  # 32 x 768 pixels take 48 registers of a thread
         BLOCK_M, BLOCK_K, num_warps = 32, 64, 8
-    elif kind == "bwd_weight":  # a wide BLOCK_K, since every block of K reads the hidden activations again
+    elif kind == "bwd_weight":  # a wide BLOCK_K, since each block of K reads the hidden activations
         BLOCK_M, BLOCK_K, num_warps = 64 if arch == 90 and not wide else 32, 64 if wide else 128, 8
     else:
         BLOCK_M, BLOCK_K, num_warps = 32 if wide and R > 16 else 64, 32 if wide else 64, 4
-    if BLOCK_R > 32:  # wider hidden layers pay with a narrower tile
+    if BLOCK_R > 32:  # registers allow a smaller tile then
         BLOCK_K = max(2048 // BLOCK_R, 16)
     num_stages = 3
     if arch == "gfx942":  # 64 lanes in a warp, 64 KB of shared memory
@@ -232,14 +239,19 @@ def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: i
 
 
 def weight_splits(M: int, K: int, config: dict[str, int], arch: int | str) -> int:
-    """Shares S of the patches in the weight kernel: two programs per multiprocessor in all, never an idle one."""
+    """The number S of splits in the weight kernel: two programs per multiprocessor, none of them without work."""
     return min(
-        triton.cdiv(M, config["BLOCK_M"]), max(1, 2 * chip.PROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"]))
+        triton.cdiv(M, config["BLOCK_M"]), max(1, 2 * chip.MULTIPROCESSORS[arch] // triton.cdiv(K, config["BLOCK_K"]))
     )
 
 
 def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int | str) -> dict:
-    """Compile-time constants and launch options of one kernel for images [B, C, H, W]; `dtypes` of image and tokens."""
+    """The compile-time constants and launch options of kernel ``kind``, without the strides of its operands.
+
+    Args:
+        shape: of the image, [B, C, H, W].
+        dtypes: of the image and the tokens.
+    """
     _, C, H, W = shape
     compute = torch.promote_types(*(torch.float32 if dtype == torch.uint8 else dtype for dtype in dtypes))
     exact = "ieee" if isinstance(arch, str) else "tf32x3"
@@ -250,7 +262,7 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
 
 
 def covers(device: torch.device, R: int, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels serve this device, hidden width and floating dtypes: what was compiled and checked."""
+    """Whether the kernels run on this device, hidden width and floating-point dtypes, all of which were checked."""
     return (
         chip.arch(device) is not None
         and 1 <= R <= 128
@@ -259,7 +271,10 @@ def covers(device: torch.device, R: int, *dtypes: torch.dtype) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """NCHW and channels_last as they are, else a copy: few compiled variants, offsets inside an image fit int32."""
+    """The tensor if it is contiguous or channels_last, else a copy.
+
+    So few variants are compiled, and offsets within an image fit int32.
+    """
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
@@ -268,15 +283,26 @@ def superpose_fwd(
     patch_size: int, global_weight: float, patch_weight: float, dtype: torch.dtype,
     scale: Tensor | None = None, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Superpose the patch prompt and the global prompt on an image and return it unfolded, with the hidden activations.
+    """Superpose the patch prompt and the global prompt on an image, unfolded (equations 5 to 7 of InsVP, MM 2024).
 
-    image, global_prompt [B, C, H, W] in fp32, fp16 or bf16; w1 [R, K], b1 [R], w2 [K, R], b2 [K]; returns tokens
-    [B, N, K] in `dtype` and hidden [B, N, R] in fp32. A uint8 image stands for image · scale + shift, both [C] in fp32.
-    Raises RuntimeError on a CPU tensor outside of the interpreter,
-    ValueError for R outside 1 to 128. Equations 5 to 7 of InsVP (MM 2024):
-    hidden = relu(u w1^T + b1), tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
+    With u = unfold(image), hidden = relu(u w1^T + b1) and
+    tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
+
+    Args:
+        image, global_prompt: [B, C, H, W] in fp32, fp16 or bf16; the image also in uint8.
+        w1, b1, w2, b2: [R, K], [R], [K, R] and [K].
+        dtype: of the tokens.
+        scale, shift: [C] in fp32, for a uint8 image, which stands for image · scale + shift.
+
+    Returns:
+        tokens: [B, N, K] in ``dtype``.
+        hidden: [B, N, R] in fp32.
+
+    Raises:
+        RuntimeError: for a CPU tensor outside of the interpreter.
+        ValueError: for R outside of 1 to 128.
     """
-    arch = chip.require("superpose", image)
+    arch = chip.require_arch("superpose", image)
     (B, _, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image = _dense(image)
     prompt = image if global_prompt is None else _dense(global_prompt)
@@ -300,14 +326,23 @@ def superpose_bwd(
     patch_size: int, global_weight: float, patch_weight: float, need_image: bool, need_global: bool,
     scale: Tensor | None = None, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `superpose_fwd`: d_image, d_global, dw1, db1, dw2, db2, all contiguous.
+    """The gradients of ``superpose_fwd``, all contiguous.
 
-    grad [B, N, K] in the dtype of the tokens, the rest as in the forward. d_image [B, C, H, W] has the dtype of the
-    image, d_global [B, C, H, W] that of `grad`, weight and bias gradients that of their weight; one that is not needed
-    is empty, and a uint8 image has none. Raises as the forward does. No atomics: every split sums its fixed share of
-    the patches, and the splits are summed in order, so that the same inputs give the same bits.
+    Deterministic: without atomics, each split sums a fixed part of the patches and the splits are added in order.
+
+    Args:
+        grad: [B, N, K] in the dtype of the tokens; the rest as in forward.
+        need_image, need_global: whether to compute d_image and d_global; a uint8 image has no gradient.
+
+    Returns:
+        d_image: [B, C, H, W] in the dtype of the image; empty if not needed.
+        d_global: [B, C, H, W] in the dtype of ``grad``; empty if not needed.
+        dw1, db1, dw2, db2: in the dtype of their weight.
+
+    Raises:
+        RuntimeError, ValueError: as forward does.
     """
-    arch = chip.require("superpose", grad)
+    arch = chip.require_arch("superpose", grad)
     (_, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image, grad, hidden = _dense(image), grad.contiguous(), hidden.contiguous()
     M, dtypes = hidden.numel() // R, (image.dtype, grad.dtype)

@@ -1,4 +1,4 @@
-"""The benchmarks work: tiny, each once. That seeds decide the bits of a training is told here too."""
+"""`insvp bench`, its package and the scripts in benchmarks/ at tiny sizes, and the determinism of a training step."""
 
 import functools
 import json
@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results, steps, waterfall
-from insvp_fast import InsVPConfig, bench
+from benchmarks import parity, results, waterfall
+from benchmarks.models import make_model, without_dropout
+from insvp_fast import InsVPConfig
+from insvp_fast.bench import models, report
+from insvp_fast.bench.jobs import forward_backward, training_step
+from insvp_fast.bench.machine import machine_facts
+from insvp_fast.bench.tables import line
+from insvp_fast.bench.timing import compare, median_and_spread
+from insvp_fast.checkpoints.released import to_ours
 from insvp_fast.commands import cli
 from insvp_fast.testing import DEVICE, relative_error
 
@@ -30,8 +37,8 @@ def test_every_benchmark_runs():
 @pytest.mark.parametrize("provider", ["reference", "insvp_fast"])
 def test_the_same_seed_gives_the_same_bits(provider):
     def losses():
-        model = bench.make_model(provider, "vit_tiny_patch16_224", InsVPConfig.released(), **TINY)
-        step = bench.training_step(model, 3, None)
+        model = models.make_model(provider, "vit_tiny_patch16_224", InsVPConfig.released(), **TINY)
+        step = training_step(model, 3, None)
         torch.manual_seed(5)  # of the dropouts
         return [step()["loss"].item() for _ in range(3)]
 
@@ -41,11 +48,11 @@ def test_the_same_seed_gives_the_same_bits(provider):
 
 
 def test_the_release_gives_the_gradients_of_the_reference():
-    config = steps.without_dropout(InsVPConfig.released(prompt_length=2, specific_kernels=(3, 3, 3)))
+    config = without_dropout(InsVPConfig.released(prompt_length=2, specific_kernels=(3, 3, 3)))
 
     def values(provider):
-        model = steps.make_model(provider, BASE, config, depth=1)
-        return {steps.to_ours(key): value for key, value in bench.forward_backward(model, 1, None)().items()}
+        model = make_model(provider, BASE, config, depth=1)
+        return {to_ours(key): value for key, value in forward_backward(model, 1, None)().items()}
 
     expected, as_released, frozen = map(values, ("reference", "released", "released frozen"))
     assert frozen.keys() == expected.keys() < as_released.keys()  # these hold the backbone's too
@@ -54,14 +61,14 @@ def test_the_release_gives_the_gradients_of_the_reference():
         assert relative_error(as_released[key], value) < 1e-5, key
         assert relative_error(frozen[key], value) < 1e-5, key
     with pytest.raises(ValueError, match="in its own configuration only"):
-        steps.make_model("released", BASE, InsVPConfig())
+        make_model("released", BASE, InsVPConfig())
 
 
 def test_the_release_trains_as_released():
     config = InsVPConfig.released(prompt_length=2, specific_kernels=(3, 3, 3))
-    model = steps.make_model("released", BASE, config, depth=1)
+    model = make_model("released", BASE, config, depth=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    bench.training_step(model, 1, None)()
+    training_step(model, 1, None)()
     changed = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"prompts", "meta_net", "meta_net_2", "backbone"}
     assert torch.equal(model.backbone.blocks[0].mlp.fc1.weight, before["backbone.blocks.0.mlp.fc1.weight"])
@@ -69,67 +76,132 @@ def test_the_release_trains_as_released():
 
 
 def test_parity_sees_a_wrong_value():
-    config = steps.without_dropout(InsVPConfig())
+    config = without_dropout(InsVPConfig())
     for provider in ("bare", "insvp_fast"):
-        values = bench.forward_backward(bench.make_model(provider, "vit_tiny_patch16_224", config, **TINY), 2, None)()
+        values = forward_backward(models.make_model(provider, "vit_tiny_patch16_224", config, **TINY), 2, None)()
         arguments = provider, None, "vit_tiny_patch16_224", 2, config
-        assert steps.assert_parity(values, *arguments, **TINY)["error of gradients"] < 1e-5
+        assert parity.assert_parity(values, *arguments, **TINY)["error of gradients"] < 1e-5
         name = next(reversed(values))
         with pytest.raises(AssertionError, match="relative error"):
-            steps.assert_parity(values | {name: 1.001 * values[name]}, *arguments, **TINY)
+            parity.assert_parity(values | {name: 1.001 * values[name]}, *arguments, **TINY)
         del values[name]
         with pytest.raises(AssertionError, match="lacks"):
-            steps.assert_parity(values, *arguments, **TINY)
+            parity.assert_parity(values, *arguments, **TINY)
 
 
 def test_the_authors_code_is_an_import(tmp_path, monkeypatch):
     (tmp_path / "theirs_of_test.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 3)\n")
-    monkeypatch.setenv("INSVP_RELEASE_REPO", f"{tmp_path}:theirs_of_test:make")
-    assert steps.make_model("authors", BASE).out_features == 3
-    monkeypatch.setenv("INSVP_RELEASE_REPO", str(tmp_path))
-    with pytest.raises(ValueError, match="expected <checkout>:<module>:<factory>"):
-        steps.make_model("authors", BASE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("INSVP_RELEASE_MODEL", "theirs_of_test:make")
+    assert make_model("authors", BASE).out_features == 3
+    monkeypatch.setenv("INSVP_RELEASE_MODEL", "theirs_of_test")
+    with pytest.raises(ValueError, match="INSVP_RELEASE_MODEL=theirs_of_test: expected <module>:<factory>"):
+        make_model("authors", BASE)
 
 
 def test_rows_and_spread():
-    assert bench.spread([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
-    rows = bench.compare("training step", "fp32", ["bare", "insvp_fast"], "vit_tiny_patch16_224", 2, 2, **TINY)
+    assert median_and_spread([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
+    rows = compare("training step", "fp32", ["bare", "insvp_fast"], "vit_tiny_patch16_224", 2, 2, **TINY)
     assert rows[0]["ratio"] == 1
     assert rows[1]["ratio p20"] <= rows[1]["ratio"] <= rows[1]["ratio p80"]
-    for row in bench.compare(
-        "inference", "fp32", ["bare", "reference", "insvp_fast"], "vit_tiny_patch16_224", 1, 1, **TINY
-    ):
+    for row in compare("inference", "fp32", ["bare", "reference", "insvp_fast"], "vit_tiny_patch16_224", 1, 1, **TINY):
         assert row["error"] < 1e-5
-        assert row["provider"] in bench.line(row)
+        assert row["provider"] in line(row)
 
 
-def test_results_are_merged_and_shown(tmp_path):
-    row = {"job": "inference", "precision": "fp32", "provider": "bare", "model": BASE, "batch": 8, "ratio": 1.0}
-    row |= {"images per second": 2.0}  # as older files have it, without configuration and spread
-    mine = row | {"provider": "insvp_fast", "config": "paper", "ratio": 0.5, "ratio p20": 0.4, "ratio p80": 0.6}
+def saved_row(provider, **values):
+    row = {"job": "inference", "precision": "fp32", "provider": provider, "model": BASE, "batch": 8, "ratio": 1.0}
+    return row | {"images per second": 2.0} | values  # as the oldest files have it, without configuration and spread
+
+
+def test_results_are_merged(tmp_path):
+    row, mine = saved_row("bare"), saved_row("insvp_fast", config="paper", ratio=0.5)
     path = results.save([mine, row], folder=tmp_path)
     results.save([mine | {"images per second": 4.0}], folder=tmp_path)
-    fall = {"technique": "exact savings", "seconds": 1.0, "saved MB per image": 3.0}
-    fall |= {"error of logits": 1e-6, "error of gradients": 2e-6}
-    results.save([mine | fall, mine | fall | {"technique": "more", "ratio": 0.25}], "waterfall", tmp_path)
+    results.save([mine], "waterfall", tmp_path)
     saved = json.loads(path.read_text())
     assert [(row["provider"], row["images per second"]) for row in saved["rows"]] == [
         ("insvp_fast", 4.0),
         ("bare", 2.0),
     ]
+    assert saved["waterfall"] == [mine]
     assert saved["machine"]["torch"] == torch.__version__
     assert path.name.endswith(f"torch{torch.__version__}.json")
 
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+
+@pytest.fixture
+def pages(tmp_path):
+    """A README and a page on performance with nothing but old tables."""
+    files = tmp_path / "README.md", tmp_path / "performance.md"
+    for file in files:
+        file.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    return files
+
+
+def write_results(folder, instructions, torch_version, rows, **sections):
+    machine = {"device": f"CPU, {instructions}", "instructions": instructions, "torch": torch_version}
+    path = folder / f"{instructions}-{torch_version}.json"
+    path.write_text(json.dumps({"machine": machine, "rows": rows, **sections}))
+
+
+def test_tables_stand_between_the_markers(tmp_path, pages):
+    mine = saved_row("insvp_fast", ratio=0.5, **{"images per second": 4.0, "ratio p20": 0.4, "ratio p80": 0.6})
+    fall = {"technique": "exact savings", "seconds": 1.0, "saved MB per image": 3.0}
+    fall = mine | fall | {"error of logits": 1e-6, "error of gradients": 2e-6}
+    steps = [fall, fall | {"technique": "more", "ratio": 0.25}]
+    write_results(tmp_path, "AVX512-BF16", "2.15.0", [mine, saved_row("bare")], waterfall=steps)
+    write_results(tmp_path, "AVX2", "2.15.0", [saved_row("bare", **{"images per second": 1.0})])
     for _ in range(2):
-        results.write_readme(tmp_path, readme)
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- results -->\n")
-    assert text.endswith("<!-- end of results -->\nafter\n")
-    assert "old" not in text
-    assert text.index("| bare timm ViT | 2.00 | 1.00 |") < text.index("| InsVPViT | 4.00 | 0.50 (0.40-0.60) |")
-    assert f"| more | {BASE}, inference, fp32, batch 8 | 1.0000 | 0.50 | 0.25" in text
+        results.write_tables(tmp_path, *pages)
+    short, full = (page.read_text() for page in pages)
+    for text in (short, full):
+        assert text.startswith("before\n<!-- results -->\n")
+        assert text.endswith("\n<!-- end of results -->\nafter\n")
+        assert "old" not in text
+    assert f"| {BASE}, inference | fp32 | 8 | 2.00 images/s | 4.00 images/s | 0.50 (0.40-0.60) |" in short
+    assert "AVX2" not in short
+    assert "| bare timm ViT | 1.00 | 1.00 |" in full  # the other machine's
+    assert full.index("| bare timm ViT | 2.00 | 1.00 |") < full.index("| InsVPViT | 4.00 | 0.50 (0.40-0.60) |")
+    assert f"| more | {BASE}, inference, fp32, batch 8 | 1.0000 | 0.50 | 0.25" in full
+
+
+def test_the_short_table_is_of_the_newest_torch_and_the_largest_batch(tmp_path, pages):
+    for version, speed in (("2.9.0", 1.0), ("2.15.0+cu132", 3.0)):
+        rows = [
+            saved_row(name, batch=n, **{"images per second": speed * n})
+            for n in (8, 4)
+            for name in ("bare", "insvp_fast")
+        ]
+        others = [saved_row("bare", batch=64), saved_row("insvp_fast", batch=16, config="released")]
+        write_results(tmp_path, "AVX512-BF16", version, rows + others)
+    results.write_tables(tmp_path, *pages)
+    lines = pages[0].read_text().splitlines()
+    assert lines[2:-2] == [
+        "CPU, AVX512-BF16, torch 2.15.0+cu132:",
+        "",
+        "| | precision | batch | bare timm ViT | InsVPViT | time ratio |",
+        "|---|---|---|---|---|---|",
+        f"| {BASE}, inference | fp32 | 8 | 24.00 images/s | 24.00 images/s | 1.00 |",
+    ]
+
+
+def test_tables_want_markers_and_a_machine_to_show(tmp_path, pages):
+    write_results(tmp_path, "AVX2", "2.15.0", [saved_row("bare")])
+    with pytest.raises(ValueError, match="AVX512-BF16"):
+        results.write_tables(tmp_path, *pages)
+    write_results(tmp_path, "AVX512-BF16", "2.15.0", [saved_row("bare")])
+    pages[1].write_text("no markers")
+    with pytest.raises(ValueError, match=r"performance.md has no lines `<!-- results -->`"):
+        results.write_tables(tmp_path, *pages)
+
+
+def test_the_published_tables_are_those_of_the_saved_results(tmp_path):
+    copies = [tmp_path / page.name for page in (results.README, results.PERFORMANCE)]
+    for copy, page in zip(copies, (results.README, results.PERFORMANCE), strict=True):
+        copy.write_text(page.read_text())
+    results.write_tables(results.FOLDER, *copies)
+    for copy, page in zip(copies, (results.README, results.PERFORMANCE), strict=True):
+        assert copy.read_text() == page.read_text(), f"run `python -m benchmarks.results` to bring {page} up to date"
 
 
 def test_the_waterfall_leaves_out_what_it_cannot_switch():
@@ -159,12 +231,12 @@ def test_the_gpu_script_reports_a_failing_section(tmp_path):
 
 
 def test_the_command_writes_a_report(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "compare", functools.partial(bench.compare, **TINY))
+    monkeypatch.setattr(report, "compare", functools.partial(compare, **TINY))
     file = tmp_path / "to" / "report.md"
-    line = ["--report", str(file), "--model", "vit_tiny_patch16_224", "--batch-size", "1", "--rounds", "2"]
-    assert cli.main(["bench", *line]) == 0
+    arguments = ["--report", str(file), "--model", "vit_tiny_patch16_224", "--batch-size", "1", "--rounds", "2"]
+    assert cli.main(["bench", *arguments]) == 0
     text = file.read_text()
-    assert torch.__version__ in text and bench.machine()["device"] in text
+    assert torch.__version__ in text and machine_facts()["device"] in text
     assert "| InsVPViT |" in text
     assert file.with_suffix(".png").stat().st_size > 1000
     assert "ratio" in capsys.readouterr().out
@@ -178,8 +250,8 @@ def test_the_command_refuses_no_rounds(capsys):
 
 
 def test_double_precision_is_the_measure():
-    exact = steps.expected("bare", torch.float64, None, "test_vit", 3, InsVPConfig())
-    model = bench.make_model("bare", "test_vit")
-    image, _ = bench.make_images(model, 3)
+    exact = parity.expected("bare", torch.float64, None, "test_vit", 3, InsVPConfig())
+    model = models.make_model("bare", "test_vit")
+    image, _ = models.make_images(model, 3)
     assert relative_error(model(image), exact["logits"]) < 1e-6
     assert exact["image"].shape == image.shape

@@ -1,5 +1,7 @@
-"""Every Triton kernel compiled for chips that are not here: it fits, spills nothing and accesses memory widely."""
+"""Every Triton kernel compiled ahead of time for other machines: it fits, has no spills, and uses wide accesses."""
 
+import json
+import os
 import subprocess
 import sys
 import warnings
@@ -18,6 +20,17 @@ from tools.aot_cases import CHECKED, POINTERS
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def aot(tmp_path_factory) -> list[dict]:
+    """What the compiler reports for every kernel, in a child process: an interpreting process cannot compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # an old cache may be of another compiler
+    command = [sys.executable, "-m", "tools.aot"]
+    child = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
 def failing(facts, wrong):
     return [(fact["kernel"], fact["target"], fact) for fact in facts if wrong(fact)]
 
@@ -34,13 +47,30 @@ def test_matrix_units_are_used(aot):
     assert not failing(aot, lambda fact: fact["kernel"].startswith(("superpose", "attention")) and not fact["matrix"])
 
 
-def test_no_kernel_lives_in_memory(aot):
-    """Whatever the compiler: a thread with more than 256 bytes of its own outside of registers is broken."""
+def test_attention_was_not_compiled_to_a_stub(aot):
+    found = [fact for fact in aot if fact["kernel"].startswith("attention")]
+    assert found and all(fact["matrix"] >= 8 for fact in found)
+
+
+def test_attention_on_hopper_uses_wgmma(aot):
+    """64 x 208 scores are 26 instructions of warp groups, where those of single warps would be hundreds."""
+    found = [fact for fact in aot if fact["kernel"].startswith("attention") and fact["target"] == "90"]
+    assert found and all(fact["wgmma"] == fact["matrix"] for fact in found), found
+
+
+def test_a_hopper_multiprocessor_has_two_programs_of_attention(aot):
+    """One computes while the other loads: 4 warps, 64 K registers, 228 KB of shared memory with 1 KB per program."""
+    fact = next(f for f in aot if f["target"] == "90" and f["kernel"] == "attention_fwd-H12-T197-S206-bf16")
+    assert 2 * 4 * 32 * fact["registers"] <= 65536 and 2 * (fact["shared"] + 1024) <= 228 * 1024
+
+
+def test_no_kernel_needs_much_local_memory(aot):
+    """For any compiler: a thread may have at most 256 bytes of its own outside of registers."""
     assert not failing(aot, lambda fact: fact.get("stack", 4 * fact["spills"]) > 256)
 
 
 def judge(facts, version):
-    """A compiler's shortcomings: an error where the version was seen to have none, else a warning that says them."""
+    """Shortcomings are an error with a checked version of triton, which had none, and a warning with any other."""
     worse = [fact for fact in facts if fact["shortcomings"]]
     found = [f"{fact['kernel']} on {fact['target']}: {'; '.join(fact['shortcomings'])}" for fact in worse]
     if version in CHECKED:
@@ -49,7 +79,7 @@ def judge(facts, version):
         warnings.warn("\n".join([f"triton {version} was not checked", *found]), stacklevel=2)
 
 
-def test_the_compiler_makes_the_best_of_every_kernel(aot):
+def test_the_compiler_has_no_shortcomings(aot):
     judge(aot, triton.__version__)
 
 
@@ -70,7 +100,7 @@ GOOD = {"target": "90", "registers": 100, "spills": 0, "stack": 0, "shared": 0, 
         ({"kernel": "superpose_fwd-P16-bf16-bf16", "registers": 129}, ["129 registers, at most 128"]),
     ],
 )
-def test_a_shortcoming_is_told_and_an_unknown_compiler_only_warns(change, text):
+def test_shortcomings_are_named_and_only_a_warning_with_an_unknown_triton(change, text):
     fact = GOOD | change
     assert shortcomings(fact) == text
     fact["shortcomings"] = text
@@ -84,10 +114,10 @@ def test_a_shortcoming_is_told_and_an_unknown_compiler_only_warns(change, text):
 
 
 def test_attention_covers_what_is_compiled(monkeypatch):
-    """And no more: as many keys and as wide heads as the widest case, in its dtypes, on every chip."""
+    """And no more: as many keys and as wide heads as the largest case, in its dtypes, on every architecture."""
     monkeypatch.setattr(chip, "shared_memory", lambda device: float("inf"))
     for target in TARGETS:
-        monkeypatch.setattr(chip, "arch", lambda device, row=target: row)
+        monkeypatch.setattr(chip, "arch", lambda device, arch=target: arch)
         seen = [case for case in cases(target, every_shape=True) if case.name.startswith("attention")]
         most, widest = (max(case.constants[name] for case in seen) for name in ("S", "d"))
         kinds = {case.signature["qkv_ptr"] for case in seen}
@@ -97,29 +127,29 @@ def test_attention_covers_what_is_compiled(monkeypatch):
 
 
 class Recorder:
-    """Stands in for a kernel and notes the arguments of its launch."""
+    """Takes the place of a kernel and records the grid and the arguments of its launches."""
 
     def __init__(self, kernel, launches):
         self.arg_names, self.launches = kernel.arg_names, launches
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+        return lambda *args, **kwargs: self.launches.append((grid, args, kwargs))
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Records the launches of the kernels of a module, in their order, instead of running them."""
+    """The launches of all kernels, in their order; nothing is run."""
     monkeypatch.setattr(chip, "INTERPRETED", True)
     seen = []
-    for module in (superpose, norm_insert, gelu):
+    for module in (superpose, norm_insert, gelu, attention):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
     return seen
 
 
-def same_as_launched(prefix, label, launches):
+def assert_same_as_launched(prefix, label, launches):
     expected = [c for c in cases("90") if c.name.startswith(prefix) and c.name.endswith(label)]
-    for case, (args, kwargs) in zip(expected, launches, strict=True):
+    for case, (_, args, kwargs) in zip(expected, launches, strict=True):
         absent = {name for name, value in zip(case.kernel.arg_names, args, strict=False) if value is None}
         assert absent == {name for name, value in case.constants.items() if value is None}
         assert len(args) == len(case.signature) + len(absent)
@@ -136,7 +166,7 @@ def test_the_cases_are_what_superpose_launches(launches):
     w1, w2 = torch.zeros(16, 768), torch.zeros(768, 16)
     tokens, hidden = superpose.superpose_fwd(image, image, w1, w1[:, 0], w2, w2[:, 0], 16, 0.7, 0.3, torch.bfloat16)
     superpose.superpose_bwd(tokens, image, hidden, w1, w2, 16, 0.7, 0.3, True, True)
-    same_as_launched("superpose", "P16-bf16-bf16", launches)
+    assert_same_as_launched("superpose", "P16-bf16-bf16", launches)
 
 
 def test_the_cases_are_what_norm_insert_launches(launches):
@@ -144,14 +174,23 @@ def test_the_cases_are_what_norm_insert_launches(launches):
     weight, prompts = torch.zeros(768), product[:, :2]
     _, normed, xhat, rstd = norm_insert.norm_insert_fwd(stream, product, prompts, weight, weight, 1e-6, product.dtype)
     norm_insert.norm_insert_bwd(stream, normed, xhat, rstd, weight, 5, stream.dtype, product.dtype)
-    same_as_launched("norm_insert", "fp32-bf16-affine", launches)
+    assert_same_as_launched("norm_insert", "fp32-bf16-affine", launches)
 
 
 def test_the_cases_are_what_gelu_launches(launches):
     pre = torch.zeros(4, 6, dtype=torch.bfloat16)
     gelu.gelu_bwd(gelu.gelu_fwd(pre), pre)
     gelu.gelu_bwd_code(*gelu.gelu_fwd_code(pre))
-    same_as_launched("gelu", "bf16", launches)
+    assert_same_as_launched("gelu", "bf16", launches)
+
+
+def test_the_cases_are_what_attention_launches(launches):
+    grad, qkv = (torch.zeros(16, rows, width, dtype=torch.bfloat16) for rows, width in ((197, 768), (206, 2304)))
+    attention.attention_fwd(qkv, 12, 197, 0.125)
+    attention.attention_bwd(grad, qkv, 12, 197, 0.125)
+    assert_same_as_launched("attention", "H12-T197-S206-bf16", launches)
+    # 192 heads for 2 x 132 places: two programs a head; backward needs one
+    assert [grid for grid, _, _ in launches] == [(192, 2), (192,)]
 
 
 def test_an_interpreting_process_refuses():

@@ -9,21 +9,19 @@ from torch import Tensor
 from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
 from insvp_fast.runtime import native
 from insvp_fast.testing import assert_within_budget, relative_error
+from tests.kernels.native_checks import BF16, F32, assert_same_bits, needs_library
 
-F32, BF16 = torch.float32, torch.bfloat16
-DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-
-needs_library = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
-pytestmark = [pytest.mark.usefixtures("poison"), needs_library]  # an element left unwritten is NaN
+pytestmark = [needs_library, pytest.mark.usefixtures("poison")]  # an element left unwritten is NaN
+each_dtype = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 
 
-def tensors(B: int, S: int, T: int, heads: int, d: int, dtype: torch.dtype, size: float = 1) -> tuple[Tensor, Tensor]:
+def inputs(B: int, S: int, T: int, heads: int, d: int, dtype: torch.dtype, size: float = 1) -> tuple[Tensor, Tensor]:
     torch.manual_seed(B + 10 * S + 100 * T)
     return (size * torch.randn(B, S, 3 * heads * d)).to(dtype), torch.randn(B, T, heads * d).to(dtype)
 
 
-def exact(qkv: Tensor, grad: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The result and the gradient, by autograd through the definition; in the dtype of the operands."""
+def expected(qkv: Tensor, grad: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The result and the gradient by autograd through the definition, in the dtype of the operands."""
     x = qkv.detach().clone().requires_grad_()
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in x.chunk(3, dim=-1))
     scores = scale * (q[:, :, : grad.shape[1]] @ k.transpose(-1, -2))
@@ -32,15 +30,15 @@ def exact(qkv: Tensor, grad: Tensor, heads: int, scale: float) -> tuple[Tensor, 
     return out.detach(), x.grad
 
 
-def run(qkv: Tensor, grad: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+def computed(qkv: Tensor, grad: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     shape = heads, grad.shape[1], scale
     return native.attention_fwd(qkv, *shape), native.attention_bwd(grad, qkv, *shape)
 
 
-def assert_attention(qkv: Tensor, grad: Tensor, heads: int, scale: float, tolerance: float = 1e-6) -> None:
-    expected, plain = exact(qkv.double(), grad.double(), heads, scale), exact(qkv, grad, heads, scale)
+def check(qkv: Tensor, grad: Tensor, heads: int, scale: float, tolerance: float = 1e-6) -> None:
+    exact, plain = expected(qkv.double(), grad.double(), heads, scale), expected(qkv, grad, heads, scale)
     T = grad.shape[1]
-    for value, rough, wide in zip(run(qkv, grad, heads, scale), plain, expected, strict=True):
+    for value, rough, wide in zip(computed(qkv, grad, heads, scale), plain, exact, strict=True):
         assert value.shape == wide.shape and value.dtype == qkv.dtype and value.is_contiguous()
         for part, rough_part, wide_part in zip(*(t.chunk(3, -1) for t in (value, rough, wide)), strict=True):
             if qkv.dtype == F32:
@@ -67,24 +65,24 @@ SHAPES = [
 ]
 
 
-@DTYPES
+@each_dtype
 @pytest.mark.parametrize(("B", "S", "T", "heads", "d"), SHAPES)
-def test_attention(isa, dtype, B, S, T, heads, d):
-    assert_attention(*tensors(B, S, T, heads, d, dtype), heads, d**-0.5)
+def test_parity(isa, dtype, B, S, T, heads, d):
+    check(*inputs(B, S, T, heads, d, dtype), heads, d**-0.5)
 
 
-@DTYPES
+@each_dtype
 @pytest.mark.parametrize("size", [0.0, 4.5, 30.0])
-def test_attention_of_large_scores(isa, dtype, size):
-    """Scores of ±80 and ±3500: without the largest one taken off, the exponentials would overflow."""
-    qkv, grad = tensors(1, 65, 60, 2, 16, dtype, size)
-    # the scores' own rounding, 6e-8 of their size, is the exponentials' relative error
-    assert_attention(qkv, grad, 2, 1.0, tolerance=1e-6 + 1e-6 * size**2)
+def test_large_scores(isa, dtype, size):
+    """Scores of ±80 and ±3500, whose exponentials would overflow if the largest score were not subtracted."""
+    qkv, grad = inputs(1, 65, 60, 2, 16, dtype, size)
+    # the rounding of the scores, 6e-8 of their size, becomes the relative error of the exponentials
+    check(qkv, grad, 2, 1.0, tolerance=1e-6 + 1e-6 * size**2)
 
 
-@DTYPES
-def test_attention_of_a_negative_scale(isa, dtype):
-    assert_attention(*tensors(1, 37, 30, 2, 24, dtype), 2, -0.7)
+@each_dtype
+def test_a_negative_scale(isa, dtype):
+    check(*inputs(1, 37, 30, 2, 24, dtype), 2, -0.7)
 
 
 def test_the_exponential_function(isa):
@@ -93,65 +91,64 @@ def test_the_exponential_function(isa):
     qkv = torch.zeros(len(x), 2, 3)
     qkv[:, 0, 0], qkv[:, 1, 1], qkv[:, 1, 2] = x, 1, 1  # q = x, k = 0 and 1, v = 0 and 1
     e = x.double().exp()
-    values, expected = native.attention_fwd(qkv, 1, 1, 1.0)[:, 0, 0].double(), e / (1 + e)
-    assert ((values - expected).abs() <= 4e-7 * expected).all()
+    values, exact = native.attention_fwd(qkv, 1, 1, 1.0)[:, 0, 0].double(), e / (1 + e)
+    assert ((values - exact).abs() <= 4e-7 * exact).all()
     qkv[:, 0, 0] = -1000
     assert not native.attention_fwd(qkv, 1, 1, 1.0).any()
 
 
-@DTYPES
-def test_attention_gives_the_same_bits_for_every_number_of_threads(isa, threads, dtype):
-    qkv, grad = tensors(3, 53, 50, 2, 32, dtype)
+@each_dtype
+def test_same_bits_for_every_number_of_threads(isa, threads, dtype):
+    qkv, grad = inputs(3, 53, 50, 2, 32, dtype)
     runs = []
     for n in (1, 2, 3, 7):
         threads(n)
-        runs.append(run(qkv, grad, 2, 0.2))
-    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(other, runs[0], strict=True))
-    alone = run(qkv[2:], grad[2:], 2, 0.2)  # nor do the other images matter
+        runs.append(computed(qkv, grad, 2, 0.2))
+    assert_same_bits(runs)
+    alone = computed(qkv[2:], grad[2:], 2, 0.2)  # and the other images change nothing
     assert all(torch.equal(a, b[2:]) for a, b in zip(alone, runs[0], strict=True))
 
 
-@DTYPES
-def test_attention_of_noncontiguous_inputs(dtype):
-    qkv, grad = tensors(2, 21, 12, 3, 8, dtype)
+@each_dtype
+def test_noncontiguous_inputs(dtype):
+    qkv, grad = inputs(2, 21, 12, 3, 8, dtype)
     strided = qkv.repeat_interleave(2, 1)[:, ::2], grad.transpose(0, 2).contiguous().transpose(0, 2)
-    for value, expected in zip(run(*strided, 3, 0.3), run(qkv, grad, 3, 0.3), strict=True):
-        assert torch.equal(value, expected)
+    assert_same_bits([computed(*strided, 3, 0.3), computed(qkv, grad, 3, 0.3)])
 
 
-@DTYPES
+@each_dtype
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_bad_value_stays_in_its_image_and_head(isa, threads, dtype, bad, part):
-    threads(1)  # so that all heads use the same scratch
+    threads(1)  # so that all heads use the same scratch memory
     heads, d = 3, 8
-    qkv, grad = tensors(3, 37, 37, heads, d, dtype)
-    clean = run(qkv, grad, heads, 0.3)
+    qkv, grad = inputs(3, 37, 37, heads, d, dtype)
+    clean = computed(qkv, grad, heads, 0.3)
     qkv.view(3, 37, 3, heads, d)[1, 20, part, 1, 3] = bad
-    for value, expected in zip(run(qkv, grad, heads, 0.3), clean, strict=True):
-        same = (value == expected).unflatten(-1, (-1, heads, d)).transpose(2, 3)  # [B, tokens, heads, parts, d]
+    for value, right in zip(computed(qkv, grad, heads, 0.3), clean, strict=True):
+        same = (value == right).unflatten(-1, (-1, heads, d)).transpose(2, 3)  # [B, tokens, heads, parts, d]
         assert not same[1, :, 1].all()
         same[1, :, 1] = True
         assert same.all()
 
 
-@DTYPES
+@each_dtype
 def test_a_bad_query_stays_in_its_row(isa, dtype):
-    qkv, _ = tensors(1, 40, 37, 1, 16, dtype)
+    qkv, _ = inputs(1, 40, 37, 1, 16, dtype)
     qkv[0, 36, 0] = float("nan")
     out = native.attention_fwd(qkv, 1, 37, 0.3)
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 36]] and out[0, 36].isnan().all()
 
 
-def test_attention_agrees_with_the_reference():
-    qkv, grad = tensors(2, 21, 12, 3, 8, F32)
-    out, d_qkv = run(qkv, grad, 3, 0.3)
+def test_agreement_with_the_reference():
+    qkv, grad = inputs(2, 21, 12, 3, 8, F32)
+    out, d_qkv = computed(qkv, grad, 3, 0.3)
     torch.testing.assert_close(out, attention_reference(qkv, 3, 12, 0.3))
     torch.testing.assert_close(d_qkv, attention_bwd_reference(grad, qkv, 3, 12, 0.3))
 
 
-def test_attention_refuses_wrong_arguments():
-    qkv, grad = tensors(2, 21, 12, 3, 8, F32)
+def test_wrong_arguments_are_refused():
+    qkv, grad = inputs(2, 21, 12, 3, 8, F32)
     with pytest.raises(TypeError, match=r"qkv has dtype torch\.float64"):
         native.attention_fwd(qkv.double(), 3, 12, 0.3)
     with pytest.raises(ValueError, match="qkv is on meta"):

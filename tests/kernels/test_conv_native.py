@@ -8,32 +8,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from insvp_fast.runtime import native
+from tests.kernels.native_checks import BF16, F32, assert_close, assert_same_bits, needs_library
 
-F32, BF16 = torch.float32, torch.bfloat16
+pytestmark = [needs_library, pytest.mark.usefixtures("poison", "one_thread")]  # an element left unwritten is NaN
 SLOPE = 0.01
 
-pytestmark = pytest.mark.usefixtures("poison", "one_thread")  # an element left unwritten is NaN
-needs_library = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
 
-
-@pytest.fixture
-def one_thread(threads):
-    """Oracles this small are slower with more."""
-    threads(1)
-
-
-def centre(x: Tensor, height: int, width: int) -> Tensor:
+def center(x: Tensor, height: int, width: int) -> Tensor:
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
 
 
-def exact_conv(x, weight, bias, dilation: int, height: int, width: int, relu: bool) -> Tensor:
-    y = centre(F.conv2d(x, weight, bias, padding="same", dilation=dilation), height, width)
+def conv_formula(x, weight, bias, dilation: int, height: int, width: int, relu: bool) -> Tensor:
+    y = center(F.conv2d(x, weight, bias, padding="same", dilation=dilation), height, width)
     return y.relu() if relu else y
 
 
-def exact_conv_pool(x, weight, bias, height: int, width: int, pool: int) -> Tensor:
-    return F.leaky_relu(F.max_pool2d(exact_conv(x, weight, bias, 1, height, width, False), pool), SLOPE)
+def conv_pool_formula(x, weight, bias, height: int, width: int, pool: int) -> Tensor:
+    return F.leaky_relu(F.max_pool2d(conv_formula(x, weight, bias, 1, height, width, False), pool), SLOPE)
 
 
 def inputs(B: int, C: int, H: int, W: int, out: int, kh: int, kw: int, dtype=F32) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,31 +34,23 @@ def inputs(B: int, C: int, H: int, W: int, out: int, kh: int, kw: int, dtype=F32
     return torch.randn(B, C, H, W).to(dtype), weight, torch.randn(out)
 
 
-def assert_exact(name: str, out: Tensor, expected: Tensor) -> None:
-    """float32: 1e-5 of the largest value, for sums whose terms cancel; bfloat16: one rounding (2**-8) more."""
-    assert out.shape == expected.shape, name
-    rounding = 2**-8 * expected.abs() if out.dtype == BF16 else 0.0
-    scale = expected.abs().max() if expected.numel() else 0.0
-    excess = (out.double() - expected).abs() - rounding - 1e-5 * scale
-    assert (excess <= 0).all(), f"{name}: {excess.max().item():.1e} over the bound, largest value {scale:.1e}"
-
-
-def gradients(function, tensors, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-    oracle = [t.double().requires_grad_() for t in tensors]
-    y = function(*oracle)
-    return y.detach(), list(torch.autograd.grad(y, oracle, grad.double()))
+def expected(formula, tensors, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The result and all gradients in float64."""
+    leaves = [t.double().requires_grad_() for t in tensors]
+    y = formula(*leaves)
+    return y.detach(), list(torch.autograd.grad(y, leaves, grad.double()))
 
 
 # B, C, H, W, channels out, kh, kw, dilation, height, width
-CONVS = [
-    (3, 3, 40, 37, 6, 3, 3, 5, 40, 37),  # the paper's first; rows that no vector divides
+CONV_SHAPES = [
+    (3, 3, 40, 37, 6, 3, 3, 5, 40, 37),  # the paper's first; rows that are no multiple of a vector
     (1, 6, 33, 48, 3, 3, 3, 12, 33, 48),  # its second: rows shorter than what the kernel reaches
     (1, 3, 30, 45, 6, 11, 11, 1, 30, 45),
-    (1, 6, 20, 70, 3, 25, 25, 1, 20, 70),  # most rows of the kernel in the padding
-    (3, 27, 16, 16, 27, 3, 3, 1, 16, 16),  # vectors that run on from row to row
-    (1, 9, 14, 15, 13, 3, 5, 1, 9, 10),  # a centre; blocks of channels of two sizes
+    (1, 6, 20, 70, 3, 25, 25, 1, 20, 70),  # most rows of the kernel lie in the padding
+    (3, 27, 16, 16, 27, 3, 3, 1, 16, 16),  # vectors across several rows
+    (1, 9, 14, 15, 13, 3, 5, 1, 9, 10),  # the center only; blocks of channels of two sizes
     (1, 1, 5, 4, 1, 1, 1, 1, 5, 4),
-    (1, 2, 9, 12, 11, 4, 2, 1, 9, 12),  # even kernels, padded more behind
+    (1, 2, 9, 12, 11, 4, 2, 1, 9, 12),  # even kernels, with more padding at the end
     (1, 2, 9, 12, 2, 4, 6, 3, 5, 7),
     (1, 1, 3, 2, 5, 9, 7, 2, 3, 2),  # a map smaller than the kernel
     (2, 5, 130, 224, 4, 5, 5, 1, 121, 219),  # several jobs for each image
@@ -81,36 +65,34 @@ def check_conv(shape: tuple[int, ...], relu: bool, dtypes: tuple[torch.dtype, to
     grad = torch.randn(x.shape[0], weight.shape[0], height, width).to(dtypes[1])
 
     y = native.conv_fwd(*tensors, dilation, height, width, relu, grad.dtype)
-    y64, _ = gradients(lambda *t: exact_conv(*t, dilation, height, width, relu), tensors, grad)
+    y64, _ = expected(lambda *t: conv_formula(*t, dilation, height, width, relu), tensors, grad)
     assert y.dtype == grad.dtype
-    assert_exact("y", y, y64)
-    # what counts as positive is what forward has returned
+    assert_close("y", y, y64)
+    # positive is what forward returned as positive
     masked = grad * (y > 0) if relu else grad
-    _, expected = gradients(lambda *t: exact_conv(*t, dilation, height, width, False), tensors, masked)
+    _, gradients = expected(lambda *t: conv_formula(*t, dilation, height, width, False), tensors, masked)
     got = native.conv_bwd(grad, x, y if relu else None, weight, dilation, height, width, True)
     assert [t.dtype for t in got] == [x.dtype, F32, F32]
-    for name, out, want in zip(("x", "weight", "bias"), got, expected, strict=True):
-        assert_exact(f"d_{name}", out, want)
+    for name, out, want in zip(("x", "weight", "bias"), got, gradients, strict=True):
+        assert_close(f"d_{name}", out, want)
     none, *weights = native.conv_bwd(grad, x, y if relu else None, weight, dilation, height, width, False)
     assert none.numel() == 0 and all(torch.equal(a, b) for a, b in zip(weights, got[1:], strict=True))
 
 
-@needs_library
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", CONVS, ids=str)
-def test_conv_fp32(isa, shape, relu):
+@pytest.mark.parametrize("shape", CONV_SHAPES, ids=str)
+def test_conv_parity_fp32(isa, shape, relu):
     check_conv(shape, relu, (F32, F32))
 
 
-@needs_library
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, BF16), (BF16, F32)], ids=str)
-@pytest.mark.parametrize("shape", [CONVS[i] for i in (0, 4, 8, 9)], ids=str)
-def test_conv_bf16(isa, shape, dtypes):
+@pytest.mark.parametrize("shape", [CONV_SHAPES[i] for i in (0, 4, 8, 9)], ids=str)
+def test_conv_parity_bf16(isa, shape, dtypes):
     check_conv(shape, True, dtypes)
 
 
 # B, C, H, W, channels out, kh, kw, height, width, pool
-POOLED = [
+CONV_POOL_SHAPES = [
     (3, 3, 52, 56, 9, 7, 7, 48, 52, 4),
     (1, 9, 20, 23, 27, 9, 9, 18, 21, 3),
     (2, 1, 13, 14, 1, 5, 5, 12, 12, 2),
@@ -118,60 +100,56 @@ POOLED = [
     (1, 2, 16, 15, 3, 4, 6, 14, 14, 7),  # even kernels
     (1, 2, 9, 12, 3, 3, 3, 9, 12, 1),  # windows of one
     (1, 2, 9, 6, 3, 11, 13, 9, 6, 3),  # a map smaller than the kernel
-    (1, 16, 12, 12, 16, 1, 1, 6, 6, 3),  # a centre far from the border
+    (1, 16, 12, 12, 16, 1, 1, 6, 6, 3),  # a center far from the border
     (3, 3, 210, 210, 10, 7, 7, 208, 208, 4),  # several jobs for each image
     (70, 1, 6, 6, 2, 3, 3, 6, 6, 3),
     (0, 3, 8, 8, 2, 3, 3, 8, 8, 4),
 ]
 
 
-def check_pooled(shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def check_conv_pool(shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     *sizes, height, width, pool = shape
     x, weight, _ = tensors = inputs(*sizes, dtypes[0])
     grad = torch.randn(x.shape[0], weight.shape[0], height // pool, width // pool).to(dtypes[1])
 
-    y, chosen = native.conv_pool_fwd(*tensors, height, width, pool, SLOPE, grad.dtype)
-    y64, expected = gradients(lambda *t: exact_conv_pool(*t, height, width, pool), tensors, grad)
-    assert y.dtype == grad.dtype and chosen.dtype == torch.uint8
-    assert_exact("y", y, y64)
-    got = native.conv_pool_bwd(grad, x, y, chosen, weight, height, width, pool, SLOPE, True)
+    y, indices = native.conv_pool_fwd(*tensors, height, width, pool, SLOPE, grad.dtype)
+    y64, gradients = expected(lambda *t: conv_pool_formula(*t, height, width, pool), tensors, grad)
+    assert y.dtype == grad.dtype and indices.dtype == torch.uint8
+    assert_close("y", y, y64)
+    got = native.conv_pool_bwd(grad, x, y, indices, weight, height, width, pool, SLOPE, True)
     assert [t.dtype for t in got] == [x.dtype, F32, F32]
-    for name, out, want in zip(("x", "weight", "bias"), got, expected, strict=True):
-        assert_exact(f"d_{name}", out, want)
-    none, *weights = native.conv_pool_bwd(grad, x, y, chosen, weight, height, width, pool, SLOPE, False)
+    for name, out, want in zip(("x", "weight", "bias"), got, gradients, strict=True):
+        assert_close(f"d_{name}", out, want)
+    none, *weights = native.conv_pool_bwd(grad, x, y, indices, weight, height, width, pool, SLOPE, False)
     assert none.numel() == 0 and all(torch.equal(a, b) for a, b in zip(weights, got[1:], strict=True))
 
 
-@needs_library
-@pytest.mark.parametrize("shape", POOLED, ids=str)
-def test_conv_pool_fp32(isa, shape):
-    check_pooled(shape, (F32, F32))
+@pytest.mark.parametrize("shape", CONV_POOL_SHAPES, ids=str)
+def test_conv_pool_parity_fp32(isa, shape):
+    check_conv_pool(shape, (F32, F32))
 
 
-@needs_library
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, BF16), (BF16, F32)], ids=str)
-@pytest.mark.parametrize("shape", POOLED[:4], ids=str)
-def test_conv_pool_bf16(isa, shape, dtypes):
-    check_pooled(shape, dtypes)
+@pytest.mark.parametrize("shape", CONV_POOL_SHAPES[:4], ids=str)
+def test_conv_pool_parity_bf16(isa, shape, dtypes):
+    check_conv_pool(shape, dtypes)
 
 
-@needs_library
 @pytest.mark.parametrize("pool", [2, 3, 4])
-def test_the_same_choice_as_torch_among_equals_and_nans(isa, pool):
+def test_the_same_maximum_as_torch_among_equals_and_nans(isa, pool):
     torch.manual_seed(pool)
     x = torch.randint(0, 3, (2, 1, 12, 36)).float()
     x[torch.rand(x.shape) < 0.1] = float("nan")
     x[0, 0, :pool] = -torch.inf
     weight, bias = torch.ones(1, 1, 1, 1), torch.zeros(1)
-    y, chosen = native.conv_pool_fwd(x, weight, bias, 12, 36, pool, 1.0, F32)
+    y, indices = native.conv_pool_fwd(x, weight, bias, 12, 36, pool, 1.0, F32)
     values, places = F.max_pool2d(x, pool, return_indices=True)
     row, column = places // 36, places % 36
     torch.testing.assert_close(y, values, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(chosen, (row % pool * pool + column % pool).to(torch.uint8))
+    assert torch.equal(indices, (row % pool * pool + column % pool).to(torch.uint8))
 
 
-@needs_library
-def test_relu_is_torchs(isa):
+def test_relu_is_that_of_torch(isa):
     x = torch.tensor([1.0, -1.0, 0.0, torch.inf, -torch.inf, torch.nan] * 4).reshape(1, 1, 4, 6)
     weight, bias = torch.ones(1, 1, 1, 1), torch.zeros(1)
     y = native.conv_fwd(x, weight, bias, 1, 4, 6, True, F32)
@@ -181,7 +159,6 @@ def test_relu_is_torchs(isa):
     torch.testing.assert_close(y, F.leaky_relu(x, SLOPE), rtol=0, atol=0, equal_nan=True)
 
 
-@needs_library
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_pixel_stays_within_reach(isa, bad):
     x, weight, bias = inputs(1, 2, 30, 70, 3, 3, 5)
@@ -190,27 +167,24 @@ def test_a_bad_pixel_stays_within_reach(isa, bad):
     assert torch.equal(broken, ~F.conv2d(x, weight, bias, padding="same").isfinite())
 
 
-@needs_library
 def test_noncontiguous_inputs():
     x, weight, bias = inputs(2, 3, 20, 24, 4, 3, 3)
     grad, small = torch.randn(2, 4, 20, 24), torch.randn(2, 4, 5, 6)
     strided = [t.mT.contiguous().mT for t in (x, weight, grad, small)]
     assert not any(t.is_contiguous() for t in strided)
     x2, weight2, grad2, small2 = strided
-    y, chosen = native.conv_pool_fwd(x, weight, bias, 20, 24, 4, SLOPE, F32)
-    y2, chosen2 = native.conv_pool_fwd(x2, weight2, bias.repeat_interleave(2)[::2], 20, 24, 4, SLOPE, F32)
+    y, indices = native.conv_pool_fwd(x, weight, bias, 20, 24, 4, SLOPE, F32)
+    y2, indices2 = native.conv_pool_fwd(x2, weight2, bias.repeat_interleave(2)[::2], 20, 24, 4, SLOPE, F32)
     dense, dense2 = (
         native.conv_bwd(g, a, None, w, 1, 20, 24, True) for a, w, g in ((x, weight, grad), (x2, weight2, grad2))
     )
     pooled, pooled2 = (
-        native.conv_pool_bwd(g, a, y, chosen, w, 20, 24, 4, SLOPE, True)
+        native.conv_pool_bwd(g, a, y, indices, w, 20, 24, 4, SLOPE, True)
         for a, w, g in ((x, weight, small), (x2, weight2, small2))
     )
-    assert torch.equal(y, y2) and torch.equal(chosen, chosen2)
-    assert all(torch.equal(a, b) for a, b in zip(dense + pooled, dense2 + pooled2, strict=True))
+    assert_same_bits([(y, indices, *dense, *pooled), (y2, indices2, *dense2, *pooled2)])
 
 
-@needs_library
 def test_same_bits_for_every_number_of_threads(isa, threads):
     x, weight, bias = inputs(3, 3, 144, 144, 6, 7, 7)
     grad, small = torch.randn(3, 6, 144, 144), torch.randn(3, 6, 36, 36)
@@ -218,15 +192,13 @@ def test_same_bits_for_every_number_of_threads(isa, threads):
     for n in (1, 2, 3, 2):
         threads(n)
         y = native.conv_fwd(x, weight, bias, 1, 144, 144, True, F32)
-        pooled, chosen = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32)
+        pooled, indices = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32)
         dense = native.conv_bwd(grad, x, y, weight, 1, 144, 144, True)
-        sparse = native.conv_pool_bwd(small, x, pooled, chosen, weight, 144, 144, 4, SLOPE, True)
-        runs.append((y, pooled, chosen, *dense, *sparse))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+        sparse = native.conv_pool_bwd(small, x, pooled, indices, weight, 144, 144, 4, SLOPE, True)
+        runs.append((y, pooled, indices, *dense, *sparse))
+    assert_same_bits(runs)
 
 
-@needs_library
 def test_wrong_arguments_are_refused():
     x, weight, bias = inputs(1, 3, 12, 12, 2, 3, 3)
     grad = torch.randn(1, 2, 12, 12)

@@ -1,4 +1,4 @@
-"""The fingerprints of GPU memory: the Triton kernel, and a look that waits for nothing."""
+"""The fingerprints of GPU memory: the Triton kernel, and comparisons that do not wait for the GPU."""
 
 import weakref
 
@@ -18,7 +18,7 @@ def table_of(*tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_sums_are_those_of_pytorch(device, dtype):
+def test_parity(device, dtype):
     tensors = [torch.randn(n, device=device).to(dtype) for n in (2, 30, 4096, 5000, 70_002)]
     sums = kernel.fingerprint(table_of(*tensors), 0, 128)
     for x, own in zip(tensors, sums, strict=True):
@@ -28,12 +28,12 @@ def test_the_sums_are_those_of_pytorch(device, dtype):
     assert torch.equal(kernel.fingerprint(table_of(*tensors), 77, 1), sums[:, 77:78])
 
 
-def test_nothing_to_look_at(device):
+def test_an_empty_table(device):
     assert kernel.fingerprint(torch.empty(0, 2, dtype=torch.int64, device=device), 0, 128).shape == (0, 128)
 
 
 class Event:
-    """An event of a GPU that has got as far as the test says."""
+    """Takes the place of a GPU event; the test decides whether it was reached."""
 
     reached = True
 
@@ -71,9 +71,9 @@ def test_a_change_is_found_two_passes_later(held):
     assert held[1][1].broken_anywhere() and not held[0][1].broken_anywhere()
 
 
-def test_nothing_waits_for_a_gpu_that_is_behind(held, monkeypatch):
+def test_a_busy_gpu_is_not_waited_for(held, monkeypatch):
     if torch.cuda.is_available():
-        pytest.skip("the test says how far the GPU has got")
+        pytest.skip("the test decides how far the GPU is")
     for _ in range(2):
         a_pass(held)
     monkeypatch.setattr(Event, "reached", False)
@@ -84,7 +84,7 @@ def test_nothing_waits_for_a_gpu_that_is_behind(held, monkeypatch):
     assert [a_pass(held)[0] for _ in range(4)][-1]
 
 
-def test_a_weight_that_is_gone_is_not_read(held):
+def test_freed_memory_is_not_read(held):
     for _ in range(2):
         a_pass(held)
     weight, _ = held[2]

@@ -1,4 +1,4 @@
-"""The Triton GELU and its derivative, kept whole or in 8 bits, against the formula in double precision."""
+"""The Triton GELU and its derivative, also in 8 bits, against the formula in float64."""
 
 import math
 
@@ -11,7 +11,7 @@ from insvp_fast.kernels.gpu import chip, gelu
 from insvp_fast.ops.mlp import CODE_OF_NAN, CODE_STEPS, CODE_ZERO, gelu_code, gelu_from_code
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# half a unit in the last place; the interpreter truncates bf16
+# half a unit in the last place; a whole one of bf16, which the interpreter truncates
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11 + 1e-6, torch.bfloat16: 2.0 ** (-7 if chip.INTERPRETED else -8)}
 
 
@@ -30,14 +30,14 @@ def test_parity(shape, dtype, device, poison):
     pre, grad = inputs(shape, dtype, device)
     hidden, d_pre = gelu.gelu_fwd(pre), gelu.gelu_bwd(grad, pre)
     assert hidden.dtype == d_pre.dtype == dtype and hidden.shape == d_pre.shape == shape
-    wide, atol = pre.double(), 1e-7 if dtype != torch.float16 else 2**-24  # fp16's least number
+    wide, atol = pre.double(), 1e-7 if dtype != torch.float16 else 2**-24  # the smallest number of fp16
     torch.testing.assert_close(hidden.double(), wide * torch.special.ndtr(wide), rtol=ROUNDING[dtype], atol=atol)
     exact = grad.double() * derivative(pre)
     torch.testing.assert_close(d_pre.double(), exact, rtol=ROUNDING[dtype], atol=1e-6)
 
 
 def test_every_bf16_number(device):
-    """All 65 536 of them, with infinities and NaN as the formula has them."""
+    """All 65,536 of them, including infinities and NaN."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).to(device).float()
     hidden, exact = gelu.gelu_fwd(x), x.double() * torch.special.ndtr(x.double())
     torch.testing.assert_close(hidden.double(), exact, rtol=1e-6, atol=1e-7, equal_nan=True)
@@ -69,7 +69,7 @@ def test_out_must_fit(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_code_is_the_references(dtype, device, poison):
+def test_parity_of_the_code(dtype, device, poison):
     pre, grad = inputs((5, 333), dtype, device)
     hidden, code = gelu.gelu_fwd_code(pre)
     assert torch.equal(hidden, gelu.gelu_fwd(pre)) and code.dtype == torch.uint8
@@ -83,7 +83,7 @@ def test_the_code_is_the_references(dtype, device, poison):
     assert d_pre.dtype == dtype
 
 
-def test_the_code_is_half_a_step_off_at_most(device):
+def test_the_code_is_off_by_half_a_step_at_most(device):
     assert (gelu.STEPS.value, gelu.ZERO.value) == (CODE_STEPS, CODE_ZERO)
     x = torch.linspace(-8, 8, 20001, device=device)
     _, code = gelu.gelu_fwd_code(x)
@@ -95,7 +95,7 @@ def test_the_code_is_half_a_step_off_at_most(device):
     assert gelu_from_code(ends).tolist() == [0, 1]
 
 
-def test_layouts_are_made_contiguous(device):
+def test_noncontiguous_inputs(device):
     pre, grad = inputs((6, 40), torch.float32, device)
     assert torch.equal(gelu.gelu_fwd(pre.t()), gelu.gelu_fwd(pre).t())
     assert torch.equal(gelu.gelu_bwd(grad.t(), pre.t()), gelu.gelu_bwd(grad, pre).t())

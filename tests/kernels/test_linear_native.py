@@ -10,37 +10,30 @@ from torch import Tensor
 
 from insvp_fast.runtime import native
 from insvp_fast.testing import assert_within_budget
+from tests.kernels.native_checks import BF16, F32, assert_same_bits, needs_library
 
-F32, BF16 = torch.float32, torch.bfloat16
-
-pytestmark = pytest.mark.usefixtures("poison")  # an element left unwritten is NaN
-needs_library = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
-dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(threads):
-    threads(1)  # small products take less time than waking threads
+pytestmark = [needs_library, pytest.mark.usefixtures("poison", "one_thread")]  # an element left unwritten is NaN
+each_dtype = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 
 
 def inputs(M: int, K: int, N: int, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and bias with values of `dtype`, the latter two held in float32."""
+    """x in ``dtype``, the weight in fp32 with values of ``dtype``, and the bias in fp32."""
     torch.manual_seed(M + 10 * K + 100 * N)
     weight = (torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype).float()
     return torch.randn(M, K).to(dtype), weight, torch.randn(N)
 
 
-def gelu64(x: Tensor) -> Tensor:
+def gelu_formula(x: Tensor) -> Tensor:
     """GELU in float64, exact in the lower tail too."""
     return x * torch.special.erfc(-x / math.sqrt(2)) / 2
 
 
-def gelu_slope64(x: Tensor) -> Tensor:
+def gelu_derivative(x: Tensor) -> Tensor:
     return torch.special.erfc(-x / math.sqrt(2)) / 2 + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
 def assert_exact(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Sums of products in fp32, rounded once to `dtype`."""
+    """The error of sums in fp32, rounded once to ``dtype``."""
     assert out.shape == expected.shape and out.dtype == dtype and out.is_contiguous()
     excess = (out.double() - expected).norm() - 1e-6 * expected.norm()
     rounding = 0.0 if dtype == F32 else 2**-8 * expected.norm()
@@ -57,35 +50,32 @@ def check_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     pre, hidden = native.linear_gelu(x, packed, bias, len(weight))
     assert torch.equal(pre, native.linear(x, packed, bias, len(weight)))
     product = x.double() @ weight.double().T
-    assert_exact(hidden, gelu64(product if bias is None else product + bias.double()), x.dtype)
+    assert_exact(hidden, gelu_formula(product if bias is None else product + bias.double()), x.dtype)
     nothing, same = native.linear_gelu(x, packed, bias, len(weight), keep=False)
     assert nothing is None and torch.equal(same, hidden)
-    assert_exact(native.linear_gelu_bwd(x, packed, pre), product * gelu_slope64(pre.double()), x.dtype)
+    assert_exact(native.linear_gelu_bwd(x, packed, pre), product * gelu_derivative(pre.double()), x.dtype)
 
 
-@needs_library
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("M", [0, 1, 13, 111])
 @pytest.mark.parametrize(("K", "N"), [(1, 1), (33, 50), (512, 96), (601, 331), (31, 0), (0, 31)])
-def test_linear(isa, dtype, M, K, N):
+def test_parity(isa, dtype, M, K, N):
     x, weight, bias = inputs(M, K, N, dtype)
     check(x, weight, bias)
     check(x, weight, None)
     check(x, weight, bias, BF16 if dtype == F32 else F32)
     check_gelu(x, weight, bias)
-    check_gelu(torch.randn(M, N).to(dtype), weight.T, None)  # the weight of backward
+    check_gelu(torch.randn(M, N).to(dtype), weight.T, None)  # the transposed weight, as in backward
 
 
-@needs_library
-@dtypes
+@each_dtype
 @pytest.mark.parametrize(("K", "N"), [(768, 2304), (3072, 768), (1027, 1031)])
-def test_linear_of_a_transformer(isa, dtype, K, N):
+def test_parity_of_a_transformer(isa, dtype, K, N):
     check(*inputs(197 if isa == "generic" else 1000, K, N, dtype))
 
 
-@needs_library
 def test_bf16_within_the_budget_of_arithmetic(isa):
-    """The whole path in bf16, the rounding of the weight and of `pre` included."""
+    """The whole path in bf16, including the rounding of the weight and of ``pre``."""
     x, weight, bias = torch.randn(197, 768), torch.randn(300, 768) / 768**0.5, torch.randn(300)
     grad, back = torch.randn(197, 50), torch.randn(300, 50) / 50**0.5
     leaf = (x.double() @ weight.double().T + bias).requires_grad_()
@@ -100,7 +90,6 @@ def test_bf16_within_the_budget_of_arithmetic(isa):
     assert_within_budget(d_pre, plain_grad, exact_grad, BF16, "d_pre")
 
 
-@needs_library
 def test_gelu_to_the_last_bits(isa):
     x = torch.cat([torch.linspace(-15, 15, 300_001), torch.logspace(-30, 30, 1001), -torch.logspace(-30, 30, 1001)])
     identity = native.pack_linear(torch.ones(1, 1))
@@ -108,13 +97,12 @@ def test_gelu_to_the_last_bits(isa):
     slope = native.linear_gelu_bwd(torch.ones(len(x), 1), identity, x[:, None])
     assert torch.equal(pre[:, 0], x)
     ulp = 2**-23
-    exact = gelu64(x.double())
-    # exp(-x*x/2) has the roundings of its argument
+    exact = gelu_formula(x.double())
+    # the rounding of -x*x/2 becomes the relative error of exp(-x*x/2)
     assert ((hidden[:, 0] - exact).abs() <= ulp * (4 + x.double().square() / 2) * exact.abs() + 1e-37).all()
-    assert ((slope[:, 0] - gelu_slope64(x.double())).abs() <= 2 * ulp).all()
+    assert ((slope[:, 0] - gelu_derivative(x.double())).abs() <= 2 * ulp).all()
 
 
-@needs_library
 def test_gelu_in_its_tails(isa):
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([[0.0, 10.0, -20.0, 1e30, -1e30, inf, -inf, nan]]).T
@@ -128,9 +116,8 @@ def test_gelu_in_its_tails(isa):
     assert_close(slope, expected, rtol=0, atol=1e-20, equal_nan=True)
 
 
-@needs_library
-@dtypes
-def test_strided_inputs(isa, dtype):
+@each_dtype
+def test_noncontiguous_inputs(isa, dtype):
     x, weight, bias = inputs(5 * 13, 300, 50, dtype)
     packed = native.pack_linear(weight, dtype)
     y = native.linear(x, packed, bias, 50)
@@ -151,8 +138,7 @@ def test_strided_inputs(isa, dtype):
     assert native.linear(images[:, :0], packed, bias, 50).shape == (5, 0, 50)
 
 
-@needs_library
-@dtypes
+@each_dtype
 @pytest.mark.parametrize(("M", "K", "N"), [(8, 1100, 331), (450, 1501, 60), (1, 9, 2304)])
 def test_same_bits_for_every_number_of_threads(isa, dtype, threads, M, K, N):
     x, weight, bias = inputs(M, K, N, dtype)
@@ -162,17 +148,14 @@ def test_same_bits_for_every_number_of_threads(isa, dtype, threads, M, K, N):
         packed = native.pack_linear(weight, dtype)
         pre, hidden = native.linear_gelu(x, packed, bias, N)
         runs.append((packed, pre, hidden, native.linear_gelu_bwd(x, packed, pre)))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    assert_same_bits(runs)
     rows = slice(M - 3, M) if M > 3 else slice(None)
     packed, pre, hidden, d_pre = runs[0]
     again = *native.linear_gelu(x[rows], packed, bias, N), native.linear_gelu_bwd(x[rows], packed, pre[rows])
-    for a, b in zip(again, (pre, hidden, d_pre), strict=True):
-        assert torch.equal(a, b[rows])  # nor do the other rows matter
+    assert_same_bits([again, (pre[rows], hidden[rows], d_pre[rows])])  # and the other rows change nothing
 
 
-@needs_library
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_value_stays_in_its_row(isa, dtype, bad):
     x, weight, bias = inputs(15, 301, 50, dtype)
@@ -183,8 +166,7 @@ def test_a_bad_value_stays_in_its_row(isa, dtype, bad):
         assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [7]
 
 
-@needs_library
-@dtypes
+@each_dtype
 def test_a_bad_weight_stays_in_its_column(isa, dtype):
     x, weight, bias = inputs(15, 301, 50, dtype)
     weight[3, 300] = float("nan")
@@ -192,7 +174,6 @@ def test_a_bad_weight_stays_in_its_column(isa, dtype):
     assert y.isnan().any(0).nonzero().flatten().tolist() == [3]
 
 
-@needs_library
 def test_bf16_operands_and_a_weight_packed_for_fp32(isa):
     x, weight, bias = inputs(13, 301, 50, BF16)
     packed = native.pack_linear(weight)
@@ -201,14 +182,12 @@ def test_bf16_operands_and_a_weight_packed_for_fp32(isa):
     assert torch.equal(native.linear(x, packed, bias, 50), widened.to(BF16))
 
 
-@needs_library
-def test_the_form_of_a_packed_weight(isa):
+def test_the_dtype_of_a_packed_weight(isa):
     weight = torch.randn(50, 33)
     assert native.pack_linear(weight).dtype == F32
     assert native.pack_linear(weight, BF16).dtype == (BF16 if isa == "avx512_bf16" else F32)
 
 
-@needs_library
 def test_wrong_arguments_are_refused():
     x, weight, bias = inputs(3, 33, 50)
     packed = native.pack_linear(weight)

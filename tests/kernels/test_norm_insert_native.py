@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from insvp_fast.ops.norm_insert import norm_insert_bwd_reference
 from insvp_fast.runtime import native
+from tests.kernels.native_checks import BF16, F32, assert_close, assert_same_bits, needs_library
 
-F32, BF16 = torch.float32, torch.bfloat16
-
-pytestmark = [
-    pytest.mark.usefixtures("poison"),  # an element left unwritten is NaN
-    pytest.mark.skipif(not native.native_status(), reason=str(native.native_status())),
-]
-
-
-def assert_close(name: str, value: Tensor, exact: Tensor) -> None:
-    """float32: 1e-5 of the largest value; bfloat16: one rounding (2**-8) more."""
-    assert value.shape == exact.shape, name
-    bound = 1e-5 * (exact.abs().max() if exact.numel() else 0) + (2**-8 * exact.abs() if value.dtype == BF16 else 0)
-    assert ((value.double() - exact).abs() <= bound).all(), name
+pytestmark = [needs_library, pytest.mark.usefixtures("poison")]  # an element left unwritten is NaN
 
 
 def inputs(B, T, L, D, dtypes=(F32, F32, F32)):
@@ -43,9 +31,9 @@ def test_parity(isa, B, T, L, D, dtypes, affine, branch):
     total, normed, xhat, rstd = native.norm_insert_fwd(residual, added, prompts, weight, bias, 1e-6, dtype)
 
     tokens = torch.cat([residual.double() + (added.double() if branch else 0), prompts.double()], 1)
-    centred = tokens - tokens.mean(-1, keepdim=True)
-    sigma = 1 / (centred.square().mean(-1) + 1e-6).sqrt()
-    exact = centred * sigma[..., None]
+    centered = tokens - tokens.mean(-1, keepdim=True)
+    sigma = 1 / (centered.square().mean(-1) + 1e-6).sqrt()
+    exact = centered * sigma[..., None]
     assert (total.numel() > 0) == (branch and B > 0)
     if branch:
         assert_close("total", total, tokens[:, :T])
@@ -79,7 +67,7 @@ def test_a_large_mean_does_not_cost_the_variance(isa):
     residual = 1e4 + torch.randn(1, 3, 64)
     _, normed, *_ = native.norm_insert_fwd(residual, None, None, None, None, 0.0, F32)
     exact = torch.nn.functional.layer_norm(residual.double(), (64,), eps=0.0)
-    assert (normed - exact).abs().max() < 1e-3  # the mean is rounded at 1e4 * 2**-24; E[x²] - E[x]² would lose it all
+    assert (normed - exact).abs().max() < 1e-3  # the rounding of the mean, 1e4 * 2**-24
 
 
 def test_prompts_of_one_image_for_all():
@@ -87,7 +75,7 @@ def test_prompts_of_one_image_for_all():
     expanded = prompts[:1].expand(3, -1, -1)
     outputs = native.norm_insert_fwd(residual, branch, expanded, None, None, 1e-6, F32)
     whole = native.norm_insert_fwd(residual, branch, expanded.contiguous(), None, None, 1e-6, F32)
-    assert all(torch.equal(x, y) for x, y in zip(outputs, whole, strict=True))
+    assert_same_bits([outputs, whole])
 
 
 def test_same_bits_for_every_number_of_threads(isa, threads):
@@ -97,8 +85,7 @@ def test_same_bits_for_every_number_of_threads(isa, threads):
         threads(n)
         total, normed, _, rstd = native.norm_insert_fwd(residual, branch, prompts, None, None, 1e-6, F32)
         runs.append([total, normed, *native.norm_insert_bwd(total, normed + 1, normed, rstd, None, 5, F32, BF16)])
-    for run in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
+    assert_same_bits(runs)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

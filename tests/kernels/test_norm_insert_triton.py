@@ -1,4 +1,4 @@
-"""The Triton norm_insert against LayerNorm in double precision and autograd through it."""
+"""The Triton norm_insert against LayerNorm in float64 and autograd through it."""
 
 import pytest
 import torch
@@ -13,11 +13,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def inputs(B, T, L, D, stream, device, narrow=None, branch=True, affine=True):
-    """Stream, branch, prompts and affine map; the branch and the prompts are `narrow`, else of the stream's dtype."""
+    """Residual, branch, prompts, weight and bias; branch and prompts in ``narrow``, by default the stream's dtype."""
     narrow = narrow or stream
-    residual = (torch.randn(B, T, D, device=device) + 3).to(
-        stream
-    )  # a mean that a difference of squares would suffer from
+    # with a mean, from which E[x²] - E[x]² would lose digits
+    residual = (torch.randn(B, T, D, device=device) + 3).to(stream)
     added = torch.randn(B, T, D, device=device).to(narrow) if branch else None
     prompts = torch.randn(B, L, D, device=device).to(narrow) if L else None
     weight, bias = (torch.randn(D, device=device), torch.randn(D, device=device)) if affine else (None, None)
@@ -25,7 +24,7 @@ def inputs(B, T, L, D, stream, device, narrow=None, branch=True, affine=True):
 
 
 def formula(residual, branch, prompts, weight, bias, dtype):
-    """Everything that the launchers return, by stock operations and autograd in `dtype`, ."""
+    """The results in ``dtype`` by PyTorch's operations, and the leaves for autograd."""
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (residual, branch, prompts)]
     stream, added, extra = leaves
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
@@ -57,7 +56,7 @@ def check(tensors, dtype, device):
     if branch_dtype == stream:
         assert d_branch.shape == (0,)
     else:
-        assert torch.equal(d_branch, d_residual.to(branch_dtype)) or chip.INTERPRETED  # there, bf16 is truncated
+        assert torch.equal(d_branch, d_residual.to(branch_dtype)) or chip.INTERPRETED  # which truncates bf16
 
     values = {}
     for precision in (torch.float64, torch.promote_types(stream, dtype) if dtype == torch.float32 else dtype):
@@ -115,12 +114,9 @@ def test_prompts_of_any_layout(layout, device, poison):
     check((residual, branch, prompts, weight, bias), torch.float32, device)
 
 
-def test_no_gradient_along_the_stream(device, poison):
-    xhat, rstd, grad = (
-        torch.randn(2, 5, 24, device=device),
-        torch.rand(2, 5, device=device),
-        torch.randn(2, 5, 24, device=device),
-    )
+def test_without_a_gradient_of_the_stream(device, poison):
+    xhat, rstd = torch.randn(2, 5, 24, device=device), torch.rand(2, 5, device=device)
+    grad = torch.randn(2, 5, 24, device=device)
     zero = torch.zeros(2, 3, 24, device=device)
     for weight in (None, torch.randn(24, device=device)):
         absent = norm_insert.norm_insert_bwd(None, grad, xhat, rstd, weight, 3, torch.float32, torch.float32)
@@ -129,15 +125,15 @@ def test_no_gradient_along_the_stream(device, poison):
             assert torch.equal(value, expected)
 
 
-def test_the_variance_does_not_cancel(device):
+def test_a_large_mean_does_not_cost_the_variance(device):
     """Rows far from zero, whose E[x²] - E[x]² would be lost in fp32."""
     residual = torch.randn(1, 4, 768, device=device) + 1000
     _, normed, _, _ = norm_insert.norm_insert_fwd(residual, None, None, None, None, EPS, torch.float32)
     exact = torch.nn.functional.layer_norm(residual.double(), (768,), eps=EPS)
-    assert relative_error(normed, exact) < 1e-4  # the mean's own rounding, 1000 · 2^-24
+    assert relative_error(normed, exact) < 1e-4  # the rounding of the mean, 1000 · 2^-24
 
 
-def test_extreme_rows_stay_among_themselves(device):
+def test_a_bad_value_stays_in_its_row(device):
     residual = torch.randn(1, 4, 100, device=device)
     residual[0, 1, 3], residual[0, 2, 5] = float("nan"), float("inf")
     _, normed, _, rstd = norm_insert.norm_insert_fwd(residual, None, None, None, None, EPS, torch.float32)
@@ -154,7 +150,7 @@ def test_a_warp_has_2048_values_at_most(D):
     assert config["num_warps"] <= 8 and (D > 2048 or config["num_warps"] == 1)
 
 
-def test_width_is_bounded(device):
+def test_the_width_is_bounded(device):
     assert not norm_insert.covers(device, 16385, torch.float32)
     with pytest.raises(ValueError, match="1 to 16384"):
         norm_insert.norm_insert_fwd(torch.empty(1, 1, 16385, device=device), None, None, None, None, EPS, torch.float32)

@@ -1,4 +1,4 @@
-"""The native operations against the same mathematics written with torch operations in float64."""
+"""The native superposition against the same mathematics in float64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import native
+from tests.kernels.native_checks import BF16, F32, assert_close, assert_same_bits, needs_library
 
-F32, BF16 = torch.float32, torch.bfloat16
+pytestmark = [needs_library, pytest.mark.usefixtures("poison")]  # an element left unwritten is NaN
 GLOBAL_WEIGHT, PATCH_WEIGHT = 0.7, 0.3
-
-pytestmark = pytest.mark.usefixtures("poison")  # an element left unwritten is NaN
-needs_library = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
 
 
 def unfold(x: Tensor, P: int) -> Tensor:
@@ -20,7 +18,7 @@ def unfold(x: Tensor, P: int) -> Tensor:
     return x.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // P**2, C * P * P)
 
 
-def exact(image, global_prompt, w1, b1, w2, b2, P: int) -> tuple[Tensor, Tensor]:
+def formula(image, global_prompt, w1, b1, w2, b2, P: int) -> tuple[Tensor, Tensor]:
     u = unfold(image, P)
     hidden = torch.relu(u @ w1.T + b1)
     tokens = u + PATCH_WEIGHT * (hidden @ w2.T + b2)
@@ -28,7 +26,7 @@ def exact(image, global_prompt, w1, b1, w2, b2, P: int) -> tuple[Tensor, Tensor]
 
 
 def inputs(B: int, C: int, H: int, W: int, P: int, R: int, dtypes=(F32, F32, F32)) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(image, global_prompt, w1, b1, w2, b2) and the gradient; `dtypes` of image, global prompt and tokens."""
+    """(image, global_prompt, w1, b1, w2, b2) and the gradient; ``dtypes`` of image, global prompt and tokens."""
     torch.manual_seed(B + 10 * C + 100 * P + R)
     K, N = C * P * P, (H // P) * (W // P)
     weights = torch.randn(R, K) / K**0.5, torch.randn(R), torch.randn(K, R) / R**0.5, torch.randn(K)
@@ -36,37 +34,28 @@ def inputs(B: int, C: int, H: int, W: int, P: int, R: int, dtypes=(F32, F32, F32
     return (image, global_prompt, *weights), torch.randn(B, N, K).to(dtypes[2])
 
 
-def assert_exact(name: str, out: Tensor, expected: Tensor) -> None:
-    """float32: 1e-5 of the largest value, for sums whose terms cancel; bfloat16: one rounding (2**-8) more."""
-    assert out.shape == expected.shape, name
-    rounding = 2**-8 * expected.abs() if out.dtype == BF16 else 0.0
-    scale = expected.abs().max() if expected.numel() else 0.0
-    excess = (out.double() - expected).abs() - rounding - 1e-5 * scale
-    assert (excess <= 0).all(), f"{name}: {excess.max().item():.1e} over the bound, largest value {scale:.1e}"
-
-
 def check(args: tuple[Tensor, ...], grad: Tensor, P: int) -> None:
     """Forward and every gradient against float64 autograd."""
-    oracle = [x.double().requires_grad_() for x in args]
-    tokens64, hidden64 = exact(*oracle, P)
-    expected = torch.autograd.grad(tokens64, oracle, grad.double())
+    leaves = [x.double().requires_grad_() for x in args]
+    tokens64, hidden64 = formula(*leaves, P)
+    expected = torch.autograd.grad(tokens64, leaves, grad.double())
 
     tokens, hidden = native.superpose_fwd(*args, P, GLOBAL_WEIGHT, PATCH_WEIGHT, grad.dtype)
     assert (tokens.dtype, hidden.dtype) == (grad.dtype, F32)
-    assert_exact("tokens", tokens, tokens64.detach())
-    assert_exact("hidden", hidden, hidden64.detach())
+    assert_close("tokens", tokens, tokens64.detach())
+    assert_close("hidden", hidden, hidden64.detach())
 
     image, _, w1, _, w2, _ = args
     got = native.superpose_bwd(grad, image, hidden, w1, w2, P, GLOBAL_WEIGHT, PATCH_WEIGHT, True, True)
     assert [x.dtype for x in got] == [image.dtype, grad.dtype, F32, F32, F32, F32]
     for name, out, want in zip(("image", "global", "w1", "b1", "w2", "b2"), got, expected, strict=True):
-        assert_exact(f"d_{name}", out, want)
+        assert_close(f"d_{name}", out, want)
 
 
 SHAPES = [
     (1, 3, 32, 32, 16, 16),  # the usual patch, fewer patches than a tile
     (3, 3, 48, 80, 16, 16),  # non-square
-    (1, 3, 28, 42, 14, 5),  # a patch side that no vector divides; R in blocks and single rows
+    (1, 3, 28, 42, 14, 5),  # a patch side that is no multiple of a vector; R in blocks and single rows
     (3, 1, 40, 24, 8, 1),
     (1, 1, 12, 20, 4, 5),  # a patch side below the vector width, K below one step
     (3, 3, 64, 96, 4, 16),  # 1,152 patches: several chunks of weight gradients
@@ -77,27 +66,23 @@ SHAPES = [
 ]
 
 
-@needs_library
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity_fp32(isa, shape):
     check(*inputs(*shape), P=shape[4])
 
 
-@needs_library
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, BF16, BF16), (F32, F32, BF16), (BF16, F32, F32)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_parity_bf16(isa, shape, dtypes):
     check(*inputs(*shape, dtypes), P=shape[4])
 
 
-@needs_library
 def test_without_global_prompt(isa):
     (image, _, *weights), _ = inputs(2, 3, 32, 48, 16, 16)
     tokens, _ = native.superpose_fwd(image, None, *weights, 16, GLOBAL_WEIGHT, PATCH_WEIGHT, F32)
-    assert_exact("tokens", tokens, exact(image.double(), None, *(w.double() for w in weights), 16)[0])
+    assert_close("tokens", tokens, formula(image.double(), None, *(w.double() for w in weights), 16)[0])
 
 
-@needs_library
 @pytest.mark.parametrize(("need_image", "need_global"), [(True, False), (False, True), (False, False)])
 def test_gradients_that_are_not_needed(isa, need_image, need_global):
     (image, global_prompt, w1, b1, w2, b2), grad = inputs(2, 3, 32, 48, 16, 5)
@@ -110,7 +95,6 @@ def test_gradients_that_are_not_needed(isa, need_image, need_global):
         assert out.numel() == 0 or torch.equal(out, want)
 
 
-@needs_library
 def test_noncontiguous_inputs():
     args, grad = inputs(2, 3, 32, 48, 16, 5)
     tokens, hidden = native.superpose_fwd(*args, 16, GLOBAL_WEIGHT, PATCH_WEIGHT, F32)
@@ -121,10 +105,9 @@ def test_noncontiguous_inputs():
     rest = 16, GLOBAL_WEIGHT, PATCH_WEIGHT, True, True
     want = native.superpose_bwd(grad, args[0], hidden, args[2], args[4], *rest)
     got = native.superpose_bwd(grad2, args2[0], hidden2, args2[2], args2[4], *rest)
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert_same_bits([got, want])
 
 
-@needs_library
 def test_same_bits_for_every_number_of_threads(isa, threads):
     args, grad = inputs(3, 3, 64, 96, 4, 16)
     runs = []
@@ -135,11 +118,9 @@ def test_same_bits_for_every_number_of_threads(isa, threads):
             grad, args[0], hidden, args[2], args[4], 4, GLOBAL_WEIGHT, PATCH_WEIGHT, True, True
         )
         runs.append((tokens, hidden, *grads))
-    for run in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
+    assert_same_bits(runs)
 
 
-@needs_library
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_pixel_stays_in_its_patch(isa, bad):
     (image, *rest), _ = inputs(1, 1, 12, 12 * 30, 12, 5)  # K = 144 is padded, 30 patches: three tiles
@@ -148,7 +129,6 @@ def test_a_bad_pixel_stays_in_its_patch(isa, bad):
     assert (~tokens[0].isfinite()).any(1).nonzero().flatten().tolist() == [7]
 
 
-@needs_library
 def test_bf16_rounding_is_that_of_torch(isa):
     """Ties, the largest values, subnormals and NaN: with weights of zero the gradient is passed on as it is."""
     values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -3.4e38, 1e-40, 0.0, float("inf"), float("nan")])
@@ -159,7 +139,6 @@ def test_bf16_rounding_is_that_of_torch(isa):
     torch.testing.assert_close(d_image, image.to(BF16), rtol=0, atol=0, equal_nan=True)
 
 
-@needs_library
 def test_wrong_arguments_are_refused():
     (image, global_prompt, *weights), grad = inputs(1, 3, 32, 32, 16, 5)
     rest = (*weights, 16, 1.0, 1.0, F32)

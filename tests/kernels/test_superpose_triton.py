@@ -1,4 +1,4 @@
-"""The Triton superposition against equations 5 to 7 in double precision, written with stock PyTorch operations."""
+"""The Triton superposition against equations 5 to 7 in float64, written with PyTorch's operations."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ WEIGHTS = (0.7, 0.3)  # of the global and of the patch prompt, as in the paper
 
 
 def formula(image, prompt, w1, b1, w2, b2, P):
-    """The equations one by one; `prompt` may be None."""
+    """The equations one by one; ``prompt`` may be None."""
     u = F.unfold(image, P, stride=P).transpose(1, 2)
     hidden = F.linear(u, w1, b1).relu()
     tokens = u + WEIGHTS[1] * F.linear(hidden, w2, b2)
@@ -32,7 +32,7 @@ def inputs(B, C, H, W, P, R, dtype, device, with_prompt=True):
 
 
 def expected(tensors, grad, P, dtype):
-    """Tokens, hidden and all gradients by autograd in `dtype`; d_global is None without a global prompt."""
+    """Tokens, hidden and all gradients by autograd in ``dtype``; d_global is None without a global prompt."""
     tensors = [None if t is None else t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
     tokens, hidden = formula(*tensors, P)
     present = [t for t in tensors if t is not None]
@@ -50,10 +50,10 @@ def computed(tensors, grad, P, need_image=True):
 
 
 def check(actual, tensors, grad, P, dtype):
-    """fp32: 1e-5 of the largest value. 16 bit: twice the error of the formula run in that dtype, plus one rounding."""
-    oracle = expected(tensors, grad, P, torch.float64)
-    eager = expected(tensors, grad, P, dtype)
-    for name, truth in oracle.items():
+    """fp32: 1e-5 of the largest value. 16 bits: twice the error of the formula in that dtype, plus one rounding."""
+    exact = expected(tensors, grad, P, torch.float64)
+    plain = expected(tensors, grad, P, dtype)
+    for name, truth in exact.items():
         if truth is None or truth.numel() == 0:
             continue
         scale = truth.abs().max()
@@ -61,15 +61,15 @@ def check(actual, tensors, grad, P, dtype):
         if dtype == torch.float32:
             budget = 1e-5 * scale
         else:
-            budget = 2 * (eager[name].double() - truth).abs().max() + torch.finfo(dtype).eps * scale
+            budget = 2 * (plain[name].double() - truth).abs().max() + torch.finfo(dtype).eps * scale
         assert error <= budget, f"{name}: error {error:.2e} over budget {budget:.2e}"
 
 
 SHAPES = [  # B, C, H, W, P, R
     (2, 3, 32, 48, 16, 16),  # the main case: K = 768, not a power of two
     (1, 1, 16, 12, 4, 1),  # K = 16 is less than a tile; one hidden unit, padded to 16
-    (3, 3, 56, 40, 8, 5),  # 105 patches: the last block is partial and crosses images
-    (3, 3, 28, 42, 14, 16),  # K = 588 = 2^2 3 7^2: ragged in K
+    (3, 3, 56, 40, 8, 5),  # 105 patches: the last block is partial and spans images
+    (3, 3, 28, 42, 14, 16),  # K = 588: the last tile of K is partial
     (1, 1, 64, 32, 32, 17),  # 17 hidden units, padded to 32; the largest patch
     (3, 1, 72, 88, 8, 16),  # 297 patches: several blocks
 ]
@@ -102,7 +102,7 @@ def test_unneeded_image_gradient_is_empty_and_the_rest_is_unchanged(device, pois
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "cropped", "expanded"])
-def test_any_strides(layout, device, poison):
+def test_noncontiguous_inputs(layout, device, poison):
     (image, prompt, *weights), grad = inputs(2, 3, 16, 24, 8, 16, torch.float32, device)
     if layout == "channels_last":
         image = image.to(memory_format=torch.channels_last)
@@ -179,7 +179,7 @@ def test_same_inputs_same_bits(device, poison):
 
 
 def test_a_split_sums_several_blocks_of_patches(device, monkeypatch, poison):
-    monkeypatch.setattr(chip, "PROCESSORS", dict.fromkeys(chip.PROCESSORS, 3))
+    monkeypatch.setattr(chip, "MULTIPROCESSORS", dict.fromkeys(chip.MULTIPROCESSORS, 3))
     tensors, grad = inputs(4, 3, 64, 80, 8, 16, torch.float32, device)
     check(computed(tensors, grad, 8), tensors, grad, 8, torch.float32)
 
@@ -192,7 +192,7 @@ def test_nan_is_not_hidden_by_relu(device):
     assert not actual["tokens"][0, 1].isnan().any()
 
 
-def test_hidden_width_is_bounded(device):
+def test_the_hidden_width_is_bounded(device):
     tensors, grad = inputs(1, 3, 8, 8, 8, 129, torch.float32, device)
     with pytest.raises(ValueError, match="1 to 128"):
         computed(tensors, grad, 8)
@@ -205,11 +205,11 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
         computed(tensors, grad, 8)
 
 
-@pytest.mark.parametrize("arch", list(chip.PROCESSORS))
+@pytest.mark.parametrize("arch", list(chip.MULTIPROCESSORS))
 @pytest.mark.parametrize("R", [1, 16, 17, 64, 128])
 def test_the_weight_grid_is_bounded(arch, R):
     for P, M in ((4, 1), (16, 50176), (32, 10**6)):
         config = superpose.launch_config("bwd_weight", P, 3 * P * P, R, torch.bfloat16, arch)
         splits = superpose.weight_splits(M, 3 * P * P, config, arch)
         programs = splits * -(-3 * P * P // config["BLOCK_K"])
-        assert splits == 1 or 1 < programs <= 2 * chip.PROCESSORS[arch]
+        assert splits == 1 or 1 < programs <= 2 * chip.MULTIPROCESSORS[arch]
