@@ -3,8 +3,8 @@
     python examples/inference.py runs/pytorch image.png ...
     python examples/inference.py OWNER/NAME image.jpg --device cuda --bf16     # an adapter on the Hugging Face Hub
 
-The adapter records its backbone: the shipped one is built offline, another is fetched by timm. ``insvp predict`` does the
-same for the runs of ``insvp train``, with CSV and JSON lines as output.
+The adapter records its backbone: the shipped one is built offline, another is fetched by timm. For the runs of
+``insvp train``, ``insvp predict`` does the same, with CSV and JSON lines as output.
 """
 
 from __future__ import annotations
