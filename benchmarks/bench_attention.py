@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from benchmarks.steps import DEVICE
-from insvp_fast import ops, reference
-from insvp_fast.ops.attention import _by_image_bwd, _by_image_fwd
-from insvp_fast.runtime import native
+from insvp_fast import ops
+from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
 from insvp_fast.testing import relative_error
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="these compare ways on a CPU")
@@ -20,16 +19,12 @@ BATCHES = [1, 8]
 
 def directions(provider, qkv, grad):
     """The forward and the backward function, each without arguments."""
-    if provider == "native":
-        return lambda: native.attention_fwd(qkv, *SHAPE), lambda: native.attention_bwd(grad, qkv, *SHAPE)
-    if provider == "explicit":
-        return lambda: _by_image_fwd(qkv, *SHAPE), lambda: _by_image_bwd(grad, qkv, *SHAPE)
     x = qkv.detach().requires_grad_()
-    out = ops.attention(x, *SHAPE, impl="sdpa")
+    out = ops.attention(x, *SHAPE, impl=provider)
 
     def forward():
         with torch.no_grad():
-            return ops.attention(qkv, *SHAPE, impl="sdpa")
+            return ops.attention(qkv, *SHAPE, impl=provider)
 
     return forward, lambda: torch.autograd.grad(out, x, grad, retain_graph=True)[0]
 
@@ -42,7 +37,7 @@ def inputs(batch, dtype):
 @functools.cache
 def exact(batch, dtype, direction):
     qkv, grad = (t.double() for t in inputs(batch, dtype))
-    return reference.attention_bwd(grad, qkv, *SHAPE) if direction == "backward" else reference.attention(qkv, *SHAPE)
+    return attention_bwd_reference(grad, qkv, *SHAPE) if direction == "backward" else attention_reference(qkv, *SHAPE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -3,7 +3,8 @@
 import torch
 
 from benchmarks.measure import CASES, DEVICE, DTYPES, time_operation
-from insvp_fast import ops, reference
+from insvp_fast import ops
+from insvp_fast.ops.norm_insert import norm_insert_reference
 
 T, L, D = 197, 9, 768
 
@@ -20,7 +21,7 @@ def bench_norm_insert(benchmark, tiny, implementation, direction, precision):
         return residual, branch, prompts, 1 + 0.1 * torch.randn(D, device=DEVICE), torch.randn(D, device=DEVICE)
 
     def plain(residual, branch, prompts, weight, bias):
-        total, normed = reference.norm_insert(residual, branch, prompts, weight, bias, 1e-6)
+        total, normed = norm_insert_reference(residual, branch, prompts, weight, bias, 1e-6)
         return total, normed.to(out) if residual.dtype == torch.float32 else normed
 
     def fast(*operands):

@@ -3,7 +3,9 @@
 import torch
 
 from benchmarks.measure import CASES, DEVICE, time_operation
-from insvp_fast import ops, reference
+from insvp_fast import ops
+from insvp_fast.ops import Blend, PatchWeights
+from insvp_fast.ops.superpose import superpose_reference
 
 P, R, K, N = 16, 16, 768, 196
 
@@ -19,10 +21,12 @@ def bench_superpose(benchmark, tiny, implementation, direction, precision):
         return [image, prompt.requires_grad_(), *weights]
 
     def plain(image, prompt, *weights):  # the weights as autocast would have them
-        return reference.superpose(image, prompt, *(w.to(image.dtype) for w in weights), P, 0.7, 0.3)
+        return superpose_reference(
+            image, prompt, PatchWeights(*(w.to(image.dtype) for w in weights)), Blend(P, 0.7, 0.3)
+        )
 
     def fast(image, prompt, *weights):
-        return ops.superpose(image, prompt, *weights, P, 0.7, 0.3)
+        return ops.superpose(image, prompt, PatchWeights(*weights), Blend(P, 0.7, 0.3))
 
     # forward: image and prompt in, tokens out; backward: gradient and image in, the prompt's gradient out
     passes = 3 if direction == "forward" else 6

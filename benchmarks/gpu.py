@@ -26,8 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import bench_mlp, steps
 from benchmarks.measure import median_seconds, model_flops, peak_bandwidth, peak_flops
-from insvp_fast import bench, ops, reference
+from insvp_fast import bench, ops
 from insvp_fast.bench import DEVICE
+from insvp_fast.ops import Blend, PatchWeights
+from insvp_fast.ops.heads import merge_heads, split_packed
+from insvp_fast.ops.norm_insert import norm_insert_reference
+from insvp_fast.ops.superpose import superpose_reference
 
 ON_GPU = DEVICE.type == "cuda"
 NAME, CUT = "vit_base_patch16_224", {} if ON_GPU else {"depth": 1}
@@ -134,8 +138,8 @@ def sdpa() -> Iterator[Row]:
     """PyTorch's attention by backend, 197 queries and 206 keys, from the packed product."""
 
     def attend(qkv: Tensor) -> Tensor:
-        q, k, v = reference.split_heads(qkv, HEADS)
-        return reference.merge_heads(F.scaled_dot_product_attention(q[:, :, :T], k, v))
+        q, k, v = split_packed(qkv, HEADS)
+        return merge_heads(F.scaled_dot_product_attention(q[:, :, :T], k, v))
 
     backends = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     for batch in BATCHES:
@@ -172,21 +176,21 @@ def kernels() -> Iterator[Row]:
     """The fused operations beside their formula: bytes that have to move over the time."""
     for batch in BATCHES:
         for case in (norm_insert, mlp, superpose):
-            for by in (reference, ops):
-                row: Row = {"operation": case.__name__, "by": by.__name__, "batch": batch}
-                call, operands, forward, both = case(by, batch)
+            for fast in (False, True):
+                row: Row = {"operation": case.__name__, "by": "ops" if fast else "formula", "batch": batch}
+                call, operands, forward, both = case(fast, batch)
                 grads = [torch.randn_like(y) for y in call(0)]
                 yield from directions(row, call, operands, grads, forward, both)
 
 
-def norm_insert(by: Any, batch: int) -> Any:
+def norm_insert(fast: bool, batch: int) -> Any:
     residual, branch = normal(batch, T, D, dtype=torch.float32, grad=True), normal(batch, T, D, grad=True)
     prompts = normal(batch, L, D, dtype=torch.float32, grad=True)
     scale, shift = torch.rand(D, device=DEVICE) + 0.5, torch.randn(D, device=DEVICE)
-    keywords = {"dtype": DTYPE} if by is ops else {}
+    run = functools.partial(ops.norm_insert, dtype=DTYPE) if fast else norm_insert_reference
 
     def call(i: int) -> tuple[Tensor, Tensor]:
-        total, normed = by.norm_insert(residual[i], branch[i], prompts[i], scale, shift, 1e-6, **keywords)
+        total, normed = run(residual[i], branch[i], prompts[i], scale, shift, 1e-6)
         return total, normed.to(DTYPE)
 
     forward = batch * D * (T * (8 + 2 * SIZE) + L * (4 + SIZE))
@@ -194,21 +198,22 @@ def norm_insert(by: Any, batch: int) -> Any:
     return call, lambda i: [residual[i], branch[i], prompts[i]], forward, forward + backward
 
 
-def mlp(by: Any, batch: int) -> Any:
+def mlp(fast: bool, batch: int) -> Any:
     x, weights = normal(batch, T, D, grad=True), bench_mlp.make_weights()
-    function = bench_mlp.fast if by is ops else bench_mlp.plain
+    function = bench_mlp.fast if fast else bench_mlp.plain
     once = batch * T * 4 * D * SIZE  # of the hidden layer: written and read; backward reads it and its gradient moves
     return lambda i: (function(x[i], *weights),), lambda i: [x[i]], 2 * once, 5 * once
 
 
-def superpose(by: Any, batch: int) -> Any:
+def superpose(fast: bool, batch: int) -> Any:
     image, prompt = normal(batch, 3, 224, 224), normal(batch, 3, 224, 224, grad=True)
     shapes = (16, 768), (16,), (768, 16), (768,)
     weights = [(torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
 
     def call(i: int) -> tuple[Tensor]:
-        own = weights if by is ops else [w.to(DTYPE) for w in weights]  # as autocast would have them
-        return (by.superpose(image[i], prompt[i], *own, 16, 0.7, 0.3),)
+        own = PatchWeights(*(weights if fast else (w.to(DTYPE) for w in weights)))  # as autocast would have them
+        run = ops.superpose if fast else superpose_reference
+        return (run(image[i], prompt[i], own, Blend(16, 0.7, 0.3)),)
 
     return call, lambda i: [prompt[i], *weights], 3 * image[0].nbytes, 6 * image[0].nbytes
 

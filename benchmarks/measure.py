@@ -158,7 +158,7 @@ def peak_flops(dtype: torch.dtype) -> float:
     """FLOP/s of the best large square product that is known here: with a packed weight, on a GPU PyTorch's own."""
     n = 1536 if DEVICE.type == "cpu" else 8192
     x, weight = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))  # zeros would be faster on a GPU
-    return 2 * n**3 / best(lambda: ops.linear(x, weight, None))
+    return 2 * n**3 / best(lambda: ops.linear(x, ops.FrozenLinear(weight)))
 
 
 @functools.cache

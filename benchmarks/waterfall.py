@@ -104,7 +104,8 @@ def main() -> None:
 def measure(row: Technique, arguments: argparse.Namespace) -> bench.Row:
     """Time a row in turns with the bare ViT, and compare its values without dropout with float64."""
     if not row.packed:
-        products.cpu_product = lambda dtype: "plain" if hardware.has_products(dtype) else "widened"
+        plain = products.override_provider(lambda dtype: "plain" if hardware.has_products(dtype) else "widened")
+        plain.__enter__()  # until this process ends
     name, batch, amp = arguments.model, arguments.batch, bench.AMP[arguments.precision]
     cut = {} if arguments.depth is None else {"depth": arguments.depth}
     config = bench.CONFIGS[row.config]

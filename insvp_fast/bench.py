@@ -254,7 +254,7 @@ def machine() -> dict[str, Any]:
     if DEVICE.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
         return facts | {"cudnn": torch.backends.cudnn.version(), "state": gpu_state()}
-    how = {str(dtype).removeprefix("torch."): products.cpu_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    how = {str(dtype).removeprefix("torch."): products.cpu_provider(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return facts | {
         "device": f"{cpu_name()}, {instructions()}, {torch.get_num_threads()} threads",
         "instructions": instructions(),

@@ -134,7 +134,6 @@ class InsVPViT(AdapterCheckpoint, rules.Planned, InsVPReference):
         """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
         if self.recompute == "mlp" and self.gelu_in_8_bits:
             raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
-        ops.require_attention(self.attention, dtype, tokens.device)
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
         how = frozen_backbone.How(dtype, self.fold_norm, self.attention, keeps)
         blocks = list(self.backbone.blocks)
@@ -185,11 +184,14 @@ class InsVPViT(AdapterCheckpoint, rules.Planned, InsVPReference):
             return reference.unfold(prompted, P).to(dtype), prompted
         p_g = None if self.global_prompter is None else self.global_prompter(image)
         folded = self.config.specific_input == "prompted" and self.specific_prompter is not None
-        weights = prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias
+        weights = ops.PatchWeights(prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias)
         with torch.autocast(device, enabled=False):
             affine = self._pixel_scale(pixels.device) if pixels.dtype == torch.uint8 else (None, None)
             patches = ops.superpose(
-                *(pixels, p_g, *weights, P, *self.config.blend_image),
+                pixels,
+                p_g,
+                weights,
+                ops.Blend(P, *self.config.blend_image),
                 dtype=torch.promote_types(image.dtype, dtype) if folded else dtype,
                 scale=affine[0],
                 shift=affine[1],

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from insvp_fast import ops, reference
 from insvp_fast.coverage import rules
+from insvp_fast.ops.conv import conv_reference
 
 __all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter"]
 
@@ -82,4 +83,4 @@ def _weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 
 def _conv(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
-    return reference.conv(x, *_weights(conv), 1, height, width, relu=False)
+    return conv_reference(x, *_weights(conv), 1, height, width, relu=False)

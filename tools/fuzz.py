@@ -69,7 +69,7 @@ def _select(level: str | None) -> None:
     os.environ.pop("INSVP_FAST_CPU_ISA", None)
     if level is not None:
         os.environ["INSVP_FAST_CPU_ISA"] = level
-    for answer in (library.load, products.cpu_product):
+    for answer in (library.load, products.cpu_provider):
         answer.cache_clear()
     library.native_status()
 

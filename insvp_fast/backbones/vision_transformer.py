@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast import ops
+from insvp_fast.ops import FrozenLinear
 from insvp_fast.runtime import buffers
 
 __all__ = ["How", "embed", "forward_block"]
@@ -22,7 +23,7 @@ __all__ = ["How", "embed", "forward_block"]
 def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
     """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
     projection = backbone.patch_embed.proj
-    tokens = ops.linear(patches, projection.weight, projection.bias)
+    tokens = ops.linear(patches, FrozenLinear(projection.weight, projection.bias))
     # position embedding and prefix tokens are what timm makes of an image whose patches embed to zero
     zeros = tokens.new_zeros((1, *grid, tokens.shape[-1]) if backbone.dynamic_img_size else (1, *tokens.shape[1:]))
     return backbone.norm_pre(_Embed.apply(tokens, backbone._pos_embed(zeros)))
@@ -74,10 +75,10 @@ def forward_block(
     else:
         attended = _attend_few(attn, y, affine, num_queries)
         residual = _First.apply(residual, num_queries)
-    branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), attn.proj.weight, attn.proj.bias))
+    branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
     residual, y, affine = _norm(block.norm2, residual, branch, None, how)
-    weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    return residual, block.ls2(ops.mlp(y, *weights, **affine, keep=how.mlp_keeps))
+    fc1 = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, **affine)
+    return residual, block.ls2(ops.mlp(y, fc1, FrozenLinear(mlp.fc2.weight, mlp.fc2.bias), keep=how.mlp_keeps))
 
 
 def _norm(
@@ -92,7 +93,7 @@ def _norm(
 def _attend(
     attn: Attention, y: Tensor, affine: dict[str, Any], num_queries: int, how: How
 ) -> Tensor:  # [B, S, D] -> [B, T, D]
-    qkv = ops.linear(y, attn.qkv.weight, attn.qkv.bias, **affine)
+    qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, **affine))
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
@@ -102,12 +103,12 @@ def _attend(
 def _attend_few(
     attn: Attention, y: Tensor, affine: dict[str, Any], num_queries: int
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
-    q, kv = ops.qkv_few(y, num_queries, attn.qkv.weight, attn.qkv.bias, **affine)
+    q, kv = ops.project_q_kv(y, num_queries, FrozenLinear(attn.qkv.weight, attn.qkv.bias, **affine))
     q = _in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1))).flatten(2)
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
         kv = torch.stack([_in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    return ops.attention_few(q, kv, attn.num_heads, attn.scale)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale)
 
 
 class _First(torch.autograd.Function):

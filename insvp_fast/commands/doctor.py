@@ -86,7 +86,7 @@ def _machine() -> Iterator[tuple[str, object]]:
     import torch
 
     from insvp_fast import bench, native_status
-    from insvp_fast.ops.attention import keeps_softmax
+    from insvp_fast.ops.attention import cpu_attention
     from insvp_fast.runtime import products
 
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
@@ -99,13 +99,12 @@ def _machine() -> Iterator[tuple[str, object]]:
     yield "CPU", f"{bench.cpu_name()}, {bench.instructions()}, {torch.get_num_threads()} threads"
     yield "native library", native_status()
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    yield "CPU products", ", ".join(f"{name} {products.cpu_product(dtype)}" for name, dtype in types.items())
+    yield "CPU products", ", ".join(f"{name} {products.cpu_provider(dtype)}" for name, dtype in types.items())
     if torch.cuda.is_available():
         backends = ", ".join(f"{name} {bench.sdpa_backend(dtype)}" for name, dtype in types.items())
         yield "attention", f"PyTorch's: {backends}"
     else:
-        kept = {name: "PyTorch's" if keeps_softmax(dtype) else "own" for name, dtype in types.items()}
-        yield "attention", ", ".join(f"{name} {whose}" for name, whose in kept.items())
+        yield "attention", ", ".join(f"{name} {cpu_attention(dtype)}" for name, dtype in types.items())
 
 
 def _machine_traps() -> Iterator[str]:

@@ -1,35 +1,29 @@
-"""Softmax attention from the packed product: attention."""
+"""Softmax attention from the packed product of queries, keys and values: attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_fake
 
-from insvp_fast import reference
+from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.heads import merge_heads, split_heads, split_packed
 from insvp_fast.ops.registry import (
-    LIBRARY,
-    NATIVE_DTYPES,
-    apply,
-    define,
-    first_order,
-    implement,
-    require_dtypes,
-    require_native,
+    Implementation,
+    dtype_reason,
+    implementation,
+    native_reason,
+    register,
+    require,
+    triton_reason,
     widened,
 )
-from insvp_fast.runtime import buffers, hardware, native, torch_private
+from insvp_fast.runtime import hardware, native, torch_private
 
-__all__ = ["ATTENTION", "attention", "attention_few", "keeps_softmax", "require_attention"]
-
-define("attention_fwd(Tensor qkv, int num_heads, int num_queries, float scale, str impl) -> (Tensor, Tensor)")
-define(
-    "attention_bwd(Tensor grad, Tensor qkv, Tensor? out, Tensor logsumexp, int num_heads, int num_queries, "
-    "float scale, str impl) -> Tensor"
-)
+__all__ = ["ATTENTION", "attention", "attention_bwd_reference", "attention_reference", "cpu_attention"]
 
 
 def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, impl: str = "auto") -> Tensor:
@@ -38,7 +32,9 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, im
     Args:
         qkv: [B, S, 3·D], heads folded into D.
         scale: of the scores before the softmax.
-        impl: "auto" lets the device decide; "reference", "native", "sdpa", "triton" or "xformers" insists.
+        impl: "auto" lets the device decide: on GPUs "sdpa", on CPUs the fastest of "native", "explicit" (PyTorch's
+            products, image after image) and "flash" (PyTorch's fused kernel for CPUs). One of these, "reference",
+            "triton" or "xformers" insists.
 
     Returns:
         [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax.
@@ -47,169 +43,182 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, im
         ValueError: for an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
-    if impl not in _ATTENTION:
-        raise ValueError(f"impl={impl!r}: expected one of {sorted(_ATTENTION)}")
-    require_attention(impl, qkv.dtype, qkv.device)
-    return _ATTENTION[impl](qkv, num_heads, num_queries, scale)
+    if impl not in ATTENTION:
+        raise ValueError(f"impl={impl!r}: expected one of {sorted(ATTENTION)}")
+    if impl == "auto" and qkv.device.type != "cpu":
+        impl = "sdpa"
+    if impl in _COMPOSED:
+        return _COMPOSED[impl](qkv, num_heads, num_queries, scale)
+    operands = _Fwd(qkv, num_heads, num_queries, scale)
+    require("attention_fwd", impl, operands)
+    return cast(Tensor, apply(_Attention, *operands, impl))
 
 
-def require_attention(impl: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise RuntimeError where an implementation of ``attention`` that was asked for has no such dtype or device."""
-    if torch.compiler.is_compiling():  # a compiled graph asks when it runs
-        return
-    if impl in _COVERED:
-        require_dtypes(impl, _COVERED[impl], dtype)
-    if impl == "native":
-        require_native(device)
+def attention_reference(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    """The formula of ``attention``."""
+    q, k, v = split_packed(qkv, num_heads)
+    probabilities = (scale * q[:, :, :num_queries] @ k.mT).softmax(dim=-1)
+    return merge_heads(probabilities @ v)
 
 
-def attention_few(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Softmax attention of few queries, whose probabilities are cheaper to keep than to make again.
-
-    Args:
-        q, kv: [B, T, D] and, packed, [B, S, 2·D], heads folded into D.
-        scale: of the scores before the softmax.
-
-    Returns:
-        [B, T, D]. Kept for backward: ``q``, ``kv`` and the probabilities, [B, heads, T, S].
-    """
-    return apply(_AttentionFew, q, kv, num_heads, scale)
+def attention_bwd_reference(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    """The gradient of ``attention_reference`` by the packed product, written out; 0 for queries that are not asked."""
+    q, k, v = split_packed(qkv, num_heads)
+    q, d_out = q[:, :, :num_queries], split_heads(grad, num_heads)
+    p = (scale * q @ k.mT).softmax(dim=-1)
+    d_p = d_out @ v.mT
+    d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True)) * scale
+    d_q = F.pad(d_scores @ k, (0, 0, 0, k.shape[2] - num_queries))
+    return torch.cat([merge_heads(d) for d in (d_q, d_scores.mT @ q, p.mT @ d_out)], dim=-1)
 
 
-@first_order("attention_few", "insvp_fast.reference.attention")
-class _AttentionFew(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q, kv, num_heads, scale):
-        k, v = map(_contiguous, _split_kv(kv, num_heads))
-        p = (scale * _heads(q, num_heads) @ k.mT).softmax(dim=-1)
-        ctx.save_for_backward(q, kv, p)
-        ctx.shape = num_heads, scale
-        return reference.merge_heads(p @ v)
-
-    @staticmethod
-    def backward(ctx: Any, grad):
-        q, kv, p = ctx.saved_tensors
-        num_heads, scale = ctx.shape
-        k, v = map(_contiguous, _split_kv(kv, num_heads))
-        q, grad = _heads(q, num_heads), _heads(grad, num_heads)
-        d_scores = scale * torch_private.softmax_bwd(grad @ v.mT, p)
-        d_kv, d_head = buffers.empty_like(kv), buffers.empty(v.shape, v.dtype, v.device)
-        # each part is written where it belongs: stacking them would cost another buffer of their size
-        for part, product in zip(_split_kv(d_kv, num_heads), ((d_scores, q), (p, grad)), strict=True):
-            part.copy_(torch.matmul(product[0].mT, product[1], out=d_head))
-        return reference.merge_heads(d_scores @ k), d_kv, None, None
+# Composed of PyTorch's operations, which differentiates them itself.
 
 
-def _split_kv(kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:  # [B, S, 2·D] -> two [B, heads, S, d]
-    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return k, v
+def _sdpa(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    q, k, v = split_packed(qkv, num_heads)
+    return merge_heads(F.scaled_dot_product_attention(q[:, :, :num_queries], k, v, scale=scale))
 
 
-def _contiguous(x: Tensor) -> Tensor:  # matmul would do so itself, in fresh memory
-    return buffers.empty(x.shape, x.dtype, x.device).copy_(x)
+def _xformers(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+    floats = torch.float32, torch.bfloat16, torch.float16
+    if not torch.compiler.is_compiling() and (reason := dtype_reason(floats, qkv.dtype)):
+        raise RuntimeError(f'impl="xformers" {reason}')
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise RuntimeError('impl="xformers" needs the package xformers') from error
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)  # [B, S, heads, d]
+    attended: Tensor = memory_efficient_attention(q[:, :num_queries], k, v, scale=scale)
+    return attended.flatten(2)
 
 
-def _heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d]
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+_COMPOSED: dict[str, Callable[[Tensor, int, int, float], Tensor]] = {
+    "reference": attention_reference,
+    "sdpa": _sdpa,
+    "xformers": _xformers,
+}
+ATTENTION = ("auto", "native", "explicit", "flash", "triton", *_COMPOSED)
 
 
-@first_order("attention", "insvp_fast.reference.attention")
+class _Fwd(NamedTuple):
+    qkv: Tensor
+    num_heads: int
+    num_queries: int
+    scale: float
+
+
+class _Bwd(NamedTuple):
+    grad: Tensor
+    qkv: Tensor
+    out: Tensor | None
+    logsumexp: Tensor  # of the softmax; empty but for "flash", which alone needs it and the result
+    num_heads: int
+    num_queries: int
+    scale: float
+
+
+@first_order("attention", "insvp_fast.ops.attention.attention_reference")
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv, *rest):  # num_heads, num_queries, scale, impl
-        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(qkv, *rest)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(*arguments)
+        qkv, *ctx.rest = arguments
         ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp)
-        ctx.rest = rest
-        return out
+        return cast(Tensor, out)
 
     @staticmethod
-    def backward(ctx: Any, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return torch.ops.insvp_fast.attention_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 4
 
 
-def _auto(qkv, num_heads, num_queries, scale):
-    if qkv.device.type == "cpu":
-        return apply(_Attention, qkv, num_heads, num_queries, scale, "auto")
-    return _sdpa(qkv, num_heads, num_queries, scale)
+def _fwd_auto(a: _Fwd) -> Sequence[str]:
+    if a.qkv.device.type != "cpu":
+        return ["triton"]
+    return [*_native_first(), *(["explicit"] if _explicit_wins(a.qkv.dtype) else ["flash", "explicit"])]
 
 
-def keeps_softmax(dtype: torch.dtype) -> bool:
-    """Whether attention keeps its result and the sums of its softmax for backward, or nothing besides qkv."""
-    return not (_native_attention(dtype) or _explicit_attention(dtype))
+def _bwd_auto(a: _Bwd) -> Sequence[str]:
+    if a.qkv.device.type != "cpu":
+        return ["triton"]
+    return ["flash"] if a.out is not None else [*_native_first(), "explicit"]
 
 
-def _native_attention(dtype: torch.dtype) -> bool:
-    return native.available(dtype) and native.native_status().isa != "generic"
+def _native_first() -> Sequence[str]:
+    return [] if native.native_status().isa == "generic" else ["native"]
 
 
-def _explicit_attention(dtype: torch.dtype) -> bool:
+def _explicit_wins(dtype: torch.dtype) -> bool:
     """Whether the plain products beat PyTorch's fused attention, whose backward has no 16-bit products."""
-    return (hardware.wide_vectors() and hardware.has_products(dtype)) or not torch_private.HAS_FLASH
+    return hardware.wide_vectors() and hardware.has_products(dtype)
 
 
-def _cpu_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> tuple[Tensor, Tensor]:
-    """[B, S, 3·D] -> the attended values [B, num_queries, D] and what backward needs of the softmax."""
-    if _native_attention(qkv.dtype):
-        return native.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
-    x = qkv if hardware.has_products(qkv.dtype) else qkv.float()
-    if _explicit_attention(qkv.dtype):
-        return _by_image_fwd(x, num_heads, num_queries, scale).to(qkv.dtype), qkv.new_empty(0)
-    q, k, v = reference.split_heads(x, num_heads)
-    out, logsumexp = torch_private.flash_attention(q[:, :, :num_queries], k, v, scale)
-    return reference.merge_heads(out).to(qkv.dtype), logsumexp
+def cpu_attention(dtype: torch.dtype) -> str:
+    """The implementation that ``impl="auto"`` takes on this CPU."""
+    return implementation("attention_fwd", "auto", _Fwd(torch.empty(1, 1, 3, dtype=dtype, device="cpu"), 1, 1, 1.0))
 
 
-def _cpu_bwd(
-    grad: Tensor, qkv: Tensor, out: Tensor | None, logsumexp: Tensor, num_heads: int, num_queries: int, scale: float
-) -> Tensor:
-    """The gradient of ``_cpu_fwd`` by the packed product, [B, S, 3·D]."""
-    if out is None and _native_attention(qkv.dtype):
-        return native.attention_bwd(grad, qkv, num_heads, num_queries, scale)
-    x, grad = (t if hardware.has_products(qkv.dtype) else t.float() for t in (qkv, grad))
-    if out is None:
-        return _by_image_bwd(grad, x, num_heads, num_queries, scale).to(qkv.dtype)
-    q, k, v = reference.split_heads(x, num_heads)
-    d_out, out = (_heads(t, num_heads) for t in (grad, out.to(x.dtype)))
-    d_q, d_k, d_v = torch_private.flash_attention_bwd(d_out, q[:, :, :num_queries], k, v, out, logsumexp, scale)
-    d_qkv = torch.empty_like(qkv)
-    to_q, to_k, to_v = reference.split_heads(d_qkv, num_heads)
-    to_q[:, :, :num_queries] = d_q
-    to_q[:, :, num_queries:] = 0
-    to_k.copy_(d_k)
-    to_v.copy_(d_v)
-    return d_qkv
+def _nothing(a: _Fwd) -> Tensor:
+    return a.qkv.new_empty(0, dtype=widened(a.qkv.dtype))
 
 
-def _by_image_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor]:
+    return attention_reference(*a), _nothing(a)
+
+
+def _bwd_reference(a: _Bwd) -> Tensor:
+    return attention_bwd_reference(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale)
+
+
+def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
+    return native.attention_fwd(*a), _nothing(a)
+
+
+def _bwd_native(a: _Bwd) -> Tensor:
+    return native.attention_bwd(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale)
+
+
+def _native_covers(a: _Fwd | _Bwd) -> str | None:
+    return native_reason(a.qkv.device, a.qkv.dtype)
+
+
+def _multiplied(x: Tensor) -> Tensor:
+    """``x`` in a dtype in which the CPU multiplies."""
+    return x if hardware.has_products(x.dtype) else x.float()
+
+
+def _cpu_covers(a: _Fwd | _Bwd) -> str | None:
+    device = a.qkv.device
+    return None if device.type == "cpu" else f"cannot run here: it computes on the CPU, not on {device}"
+
+
+def _fwd_explicit(a: _Fwd) -> tuple[Tensor, Tensor]:
     """Image after image, so that the scores of one stay in the cache."""
-    out = qkv.new_empty(qkv.shape[0], num_queries, qkv.shape[-1] // 3)
-    scores = qkv.new_empty(num_heads, num_queries, qkv.shape[1])
-    for q, k, v, o in zip(*reference.split_heads(qkv, num_heads), _heads(out, num_heads), strict=True):
-        _probabilities(q[:, :num_queries], k, scale, scores)
+    qkv = _multiplied(a.qkv)
+    out = qkv.new_empty(qkv.shape[0], a.num_queries, qkv.shape[-1] // 3)
+    scores = qkv.new_empty(a.num_heads, a.num_queries, qkv.shape[1])
+    for q, k, v, o in zip(*split_packed(qkv, a.num_heads), split_heads(out, a.num_heads), strict=True):
+        _probabilities(q[:, : a.num_queries], k, a.scale, scores)
         torch.bmm(scores, v, out=o)
-    return out
+    return out.to(a.qkv.dtype), _nothing(a)
 
 
-def _by_image_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def _bwd_explicit(a: _Bwd) -> Tensor:
+    qkv, grad, (H, T, scale) = _multiplied(a.qkv), _multiplied(a.grad), (a.num_heads, a.num_queries, a.scale)
     d_qkv = torch.empty_like(qkv)
-    p = qkv.new_empty(num_heads, num_queries, qkv.shape[1])
+    p = qkv.new_empty(H, T, qkv.shape[1])
     d_p = torch.empty_like(p)
-    operands = zip(
-        *reference.split_heads(qkv, num_heads),
-        *reference.split_heads(d_qkv, num_heads),
-        _heads(grad, num_heads),
-        strict=True,
-    )
-    for q, k, v, d_q, d_k, d_v, d_o in operands:
-        q = q[:, :num_queries]
+    images = zip(*split_packed(qkv, H), *split_packed(d_qkv, H), split_heads(grad, H), strict=True)
+    for q, k, v, d_q, d_k, d_v, d_o in images:
+        q = q[:, :T]
         _probabilities(q, k, scale, p)
         torch.bmm(p.mT, d_o, out=d_v)
         torch.bmm(d_o, v.mT, out=d_p)
         d_scores = torch_private.softmax_bwd(d_p, p)
-        torch.baddbmm(q, d_scores, k, beta=0, alpha=scale, out=d_q[:, :num_queries])
-        d_q[:, num_queries:] = 0
+        torch.baddbmm(q, d_scores, k, beta=0, alpha=scale, out=d_q[:, :T])
+        d_q[:, T:] = 0
         torch.baddbmm(k, d_scores.mT, q, beta=0, alpha=scale, out=d_k)
-    return d_qkv
+    return d_qkv.to(a.qkv.dtype)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
@@ -217,86 +226,92 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
     torch.softmax(out, -1, out=out)
 
 
-def _sdpa(qkv, num_heads, num_queries, scale):
-    q, k, v = reference.split_heads(qkv, num_heads)
-    return reference.merge_heads(
-        torch.nn.functional.scaled_dot_product_attention(q[:, :, :num_queries], k, v, scale=scale)
-    )
+def _fwd_flash(a: _Fwd) -> tuple[Tensor, Tensor]:
+    q, k, v = split_packed(_multiplied(a.qkv), a.num_heads)
+    out, logsumexp = torch_private.flash_attention(q[:, :, : a.num_queries], k, v, a.scale)
+    return merge_heads(out).to(a.qkv.dtype), logsumexp
 
 
-def _xformers(qkv, num_heads, num_queries, scale):
-    try:
-        from xformers.ops import memory_efficient_attention
-    except ImportError as error:
-        raise RuntimeError('impl="xformers" needs the package xformers') from error
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)  # [B, S, heads, d]
-    return memory_efficient_attention(q[:, :num_queries], k, v, scale=scale).flatten(2)
+def _bwd_flash(a: _Bwd) -> Tensor:
+    if a.out is None:  # of an empty batch
+        return torch.zeros_like(a.qkv)
+    qkv, T = _multiplied(a.qkv), a.num_queries
+    q, k, v = split_packed(qkv, a.num_heads)
+    d_out, out = (split_heads(t, a.num_heads) for t in (_multiplied(a.grad), a.out.to(qkv.dtype)))
+    d_q, d_k, d_v = torch_private.flash_attention_bwd(d_out, q[:, :, :T], k, v, out, a.logsumexp, a.scale)
+    d_qkv = torch.empty_like(a.qkv)
+    to_q, to_k, to_v = split_packed(d_qkv, a.num_heads)
+    to_q[:, :, :T] = d_q
+    to_q[:, :, T:] = 0
+    to_k.copy_(d_k)
+    to_v.copy_(d_v)
+    return d_qkv
 
 
-def _native_fwd(qkv, num_heads, num_queries, scale):
-    return native.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
+def _flash_covers(a: _Fwd | _Bwd) -> str | None:
+    absent = None if torch_private.HAS_FLASH else "cannot run here: this PyTorch has no fused attention for CPUs"
+    return _cpu_covers(a) or absent
 
 
-def _native_bwd(grad, qkv, out, logsumexp, *shape):
-    return native.attention_bwd(grad, qkv, *shape)
-
-
-def _triton_fwd(qkv, num_heads, num_queries, scale):
+def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
     from insvp_fast.kernels.gpu import attention as kernel
 
-    _, S, D3 = qkv.shape
-    d = D3 // (3 * num_heads)
-    if not kernel.covers(qkv.device, S, d, qkv.dtype):
-        raise RuntimeError(f'impl="triton" does not cover {S} tokens of {d} numbers in {qkv.dtype} on {qkv.device}')
-    return kernel.attention_fwd(qkv, num_heads, num_queries, scale), qkv.new_empty(0)
+    return kernel.attention_fwd(*a), _nothing(a)
 
 
-def _triton_bwd(grad, qkv, out, logsumexp, *shape):
+def _bwd_triton(a: _Bwd) -> Tensor:
     from insvp_fast.kernels.gpu import attention as kernel
 
-    return kernel.attention_bwd(grad, qkv, *shape)
+    return kernel.attention_bwd(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale)
 
 
-def _fwd(*arguments):
-    return _KERNELS[arguments[-1]][0](*arguments[:-1])
+def _triton_covers(a: _Fwd | _Bwd) -> str | None:
+    device, dtype = a.qkv.device, a.qkv.dtype
+    if reason := triton_reason(device) or dtype_reason((torch.bfloat16, torch.float16), dtype):
+        return reason
+    from insvp_fast.kernels.gpu import attention as kernel
+
+    S, d = a.qkv.shape[1], a.qkv.shape[2] // (3 * a.num_heads)
+    fits = kernel.covers(device, S, d, dtype)
+    return None if fits else f"does not cover {S} tokens of {d} numbers in {dtype} on {device}"
 
 
-def _bwd(*arguments):
-    return _KERNELS[arguments[-1]][1](*arguments[:-1])
+def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
+    B, _, D3 = a.qkv.shape
+    return a.qkv.new_empty(B, a.num_queries, D3 // 3), _nothing(a)
 
 
-@register_fake("insvp_fast::attention_fwd", lib=LIBRARY)
-def _(qkv, num_heads, num_queries, scale, impl):
-    B, _, D3 = qkv.shape
-    softmax = (B, num_queries, num_heads) if impl == "auto" and keeps_softmax(qkv.dtype) else 0
-    logsumexp = qkv.new_empty(softmax, dtype=widened(qkv.dtype))
-    return qkv.new_empty(B, num_queries, D3 // 3), logsumexp if logsumexp.ndim == 1 else logsumexp.transpose(1, 2)
+def _fwd_flash_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
+    out, _ = _fwd_fake(a)
+    logsumexp = out.new_empty(len(out), a.num_queries, a.num_heads, dtype=widened(out.dtype))
+    return out, logsumexp.transpose(1, 2)
 
 
-@register_fake("insvp_fast::attention_bwd", lib=LIBRARY)
-def _(grad, qkv, out, logsumexp, num_heads, num_queries, scale, impl):
-    return qkv.new_empty(qkv.shape)
+def _bwd_fake(a: _Bwd) -> Tensor:
+    return a.qkv.new_empty(a.qkv.shape)
 
 
-implement("attention_fwd", _fwd)
-implement("attention_bwd", _bwd)
-
-_KERNELS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
-    "auto": (_cpu_fwd, _cpu_bwd),
-    "native": (_native_fwd, _native_bwd),
-    "triton": (_triton_fwd, _triton_bwd),
-}
-_ATTENTION: dict[str, Callable[..., Tensor]] = {
-    "auto": _auto,
-    "reference": reference.attention,
-    "sdpa": _sdpa,
-    "xformers": _xformers,
-    "native": lambda *arguments: apply(_Attention, *arguments, "native"),
-    "triton": lambda *arguments: apply(_Attention, *arguments, "triton"),
-}
-ATTENTION = tuple(_ATTENTION)
-_COVERED = {
-    "native": NATIVE_DTYPES,
-    "triton": (torch.bfloat16, torch.float16),
-    "xformers": (torch.float32, torch.bfloat16, torch.float16),
-}
+register(
+    "attention_fwd",
+    _Fwd,
+    "(Tensor, Tensor)",
+    fake=_fwd_fake,
+    reference=_fwd_reference,
+    auto=_fwd_auto,
+    native=Implementation(_fwd_native, _native_covers),
+    explicit=Implementation(_fwd_explicit, _cpu_covers),
+    flash=Implementation(_fwd_flash, _flash_covers, fake=_fwd_flash_fake),
+    triton=Implementation(_fwd_triton, _triton_covers),
+)
+register(
+    "attention_bwd",
+    _Bwd,
+    "Tensor",
+    fake=_bwd_fake,
+    reference=_bwd_reference,
+    auto=_bwd_auto,
+    native=Implementation(_bwd_native, _native_covers),
+    explicit=Implementation(_bwd_explicit, _cpu_covers),
+    flash=Implementation(_bwd_flash, _flash_covers),
+    triton=Implementation(_bwd_triton, _triton_covers),
+)

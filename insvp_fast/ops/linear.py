@@ -1,134 +1,178 @@
-"""The product with a frozen weight: linear."""
+"""The product with a frozen weight: linear, and project_q_kv for the attention of few queries."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from insvp_fast.ops.registry import LIBRARY, apply, define, first_order, implement
+from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.registry import Implementation, native_reason, register, require
 from insvp_fast.runtime import products
-from insvp_fast.runtime.products import Frozen
+from insvp_fast.runtime.products import FrozenLinear
 
-__all__ = ["linear", "qkv_few"]
-
-define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, int first, int last) -> Tensor")
-define(
-    "linear_bwd(Tensor grad, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, int first, int last) -> Tensor"
-)
+__all__ = ["linear", "project_q_kv"]
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-    rows: tuple[int, int] | None = None,
-) -> Tensor:
+def linear(x: Tensor, layer: FrozenLinear, *, impl: str = "auto") -> Tensor:
     """(gain*x + shift) @ weight.T + bias, all frozen: no gradient for them, nothing of x kept, packed once.
 
     Args:
         x: [..., D_in]; its dtype is that of the product and of the result.
-        weight, bias: [D_out, D_in] and [D_out] or None, in any floating dtype; they must not require a gradient.
-            A weight of more dimensions, a convolution's, is flattened to two.
-        gain, shift: [D_in], the affine map of the norm before, folded into the weight (``products.py``), or None.
-        rows: use only the outputs from the first to before the last of these two.
+        layer: weight [D_out, D_in] and bias [D_out] or None, in any floating dtype, gain and shift [D_in] of the norm
+            before, or None, and the range of outputs to compute. None of them may require a gradient.
+        impl: "auto" lets the device decide; "reference" is PyTorch's product, "native" the native library's, "onednn"
+            oneDNN's with a packed weight, "widened" one in fp32 of 16-bit operands.
+
+    Returns:
+        [..., last - first]
 
     Raises:
-        ValueError: if one of them requires a gradient, which would be lost.
+        ValueError: if one of them requires a gradient, which would be lost, or for an unknown ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
     """
-    require_frozen(weight, bias, gain, shift)
-    first, last = rows or (0, weight.shape[0])
-    return apply(_Linear, x, weight, bias, gain, shift, first, last)
+    operands = _Fwd(x, *frozen_operands(layer))
+    require("linear_fwd", impl, operands)
+    return cast(Tensor, apply(_Linear, *operands, impl))
 
 
-def require_frozen(*weights: Tensor | None) -> None:
-    """Raise ValueError if a weight is trained."""
-    if any(w is not None and w.requires_grad for w in weights):
-        raise ValueError(
-            "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
-            " use torch.nn.functional.linear"
-        )
-
-
-@first_order("linear", "torch.nn.functional.linear")
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, weight, bias, gain, shift, first, last):
-        ctx.save_for_backward(weight, bias, gain, shift)
-        ctx.rows = first, last
-        return torch.ops.insvp_fast.linear.default(x, weight, bias, gain, shift, first, last)
-
-    @staticmethod
-    def backward(ctx: Any, grad):
-        return torch.ops.insvp_fast.linear_bwd.default(grad, *ctx.saved_tensors, *ctx.rows), *(None,) * 6
-
-
-def qkv_few(
-    x: Tensor,
-    num_queries: int,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def project_q_kv(x: Tensor, num_queries: int, layer: FrozenLinear, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """``linear`` for the attention of few tokens to all: queries of the first, keys and values of all.
 
     Args:
         x: [B, S, D].
-        weight, bias: [3·D, D] and [3·D] or None, of the packed product; with gain and shift as in ``linear``.
+        layer: the packed layer of queries, keys and values, [3·D, D], all of it.
+        impl: as in ``linear``.
 
     Returns:
         Queries [B, num_queries, D], and keys and values [B, S, 2·D].
 
     Raises:
-        ValueError: as ``linear``.
+        ValueError, RuntimeError: as ``linear``.
     """
-    require_frozen(weight, bias, gain, shift)
-    return apply(_QKVFew, x, num_queries, weight, bias, gain, shift)
+    operands = _Fwd(x, *frozen_operands(layer))
+    require("linear_fwd", impl, operands)
+    q, kv = apply(_ProjectQKV, x, num_queries, *layer.sources, impl)
+    return q, kv
 
 
-@first_order("qkv_few", "torch.nn.functional.linear")
-class _QKVFew(torch.autograd.Function):
+def frozen_operands(*layers: FrozenLinear) -> tuple[Any, ...]:
+    """All that frozen layers are made of, one after the other, and the range of outputs of the last.
+
+    Raises:
+        ValueError: if a weight is trained.
+    """
+    if any(w is not None and w.requires_grad for layer in layers for w in layer.sources):
+        raise ValueError(
+            "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
+            " use torch.nn.functional.linear"
+        )
+    layer = layers[-1]
+    last = layer.weight.shape[0] if layer.last is None else layer.last
+    return *(w for layer in layers for w in layer.sources), layer.first, last
+
+
+class _Fwd(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    first: int
+    last: int
+
+
+class _Bwd(NamedTuple):
+    grad: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    first: int
+    last: int
+
+
+@first_order("linear", "torch.nn.functional.linear")
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, num_queries, weight, bias, gain, shift):
-        ctx.save_for_backward(weight, bias, gain, shift)
-        ctx.num_queries, (last, D) = num_queries, weight.shape
-        run, rest = torch.ops.insvp_fast.linear.default, (weight, bias, gain, shift)
-        return run(x[:, :num_queries], *rest, 0, D), run(x, *rest, D, last)
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(*rest[:4])
+        ctx.rest = rest[4:]
+        return cast(Tensor, torch.ops.insvp_fast.linear_fwd.default(x, *rest))
 
     @staticmethod
-    def backward(ctx: Any, d_q, d_kv):
-        weights = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.insvp_fast.linear_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+
+
+@first_order("project_q_kv", "torch.nn.functional.linear")
+class _ProjectQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_queries: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        *weights, impl = rest
+        ctx.save_for_backward(*weights)
+        ctx.num_queries, ctx.impl, (last, D) = num_queries, impl, weights[0].shape
+        run = torch.ops.insvp_fast.linear_fwd.default
+        return run(x[:, :num_queries], *weights, 0, D, impl), run(x, *weights, D, last, impl)
+
+    @staticmethod
+    def backward(ctx: Any, d_q: Tensor, d_kv: Tensor) -> tuple[Tensor | None, ...]:
+        weights, impl, run = ctx.saved_tensors, ctx.impl, torch.ops.insvp_fast.linear_bwd.default
         last, D = weights[0].shape
-        run = torch.ops.insvp_fast.linear_bwd.default
-        d_x = run(d_kv, *weights, D, last)
-        d_x[:, : ctx.num_queries] += run(d_q, *weights, 0, D)
-        return d_x, *(None,) * 5
+        d_x = run(d_kv, *weights, D, last, impl)
+        d_x[:, : ctx.num_queries] += run(d_q, *weights, 0, D, impl)
+        return d_x, *(None,) * 6
 
 
-def _linear(x, weight, bias, gain, shift, first, last):
-    return products.linear(x, Frozen(weight, bias, gain, shift, first, last))
+def _fwd(how: str, a: _Fwd) -> Tensor:
+    return products.linear(a.x, FrozenLinear(*a[1:]), how)
 
 
-def _linear_bwd(grad, weight, bias, gain, shift, first, last):
-    return products.linear_bwd(grad, Frozen(weight, bias, gain, shift, first, last))
+def _bwd(how: str, a: _Bwd) -> Tensor:
+    return products.linear_bwd(a.grad, FrozenLinear(*a[1:]), how)
 
 
-@register_fake("insvp_fast::linear", lib=LIBRARY)
-def _(x, weight, bias, gain, shift, first, last):
-    return x.new_empty(*x.shape[:-1], last - first)
+def _auto(a: _Fwd | _Bwd) -> Sequence[str]:
+    return [products.provider(a[0].dtype, a[0].device)]
 
 
-@register_fake("insvp_fast::linear_bwd", lib=LIBRARY)
-def _(grad, weight, bias, gain, shift, first, last):
-    return grad.new_empty(*grad.shape[:-1], weight[0].numel())
+def covers(how: str) -> Callable[[Any], str | None]:
+    """Of operands that begin with what is multiplied: why the provider ``how`` cannot multiply it."""
+
+    def reason(operands: Any) -> str | None:
+        x: Tensor = operands[0]
+        return native_reason(x.device, x.dtype) if how == "native" else products.reason(how, x.dtype, x.device)
+
+    return reason
 
 
-implement("linear", _linear)
-implement("linear_bwd", _linear_bwd)
+def _fwd_fake(a: _Fwd) -> Tensor:
+    return a.x.new_empty(*a.x.shape[:-1], a.last - a.first)
+
+
+def _bwd_fake(a: _Bwd) -> Tensor:
+    return a.grad.new_empty(*a.grad.shape[:-1], a.weight[0].numel())
+
+
+PROVIDERS = ("native", "onednn", "widened")
+register(
+    "linear_fwd",
+    _Fwd,
+    "Tensor",
+    fake=_fwd_fake,
+    reference=partial(_fwd, "plain"),
+    auto=_auto,
+    **{how: Implementation(partial(_fwd, how), covers(how)) for how in PROVIDERS},
+)
+register(
+    "linear_bwd",
+    _Bwd,
+    "Tensor",
+    fake=_bwd_fake,
+    reference=partial(_bwd, "plain"),
+    auto=_auto,
+    **{how: Implementation(partial(_bwd, how), covers(how)) for how in PROVIDERS},
+)

@@ -2,138 +2,197 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from insvp_fast import reference
-from insvp_fast.ops.linear import require_frozen
-from insvp_fast.ops.registry import LIBRARY, apply, define, first_order, implement
+from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.linear import PROVIDERS, covers, frozen_operands
+from insvp_fast.ops.registry import Implementation, dtype_reason, register, require, triton_reason, widened
 from insvp_fast.runtime import products
-from insvp_fast.runtime.products import Frozen
+from insvp_fast.runtime.products import FrozenLinear
 
-__all__ = ["KEEP", "mlp"]
+__all__ = ["KEEP", "gelu_code", "gelu_from_code", "mlp"]
 
 KEEP = ("pre", "code", "input")
 
-define(
-    "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gain, Tensor? shift, str keep) "
-    "-> (Tensor, Tensor)"
-)
-define(
-    "mlp_bwd(Tensor grad, Tensor kept, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gain, Tensor? shift, "
-    "str keep) -> Tensor"
-)
 
-
-def mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-    keep: str = "pre",
-) -> Tensor:
+def mlp(x: Tensor, fc1: FrozenLinear, fc2: FrozenLinear, *, keep: str = "pre", impl: str = "auto") -> Tensor:
     """gelu((gain*x + shift) @ w1.T + b1) @ w2.T + b2, with the exact (erf) GELU and frozen weights.
 
     Args:
         x: [..., D]; its dtype is that of the products and of the result.
-        w1, b1, w2, b2: [M, D], [M] or None, [D, M], [D] or None.
-        gain, shift: [D], the affine map of the norm before, or None.
+        fc1, fc2: layers [M, D] and [D, M], all of them; the second without gain and shift.
         keep: for backward, "pre", what GELU was applied to, [..., M]; "code", GELU's derivative there rounded to 8 bits
-            (``reference.gelu_code``), so that gradients are off by up to 0.25 %; or "input", x, to compute "pre" again.
+            (``gelu_code``), so that gradients are off by up to 0.25 %; or "input", x, to compute "pre" again.
+        impl: "auto" lets the device decide; those of ``linear`` insist on a product, "triton" on Triton's GELU with
+            PyTorch's product.
 
     Raises:
-        ValueError: if a weight requires a gradient, or for another ``keep``.
+        ValueError: if a weight requires a gradient, or for another ``keep`` or ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
     """
-    require_frozen(w1, b1, w2, b2, gain, shift)
+    *weights, _, _ = frozen_operands(fc1, fc2)
     if keep not in KEEP:
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
     needed = torch.is_grad_enabled() and x.requires_grad
-    return apply(_Mlp, x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
+    w1, b1, gain, shift, w2, b2, *_ = weights
+    operands = _Fwd(x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
+    require("mlp_fwd", impl, operands)
+    return cast(Tensor, apply(_Mlp, *operands, impl))
+
+
+# The derivative of GELU lies within -0.1290 and 1.1290. In 8 bits it has steps of 1/201, and the code of 0 is 27: the
+# range -0.1343 to 1.1343 contains the extrema, and saturated units, whose derivative is 0 or 1, are exact.
+CODE_STEPS, CODE_ZERO = 201, 27
+CODE_OF_NAN = 255  # those of numbers are 1 to 254
+
+
+def gelu_code(x: Tensor) -> Tensor:
+    """The derivative of GELU rounded to 8 bits; a code of its own for NaN, which it is where x is not finite."""
+    finite = x.isfinite()
+    x = x.to(widened(x.dtype))
+    derivative = torch.special.ndtr(x) + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    return (CODE_STEPS * derivative + CODE_ZERO).round().to(torch.uint8).masked_fill_(~finite, CODE_OF_NAN)
+
+
+def gelu_from_code(code: Tensor) -> Tensor:
+    """The derivative that ``gelu_code`` rounded, to half a step, in fp32."""
+    return ((code.float() - CODE_ZERO) / CODE_STEPS).masked_fill_(code == CODE_OF_NAN, torch.nan)
+
+
+class _Fwd(NamedTuple):
+    x: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    keep: str
+
+    @property
+    def fc1(self) -> FrozenLinear:
+        return FrozenLinear(self.w1, self.b1, self.gain, self.shift)
+
+    @property
+    def fc2(self) -> FrozenLinear:
+        return FrozenLinear(self.w2, self.b2)
+
+
+class _Bwd(NamedTuple):
+    grad: Tensor
+    kept: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    keep: str
+
+    @property
+    def fc1(self) -> FrozenLinear:
+        return FrozenLinear(self.w1, self.b1, self.gain, self.shift)
+
+    @property
+    def fc2(self) -> FrozenLinear:
+        return FrozenLinear(self.w2, self.b2)
 
 
 @first_order("mlp", "torch.nn.functional.linear and gelu")
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, gain, shift, keep):
-        out, kept = torch.ops.insvp_fast.mlp_fwd.default(x, w1, b1, w2, b2, gain, shift, keep)
-        ctx.save_for_backward(x if keep == "input" else kept, w1, b1, w2, b2, gain, shift)
-        ctx.keep = keep
-        return out
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *weights, keep, impl = rest
+        out, kept = torch.ops.insvp_fast.mlp_fwd.default(x, *rest)
+        ctx.save_for_backward(x if keep == "input" else kept, *weights)
+        ctx.rest = keep, impl
+        return cast(Tensor, out)
 
     @staticmethod
-    def backward(ctx: Any, grad):
-        return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, ctx.keep), *(None,) * 7
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 8
 
 
-def _fwd(x, w1, b1, w2, b2, gain, shift, keep):
-    pre, hidden = products.linear_gelu(x, Frozen(w1, b1, gain, shift), keep in ("pre", "code"))
-    return products.linear(hidden, Frozen(w2, b2)), _code(pre) if keep == "code" else pre
+def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:
+    pre, hidden = products.linear_gelu(a.x, a.fc1, a.keep in ("pre", "code"), how)
+    return products.linear(hidden, a.fc2, how), gelu_code(pre) if a.keep == "code" else pre
 
 
-CODE_OF_NAN = 255  # those of numbers are 1 to 254
-
-
-def _code(pre: Tensor) -> Tensor:
-    """``reference.gelu_code`` with one for NaN, which the derivative is where ``pre`` is not finite."""
-    return reference.gelu_code(pre).masked_fill_(~pre.isfinite(), CODE_OF_NAN)
-
-
-def _from_code(code: Tensor) -> Tensor:
-    return reference.gelu_from_code(code).masked_fill_(code == CODE_OF_NAN, torch.nan)
-
-
-def _bwd(grad, kept, w1, b1, w2, b2, gain, shift, keep):
-    fc1, fc2 = Frozen(w1, b1, gain, shift), Frozen(w2, b2)
-    if keep == "code":
-        d_pre = products.linear_bwd(grad, fc2).mul_(_from_code(kept))
+def _bwd(how: str, a: _Bwd) -> Tensor:
+    if a.keep == "code":
+        d_pre = products.linear_bwd(a.grad, a.fc2, how).mul_(gelu_from_code(a.kept))
     else:
-        d_pre = products.linear_gelu_bwd(grad, fc2, products.linear(kept, fc1) if keep == "input" else kept)
-    return products.linear_bwd(d_pre, fc1)
+        pre = products.linear(a.kept, a.fc1, how) if a.keep == "input" else a.kept
+        d_pre = products.linear_gelu_bwd(a.grad, a.fc2, pre, how)
+    return products.linear_bwd(d_pre, a.fc1, how)
 
 
-def _fwd_cuda(x, w1, b1, w2, b2, gain, shift, keep):
+def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
     from insvp_fast.kernels.gpu import gelu as kernel
 
-    if not kernel.covers(x.device, x.dtype):
-        return _fwd(x, w1, b1, w2, b2, gain, shift, keep)
-    pre = products.linear(x, Frozen(w1, b1, gain, shift))
-    hidden, code = kernel.gelu_fwd_code(pre) if keep == "code" else (kernel.gelu_fwd(pre), None)
-    kept = code if code is not None else pre if keep == "pre" else x.new_empty(0)
-    return products.linear(hidden, Frozen(w2, b2)), kept
+    how = products.provider(a.x.dtype, a.x.device)
+    pre = products.linear(a.x, a.fc1, how)
+    hidden, code = kernel.gelu_fwd_code(pre) if a.keep == "code" else (kernel.gelu_fwd(pre), None)
+    kept = code if code is not None else pre if a.keep == "pre" else a.x.new_empty(0)
+    return products.linear(hidden, a.fc2, how), kept
 
 
-def _bwd_cuda(grad, kept, w1, b1, w2, b2, gain, shift, keep):
+def _bwd_triton(a: _Bwd) -> Tensor:
     from insvp_fast.kernels.gpu import gelu as kernel
 
-    if not kernel.covers(grad.device, grad.dtype):
-        return _bwd(grad, kept, w1, b1, w2, b2, gain, shift, keep)
-    fc1, d_hidden = Frozen(w1, b1, gain, shift), products.linear_bwd(grad, Frozen(w2, b2))
-    if keep == "code":
-        d_pre = kernel.gelu_bwd_code(d_hidden, kept, out=d_hidden)
+    how = products.provider(a.grad.dtype, a.grad.device)
+    d_hidden = products.linear_bwd(a.grad, a.fc2, how)
+    if a.keep == "code":
+        d_pre = kernel.gelu_bwd_code(d_hidden, a.kept, out=d_hidden)
     else:
-        d_pre = kernel.gelu_bwd(d_hidden, products.linear(kept, fc1) if keep == "input" else kept, out=d_hidden)
-    return products.linear_bwd(d_pre, fc1)
+        pre = products.linear(a.kept, a.fc1, how) if a.keep == "input" else a.kept
+        d_pre = kernel.gelu_bwd(d_hidden, pre, out=d_hidden)
+    return products.linear_bwd(d_pre, a.fc1, how)
 
 
-@register_fake("insvp_fast::mlp_fwd", lib=LIBRARY)
-def _(x, w1, b1, w2, b2, gain, shift, keep):
-    kept = x.new_empty(
-        (*x.shape[:-1], w1.shape[0]) if keep in ("pre", "code") else 0, dtype=torch.uint8 if keep == "code" else x.dtype
-    )
-    return x.new_empty(*x.shape[:-1], w2.shape[0]), kept
+def _triton_covers(a: _Fwd | _Bwd) -> str | None:
+    floats = torch.float32, torch.bfloat16, torch.float16
+    return triton_reason(a[0].device) or dtype_reason(floats, a[0].dtype)
 
 
-@register_fake("insvp_fast::mlp_bwd", lib=LIBRARY)
-def _(grad, kept, w1, b1, w2, b2, gain, shift, keep):
-    return grad.new_empty(*grad.shape[:-1], w1.shape[1])
+def _auto(a: _Fwd | _Bwd) -> Sequence[str]:
+    device = a[0].device
+    return ["triton"] if device.type == "cuda" else [products.provider(a[0].dtype, device)]
 
 
-implement("mlp_fwd", _fwd, cuda=_fwd_cuda)
-implement("mlp_bwd", _bwd, cuda=_bwd_cuda)
+def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
+    kept = (*a.x.shape[:-1], a.w1.shape[0]) if a.keep in ("pre", "code") else 0
+    dtype = torch.uint8 if a.keep == "code" else a.x.dtype
+    return a.x.new_empty(*a.x.shape[:-1], a.w2.shape[0]), a.x.new_empty(kept, dtype=dtype)
+
+
+def _bwd_fake(a: _Bwd) -> Tensor:
+    return a.grad.new_empty(*a.grad.shape[:-1], a.w1.shape[1])
+
+
+register(
+    "mlp_fwd",
+    _Fwd,
+    "(Tensor, Tensor)",
+    fake=_fwd_fake,
+    reference=partial(_fwd, "plain"),
+    auto=_auto,
+    triton=Implementation(_fwd_triton, _triton_covers),
+    **{how: Implementation(partial(_fwd, how), covers(how)) for how in PROVIDERS},
+)
+register(
+    "mlp_bwd",
+    _Bwd,
+    "Tensor",
+    fake=_bwd_fake,
+    reference=partial(_bwd, "plain"),
+    auto=_auto,
+    triton=Implementation(_bwd_triton, _triton_covers),
+    **{how: Implementation(partial(_bwd, how), covers(how)) for how in PROVIDERS},
+)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_fake
 
-from insvp_fast.ops.registry import LIBRARY, apply, define, first_order, implement, widened
+from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.registry import (
+    Implementation,
+    dtype_reason,
+    native_reason,
+    register,
+    require,
+    triton_reason,
+    widened,
+)
 from insvp_fast.runtime import buffers, native
 
-__all__ = ["norm_insert"]
-
-define(
-    "norm_insert_fwd(Tensor residual, Tensor? branch, Tensor? prompts, Tensor? weight, Tensor? bias, float eps, "
-    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-define(
-    "norm_insert_bwd(Tensor? grad_total, Tensor grad_normed, Tensor xhat, Tensor rstd, Tensor? weight, "
-    "int num_tokens, ScalarType stream_dtype, ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)"
-)
+__all__ = ["norm_insert", "norm_insert_bwd_reference", "norm_insert_reference"]
 
 
 def norm_insert(
@@ -32,6 +32,7 @@ def norm_insert(
     eps: float,
     *,
     dtype: torch.dtype | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Residual addition, then LayerNorm of tokens and prompts, placed in one buffer for the QKV product.
 
@@ -40,31 +41,91 @@ def norm_insert(
         branch: [B, T, D], what the preceding half-block adds to it, or None.
         prompts: [B, L, D], or None.
         weight, bias, eps: of the frozen LayerNorm; no weight, no affine map: it is folded into the next product.
-        dtype: of the normalised buffer, the next product's; the residual's if not given.
+        dtype: of the normalized buffer, the next product's; the residual's if not given.
+        impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
-        The new residual [B, T, D], and the normalised tokens and prompts [B, T+L, D]. Kept for backward: these before
+        The new residual [B, T, D], and the normalized tokens and prompts [B, T+L, D]. Kept for backward: these before
         the affine map, which without one are no memory of their own, and 1/sigma of each row.
+
+    Raises:
+        ValueError: for an unknown ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
     """
-    total, normed = apply(_NormInsert, residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
+    operands = _Fwd(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
+    require("norm_insert_fwd", impl, operands)
+    total, normed = apply(_NormInsert, *operands, impl)
     return residual if branch is None else total, normed
 
 
-@first_order("norm_insert", "insvp_fast.reference.norm_insert")
+def norm_insert_reference(
+    residual: Tensor,  # [B, T, D]
+    branch: Tensor | None,  # [B, T, D]
+    prompts: Tensor | None,  # [B, L, D]
+    weight: Tensor,  # [D]
+    bias: Tensor | None,  # [D]
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, S, D]
+    """The formula of ``norm_insert``.
+
+    The prompts stand behind the tokens and not between them: attention does not care for the order of its keys, and the
+    T queries stay one strided block.
+    """
+    residual = residual if branch is None else residual + branch
+    tokens = residual if prompts is None else torch.cat([residual, prompts.to(residual.dtype)], dim=1)
+    return residual, F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
+
+
+def norm_insert_bwd_reference(
+    grad_residual: Tensor,  # [B, T, D]
+    grad_normed: Tensor,  # [B, S, D]
+    normalized: Tensor,  # [B, S, D], before the affine map
+    rstd: Tensor,  # [B, S, 1]
+    weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``norm_insert_reference`` by the residual (and so by the branch) and by the prompts."""
+    T = grad_residual.shape[1]
+    g = grad_normed * weight
+    d = rstd * (g - g.mean(-1, keepdim=True) - normalized * (g * normalized).mean(-1, keepdim=True))
+    return grad_residual + d[:, :T], d[:, T:]
+
+
+class _Fwd(NamedTuple):
+    residual: Tensor
+    branch: Tensor | None
+    prompts: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    dtype: torch.dtype
+
+
+class _Bwd(NamedTuple):
+    grad_total: Tensor | None
+    grad_normed: Tensor
+    xhat: Tensor  # the normalized buffer before the affine map
+    rstd: Tensor
+    weight: Tensor | None
+    num_tokens: int
+    stream_dtype: torch.dtype
+    branch_dtype: torch.dtype
+
+
+@first_order("norm_insert", "insvp_fast.ops.norm_insert.norm_insert_reference")
 class _NormInsert(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual, branch, prompts, weight, bias, eps, dtype):
-        forward = torch.ops.insvp_fast.norm_insert_fwd.default
-        total, normed, xhat, rstd = forward(residual, branch, prompts, weight, bias, eps, dtype)
-        ctx.save_for_backward(normed if weight is None else xhat, rstd, weight)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor]:
+        a, impl = _Fwd(*arguments[:-1]), arguments[-1]
+        total, normed, xhat, rstd = torch.ops.insvp_fast.norm_insert_fwd.default(*a, impl)
+        ctx.save_for_backward(normed if a.weight is None else xhat, rstd, a.weight)
         ctx.set_materialize_grads(False)
-        dtypes = residual.dtype, (residual if branch is None else branch).dtype
-        ctx.rest = residual.shape[1], *dtypes
-        ctx.prompts_dtype = None if prompts is None else prompts.dtype
-        return None if branch is None else total, normed
+        dtypes = a.residual.dtype, (a.residual if a.branch is None else a.branch).dtype
+        ctx.rest = a.residual.shape[1], *dtypes, impl
+        ctx.prompts_dtype = None if a.prompts is None else a.prompts.dtype
+        return None if a.branch is None else total, normed
 
     @staticmethod
-    def backward(ctx: Any, grad_total, grad_normed):
+    def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         xhat, rstd, weight = ctx.saved_tensors
         if grad_normed is None:
             grad_normed = torch.zeros_like(xhat)
@@ -72,84 +133,117 @@ class _NormInsert(torch.autograd.Function):
         d_residual, d_branch, d_prompts = backward(grad_total, grad_normed, xhat, rstd, weight, *ctx.rest)
         d_branch = d_branch if d_branch.numel() else d_residual  # empty where it would have the same bits
         d_prompts = None if ctx.prompts_dtype is None else d_prompts.to(ctx.prompts_dtype)
-        return d_residual, d_branch if ctx.needs_input_grad[1] else None, d_prompts, None, None, None, None
+        return d_residual, d_branch if ctx.needs_input_grad[1] else None, d_prompts, *(None,) * 5
 
 
-def _fwd_reference(residual, branch, prompts, weight, bias, eps, dtype):
-    B, T, D = residual.shape
-    total = residual.new_empty(0) if branch is None else buffers.empty_like(residual)
-    stream = residual if branch is None else torch.add(residual, branch, out=total)
-    L = 0 if prompts is None else prompts.shape[1]
-    parts = [stream] if prompts is None else [stream, prompts]
-    normalised = [torch.native_layer_norm(part.to(widened(stream.dtype)), (D,), None, None, eps) for part in parts]
-    xhat = buffers.empty((B, T + L, D), dtype, residual.device)
-    torch.cat([x.to(dtype) for x, _, _ in normalised], dim=1, out=xhat)
-    rstd = torch.cat([rstd for _, _, rstd in normalised], dim=1).squeeze(-1)
-    if weight is None:
+def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, D = a.residual.shape
+    total = a.residual.new_empty(0) if a.branch is None else buffers.empty_like(a.residual)
+    stream = a.residual if a.branch is None else torch.add(a.residual, a.branch, out=total)
+    L = 0 if a.prompts is None else a.prompts.shape[1]
+    parts = [stream] if a.prompts is None else [stream, a.prompts]
+    normalized = [torch.native_layer_norm(part.to(widened(stream.dtype)), (D,), None, None, a.eps) for part in parts]
+    xhat = buffers.empty((B, T + L, D), a.dtype, a.residual.device)
+    torch.cat([x.to(a.dtype) for x, _, _ in normalized], dim=1, out=xhat)
+    rstd = torch.cat([rstd for _, _, rstd in normalized], dim=1).squeeze(-1)
+    if a.weight is None:
         return total, xhat, xhat.new_empty(0), rstd
-    normed = torch.cat([x * weight if bias is None else x * weight + bias for x, _, _ in normalised], dim=1)
-    return total, normed.to(dtype), xhat, rstd
+    scaled = [x * a.weight if a.bias is None else x * a.weight + a.bias for x, _, _ in normalized]
+    return total, torch.cat(scaled, dim=1).to(a.dtype), xhat, rstd
 
 
-def _bwd_reference(grad_total, grad_normed, xhat, rstd, weight, num_tokens, stream_dtype, branch_dtype):
-    wide = rstd.dtype
-    g, x = grad_normed.to(wide), xhat.to(wide)
-    g = g if weight is None else g * weight.to(wide)
-    d = rstd.unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - x * (g * x).mean(-1, keepdim=True))
-    d_residual = d[:, :num_tokens] if grad_total is None else d[:, :num_tokens] + grad_total
-    d_residual = d_residual.to(stream_dtype).contiguous()
-    d_branch = d_residual.new_empty(0) if branch_dtype == stream_dtype else d_residual.to(branch_dtype)
-    return d_residual, d_branch, d[:, num_tokens:].to(stream_dtype).contiguous()
+def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    wide = a.rstd.dtype
+    g, x = a.grad_normed.to(wide), a.xhat.to(wide)
+    g = g if a.weight is None else g * a.weight.to(wide)
+    d = a.rstd.unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - x * (g * x).mean(-1, keepdim=True))
+    d_tokens, d_prompts = d[:, : a.num_tokens], d[:, a.num_tokens :]
+    d_residual = d_tokens if a.grad_total is None else d_tokens + a.grad_total
+    d_residual = d_residual.to(a.stream_dtype).contiguous()
+    d_branch = d_residual.new_empty(0) if a.branch_dtype == a.stream_dtype else d_residual.to(a.branch_dtype)
+    return d_residual, d_branch, d_prompts.to(a.stream_dtype).contiguous()
 
 
-def _fwd_cpu(residual, branch, prompts, weight, bias, eps, dtype):
-    dtypes = [t.dtype for t in (residual, branch, prompts) if t is not None]
-    run = native.norm_insert_fwd if native.available(*dtypes, dtype) else _fwd_reference
-    return run(residual, branch, prompts, weight, bias, eps, dtype)
+def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return native.norm_insert_fwd(*a)
 
 
-def _bwd_cpu(grad_total, grad_normed, xhat, rstd, weight, num_tokens, stream_dtype, branch_dtype):
-    covered = native.available(grad_normed.dtype, xhat.dtype, stream_dtype, branch_dtype)
-    run = native.norm_insert_bwd if covered else _bwd_reference
-    return run(grad_total, grad_normed, xhat, rstd, weight, num_tokens, stream_dtype, branch_dtype)
+def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    return native.norm_insert_bwd(*a)
 
 
-def _fwd_cuda(residual, branch, prompts, weight, bias, eps, dtype):
+def _fwd_native_covers(a: _Fwd) -> str | None:
+    maps = [t.dtype for t in (a.residual, a.branch, a.prompts) if t is not None]
+    return native_reason(a.residual.device, *maps, a.dtype)
+
+
+def _bwd_native_covers(a: _Bwd) -> str | None:
+    return native_reason(a.xhat.device, a.grad_normed.dtype, a.xhat.dtype, a.stream_dtype, a.branch_dtype)
+
+
+def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from insvp_fast.kernels.gpu import norm_insert as kernel
 
-    covered = kernel.covers(residual.device, residual.shape[-1], residual.dtype, dtype)
-    run = kernel.norm_insert_fwd if covered else _fwd_reference
-    return run(residual, branch, prompts, weight, bias, eps, dtype)
+    return kernel.norm_insert_fwd(*a)
 
 
-def _bwd_cuda(grad_total, grad_normed, xhat, rstd, weight, num_tokens, stream_dtype, branch_dtype):
+def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     from insvp_fast.kernels.gpu import norm_insert as kernel
 
-    covered = kernel.covers(xhat.device, xhat.shape[-1], stream_dtype, xhat.dtype)
-    run = kernel.norm_insert_bwd if covered else _bwd_reference
-    return run(grad_total, grad_normed, xhat, rstd, weight, num_tokens, stream_dtype, branch_dtype)
+    return kernel.norm_insert_bwd(*a)
 
 
-@register_fake("insvp_fast::norm_insert_fwd", lib=LIBRARY)
-def _(residual, branch, prompts, weight, bias, eps, dtype):
-    B, T, D = residual.shape
-    S = T + (0 if prompts is None else prompts.shape[1])
-    normed = residual.new_empty(B, S, D, dtype=dtype)
+def _fwd_triton_covers(a: _Fwd) -> str | None:
+    return _triton_covers(a.residual, a.residual.dtype, a.dtype)
+
+
+def _bwd_triton_covers(a: _Bwd) -> str | None:
+    return _triton_covers(a.xhat, a.stream_dtype, a.xhat.dtype)
+
+
+def _triton_covers(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    floats = torch.float32, torch.bfloat16, torch.float16
+    if reason := triton_reason(x.device) or dtype_reason(floats, *dtypes):
+        return reason
+    from insvp_fast.kernels.gpu import norm_insert as kernel
+
+    return None if kernel.covers(x.device, x.shape[-1], *dtypes) else f"does not cover rows of {x.shape[-1]} numbers"
+
+
+def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, D = a.residual.shape
+    S = T + (0 if a.prompts is None else a.prompts.shape[1])
+    normed = a.residual.new_empty(B, S, D, dtype=a.dtype)
     return (
-        residual.new_empty(0 if branch is None else residual.shape),
+        a.residual.new_empty(0 if a.branch is None else a.residual.shape),
         normed,
-        normed.new_empty(0 if weight is None else normed.shape),
-        residual.new_empty(B, S, dtype=widened(residual.dtype)),
+        normed.new_empty(0 if a.weight is None else normed.shape),
+        a.residual.new_empty(B, S, dtype=widened(a.residual.dtype)),
     )
 
 
-@register_fake("insvp_fast::norm_insert_bwd", lib=LIBRARY)
-def _(grad_total, grad_normed, xhat, rstd, weight, num_tokens, stream_dtype, branch_dtype):
-    B, S, D = xhat.shape
-    d_residual = xhat.new_empty(B, num_tokens, D, dtype=stream_dtype)
-    d_branch = xhat.new_empty(0 if branch_dtype == stream_dtype else d_residual.shape, dtype=branch_dtype)
-    return d_residual, d_branch, d_residual.new_empty(B, S - num_tokens, D)
+def _bwd_fake(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    B, S, D = a.xhat.shape
+    d_residual = a.xhat.new_empty(B, a.num_tokens, D, dtype=a.stream_dtype)
+    d_branch = a.xhat.new_empty(0 if a.branch_dtype == a.stream_dtype else d_residual.shape, dtype=a.branch_dtype)
+    return d_residual, d_branch, d_residual.new_empty(B, S - a.num_tokens, D)
 
 
-implement("norm_insert_fwd", _fwd_reference, cpu=_fwd_cpu, cuda=_fwd_cuda)
-implement("norm_insert_bwd", _bwd_reference, cpu=_bwd_cpu, cuda=_bwd_cuda)
+register(
+    "norm_insert_fwd",
+    _Fwd,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    fake=_fwd_fake,
+    reference=_fwd_reference,
+    native=Implementation(_fwd_native, _fwd_native_covers),
+    triton=Implementation(_fwd_triton, _fwd_triton_covers),
+)
+register(
+    "norm_insert_bwd",
+    _Bwd,
+    "(Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    reference=_bwd_reference,
+    native=Implementation(_bwd_native, _bwd_native_covers),
+    triton=Implementation(_bwd_triton, _bwd_triton_covers),
+)

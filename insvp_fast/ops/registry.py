@@ -1,53 +1,135 @@
-"""The library of PyTorch operators that the files beside this one fill, and what their autograd functions share."""
+"""One table per operator: what carries it out, on which device, and for which operands.
+
+``register`` declares a PyTorch operator, so that an operation traces, compiles and exports as one node, and lists its
+implementations. PyTorch's own dispatcher chooses by device alone; here the choice also depends on dtypes, shapes and
+the user's wish, so an operator has one kernel for all devices, which looks into its table.
+
+- ``impl="auto"`` takes the first implementation for the device that covers the operands, else the reference formula.
+- ``impl=<name>`` takes that one, or raises RuntimeError with the reason why it cannot run here.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.library import Library
+from torch.library import Library, register_fake
 
-from insvp_fast.runtime import native, torch_private
+from insvp_fast.runtime import native
 
 __all__ = [
-    "LIBRARY",
-    "NATIVE_DTYPES",
-    "apply",
-    "define",
-    "first_order",
-    "implement",
-    "require_dtypes",
-    "require_native",
+    "Implementation",
+    "dtype_reason",
+    "implementation",
+    "native_reason",
+    "register",
+    "require",
+    "triton_reason",
     "widened",
 ]
 
 LIBRARY = Library("insvp_fast", "DEF")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+PREFERRED = {"cpu": "native", "cuda": "triton"}  # a ROCm device is "cuda" to PyTorch as well
+SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    int | torch.SymInt: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
 
 
-def define(schema: str) -> None:
-    """Declare an operator that traces, exports and compiles."""
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+class Implementation(NamedTuple):
+    """One way to carry out an operator."""
+
+    run: Callable[[Any], Any]  # of the operands
+    covers: Callable[[Any], str | None]  # of the operands: why they cannot be computed so, None if they can
+    fake: Callable[[Any], Any] | None = None  # where its results have other shapes than the reference's
 
 
-def implement(
+class _Operator(NamedTuple):
+    auto: Callable[[Any], Sequence[str]]
+    table: dict[str, Implementation]
+
+
+_operators: dict[str, _Operator] = {}
+
+
+def register(
     name: str,
-    everywhere: Callable[..., Any] | None = None,
+    operands: type[Any],
+    returns: str,
     *,
-    cpu: Callable[..., Any] | None = None,
-    cuda: Callable[..., Any] | None = None,
+    fake: Callable[[Any], Any],
+    reference: Callable[[Any], Any],
+    auto: Callable[[Any], Sequence[str]] | None = None,
+    **implementations: Implementation,
 ) -> None:
-    """Register what carries an operator out: on every device, and over that on CPU, and on CUDA and ROCm.
+    """Declare the operator ``insvp_fast::name`` and what carries it out.
+
+    Args:
+        operands: a named tuple, whose fields are the operator's arguments; behind them it takes ``str impl``.
+        returns: in the language of ``torch.library.define``.
+        fake: of the operands, empty results of the right shapes and dtypes, for tracing.
+        reference: of the operands, the results by the formula, for every device and dtype.
+        auto: of the operands, the names to try for ``impl="auto"`` in this order; the device's ``PREFERRED`` if None.
+        implementations: what there is besides the reference.
 
     Gradients are the business of the autograd functions: an exported program calls the operators without them.
     """
-    for kernel, key in ((everywhere, "CompositeExplicitAutograd"), (cpu, "CPU"), (cuda, "CUDA")):
-        if kernel is not None:
-            LIBRARY.impl(name, torch.no_grad()(kernel), key)
+    hints = get_type_hints(operands)
+    arguments = ", ".join(f"{SCHEMA[hints[field]]} {field}" for field in operands._fields)
+    LIBRARY.define(f"{name}({arguments}, str impl) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    table = {"reference": Implementation(reference, lambda operands: None), **implementations}
+    _operators[name] = _Operator(auto or _preferred, table)
+
+    def trace(*arguments: Any) -> Any:
+        given, own = operands(*arguments[:-1]), None
+        if any(other.fake for other in table.values()):
+            own = table[implementation(name, arguments[-1], given)].fake
+        return (own or fake)(given)
+
+    def kernel(*arguments: Any) -> Any:
+        given = operands(*arguments[:-1])
+        return table[implementation(name, arguments[-1], given)].run(given)
+
+    register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
+    LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+
+
+def _preferred(operands: Sequence[Any]) -> Sequence[str]:
+    device = next(x.device.type for x in operands if isinstance(x, Tensor))
+    return [PREFERRED[device]] if device in PREFERRED else []
+
+
+def implementation(name: str, impl: str, operands: Any) -> str:
+    """What carries an operator out for these operands.
+
+    Raises:
+        ValueError: for an unknown ``impl``.
+        RuntimeError: if ``impl`` is one that cannot compute these operands here.
+    """
+    auto, table = _operators[name]
+    if impl == "auto":
+        known = (other for other in auto(operands) if other in table)
+        return next((other for other in known if table[other].covers(operands) is None), "reference")
+    if impl not in table:
+        raise ValueError(f"impl={impl!r}: expected one of {sorted(['auto', *table])}")
+    if reason := table[impl].covers(operands):
+        raise RuntimeError(f'impl="{impl}" {reason}')
+    return impl
+
+
+def require(name: str, impl: str, operands: Any) -> None:
+    """Raise as ``implementation`` does; a compiled graph asks when it runs."""
+    known = impl == "auto" or impl in _operators[name].table
+    if not known or (impl != "auto" and not torch.compiler.is_compiling()):
+        implementation(name, impl, operands)
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -55,63 +137,35 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def require_dtypes(impl: str, covered: tuple[torch.dtype, ...], *dtypes: torch.dtype) -> None:
-    """Raise RuntimeError for dtypes that the implementation asked for does not compute."""
-    for dtype in dtypes:
-        if dtype not in covered:
-            raise RuntimeError(f'impl="{impl}" cannot compute in {dtype}: expected {" or ".join(map(str, covered))}')
+# Reasons, to be read behind 'impl="<name>"'.
 
 
-def require_native(device: torch.device) -> None:
-    """Raise RuntimeError where the native library, asked for by name, cannot run."""
-    if device.type != "cpu" or not native.native_status():
-        why = f"it computes on the CPU, not on {device}" if native.native_status() else native.native_status()
-        raise RuntimeError(f'impl="native" cannot run here: {why}')
+def dtype_reason(covered: Sequence[torch.dtype], *dtypes: torch.dtype) -> str | None:
+    """Why an implementation for the covered dtypes cannot compute in these."""
+    wrong = next((dtype for dtype in dtypes if dtype not in covered), None)
+    return None if wrong is None else f"cannot compute in {wrong}: expected {' or '.join(map(str, covered))}"
 
 
-# ----------------------------------------------------------------------------------------------- first derivatives only
+def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[Tensor | None] = ()) -> str | None:
+    """Why the native library cannot compute in these dtypes with these weights, which have to be fp32.
+
+    Raises:
+        RuntimeError: where INSVP_FAST_NATIVE=1 demands a library that is not there.
+    """
+    if device.type != "cpu":
+        return f"cannot run here: it computes on the CPU, not on {device}"
+    if not native.available():
+        return f"cannot run here: {native.native_status()}"
+    fp32 = dtype_reason((torch.float32,), *(w.dtype for w in weights if w is not None))
+    return dtype_reason(native.DTYPES, *dtypes) or fp32
 
 
-def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
-    """Let an autograd function say, where its gradient is differentiated, which operation it is and what to use."""
-
-    def decorate(function: type[Function]) -> type[Function]:
-        backward = function.backward
-        advice = f"use InsVPReference, or {instead}"
-        once = f"the gradient of insvp_fast.ops.{name} cannot be differentiated again: {advice}"
-
-        @functools.wraps(backward)
-        def run(ctx: Any, *grads: Any) -> Any:
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return backward(ctx, *grads)
-            with torch.no_grad():
-                results = backward(ctx, *grads)
-            results = results if isinstance(results, tuple) else (results,)
-            return _Once.apply(once, *(None if g is None else g.detach().requires_grad_() for g in results))
-
-        function.backward = staticmethod(run)  # type: ignore[method-assign]
-        where = "a transform of torch.func or forward-mode differentiation"
-        function.refusal = f"insvp_fast.ops.{name} cannot run inside {where}: {advice}"  # type: ignore[attr-defined]
-        return function
-
-    return decorate
-
-
-class _Once(Function):
-    """The gradients as they are, and an error where they are differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, message: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.message = message
-        return grads
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(ctx.message)
-
-
-def apply(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply``, refused where PyTorch would ask for derivatives that a ``first_order`` function has not."""
-    if not torch.compiler.is_compiling() and torch_private.transforming(*arguments):
-        raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
-    return function.apply(*arguments)
+def triton_reason(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device."""
+    try:
+        from insvp_fast.kernels.gpu import chip
+    except ImportError as error:
+        return f"cannot run here: {error}"
+    if device.type != "cuda" and not chip.INTERPRETED:
+        return f"cannot run here: it computes on CUDA and ROCm devices, not on {device}"
+    return None if chip.arch(device) is not None else f"cannot run here: its kernels are not made for {device}"

@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_fake
 
-from insvp_fast import reference
+from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.registry import (
-    LIBRARY,
-    NATIVE_DTYPES,
-    apply,
-    define,
-    first_order,
-    implement,
-    require_dtypes,
-    require_native,
+    Implementation,
+    dtype_reason,
+    native_reason,
+    register,
+    require,
+    triton_reason,
     widened,
 )
+from insvp_fast.reference import fold, normalise, unfold
 from insvp_fast.runtime import native
 
-__all__ = ["superpose"]
+__all__ = ["Blend", "PatchWeights", "superpose", "superpose_bwd_reference", "superpose_reference"]
 
-define(
-    "superpose_fwd(Tensor image, Tensor? global_prompt, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int patch_size, "
-    "float global_weight, float patch_weight, ScalarType dtype, Tensor? scale, Tensor? shift) "
-    "-> (Tensor, Tensor)"
-)
-define(
-    "superpose_bwd(Tensor grad, Tensor image, Tensor hidden, Tensor w1, Tensor w2, int patch_size, "
-    "float global_weight, float patch_weight, bool need_image, bool need_global, "
-    "Tensor? scale, Tensor? shift) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+
+class PatchWeights(NamedTuple):
+    """The patch prompter G_l, two fully connected layers on the K pixels of a patch."""
+
+    w1: Tensor  # [R, K]
+    b1: Tensor  # [R]
+    w2: Tensor  # [K, R]
+    b2: Tensor  # [K]
+
+
+class Blend(NamedTuple):
+    """How an image and its prompts become patches."""
+
+    patch_size: int
+    global_weight: float  # w_g
+    patch_weight: float  # w_l
 
 
 def superpose(
     image: Tensor,
     global_prompt: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    patch_size: int,
-    global_weight: float,
-    patch_weight: float,
+    weights: PatchWeights,
+    blend: Blend,
     *,
     dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
@@ -58,7 +56,7 @@ def superpose(
 
     Args:
         image, global_prompt: [B, C, H, W], fp32, bf16 or fp16; no global prompt, no such term. The image may be uint8.
-        w1, b1, w2, b2: the patch prompter, [R, K], [R], [K, R], [K].
+        weights, blend: trained weights of the patch prompter, and fixed numbers.
         dtype: of the result; the image's, for uint8 the scale's, if not given. Arithmetic is fp32.
         scale, shift: [C], fp32, for a uint8 image u and for no other: x is u·scale + shift. Neither has a gradient.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
@@ -70,16 +68,32 @@ def superpose(
         ValueError: for shapes that do not fit, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
-    _, C, H, W = image.shape
-    K = C * patch_size**2
-    if H % patch_size or W % patch_size:
-        raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch side {patch_size}")
+    _check(image, global_prompt, weights, blend, scale, shift)
+    dtype = dtype or (image if scale is None else scale).dtype
+    numbers = blend.patch_size, float(blend.global_weight), float(blend.patch_weight)
+    operands = _Fwd(image, global_prompt, *weights, *numbers, dtype, scale, shift)
+    require("superpose_fwd", impl, operands)
+    return cast(Tensor, apply(_Superpose, *operands, impl))
+
+
+def _check(
+    image: Tensor,
+    global_prompt: Tensor | None,
+    weights: PatchWeights,
+    blend: Blend,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    (_, C, H, W), P = image.shape, blend.patch_size
+    K, R = C * P**2, weights.w1.shape[0]
+    if H % P or W % P:
+        raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch side {P}")
     if global_prompt is not None and global_prompt.shape != image.shape:
         raise ValueError(
             f"global_prompt has shape {tuple(global_prompt.shape)}: expected that of the image, {tuple(image.shape)}"
         )
-    R = w1.shape[0]
-    for name, weight, shape in (("w1", w1, (R, K)), ("b1", b1, (R,)), ("w2", w2, (K, R)), ("b2", b2, (K,))):
+    shapes = (R, K), (R,), (K, R), (K,)
+    for name, weight, shape in zip(PatchWeights._fields, weights, shapes, strict=True):
         if weight.shape != shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected {shape}")
     if (image.dtype == torch.uint8) != (scale is not None) or (scale is None) != (shift is None):
@@ -87,152 +101,202 @@ def superpose(
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and (vector.shape != (C,) or vector.dtype != torch.float32):
             raise ValueError(f"{name} is {vector.dtype} {tuple(vector.shape)}: expected torch.float32 {(C,)}")
-    if impl not in _SUPERPOSE:
-        raise ValueError(f"impl={impl!r}: expected one of {sorted(_SUPERPOSE)}")
-    blend = patch_size, float(global_weight), float(patch_weight)
-    dtype = dtype or (image if scale is None else scale).dtype
-    if not torch.compiler.is_compiling():  # a compiled graph asks when it runs
-        _require(impl, image, dtype, global_prompt, w1, b1, w2, b2)
-    return apply(_Superpose, image, global_prompt, w1, b1, w2, b2, *blend, dtype, scale, shift, impl)
 
 
-def _require(impl: str, image: Tensor, dtype: torch.dtype, prompt: Tensor | None, *weights: Tensor) -> None:
-    """Raise RuntimeError where the implementation asked for has no such device or dtype."""
-    maps = _pixel_dtype(image), dtype, *(() if prompt is None else (prompt.dtype,))
-    weight_dtypes = [w.dtype for w in weights]
-    if impl == "native":
-        require_native(image.device)
-        require_dtypes(impl, NATIVE_DTYPES, *maps)
-        require_dtypes(impl, (torch.float32,), *weight_dtypes)
-    elif impl == "triton":
-        require_dtypes(impl, (torch.float32, torch.bfloat16, torch.float16), *maps, *weight_dtypes)
+def superpose_reference(
+    image: Tensor, global_prompt: Tensor | None, weights: PatchWeights, blend: Blend
+) -> Tensor:  # [B, N, K]
+    """The formula of ``superpose``, of a floating-point image in its own dtype."""
+    (w1, b1, w2, b2), (P, w_g, w_l) = weights, blend
+    x = unfold(image, P)
+    p_l = F.linear(F.linear(x, w1, b1).relu(), w2, b2)
+    if global_prompt is None:
+        return x + w_l * p_l
+    return x + (w_g * unfold(global_prompt, P) + w_l * p_l)
 
 
-@first_order("superpose", "insvp_fast.reference.superpose")
+def superpose_bwd_reference(
+    grad: Tensor,  # [B, N, K]
+    image: Tensor,
+    hidden: Tensor,  # [B, N, R], after the ReLU
+    w1: Tensor,
+    w2: Tensor,
+    blend: Blend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``superpose_reference`` by image, global prompt, w1, b1, w2 and b2, written out."""
+    (H, W), (P, w_g, w_l) = image.shape[-2:], blend
+    d_patch = w_l * grad
+    d_hidden = torch.ops.aten.threshold_backward(d_patch @ w2, hidden, 0)
+    d_image = fold(grad + d_hidden @ w1, P, H, W)
+    d_global = fold(w_g * grad, P, H, W)
+    x, hidden, d_hidden, d_patch = (t.flatten(0, 1) for t in (unfold(image, P), hidden, d_hidden, d_patch))
+    return d_image, d_global, d_hidden.T @ x, d_hidden.sum(0), d_patch.T @ hidden, d_patch.sum(0)
+
+
+class _Fwd(NamedTuple):
+    image: Tensor
+    global_prompt: Tensor | None
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    patch_size: int
+    global_weight: float
+    patch_weight: float
+    dtype: torch.dtype
+    scale: Tensor | None
+    shift: Tensor | None
+
+    @property
+    def weights(self) -> PatchWeights:
+        return PatchWeights(self.w1, self.b1, self.w2, self.b2)
+
+    @property
+    def blend(self) -> Blend:
+        return Blend(self.patch_size, self.global_weight, self.patch_weight)
+
+
+class _Bwd(NamedTuple):
+    grad: Tensor
+    image: Tensor
+    hidden: Tensor
+    w1: Tensor
+    w2: Tensor
+    patch_size: int
+    global_weight: float
+    patch_weight: float
+    need_image: bool
+    need_global: bool
+    scale: Tensor | None
+    shift: Tensor | None
+
+    @property
+    def blend(self) -> Blend:
+        return Blend(self.patch_size, self.global_weight, self.patch_weight)
+
+
+@first_order("superpose", "insvp_fast.ops.superpose.superpose_reference")
 class _Superpose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image, global_prompt, w1, b1, w2, b2, *rest):
-        *blend, dtype, scale, shift, impl = rest
-        tokens, hidden = _SUPERPOSE[impl][0](image, global_prompt, w1, b1, w2, b2, *blend, dtype, scale, shift)
-        ctx.save_for_backward(image, hidden, w1, w2, scale, shift)
-        ctx.blend, ctx.impl = blend, impl
-        return tokens
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        a, impl = _Fwd(*arguments[:-1]), arguments[-1]
+        patches, hidden = torch.ops.insvp_fast.superpose_fwd.default(*a, impl)
+        ctx.save_for_backward(a.image, hidden, a.w1, a.w2, a.scale, a.shift)
+        ctx.blend, ctx.impl = a.blend, impl
+        return cast(Tensor, patches)
 
     @staticmethod
-    def backward(ctx: Any, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, scale, shift = ctx.saved_tensors
-        grads = _SUPERPOSE[ctx.impl][1](grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift)
+        a = _Bwd(grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift)
+        grads = torch.ops.insvp_fast.superpose_bwd.default(*a, ctx.impl)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 
 
-# Below, `blend` are patch_size, global_weight and patch_weight.
-
-
-def _values(image, scale, shift):
+def _pixels(a: _Fwd | _Bwd) -> Tensor:
     """The floating-point image that an 8-bit one stands for."""
-    return image if scale is None else reference.normalise(image, scale, shift)
+    return a.image if a.scale is None or a.shift is None else normalise(a.image, a.scale, a.shift)
 
 
-def _pixel_dtype(image):
-    return torch.float32 if image.dtype == torch.uint8 else image.dtype
+def _pixel_dtype(a: _Fwd | _Bwd) -> torch.dtype:
+    return torch.float32 if a.image.dtype == torch.uint8 else a.image.dtype
 
 
-def _fwd_reference(image, global_prompt, w1, b1, w2, b2, *rest):
-    *blend, dtype, scale, shift = rest
-    wide = widened(image.dtype)
-    x = _values(image, scale, shift).to(wide)
-    p_g = None if global_prompt is None else global_prompt.to(wide)
-    w1, b1, w2, b2 = (w.to(wide) for w in (w1, b1, w2, b2))
-    hidden = torch.nn.functional.linear(reference.unfold(x, blend[0]), w1, b1).relu()
-    return reference.superpose(x, p_g, w1, b1, w2, b2, *blend).to(dtype), hidden
+def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor]:
+    wide = widened(a.image.dtype)
+    x, weights = _pixels(a).to(wide), PatchWeights(*(w.to(wide) for w in a.weights))
+    p_g = None if a.global_prompt is None else a.global_prompt.to(wide)
+    hidden = F.linear(unfold(x, a.patch_size), weights.w1, weights.b1).relu()
+    return superpose_reference(x, p_g, weights, a.blend).to(a.dtype), hidden
 
 
-def _bwd_reference(grad, image, hidden, w1, w2, *rest):
-    *blend, need_image, need_global, scale, shift = rest
-    wide = widened(image.dtype)
-    g, x, hidden, v1, v2 = (t.to(wide) for t in (grad, _values(image, scale, shift), hidden, w1, w2))
-    d_image, d_global, *d_weights = reference.superpose_bwd(g, x, hidden, v1, v2, *blend)
-    d_image = d_image.to(image.dtype) if need_image else image.new_empty(0)
-    d_global = d_global.to(grad.dtype) if need_global else grad.new_empty(0)
-    return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (w1, w1, w2, w2), strict=True))
+def _bwd_reference(a: _Bwd) -> tuple[Tensor, ...]:
+    wide = widened(a.image.dtype)
+    grad, x, hidden, w1, w2 = (t.to(wide) for t in (a.grad, _pixels(a), a.hidden, a.w1, a.w2))
+    d_image, d_global, *d_weights = superpose_bwd_reference(grad, x, hidden, w1, w2, a.blend)
+    d_image = d_image.to(a.image.dtype) if a.need_image else a.image.new_empty(0)
+    d_global = d_global.to(a.grad.dtype) if a.need_global else a.grad.new_empty(0)
+    return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (a.w1, a.w1, a.w2, a.w2), strict=True))
 
 
-def _fwd_native(image, *rest):
-    *others, scale, shift = rest
-    return native.superpose_fwd(_values(image, scale, shift), *others)
+def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
+    return native.superpose_fwd(_pixels(a), a.global_prompt, *a.weights, *a.blend, a.dtype)
 
 
-def _bwd_native(grad, image, *rest):
-    *others, scale, shift = rest
-    d_image, *grads = native.superpose_bwd(grad, _values(image, scale, shift), *others)
-    return d_image.to(image.dtype), *grads
+def _bwd_native(a: _Bwd) -> tuple[Tensor, ...]:
+    needs = a.need_image, a.need_global
+    d_image, *grads = native.superpose_bwd(a.grad, _pixels(a), a.hidden, a.w1, a.w2, *a.blend, *needs)
+    return d_image.to(a.image.dtype), *grads
 
 
-def _fwd_triton(*args):
+def _fwd_native_covers(a: _Fwd) -> str | None:
+    maps = _pixel_dtype(a), a.dtype, *(() if a.global_prompt is None else (a.global_prompt.dtype,))
+    return native_reason(a.image.device, *maps, weights=a.weights)
+
+
+def _bwd_native_covers(a: _Bwd) -> str | None:
+    return native_reason(a.image.device, a.grad.dtype, _pixel_dtype(a), weights=(a.w1, a.w2))
+
+
+def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
     from insvp_fast.kernels.gpu import superpose as kernel
 
-    return kernel.superpose_fwd(*args)
+    return kernel.superpose_fwd(*a)
 
 
-def _bwd_triton(*args):
+def _bwd_triton(a: _Bwd) -> tuple[Tensor, ...]:
     from insvp_fast.kernels.gpu import superpose as kernel
 
-    return kernel.superpose_bwd(*args)
+    return kernel.superpose_bwd(*a)
 
 
-def _fwd_cpu(image, global_prompt, *rest):
-    *weights, _, _, _, dtype, _, _ = rest
-    dtypes = [_pixel_dtype(image), dtype, *([] if global_prompt is None else [global_prompt.dtype])]
-    covered = all(w.dtype == torch.float32 for w in weights) and native.available(*dtypes)
-    return (_fwd_native if covered else _fwd_reference)(image, global_prompt, *rest)
+def _fwd_triton_covers(a: _Fwd) -> str | None:
+    return _triton_covers(a, a.dtype, *(t.dtype for t in (a.global_prompt, *a.weights) if t is not None))
 
 
-def _bwd_cpu(grad, image, hidden, w1, w2, *rest):
-    covered = w1.dtype == w2.dtype == torch.float32 and native.available(grad.dtype, _pixel_dtype(image))
-    return (_bwd_native if covered else _bwd_reference)(grad, image, hidden, w1, w2, *rest)
+def _bwd_triton_covers(a: _Bwd) -> str | None:
+    return _triton_covers(a, a.grad.dtype, a.w1.dtype, a.w2.dtype)
 
 
-def _fwd_cuda(image, global_prompt, w1, b1, w2, b2, *rest):
-    *_, dtype, _, _ = rest
-    run = _fwd_triton if _triton_covers(image, global_prompt, w1, w2, dtype) else _fwd_reference
-    return run(image, global_prompt, w1, b1, w2, b2, *rest)
-
-
-def _bwd_cuda(grad, image, hidden, w1, w2, *rest):
-    run = _bwd_triton if _triton_covers(image, None, w1, w2, grad.dtype) else _bwd_reference
-    return run(grad, image, hidden, w1, w2, *rest)
-
-
-def _triton_covers(image, global_prompt, w1, w2, dtype):
+def _triton_covers(a: _Fwd | _Bwd, *dtypes: torch.dtype) -> str | None:
+    floats = torch.float32, torch.bfloat16, torch.float16
+    if reason := triton_reason(a.image.device) or dtype_reason(floats, _pixel_dtype(a), *dtypes):
+        return reason
     from insvp_fast.kernels.gpu import superpose as kernel
 
-    dtypes = (t.dtype for t in (global_prompt, w1, w2) if t is not None)
-    return kernel.covers(image.device, w1.shape[0], _pixel_dtype(image), *dtypes, dtype)
+    R = a.w1.shape[0]
+    return None if kernel.covers(a.image.device, R, *dtypes) else f"does not cover a patch prompter of {R} hidden units"
 
 
-@register_fake("insvp_fast::superpose_fwd", lib=LIBRARY)
-def _(image, global_prompt, w1, b1, w2, b2, patch_size, global_weight, patch_weight, dtype, scale, shift):
-    B, _, H, W = image.shape
-    N = (H // patch_size) * (W // patch_size)
-    hidden = image.new_empty(B, N, w1.shape[0], dtype=widened(image.dtype))
-    return image.new_empty(B, N, w1.shape[1], dtype=dtype), hidden
+def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
+    B, _, H, W = a.image.shape
+    N, (R, K) = (H // a.patch_size) * (W // a.patch_size), a.w1.shape
+    hidden = a.image.new_empty(B, N, R, dtype=widened(a.image.dtype))
+    return a.image.new_empty(B, N, K, dtype=a.dtype), hidden
 
 
-@register_fake("insvp_fast::superpose_bwd", lib=LIBRARY)
-def _(grad, image, hidden, w1, w2, *rest):
-    *_, need_image, need_global, _, _ = rest
-    R, K = w1.shape
-    d_image = image.new_empty(image.shape if need_image else 0)
-    d_global = grad.new_empty(image.shape if need_global else 0)
-    return d_image, d_global, w1.new_empty(R, K), w1.new_empty(R), w2.new_empty(K, R), w2.new_empty(K)
+def _bwd_fake(a: _Bwd) -> tuple[Tensor, ...]:
+    R, K = a.w1.shape
+    d_image = a.image.new_empty(a.image.shape if a.need_image else 0)
+    d_global = a.grad.new_empty(a.image.shape if a.need_global else 0)
+    return d_image, d_global, a.w1.new_empty(R, K), a.w1.new_empty(R), a.w2.new_empty(K, R), a.w2.new_empty(K)
 
 
-implement("superpose_fwd", _fwd_reference, cpu=_fwd_cpu, cuda=_fwd_cuda)
-implement("superpose_bwd", _bwd_reference, cpu=_bwd_cpu, cuda=_bwd_cuda)
-
-_SUPERPOSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "auto": (torch.ops.insvp_fast.superpose_fwd.default, torch.ops.insvp_fast.superpose_bwd.default),
-    "reference": (_fwd_reference, _bwd_reference),
-    "native": (_fwd_native, _bwd_native),
-    "triton": (_fwd_triton, _bwd_triton),
-}
+register(
+    "superpose_fwd",
+    _Fwd,
+    "(Tensor, Tensor)",
+    fake=_fwd_fake,
+    reference=_fwd_reference,
+    native=Implementation(_fwd_native, _fwd_native_covers),
+    triton=Implementation(_fwd_triton, _fwd_triton_covers),
+)
+register(
+    "superpose_bwd",
+    _Bwd,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    reference=_bwd_reference,
+    native=Implementation(_bwd_native, _bwd_native_covers),
+    triton=Implementation(_bwd_triton, _bwd_triton_covers),
+)

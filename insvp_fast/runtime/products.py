@@ -10,7 +10,8 @@ exact but for the rounding of W*g.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -21,10 +22,22 @@ from torch import Tensor
 from insvp_fast.runtime import hardware, native, torch_private
 from insvp_fast.runtime.prepack import packed
 
-__all__ = ["Frozen", "cpu_product", "linear", "linear_bwd", "linear_gelu", "linear_gelu_bwd"]
+HALF = (torch.bfloat16, torch.float16)
+
+__all__ = [
+    "FrozenLinear",
+    "cpu_provider",
+    "linear",
+    "linear_bwd",
+    "linear_gelu",
+    "linear_gelu_bwd",
+    "override_provider",
+    "provider",
+    "reason",
+]
 
 
-class Frozen(NamedTuple):
+class FrozenLinear(NamedTuple):
     """A frozen linear layer: (gain*x + shift) @ weight.T + bias, its outputs from ``first`` to before ``last``."""
 
     weight: Tensor  # [D_out, D_in]; a convolution's, of more dimensions, counts as flattened to two
@@ -94,60 +107,54 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def linear(x: Tensor, w: Frozen) -> Tensor:  # [..., D_in] -> [..., n]
-    """The product in the dtype of x, accumulated in at least fp32."""
-    how, dtype = _product(x), x.dtype
+def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [..., n]
+    """The product in the dtype of x, accumulated in at least fp32, by the provider ``how``."""
+    dtype = x.dtype
     if how == "widened":
-        return linear(x.float(), w).to(dtype)
+        return linear(x.float(), w, provider(torch.float32, x.device)).to(dtype)
     if how == "native":
         y = native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features)
         return y.view(*x.shape[:-1], w.out_features)
-    if how == "packed":
+    if how == "onednn" and x.numel():
         matrix, constant = w.operands(how, dtype, "forward")
         return _by_rows(lambda rows: _onednn(rows, matrix, constant), x)
     matrix, constant = w.plain(dtype, "forward")
     return _by_rows(lambda rows: F.linear(rows, matrix, constant), x)
 
 
-def linear_bwd(grad: Tensor, w: Frozen) -> Tensor:  # [..., n] -> [..., D_in]
+def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -> [..., D_in]
     """The gradient of ``linear`` by x."""
-    how, dtype = _product(grad), grad.dtype
+    dtype = grad.dtype
     if how == "widened":
-        return linear_bwd(grad.float(), w).to(dtype)
+        return linear_bwd(grad.float(), w, provider(torch.float32, grad.device)).to(dtype)
     if how == "native":
         y = native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features)
         return y.view(*grad.shape[:-1], w.in_features)
-    if how == "packed":
+    if how == "onednn" and grad.numel():
         matrix, _ = w.operands(how, dtype, "backward")
         return _by_rows(lambda rows: _onednn(rows, matrix, None), grad)
     matrix, _ = w.plain(dtype, "backward")
     return _by_rows(lambda rows: F.linear(rows, matrix.T), grad)
 
 
-def linear_gelu(x: Tensor, w: Frozen, keep: bool) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n] twice
+def linear_gelu(x: Tensor, w: FrozenLinear, keep: bool, how: str) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n]
     """``linear``, of size 0 unless ``keep``, and its GELU."""
-    if _product(x) == "native":
-        matrix, constant = w.operands("native", x.dtype, "forward")
+    if how == "native":
+        matrix, constant = w.operands(how, x.dtype, "forward")
         pre, hidden = native.linear_gelu(_flat(x), matrix, constant, w.out_features, keep=keep)
         shape = *x.shape[:-1], w.out_features
         return x.new_empty(0) if pre is None else pre.view(shape), hidden.view(shape)
-    pre = linear(x, w)
+    pre = linear(x, w, how)
     return pre if keep else x.new_empty(0), F.gelu(pre)
 
 
-def linear_gelu_bwd(grad: Tensor, w: Frozen, pre: Tensor) -> Tensor:
+def linear_gelu_bwd(grad: Tensor, w: FrozenLinear, pre: Tensor, how: str) -> Tensor:
     """The gradient of ``linear(gelu(pre), w)`` by ``pre``."""
-    if _product(grad) == "native":
-        matrix, _ = w.operands("native", grad.dtype, "backward")
+    if how == "native":
+        matrix, _ = w.operands(how, grad.dtype, "backward")
         return native.linear_gelu_bwd(_flat(grad), matrix, _flat(pre)).view(pre.shape)
-    return torch.ops.aten.gelu_backward(linear_bwd(grad, w), pre)
-
-
-def _product(x: Tensor) -> str:
-    if x.device.type != "cpu":
-        return "plain"
-    how = cpu_product(x.dtype)
-    return "plain" if how == "packed" and not x.numel() else how
+    d_pre: Tensor = torch.ops.aten.gelu_backward(linear_bwd(grad, w, how), pre)
+    return d_pre
 
 
 def _by_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -161,12 +168,33 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])  # what the native product takes
 
 
+def provider(dtype: torch.dtype, device: torch.device) -> str:
+    """What multiplies by a frozen weight in ``dtype`` on ``device``, see ``cpu_provider``."""
+    if device.type != "cpu":
+        return "plain"
+    return _override(dtype) if _override is not None else cpu_provider(dtype)
+
+
+_override: Callable[[torch.dtype], str] | None = None
+
+
+@contextmanager
+def override_provider(choose: Callable[[torch.dtype], str]) -> Iterator[None]:
+    """Take the provider that ``choose`` names for a dtype on the CPU, to measure one beside another."""
+    global _override
+    before, _override = _override, choose
+    try:
+        yield
+    finally:
+        _override = before
+
+
 @cache
-def cpu_product(dtype: torch.dtype) -> str:
-    """How this CPU multiplies by a frozen weight in ``dtype``: "packed", "native", "widened" or "plain".
+def cpu_provider(dtype: torch.dtype) -> str:
+    """How this CPU multiplies by a frozen weight in ``dtype``: "native", "onednn", "widened" or "plain".
 
     "native": the native library's product with prepacked weights, for fp32 and bf16 with at least AVX2, unless the CPU
-    has matrix tiles (AMX) for bf16. "packed": oneDNN with prepacked weights, for 16 bits where the CPU has instructions
+    has matrix tiles (AMX) for bf16. "onednn": oneDNN with prepacked weights, for 16 bits where the CPU has instructions
     for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where there are none. "plain":
     ``torch.nn.functional.linear``. The first two only if a self-test passes.
     """
@@ -176,11 +204,22 @@ def cpu_product(dtype: torch.dtype) -> str:
         return "native"
     if not hardware.has_products(dtype):
         return "widened"
-    half = dtype in (torch.bfloat16, torch.float16)
-    packs = half or (dtype == torch.float32 and hardware.wide_vectors())
-    return "packed" if packs and _works(_packed_product, dtype) else "plain"
+    packs = dtype in HALF or (dtype == torch.float32 and hardware.wide_vectors())
+    return "onednn" if packs and _works(_onednn_product, dtype) else "plain"
 
 
+def reason(how: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why "onednn" or "widened" cannot multiply in ``dtype`` on ``device``, to be read behind 'impl="<how>"'."""
+    if device.type != "cpu":
+        return f"cannot run here: it computes on the CPU, not on {device}"
+    covered = HALF if how == "widened" else (torch.float32, *HALF)
+    if dtype not in covered:
+        return f"cannot compute in {dtype}: expected {' or '.join(map(str, covered))}"
+    works = how == "widened" or _works(_onednn_product, dtype)
+    return None if works else f"cannot run here: this PyTorch or processor has no packed product in {dtype}"
+
+
+@cache
 def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:
     x, w = torch.linspace(-1, 1, 7 * 48).view(7, 48).to(dtype), torch.linspace(1, -1, 64 * 48).view(64, 48).to(dtype)
     try:
@@ -191,7 +230,7 @@ def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> b
     return bool((y - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max())
 
 
-def _packed_product(x: Tensor, weight: Tensor) -> Tensor:
+def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     return _onednn(x, _pack(weight), None)
 
 

@@ -100,7 +100,7 @@ HAS_FLASH = _attempt(_flash_works, False)
 
 
 def pack_linear(matrix: Tensor) -> Tensor:
-    """A weight [out, in] in oneDNN's layout; whether the two are there, ``frozen.cpu_product`` asks for each dtype."""
+    """A weight [out, in] in oneDNN's layout; ``products.py`` tries for each dtype whether the two are there."""
     return torch.ops.mkldnn._reorder_linear_weight(matrix)
 
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from insvp_fast.kernels.gpu import attention
 
-from insvp_fast import reference
+from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
 from insvp_fast.testing import assert_within_budget, relative_error
 
 SHAPES = [  # B, S, T, heads, d
@@ -35,7 +35,7 @@ def results(grad, qkv, heads, scale, forward=attention.attention_fwd, backward=a
 
 
 def specified(grad, qkv, heads, scale):
-    return results(grad, qkv, heads, scale, reference.attention, reference.attention_bwd)
+    return results(grad, qkv, heads, scale, attention_reference, attention_bwd_reference)
 
 
 def check(grad, qkv, heads, scale):

@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("triton")
 from insvp_fast.kernels.gpu import chip, gelu
 
-from insvp_fast import reference
-from insvp_fast.ops.mlp import CODE_OF_NAN
+from insvp_fast.ops.mlp import CODE_OF_NAN, CODE_STEPS, CODE_ZERO, gelu_code, gelu_from_code
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # half a unit in the last place; the interpreter truncates bf16
@@ -74,26 +73,26 @@ def test_the_code_is_the_references(dtype, device, poison):
     pre, grad = inputs((5, 333), dtype, device)
     hidden, code = gelu.gelu_fwd_code(pre)
     assert torch.equal(hidden, gelu.gelu_fwd(pre)) and code.dtype == torch.uint8
-    expected, exact = reference.gelu_code(pre), reference.GELU_CODE_STEPS * derivative(pre)
+    expected, exact = gelu_code(pre), CODE_STEPS * derivative(pre)
     tie = (exact - exact.floor() - 0.5).abs() < 1e-3
     assert torch.equal(code[~tie], expected[~tie])
     assert (code.int() - expected.int()).abs().max() <= 1
-    exact = grad.double() * reference.gelu_from_code(expected).double()
+    exact = grad.double() * gelu_from_code(expected).double()
     d_pre = gelu.gelu_bwd_code(grad, expected)
     torch.testing.assert_close(d_pre.double(), exact, rtol=ROUNDING[dtype], atol=1e-7)
     assert d_pre.dtype == dtype
 
 
 def test_the_code_is_half_a_step_off_at_most(device):
-    assert (gelu.STEPS.value, gelu.ZERO.value) == (reference.GELU_CODE_STEPS, reference.GELU_CODE_ZERO)
+    assert (gelu.STEPS.value, gelu.ZERO.value) == (CODE_STEPS, CODE_ZERO)
     x = torch.linspace(-8, 8, 20001, device=device)
     _, code = gelu.gelu_fwd_code(x)
-    for codes in (code, reference.gelu_code(x)):
-        off = (reference.gelu_from_code(codes).double() - derivative(x)).abs().max()
-        assert off <= (0.5 + 1e-3) / reference.GELU_CODE_STEPS
+    for codes in (code, gelu_code(x)):
+        off = (gelu_from_code(codes).double() - derivative(x)).abs().max()
+        assert off <= (0.5 + 1e-3) / CODE_STEPS
     assert code.min() > 0 and code.max() < 255
     ends = gelu.gelu_fwd_code(torch.tensor([-9.0, 9.0], device=device))[1]
-    assert reference.gelu_from_code(ends).tolist() == [0, 1]
+    assert gelu_from_code(ends).tolist() == [0, 1]
 
 
 def test_layouts_are_made_contiguous(device):

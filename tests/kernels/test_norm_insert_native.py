@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from insvp_fast import reference
+from insvp_fast.ops.norm_insert import norm_insert_bwd_reference
 from insvp_fast.runtime import native
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -59,7 +59,7 @@ def test_parity(isa, B, T, L, D, dtypes, affine, branch):
         d_residual, d_branch, d_prompts = native.norm_insert_bwd(
             grad, grad_normed, kept, rstd, weight, T, dtypes[0], dtype
         )
-        expected = reference.norm_insert_bwd(
+        expected = norm_insert_bwd_reference(
             torch.zeros(B, T, D, dtype=torch.float64) if grad is None else grad.double(),
             grad_normed.double(),
             kept.double(),

@@ -14,13 +14,13 @@ def operations():
     prompter = torch.randn(5, 48), torch.randn(5), torch.randn(48, 5), torch.randn(48)
     kernel, w1, w2, qkv = torch.randn(2, 3, 3, 3), torch.randn(32, 16), torch.randn(16, 32), torch.randn(48, 16)
     return {
-        "superpose": (lambda x: ops.superpose(x, None, *prompter, 4, 0.7, 0.3), image),
+        "superpose": (lambda x: ops.superpose(x, None, ops.PatchWeights(*prompter), ops.Blend(4, 0.7, 0.3)), image),
         "norm_insert": (lambda x: ops.norm_insert(x, None, None, None, None, 1e-6)[1], tokens),
         "attention": (lambda x: ops.attention(x, 1, 3, 0.5), torch.randn(2, 5, 48)),
-        "attention_few": (lambda x: ops.attention_few(x[:, :2], x.repeat(1, 1, 2), 2, 0.5), tokens),
-        "linear": (lambda x: ops.linear(x, w1, None), tokens),
-        "qkv_few": (lambda x: ops.qkv_few(x, 2, qkv, None)[1], tokens),
-        "mlp": (lambda x: ops.mlp(x, w1, None, w2, None), tokens),
+        "query_attention": (lambda x: ops.query_attention(x[:, :2], x.repeat(1, 1, 2), 2, 0.5), tokens),
+        "linear": (lambda x: ops.linear(x, ops.FrozenLinear(w1)), tokens),
+        "project_q_kv": (lambda x: ops.project_q_kv(x, 2, ops.FrozenLinear(qkv))[1], tokens),
+        "mlp": (lambda x: ops.mlp(x, ops.FrozenLinear(w1), ops.FrozenLinear(w2)), tokens),
         "conv": (lambda x: ops.conv(x, kernel, torch.zeros(2), 1, 8, 8), image),
         "conv_pool": (lambda x: ops.conv_pool(x, kernel, torch.zeros(2), 8, 8, 2), image),
     }

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from insvp_fast import InsVPConfig, ops, reference
+from insvp_fast import InsVPConfig, ops
+from insvp_fast.ops import Blend, FrozenLinear, PatchWeights
+from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
+from insvp_fast.ops.conv import conv_reference
+from insvp_fast.ops.heads import merge_heads
+from insvp_fast.ops.norm_insert import norm_insert_reference
+from insvp_fast.ops.superpose import superpose_reference
 from insvp_fast.runtime import native
 from insvp_fast.testing import DEVICE, make_pair
 
@@ -32,37 +38,47 @@ def draw_superpose():
     P, C, R, grid = number(2, 7), number(1, 3), number(1, 6), (number(1, 3), number(1, 3))
     K, shape = C * P * P, (2, C, grid[0] * P, grid[1] * P)
     shapes = shape, shape, (R, K), (R,), (K, R), (K,)
-    return reference.superpose, ops.superpose, [torch.randn(s) for s in shapes], 2, (P, 0.7, 0.3)
+
+    def taking(function):
+        return lambda image, prompt, *weights: function(image, prompt, PatchWeights(*weights), Blend(P, 0.7, 0.3))
+
+    return taking(superpose_reference), taking(ops.superpose), [torch.randn(s) for s in shapes], 2, ()
 
 
 def draw_norm_insert():
     D, T, L = number(1, 40), number(1, 6), number(1, 3)
     inputs = [torch.randn(2, n, D) for n in (T, T, L)]
     # the fixed affine map is finite and nowhere 0, so that it may be left to the next product
-    return reference.norm_insert, ops.norm_insert, inputs, 3, (torch.rand(D) + 1, torch.randn(D), 1e-6)
+    return norm_insert_reference, ops.norm_insert, inputs, 3, (torch.rand(D) + 1, torch.randn(D), 1e-6)
 
 
 def draw_attention():
     heads, d, S = number(1, 3), number(1, 20), number(1, 60)
     shape = heads, number(1, S), 0.4
-    return reference.attention, ops.attention, [torch.randn(2, S, 3 * heads * d)], 1, shape
+    return attention_reference, ops.attention, [torch.randn(2, S, 3 * heads * d)], 1, shape
 
 
-def draw_attention_few():
+def draw_query_attention():
     heads, d, S = number(1, 3), number(1, 20), number(1, 30)
 
     def formula(q, kv, heads, scale):
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
-        return reference.merge_heads((scale * q @ k.mT).softmax(-1) @ v)
+        return merge_heads((scale * q @ k.mT).softmax(-1) @ v)
 
     inputs = [torch.randn(2, number(1, S), heads * d), torch.randn(2, S, 2 * heads * d)]
-    return formula, ops.attention_few, inputs, 2, (heads, 0.4)
+    return formula, ops.query_attention, inputs, 2, (heads, 0.4)
 
 
 def draw_linear():
     weight, bias = torch.randn(number(1, 50), number(1, 50)), torch.randn(1)
     bias = bias.expand(len(weight)).contiguous()
-    return F.linear, ops.linear, [torch.randn(2, 3, weight.shape[1])], 1, (weight, bias)
+    return (
+        F.linear,
+        lambda x, *w: ops.linear(x, FrozenLinear(*w)),
+        [torch.randn(2, 3, weight.shape[1])],
+        1,
+        (weight, bias),
+    )
 
 
 def draw_mlp():
@@ -73,13 +89,19 @@ def draw_mlp():
     def formula(x, w1, b1, w2, b2):
         return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
-    return formula, lambda *t: ops.mlp(*t, keep=keep), [torch.randn(2, 3, D)], 1, weights
+    return (
+        formula,
+        lambda x, *w: ops.mlp(x, FrozenLinear(*w[:2]), FrozenLinear(*w[2:]), keep=keep),
+        [torch.randn(2, 3, D)],
+        1,
+        weights,
+    )
 
 
 def draw_conv():
     C, out, k, H, W = number(1, 4), number(1, 4), 2 * number(0, 3) + 1, number(3, 40), number(3, 40)
     inputs = [torch.randn(2, C, H, W), torch.randn(out, C, k, k), torch.randn(out)]
-    return reference.conv, ops.conv, inputs, 1, (number(1, 4), number(1, H), number(1, W), bool(number(0, 1)))
+    return conv_reference, ops.conv, inputs, 1, (number(1, 4), number(1, H), number(1, W), bool(number(0, 1)))
 
 
 def draw_conv_pool():
@@ -87,7 +109,7 @@ def draw_conv_pool():
     height, width = pool * number(1, 9), pool * number(1, 9)
 
     def formula(x, weight, bias, height, width, pool):
-        y = reference.conv(x, weight, bias, 1, height, width, False)
+        y = conv_reference(x, weight, bias, 1, height, width, False)
         return F.leaky_relu(F.max_pool2d(y, pool))
 
     inputs = [
@@ -105,7 +127,7 @@ def values(function, inputs, constants, grads, dtype=None):
     return [*out, *torch.autograd.grad(out, inputs, [g.to(o) for g, o in zip(grads, out, strict=True)])]
 
 
-DRAWS = [draw_superpose, draw_norm_insert, draw_attention, draw_attention_few]
+DRAWS = [draw_superpose, draw_norm_insert, draw_attention, draw_query_attention]
 DRAWS += [draw_linear, draw_mlp, draw_conv, draw_conv_pool]
 
 
@@ -209,8 +231,8 @@ def test_attention_with_scores_of_every_size(isa, dtype, size):
     """Where a score overflows the row is NaN, as in PyTorch; below, one key gets everything."""
     qkv = (size * torch.randn(2, 9, 3 * 16)).to(dtype)
     with torch.no_grad():
-        value, expected = (run(qkv, 2, 9, 0.4) for run in (native.attention_fwd, reference.attention))
+        value, expected = (run(qkv, 2, 9, 0.4) for run in (native.attention_fwd, attention_reference))
     assert torch.equal(value.isfinite(), expected.isfinite())
     grad = torch.randn(2, 9, 16).to(dtype)
-    d_qkv, expected = native.attention_bwd(grad, qkv, 2, 9, 0.4), reference.attention_bwd(grad, qkv, 2, 9, 0.4)
+    d_qkv, expected = native.attention_bwd(grad, qkv, 2, 9, 0.4), attention_bwd_reference(grad, qkv, 2, 9, 0.4)
     assert torch.equal(d_qkv.isfinite(), expected.isfinite())

@@ -1,113 +1,16 @@
-"""The prompters against the reference's, and their two operations as PyTorch operators."""
+"""The prompters against the reference's."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.library import opcheck
 
-from insvp_fast import InsVPConfig, ops, prompters, reference
+from insvp_fast import InsVPConfig, prompters, reference
 from insvp_fast.testing import assert_within_budget, relative_error
 
 PAPER = InsVPConfig(prompt_length=2)
 RELEASED = InsVPConfig.released(prompt_length=3)
-
-
-# ------------------------------------------------------------------------------------------------------- operations
-
-
-def operands(dtype=torch.float32, B=2, C=3, size=(9, 10), out=4, kernel=(3, 5)):
-    shapes = (B, C, *size), (out, C, *kernel), (out,)
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def run_conv(x, weight, bias, **kwargs):
-    return ops.conv(x, weight, bias, 2, 7, 8, True, **kwargs)
-
-
-def run_conv_pool(x, weight, bias, **kwargs):
-    return ops.conv_pool(x, weight, bias, 8, 8, 4, **kwargs)
-
-
-def with_gradients(function, inputs, seed=1):
-    y = function(*inputs)
-    torch.manual_seed(seed)
-    return [y, *torch.autograd.grad(y, inputs, torch.randn(y.shape, dtype=torch.float64).to(y))]
-
-
-@pytest.mark.parametrize("run", [run_conv, run_conv_pool])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_operations_in_every_dtype(run, dtype):
-    """The result is PyTorch's own; without the native library's dtypes it is the formula that runs."""
-
-    def plain(x, weight, bias):
-        y = F.conv2d(x, weight, bias, padding="same", dilation=2 if run is run_conv else 1)
-        if run is run_conv:
-            return reference.crop_centre(y.relu(), 7, 8)
-        return F.leaky_relu(F.max_pool2d(reference.crop_centre(y, 8, 8), 4))
-
-    inputs = operands(dtype)
-    exact = with_gradients(plain, [t.detach().double().requires_grad_() for t in inputs])
-    for value, rough, expected in zip(with_gradients(run, inputs), with_gradients(plain, inputs), exact, strict=True):
-        assert value.dtype == dtype and value.shape == expected.shape
-        assert_within_budget(value, rough, expected, dtype)
-
-
-@pytest.mark.parametrize("run", [run_conv, run_conv_pool])
-def test_gradcheck(run):
-    assert torch.autograd.gradcheck(run, operands(torch.float64, B=1, C=2, out=2))
-
-
-def test_opcheck():
-    x, weight, bias = (t.detach() for t in operands())
-    fwd = torch.ops.insvp_fast.conv_fwd.default
-    opcheck(fwd, (x, weight, bias, 2, 7, 8, True, torch.bfloat16))
-    y = fwd(x, weight, bias, 2, 7, 8, True, torch.float32)
-    for mask, need_x in ((y, True), (None, False)):
-        opcheck(torch.ops.insvp_fast.conv_bwd.default, (y, x, mask, weight, 2, 7, 8, need_x))
-    fwd = torch.ops.insvp_fast.conv_pool_fwd.default
-    opcheck(fwd, (x, weight, bias, 8, 8, 4, 0.01, torch.bfloat16))
-    y, chosen = fwd(x, weight, bias, 8, 8, 4, 0.01, torch.float32)
-    for need_x in (True, False):
-        opcheck(torch.ops.insvp_fast.conv_pool_bwd.default, (y, x, y, chosen, weight, 8, 8, 4, 0.01, need_x))
-
-
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("kernel", [(3, 5), (4, 2), (25, 11)])
-def test_written_out_gradients_are_those_of_autograd(kernel, relu):
-    x, weight, _ = inputs = operands(torch.float64, kernel=kernel)
-    y, *expected = with_gradients(lambda *t: reference.conv(*t, 2, 7, 8, relu), inputs)
-    torch.manual_seed(1)
-    grad = torch.randn_like(y)
-    got = reference.conv_bwd(grad * (y > 0) if relu else grad, x, weight, 2, 7, 8)
-    torch.testing.assert_close(got, tuple(expected))
-    y, *expected = with_gradients(lambda *t: reference.conv_pool(*t, 8, 9, 1, 0.3)[0], inputs)
-    _, chosen = reference.conv_pool(*inputs, 8, 9, 1, 0.3)
-    torch.manual_seed(1)
-    torch.testing.assert_close(
-        reference.conv_pool_bwd(torch.randn_like(y), x, y, chosen, weight, 8, 9, 1, 0.3), tuple(expected)
-    )
-
-
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (lambda x, w, b: ops.conv(x, w[:, :1], b, 1, 9, 10), "expected"),
-        (lambda x, w, b: ops.conv(x, w, b[:1], 1, 9, 10), "expected"),
-        (lambda x, w, b: ops.conv(x, w, b, 1, 10, 10), "a centre of 10x10: expected at most 9x10"),
-        (lambda x, w, b: ops.conv_pool(x, w, b, 8, 8, 3), "in windows of 3x3"),
-        (lambda x, w, b: ops.conv_pool(x, w, b, 8, 8, 17), "windows of 17x17"),
-        (lambda x, w, b: ops.conv_pool(x, w, b, 8, 8, 4, -0.1), r"negative_slope=-0\.1"),
-    ],
-)
-def test_wrong_arguments_are_refused(run, message):
-    with pytest.raises(ValueError, match=message):
-        run(*operands())
-
-
-# -------------------------------------------------------------------------------------------------------- prompters
 
 
 def pair(kind: str, config: InsVPConfig, embed_dim: int = 48):

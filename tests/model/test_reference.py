@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from insvp_fast import InsVPConfig, InsVPReference, reference
+from insvp_fast.ops import Blend, PatchWeights
+from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
+from insvp_fast.ops.norm_insert import norm_insert_bwd_reference, norm_insert_reference
+from insvp_fast.ops.superpose import superpose_bwd_reference, superpose_reference
 
 OFF = {"global_prompt": False, "patch_prompt": False, "common_prompt": False, "specific_prompt": False}
 
@@ -123,10 +127,10 @@ def test_superpose_gradients_written_out():
     image, p_g = double(2, 3, 4, 6).requires_grad_(), double(2, 3, 4, 6).requires_grad_()
     weights = [double(*shape).requires_grad_() for shape in ((R, K), (R,), (K, R), (K,))]
     grad = double(2, 6, K)
-    out = reference.superpose(image, p_g, *weights, P, 0.7, -0.3)
+    out = superpose_reference(image, p_g, PatchWeights(*weights), Blend(P, 0.7, -0.3))
     expected = torch.autograd.grad(out, [image, p_g, *weights], grad)
     hidden = F.linear(reference.unfold(image, P), weights[0], weights[1]).relu()
-    written = reference.superpose_bwd(grad, image, hidden, weights[0], weights[2], P, 0.7, -0.3)
+    written = superpose_bwd_reference(grad, image, hidden, weights[0], weights[2], Blend(P, 0.7, -0.3))
     for value, exact in zip(written, expected, strict=True):
         torch.testing.assert_close(value, exact)
 
@@ -134,12 +138,12 @@ def test_superpose_gradients_written_out():
 def test_norm_insert_gradients_written_out():
     residual, branch, prompts = (double(2, n, 6).requires_grad_() for n in (5, 5, 3))
     weight, bias = double(6), double(6)
-    outputs = reference.norm_insert(residual, branch, prompts, weight, bias, 1e-6)
+    outputs = norm_insert_reference(residual, branch, prompts, weight, bias, 1e-6)
     grads = double(2, 5, 6), double(2, 8, 6)
     expected = torch.autograd.grad(outputs, [residual, branch, prompts], grads)
     tokens = torch.cat([residual + branch, prompts], dim=1)
     rstd = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
-    d_residual, d_prompts = reference.norm_insert_bwd(
+    d_residual, d_prompts = norm_insert_bwd_reference(
         *grads, (tokens - tokens.mean(-1, keepdim=True)) * rstd, rstd, weight
     )
     for value, exact in zip((d_residual, d_residual, d_prompts), expected, strict=True):
@@ -149,13 +153,13 @@ def test_norm_insert_gradients_written_out():
 @pytest.mark.parametrize("queries", [1, 4, 7])
 def test_attention_is_sdpa_and_its_gradient_written_out(queries):
     qkv = double(2, 7, 3 * 8).requires_grad_()
-    out = reference.attention(qkv, 2, queries, 0.3)
+    out = attention_reference(qkv, 2, queries, 0.3)
     q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in qkv.chunk(3, -1))
     sdpa = F.scaled_dot_product_attention(q[:, :, :queries], k, v, scale=0.3).transpose(1, 2).flatten(2)
     torch.testing.assert_close(out, sdpa)
     grad = double(*out.shape)
     (expected,) = torch.autograd.grad(out, qkv, grad)
-    torch.testing.assert_close(reference.attention_bwd(grad, qkv, 2, queries, 0.3), expected)
+    torch.testing.assert_close(attention_bwd_reference(grad, qkv, 2, queries, 0.3), expected)
 
 
 def test_frozen_is_frozen_and_in_eval():

@@ -15,28 +15,28 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from insvp_fast import InsVPConfig
 from insvp_fast.runtime import native, prepack, products
 from insvp_fast.runtime.fingerprint import NativeFingerprint, PlainFingerprint, Region
-from insvp_fast.runtime.products import Frozen
+from insvp_fast.runtime.products import FrozenLinear
 from insvp_fast.testing import make_pair, relative_error, trained_gradients
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 PRODUCTS = {  # the product, and the dtype of its operands
     "native": torch.float32,
-    "packed": torch.float32,
+    "onednn": torch.float32,
     "plain": torch.bfloat16,
     "widened": torch.bfloat16,
 }
 
 
 @pytest.fixture(params=PRODUCTS)
-def product(request, monkeypatch):
+def product(request):
     """The dtype of operands for which the CPU multiplies in one of its ways."""
     how = request.param
     if how in ("native", "widened") and not native.available():
         pytest.skip("needs the native library")
-    chosen = {torch.bfloat16: how, torch.float32: "native" if how == "widened" else how}
-    monkeypatch.setattr(products, "cpu_product", chosen.__getitem__)
-    return PRODUCTS[how]
+    providers = {torch.bfloat16: how, torch.float32: "native" if how == "widened" else how}
+    with products.override_provider(providers.__getitem__):
+        yield PRODUCTS[how]
 
 
 def by_data(layer):
@@ -131,12 +131,12 @@ WRITES |= {
 
 def check(layer, dtype):
     x, grad = torch.randn(5, layer.in_features).to(dtype), torch.randn(5, layer.out_features).to(dtype)
-    w = Frozen(layer.weight, layer.bias)
+    w = FrozenLinear(layer.weight, layer.bias)
+    how = products.provider(dtype, x.device)
     exact = x.double() @ layer.weight.double().T + layer.bias.double()
-    assert relative_error(products.linear(x, w), exact) < 8 * torch.finfo(dtype).eps
-    assert (
-        relative_error(products.linear_bwd(grad, w), grad.double() @ layer.weight.double()) < 8 * torch.finfo(dtype).eps
-    )
+    assert relative_error(products.linear(x, w, how), exact) < 8 * torch.finfo(dtype).eps
+    exact = grad.double() @ layer.weight.double()
+    assert relative_error(products.linear_bwd(grad, w, how), exact) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("size", [(48, 33), (300, 512)], ids=["small", "large"])

@@ -3,12 +3,13 @@
 from insvp_fast.runtime.native.attention import attention_bwd, attention_fwd
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums
-from insvp_fast.runtime.native.library import NativeStatus, available, native_status
+from insvp_fast.runtime.native.library import DTYPES, NativeStatus, available, native_status
 from insvp_fast.runtime.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
 
 __all__ = [
+    "DTYPES",
     "LINES",
     "Checksums",
     "NativeStatus",

@@ -40,14 +40,14 @@ def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dty
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     bias = require("bias", bias, sizes[4:5], torch.float32)
     y = buffers.empty((sizes[0], sizes[4], height // pool, width // pool), dtype)
-    chosen = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pool > 1 else None
+    indices = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pool > 1 else None
     call(
         "conv_fwd",
         _FWD,
-        *(*pointer(x), weight.data_ptr(), bias.data_ptr(), *pointer(y), address(chosen)),
+        *(*pointer(x), weight.data_ptr(), bias.data_ptr(), *pointer(y), address(indices)),
         *(*sizes, dilation, pool, negative_slope),
     )
-    return y, chosen
+    return y, indices
 
 
 def conv_fwd(
@@ -80,8 +80,8 @@ def conv_pool_fwd(
     """
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
-    y, chosen = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype)
-    return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if chosen is None else chosen
+    y, indices = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype)
+    return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if indices is None else indices
 
 
 def conv_bwd(
@@ -122,7 +122,7 @@ def conv_pool_bwd(
     grad: Tensor,
     x: Tensor,
     y: Tensor,
-    chosen: Tensor,
+    indices: Tensor,
     weight: Tensor,
     height: int,
     width: int,
@@ -132,13 +132,13 @@ def conv_pool_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `conv_pool_fwd` for `grad` of its y: d_x, d_weight, d_bias.
 
-    Dtypes and errors are those of `conv_bwd`, y and chosen those of `conv_pool_fwd`.
+    Dtypes and errors are those of `conv_bwd`, y and indices those of `conv_pool_fwd`.
     """
     sizes = _sizes(x, weight, height, width, pool)
     grad = require("grad", grad, (sizes[0], sizes[4], height // pool, width // pool), *TYPE_CODES)
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = require("y", y, grad.shape, *TYPE_CODES)
-    chosen = require("chosen", chosen, tuple(grad.shape), torch.uint8)
+    indices = require("indices", indices, tuple(grad.shape), torch.uint8)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
@@ -146,7 +146,7 @@ def conv_pool_bwd(
     call(
         "conv_pool_bwd",
         _POOL_BWD,
-        *(*pointer(grad), *pointer(y), chosen.data_ptr(), *pointer(x), weight.data_ptr(), *pointer(d_x)),
+        *(*pointer(grad), *pointer(y), indices.data_ptr(), *pointer(x), weight.data_ptr(), *pointer(d_x)),
         *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, pool, negative_slope),
     )
     return d_x, d_weight, d_bias

@@ -19,6 +19,7 @@ from torch import Tensor
 ABI = 5
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = tuple(TYPE_CODES)
 
 ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 array = [ptr, i32]  # a tensor's memory and the code of its dtype

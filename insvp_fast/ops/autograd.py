@@ -1,0 +1,65 @@
+"""What the autograd functions of the operations share: they have first derivatives only, and say so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from insvp_fast.runtime import torch_private
+
+__all__ = ["apply", "first_order"]
+
+
+def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
+    """Let an autograd function say, where its gradient is differentiated, which operation it is and what to use.
+
+    Args:
+        name: of the operation in ``insvp_fast.ops``.
+        instead: what has second derivatives.
+    """
+
+    def decorate(function: type[Function]) -> type[Function]:
+        backward = function.backward
+        advice = f"use InsVPReference, or {instead}"
+        once = f"the gradient of insvp_fast.ops.{name} cannot be differentiated again: {advice}"
+
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> Any:
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            results = results if isinstance(results, tuple) else (results,)
+            return _Once.apply(once, *(None if g is None else g.detach().requires_grad_() for g in results))
+
+        function.backward = staticmethod(run)  # type: ignore[method-assign]
+        where = "a transform of torch.func or forward-mode differentiation"
+        function.refusal = f"insvp_fast.ops.{name} cannot run inside {where}: {advice}"  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+class _Once(Function):
+    """The gradients as they are, and an error where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.message = message
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(ctx.message)
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply``, refused where PyTorch would ask for derivatives that a ``first_order`` function has not."""
+    if not torch.compiler.is_compiling() and torch_private.transforming(*arguments):
+        raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
+    return function.apply(*arguments)

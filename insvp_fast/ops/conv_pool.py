@@ -1,0 +1,193 @@
+"""A convolution of the center of a map, max-pooling and LeakyReLU in one pass: conv_pool."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.conv import (
+    check_shapes,
+    conv_bwd_reference,
+    conv_reference,
+    fake_grads,
+    narrow_grads,
+    not_finite_reason,
+)
+from insvp_fast.ops.registry import Implementation, native_reason, register, require, widened
+from insvp_fast.runtime import native
+
+__all__ = ["conv_pool", "conv_pool_bwd_reference", "conv_pool_reference"]
+
+
+def conv_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float = 0.01,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``conv`` without dilation, then max-pooling in windows of ``pool`` x ``pool``, then LeakyReLU.
+
+    Args:
+        x, weight, bias, dtype, impl: as in ``conv``.
+        pool: at most 16, and a divisor of height and width.
+        negative_slope: of the LeakyReLU; not negative.
+
+    Returns:
+        [B, O, height / pool, width / pool]
+
+    Raises:
+        ValueError: for shapes that do not fit, a slope below 0, or an unknown ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
+    """
+    if not 1 <= pool <= 16:  # the index of a maximum in its window is kept in 8 bits
+        raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
+    if not negative_slope >= 0:  # else the sign of the result would not tell the sign of the maximum
+        raise ValueError(f"negative_slope={negative_slope}: expected at least 0")
+    check_shapes(x, weight, bias, height, width, pool)
+    operands = _Fwd(x, weight, bias, height, width, pool, float(negative_slope), dtype or x.dtype)
+    require("conv_pool_fwd", impl, operands)
+    return cast(Tensor, apply(_ConvPool, *operands, impl))
+
+
+def conv_pool_reference(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [O, C, kh, kw]
+    bias: Tensor,  # [O]
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:  # twice [B, O, height / pool, width / pool]
+    """The formula of ``conv_pool``, and the index of each maximum in its window, row by row, in 8 bits."""
+    y, index = F.max_pool2d(conv_reference(x, weight, bias, 1, height, width, False), pool, return_indices=True)
+    index = index // width % pool * pool + index % width % pool
+    return F.leaky_relu(y, negative_slope), index.to(torch.uint8)
+
+
+def conv_pool_bwd_reference(
+    grad: Tensor,  # [B, O, height / pool, width / pool]
+    x: Tensor,
+    y: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``conv_pool_reference`` by x, weight and bias, written out."""
+    grad = torch.where(y > 0, grad, negative_slope * grad)
+    places = torch.arange(pool * pool, device=x.device).view(pool, pool)
+    # [B, O, rows, columns, pool, pool]; zero beside the maximum also where the gradient is not finite
+    windows = torch.where(indices[..., None, None] == places, grad[..., None, None], 0)
+    d_conv = windows.transpose(-3, -2).reshape(*grad.shape[:2], height, width)
+    return conv_bwd_reference(d_conv, x, weight, 1, height, width)
+
+
+class _Fwd(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    height: int | torch.SymInt
+    width: int | torch.SymInt
+    pool: int | torch.SymInt
+    negative_slope: float
+    dtype: torch.dtype
+
+
+class _Bwd(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    y: Tensor
+    indices: Tensor  # of the maxima in their windows
+    weight: Tensor
+    height: int | torch.SymInt
+    width: int | torch.SymInt
+    pool: int | torch.SymInt
+    negative_slope: float
+    need_x: bool
+
+
+@first_order("conv_pool", "insvp_fast.ops.conv_pool.conv_pool_reference")
+class _ConvPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        a, impl = _Fwd(*arguments[:-1]), arguments[-1]
+        y, indices = torch.ops.insvp_fast.conv_pool_fwd.default(*a, impl)
+        ctx.save_for_backward(a.x, y, indices, a.weight)
+        ctx.geometry, ctx.impl = (a.height, a.width, a.pool, a.negative_slope), impl
+        return cast(Tensor, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a = _Bwd(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0])
+        grads = torch.ops.insvp_fast.conv_pool_bwd.default(*a, ctx.impl)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 6
+
+
+def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor]:
+    wide = widened(a.x.dtype)
+    x, weight, bias = (t.to(wide) for t in (a.x, a.weight, a.bias))
+    y, indices = conv_pool_reference(x, weight, bias, a.height, a.width, a.pool, a.negative_slope)
+    return y.to(a.dtype).contiguous(), indices.contiguous()
+
+
+def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    wide = widened(a.x.dtype)
+    operands = a.grad.to(wide), a.x.to(wide), a.y, a.indices, a.weight.to(wide)
+    grads = conv_pool_bwd_reference(*operands, a.height, a.width, a.pool, a.negative_slope)
+    return narrow_grads(grads, a.x, a.weight, a.need_x)
+
+
+def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
+    return native.conv_pool_fwd(*a)
+
+
+def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    return native.conv_pool_bwd(*a)
+
+
+def _fwd_native_covers(a: _Fwd) -> str | None:
+    return native_reason(a.x.device, a.x.dtype, a.dtype, weights=(a.weight, a.bias))
+
+
+def _bwd_native_covers(a: _Bwd) -> str | None:
+    reason = native_reason(a.x.device, a.grad.dtype, a.x.dtype, weights=(a.weight,))
+    return reason or not_finite_reason(a.grad, a.x)
+
+
+def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
+    shape = a.x.shape[0], a.weight.shape[0], a.height // a.pool, a.width // a.pool
+    return a.x.new_empty(shape, dtype=a.dtype), a.x.new_empty(shape, dtype=torch.uint8)
+
+
+def _bwd_fake(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_grads(a.x, a.weight, a.need_x)
+
+
+register(
+    "conv_pool_fwd",
+    _Fwd,
+    "(Tensor, Tensor)",
+    fake=_fwd_fake,
+    reference=_fwd_reference,
+    native=Implementation(_fwd_native, _fwd_native_covers),
+)
+register(
+    "conv_pool_bwd",
+    _Bwd,
+    "(Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    reference=_bwd_reference,
+    native=Implementation(_bwd_native, _bwd_native_covers),
+)

@@ -1,0 +1,57 @@
+"""Softmax attention of few queries to all tokens: query_attention."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.heads import merge_heads, split_heads, split_packed
+from insvp_fast.runtime import buffers, torch_private
+
+__all__ = ["query_attention"]
+
+
+def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Softmax attention of few queries, whose probabilities are cheaper to keep than to make again.
+
+    It has one implementation, PyTorch's products.
+
+    Args:
+        q, kv: [B, T, D] and, packed, [B, S, 2·D], heads folded into D.
+        scale: of the scores before the softmax.
+
+    Returns:
+        [B, T, D]. Kept for backward: ``q``, ``kv`` and the probabilities, [B, heads, T, S].
+    """
+    return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, scale))
+
+
+@first_order("query_attention", "insvp_fast.ops.attention.attention_reference")
+class _QueryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:
+        k, v = map(_contiguous, split_packed(kv, num_heads, 2))
+        p = (scale * split_heads(q, num_heads) @ k.mT).softmax(dim=-1)
+        ctx.save_for_backward(q, kv, p)
+        ctx.shape = num_heads, scale
+        return merge_heads(p @ v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, p = ctx.saved_tensors
+        num_heads, scale = ctx.shape
+        k, v = map(_contiguous, split_packed(kv, num_heads, 2))
+        q, grad = split_heads(q, num_heads), split_heads(grad, num_heads)
+        d_scores = scale * torch_private.softmax_bwd(grad @ v.mT, p)
+        d_kv, d_head = buffers.empty_like(kv), buffers.empty(v.shape, v.dtype, v.device)
+        # each half is written where it belongs: stacking them would cost another buffer of their size
+        for half, product in zip(split_packed(d_kv, num_heads, 2), ((d_scores, q), (p, grad)), strict=True):
+            half.copy_(torch.matmul(product[0].mT, product[1], out=d_head))
+        return merge_heads(d_scores @ k), d_kv, None, None
+
+
+def _contiguous(x: Tensor) -> Tensor:  # matmul would do so itself, in fresh memory
+    return buffers.empty(x.shape, x.dtype, x.device).copy_(x)

@@ -1,0 +1,149 @@
+"""attention against its formula in double precision, and as a PyTorch operator."""
+
+import functools
+import sys
+import types
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from insvp_fast import ops
+from insvp_fast.ops.attention import _Bwd, _Fwd, attention_reference
+from insvp_fast.runtime import hardware, native, torch_private
+from insvp_fast.testing import assert_within_budget, relative_error
+from tests.gradients import DTYPES, copies, with_gradients
+
+NEEDS_LIBRARY = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
+CPU = ("auto", pytest.param("native", marks=NEEDS_LIBRARY), "explicit", "flash")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "S", "queries"), [(0, 5, 4), (1, 17, 17), (3, 21, 12), (2, 9, 1)])
+@pytest.mark.parametrize("impl", CPU)
+def test_attention(impl, dtype, B, S, queries):
+    if impl == "native" and dtype == torch.float16:
+        pytest.skip("the native library has no fp16")
+    inputs = [torch.randn(B, S, 3 * 24).to(dtype).requires_grad_()]
+    exact = with_gradients(lambda t: attention_reference(t, 3, queries, 0.4), copies(inputs, torch.float64))
+    plain = with_gradients(lambda t: attention_reference(t, 3, queries, 0.4), inputs)
+    fast = with_gradients(lambda t: ops.attention(t, 3, queries, 0.4, impl=impl), inputs)
+    for value, rough, expected in zip(fast, plain, exact, strict=True):
+        assert value.dtype == dtype and value.shape == expected.shape
+        assert_within_budget(value, rough, expected, dtype)
+
+
+@pytest.mark.parametrize("impl", CPU)
+def test_attention_gradcheck_and_opcheck(impl):
+    qkv = torch.randn(2, 5, 3 * 4, dtype=torch.float64, requires_grad=True)
+    if impl != "native":  # which has no fp64
+        assert torch.autograd.gradcheck(lambda t: ops.attention(t, 2, 3, 0.5, impl=impl), [qkv])
+    for dtype in (torch.float32, torch.bfloat16):
+        x = qkv.detach().to(dtype)
+        opcheck(torch.ops.insvp_fast.attention_fwd.default, (x, 2, 3, 0.5, impl))
+        out, logsumexp = torch.ops.insvp_fast.attention_fwd(x, 2, 3, 0.5, impl)
+        kept = out if logsumexp.numel() else None
+        arguments = (torch.randn_like(out), x, kept, logsumexp, 2, 3, 0.5, impl)
+        opcheck(torch.ops.insvp_fast.attention_bwd.default, arguments)
+
+
+@pytest.mark.parametrize("available", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("flash", [True, False])
+def test_what_attention_takes(monkeypatch, available, wide, flash):
+    if available and not native.native_status():
+        pytest.skip(str(native.native_status()))
+    if not available:
+        monkeypatch.setattr(native, "available", lambda *dtypes: False)
+    monkeypatch.setattr(hardware, "wide_vectors", lambda: wide)
+    monkeypatch.setattr(torch_private, "HAS_FLASH", flash)
+    qkv = torch.randn(2, 5, 24)
+    expected = "explicit" if wide or not flash else "flash"
+    expected = "native" if available and native.native_status().isa != "generic" else expected
+    operands = _Fwd(qkv, 2, 3, 0.5)
+    assert ops.implementation("attention_fwd", "auto", operands) == expected
+    out, logsumexp = torch.ops.insvp_fast.attention_fwd(*operands, "auto")
+    assert bool(logsumexp.numel()) == (expected == "flash")
+    kept = out if logsumexp.numel() else None
+    assert ops.implementation("attention_bwd", "auto", _Bwd(out, qkv, kept, logsumexp, 2, 3, 0.5)) == expected
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", *CPU])
+def test_attention_by_name(impl):
+    inputs = [torch.randn(2, 21, 3 * 24, requires_grad=True)]
+    exact = with_gradients(lambda t: attention_reference(t, 3, 12, 0.4), copies(inputs, torch.float64))
+    named = functools.partial(ops.attention, num_heads=3, num_queries=12, scale=0.4, impl=impl)
+    for function in (named, torch.compile(named, fullgraph=True, backend="aot_eager")):
+        for value, expected in zip(with_gradients(function, inputs), exact, strict=True):
+            assert relative_error(value, expected) < 1e-5
+
+
+def test_attention_refuses_what_it_cannot_do(monkeypatch):
+    qkv = torch.randn(2, 5, 3 * 8)
+    with pytest.raises(ValueError, match="impl='fastest': expected one of"):
+        ops.attention(qkv, 2, 3, 0.5, impl="fastest")
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(RuntimeError, match="needs the package xformers"):
+        ops.attention(qkv, 2, 3, 0.5, impl="xformers")
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtypes"),
+    [
+        ("native", (torch.float32, torch.bfloat16)),
+        ("triton", (torch.bfloat16, torch.float16)),
+        ("xformers", (torch.float32, torch.bfloat16, torch.float16)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_named_attention_says_what_it_computes_in(impl, dtypes, dtype):
+    if dtype in dtypes:
+        return
+    message = f'impl="{impl}" cannot compute in {dtype}: expected {" or ".join(map(str, dtypes))}'
+    with pytest.raises(RuntimeError, match=message):
+        ops.attention(torch.randn(2, 5, 24).to(dtype), 2, 3, 0.5, impl=impl)
+
+
+def test_a_named_native_operation_says_where_it_computes(monkeypatch):
+    if native.native_status():
+        with pytest.raises(RuntimeError, match='impl="native" cannot run here: it computes on the CPU, not on meta'):
+            ops.attention(torch.empty(2, 5, 24, device="meta"), 2, 3, 0.5, impl="native")
+    absent = native.NativeStatus(False, None, "native CPU library not in use: switched off")
+    monkeypatch.setattr(native, "native_status", lambda: absent)
+    monkeypatch.setattr(native, "available", lambda *dtypes: False)
+    with pytest.raises(RuntimeError, match='impl="native" cannot run here: native CPU library not in use'):
+        ops.attention(torch.empty(2, 5, 24), 2, 3, 0.5, impl="native")
+
+
+def test_attention_by_xformers(monkeypatch):
+    """Its layout, [B, tokens, heads, d], by a stand-in."""
+
+    def stand_in(q, k, v, scale):
+        assert q.shape == (2, 12, 3, 8) and k.shape == v.shape == (2, 21, 3, 8)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = stand_in
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    qkv = torch.randn(2, 21, 3 * 24)
+    value = ops.attention(qkv, 3, 12, 0.4, impl="xformers")
+    torch.testing.assert_close(value, attention_reference(qkv, 3, 12, 0.4))
+
+
+@pytest.mark.parametrize("queries", [5, 9])
+def test_the_kernels_of_attention_fit_in(queries):
+    chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
+    if not chip.INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    qkv = torch.randn(2, 9, 3 * 24).half().requires_grad_()
+    plain = with_gradients(lambda t: attention_reference(t, 3, queries, 0.4), [qkv])
+    exact = with_gradients(lambda t: attention_reference(t, 3, queries, 0.4), copies([qkv], torch.float64))
+    values = with_gradients(lambda t: ops.attention(t, 3, queries, 0.4, impl="triton"), [qkv])
+    for value, rough, expected in zip(values, plain, exact, strict=True):
+        assert_within_budget(value, rough, expected, torch.float16)
+    with pytest.raises(RuntimeError, match='impl="triton" cannot compute in torch.float32: expected torch.bfloat16 or'):
+        ops.attention(qkv.float(), 3, queries, 0.4, impl="triton")
+    with pytest.raises(RuntimeError, match='impl="triton" does not cover 241 tokens of 8 numbers in torch.float16'):
+        ops.attention(torch.zeros(1, 241, 24).half(), 1, queries, 0.4, impl="triton")

@@ -1,0 +1,138 @@
+"""linear and project_q_kv against PyTorch's products in double precision, and as PyTorch operators."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from insvp_fast import ops
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.runtime import hardware, native, products
+from insvp_fast.testing import assert_within_budget, relative_error
+from tests.gradients import DTYPES, copies, with_gradients
+
+NEEDS_LIBRARY = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
+PROVIDERS = pytest.mark.parametrize("how", ["onednn", pytest.param("native", marks=NEEDS_LIBRARY), "widened", "plain"])
+NAMES = {"plain": "reference", "widened": "reference"}  # the implementations of providers, where fp32 is not widened
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_linear(dtype, weight_dtype):
+    weight, bias = torch.randn(48, 33).to(weight_dtype), torch.randn(48).to(weight_dtype)
+    inputs = [torch.randn(2, 5, 33).to(dtype).requires_grad_()]
+    exact = with_gradients(
+        lambda x: torch.nn.functional.linear(x, weight.double(), bias.double()), copies(inputs, torch.float64)
+    )
+    plain = with_gradients(lambda x: torch.nn.functional.linear(x, weight.to(dtype), bias.to(dtype)), inputs)
+    fast = with_gradients(lambda x: ops.linear(x, FrozenLinear(weight, bias)), inputs)
+    for value, rough, expected in zip(fast, plain, exact, strict=True):
+        assert value.dtype == dtype
+        assert_within_budget(value, rough, expected, dtype)
+
+
+@PROVIDERS
+@pytest.mark.parametrize("shape", [(33,), (7, 33), (0, 33), (2, 3, 33), (2, 1, 3, 33)])
+def test_every_provider(how, shape):
+    weight, bias, x, grad = torch.randn(48, 33), torch.randn(48), torch.randn(shape), torch.randn(*shape[:-1], 48)
+    for _ in range(2):  # the second call finds what the first has kept
+        y, d_x = (
+            products.linear(x, FrozenLinear(weight, bias), how),
+            products.linear_bwd(grad, FrozenLinear(weight), how),
+        )
+        assert relative_error(y, x.double() @ weight.double().T + bias) < 1e-6
+        assert relative_error(d_x, grad.double() @ weight.double()) < 1e-6
+
+
+def test_which_provider_is_used():
+    vectors = native.native_status().isa not in (None, "generic")
+    assert (products.cpu_provider(torch.float32) == "native") == vectors
+    if not hardware.has_products(torch.float16):
+        assert products.cpu_provider(torch.float16) == "widened"
+    assert products.cpu_provider(torch.float64) == "plain"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_a_widened_product_is_rounded_once(dtype, weight_dtype):
+    how = "widened"
+    weight, bias = torch.randn(48, 33).to(weight_dtype), torch.randn(48)
+    x, grad = torch.randn(7, 33).to(dtype), torch.randn(7, 48).to(dtype)
+    for y, exact in (
+        (products.linear(x, FrozenLinear(weight, bias), how), x.double() @ weight.double().T + bias),
+        (products.linear_bwd(grad, FrozenLinear(weight), how), grad.double() @ weight.double()),
+    ):
+        assert y.dtype == dtype
+        assert relative_error(y, exact) < torch.finfo(dtype).eps / 2
+
+
+def test_compiled_graphs_find_packed_weights(monkeypatch):
+    if reason := products.reason("onednn", torch.float32, torch.device("cpu")):  # which packs once to see
+        pytest.skip(reason)
+    made, pack = [], products._pack
+    monkeypatch.setattr(products, "_pack", lambda matrix: made.append(1) or pack(matrix))
+    weight = torch.randn(16, 8)
+    layer = FrozenLinear(weight, first=4, last=12)
+    compiled = torch.compile(lambda x: ops.linear(x, layer, impl="onednn"), fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(3, 8, requires_grad=True)
+        (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert relative_error(grad, weight[4:12].sum(0).expand(3, 8)) < 1e-6
+    assert len(made) == 2  # forward and backward, once each
+
+
+@PROVIDERS
+def test_rows_of_a_convolutions_weight(how):
+    weight, bias, x = torch.randn(12, 3, 2, 2), torch.randn(12), torch.randn(5, 12, requires_grad=True)
+    layer = FrozenLinear(weight.to(memory_format=torch.channels_last), bias, first=2, last=9)
+    y = ops.linear(x, layer, impl=NAMES.get(how, how))
+    exact = x.double() @ weight[2:9].flatten(1).double().T + bias[2:9]
+    assert relative_error(y, exact) < 1e-6
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert relative_error(grad, weight[2:9].flatten(1).sum(0).expand(5, 12)) < 1e-6
+
+
+def test_projected_queries_of_some_and_keys_of_all():
+    weight, bias, gain, shift = (torch.randn(n, dtype=torch.float64) for n in ((12, 4), (12,), (4,), (4,)))
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    run = lambda x: ops.project_q_kv(x, 2, FrozenLinear(weight, bias, gain, shift))  # noqa: E731
+    exact = torch.nn.functional.linear(gain * x + shift, weight, bias)
+    q, kv = run(x)
+    assert relative_error(q, exact[:, :2, :4]) < 1e-14 and relative_error(kv, exact[..., 4:]) < 1e-14
+    assert torch.autograd.gradcheck(run, [x])
+    with pytest.raises(ValueError, match="frozen weights"):
+        ops.project_q_kv(x, 2, FrozenLinear(weight.requires_grad_(), bias))
+
+
+def test_linear_gradcheck():
+    x, weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: ops.linear(x, FrozenLinear(weight)), [x])
+
+
+def test_linear_refuses_a_trained_weight():
+    with pytest.raises(ValueError, match="frozen weights"):
+        ops.linear(torch.randn(2, 3), FrozenLinear(torch.randn(4, 3, requires_grad=True)))
+
+
+def test_linear_opcheck():
+    x, weight, bias = torch.randn(2, 5, 6), torch.randn(4, 6), torch.randn(4)
+    gain, shift = torch.randn(6), torch.randn(6)
+    opcheck(torch.ops.insvp_fast.linear_fwd.default, (x, weight, bias, gain, shift, 1, 3, "auto"))
+    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), weight, bias, gain, shift, 1, 3, "auto"))
+
+
+@PROVIDERS
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_a_norms_affine_map_is_folded_in(how, weight_dtype):
+    impl = NAMES.get(how, how)
+    weight, bias, gain, shift = (torch.randn(n).to(weight_dtype) for n in ((48, 33), (48,), (33,), (33,)))
+    x = torch.randn(5, 33, requires_grad=True)
+    for constant in (bias, None):
+        y = ops.linear(x, FrozenLinear(weight, constant, gain, shift, 3, 40), impl=impl)
+        exact = (gain.double() * x.double() + shift.double()) @ weight[3:40].double().T
+        exact = exact if constant is None else exact + constant[3:40].double()
+        assert relative_error(y, exact) < 1e-6
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert relative_error(grad, (weight[3:40].double().sum(0) * gain.double()).expand(5, 33)) < 1e-6
+    gain.mul_(-2)  # as after loading a state dict
+    exact = (gain.double() * x.double()) @ weight.double().T
+    assert relative_error(ops.linear(x, FrozenLinear(weight, gain=gain), impl=impl), exact) < 1e-6
