@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole: who reads them, after a crash too, finds the old content or the new."""
+"""Replacing files and folders whole: a reader finds the old content or the new, even after a crash."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ NEW, OLD = ".new", ".old"
 
 
 @contextmanager
-def replace_file(file: Path, mode: str = "wb", **how: str) -> Iterator[IO]:
-    """Give a stream to write to; on leaving, what was written takes the place of ``file``, on an error nothing does.
+def replace_file(file: Path, mode: str = "wb", **options: str) -> Iterator[IO]:
+    """Open a temporary file that replaces ``file`` when the block ends; after an error ``file`` is unchanged.
 
     Args:
-        mode, how: for ``open``.
+        mode, options: for ``open``.
     """
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **how) as stream:  # type: ignore[call-overload]
+        with open(temporary, mode, **options) as stream:  # type: ignore[call-overload]
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -40,11 +40,11 @@ def write_file(file: Path, content: bytes) -> None:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into; on leaving, it takes the place of ``folder``.
+    """Make an empty folder that replaces ``folder`` when the block ends; after an error ``folder`` is unchanged.
 
-    Whoever is interrupted leaves the old content or the new one, once ``recover`` has put away the rest.
+    A crash can leave temporary folders beside it; ``recover`` removes them and puts the old content back if needed.
     """
-    new, old = folder.with_name(folder.name + NEW), folder.with_name(folder.name + OLD)
+    new, old = _temporaries(folder)
     recover(folder)
     new.mkdir(parents=True)
     try:
@@ -56,19 +56,23 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if folder.exists():
-        folder.rename(old)  # a folder cannot be renamed over another: from here to the next line there is none
+        folder.rename(old)  # a folder cannot be renamed over another: until the next line `folder` does not exist
     new.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
-    """Put away what an interrupted ``replace_folder`` has left."""
-    new, old = folder.with_name(folder.name + NEW), folder.with_name(folder.name + OLD)
+    """Remove what an interrupted ``replace_folder`` left, or put the old folder back if no new one is in its place."""
+    new, old = _temporaries(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _temporaries(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(folder.name + NEW), folder.with_name(folder.name + OLD)
 
 
 def _sync(path: Path) -> None:

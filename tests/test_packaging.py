@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import shutil
@@ -26,7 +27,7 @@ def python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, *args], cwd=cwd, env={**clean, **env}, capture_output=True, text=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- imports
+# Imports
 
 
 def test_import_is_silent_and_loads_no_kernels(tmp_path):
@@ -39,6 +40,23 @@ def test_import_is_silent_and_loads_no_kernels(tmp_path):
     )
     done = python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def imported_parts(package: Path) -> set[str]:
+    """The modules directly in ``insvp_fast`` that the files of a package import from, themselves left out."""
+    modules = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules |= {name.split(".")[1] for name in names if name.startswith("insvp_fast.")}
+    return modules - {package.name}
+
+
+def test_data_does_not_depend_on_models_or_training():
+    assert imported_parts(Path(insvp_fast.__file__).parent / "data") == {"config", "errors", "storage"}
 
 
 def test_kernels_are_importable_as_a_part_of_the_package():
@@ -66,12 +84,12 @@ def test_kernels_are_looked_for_beside_the_shim_first(tmp_path, installed):
     assert module.__path__ == [str(shim.parent)] + ([] if installed else [str(tmp_path / "kernels")])
 
 
-# ---------------------------------------------------------------------------------------- the native library's absence
+# The native library's absence
 
 
 @pytest.fixture
 def reload_native():
-    """Forgets what was loaded, before and after the test; call it after changing the surroundings."""
+    """A function that makes the next use load the library anew; also called after the test."""
     yield library.load.cache_clear
     library.load.cache_clear()
 
@@ -117,7 +135,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch, reload_native):
     assert "'avx3' is none of generic, avx2, avx512" in str(native.native_status())
 
 
-# ----------------------------------------------------------------------------------------------------------- the build
+# The build
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +156,9 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stale(checkout) -> Path:
-    library = checkout / "insvp_fast" / "libinsvp_fast_cpu.so"
-    library.write_bytes(b"an older build")
-    return library
+    file = checkout / "insvp_fast" / "runtime" / "native" / library.LIBRARY.name
+    file.write_bytes(b"an older build")
+    return file
 
 
 @pytest.mark.parametrize(
@@ -164,7 +182,7 @@ def test_a_required_library_that_cannot_be_built_stops_the_build(checkout, stale
     assert "no C++ compiler found" in done.stderr
 
 
-def test_a_misspelt_wish_is_refused(checkout):
+def test_a_misspelled_mode_is_refused(checkout):
     done = python("setup.py", "--version", cwd=checkout, INSVP_FAST_NATIVE="yes")
     assert done.returncode != 0
     assert "INSVP_FAST_NATIVE must be 1 (require), 0 (forbid) or auto" in done.stderr
@@ -195,7 +213,7 @@ def test_available():
     assert not native.available(torch.float32, torch.float16)
 
 
-# ------------------------------------------------------------------------------------------------------------ versions
+# Versions
 
 
 def test_the_oldest_versions_checked_are_those_declared():

@@ -1,6 +1,6 @@
-"""Backbones with their weights, by what a user has: a name of timm, a repository of the Hub, a folder or a file.
+"""Building backbones with their weights, from a name of timm, a repository of the Hub, a folder or a file.
 
-What was built is written into ``pretrained_cfg``, timm's description of a model, so that an adapter can record it.
+Where the weights came from is written into ``pretrained_cfg``, timm's description of a model, for adapters to record.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from timm import create_model, get_pretrained_cfg, is_model
-from timm.models import clean_state_dict, get_model_args
+from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import nn
 
-from insvp_fast.checkpoints.files import read_safetensors, read_torch, require_hub
+from insvp_fast.checkpoints.files import read_metadata, read_torch, read_weights, require_hub
+from insvp_fast.checkpoints.state_dict import unwrap_state_dict
 from insvp_fast.errors import CheckpointError
 
 __all__ = ["create_backbone", "hub_id", "is_name", "is_shipped", "save_backbone", "shipped_backbone", "source_of"]
@@ -25,27 +25,27 @@ __all__ = ["create_backbone", "hub_id", "is_name", "is_shipped", "save_backbone"
 HUB, FOLDER = ("hf-hub:", "hf_hub:"), "local-dir:"  # timm's prefixes
 ASSETS = files("insvp_fast") / "assets"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
-PARTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # of a checkpoint, in timm's order of preference
-TRAINED_WITH = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py that are arguments of models
+TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py, and the arguments they set
 
 
 def create_backbone(
     source: str, pretrained: bool = True, checkpoint: str | Path | None = None, **arguments: Any
 ) -> VisionTransformer:
-    """Build the Vision Transformer that ``source`` says, with its weights.
+    """Build a Vision Transformer with its weights.
+
+    No code in a file is run: of a pickle, only tensors and plain values are read.
 
     Args:
         source: ``vit_shapes_32``, which is shipped; a name of timm; ``hf-hub:OWNER/NAME``; a folder that timm saved,
-            config.json and weights, also as ``local-dir:FOLDER``; ``NAME@FILE``, a name of timm and a file of weights;
-            or a file alone, if it says the architecture: a checkpoint of timm's train.py, or safetensors with
+            with config.json and weights, also as ``local-dir:FOLDER``; ``NAME@FILE``, a name of timm and a file of
+            weights; or a file that names its architecture: a checkpoint of timm's train.py, or safetensors with
             ``architecture`` in its metadata.
         pretrained: False for random weights, without looking for any; the shipped backbone always has its own.
         checkpoint: a file whose weights are used instead: .safetensors, .npz, or of ``torch.save``.
         arguments: for ``timm.create_model``.
 
     Raises:
-        CheckpointError: if there is no such model, its weights cannot be had or do not fit. A file's content is never
-            run: of a pickle, tensors and plain values are read.
+        CheckpointError: if there is no such model, or its weights cannot be found, read or loaded.
     """
     name, file, own = _parse(source)
     file, arguments = Path(checkpoint) if checkpoint else file, own | arguments
@@ -66,8 +66,8 @@ def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:
     backbone = VisionTransformer(**facts["architecture"] | arguments)
     backbone.load_state_dict(load((ASSETS / f"{name}.safetensors").read_bytes()))  # fp16 in the file
     size = facts["architecture"]["img_size"]
-    described = {"architecture": name, "input_size": (3, size, size), "crop_pct": 1.0}
-    backbone.pretrained_cfg = described | {"mean": facts["mean"], "std": facts["std"]}
+    cfg = {"architecture": name, "input_size": (3, size, size), "crop_pct": 1.0}
+    backbone.pretrained_cfg = cfg | {"mean": facts["mean"], "std": facts["std"]}
     return backbone
 
 
@@ -77,18 +77,15 @@ def is_shipped(name: str) -> bool:
 
 
 def save_backbone(backbone: VisionTransformer, file: Path) -> None:
-    """Write the weights into a safetensors file that says their architecture; the backbone is then from that file."""
+    """Write the weights to a safetensors file that names their architecture, and record the file as their source."""
     cfg, arguments = _cfg(backbone), get_model_args(backbone)
     metadata = {"format": "pt", "architecture": cfg["architecture"], "model_args": json.dumps(arguments)}
     save_file(backbone.state_dict(), file, metadata)
     record_file(backbone, file)
 
 
-# ------------------------------------------------------------------------------------------------- what is really there
-
-
 def source_of(backbone: nn.Module) -> str | None:
-    """What ``create_backbone`` takes to build this backbone with its weights again; None if timm did not build it."""
+    """The ``source`` from which ``create_backbone`` builds this backbone again; None if timm did not build it."""
     cfg = _cfg(backbone)
     file = Path(cfg["file"]).absolute() if cfg.get("file") else None
     if cfg.get("source") == "local-dir":
@@ -100,15 +97,15 @@ def source_of(backbone: nn.Module) -> str | None:
 
 
 def hub_id(backbone: nn.Module) -> str | None:
-    """The repository of the Hub that this backbone's weights are from, if they are."""
+    """The repository on the Hub that this backbone's weights came from; None if they came from elsewhere."""
     cfg = _cfg(backbone)
     return None if cfg.get("file") else cfg.get("hf_hub_id")
 
 
 def record_file(backbone: VisionTransformer, file: str | Path) -> None:
-    """Write down that the weights are those of a file, and not what the architecture's name stands for."""
+    """Record that the weights came from a file, instead of where timm has the architecture's weights."""
     cfg = _cfg(backbone)
-    foreign = {"source": "", "tag": None} if cfg.get("source") else {}  # timm may not know the tag of a foreign model
+    foreign = {"source": "", "tag": None} if cfg.get("source") else {}  # timm may not know this tag
     backbone.pretrained_cfg = cfg | foreign | {"file": str(Path(file).absolute())}
 
 
@@ -116,18 +113,15 @@ def _cfg(backbone: nn.Module) -> dict[str, Any]:
     return getattr(backbone, "pretrained_cfg", None) or {}
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
-
-
 def _parse(source: str) -> tuple[str, Path | None, dict[str, Any]]:
-    """The architecture as timm takes it, the file of weights if they come from one, and the model's arguments."""
+    """The name that timm takes, the file of weights if there is one, and the model arguments that it holds."""
     if is_name(source) or source.startswith((*HUB, FOLDER)):
         return source, None, {}
     path = Path(source)
     if path.is_dir():
         return f"{FOLDER}{path}", None, {}
     if path.is_file():
-        name, arguments = _described(path)
+        name, arguments = _architecture_of(path)
         return name, path, arguments
     name, at, file = source.partition("@")
     if at and is_name(name):
@@ -139,32 +133,31 @@ def is_name(source: str) -> bool:
     """Whether the package or timm has a backbone of this name."""
     if is_shipped(source):
         return True
-    try:  # is_model alone takes whatever follows a dot, as of a file, for a tag
+    try:  # is_model ignores what follows a dot, which may be a tag or the suffix of a file
         return is_model(source) and ("." not in source or get_pretrained_cfg(source) is not None)
     except RuntimeError:  # no such tag
         return False
 
 
-def _described(file: Path) -> tuple[str, dict[str, Any]]:
-    """The architecture that a file of weights says it is of, and its arguments."""
-    content = {} if file.suffix == ".npz" else _metadata(file) if file.suffix == ".safetensors" else read_torch(file)
+def _architecture_of(file: Path) -> tuple[str, dict[str, Any]]:
+    """The architecture that a file of weights names, and its arguments."""
+    content = {} if file.suffix == ".npz" else _header(file) if file.suffix == ".safetensors" else read_torch(file)
     facts = content if isinstance(content, dict) else {}
     options = facts.get("args")  # of train.py, a Namespace
     name = facts.get("arch", facts.get("architecture"))
     if not isinstance(name, str) or not is_model(name):
         found = f"the architecture {name!r}, which timm does not know" if name else "no architecture in it"
         raise CheckpointError(f"{file}: found {found}, expected NAME@{file}, or the folder that timm saved")
-    known = {to: value for key, to in TRAINED_WITH.items() if (value := getattr(options, key, None)) is not None}
-    return name, dict(facts.get("model_args") or getattr(options, "model_kwargs", None) or {}) | known
+    given = {to: value for key, to in TRAIN_OPTIONS.items() if (value := getattr(options, key, None)) is not None}
+    return name, dict(facts.get("model_args") or getattr(options, "model_kwargs", None) or {}) | given
 
 
-def _metadata(file: Path) -> dict[str, Any]:
+def _header(file: Path) -> dict[str, Any]:
+    facts = read_metadata(file)
     try:
-        with safe_open(file, "pt") as tensors:
-            facts = tensors.metadata() or {}
         return facts | {"model_args": json.loads(facts.get("model_args", "{}"))}
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file that can be read ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: found model_args that are not JSON: {error}") from error
 
 
 def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
@@ -179,7 +172,7 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     except (TypeError, RuntimeError, KeyError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"timm does not build {name} with {arguments}: {reason}") from error
-    except Exception as error:  # whatever a download can fail with
+    except Exception as error:  # a download fails with errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{name}: no weights ({reason}); or give a file, NAME@FILE") from error
 
@@ -193,8 +186,8 @@ def _require_folder(folder: Path) -> None:
 
 
 def _require_weights(name: str, arguments: dict[str, Any]) -> None:
-    """Say at once what timm says after a minute of trying: the weights are not here, and the Hub is out of reach."""
-    if any(key.startswith("pretrained_cfg") for key in arguments):  # then they may be anywhere
+    """Raise at once if the weights are not cached and the Hub does not answer; timm would try for a minute."""
+    if any(key.startswith("pretrained_cfg") for key in arguments):  # the weights may be elsewhere
         return
     place = name.partition(":")[2] if name.startswith(HUB) else getattr(get_pretrained_cfg(name), "hf_hub_id", None)
     if place:
@@ -203,25 +196,16 @@ def _require_weights(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _load(backbone: VisionTransformer, file: Path) -> None:
-    """Load weights from a file, strictly, apart from its classification head."""
+    """Load weights from a file, strictly, apart from the classification head."""
     try:
         if file.suffix == ".npz":
             backbone.load_pretrained(str(file))
             return
-        state = checkpoint_filter_fn(_tensors(file), backbone)
+        state = checkpoint_filter_fn(unwrap_state_dict(read_weights(file), file), backbone)
         state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
         backbone.load_state_dict(state)
+    except CheckpointError:
+        raise
     except (KeyError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file}: not weights of this model ({reason})") from error
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    state = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-    if isinstance(state, dict):
-        state = next((state[key] for key in PARTS if state.get(key) is not None), state)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{file}: expected a dictionary of tensors")
-    return clean_state_dict(state)

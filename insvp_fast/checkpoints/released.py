@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' released code: their keys, and the configuration that their shapes tell."""
+"""Checkpoints of the authors' released code: the names of their tensors, and the configuration behind their shapes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from insvp_fast.checkpoints.files import read_safetensors, read_torch
+from insvp_fast.checkpoints.files import read_weights
+from insvp_fast.checkpoints.state_dict import unwrap_state_dict
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
 
-__all__ = ["RELEASED_PREPROCESSING", "infer_config", "read_released", "to_ours", "to_released"]
+__all__ = ["infer_config", "read_released", "to_ours", "to_released"]
 
-# how the authors' code prepares images in evaluation; the keys are arguments of timm.data.create_transform
-RELEASED_PREPROCESSING: dict[str, Any] = {
-    "input_size": [3, 224, 224],
-    "interpolation": "bilinear",
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "crop_pct": 0.875,
-}
-
-NAMES = {
+NAMES = {  # of the authors' code: of InsVPReference; those with a dot at the end are prefixes
     "prompts": "common_prompts",
     "meta_net.0.": "patch_prompter.fc1.",
     "meta_net.2.": "patch_prompter.fc2.",
@@ -53,49 +45,43 @@ def _rename(key: str, names: Mapping[str, str]) -> str:
 
 
 def read_released(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """A name for messages and the state dict, out of a file or mapping and whatever it is wrapped in.
+    """Read a checkpoint of the authors' code, from a file or from what such a file holds.
+
+    Returns:
+        What messages call it, and its state dict.
 
     Raises:
-        CheckpointError: if there is none, or it is of another model.
+        CheckpointError: if there is no state dict in it, or one of another model.
     """
-    where, values = ("the state dict", source) if isinstance(source, Mapping) else (str(source), _read(Path(source)))
-    for wrapper in ("state_dict", "model"):
-        inner = values.get(wrapper) if isinstance(values, Mapping) else None
-        values = inner if isinstance(inner, Mapping) else values
-    if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
-        found = sorted(map(str, values))[:5] if isinstance(values, Mapping) else type(values).__name__
-        raise CheckpointError(f"{where}: found {found}, expected a state dict of tensors")
-    # what DDP and torch.compile put in front
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in values.items()}
-    if not any(key.startswith("backbone.") for key in tensors) or not any(
-        to_ours(key) != key and not key.startswith("backbone.") for key in tensors
-    ):
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    tensors = unwrap_state_dict(source if isinstance(source, Mapping) else read_weights(Path(source)), where)
+    has_backbone = any(key.startswith("backbone.") for key in tensors)
+    if not has_backbone or not any(to_ours(key) != key and not key.startswith("backbone.") for key in tensors):
         found, expected = sorted(tensors)[:5], ["backbone.*", "prompts", "TokenPrompt.*", "meta_net.*", "meta_net_2.*"]
         raise CheckpointError(f"{where}: not a checkpoint of the authors' code: found {found}, expected {expected}")
     return where, tensors
 
 
-def _read(file: Path) -> Any:
-    return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-
-
 def infer_config(tensors: Mapping[str, Tensor], simam: bool, where: str) -> tuple[int, InsVPConfig]:
-    """The depth of the backbone and the released configuration, with everything that the shapes tell.
+    """The depth of the backbone, and the released configuration with all sizes taken from the weights.
 
     Args:
-        tensors: under the names of ``InsVPReference``.
-        simam: SimAM has no weights to be recognised by.
-        where: a name for messages.
+        tensors: the state dict, under the names of ``InsVPReference``.
+        simam: whether the model uses SimAM, which has no weights.
+        where: what messages call the checkpoint.
+
+    Raises:
+        CheckpointError: if a tensor is missing, or the shapes fit no configuration.
     """
     blocks = [int(match[1]) for key in tensors if (match := re.match(r"backbone\.blocks\.(\d+)\.", key))]
     depth = 1 + max(blocks, default=-1)
-    parts = {
+    prefixes = {
         "common_prompt": "common_prompts",
         "specific_prompt": "specific_prompter.",
         "global_prompt": "global_prompter.",
         "patch_prompt": "patch_prompter.",
     }
-    has = {name: any(key.startswith(part) for key in tensors) for name, part in parts.items()}
+    has = {name: any(key.startswith(prefix) for key in tensors) for name, prefix in prefixes.items()}
     if has["global_prompt"] != has["patch_prompt"]:
         raise CheckpointError(f"{where}: found one of meta_net.* and meta_net_2.*, expected both or neither")
     try:

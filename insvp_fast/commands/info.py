@@ -77,7 +77,7 @@ def _backbone(name: str) -> None:
 
     from insvp_fast import InsVPConfig, InsVPReference, unsupported_reason
     from insvp_fast.checkpoints.backbone import is_name, is_shipped
-    from insvp_fast.checkpoints.files import backbone_sha256
+    from insvp_fast.checkpoints.state_dict import backbone_sha256
     from insvp_fast.training.backbone import load_backbone, preprocessing_of
 
     if is_name(name) and not is_shipped(name):

@@ -1,8 +1,9 @@
-"""Images and their classes, by name, by folder, by list or through timm; needs the extra ``train``.
+"""Images and their classes, from named data sets, folders, lists or timm's formats; needs the extra ``train``.
 
-sets.py is the table of the named sets, readers.py, folders.py and lists.py read what lies on disk, pictures.py opens
-an image, splits.py divides a set, transforms.py prepares images, cache.py keeps them decoded, load.py ties them
-together, verify.py checks a set, and fake.py makes tiny ones.
+load.py gives a run its data. sources.py reads a data set from wherever it is: readers.py the named sets of the table
+sets.py, folders.py class folders, lists.py list files, timm_formats.py what timm reads. images.py is a data set of
+images, decode.py opens one image, splits.py divides train into train and val, transforms.py prepares images, cache.py
+keeps them decoded, verify.py checks a data set.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "Report", "check", "insvp_preprocessing", "load_data", "load_test_data", "transform_for"]
 
-_HOME = {"Data": "load", "load_data": "load", "load_test_data": "load", "Report": "verify", "check": "verify"}
-_HOME |= {"insvp_preprocessing": "transforms", "transform_for": "transforms"}
+_MODULES = {
+    "load": ("Data", "load_data", "load_test_data"),
+    "transforms": ("insvp_preprocessing", "transform_for"),
+    "verify": ("Report", "check"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # loaded when first asked for: the command line names the sets (sets.py) without waiting for torch
-    if name in _HOME:
-        return getattr(import_module(f"insvp_fast.data.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'insvp_fast.data' has no attribute {name!r}")
+    # imported when first used: the command line lists the sets of sets.py without waiting for torch
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

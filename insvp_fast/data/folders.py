@@ -1,4 +1,4 @@
-"""Folders of images as people have them: what operating systems and tools leave in them is no class and no image."""
+"""Folders of images, as found on disk: hidden files and leftovers of operating systems and tools are ignored."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from insvp_fast.data.lists import some
+from insvp_fast.data.lists import abbreviated
 from insvp_fast.errors import DataError
 
-__all__ = ["SUFFIXES", "is_hidden", "listing", "picture_files", "read_classes"]
+__all__ = ["SUFFIXES", "image_files", "is_ignored", "listing", "read_class_folders"]
 
-SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and what Pillow reads besides
+SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 LEFTOVERS = {
     "__macosx",
     "$recycle.bin",
@@ -25,55 +25,55 @@ LEFTOVERS = {
 }
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is passed over: its name starts with a dot, or an operating system made it."""
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name is ignored: it is hidden, or an operating system made it."""
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
-def picture_files(folder: str | Path) -> list[str]:
-    """The paths of all images in a folder and the folders in it, told by their endings, in ``ImageFolder``'s order.
+def image_files(folder: str | Path) -> list[str]:
+    """The paths of all images in a folder and its subfolders, known by their suffix, in ``ImageFolder``'s order.
 
-    Links to folders are followed, each folder is entered once.
+    Links to folders are followed, and each folder is entered once.
 
     Raises:
         DataError: if a folder cannot be listed.
     """
-    found = [(place, name) for place, names in _walk(folder) for name in names if name.lower().endswith(SUFFIXES)]
-    return [os.path.join(place, name) for place, name in sorted(found)]
+    found = [(parent, name) for parent, names in _walk(folder) for name in names if name.lower().endswith(SUFFIXES)]
+    return [os.path.join(parent, name) for parent, name in sorted(found)]
 
 
 def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files) of a folder and all below it, without what is hidden."""
+    """(folder, file names) of a folder and all its subfolders, without what is ignored."""
     entered = set()
-    for place, folders, files in os.walk(folder, onerror=_unlistable, followlinks=True):
-        real = os.path.realpath(place)
-        if real in entered:  # a link that leads back to where the walk has been
+    for parent, folders, files in os.walk(folder, onerror=_raise_unlistable, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:  # a link to a folder that was already entered
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        yield place, [name for name in files if not is_hidden(name)]
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        yield parent, [name for name in files if not is_ignored(name)]
 
 
-def _unlistable(error: OSError) -> None:
+def _raise_unlistable(error: OSError) -> None:
     raise DataError(f"{error.filename}: a folder that cannot be listed ({error.strerror})") from error
 
 
-def read_classes(folder: Path) -> dict[str, list[str]]:
-    """The images of each class folder; the classes sorted as text, the order of torchvision's ``ImageFolder``.
+def read_class_folders(folder: Path) -> dict[str, list[str]]:
+    """The images of each class folder; the classes are sorted as text, like those of torchvision's ``ImageFolder``.
 
     Raises:
         DataError: if there is no class folder, or one without images.
     """
-    _, folders, _ = next(os.walk(folder, onerror=_unlistable))
-    names = sorted(name for name in folders if not is_hidden(name))
+    _, folders, _ = next(os.walk(folder, onerror=_raise_unlistable))
+    names = sorted(name for name in folders if not is_ignored(name))
     if not names:
-        raise DataError(f"--data {folder}: found {listing(folder)}, expected one folder of images per class")
-    found = {name: picture_files(folder / name) for name in names}
+        raise DataError(f"{folder}: found {listing(folder)}, expected one folder of images per class")
+    found = {name: image_files(folder / name) for name in names}
     empty = [name for name, files in found.items() if not files]
     if empty:
         expected = f"expected a file that ends in {', '.join(sorted(SUFFIXES))}, or no such folder"
-        raise DataError(f"--data {folder}: the class folder {some(empty)} is empty of images, {expected}")
+        raise DataError(f"{folder}: found no image in the class folder {abbreviated(empty)}, {expected}")
     return found
 
 
@@ -81,4 +81,4 @@ def listing(folder: Path) -> str:
     """The names in a folder, for a message."""
     if not folder.is_dir():
         return "no such folder"
-    return some(sorted(entry.name for entry in folder.iterdir() if not is_hidden(entry.name))) or "nothing"
+    return abbreviated(sorted(entry.name for entry in folder.iterdir() if not is_ignored(entry.name))) or "nothing"

@@ -1,28 +1,28 @@
-"""Lists of images and labels: ``path label`` lines, or JSON."""
+"""Lists of images and labels: text files of ``path label`` lines, or JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from insvp_fast.data.sets import SPLITS
 from insvp_fast.errors import DataError
 
-__all__ = ["PARTS", "Pairs", "by_number", "indices_of", "read_list", "siblings", "some"]
+__all__ = ["Pairs", "abbreviated", "class_indices", "find_lists", "read_list", "sorted_labels"]
 
-PARTS = ("train", "val", "test")
-Pairs = list[tuple[str, str]]  # path, label
+Pairs = list[tuple[str, str]]  # (path, label) of each image
 
 
 def read_list(file: Path) -> Pairs:
-    """(path, label) of each image in a list file; a label is what the file says, as text.
+    """Read the (path, label) of each image in a list file; labels are text, as the file has them.
 
     The file holds ``path label`` lines, or JSON: an object path -> label, or an array of [path, label, ...], of which
     the first label counts.
 
     Raises:
-        DataError: naming the file and what in it was not understood.
+        DataError: naming the file and what is wrong in it.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -48,46 +48,49 @@ def _from_lines(text: str) -> Pairs:
 def _from_json(content: Any) -> Pairs:
     entries = list(content.items()) if isinstance(content, dict) else content
     for entry in entries if isinstance(entries, list) else [entries]:
-        known = isinstance(entry, list | tuple) and len(entry) >= 2
-        if not (known and isinstance(entry[0], str) and isinstance(entry[1], int | str)):
+        is_pair = isinstance(entry, list | tuple) and len(entry) >= 2
+        if not (is_pair and isinstance(entry[0], str) and isinstance(entry[1], int | str)):
             raise ValueError(f"found {str(entry)[:60]}: expected an object path -> label, or an array of [path, label]")
     return [(entry[0], str(entry[1])) for entry in entries]
 
 
-def by_number(labels: Iterable[str]) -> list[str]:
-    """The distinct labels, sorted: by value if all are numbers, else as text."""
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """The distinct labels, sorted by value if all are numbers, else as text."""
     distinct = set(labels)
     return sorted(distinct, key=int) if all(label.isdecimal() for label in distinct) else sorted(distinct)
 
 
-def indices_of(labels: Sequence[str], classes: Sequence[str], where: object) -> list[int]:
+def class_indices(labels: Sequence[str], classes: Sequence[str], where: object) -> list[int]:
     """The class index of each label.
 
+    Args:
+        where: what messages name as the place of the labels.
+
     Raises:
-        DataError: if a label is none of the classes.
+        DataError: if a label is not one of the classes.
     """
-    index: Mapping[str, int] = {label: i for i, label in enumerate(classes)}
-    unknown = by_number(set(labels) - set(index))
+    index = {label: i for i, label in enumerate(classes)}
+    unknown = sorted_labels(set(labels) - set(index))
     if unknown:
-        known = f"the {len(index)} classes of train: {some(classes)}"
-        raise DataError(f"{where}: found the class {some(unknown)}, expected some of {known}")
+        known = f"the {len(index)} classes of train: {abbreviated(classes)}"
+        raise DataError(f"{where}: found the class {abbreviated(unknown)}, expected some of {known}")
     return [index[label] for label in labels]
 
 
-def siblings(source: Path) -> dict[str, Path]:
-    """The list files of the parts: ``source`` and the files beside it that are named alike, or those in a folder.
+def find_lists(source: Path) -> dict[str, Path]:
+    """Find the list file of each split, given one of them or their folder.
 
-    Of ``a/train_1.txt`` the siblings are ``a/val_1.txt`` and ``a/test_1.txt``; a folder's are ``train``, ``val`` and
-    ``test`` with .txt or .json. A list that is not called train stands alone, as test.
+    Beside ``a/train_1.txt`` these are ``a/val_1.txt`` and ``a/test_1.txt``; in a folder ``train``, ``val`` and ``test``
+    with .txt or .json. A list without "train" in its name stands alone, as test.
     """
-    names = {part: source.with_name(source.name.replace("train", part)) for part in PARTS}
+    names = {split: source.with_name(source.name.replace("train", split)) for split in SPLITS}
     if source.is_dir():
-        names = {p: file for suffix in (".txt", ".json") for p in PARTS if (file := source / (p + suffix)).is_file()}
+        names = {s: file for suffix in (".txt", ".json") for s in SPLITS if (file := source / (s + suffix)).is_file()}
     elif "train" not in source.name:
         return {"test": source}
-    return {part: file for part, file in names.items() if file.is_file()}
+    return {split: file for split, file in names.items() if file.is_file()}
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+def abbreviated(names: Sequence[str]) -> str:
+    """The first six names, and how many more there are."""
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

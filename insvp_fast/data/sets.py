@@ -1,25 +1,30 @@
-"""The named data sets: what they hold, where they come from, and what has to lie in the folder. Imports nothing."""
+"""The named data sets: classes, images per split, files on disk, where to get them. A plain table, without imports."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["HTA", "PROTOCOLS", "SETS", "VTAB", "NamedSet"]
+__all__ = ["DIGITS", "HTA", "PROTOCOLS", "SETS", "SPLITS", "VTAB", "NamedSet"]
 
+DIGITS = "digits"  # comes with scikit-learn
+SPLITS = ("train", "val", "test")
 PROTOCOLS = ("paper", "released")
 
-OFFICIAL, NINETY, EIGHTY, FIRST_EIGHTY = "official", "90/10", "80/20", "first 80 %"
+# rules by which an official training split is divided into train and val, see splits.py
+NINETY, EIGHTY, FIRST_EIGHTY = "90/10", "80/20", "first 80 %"
+OFFICIAL_VAL = {"paper": "official", "released": "official"}
 
 
 class NamedSet(NamedTuple):
     """A row of the table.
 
     Args:
-        classes: how many there are.
-        counts: images of each official part.
-        files: what the reader needs, relative to the root.
+        classes: the number of classes.
+        counts: the number of images in each official split.
+        files: the files and folders that are read, relative to the root.
         origin: where to get it.
-        paper, released: how each protocol divides the official training part; ``official`` where val is official too.
+        paper, released: the rule by which each protocol divides the official training split; ``official`` where val
+            is official too.
     """
 
     classes: int
@@ -31,20 +36,23 @@ class NamedSet(NamedTuple):
 
 
 def _birds(folder: str) -> tuple[str, ...]:
-    lists = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
-    return tuple(f"{folder}/{name}" for name in (*lists, "images"))
+    names = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt", "images")
+    return tuple(f"{folder}/{name}" for name in names)
 
 
-_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+def _cifar(classes: int, folder: str, names: tuple[str, ...]) -> NamedSet:
+    origin = f"https://www.cs.toronto.edu/~kriz/cifar.html (cifar-{classes}-python.tar.gz)"
+    files = tuple(f"{folder}/{name}" for name in names)
+    return NamedSet(classes, {"train": 50000, "test": 10000}, files, origin, released=FIRST_EIGHTY)
 
-HTA = {
+
+HTA = {  # the paper's ten data sets
     "dtd": NamedSet(
         47,
         {"train": 1880, "val": 1880, "test": 1880},
         ("dtd/dtd/labels/train1.txt", "dtd/dtd/labels/val1.txt", "dtd/dtd/labels/test1.txt", "dtd/dtd/images"),
         "https://www.robots.ox.ac.uk/~vgg/data/dtd/ (dtd-r1.0.1.tar.gz, unpacked in dtd/)",
-        paper=OFFICIAL,
-        released=OFFICIAL,
+        **OFFICIAL_VAL,
     ),
     "cub": NamedSet(
         200,
@@ -70,8 +78,7 @@ HTA = {
         ("flowers-102/imagelabels.mat", "flowers-102/setid.mat", "flowers-102/jpg"),
         "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz unpacked in flowers-102/, beside "
         "imagelabels.mat and setid.mat)",
-        paper=OFFICIAL,
-        released=OFFICIAL,
+        **OFFICIAL_VAL,
     ),
     "food101": NamedSet(
         101,
@@ -80,19 +87,9 @@ HTA = {
         "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/ (food-101.tar.gz)",
         released=EIGHTY,
     ),
-    "cifar100": NamedSet(
-        100,
-        {"train": 50000, "test": 10000},
-        ("cifar-100-python/train", "cifar-100-python/test", "cifar-100-python/meta"),
-        "https://www.cs.toronto.edu/~kriz/cifar.html (cifar-100-python.tar.gz)",
-        released=FIRST_EIGHTY,
-    ),
-    "cifar10": NamedSet(
-        10,
-        {"train": 50000, "test": 10000},
-        tuple(f"cifar-10-batches-py/{name}" for name in (*_BATCHES, "test_batch", "batches.meta")),
-        "https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-python.tar.gz)",
-        released=FIRST_EIGHTY,
+    "cifar100": _cifar(100, "cifar-100-python", ("train", "test", "meta")),
+    "cifar10": _cifar(
+        10, "cifar-10-batches-py", (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
     ),
     "gtsrb": NamedSet(
         43,
@@ -111,7 +108,7 @@ HTA = {
     ),
 }
 
-_TASKS = {  # classes, test images
+_TASKS = {  # name: (classes, test images)
     "caltech101": (102, 6084),
     "cifar": (100, 10000),
     "dtd": (47, 1880),
@@ -136,13 +133,12 @@ _TASKS = {  # classes, test images
 VTAB = {
     f"vtab/{task}": NamedSet(
         classes,
-        {"train": 800, "val": 200, "train_and_val": 1000, "test": tested},
+        {"train": 800, "val": 200, "train_and_val": 1000, "test": test_images},
         tuple(f"{task}/{name}" for name in ("train800.txt", "val200.txt", "train800val200.txt", "test.txt", "images")),
         "https://huggingface.co/datasets/XiN0919/VTAB-1k (each task unpacked in a folder of its name)",
-        paper=OFFICIAL,
-        released=OFFICIAL,
+        **OFFICIAL_VAL,
     )
-    for task, (classes, tested) in _TASKS.items()
+    for task, (classes, test_images) in _TASKS.items()
 }
 
 SETS = HTA | VTAB

@@ -1,27 +1,34 @@
-"""How an official training part is divided into train and val: one seeded permutation, or the first four fifths."""
+"""Dividing images into train and val: official training splits by the rules of a protocol, others by class."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from sklearn.model_selection import train_test_split
 
-__all__ = ["describe", "divide"]
+__all__ = ["describe", "divide", "stratified_split"]
 
-PARTS = {"90/10": (9, 10), "80/20": (4, 5), "first 80 %": (4, 5)}  # of the images stay in train, rounded down
+KEPT = {"90/10": (9, 10), "80/20": (4, 5), "first 80 %": (4, 5)}  # the fraction that stays in train, rounded down
 
 
 def divide(rule: str, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """The indices of train and of val, each in rising order; together every index below ``count``, each once."""
+    """Divide the indices 0 to ``count`` - 1 into those of train and those of val, both in rising order.
+
+    Args:
+        rule: ``90/10`` and ``80/20`` divide a random permutation of the images, ``first 80 %`` their order on disk.
+    """
     order = np.arange(count)
     if not rule.startswith("first"):
-        # RandomState: unlike numpy's newer generators its numbers are promised to stay the same
+        # RandomState: numpy promises that its numbers never change, unlike those of the newer generators
         order = np.random.RandomState(seed).permutation(count)
-    numerator, denominator = PARTS[rule]
+    numerator, denominator = KEPT[rule]
     kept = count * numerator // denominator
     return sorted(order[:kept].tolist()), sorted(order[kept:].tolist())
 
 
 def describe(protocol: str, rule: str, seed: int) -> str:
-    """What a result says about its splits."""
+    """Which splits a result was measured on, in words."""
     if rule == "official":
         return f"{protocol}: the official train, val and test"
     if rule.startswith("first"):
@@ -29,3 +36,18 @@ def describe(protocol: str, rule: str, seed: int) -> str:
     also = ", where the authors' code draws two that overlap" if protocol == "released" and rule == "80/20" else ""
     how = f"train/val {rule} of the official training images by one permutation, seed {seed}{also}"
     return f"{protocol}: {how}; official test"
+
+
+def stratified_split(
+    indices: Sequence[int], classes: Sequence[int] | np.ndarray, fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Divide ``indices`` into the rest and a ``fraction`` of them, with the same fraction of every class.
+
+    Args:
+        classes: of all images, those that ``indices`` leave out too.
+
+    Raises:
+        ValueError: if a class has too few images.
+    """
+    labels = np.asarray(classes)[list(indices)]
+    return train_test_split(list(indices), test_size=fraction, stratify=labels, random_state=seed)

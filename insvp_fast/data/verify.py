@@ -1,4 +1,4 @@
-"""Verify a data set: every image is opened, and what is found is compared with the table."""
+"""Checking a data set: open every image, and compare the counts with the table of named sets."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from insvp_fast.data.load import read_source
-from insvp_fast.data.readers import Images
+from insvp_fast.data.images import Images
 from insvp_fast.data.sets import SETS
+from insvp_fast.data.sources import read_source
 from insvp_fast.errors import DataError
 
 __all__ = ["Report", "check"]
 
 
 class Report(NamedTuple):
-    """What ``check`` found; ``str`` of it is for people."""
+    """What ``check`` found; ``str(report)`` is for people."""
 
     name: str
-    counts: dict[str, int]  # images of each part
+    counts: dict[str, int]  # images of each split
     classes: int
     unreadable: list[str]  # a message for each image that cannot be opened
-    differences: list[str]  # from the table; of a set that is not in it, none
+    differences: list[str]  # from the table; empty for a data set that is not in it
 
     @property
     def ok(self) -> bool:
-        """Whether every image can be opened; a difference from the table is no fault of the files."""
+        """Whether every image can be opened; differences from the table do not count."""
         return not self.unreadable
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.classes} classes"]
-        lines += [f"  {part}: {count} images" for part, count in self.counts.items()]
+        lines += [f"  {split}: {count} images" for split, count in self.counts.items()]
         lines += [f"  differs from the official set: {difference}" for difference in self.differences]
         lines += [f"  unreadable: {message}" for message in self.unreadable]
         lines += ["  every image can be opened"] if self.ok else []
@@ -44,15 +44,15 @@ def check(name: str, root: str | None = None) -> Report:
         DataError: if the data set cannot be read at all.
     """
     found = read_source(name, root=root)
-    counts = {part: len(images) for part, images in found.parts.items()}
-    unreadable = [message for images in found.parts.values() for message in _unreadable(images)]
+    counts = {split: len(images) for split, images in found.splits.items()}
+    unreadable = [message for images in found.splits.values() for message in _unreadable(images)]
     return Report(name, counts, len(found.class_names), unreadable, _differences(name, counts, len(found.class_names)))
 
 
 def _unreadable(images: Images) -> list[str]:
     def message(index: int) -> str | None:
         try:
-            images.picture(index)
+            images.decode(index)
         except DataError as error:
             return str(error)
         return None
@@ -67,6 +67,6 @@ def _differences(name: str, counts: dict[str, int], classes: int) -> list[str]:
     known = SETS[name]
     expected = {"classes": known.classes} | known.counts
     found = {"classes": classes} | counts
-    if "val" in counts and "val" not in expected:  # lists that divide the official training part
+    if "val" in counts and "val" not in expected:  # lists that divide the official training split
         found["train"] += found.pop("val")
     return [f"{what}: {found[what]}, expected {number}" for what, number in expected.items() if found[what] != number]

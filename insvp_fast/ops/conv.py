@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.registry import Implementation, native_reason, register, require, widened
+from insvp_fast.ops.registry import Implementation, Size, native_reason, register, require, widened
 from insvp_fast.runtime import native
 
 __all__ = ["conv", "conv_bwd_reference", "conv_reference"]
@@ -64,8 +64,8 @@ def conv_reference(
     weight: Tensor,  # [O, C, kh, kw]
     bias: Tensor,  # [O]
     dilation: int,
-    height: int,
-    width: int,
+    height: Size,
+    width: Size,
     relu: bool,
 ) -> Tensor:  # [B, O, height, width]
     """The formula of ``conv``."""
@@ -78,8 +78,8 @@ def conv_bwd_reference(
     x: Tensor,
     weight: Tensor,
     dilation: int,
-    height: int,
-    width: int,
+    height: Size,
+    width: Size,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``conv_reference`` by x, weight and bias, written out."""
     margins = same_margins(x, weight, dilation, height, width)
@@ -88,7 +88,7 @@ def conv_bwd_reference(
     return F.pad(d_padded, [-margin for margin in margins]), d_weight, grad.sum((0, 2, 3))
 
 
-def same_margins(x: Tensor, weight: Tensor, dilation: int, height: int, width: int) -> list[int]:
+def same_margins(x: Tensor, weight: Tensor, dilation: int, height: Size, width: Size) -> list[int]:
     """What "same" padding adds on the left, right, top and bottom of the center of a map, less what is cut off."""
     margins = []
     for side, size, kernel in zip(x.shape[:1:-1], (width, height), weight.shape[:1:-1], strict=True):
@@ -103,8 +103,8 @@ class _Fwd(NamedTuple):
     weight: Tensor
     bias: Tensor
     dilation: int
-    height: int | torch.SymInt
-    width: int | torch.SymInt
+    height: Size
+    width: Size
     relu: bool
     dtype: torch.dtype
 
@@ -115,8 +115,8 @@ class _Bwd(NamedTuple):
     y: Tensor | None  # the result, where it ended in ReLU
     weight: Tensor
     dilation: int
-    height: int | torch.SymInt
-    width: int | torch.SymInt
+    height: Size
+    width: Size
     need_x: bool
 
 
@@ -132,7 +132,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a = _Bwd(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0])
+        a = _Bwd._make((grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0]))
         grads = torch.ops.insvp_fast.conv_bwd.default(*a, ctx.impl)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 6
 

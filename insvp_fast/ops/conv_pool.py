@@ -17,7 +17,7 @@ from insvp_fast.ops.conv import (
     narrow_grads,
     not_finite_reason,
 )
-from insvp_fast.ops.registry import Implementation, native_reason, register, require, widened
+from insvp_fast.ops.registry import Implementation, Size, native_reason, register, require, widened
 from insvp_fast.runtime import native
 
 __all__ = ["conv_pool", "conv_pool_bwd_reference", "conv_pool_reference"]
@@ -63,9 +63,9 @@ def conv_pool_reference(
     x: Tensor,  # [B, C, H, W]
     weight: Tensor,  # [O, C, kh, kw]
     bias: Tensor,  # [O]
-    height: int,
-    width: int,
-    pool: int,
+    height: Size,
+    width: Size,
+    pool: Size,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:  # twice [B, O, height / pool, width / pool]
     """The formula of ``conv_pool``, and the index of each maximum in its window, row by row, in 8 bits."""
@@ -80,9 +80,9 @@ def conv_pool_bwd_reference(
     y: Tensor,
     indices: Tensor,
     weight: Tensor,
-    height: int,
-    width: int,
-    pool: int,
+    height: Size,
+    width: Size,
+    pool: Size,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``conv_pool_reference`` by x, weight and bias, written out."""
@@ -98,9 +98,9 @@ class _Fwd(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor
-    height: int | torch.SymInt
-    width: int | torch.SymInt
-    pool: int | torch.SymInt
+    height: Size
+    width: Size
+    pool: Size
     negative_slope: float
     dtype: torch.dtype
 
@@ -111,9 +111,9 @@ class _Bwd(NamedTuple):
     y: Tensor
     indices: Tensor  # of the maxima in their windows
     weight: Tensor
-    height: int | torch.SymInt
-    width: int | torch.SymInt
-    pool: int | torch.SymInt
+    height: Size
+    width: Size
+    pool: Size
     negative_slope: float
     need_x: bool
 
@@ -130,7 +130,7 @@ class _ConvPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a = _Bwd(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0])
+        a = _Bwd._make((grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0]))
         grads = torch.ops.insvp_fast.conv_pool_bwd.default(*a, ctx.impl)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 6
 

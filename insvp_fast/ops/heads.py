@@ -9,7 +9,8 @@ __all__ = ["merge_heads", "split_heads", "split_packed"]
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d]
     """Give the heads a dimension of their own."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (num_heads, -1))
+    return split.transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:  # [B, heads, T, d] -> [B, T, D]
@@ -19,4 +20,5 @@ def merge_heads(x: Tensor) -> Tensor:  # [B, heads, T, d] -> [B, T, D]
 
 def split_packed(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:  # [B, S, n·D] -> n [B, heads, S, d]
     """Queries, keys and values, or keys and values, as views of their packed product."""
-    return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    split: Tensor = x.unflatten(-1, (parts, num_heads, -1))
+    return split.permute(2, 0, 3, 1, 4).unbind(0)

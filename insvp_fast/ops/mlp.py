@@ -36,11 +36,10 @@ def mlp(x: Tensor, fc1: FrozenLinear, fc2: FrozenLinear, *, keep: str = "pre", i
         ValueError: if a weight requires a gradient, or for another ``keep`` or ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
-    *weights, _, _ = frozen_operands(fc1, fc2)
     if keep not in KEEP:
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
     needed = torch.is_grad_enabled() and x.requires_grad
-    w1, b1, gain, shift, w2, b2, *_ = weights
+    w1, b1, gain, shift, w2, b2, *_ = frozen_operands(fc1, fc2)
     operands = _Fwd(x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
     require("mlp_fwd", impl, operands)
     return cast(Tensor, apply(_Mlp, *operands, impl))
@@ -57,7 +56,8 @@ def gelu_code(x: Tensor) -> Tensor:
     finite = x.isfinite()
     x = x.to(widened(x.dtype))
     derivative = torch.special.ndtr(x) + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
-    return (CODE_STEPS * derivative + CODE_ZERO).round().to(torch.uint8).masked_fill_(~finite, CODE_OF_NAN)
+    code: Tensor = (CODE_STEPS * derivative + CODE_ZERO).round().to(torch.uint8)
+    return code.masked_fill_(~finite, CODE_OF_NAN)
 
 
 def gelu_from_code(code: Tensor) -> Tensor:

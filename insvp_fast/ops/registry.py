@@ -11,7 +11,7 @@ the user's wish, so an operator has one kernel for all devices, which looks into
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from insvp_fast.runtime import native
 
 __all__ = [
     "Implementation",
+    "Size",
     "dtype_reason",
     "implementation",
     "native_reason",
@@ -32,11 +33,12 @@ __all__ = [
 
 LIBRARY = Library("insvp_fast", "DEF")
 PREFERRED = {"cpu": "native", "cuda": "triton"}  # a ROCm device is "cuda" to PyTorch as well
+Size = Annotated[int, torch.SymInt]  # a number that a compiled graph may leave open
 SCHEMA = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     int: "int",
-    int | torch.SymInt: "SymInt",
+    Size: "SymInt",
     float: "float",
     bool: "bool",
     str: "str",
@@ -82,7 +84,7 @@ def register(
 
     Gradients are the business of the autograd functions: an exported program calls the operators without them.
     """
-    hints = get_type_hints(operands)
+    hints = get_type_hints(operands, include_extras=True)
     arguments = ", ".join(f"{SCHEMA[hints[field]]} {field}" for field in operands._fields)
     LIBRARY.define(f"{name}({arguments}, str impl) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     table = {"reference": Implementation(reference, lambda operands: None), **implementations}

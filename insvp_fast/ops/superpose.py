@@ -188,7 +188,7 @@ class _Superpose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, scale, shift = ctx.saved_tensors
-        a = _Bwd(grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift)
+        a = _Bwd._make((grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift))
         grads = torch.ops.insvp_fast.superpose_bwd.default(*a, ctx.impl)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 

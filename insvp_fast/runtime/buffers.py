@@ -1,12 +1,15 @@
-"""Memory for large CPU results that is used again, as the CUDA allocator does it for GPUs.
+"""Reused memory for large results on CPUs, as the CUDA allocator does it for GPUs.
 
-The C library gives large blocks back to the operating system as soon as they are free, and every step of a training
-pays for the same pages again: a fresh 19 MB buffer costs several times what GELU does with it. Here a block is kept
-when its tensor dies, and handed out again for the next one of its size.
+The C library returns large blocks to the operating system as soon as they are free, so that every training step pays
+for the same page faults again: a fresh buffer of 19 MB costs several times what GELU does with it. Here a block is kept
+when its tensor dies, and serves the next tensor of its size.
 
-PyTorch gets a fresh view of a block and holds it for as long as anything uses the memory: tensors and their views,
-storages, saved tensors, arrays, capsules. The end of the view brings the block back, in whatever thread the last user
-was dropped and even in the middle of a call here; so there is no lock, only single operations on queues.
+Only public interfaces are used. A block is an ``mmap``: page-aligned, private to a process after a fork, and returned
+to the system when it is dropped, which NumPy arrays do not promise. PyTorch gets a fresh view of it and holds the view
+as
+long as anything uses the memory: tensors and their views, storages, saved tensors, arrays, DLPack capsules. The end of
+the view returns the block, in the thread that dropped the last user and even in the middle of a call here; so there is
+no lock, only single operations on queues. tests/runtime/test_buffers.py holds this to it.
 """
 
 from __future__ import annotations
@@ -32,10 +35,9 @@ _requests = 0
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """An uninitialised contiguous tensor; on a CPU in memory that an earlier one has left, where there is some.
+    """An uninitialized contiguous tensor; on a CPU in memory that an earlier one has left, where there is some.
 
-    That memory starts at a page. It is PyTorch's to free but not to resize: as with a tensor made from an array,
-    growing one in place is an error. Raises MemoryError where the system has no more.
+    Like a tensor made from an array, it cannot grow in place. Raises MemoryError where the system has no more memory.
     """
     if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)

@@ -15,7 +15,7 @@ def has_products(dtype: torch.dtype) -> bool:
     fp32 and wider always, 16 bits where oneDNN has instructions for it. Elsewhere PyTorch's 16-bit products are scalar
     code, a hundred times slower than widening the operands to fp32.
     """
-    return torch_private.HAS_PRODUCTS.get(dtype, True)
+    return bool(torch_private.HAS_PRODUCTS.get(dtype, True))
 
 
 def wide_vectors() -> bool:

@@ -1,8 +1,8 @@
 """Products with frozen weights.
 
 A frozen backbone multiplies by the same matrices in every step, forward by W and backward by W transposed. Under
-autocast PyTorch casts them anew at every use, and oneDNN reorders them anew at every call; here they are cast,
-transposed and packed once (``prepack.py``).
+autocast PyTorch casts them at every use, and oneDNN reorders them at every call; here they are cast, transposed and
+packed once (``prepack.py``).
 
 The frozen affine map of the norm before a product is folded into it: (g*x + s) @ W.T + b is x @ (W*g).T + (W @ s + b),
 exact but for the rounding of W*g.
@@ -61,7 +61,8 @@ class FrozenLinear(NamedTuple):
         return self.weight[0].numel()
 
     def plain(self, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
-        """W*g and W @ s + b in ``dtype``; packed for both directions and all outputs, unless they are W and b."""
+        """W*g and W @ s + b in ``dtype``, kept for both directions and all outputs; W and b themselves where they
+        serve."""
         own_matrix = self.gain is None and self.weight.dtype == dtype
         own_constant = self.shift is None and (self.bias is None or self.bias.dtype == dtype)
 
@@ -78,7 +79,7 @@ class FrozenLinear(NamedTuple):
         return matrix[rows], None if constant is None else constant[rows]
 
     def operands(self, how: str, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
-        """W*g, or for "backward" its transpose, as the product ``how`` wants it, and for "forward" W @ s + b."""
+        """W*g packed for the provider ``how``, for "backward" transposed, and for "forward" W @ s + b."""
         forward, rows = direction == "forward", slice(self.first, self.last)
 
         def make() -> tuple[Tensor, Tensor | None]:

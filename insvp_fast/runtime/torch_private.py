@@ -74,7 +74,8 @@ softmax_bwd = _softmax_bwd if _attempt(_softmax_works, False) else _softmax_bwd_
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """[B, heads, T or S, d] -> the attended values and, for backward, the logarithms of the softmax's sums."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, scale=scale)
+    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, scale=scale)
+    return out, logsumexp
 
 
 def flash_attention_bwd(
@@ -82,7 +83,8 @@ def flash_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``flash_attention`` by q, k and v."""
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    return backward(grad, q, k, v, out, logsumexp, 0.0, False, scale=scale)
+    d_q, d_k, d_v = backward(grad, q, k, v, out, logsumexp, 0.0, False, scale=scale)
+    return d_q, d_k, d_v
 
 
 def _flash_works() -> bool:
@@ -101,17 +103,20 @@ HAS_FLASH = _attempt(_flash_works, False)
 
 def pack_linear(matrix: Tensor) -> Tensor:
     """A weight [out, in] in oneDNN's layout; ``products.py`` tries for each dtype whether the two are there."""
-    return torch.ops.mkldnn._reorder_linear_weight(matrix)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix)
+    return packed
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear`` of a packed weight."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Which of its kernels PyTorch's attention takes, for reports only: "unknown" where it does not tell."""
-    return _attempt(lambda: SDPBackend(torch._fused_sdp_choice(q, k, v)).name, "unknown")
+    name: str = _attempt(lambda: SDPBackend(torch._fused_sdp_choice(q, k, v)).name, "unknown")
+    return name
 
 
 def global_hooks() -> bool:

@@ -1,4 +1,4 @@
-"""Tiny data sets in the true formats, so that whatever reads the real ones can be tried without a download."""
+"""Tiny made-up data sets in the formats of the real ones, so that everything can be tried without a download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from insvp_fast.data.sets import SETS, VTAB
+from insvp_fast.data.sets import SETS, SPLITS, VTAB
 
 __all__ = ["FORMATS", "make_fake_dataset"]
 
@@ -27,13 +27,16 @@ def make_fake_dataset(name: str, root: str | Path, images_per_class: int = 2, cl
     """Write a data set of noise, whose color tells the class, in the format of the real one.
 
     Args:
-        name: of a set in ``insvp_fast.data.sets``, or ``folder``, ``list`` or ``wds`` for these formats.
-        root: a folder, made if need be.
-        images_per_class: in each part.
-        classes: how many; as many as the real set has, or 3.
+        name: of a set in ``insvp_fast.data.sets``, or of a format: ``folder``, ``list`` or ``wds``.
+        root: the folder to write to; made if it does not exist.
+        images_per_class: the number in each split.
+        classes: the number of classes; None for that of the real set, or 3 for a format.
 
     Returns:
-        What to give as source to ``load_data``, together with this root where it is a name.
+        The ``source`` for ``load_data``; a named set also needs this ``root``.
+
+    Raises:
+        ValueError: if there is no such set or format, or ``images_per_class`` is less than 1.
     """
     if name not in (*SETS, *FORMATS) or images_per_class < 1:
         known = ", ".join((*SETS, *FORMATS))
@@ -48,9 +51,6 @@ def make_fake_dataset(name: str, root: str | Path, images_per_class: int = 2, cl
     return name if name in SETS else f"wds/{root}" if name == "wds" else str(root)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
 @cache
 def _pixels(label: int) -> np.ndarray:
     """uint8 [32, 32, 3]: a color of its own for each label, and noise."""
@@ -61,7 +61,7 @@ def _pixels(label: int) -> np.ndarray:
 @cache
 def _encoded(label: int, suffix: str) -> bytes:
     stream = io.BytesIO()
-    wide = np.pad(_pixels(label), ((0, 0), (0, 8), (0, 0)), mode="reflect")  # 32x40: real pictures are not square
+    wide = np.pad(_pixels(label), ((0, 0), (0, 8), (0, 0)), mode="reflect")  # 32x40: real images are not square
     Image.fromarray(wide).save(stream, {".jpg": "JPEG", ".ppm": "PPM"}[suffix])
     return stream.getvalue()
 
@@ -80,20 +80,17 @@ def _each(classes: int, per_class: int) -> Iterator[tuple[int, int]]:
     return ((label, i) for label in range(classes) for i in range(per_class))
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
-
-
 def _dtd(root: Path, classes: int, per_class: int) -> None:
     home = root / "dtd" / "dtd"
-    for part in ("train", "val", "test"):
-        names = [(f"texture_{c:02d}/texture_{c:02d}_{part}{i}.jpg", c) for c, i in _each(classes, per_class)]
+    for split in SPLITS:
+        names = [(f"texture_{c:02d}/texture_{c:02d}_{split}{i}.jpg", c) for c, i in _each(classes, per_class)]
         for name, label in names:
             _save(home / "images" / name, label)
-        _text(home / "labels" / f"{part}1.txt", [name for name, _ in names])
+        _text(home / "labels" / f"{split}1.txt", [name for name, _ in names])
 
 
 def _birds(home: Path, rows: list[tuple[str, str, str, str, int]], classes: list[str]) -> None:
-    """``rows``: image id, path, class id, 1 for train, and what is drawn."""
+    """Each row is an image id, a path, a class id, 1 for train or 0 for test, and the label that sets the color."""
     for _, path, _, _, label in rows:
         _save(home / "images" / path, label)
     _text(home / "images.txt", [f"{key} {path}" for key, path, *_ in rows])
@@ -110,7 +107,7 @@ def _cub(root: Path, classes: int, per_class: int) -> None:
 
 
 def _nabirds(root: Path, classes: int, per_class: int) -> None:
-    """The ids of the species have gaps; classes.txt names their families too, which have no images."""
+    """As in the real set, ids of species have gaps, and classes.txt also names families, which have no images."""
     species = [3 * c + 9 for c in range(classes)]
     rows = []
     for n, (c, i) in enumerate(_each(classes, 2 * per_class)):
@@ -121,14 +118,16 @@ def _nabirds(root: Path, classes: int, per_class: int) -> None:
 
 
 def _dogs(root: Path, classes: int, per_class: int) -> None:
-    for part in ("train", "test"):
-        names = [f"n{2085620 + c:08d}-Breed_{c}/n{2085620 + c:08d}_{part}{i}.jpg" for c, i in _each(classes, per_class)]
+    for split in ("train", "test"):
+        names = [
+            f"n{2085620 + c:08d}-Breed_{c}/n{2085620 + c:08d}_{split}{i}.jpg" for c, i in _each(classes, per_class)
+        ]
         labels = [c for c, _ in _each(classes, per_class)]
         for name, label in zip(names, labels, strict=True):
             _save(root / "Images" / name, label)
         columns = {"file_list": names, "annotation_list": [name.removesuffix(".jpg") for name in names]}
         cells: dict[str, Any] = {key: np.array(value, dtype=object)[:, None] for key, value in columns.items()}
-        _mat(root / f"{part}_list.mat", cells | {"labels": np.array(labels, dtype=np.uint8)[:, None] + 1})
+        _mat(root / f"{split}_list.mat", cells | {"labels": np.array(labels, dtype=np.uint8)[:, None] + 1})
 
 
 def _flowers(root: Path, classes: int, per_class: int) -> None:
@@ -142,9 +141,9 @@ def _flowers(root: Path, classes: int, per_class: int) -> None:
 
 def _food101(root: Path, classes: int, per_class: int) -> None:
     home, names = root / "food-101", [f"dish_{c:03d}" for c in range(classes)]
-    for start, part in ((0, "train"), (per_class, "test")):
+    for start, split in ((0, "train"), (per_class, "test")):
         files = {name: [f"{name}/{start + i}" for i in range(per_class)] for name in names}
-        _text(home / "meta" / f"{part}.json", [json.dumps(files)])
+        _text(home / "meta" / f"{split}.json", [json.dumps(files)])
         for label, name in enumerate(names):
             for file in files[name]:
                 _save(home / "images" / f"{file}.jpg", label)
@@ -165,8 +164,8 @@ def _cifar10(root: Path, classes: int, per_class: int) -> None:
 def _cifar100(root: Path, classes: int, per_class: int) -> None:
     home, labels = root / "cifar-100-python", [c for c, _ in _each(classes, per_class)]
     home.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "test"):
-        _batch(home / part, labels, {"fine_labels": labels, "coarse_labels": [c // 5 for c in labels]})
+    for split in ("train", "test"):
+        _batch(home / split, labels, {"fine_labels": labels, "coarse_labels": [c // 5 for c in labels]})
     _pickle(home / "meta", {"fine_label_names": [f"class {c}" for c in range(classes)], "coarse_label_names": []})
 
 
@@ -175,11 +174,11 @@ def _batch(file: Path, labels: list[int], facts: dict[str, Any]) -> None:
     _pickle(file, facts | {"data": data, "filenames": [f"{i}.png" for i in range(len(labels))]})
 
 
-_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # unlike the one in C it can be taught other types
+_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # unlike the one in C, it can be extended to other types
 
 
 class _Python2Pickler(_Pickler):
-    """Text and bytes both as Python 2 wrote its ``str``, which is what CIFAR's files hold."""
+    """Writes text and bytes as Python 2 wrote its ``str``, which CIFAR's files hold."""
 
     def _string(self, value: str | bytes) -> None:
         content = value.encode("latin1") if isinstance(value, str) else value
@@ -209,13 +208,13 @@ def _gtsrb(root: Path, classes: int, per_class: int) -> None:
 def _svhn(root: Path, classes: int, per_class: int) -> None:
     labels = [c for c, _ in _each(classes, per_class)]
     pixels = np.stack([_pixels(label) for label in labels], axis=-1)
-    for part in ("train", "test"):
+    for split in ("train", "test"):
         digits = np.array([label or 10 for label in labels], dtype=np.uint8)[:, None]  # the digit 0 is stored as 10
-        _mat(root / f"{part}_32x32.mat", {"X": pixels, "y": digits})
+        _mat(root / f"{split}_32x32.mat", {"X": pixels, "y": digits})
 
 
 def _mat(file: Path, content: dict[str, Any]) -> None:
-    from scipy.io import savemat
+    from scipy.io import savemat  # in the function: scipy is optional
 
     file.parent.mkdir(parents=True, exist_ok=True)
     savemat(file, content)
@@ -224,42 +223,42 @@ def _mat(file: Path, content: dict[str, Any]) -> None:
 def _vtab(name: str) -> Callable[[Path, int, int], None]:
     def write(root: Path, classes: int, per_class: int) -> None:
         home, both = root / name.removeprefix("vtab/"), []
-        for part in ("train800", "val200", "test"):
+        for split in ("train800", "val200", "test"):
             labels = [c for c, _ in _each(classes, per_class)]
-            both += labels if part != "test" else []
-            _task_part(home, part, labels)
-        _task_part(home, "train800val200", both)
+            both += labels if split != "test" else []
+            _task_split(home, split, labels)
+        _task_split(home, "train800val200", both)
 
     return write
 
 
-def _task_part(home: Path, part: str, labels: list[int]) -> None:
-    names = [f"images/{part}/{i:06d}.jpg" for i in range(len(labels))]
+def _task_split(home: Path, split: str, labels: list[int]) -> None:
+    names = [f"images/{split}/{i:06d}.jpg" for i in range(len(labels))]
     for name, label in zip(names, labels, strict=True):
         _save(home / name, label)
-    _text(home / f"{part}.txt", [f"{name} {label}" for name, label in zip(names, labels, strict=True)])
+    _text(home / f"{split}.txt", [f"{name} {label}" for name, label in zip(names, labels, strict=True)])
 
 
 def _folder(root: Path, classes: int, per_class: int) -> None:
-    for part in ("train", "val", "test"):
+    for split in SPLITS:
         for c, i in _each(classes, per_class):
-            _save(root / part / f"class_{c}" / f"{i}.jpg", c)
+            _save(root / split / f"class_{c}" / f"{i}.jpg", c)
 
 
 def _list(root: Path, classes: int, per_class: int) -> None:
-    for part in ("train", "val", "test"):
-        rows = [(f"images/{part} {c} {i}.jpg", c) for c, i in _each(classes, per_class)]
+    for split in SPLITS:
+        rows = [(f"images/{split} {c} {i}.jpg", c) for c, i in _each(classes, per_class)]
         for path, label in rows:
             _save(root / path, label)
-        _text(root / f"{part}.txt", [f"{path} {label}" for path, label in rows])
+        _text(root / f"{split}.txt", [f"{path} {label}" for path, label in rows])
 
 
 def _wds(root: Path, classes: int, per_class: int) -> None:
-    for part in ("train", "val", "test"):
-        with tarfile.open(root / f"{part}-0000.tar", "w") as tar:
+    for split in SPLITS:
+        with tarfile.open(root / f"{split}-0000.tar", "w") as tar:
             for c, i in _each(classes, per_class):
                 for suffix, content in (("jpg", _encoded(c, ".jpg")), ("cls", str(c).encode())):
-                    member = tarfile.TarInfo(f"{part}/{c:03d}_{i:03d}.{suffix}")
+                    member = tarfile.TarInfo(f"{split}/{c:03d}_{i:03d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from insvp_fast.data import transform_for
-from insvp_fast.data.folders import picture_files
-from insvp_fast.data.readers import Images
+from insvp_fast.data.folders import image_files
+from insvp_fast.data.images import Images
 from insvp_fast.errors import TrainingError
 from insvp_fast.training.device import start
 from insvp_fast.training.run import load_run
@@ -29,14 +29,14 @@ class Prediction(NamedTuple):
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """The files among ``paths``, and the images in their folders, as ``picture_files`` finds them.
+    """The files among ``paths``, and the images in their folders, as ``image_files`` finds them.
 
     Raises:
         TrainingError: if a path does not exist, or a folder holds no image.
     """
     files: list[str] = []
     for path in map(Path, paths):
-        found = picture_files(path) if path.is_dir() else [str(path)]
+        found = image_files(path) if path.is_dir() else [str(path)]
         if not path.exists():
             raise TrainingError(f"{path}: no such file or folder")
         if not found:

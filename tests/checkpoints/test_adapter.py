@@ -20,7 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast.checkpoints import files
-from insvp_fast.checkpoints.adapter import AdapterCheckpoint, backbone_sha256
+from insvp_fast.checkpoints.adapter import AdapterCheckpoint
+from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
 from insvp_fast.model import InsVPViT
@@ -73,7 +74,7 @@ def edit(folder: Path, change: Any) -> None:
     (folder / FILES[1]).write_text(json.dumps(values))
 
 
-# ---------------------------------------------------------------------------------------------------------- round trips
+# Round trips
 
 
 @models
@@ -239,7 +240,7 @@ def test_says_that_timm_cannot_build_the_backbone(folder):
         Reference.from_pretrained(folder, "vit_unheard_of")
 
 
-# ----------------------------------------------------------------------------------------------------- another backbone
+# Another backbone
 
 
 def test_refuses_another_backbone(folder):
@@ -271,7 +272,7 @@ def test_refuses_arguments_for_a_module_and_modules_of_another_kind(folder):
         Reference.from_pretrained(folder, nn.Linear(2, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------- wrong files
+# Wrong files
 
 WRONG_DESCRIPTIONS = {
     "another adapter": (lambda v: v.update(peft_type="LORA"), r"peft_type is 'LORA', expected 'INSVP'"),
@@ -360,7 +361,7 @@ def test_refuses_a_folder_without_the_files(folder, name):
     refused(folder, f"not an adapter: found .*README.*, expected {name}", "")
 
 
-# --------------------------------------------------------------------------------------------------------------- saving
+# Saving
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -427,7 +428,7 @@ def test_copies_and_keeps_its_names(tmp_path, model_type):
     assert model_type.from_pretrained(tmp_path, make_backbone()).class_names[0] == "lion"
 
 
-# -------------------------------------------------------------------------------------------------------------- the Hub
+# The Hub
 
 
 class FakeHub:

@@ -18,7 +18,7 @@ from torch import nn
 from insvp_fast import InsVPConfig, InsVPReference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, is_name, save_backbone, source_of
-from insvp_fast.checkpoints.files import backbone_sha256
+from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.commands import cli
 from insvp_fast.errors import CheckpointError, InsVPError
 from insvp_fast.training.backbone import load_backbone
@@ -166,10 +166,10 @@ def test_the_arguments_of_a_saved_model_are_kept(arguments, tmp_path):
         assert again.patch_embed.img_size == expected.patch_embed.img_size and len(again.blocks) == len(expected.blocks)
 
 
-@pytest.mark.parametrize("part", ["state_dict_ema", "model_ema", "state_dict", "model"])
-def test_weights_are_found_in_a_checkpoint(part, tmp_path):
-    state = {f"module.{key}": value for key, value in original().state_dict().items()}
-    torch.save({part: state, "epoch": 1}, tmp_path / "weights.pth")
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "state_dict", "model"])
+def test_weights_are_found_in_a_checkpoint(key, tmp_path):
+    state = {f"module.{name}": value for name, value in original().state_dict().items()}
+    torch.save({key: state, "epoch": 1}, tmp_path / "weights.pth")
     backbone = load_backbone(f"{NAME}@{tmp_path / 'weights.pth'}")
     assert backbone_sha256(backbone, torch.float32) == backbone_sha256(original(), torch.float32)
 
@@ -250,7 +250,7 @@ def test_a_name_of_timm_comes_before_a_folder(tmp_path, monkeypatch):
     assert source_of(create_backbone(NAME, pretrained=False)) == f"{NAME}.r160_in1k"
 
 
-# --------------------------------------------------------------------------------------------------------- the commands
+# The commands
 
 
 @pytest.mark.parametrize("kind", ["local-dir", "folder", "file of train.py", "NAME@FILE"])
@@ -260,11 +260,11 @@ def test_the_commands_take_it(kind, tmp_path, capsys):
     assert backbone_sha256(original(), torch.float32) in capsys.readouterr().out
     options = {"backbone": source, "output": str(tmp_path / "runs"), "probe": False, "epochs": 1, "prompt_length": 1}
     pixels = torch.rand(2, 4, 40, 40, 3).mul(255).byte().numpy()
-    for part in ("train", "val"):
+    for split in ("train", "val"):
         for name, images in zip(("2", "10"), pixels, strict=True):
-            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / split / name).mkdir(parents=True)
             for i, image in enumerate(images):
-                Image.fromarray(image).save(tmp_path / part / name / f"{i}.png")
+                Image.fromarray(image).save(tmp_path / split / name / f"{i}.png")
     run = train(Recipe(data=str(tmp_path), **options))
     facts, figures, _ = evaluate_run(run)
     assert figures.images == 8 and facts["class_names"] == ["10", "2"]  # as text, torchvision's order
@@ -279,7 +279,7 @@ def test_a_revision_of_the_hub_is_no_file():
         Recipe(backbone="a@b", checkpoint="w.pth")
 
 
-# -------------------------------------------------------------------------------------------------------------- offline
+# Offline
 
 SLOW = "import socket, time; socket.getaddrinfo = lambda *a, **k: time.sleep(60)"  # a resolver that never answers
 TIMED = """

@@ -22,7 +22,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.commands import cli, doctor, sweep, traps
 from insvp_fast.data import transform_for
-from insvp_fast.data.pictures import read_picture
+from insvp_fast.data.decode import read_image
 from insvp_fast.recipes import read
 from insvp_fast.runtime import native
 from insvp_fast.training.backbone import load_backbone, preprocessing_of
@@ -214,7 +214,7 @@ def test_a_run_remembers_whether_photographs_were_turned(numbered, tmp_path, cap
     """Pixels without EXIF, as training saw them, get the same probabilities; turned otherwise they get others."""
     photograph = numbered.data / "test" / "2" / "0.jpg"
     for name, rotation in (("seen", numbered.rotation), ("other", not numbered.rotation)):
-        read_picture(photograph, exif_rotation=rotation).save(tmp_path / f"{name}.png")
+        read_image(photograph, exif_rotation=rotation).save(tmp_path / f"{name}.png")
     files = [str(photograph), str(tmp_path / "seen.png"), str(tmp_path / "other.png")]
     assert cli.main(["predict", str(numbered.run), *files, "--format", "jsonl", "--top-k", "3"]) == 0
     found, seen, other = (json.loads(line)["probabilities"] for line in capsys.readouterr().out.splitlines())

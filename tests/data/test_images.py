@@ -13,10 +13,11 @@ from PIL import Image, ImageCms, features
 from torchvision.datasets import ImageFolder
 
 from insvp_fast.data import check, load_data, load_test_data, transform_for
-from insvp_fast.data.cache import cached
-from insvp_fast.data.folders import SUFFIXES, picture_files, read_classes
-from insvp_fast.data.pictures import UPRIGHT, read_picture, to_rgb
-from insvp_fast.data.readers import Images
+from insvp_fast.data.cache import cache_images
+from insvp_fast.data.decode import UPRIGHT, read_image, to_rgb
+from insvp_fast.data.folders import SUFFIXES, image_files, read_class_folders
+from insvp_fast.data.images import Images
+from insvp_fast.data.sets import SPLITS
 from insvp_fast.errors import DataError
 from insvp_fast.testing.fake_data import make_fake_dataset
 from insvp_fast.training.prediction import find_images
@@ -39,12 +40,12 @@ def saved(image: Image.Image, form: str, **how) -> io.BytesIO:
 
 
 def pixels_of(source) -> np.ndarray:
-    image = read_picture(source)
+    image = read_image(source)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
 
-# ---------------------------------------------------------------------------------------------------- modes and formats
+# Modes and formats
 
 
 WRITABLE = {"PNG": "I;16 I;16B", "TIFF": "I;16 I;16L I;16B", "PPM": "I;16 I", "JPEG2000": "I;16"}  # by Pillow
@@ -81,7 +82,7 @@ def test_tiffs_of_each_depth_and_sense(bits, photometric):
     content = gray.astype("<u2").tobytes() if bits == 16 else np.packbits(packed).tobytes()
     if (bits, photometric) == (12, 0):
         with pytest.raises(DataError, match="not an image that can be read"):  # Pillow knows no such TIFF
-            read_picture(tiff(bits, photometric, content, (32, 24)), "scan.tif")
+            read_image(tiff(bits, photometric, content, (32, 24)), "scan.tif")
         return
     white = 2**bits - 1
     expected = np.rint((gray if photometric else white - gray.astype(float)) * (255 / white))
@@ -92,7 +93,7 @@ def test_tiffs_of_each_depth_and_sense(bits, photometric):
 def test_integers_without_a_known_range_name_the_file(bits, kind, tmp_path):
     (tmp_path / "labels.tif").write_bytes(tiff(bits, 1, bytes(8 * 8 * bits // 8), (8, 8), kind).read())
     with pytest.raises(DataError, match=r"labels.tif: not an image that can be read \(.*expected 8 or 16 bits"):
-        read_picture(tmp_path / "labels.tif")
+        read_image(tmp_path / "labels.tif")
 
 
 @pytest.mark.parametrize("form", ["TIFF", "PPM"])
@@ -112,7 +113,7 @@ def test_floating_point_outside_names_the_file(wrong, tmp_path):
     values[3, 4] = wrong
     Image.fromarray(values).save(tmp_path / "depth.tif")
     with pytest.raises(DataError, match=r"depth.tif: not an image that can be read \(its pixels go from .* 0 to 1"):
-        read_picture(tmp_path / "depth.tif")
+        read_image(tmp_path / "depth.tif")
 
 
 def of_mode(mode: str) -> Image.Image:
@@ -203,7 +204,7 @@ def test_16_bit_colors_are_read_by_pillow():
     assert (pixels_of(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content)) == COLOR).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------- EXIF
+# EXIF
 
 
 def turned(orientation: int, form: str = "JPEG") -> tuple[bytes, np.ndarray]:
@@ -232,18 +233,18 @@ def test_photographs_are_turned_upright(orientation, form):
 def test_an_orientation_that_does_not_exist_turns_nothing(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert read_picture(saved(Image.new("RGB", (32, 24)), "JPEG", exif=exif)).size == (32, 24)
+    assert read_image(saved(Image.new("RGB", (32, 24)), "JPEG", exif=exif)).size == (32, 24)
 
 
 def test_the_switch_reaches_every_reader(tmp_path):
     """Training, validation, testing, the cache and later evaluation see the same image, turned or not."""
-    for part in ("train", "val", "test"):
+    for split in ("train", "val", "test"):
         for name in ("elk", "owl"):
-            (tmp_path / part / name).mkdir(parents=True)
-            (tmp_path / part / name / "0.jpg").write_bytes(turned(6)[0])
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.jpg").write_bytes(turned(6)[0])
     plain = SMALL | {"augmentation": "none"}
     for rotation in (True, False):
-        image = read_picture(io.BytesIO(turned(6)[0]), exif_rotation=rotation)
+        image = read_image(io.BytesIO(turned(6)[0]), exif_rotation=rotation)
         assert image.size == ((32, 24) if rotation else (24, 32))
         expected = transform_for(plain)(image)
         data = load_data(str(tmp_path), plain, 0, exif_rotation=rotation)
@@ -254,7 +255,7 @@ def test_the_switch_reaches_every_reader(tmp_path):
         assert torch.equal(stored.on_device[1](stored.test[0][0][None])[0], expected)
 
 
-# ------------------------------------------------------------------------------------------------------ damaged files
+# Damaged files
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -266,7 +267,7 @@ def test_a_damaged_file_is_one_error_that_names_it(form, kept, tmp_path):
     file = tmp_path / f"half.{form.lower()}"
     file.write_bytes(content[: kept if kept != 0.5 else len(content) // 2])
     with pytest.raises(DataError, match=f"half.{form.lower()}: not an image that can be read"):
-        read_picture(file)
+        read_image(file)
 
 
 def test_what_is_no_file_is_one_error_that_names_it(tmp_path):
@@ -274,18 +275,17 @@ def test_what_is_no_file_is_one_error_that_names_it(tmp_path):
     (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     for name in ("folder.jpg", "link.jpg", "nothing.jpg"):
         with pytest.raises(DataError, match=f"{name}: not an image that can be read"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------------------------------ leftovers
+# Leftovers
 
 HIDDEN_FOLDERS = (".ipynb_checkpoints", ".git", ".hidden", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
 HIDDEN_FILES = ("._0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs0001.png", ".0.jpg.swp")
-PARTS = ("train", "val", "test")
 
 
 def contents(data) -> list[tuple[list[str], list[int]]]:
-    return [([str(item) for item in part.items], list(part.classes)) for part in (data.train, data.val, data.test)]
+    return [([str(item) for item in split.items], list(split.classes)) for split in (data.train, data.val, data.test)]
 
 
 @pytest.mark.parametrize("where", [".", "train", "val", "test", "train/class_0", "test/class_2"])
@@ -339,7 +339,7 @@ def test_leftovers_in_a_named_set(tmp_path):
     assert after.test.classes == before.test.classes
 
 
-# -------------------------------------------------------------------------------------------------------- class folders
+# Class folders
 
 
 def write(file: Path, color: tuple[int, int, int] = COLOR) -> None:
@@ -347,24 +347,24 @@ def write(file: Path, color: tuple[int, int, int] = COLOR) -> None:
     Image.new("RGB", (32, 32), color).save(file, "PNG")
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("inside", [[], ["notes.txt"], [".DS_Store"], ["deeper/"]])
-def test_an_empty_class_folder_is_said_to_be_empty(part, inside, tmp_path):
+def test_an_empty_class_folder_is_said_to_be_empty(split, inside, tmp_path):
     make_fake_dataset("folder", tmp_path)
     for name in ("extra", *(f"extra/{name}" for name in inside if name.endswith("/"))):
-        (tmp_path / part / name).mkdir()
+        (tmp_path / split / name).mkdir()
     for name in inside:
         if not name.endswith("/"):
-            (tmp_path / part / "extra" / name).touch()
-    with pytest.raises(DataError, match=f"{tmp_path / part}: the class folder extra is empty of images, expected"):
+            (tmp_path / split / "extra" / name).touch()
+    with pytest.raises(DataError, match=f"{tmp_path / split}: found no image in the class folder extra, expected"):
         load_data(str(tmp_path), SMALL, 0)
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_a_class_that_train_lacks_is_named(part, tmp_path):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_class_that_train_lacks_is_named(split, tmp_path):
     make_fake_dataset("folder", tmp_path)
-    write(tmp_path / part / "wolf" / "0.png")
-    with pytest.raises(DataError, match=f"{tmp_path / part}: found the class wolf, expected some of the 3 classes"):
+    write(tmp_path / split / "wolf" / "0.png")
+    with pytest.raises(DataError, match=f"{tmp_path / split}: found the class wolf, expected some of the 3 classes"):
         load_data(str(tmp_path), SMALL, 0)
 
 
@@ -380,8 +380,8 @@ def test_fewer_classes_in_val_and_test_keep_their_numbers(names, there, tmp_path
     assert data.class_names == sorted(names) == ImageFolder(tmp_path / "train").classes
     expected = sorted(names[i] for i in there)
     tested = load_test_data(str(tmp_path), SMALL, 0, data.class_names)
-    for part in (data.val, data.test, tested):
-        assert [data.class_names[index] for index in part.classes] == expected
+    for split in (data.val, data.test, tested):
+        assert [data.class_names[index] for index in split.classes] == expected
 
 
 def test_class_folders_are_read_as_by_torchvision(tmp_path):
@@ -390,7 +390,7 @@ def test_class_folders_are_read_as_by_torchvision(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "b")
     (tmp_path / "b" / "folder.png").mkdir()
     (tmp_path / "b" / "notes.txt").touch()
-    expected, found = ImageFolder(tmp_path), read_classes(tmp_path)
+    expected, found = ImageFolder(tmp_path), read_class_folders(tmp_path)
     assert list(found) == expected.classes
     assert [path for files in found.values() for path in files] == [path for path, _ in expected.samples]
 
@@ -399,7 +399,7 @@ def test_class_folders_are_read_as_by_torchvision(tmp_path):
 @pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
 def test_every_ending_counts(suffix, change, tmp_path):
     write(tmp_path / f"a b{change(suffix)}")
-    assert picture_files(tmp_path) == find_images([str(tmp_path)]) == [str(tmp_path / f"a b{change(suffix)}")]
+    assert image_files(tmp_path) == find_images([str(tmp_path)]) == [str(tmp_path / f"a b{change(suffix)}")]
 
 
 def test_links_in_circles_are_walked_once(tmp_path):
@@ -410,7 +410,7 @@ def test_links_in_circles_are_walked_once(tmp_path):
     (tmp_path / "c" / "a" / "across").symlink_to(tmp_path / "c" / "b")
     (tmp_path / "c" / "b" / "across").symlink_to(tmp_path / "c" / "a")
     (tmp_path / "c" / "lost").symlink_to(tmp_path / "nowhere")
-    for files in (picture_files(tmp_path), read_classes(tmp_path)["c"], find_images([str(tmp_path)])):
+    for files in (image_files(tmp_path), read_class_folders(tmp_path)["c"], find_images([str(tmp_path)])):
         assert sorted(Path(file).name for file in files) == ["0.png", "1.png"]
 
 
@@ -419,11 +419,11 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path):
     write(tmp_path / "c" / "a" / "0.png")
     (tmp_path / "c" / "a").chmod(0)
     with pytest.raises(DataError, match="c/a: a folder that cannot be listed"):
-        picture_files(tmp_path)
+        image_files(tmp_path)
 
 
 def test_a_cache_is_not_shared_with_another_rotation(tmp_path):
     (tmp_path / "0.jpg").write_bytes(turned(6)[0])
     plain = SMALL | {"augmentation": "none"}
-    files = {cached(Images([tmp_path / "0.jpg"], [0], None, r), plain, tmp_path, "x").file for r in (True, False)}
+    files = {cache_images(Images([tmp_path / "0.jpg"], [0], None, r), plain, tmp_path, "x").file for r in (True, False)}
     assert len(files) == 2

@@ -13,7 +13,8 @@ from torch.utils.data import Subset
 from torchvision.transforms.functional import resize
 
 from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data
-from insvp_fast.data.readers import read_pickle, read_set
+from insvp_fast.data.pickles import read_pickle
+from insvp_fast.data.readers import read_set
 from insvp_fast.data.sets import HTA, SETS, VTAB
 from insvp_fast.data.splits import describe, divide
 from insvp_fast.errors import DataError
@@ -52,14 +53,14 @@ def fakes(tmp_path_factory):
 
 
 def items_of(dataset) -> list:
-    """What identifies each image of a part: its path, or its place among the pixels."""
+    """What identifies each image of a split: its path, or its index among the pixels."""
     if isinstance(dataset, Subset):
         everything = items_of(dataset.dataset)
         return [everything[i] for i in dataset.indices]
     return [(n if isinstance(item, np.ndarray) else item) for n, item in enumerate(dataset.items)]
 
 
-# ---------------------------------------------------------------------------------------------------- reading them all
+# Reading them all
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -67,26 +68,25 @@ def test_every_set_through_its_reader(name, fakes):
     data = load_data(name, SMALL, 0, root=str(fakes(name)))
     assert len(data.class_names) == len(set(data.class_names)) == SETS[name].classes
     assert data.tested_on == "test"
-    for part in (data.train, data.val, data.test):
-        image, label = part[len(part) - 1]
+    for split in (data.train, data.val, data.test):
+        image, label = split[len(split) - 1]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
         assert type(label) is int and 0 <= label < SETS[name].classes
-    official = read_set(name, fakes(name)).parts
+    official = read_set(name, fakes(name)).splits
     assert set(official) == set(SETS[name].counts)
-    for part, images in official.items():
-        count = 4 if part == "train_and_val" else 2
-        assert Counter(images.classes) == dict.fromkeys(range(SETS[name].classes), count), part
+    for split, images in official.items():
+        count = 4 if split == "train_and_val" else 2
+        assert Counter(images.classes) == dict.fromkeys(range(SETS[name].classes), count), split
 
 
 @pytest.mark.parametrize("name", HTA)
 def test_labels_belong_to_the_images(name, fakes):
     """In a fake the color tells the class: the mean color must be that of the class, in train and in test."""
-    parts = read_set(name, fakes(name)).parts
-    for images in parts.values():
+    for images in read_set(name, fakes(name)).splits.values():
         for i in range(0, len(images), 1 + len(images) // 7):
             label = images.classes[i]
             color = np.random.RandomState(label).randint(0, 200, 3) + 27.5
-            assert np.abs(np.asarray(images.picture(i)).mean((0, 1)) - color).max() < 8
+            assert np.abs(np.asarray(images.decode(i)).mean((0, 1)) - color).max() < 8
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -124,9 +124,13 @@ def test_birds_are_mapped_from_the_training_file(tmp_path):
     images = sorted(path.relative_to(lists / "images").as_posix() for path in lists.rglob("*.jpg"))
     by_species = [images[4 * i : 4 * i + 4] for i in range(5)]
     ids = (9, 12, 15, 18, 21)
-    for part, chosen, kept in (("train", slice(0, 2), ids), ("val", slice(2, 3), ids[1:3]), ("test", slice(3, 4), ids)):
+    for split, chosen, kept in (
+        ("train", slice(0, 2), ids),
+        ("val", slice(2, 3), ids[1:3]),
+        ("test", slice(3, 4), ids),
+    ):
         rows = {path: i for i, paths in zip(ids, by_species, strict=True) if i in kept for path in paths[chosen]}
-        (lists / f"{part}.json").write_text(json.dumps(rows))
+        (lists / f"{split}.json").write_text(json.dumps(rows))
     data = load_data("nabirds", SMALL, 0, root=str(tmp_path))
     assert data.protocol == "paper: the lists train.json, val.json and test.json"
     assert data.val.classes == [1, 2] and data.class_names == found.class_names
@@ -143,11 +147,11 @@ def test_lists_serve_without_the_official_files(name, images, tmp_path):
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
     for file in (path for path in folder.parent.iterdir() if path.is_file()):
         file.unlink()
-    for part, chosen in (("train", slice(0, 2)), ("val", slice(2, 3)), ("test", slice(3, 4))):
+    for split, chosen in (("train", slice(0, 2)), ("val", slice(2, 3)), ("test", slice(3, 4))):
         rows = {path: f"{c + 1:03d}" for c in range(3) for path in paths[4 * c : 4 * c + 4][chosen]}
-        (folder.parent / f"{part}.json").write_text(json.dumps(rows))
+        (folder.parent / f"{split}.json").write_text(json.dumps(rows))
     found = read_set(name, tmp_path)
-    assert found.parts["train"].classes == [0, 0, 1, 1, 2, 2] and found.parts["test"].classes == [0, 1, 2]
+    assert found.splits["train"].classes == [0, 0, 1, 1, 2, 2] and found.splits["test"].classes == [0, 1, 2]
     assert found.class_names == (["1", "2", "3"] if name == "cub" else ["Breed_0", "Breed_1", "Breed_2"])
 
 
@@ -160,19 +164,19 @@ def test_vtab_sees_the_whole_image(fakes):
     """Straight to the size: no crop, no flip, in training too."""
     root = str(fakes("vtab/eurosat"))
     data = load_data("vtab/eurosat", insvp_preprocessing((16, 24)), 0, root=root)
-    picture = data.train.picture(3)
-    assert picture.size == (40, 32)
-    pixels = torch.from_numpy(np.array(resize(picture, [16, 24]))).permute(2, 0, 1)
+    image = data.train.decode(3)
+    assert image.size == (40, 32)
+    pixels = torch.from_numpy(np.array(resize(image, [16, 24]))).permute(2, 0, 1)
     mean, std = (torch.tensor(data.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    for part in (data.train, data.train_and_val):
-        assert torch.equal(part[3][0], (pixels.float() / 255 - mean) / std)
+    for split in (data.train, data.train_and_val):
+        assert torch.equal(split[3][0], (pixels.float() / 255 - mean) / std)
     assert items_of(data.train_and_val)[0].parts[-2] == "train800val200"
     assert data.augmentation == "none"
     tested = load_test_data("vtab/eurosat", data.preprocessing, 0, data.class_names, root=root)
     assert torch.equal(tested[5][0], data.test[5][0])
 
 
-# -------------------------------------------------------------------------------------------------------------- splits
+# Splits
 
 
 @pytest.mark.parametrize("rule", ["90/10", "80/20", "first 80 %"])
@@ -199,7 +203,7 @@ def test_the_permutation_stays_what_it_is():
 
 @pytest.mark.parametrize("protocol", ["paper", "released"])
 @pytest.mark.parametrize("name", HTA)
-def test_parts_do_not_overlap(name, protocol, fakes):
+def test_splits_do_not_overlap(name, protocol, fakes):
     data, again, other = (load_data(name, SMALL, s, root=str(fakes(name)), protocol=protocol) for s in (0, 0, 1))
     train, val = items_of(data.train), items_of(data.val)
     assert not set(train) & set(val)
@@ -219,9 +223,9 @@ def test_what_differs_from_the_authors_is_said():
 
 
 def test_wrong_protocols_are_refused(tmp_path):
-    with pytest.raises(DataError, match="--protocol is honest: expected one of paper, released"):
+    with pytest.raises(DataError, match="`protocol` is honest: expected one of paper, released"):
         load_data("digits", SMALL, 0, protocol="honest")
-    with pytest.raises(DataError, match="--protocol is released: the authors' code has no splits for digits"):
+    with pytest.raises(DataError, match="`protocol` is released: the authors' code has no splits for digits"):
         load_data("digits", SMALL, 0, protocol="released")
 
 
@@ -231,7 +235,7 @@ def test_validation_images_are_not_augmented(fakes):
     assert not all(torch.equal(data.train[i][0], data.train[i][0]) for i in range(5))
 
 
-# ---------------------------------------------------------------------------------------------------- what can be wrong
+# What can be wrong
 
 
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name in HTA for file in HTA[name].files])
@@ -299,7 +303,8 @@ def test_a_half_downloaded_file_is_one_error(name, file, kept, tmp_path):
 
 
 def test_no_root_and_no_folder(tmp_path):
-    with pytest.raises(DataError, match="--data cub needs --root FOLDER, which should hold CUB_200_2011/images.txt"):
+    expected = "`data` is cub, which needs `root`, a folder that holds CUB_200_2011/images.txt"
+    with pytest.raises(DataError, match=expected):
         load_data("cub", SMALL, 0)
     with pytest.raises(DataError, match="no such folder. Get it from"):
         load_data("cub", SMALL, 0, root=str(tmp_path / "nowhere"))
@@ -309,7 +314,7 @@ def test_a_broken_image_is_named_when_it_is_read(fakes, tmp_path):
     make_fake_dataset("flowers", tmp_path, classes=2)
     broken = tmp_path / "flowers-102/jpg/image_00001.jpg"
     content = broken.read_bytes()
-    for wrong in (content[: len(content) // 2], b"not a picture", b""):
+    for wrong in (content[: len(content) // 2], b"not an image", b""):
         broken.write_bytes(wrong)
         with pytest.raises(DataError, match="image_00001.jpg: not an image that can be read"):
             load_data("flowers", SMALL, 0, root=str(tmp_path)).train[0]
@@ -355,7 +360,7 @@ def test_a_set_in_mat_files_needs_scipy(fakes, monkeypatch):
             read_set(name, fakes(name))
 
 
-# --------------------------------------------------------------------------------------------------------------- check
+# Check
 
 
 def test_check_counts_and_names_what_differs(fakes):
@@ -376,11 +381,11 @@ def test_check_opens_every_image(tmp_path):
     assert all(str(file) in str(report) for file in (files[4], files[9]))
 
 
-def test_check_of_lists_that_divide_the_training_part(tmp_path, monkeypatch):
+def test_check_of_lists_that_divide_the_training_split(tmp_path, monkeypatch):
     make_fake_dataset("dogs", tmp_path, classes=2)
     paths = sorted(path.relative_to(tmp_path / "Images").as_posix() for path in tmp_path.rglob("*.jpg"))
-    for part, chosen in (("train", (0, 4)), ("val", (1, 5)), ("test", (2, 6))):
-        (tmp_path / f"{part}.json").write_text(json.dumps({paths[i]: i // 4 for i in chosen}))
+    for split, chosen in (("train", (0, 4)), ("val", (1, 5)), ("test", (2, 6))):
+        (tmp_path / f"{split}.json").write_text(json.dumps({paths[i]: i // 4 for i in chosen}))
     report = check("dogs", str(tmp_path))
     assert report.counts == {"train": 2, "val": 2, "test": 2}
     assert "train: 4, expected 12000" in report.differences
@@ -388,7 +393,7 @@ def test_check_of_lists_that_divide_the_training_part(tmp_path, monkeypatch):
 
 def test_a_fake_is_what_was_asked_for(tmp_path):
     make_fake_dataset("food101", tmp_path, images_per_class=3, classes=2)
-    assert {part: len(images) for part, images in read_set("food101", tmp_path).parts.items()} == {
+    assert {split: len(images) for split, images in read_set("food101", tmp_path).splits.items()} == {
         "train": 6,
         "test": 6,
     }

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset
 
-from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, streams, transform_for
-from insvp_fast.data.lists import by_number, read_list
+from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, timm_formats, transform_for
+from insvp_fast.data.lists import read_list, sorted_labels
 from insvp_fast.errors import DataError
 from insvp_fast.testing import make_fake_dataset
 
@@ -30,15 +30,15 @@ def write_images(folder: Path, names: list[str]) -> None:
 def test_each_format(name, tmp_path):
     source = make_fake_dataset(name, tmp_path / "data", images_per_class=3)
     data = load_data(source, SMALL, 0)
-    assert [len(part) for part in (data.train, data.val, data.test)] == [9, 9, 9]
+    assert [len(split) for split in (data.train, data.val, data.test)] == [9, 9, 9]
     assert data.class_names == (["class_0", "class_1", "class_2"] if name == "folder" else ["0", "1", "2"])
-    assert data.protocol == "paper: the parts as they are" and data.tested_on == "test"
+    assert data.protocol == "paper: the splits as they are" and data.tested_on == "test"
     assert isinstance(data.train_and_val, ConcatDataset) and len(data.train_and_val) == 18
     colors = np.array([np.random.RandomState(label).randint(0, 200, 3) + 27.5 for label in range(3)])
-    for part in (data.train, data.val, data.test):
-        assert part.classes == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for split in (data.train, data.val, data.test):
+        assert split.classes == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         for i in range(9):
-            assert np.abs(np.asarray(part.picture(i)).mean((0, 1)) - colors[part.classes[i]]).max() < 8
+            assert np.abs(np.asarray(split.decode(i)).mean((0, 1)) - colors[split.classes[i]]).max() < 8
     tested = load_test_data(source, SMALL, 0, data.class_names)
     assert torch.equal(tested[4][0], data.test[4][0])
     assert check(source).ok and check(source).differences == []
@@ -49,7 +49,7 @@ def test_names_of_sets_are_known_without_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-# --------------------------------------------------------------------------------------------------------------- lists
+# Lists
 
 
 LISTS = {
@@ -87,15 +87,15 @@ def test_wrong_lists_are_refused(name, content, message, tmp_path):
 
 
 def test_labels_are_sorted_as_numbers_if_they_are():
-    assert by_number(["10", "9", "9", "2"]) == ["2", "9", "10"]
-    assert by_number(["10", "9", "b"]) == ["10", "9", "b"]
+    assert sorted_labels(["10", "9", "9", "2"]) == ["2", "9", "10"]
+    assert sorted_labels(["10", "9", "b"]) == ["10", "9", "b"]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "json"])
 def test_a_list_its_siblings_and_the_root_of_its_images(suffix, tmp_path):
-    write_images(tmp_path / "pictures", [f"{n}.png" for n in range(6)])
+    write_images(tmp_path / "images", [f"{n}.png" for n in range(6)])
     (tmp_path / "lists").mkdir()
-    for part, labels in (
+    for split, labels in (
         ("train", {0: "owl", 1: "elk", 2: "owl"}),
         ("val", {3: "elk"}),
         ("test", {4: "owl", 5: "elk"}),
@@ -103,8 +103,8 @@ def test_a_list_its_siblings_and_the_root_of_its_images(suffix, tmp_path):
         rows = {f"{n}.png": label for n, label in labels.items()}
         lines = "".join(f"{path} {label}\n" for path, label in rows.items())
         text = json.dumps(rows) if suffix == "json" else lines
-        (tmp_path / "lists" / f"animals_{part}.{suffix}").write_text(text)
-    source, root = str(tmp_path / "lists" / f"animals_train.{suffix}"), str(tmp_path / "pictures")
+        (tmp_path / "lists" / f"animals_{split}.{suffix}").write_text(text)
+    source, root = str(tmp_path / "lists" / f"animals_train.{suffix}"), str(tmp_path / "images")
     data = load_data(source, SMALL, 0, root=root)
     assert data.class_names == ["elk", "owl"]
     assert data.train.classes == [1, 0, 1] and data.val.classes == [0] and data.test.classes == [1, 0]
@@ -126,7 +126,7 @@ def test_a_list_without_val_is_divided_by_seed(tmp_path):
     assert first.protocol == "paper: train/val 90/10 of every class of train, seed 0"
 
 
-def test_a_list_needs_a_part_to_be_tested_on(tmp_path):
+def test_a_list_needs_a_split_to_test_on(tmp_path):
     make_fake_dataset("list", tmp_path)
     (tmp_path / "val.txt").unlink()
     (tmp_path / "test.txt").unlink()
@@ -136,17 +136,17 @@ def test_a_list_needs_a_part_to_be_tested_on(tmp_path):
 
 def test_a_name_that_is_nothing_is_told_what_there_is():
     with pytest.raises(
-        DataError, match="--data cubs: no such folder or list; the names known are digits, dtd, cub, nabirds"
+        DataError, match="`data` is cubs: no such folder or list; the names known are digits, dtd, cub, nabirds"
     ):
         load_data("cubs", SMALL, 0)
     with pytest.raises(
         DataError,
-        match="--data vtab/pets: no such folder or list; the names known are vtab/caltech101, vtab/cifar, ",
+        match="`data` is vtab/pets: no such folder or list; the names known are vtab/caltech101, vtab/cifar, ",
     ):
         load_data("vtab/pets", SMALL, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ timm's formats
+# Timm's formats
 
 
 def test_tar_files_named_by_an_index(tmp_path):
@@ -164,8 +164,8 @@ def test_tar_files_named_by_an_index(tmp_path):
 def test_the_bytes_in_a_tar_are_the_images(tmp_path):
     """Two samples, as the package webdataset lays them out; read in any order, and named where they are broken."""
     write_images(tmp_path, ["a/0.png", "a/1.png"])
-    for part in ("train", "test"):
-        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             for n in (0, 1):
                 (tmp_path / f"{n}.cls").write_text(f"{n}\n")
                 tar.add(tmp_path / f"{n}.cls", f"./{n}.cls")
@@ -193,8 +193,8 @@ def test_wrong_tar_files_are_refused(tmp_path):
 
 def test_train_alone_is_not_enough(tmp_path):
     make_fake_dataset("wds", tmp_path)
-    for part in ("val", "test"):
-        (tmp_path / f"{part}-0000.tar").unlink()
+    for split in ("val", "test"):
+        (tmp_path / f"{split}-0000.tar").unlink()
     with pytest.raises(DataError, match="found only train, expected validation and/or test as well"):
         load_data(f"wds/{tmp_path}", SMALL, 0)
 
@@ -208,21 +208,21 @@ def test_webdataset_reads_what_is_made(tmp_path):
     expected = list(create_dataset("wds/", str(tmp_path), "train-0000.tar"))
     found = load_data(source, SMALL, 0).train
     assert [label for _, label in expected] == found.classes
-    assert all(np.array_equal(image, found.picture(i)) for i, (image, _) in enumerate(expected))
+    assert all(np.array_equal(image, found.decode(i)) for i, (image, _) in enumerate(expected))
 
 
 def test_hugging_face_data_sets_from_a_local_folder(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    make_fake_dataset("folder", tmp_path / "pictures", images_per_class=2)
-    data = load_data(f"hfds/{tmp_path / 'pictures'}", SMALL, 0, root=str(tmp_path / "hf"))
-    folder = load_data(str(tmp_path / "pictures"), SMALL, 0)
+    make_fake_dataset("folder", tmp_path / "images", images_per_class=2)
+    data = load_data(f"hfds/{tmp_path / 'images'}", SMALL, 0, root=str(tmp_path / "hf"))
+    folder = load_data(str(tmp_path / "images"), SMALL, 0)
     assert data.class_names == folder.class_names and data.test.classes == folder.test.classes
     assert all(torch.equal(data.test[i][0], folder.test[i][0]) for i in range(6))
 
 
 def test_what_timm_only_streams_is_kept(monkeypatch):
-    """A stand-in for tfds/, whose package is large: an iterable data set with a train and a validation part."""
+    """A stand-in for tfds/, whose package is large: an iterable data set with a train and a validation split."""
     images = [Image.new("RGB", (40, 32), (n * 20, 0, 0)) for n in range(4)]
 
     class Stream(IterableDataset):
@@ -236,7 +236,7 @@ def test_what_timm_only_streams_is_kept(monkeypatch):
             raise ValueError(f"unknown split {split}")
         return Stream()
 
-    monkeypatch.setattr(streams, "create_dataset", create_dataset)
+    monkeypatch.setattr(timm_formats, "create_dataset", create_dataset)
     data = load_data("tfds/animals", SMALL, 0)
     assert data.class_names == ["elk", "owl"] and data.tested_on == "val"
     assert data.val.classes == [0, 1, 0, 1]
@@ -248,17 +248,17 @@ def test_a_reader_that_is_not_installed_or_finds_nothing(monkeypatch):
         def create_dataset(name, root, split, input_img_mode):
             raise error
 
-        monkeypatch.setattr(streams, "create_dataset", create_dataset)
+        monkeypatch.setattr(timm_formats, "create_dataset", create_dataset)
 
     fail(ImportError("no"))
-    with pytest.raises(DataError, match="--data hfds/a/b needs a package: pip install datasets"):
+    with pytest.raises(DataError, match="`data` is hfds/a/b, which needs a package: pip install datasets"):
         load_data("hfds/a/b", SMALL, 0)
     fail(RuntimeError("not within reach"))
-    with pytest.raises(DataError, match=r"--data hfds/a/b: train cannot be opened \(not within reach\)"):
+    with pytest.raises(DataError, match=r"`data` is hfds/a/b: train cannot be opened \(not within reach\)"):
         load_data("hfds/a/b", SMALL, 0)
 
 
-# ---------------------------------------------------------------------------------------------------- folders, digits
+# Folders, digits
 
 
 def test_images_of_a_folder_are_named_when_they_are_broken(tmp_path):
@@ -278,16 +278,16 @@ def test_a_list_of_something_else_does_not_hide_a_folder(tmp_path):
 
 def test_digits_are_divided_by_seed():
     first, again, other = (load_data("digits", SMALL, seed) for seed in (0, 0, 1))
-    assert [len(part) for part in (first.train, first.val, first.test)] == [1257, 180, 360]
+    assert [len(split) for split in (first.train, first.val, first.test)] == [1257, 180, 360]
     assert first.train.classes == again.train.classes != other.train.classes
     assert first.class_names == [str(digit) for digit in range(10)]
     assert torch.equal(first.train[0][0], first.train[0][0])  # a digit is not cropped or flipped
     assert torch.equal(load_test_data("digits", SMALL, 0, first.class_names)[7][0], first.test[7][0])
-    with pytest.raises(DataError, match="--data digits: found the class 0, 1, .* expected some of .*: owl"):
+    with pytest.raises(DataError, match="`data` is digits: found the class 0, 1, .* expected some of .*: owl"):
         load_test_data("digits", SMALL, 0, ["owl"])
 
 
-# ---------------------------------------------------------------------------------------------------------- transforms
+# Transforms
 
 
 def test_the_preset_is_resize_256_crop_224():

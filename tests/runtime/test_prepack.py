@@ -265,6 +265,37 @@ def test_packed_weights_die_with_their_weights(product):
     assert not prepack._records
 
 
+def test_what_a_graph_has_captured_lives_as_long_as_the_weights(monkeypatch):
+    """Neither a change nor ``clear`` takes it away; the end of the weights does."""
+    made = []
+
+    def make():
+        made.append(torch.randn(3))
+        return made[-1]
+
+    def use():
+        return prepack.packed(weights, "form", make)
+
+    weights = [torch.randn(33, 48)]
+    prepack.clear()
+    first = use()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.Tensor, "is_cuda", True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert use() is first
+    alive = weakref.ref(first)
+    weights[0].add_(1)
+    assert use() is not first
+    del first
+    made.clear()
+    prepack.clear()
+    gc.collect()
+    assert alive() is not None
+    weights.clear()
+    gc.collect()
+    assert alive() is None and not prepack._captured
+
+
 def test_packed_weights_follow_a_parameter_made_again_on_the_same_memory(product):
     """Its version counter starts anew, so that of the old one says nothing."""
     layer, weight = nn.Linear(48, 33).requires_grad_(False), torch.randn(33, 48)

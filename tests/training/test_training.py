@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from timm import create_model
 
 from insvp_fast import InsVPConfig
-from insvp_fast.data import load as data_module
+from insvp_fast.data import sources as data_module
 from insvp_fast.data import transform_for
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import device, journal, loop

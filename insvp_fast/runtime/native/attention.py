@@ -1,6 +1,6 @@
 """attention in C++, forward and backward.
 
-Letters: `B` images, `S` tokens of which the first `T` ask, `D` the width of all heads together.
+Letters: ``B`` images, ``S`` tokens of which the first ``T`` ask, ``D`` the width of all heads together.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _sizes(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
-    """Softmax attention of the first `num_queries` tokens to all, from the packed product.
+    """Softmax attention of the first ``num_queries`` tokens to all, from the packed product.
 
     qkv [B, S, 3*D] in float32 or bfloat16. Returns [B, T, D] in its dtype; sums and the softmax are float32. The same
-    bits for every number of threads. Raises as `superpose_fwd`.
+    bits for every number of threads. Raises as ``superpose_fwd``.
     """
     sizes = _sizes(qkv, num_heads, num_queries)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
@@ -40,9 +40,9 @@ def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -
 
 
 def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
-    """The gradient of `attention_fwd` for `grad` [B, T, D] of its result, in qkv's dtype as all here: [B, S, 3*D].
+    """The gradient of ``attention_fwd`` for ``grad`` [B, T, D] of its result, in qkv's dtype as all here: [B, S, 3*D].
 
-    Zero for the queries of tokens that do not ask. The rest as in `attention_fwd`.
+    Zero for the queries of tokens that do not ask. The rest as in ``attention_fwd``.
     """
     sizes = _sizes(qkv, num_heads, num_queries)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)

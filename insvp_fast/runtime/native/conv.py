@@ -1,6 +1,6 @@
 """Convolutions with few channels in C++, forward and backward, with and without max-pooling behind them.
 
-Letters: `B` images, `C` and `O` channels, `H, W` size of the map that is read, `kh, kw` of the kernel.
+Letters: ``B`` images, ``C`` and ``O`` channels, ``H, W`` size of the map that is read, ``kh, kw`` of the kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _sizes(x: Tensor, weight: Tensor, height: int, width: int, pool: int = 1) ->
         raise ValueError(f"expected x [B, C, H, W] and weight [O, C, kh, kw], got {x.shape} and {weight.shape}")
     H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:
-        raise ValueError(f"{height}x{width} is no centre of {H}x{W} in windows of {pool}x{pool}")
+        raise ValueError(f"{height}x{width} is no center of {H}x{W} in windows of {pool}x{pool}")
     return *x.shape, weight.shape[0], height, width, *weight.shape[2:]
 
 
@@ -32,7 +32,17 @@ def _weight_shape(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes[4], sizes[1], *sizes[7:]
 
 
-def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dtype) -> tuple[Tensor, Tensor | None]:
+def _run_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dilation: int,
+    height: int,
+    width: int,
+    pool: int,
+    negative_slope: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
     sizes = _sizes(x, weight, height, width, pool)
     if dtype not in TYPE_CODES:
         raise TypeError(f"y cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
@@ -53,11 +63,10 @@ def _run_fwd(x, weight, bias, dilation, height, width, pool, negative_slope, dty
 def conv_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, dilation: int, height: int, width: int, relu: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The central `height` x `width` of a "same" convolution, after ReLU if wanted.
+    """The central ``height`` x ``width`` of a "same" convolution, after ReLU if wanted.
 
     x [B, C, H, W] in float32 or bfloat16, weight [O, C, kh, kw] and bias [O] in float32; returns [B, O, height, width]
-    in `dtype`. Raises ValueError for shapes and devices, TypeError for dtypes, RuntimeError where the library is not
-    in use.
+    in ``dtype``. Raises ValueError for shapes and devices, TypeError for dtypes, RuntimeError without the library.
     """
     return _run_fwd(x, weight, bias, dilation, height, width, 1, 0.0 if relu else 1.0, dtype)[0]
 
@@ -72,16 +81,22 @@ def conv_pool_fwd(
     negative_slope: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`conv_fwd`, then max-pooling in windows of `pool` x `pool`, then LeakyReLU, and the places of the maxima.
+    """``conv_fwd``, then max-pooling in windows of ``pool`` x ``pool``, then LeakyReLU, and the indices of the maxima.
 
-    Returns y [B, O, height / pool, width / pool] in `dtype` and, in uint8, the place of each maximum in its window,
-    row by row: the first of equal ones, the last NaN. Arguments and errors are those of `conv_fwd`; `pool` is at most
-    16.
+    Returns y [B, O, height / pool, width / pool] in ``dtype`` and, in uint8, the index of each maximum in its window,
+    row by row: the first of equal ones, the last NaN. Arguments and errors are those of ``conv_fwd``; ``pool`` is at
+    most 16.
     """
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
     y, indices = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype)
     return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if indices is None else indices
+
+
+def _empty_grads(x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
+    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+    return d_x, d_weight, torch.empty(len(weight), dtype=torch.float32, device="cpu")
 
 
 def conv_bwd(
@@ -94,21 +109,19 @@ def conv_bwd(
     width: int,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `conv_fwd` for `grad` of its result: d_x, d_weight, d_bias.
+    """Gradients of ``conv_fwd`` for ``grad`` of its result: d_x, d_weight, d_bias.
 
-    grad and y [B, O, height, width] in float32 or bfloat16, the rest as in `conv_fwd`; y is the result where that
+    grad and y [B, O, height, width] in float32 or bfloat16, the rest as in ``conv_fwd``; y is the result where that
     ended in ReLU, else None. d_x has the dtype of x, and size 0 where not needed; the others are float32, and the same
-    bits for every number of threads. Where grad and x are not finite, some gradients are not that should be, and beside
-    `conv_pool_bwd` some are that should not be. Raises as `conv_fwd`.
+    bits for every number of threads. The caller makes sure that grad and x are finite: 0 times a number counts as 0.
+    Raises as ``conv_fwd``.
     """
     sizes = _sizes(x, weight, height, width)
     grad = require("grad", grad, (sizes[0], sizes[4], height, width), *TYPE_CODES)
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = None if y is None else require("y", y, grad.shape, *TYPE_CODES)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
+    d_x, d_weight, d_bias = _empty_grads(x, weight, need_x)
     call(
         "conv_bwd",
         _BWD,
@@ -130,9 +143,9 @@ def conv_pool_bwd(
     negative_slope: float,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `conv_pool_fwd` for `grad` of its y: d_x, d_weight, d_bias.
+    """Gradients of ``conv_pool_fwd`` for ``grad`` of its y: d_x, d_weight, d_bias.
 
-    Dtypes and errors are those of `conv_bwd`, y and indices those of `conv_pool_fwd`.
+    Dtypes and errors are those of ``conv_bwd``, y and indices those of ``conv_pool_fwd``.
     """
     sizes = _sizes(x, weight, height, width, pool)
     grad = require("grad", grad, (sizes[0], sizes[4], height // pool, width // pool), *TYPE_CODES)
@@ -140,9 +153,7 @@ def conv_pool_bwd(
     y = require("y", y, grad.shape, *TYPE_CODES)
     indices = require("indices", indices, tuple(grad.shape), torch.uint8)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
-    d_x = buffers.empty(x.shape if need_x else (0,), x.dtype)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    d_bias = torch.empty(sizes[4], dtype=torch.float32, device="cpu")
+    d_x, d_weight, d_bias = _empty_grads(x, weight, need_x)
     call(
         "conv_pool_bwd",
         _POOL_BWD,

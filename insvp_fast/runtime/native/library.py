@@ -72,7 +72,7 @@ def native_status() -> NativeStatus:
 
 
 def available(*dtypes: torch.dtype) -> bool:
-    """Whether the native operations can be used for tensors of `dtypes` (float32 and bfloat16 can).
+    """Whether the native operations can be used for tensors of ``dtypes`` (float32 and bfloat16 can).
 
     Raises RuntimeError where INSVP_FAST_NATIVE=1 demands a library that is not there.
     """
@@ -90,7 +90,7 @@ def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """`x`, contiguous, after a check of its device, dtype and shape."""
+    """``x``, contiguous, after a check of its device, dtype and shape."""
     require_kind(name, x, *dtypes)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")

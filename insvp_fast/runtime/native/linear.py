@@ -1,4 +1,4 @@
-"""The product with a weight that was packed once, alone or with GELU, in C++."""
+"""linear and mlp in C++: the product with a packed weight, alone or with GELU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NONE, _GELU, _GELU_BWD = range(3)
 
 
 def _packed_type(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a weight for operands in `dtype`: bfloat16 where the instruction set multiplies it."""
+    """The dtype of a weight for operands in ``dtype``: bfloat16 where the instruction set multiplies it."""
     pairs = dtype == torch.bfloat16 and native_status().isa == "avx512_bf16"
     return torch.bfloat16 if pairs else torch.float32
 
@@ -40,11 +40,10 @@ def _packed_size(dtype: torch.dtype, out_features: int, in_features: int) -> int
 
 
 def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [D_out, D_in] in the form that products with operands in `dtype` want: a flat tensor.
+    """Pack a weight [D_out, D_in] for products with operands in ``dtype``; returns a flat tensor.
 
-    weight in float32 or bfloat16, of any strides. The form depends on the instruction set in use, and its dtype tells
-    whether the product is one of bfloat16 operands; that of float32 serves operands of both dtypes. Raises as
-    `superpose_fwd`.
+    weight in float32 or bfloat16, of any strides. The layout depends on the instruction set in use. A result in
+    bfloat16 multiplies bfloat16 operands, one in float32 those of both dtypes. Raises as ``superpose_fwd``.
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D_out, D_in]")
@@ -94,11 +93,11 @@ def _product(
 def linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`x @ weight.T + bias` in `dtype`, that of x by default, for the weight that `pack_linear` packed.
+    """``x @ weight.T + bias`` in ``dtype``, that of x by default, for the weight that ``pack_linear`` packed.
 
     x [M, D_in] or [B, T, D_in] in float32 or bfloat16, of any strides, without a copy where the last one is 1; bias
     [out_features] in float32. Returns a contiguous tensor [..., out_features], summed in float32, the same bits for
-    every number of threads. Raises as `superpose_fwd`.
+    every number of threads. Raises as ``superpose_fwd``.
     """
     return _product(x, packed, bias, out_features, dtype)
 
@@ -106,20 +105,20 @@ def linear(
 def linear_gelu(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, keep: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """`pre = linear(x, ...)` and `gelu(pre)` in its exact (erf) form, both in the dtype of x.
+    """``pre = linear(x, ...)`` and ``gelu(pre)`` in its exact (erf) form, both in the dtype of x.
 
-    `pre` is None unless it is to be kept for backward; GELU is computed before it is rounded. Raises as
-    `superpose_fwd`.
+    ``pre`` is None unless it is to be kept for backward; GELU is computed before it is rounded. Raises as
+    ``superpose_fwd``.
     """
     pre = buffers.empty((*x.shape[:-1], out_features), x.dtype) if keep else None
     return pre, _product(x, packed, bias, out_features, None, _GELU, pre)
 
 
 def linear_gelu_bwd(grad: Tensor, packed: Tensor, pre: Tensor) -> Tensor:
-    """The gradient by `pre` of what follows `linear_gelu`: `linear(grad, packed) * gelu'(pre)` in the dtype of grad.
+    """The gradient of GELU and the next product by ``pre``: ``linear(grad, packed) * gelu'(pre)`` in grad's dtype.
 
     grad [..., D_out] of the results of the next product, packed its transposed weight, pre [..., D_in] in float32 or
-    bfloat16. Raises as `superpose_fwd`.
+    bfloat16. Raises as ``superpose_fwd``.
     """
     pre = require("pre", pre, (*grad.shape[:-1], *pre.shape[-1:]), *TYPE_CODES)
     return _product(grad, packed, None, pre.shape[-1], None, _GELU_BWD, pre)

@@ -1,6 +1,6 @@
 """norm_insert in C++, forward and backward.
 
-Letters: `B` images, `T` tokens, `L` prompts, `S = T + L`, `D` width.
+Letters: ``B`` images, ``T`` tokens, ``L`` prompts, ``S = T + L``, ``D`` width.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def norm_insert_fwd(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`residual + branch`, and it and the prompts normalised, in one buffer; then both before the affine map; 1/sigma.
+    """The sum of residual and branch, then LayerNorm of it and of the prompts, in one buffer.
 
     residual, branch [B, T, D] and prompts [B, L, D] in float32 or bfloat16; weight, bias [D]. Returns the sum in the
-    residual's dtype (of size 0 without a branch), the normalised [B, S, D] in `dtype` with and without the affine map
-    (the latter of size 0 where there is no weight), and 1/sigma [B, S] in float32. Raises as `superpose_fwd`.
+    residual's dtype (of size 0 without a branch), the normalized [B, S, D] in ``dtype`` with and without the affine map
+    (the latter of size 0 where there is no weight), and 1/sigma [B, S] in float32. Raises as ``superpose_fwd``.
     """
     if residual.ndim != 3:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, expected [B, T, D]")
@@ -72,11 +72,11 @@ def norm_insert_bwd(
     stream_dtype: torch.dtype,
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `norm_insert_fwd` by residual, branch and prompts.
+    """Gradients of ``norm_insert_fwd`` by residual, branch and prompts.
 
     grad_total [B, T, D] or None, grad_normed and xhat [B, S, D], rstd [B, S]. The gradient by the residual is in
-    `stream_dtype`; that by the branch in `branch_dtype`, of size 0 where this is the same; that by the prompts
-    [B, L, D] in `stream_dtype`. Raises as `superpose_fwd`.
+    ``stream_dtype``; that by the branch in ``branch_dtype``, of size 0 where this is the same; that by the prompts
+    [B, L, D] in ``stream_dtype``. Raises as ``superpose_fwd``.
     """
     if xhat.ndim != 3:
         raise ValueError(f"xhat has shape {tuple(xhat.shape)}, expected [B, S, D]")

@@ -1,6 +1,7 @@
 """superpose in C++, forward and backward.
 
-Letters: `B` images, `C` channels, `H, W` image size, `P` patch side, `N` patches, `K = C*P*P`, `R` hidden width.
+Letters: ``B`` images, ``C`` channels, ``H, W`` image size, ``P`` patch side, ``N`` patches, ``K = C*P*P``, ``R`` hidden
+width.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def superpose_fwd(
     patch_weight: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Unfolded `image + global_weight * global_prompt + patch_weight * mlp(image)`, and the hidden layer of the MLP.
+    """Unfolded ``image + global_weight * global_prompt + patch_weight * mlp(image)``, and the hidden layer of the MLP.
 
     image, global_prompt [B, C, H, W] in float32 or bfloat16; w1 [R, K], b1 [R], w2 [K, R], b2 [K] in float32. Returns
-    tokens [B, N, K] in `dtype` and hidden [B, N, R] in float32. Raises ValueError for shapes and devices, TypeError for
-    dtypes, RuntimeError where the library is not in use.
+    tokens [B, N, K] in ``dtype`` and hidden [B, N, R] in float32. Raises ValueError for shapes and devices, TypeError
+    for dtypes, RuntimeError where the library is not in use.
     """
     B, C, H, W, P, R, N, K = _sizes(image, w1, patch_size)
     if dtype not in TYPE_CODES:
@@ -81,11 +82,11 @@ def superpose_bwd(
     need_image: bool,
     need_global: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `superpose_fwd` for `grad` of its tokens: d_image, d_global, dw1, db1, dw2, db2.
+    """Gradients of ``superpose_fwd`` for ``grad`` of its tokens: d_image, d_global, dw1, db1, dw2, db2.
 
-    grad [B, N, K] in float32 or bfloat16, hidden [B, N, R] in float32, the rest as in `superpose_fwd`. d_image has the
-    dtype of image, d_global that of grad, each of size 0 where not needed; the weights' gradients are float32, and the
-    same bits for every number of threads. Raises as `superpose_fwd`.
+    grad [B, N, K] in float32 or bfloat16, hidden [B, N, R] in float32, the rest as in ``superpose_fwd``. d_image has
+    the dtype of image, d_global that of grad, each of size 0 where not needed; the weights' gradients are float32, and
+    the same bits for every number of threads. Raises as ``superpose_fwd``.
     """
     B, C, H, W, P, R, N, K = _sizes(image, w1, patch_size)
     grad = require("grad", grad, (B, N, K), *TYPE_CODES)

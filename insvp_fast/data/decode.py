@@ -1,4 +1,4 @@
-"""The one way from an image file to RGB pixels: training, caches, evaluation, prediction and checks all read by it."""
+"""From an image file to RGB pixels: training, caches, evaluation, prediction and checks all read images here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import ExifTags, Image
 
 from insvp_fast.errors import DataError
 
-__all__ = ["read_picture", "to_rgb"]
+__all__ = ["read_image", "to_rgb"]
 
-UPRIGHT = {  # by EXIF's orientation; 1 is upright
+UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -22,15 +22,15 @@ UPRIGHT = {  # by EXIF's orientation; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
-BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 
-def read_picture(source: str | Path | BinaryIO, name: object = None, exif_rotation: bool = True) -> Image.Image:
-    """The image in a file, 8-bit RGB; of several frames or pages the first.
+def read_image(source: str | Path | BinaryIO, name: object = None, exif_rotation: bool = True) -> Image.Image:
+    """Read an image file as 8-bit RGB; of several frames or pages, the first.
 
     Args:
         source: a path, or an open file.
-        name: what to call it in a message; None for the path itself.
+        name: what messages call the image; None for the path.
         exif_rotation: as in ``to_rgb``.
 
     Raises:
@@ -39,38 +39,39 @@ def read_picture(source: str | Path | BinaryIO, name: object = None, exif_rotati
     try:
         with Image.open(source) as image:
             return to_rgb(image, exif_rotation)
-    except Exception as error:  # Pillow's decoders raise errors of many kinds for broken files
+    except Exception as error:  # Pillow's decoders raise errors of many types for broken files
         raise DataError(f"{name or source}: not an image that can be read ({error})") from error
 
 
 def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:
-    """An image of any mode as 8-bit RGB.
+    """Convert an image of any mode to 8-bit RGB.
 
-    As ``image.convert("RGB")``, which torchvision and timm use: transparency is dropped, the colors beneath it show.
-    Besides, 16-bit gray is scaled by its range, and floating point by 255, where ``convert`` would cut off at 255.
+    Like ``image.convert("RGB")``, which torchvision and timm use, this drops transparency and keeps the color of
+    transparent pixels. Unlike it, 16-bit gray is scaled by its range and floating point by 255 instead of clipped.
 
     Args:
-        exif_rotation: turn and mirror the image as its EXIF orientation says. TIFF's own orientation is always applied.
+        exif_rotation: rotate and flip the image as its EXIF orientation says. Pillow always applies TIFF's own
+            orientation tag.
 
     Raises:
         ValueError: if the pixels are integers of unknown range, or floating point outside [0, 1].
     """
-    image.load()  # before its EXIF is read: some formats know it only then
+    image.load()  # some formats know their EXIF data only after this
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if exif_rotation else 1
     if image.mode == "F" or image.mode.startswith("I"):
         rgb = _to_8_bits(image).convert("RGB")
     else:
-        image.info.pop("transparency", None)  # of a palette; Pillow would warn that it is lost
+        image.info.pop("transparency", None)  # of a palette: Pillow would warn that it is dropped
         rgb = image.convert(PREMULTIPLIED.get(image.mode, image.mode)).convert("RGB")
-    turn = UPRIGHT.get(orientation)
-    return rgb if turn is None else rgb.transpose(turn)
+    operation = UPRIGHT.get(orientation)
+    return rgb if operation is None else rgb.transpose(operation)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Floating point or wide integers, [h, w], to mode L."""
+    """Convert floating point or wide integers, [h, w], to mode L."""
     pixels, white = np.asarray(image).astype(np.float64), _white(image)
     lowest, highest = pixels.min(), pixels.max()
-    if not 0 <= lowest <= highest <= white:  # nor NaN
+    if not 0 <= lowest <= highest <= white:  # also false for NaN
         raise ValueError(f"its pixels go from {lowest:g} to {highest:g}, expected 0 to {white}")
     if _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:
         pixels = white - pixels
@@ -78,7 +79,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image) -> int:
-    """The largest value of a pixel, by convention of its format."""
+    """The largest pixel value that the image's format allows."""
     if image.mode == "F":
         return 1
     if image.mode.startswith("I;16") and image.format == "TIFF":

@@ -1,0 +1,158 @@
+"""What adapter_config.json says of an adapter: what to build, and around which backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, get_type_hints
+
+import torch
+from timm.models import get_model_args
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from insvp_fast import __version__
+from insvp_fast.checkpoints.backbone import source_of
+from insvp_fast.checkpoints.state_dict import backbone_sha256
+from insvp_fast.config import InsVPConfig
+from insvp_fast.errors import CheckpointError
+
+__all__ = ["AdapterConfig", "BackboneRecord"]
+
+PEFT_TYPE, FORMAT_VERSION = "INSVP", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneRecord:
+    """Where a backbone came from, and how to recognize it.
+
+    Args:
+        name: what ``create_backbone`` takes to build it again; None if that cannot be written down.
+        arguments: of ``create_backbone``, besides its name.
+        dtype: of the weights when the adapter was saved, by its name in torch.
+        sha256: of the weights, see ``backbone_sha256``.
+    """
+
+    name: str | None
+    arguments: dict | None
+    dtype: str
+    sha256: str
+
+    @classmethod
+    def of(cls, backbone: VisionTransformer) -> Self:
+        """The record of a backbone."""
+        name, arguments = source_of(backbone), get_model_args(backbone)
+        try:
+            json.dumps(arguments)
+        except TypeError:  # a layer type, for example: only the caller can build it again
+            name = None
+        dtype = next(backbone.parameters()).dtype
+        return cls(
+            name=name,
+            arguments=arguments if name else None,
+            dtype=str(dtype).removeprefix("torch."),
+            sha256=backbone_sha256(backbone, dtype),
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return getattr(torch, self.dtype)
+
+    def require_same_weights(self, backbone: nn.Module, where: object) -> None:
+        """Check that a backbone has the recorded weights.
+
+        Raises:
+            CheckpointError: if it has others.
+        """
+        found = backbone_sha256(backbone, self.torch_dtype)
+        if found != self.sha256:
+            expected = f"{self.sha256} ({self.name or 'not made by timm'}, {self.dtype})"
+            remedy = "the one that the adapter was trained with, or allow_backbone_mismatch=True to use this one"
+            raise CheckpointError(
+                f"{where}: the backbone has sha256 {found}, expected {expected}. Give as backbone= {remedy}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The content of adapter_config.json, in the order of the file.
+
+    Args:
+        base_model_name_or_path: the backbone's repository on the Hub, or else its name; for readers of PEFT adapters.
+        insvp: the configuration of the method.
+        class_names, preprocessing: the model's attributes of these names.
+
+    Raises:
+        ValueError: if there are class names, and not one for each class.
+    """
+
+    peft_type: str = PEFT_TYPE
+    format_version: int = FORMAT_VERSION
+    insvp_fast_version: str = __version__
+    base_model_name_or_path: str | None
+    num_classes: int
+    insvp: InsVPConfig
+    backbone: BackboneRecord
+    class_names: list | None
+    preprocessing: dict | None
+
+    def __post_init__(self) -> None:
+        names, classes = self.class_names, self.num_classes
+        if names is not None and len(names) != classes:
+            raise ValueError(f"class_names has {len(names)} names, expected one for each of the {classes} classes")
+
+    def to_json(self) -> bytes:
+        """The content of the file."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return text.encode(errors="backslashreplace")  # class names may be file names that are not UTF-8
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            CheckpointError: naming the key, if the file is not of an adapter that this version can read.
+        """
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: found no JSON: {error}") from error
+        found = values.get("peft_type") if isinstance(values, dict) else None
+        if found != PEFT_TYPE:
+            raise CheckpointError(f"{file}: not an InsVP adapter: peft_type is {found!r}, expected {PEFT_TYPE!r}")
+        version = values.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            text = f"format_version is {version}, expected at most {FORMAT_VERSION}"
+            raise CheckpointError(f"{file}: {text}: it needs insvp_fast {values.get('insvp_fast_version')} or later")
+        _check_fields(cls, values, f"{file}: ")
+        _check_fields(BackboneRecord, values["backbone"], f"{file}: backbone.")
+        backbone = BackboneRecord(**values["backbone"])
+        if not isinstance(getattr(torch, backbone.dtype, None), torch.dtype):
+            raise CheckpointError(f"{file}: backbone.dtype is {backbone.dtype!r}, expected a dtype of torch")
+        try:
+            return cls(**values | {"backbone": backbone, "insvp": InsVPConfig.from_dict(values["insvp"])})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+
+
+def _check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Check that JSON values are the fields of a dataclass, no more and no fewer, and of their types.
+
+    Raises:
+        CheckpointError: with ``where`` before the key.
+    """
+    types = get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            raise CheckpointError(f"{where}{key} is unknown, expected {sorted(types)}")
+    for key, kind in types.items():
+        if key not in values:
+            raise CheckpointError(f"{where}{key} is missing, found {sorted(values)}")
+        kind = dict if dataclasses.is_dataclass(kind) else kind
+        if not isinstance(values[key], kind):
+            expected = getattr(kind, "__name__", str(kind))
+            raise CheckpointError(f"{where}{key} is {values[key]!r}, expected {expected}")

@@ -1,0 +1,97 @@
+"""State dicts: taken out of what wraps them in a file, checked against a model, and hashed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from insvp_fast.config import InsVPConfig
+from insvp_fast.errors import CheckpointError
+from insvp_fast.reference import InsVPReference
+
+__all__ = ["backbone_sha256", "check_shapes", "expected_shapes", "unwrap_state_dict"]
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of a checkpoint, in timm's order of preference
+
+
+def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without outer dictionaries and the key prefixes of DDP and ``torch.compile``.
+
+    Args:
+        content: what a file holds, or a state dict.
+        where: what messages call it.
+
+    Raises:
+        CheckpointError: if there is no state dict in it.
+    """
+    for _ in WRAPPERS:  # some are nested: {"state_dict": {"model": ...}}
+        outer = content if isinstance(content, Mapping) else {}
+        content = next((outer[key] for key in WRAPPERS if isinstance(outer.get(key), Mapping)), content)
+    items = content.items() if isinstance(content, Mapping) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
+        found = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"{where}: found {found}, expected a state dict of tensors")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
+
+
+def expected_shapes(
+    backbone: nn.Module, num_classes: int, config: InsVPConfig, where: object
+) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes of a model's state dict, without changing the backbone or copying its weights.
+
+    Raises:
+        CheckpointError: if the configuration does not fit the backbone.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
+    weights: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in backbone.parameters()
+    }
+    weights |= {id(b): b.to("meta") for b in backbone.buffers()}
+    try:
+        skeleton = InsVPReference(copy.deepcopy(backbone, weights), num_classes, config)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
+
+
+def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Check that exactly the expected tensors are there, in their shapes.
+
+    Raises:
+        CheckpointError: naming up to three tensors that are missing, unexpected or of another shape.
+    """
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    problems = [f"{key} is missing, expected shape {shape}" for key, shape in expected.items() if key not in found]
+    for key, shape in found.items():
+        if key not in expected:
+            problems.append(f"found the unexpected {key} of shape {shape}")
+        elif shape != expected[key]:
+            problems.append(f"{key} has shape {shape}, expected {expected[key]}")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")
+
+
+def backbone_sha256(backbone: nn.Module, dtype: torch.dtype) -> str:
+    """The SHA-256 of a backbone: names, shapes and fp32 bytes of its state dict, sorted by name, without the head.
+
+    Weights are first rounded to ``dtype``, in which the backbone was when the adapter was saved. So an adapter that was
+    trained around a bf16 copy recognizes both the copy and the fp32 original, and one that was trained around the
+    original rejects the copy, whose weights differ.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        if not name.startswith("head."):
+            tensor = tensor.detach().cpu()
+            tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).float()
+            digest.update(f"{name}{list(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""Data sets of images: ``Images`` decodes them when they are asked for, ``Splits`` holds one for each split."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from insvp_fast.data.decode import read_image
+from insvp_fast.data.lists import class_indices
+from insvp_fast.errors import DataError
+
+__all__ = ["Images", "Splits", "TarMember", "images_of_classes", "require_files"]
+
+
+class Images(Dataset):
+    """Images with a class each; an item is (image, class index), with the image transformed if there is a transform.
+
+    Args:
+        items: each a path, a ``TarMember``, an open file, or pixels, uint8 [h, w, 3].
+        classes: a class index for each item.
+        exif_rotation: rotate and flip images as their EXIF orientation says.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any] | np.ndarray,
+        classes: Sequence[int],
+        transform: Callable[[Image.Image], Any] | None = None,
+        exif_rotation: bool = True,
+    ) -> None:
+        self.items, self.classes, self.transform, self.exif_rotation = items, classes, transform, exif_rotation
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.decode(index)
+        return image if self.transform is None else self.transform(image), self.classes[index]
+
+    def decode(self, index: int) -> Image.Image:
+        """The untransformed image, RGB.
+
+        Raises:
+            DataError: naming the file, if it is missing or no image.
+        """
+        item = self.items[index]
+        if isinstance(item, np.ndarray):
+            return Image.fromarray(item)
+        file = io.BytesIO(item.read()) if isinstance(item, TarMember) else item
+        return read_image(file, self.name(index), self.exif_rotation)
+
+    def name(self, index: int) -> str:
+        """What messages call an image."""
+        item = self.items[index]
+        return str(item) if isinstance(item, str | Path | TarMember) else f"image {index}"
+
+    def with_transform(self, transform: Callable[[Image.Image], Any]) -> Images:
+        """The same images with another transform."""
+        return Images(self.items, self.classes, transform, self.exif_rotation)
+
+
+class TarMember(NamedTuple):
+    """A file in an uncompressed tar, which can be read without the rest of it."""
+
+    file: str
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The member's content."""
+        with open(self.file, "rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.size)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.name}"
+
+
+class Splits(NamedTuple):
+    """A data set as it is stored: the images of each split (train, val, test, train_and_val), and the class names."""
+
+    splits: dict[str, Images]
+    class_names: list[str]
+
+
+def images_of_classes(files: Mapping[str, Sequence[str]], classes: Sequence[str], where: object) -> Images:
+    """The images of class folders: ``files`` by class name, which need not hold every one of ``classes``.
+
+    Raises:
+        DataError: if a name is not one of the classes.
+    """
+    pairs = [(file, name) for name, paths in files.items() for file in paths]
+    return Images([file for file, _ in pairs], class_indices([name for _, name in pairs], classes, where))
+
+
+def require_files(items: Sequence[Any] | np.ndarray, what: str) -> None:
+    """Check that the paths among ``items`` exist; each folder is listed once, and no file is opened.
+
+    Args:
+        what: what messages call the items.
+
+    Raises:
+        DataError: naming the first missing file and how many are missing, or if there are no items.
+    """
+    paths = [Path(item) for item in items if isinstance(item, str | Path)]
+    names = {folder: _names_in(folder) for folder in {path.parent for path in paths}}
+    missing = [path for path in paths if path.name not in names[path.parent]]
+    if missing:
+        raise DataError(f"{len(missing)} of {what} ({len(paths)}) are missing, the first is {missing[0]}")
+    if not len(items):
+        raise DataError(f"found none of {what}")
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()

@@ -1,0 +1,47 @@
+"""State dicts are found in whatever a checkpoint wraps around them."""
+
+import pytest
+import torch
+
+from insvp_fast.checkpoints.state_dict import unwrap_state_dict
+from insvp_fast.errors import CheckpointError
+
+TENSORS = {"a.weight": torch.ones(2), "b.module.bias": torch.zeros(3)}
+
+
+def endless() -> dict:
+    content: dict = {}
+    content["model"] = content
+    return content
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: {"state_dict": t, "epoch": 3},
+        lambda t: {"state_dict": {"model": t}},
+        lambda t: {"model": {"state_dict": t, "optimizer": None}, "args": [1]},
+        lambda t: {"state_dict_ema": None, "model": t},
+        lambda t: {"state_dict": {"a.weight": torch.zeros(1)}, "state_dict_ema": t},
+    ],
+)
+def test_wrappers_and_prefixes_are_taken_off(wrap, prefix):
+    assert unwrap_state_dict(wrap({prefix + key: value for key, value in TENSORS.items()}), "file") == TENSORS
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([1], "list"),
+        (torch.ones(1), "Tensor"),
+        ({"epoch": 3, "b": 1}, r"\['b', 'epoch'\]"),
+        ({"model": {"a": torch.ones(1), "b": None}}, r"\['a', 'b'\]"),
+        ({0: torch.ones(1)}, r"\['0'\]"),
+        (endless(), r"\['model'\]"),
+    ],
+)
+def test_what_holds_no_state_dict_is_refused(content, found):
+    with pytest.raises(CheckpointError, match=f"best.pth: found {found}, expected a state dict of tensors"):
+        unwrap_state_dict(content, "best.pth")

@@ -1,0 +1,109 @@
+"""The rules of docs/architecture.md: who imports whom, where imports stand, and how long files and functions are."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "insvp_fast"
+SHIPPED = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+OURS = [*SHIPPED, *(path for name in ("benchmarks", "tools", "examples") for path in (ROOT / name).rglob("*.py"))]
+
+# Each may import what stands before it; those of one line are not to import each other.
+LAYERS = [
+    ["errors", "config", "storage"],
+    ["reference"],
+    ["kernels"],
+    ["runtime"],
+    ["ops"],
+    ["coverage"],
+    ["backbones", "prompters"],
+    ["checkpoints"],
+    ["model"],
+    ["data"],
+    ["training"],
+    ["recipes"],
+    ["testing"],
+    ["bench"],
+    ["commands"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# what an import of the package, or the command line, must not wait for or need
+LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib")
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "kernels" if parts[0] == "kernels" else parts[1]
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The full names of what an import statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def imports(tree: ast.AST) -> list[tuple[int, str]]:
+    return [(node.lineno, name) for node in ast.walk(tree) for name in imported(node)]
+
+
+def wrong_directions(name: str, tree: ast.AST) -> list[str]:
+    wrong = []
+    for line, module in imports(tree):
+        package, _, rest = module.partition(".")
+        other = rest.partition(".")[0]
+        if package == "insvp_fast" and other in RANK and other != name and RANK[other] >= RANK[name]:
+            wrong.append(f"line {line}: {name} imports {module}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if layer(path) != "__init__"], ids=lambda p: p.stem)
+def test_imports_run_one_way(path):
+    assert layer(path) in RANK, "expected a layer of its own in LAYERS"
+    assert not wrong_directions(layer(path), ast.parse(path.read_text()))
+
+
+def test_a_wrong_direction_is_seen():
+    assert wrong_directions("ops", ast.parse("from insvp_fast import model")) == [
+        "line 1: ops imports insvp_fast.model"
+    ]
+    assert wrong_directions("prompters", ast.parse("def f():\n    import insvp_fast.backbones.swin"))
+    assert not wrong_directions("model", ast.parse("from insvp_fast import ops, __version__"))
+
+
+def late_imports(tree: ast.AST) -> list[str]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [name for function in functions for _, name in imports(function) if not name.startswith(LATE)]
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if layer(path) != "commands"], ids=lambda p: p.stem)
+def test_imports_inside_functions_are_for_what_is_heavy_or_optional(path):
+    assert not late_imports(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: p.stem)
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: p.stem)
+def test_nobody_edits_the_path_or_draws_rules(path):
+    text = path.read_text()
+    assert "sys.path" not in text
+    assert "# -----" not in text
+
+
+@pytest.mark.parametrize(
+    "path", [p for end in ("h", "cpp") for p in (ROOT / "kernels" / "cpu").rglob(f"*.{end}")], ids=lambda p: p.name
+)
+def test_native_sources_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
