@@ -1,0 +1,98 @@
+"""Each script in examples/ runs on a small input, as a process of its own, and leaves an adapter that can be loaded."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from insvp_fast import InsVPViT
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="only a checkout has examples/")
+
+
+def run(name: str, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
+    """What the script prints."""
+    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install -e '.[examples]'")
+
+
+def accuracy(printed: str) -> float:
+    """In percent."""
+    return float(re.search(r"test.accuracy\D*([\d.]+)%", printed)[1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, str]:
+    """The adapter that pytorch_loop.py writes, and what it prints."""
+    adapter = tmp_path_factory.mktemp("pytorch") / "adapter"
+    return adapter, run("pytorch_loop.py", "--epochs", 1, "--output", adapter)
+
+
+def test_the_plain_loop_learns_digits(trained):
+    adapter, printed = trained
+    assert accuracy(printed) > 40  # of ten classes, after one epoch
+    model = InsVPViT.from_pretrained(adapter)
+    assert model.class_names == [str(digit) for digit in range(10)]
+    assert model.preprocessing["input_size"] == [3, 32, 32]
+
+
+def test_inference_classifies_files_as_the_model_does(trained, tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)).save(file)
+    lines = run("inference.py", trained[0], *files, "--batch-size", 2).splitlines()
+    assert [line.split(": ")[0] for line in lines] == list(map(str, files))
+    model = InsVPViT.from_pretrained(trained[0])
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB").resize((32, 32), 3)) for file in files])
+    with torch.inference_mode():
+        found = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).argmax(1)
+    assert [line.split(": ")[1].split(" ")[0] for line in lines] == [model.class_names[i] for i in found]
+
+
+def test_timm_trains_it():
+    printed = run("timm_training.py", "--fake", "--epochs", 2)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_the_trainer_of_transformers_trains_it(tmp_path):
+    require("transformers")
+    printed = run("huggingface_trainer.py", "--epochs", 1, "--output", tmp_path)
+    assert accuracy(printed) > 30
+    assert not list(tmp_path.rglob("checkpoint*"))  # they would hold the backbone
+    InsVPViT.from_pretrained(tmp_path)
+
+
+def test_lightning_trains_it(tmp_path):
+    require("lightning")
+    run("lightning_module.py", "--epochs", 1, "--output", tmp_path)
+    (file,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(file, weights_only=True)["state_dict"]
+    model = InsVPViT.from_pretrained(tmp_path)
+    own = {f"model.{name}": p for name, p in model.named_parameters() if not name.startswith("backbone.")}
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[name], p) for name, p in own.items())
+
+
+def test_two_processes_train_one_model(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run("multi_gpu.py", "--cpu", "--epochs", 1, "--output", tmp_path, launcher=launcher)
+    assert "of 360 images, 2 processes" in printed
+    assert accuracy(printed) > 25
+    InsVPViT.from_pretrained(tmp_path)
