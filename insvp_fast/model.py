@@ -36,7 +36,9 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
     A backbone without a fast path runs through the reference's own path, exactly, and a warning says so once.
 
     Args, shapes and errors: see ``InsVPReference``. With ``pretrained``, a backbone's name is anything that
-    ``create_backbone`` takes. These arguments are attributes as well, which may be set later:
+    ``create_backbone`` takes. The arguments below are attributes as well, which may be set later.
+
+    Args:
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
             layers: half of the memory, a twelfth more work), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds those weights again.

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from insvp_fast.data import load_data
-from insvp_fast.training.figures import _as_picture, _as_relief
-from insvp_fast.training.run import load_run
+from insvp_fast.training.load import load_run
+from insvp_fast.training.plots import _denormalize, _to_gray_range
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*avx512-bf16*.json"))[-1]
@@ -58,10 +58,10 @@ def draw_prompts(figure: SubFigure, run: str) -> None:
     images = torch.stack([first[name] for name in CLASSES])
     prompt = model.image_prompt(images)
     rows = {
-        "image": _as_picture(images, preprocessing),
-        "+ global\nprompt": _as_relief(prompt.global_),
-        "+ patch\nprompt": _as_relief(prompt.patch),
-        "= prompted\nimage": _as_picture(prompt.prompted, preprocessing),
+        "image": _denormalize(images, preprocessing),
+        "+ global\nprompt": _to_gray_range(prompt.global_),
+        "+ patch\nprompt": _to_gray_range(prompt.patch),
+        "= prompted\nimage": _denormalize(prompt.prompted, preprocessing),
     }
     figure.suptitle("InsVP draws a prompt for each image", fontsize=10)
     for (name, pictures), line in zip(rows.items(), figure.subplots(4, len(images)), strict=True):
