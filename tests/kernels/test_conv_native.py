@@ -212,9 +212,9 @@ def test_wrong_arguments_are_refused():
         native.conv_fwd(x.to("meta"), weight, bias, 1, 12, 12, True, F32)
     with pytest.raises(ValueError, match=r"weight has shape .* expected \(2, 3, 3, 3\)"):
         native.conv_fwd(x, weight[:, :1], bias, 1, 12, 12, True, F32)
-    with pytest.raises(ValueError, match="13x12 is no centre of 12x12"):
+    with pytest.raises(ValueError, match="13x12 is no center of 12x12"):
         native.conv_fwd(x, weight, bias, 1, 13, 12, True, F32)
-    with pytest.raises(ValueError, match="12x10 is no centre of 12x12 in windows of 4x4"):
+    with pytest.raises(ValueError, match="12x10 is no center of 12x12 in windows of 4x4"):
         native.conv_pool_fwd(x, weight, bias, 12, 10, 4, SLOPE, F32)
     with pytest.raises(ValueError, match="windows of 17x17"):
         native.conv_pool_fwd(x, weight, bias, 17, 17, 17, SLOPE, F32)
