@@ -8,16 +8,15 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
-
-from torch.torch_version import TorchVersion
 
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.tables import format_ratio, table
 from insvp_fast.bench.timing import Row
 
-__all__ = ["save", "waterfall_table", "write_tables"]
+__all__ = ["latest", "read_results", "save", "waterfall_table", "write_tables"]
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -30,7 +29,7 @@ KEYS = ("job", "precision", "provider", "model", "batch", "config", "technique")
 
 def save(rows: list[Row], section: str = "rows", folder: Path = FOLDER) -> Path:
     """Merge rows into a section of this machine's file; a row replaces the older one that measured the same."""
-    facts = machine_facts()
+    facts = machine_facts() | {"date": date.today().isoformat()}
     name = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
     path = folder / f"{name}-torch{facts['torch']}.json"
     path.parent.mkdir(exist_ok=True)
@@ -51,7 +50,7 @@ def write_tables(folder: Path = FOLDER, readme: Path = README, performance: Path
     Raises:
         ValueError: for a file without the markers, or if no machine has what the short table shows.
     """
-    saved = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    saved = read_results(folder)
     pages = {readme: short_table(saved), performance: full_tables(saved)}
     for file, text in {file: _with_tables(file, tables) for file, tables in pages.items()}.items():
         file.write_text(text)
@@ -66,14 +65,11 @@ def _with_tables(file: Path, tables: str) -> str:
 
 
 def short_table(saved: list[dict[str, Any]]) -> str:
-    """InsVPViT against the bare timm ViT in the paper's configuration, on the machine of the newest ``SHOWN`` file.
+    """InsVPViT in the paper's configuration against the bare timm ViT, as last measured on a machine with ``SHOWN``.
 
     A row for each job and precision, at the largest batch that both were timed at.
     """
-    files = [file for file in saved if file["machine"].get("instructions") == SHOWN]
-    if not files:
-        raise ValueError(f"no results of a machine with {SHOWN}")
-    newest = max(files, key=lambda file: TorchVersion(file["machine"]["torch"]))
+    newest = latest(saved)
     rows = sorted((row for row in newest["rows"] if _group(row)[:2] == ("paper", MODEL)), key=lambda row: row["batch"])
     bare, ours = ({_group(row): row for row in rows if row["provider"] == name} for name in ("bare", "insvp_fast"))
     pairs = {group[2:4]: (bare[group], ours[group]) for group in bare if group in ours}
@@ -86,6 +82,19 @@ def short_table(saved: list[dict[str, Any]]) -> str:
             cells += [f"{each['images per second']:.2f} images/s" for each in (baseline, row)]
             lines.append("| " + " | ".join([*cells, format_ratio(row)]) + " |")
     return "\n".join(lines)
+
+
+def latest(saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last of the results that were measured on a machine with ``SHOWN``."""
+    files = [file for file in saved if file["machine"].get("instructions") == SHOWN]
+    if not files:
+        raise ValueError(f"no results of a machine with {SHOWN}")
+    return max(files, key=lambda file: str(file["machine"].get("date", "")))
+
+
+def read_results(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """All saved results."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def _group(row: Row) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.results import latest, read_results
 from insvp_fast.data import load_data
 from insvp_fast.training.load import load_run
 from insvp_fast.training.plots import _denormalize, _to_gray_range
 
 ROOT = Path(__file__).parents[1]
-RESULTS = sorted((ROOT / "benchmarks/results").glob("*avx512-bf16*.json"))[-1]
 CLASSES = ("2", "3", "6", "8")
 MODEL, PROVIDERS = "vit_base_patch16_224", {"bare": "bare frozen timm ViT, eager", "insvp_fast": "InsVPViT"}
 COLORS = {"bare": "#b8bec6", "insvp_fast": "#2f6fb0"}
@@ -32,14 +31,13 @@ COLORS = {"bare": "#b8bec6", "insvp_fast": "#2f6fb0"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder of `insvp train`, on the digits")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="of benchmarks.paired")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/assets/readme.png")
     arguments = parser.parse_args()
     # opaque white, so that black text is read on a dark page too
     figure = Figure(figsize=(8, 3.5), dpi=200, facecolor="white", layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.12), wspace=0.03)
     draw_prompts(left, arguments.run)
-    draw_times(right, json.loads(arguments.results.read_text()))
+    draw_times(right, latest(read_results()))
     stream = io.BytesIO()
     figure.savefig(stream)
     # a palette: a third of the size
