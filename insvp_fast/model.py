@@ -40,7 +40,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
 
     Args:
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
-            layers: half of the memory, a twelfth more work), or "block" (all blocks).
+            layers: half of the memory, a sixth more products), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds those weights again.
         attention: the implementation, "auto" or one of those in ``ops.attention``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
