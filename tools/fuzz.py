@@ -40,7 +40,6 @@ from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 
 from insvp_fast import InsVPConfig
-from insvp_fast.runtime import products
 from insvp_fast.runtime.native import library, native_status
 from insvp_fast.testing import make_pair
 from tests.model.generated_cases import DTYPES, SCALES, SPECIAL, Case, cases
@@ -67,8 +66,7 @@ def _select(level: str | None) -> None:
     os.environ.pop("INSVP_FAST_CPU_ISA", None)
     if level is not None:
         os.environ["INSVP_FAST_CPU_ISA"] = level
-    for answer in (library.load, products.cpu_provider):
-        answer.cache_clear()
+    library.load.cache_clear()
     library.native_status()
 
 

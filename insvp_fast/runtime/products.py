@@ -190,7 +190,6 @@ def override_provider(choose: Callable[[torch.dtype], str]) -> Iterator[None]:
         _override = before
 
 
-@cache
 def cpu_provider(dtype: torch.dtype) -> str:
     """How this CPU multiplies by a frozen weight in ``dtype``: "native", "onednn", "widened" or "plain".
 
@@ -199,8 +198,13 @@ def cpu_provider(dtype: torch.dtype) -> str:
     for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where there are none. "plain":
     ``torch.nn.functional.linear``. The first two only if a self-test passes.
     """
+    return _cpu_provider(dtype, native.native_status())
+
+
+@cache
+def _cpu_provider(dtype: torch.dtype, status: native.NativeStatus) -> str:
     tiles = dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile", False)
-    vectors = native.available(dtype) and native.native_status().isa != "generic"
+    vectors = native.available(dtype) and status.isa != "generic"
     if vectors and not tiles and _works(_native_product, dtype):
         return "native"
     if not hardware.has_products(dtype):

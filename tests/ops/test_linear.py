@@ -43,6 +43,17 @@ def test_every_provider(how, shape):
         assert relative_error(d_x, grad.double() @ weight.double()) < 1e-6
 
 
+def test_the_provider_follows_the_native_library(monkeypatch):
+    """What was chosen without it, as for a report, is not kept."""
+    before = products.cpu_provider(torch.float32)
+    with monkeypatch.context() as without:
+        absent = native.NativeStatus(False, None, "switched off")
+        without.setattr(native, "native_status", lambda: absent)
+        without.setattr(native, "available", lambda *dtypes: False)
+        assert products.cpu_provider(torch.float32) in ("onednn", "plain")
+    assert products.cpu_provider(torch.float32) == before
+
+
 def test_which_provider_is_used():
     vectors = native.native_status().isa not in (None, "generic")
     assert (products.cpu_provider(torch.float32) == "native") == vectors

@@ -27,6 +27,7 @@ ALLOWED = {
     "_version": "of a tensor: in PyTorch's documentation of in-place correctness checks",
     "_asdict": "named tuples have it for everybody",
     "_fields": "the same",
+    "_make": "the same",
     "_replace": "the same",
     "_pos_embed": "timm's, part of every ViT that is understood",
     "_file_dict": "torchvision's, of one data set",
