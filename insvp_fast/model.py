@@ -66,7 +66,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
             backbone, pretrained, backbone_kwargs = create_backbone(backbone, **backbone_kwargs), False, {}
         super().__init__(backbone, num_classes, config, pretrained=pretrained, **backbone_kwargs)
         for prompter in self._prompters():
-            prompters.accelerate(prompter)
+            prompters.make_fast(prompter)
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.gelu_in_8_bits, self.compile_prompters = gelu_in_8_bits, compile_prompters
         self._prompters_are_compiled = False

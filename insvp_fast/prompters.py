@@ -11,7 +11,7 @@ from insvp_fast.coverage import Covered, Requirements, Rule, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops.conv import conv_reference
 
-__all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter", "accelerate"]
+__all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter", "make_fast"]
 
 watch("forward __call__", reference.GlobalPrompter, reference.PatchPrompter, reference.SpecificPrompter)
 watch("leaky_relu max_pool2d adaptive_max_pool2d pad", F)
@@ -90,7 +90,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def accelerate(prompter: nn.Module) -> None:
+def make_fast(prompter: nn.Module) -> None:
     """Turn a prompter of the reference into the one of the same name from this file, in place: only its class changes.
 
     Raises:

@@ -31,7 +31,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # and of these, nothing else
-ONLY = {"data": {"errors", "config", "storage"}}
+ONLY: dict[str, set[str]] = {"data": {"errors", "config", "storage"}, "kernels": set()}
 # what an import of the package, or the command line, must not wait for or need
 LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy")
 
@@ -78,6 +78,7 @@ def test_a_wrong_direction_is_seen():
     ]
     assert wrong_directions("prompters", ast.parse("def f():\n    import insvp_fast.backbones.swin"))
     assert wrong_directions("data", ast.parse("from insvp_fast.model import InsVPViT"))
+    assert wrong_directions("kernels", ast.parse("from insvp_fast.reference import unfold"))
     assert not wrong_directions("model", ast.parse("from insvp_fast import ops, __version__"))
 
 

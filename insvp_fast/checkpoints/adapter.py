@@ -26,6 +26,7 @@ from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, source_of
 from insvp_fast.checkpoints.files import find_file, read_safetensors
 from insvp_fast.checkpoints.model_card import make_model_card
+from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.released import infer_config, read_released, to_ours, to_released
 from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
@@ -33,8 +34,6 @@ from insvp_fast.errors import CheckpointError
 from insvp_fast.storage import write_file
 
 __all__ = ["AdapterCheckpoint"]
-
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 class AdapterCheckpoint(
@@ -123,7 +122,7 @@ class AdapterCheckpoint(
         weights = {key: value.detach().cpu().contiguous() for key, value in _adapter_part(self.state_dict()).items()}
         save_directory.mkdir(parents=True, exist_ok=True)
         write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
-        write_file(save_directory / CONFIG_FILE, config.to_json())
+        write_file(save_directory / ADAPTER_FILE, config.to_json())
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card of this adapter; ``kwargs`` are fields of its metadata."""
@@ -165,7 +164,7 @@ class AdapterCheckpoint(
         """
         hub: dict[str, Any] = {"force_download": force_download, "token": token, "cache_dir": cache_dir}
         hub |= {"local_files_only": local_files_only, "revision": revision}
-        config_file = find_file(str(pretrained_model_name_or_path), CONFIG_FILE, hub)
+        config_file = find_file(str(pretrained_model_name_or_path), ADAPTER_FILE, hub)
         weights_file = find_file(str(pretrained_model_name_or_path), WEIGHTS_FILE, hub)
         config, weights = AdapterConfig.read(config_file), read_safetensors(weights_file)
 

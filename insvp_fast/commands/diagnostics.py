@@ -9,12 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
-from insvp_fast.training.run_folder import ADAPTER_FILE, WEIGHTS_FILE, read_config, read_json, read_metrics
+from insvp_fast.training.run_folder import SLOW_LOADER, read_config, read_json, read_metrics
 
 __all__ = ["adapter_warnings", "run_warnings"]
-
-SLOW_LOADER = 0.3  # of the training time spent waiting for images: from here on it is a problem
 
 
 def run_warnings(run: Path) -> Iterator[str]:

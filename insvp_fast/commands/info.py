@@ -15,8 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.errors import CommandError
-from insvp_fast.training.run_folder import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_config, read_json, read_results
+from insvp_fast.training.run_folder import CONFIG_FILE, read_config, read_json, read_results
 
 SUMMARY = "describe a run, an adapter or a backbone"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -117,9 +118,18 @@ def _report(part: nn.Module, reason: str | None) -> bool:
     """Warn of a new reason; returns whether there is none."""
     memo = _memo(part)
     if reason is not None and reason != memo.reported:
-        warnings.warn(f"{type(part).__name__} takes the general path, exact but not fast: {reason}", stacklevel=4)
+        text = f"{type(part).__name__} takes the general path, exact but not fast: {reason}"
+        warnings.warn(text, stacklevel=_levels_to_caller())
     memo.reported = reason
     return reason is None
+
+
+def _levels_to_caller() -> int:
+    """How far up the stack the code is that called the model, seen from ``_report``."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("insvp_fast.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _changeable_reason(part: Covered) -> str | None:

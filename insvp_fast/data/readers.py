@@ -17,7 +17,7 @@ from insvp_fast.data.folders import read_class_folders
 from insvp_fast.data.images import Images, Splits, images_of_classes, require_files
 from insvp_fast.data.lists import Pairs, class_indices, read_list, sorted_labels
 from insvp_fast.data.pickles import read_pickle
-from insvp_fast.data.sets import SETS, SPLITS, NamedSet
+from insvp_fast.data.sets import SETS, SPLITS, VTAB, NamedSet
 from insvp_fast.errors import DataError
 
 __all__ = ["read_set"]
@@ -32,7 +32,7 @@ def read_set(name: str, root: str | Path) -> Splits:
     known = SETS[name]
     home = _home(name, known, Path(root))
     try:
-        found = _READERS.get(name, _read_vtab)(home, name)
+        found = (_read_vtab if name in VTAB else _READERS[name])(home, name)
         for split, images in found.splits.items():
             require_files(images.items, f"the images of {split}")
     except ModuleNotFoundError as error:

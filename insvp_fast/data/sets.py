@@ -141,4 +141,4 @@ VTAB = {
     for task, (classes, test_images) in _TASKS.items()
 }
 
-SETS = HTA | VTAB
+SETS = HTA | VTAB  # a set of neither goes into a dictionary of its own, with its reader in readers.py

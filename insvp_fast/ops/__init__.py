@@ -1,9 +1,13 @@
 """The operations: one contract each, carried out by whatever is fastest where the tensors are.
 
 One file per operation, all alike: the public function, which checks its arguments; the formula, ``<op>_reference``, and
-its gradient written out, ``<op>_bwd_reference``; the operands of the operator as a named tuple; the autograd function;
-the implementations, each with the reason why it may not cover some operands; and their registration (``registry.py``).
+its gradient written out, ``<op>_bwd_reference``; the operands of the operators as named tuples; the autograd function;
+the implementations, each with the reason why it may not compute some operands; and their registration
+(``registry.py``). ``linear`` and ``mlp`` have PyTorch's own formulas, and ``query_attention`` one implementation.
 Gradients are first-order only.
+
+The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
+superpose_reference``.
 
 Letters as in ``reference.py``.
 """
@@ -15,7 +19,6 @@ from insvp_fast.ops.linear import linear, project_q_kv
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
 from insvp_fast.ops.query_attention import query_attention
-from insvp_fast.ops.registry import implementation
 from insvp_fast.ops.superpose import Blend, PatchWeights, superpose
 from insvp_fast.runtime.products import FrozenLinear
 
@@ -27,7 +30,6 @@ __all__ = [
     "attention",
     "conv",
     "conv_pool",
-    "implementation",
     "linear",
     "mlp",
     "norm_insert",

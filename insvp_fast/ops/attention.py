@@ -30,21 +30,26 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, im
     """Softmax attention of the first ``num_queries`` tokens to all S, from the packed product.
 
     Args:
-        qkv: [B, S, 3·D], heads folded into D.
+        qkv: [B, S, 3·D], ``num_heads`` equal heads folded into D, in any floating dtype.
+        num_queries: T, 0 to S.
         scale: of the scores before the softmax.
         impl: "auto" lets the device decide: on GPUs "sdpa", on CPUs the fastest of "native", "explicit" (PyTorch's
             products, image after image) and "flash" (PyTorch's fused kernel for CPUs). One of these, "reference",
             "triton" or "xformers" insists.
 
     Returns:
-        [B, num_queries, D]. Kept for backward: ``qkv`` and what the implementation needs of the softmax.
+        [B, T, D] in the dtype of ``qkv``. Kept for backward: ``qkv`` and what the implementation needs of the softmax.
 
     Raises:
-        ValueError: for an unknown ``impl``.
+        ValueError: for shapes that do not fit, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
     if impl not in ATTENTION:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(ATTENTION)}")
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}: expected [B, S, 3*D] with D in {num_heads} equal heads")
+    if not 0 <= num_queries <= qkv.shape[1]:
+        raise ValueError(f"num_queries={num_queries}: expected 0 to {qkv.shape[1]}, the number of tokens")
     if impl == "auto" and qkv.device.type != "cpu":
         impl = "sdpa"
     if impl in _COMPOSED:
@@ -118,7 +123,7 @@ class _Bwd(NamedTuple):
     scale: float
 
 
-@first_order("attention", "insvp_fast.ops.attention.attention_reference")
+@first_order("attention", "attention_reference of the module insvp_fast.ops.attention")
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -133,14 +138,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _fwd_auto(a: _Fwd) -> Sequence[str]:
-    if a.qkv.device.type != "cpu":
-        return ["triton"]
+    if a.qkv.device.type != "cpu":  # on GPUs "auto" is "sdpa", above; a program that was exported on a CPU comes here
+        return []
     return [*_native_first(), *(["explicit"] if _explicit_wins(a.qkv.dtype) else ["flash", "explicit"])]
 
 
 def _bwd_auto(a: _Bwd) -> Sequence[str]:
     if a.qkv.device.type != "cpu":
-        return ["triton"]
+        return []
     return ["flash"] if a.out is not None else [*_native_first(), "explicit"]
 
 
@@ -178,7 +183,7 @@ def _bwd_native(a: _Bwd) -> Tensor:
     return native.attention_bwd(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale)
 
 
-def _native_covers(a: _Fwd | _Bwd) -> str | None:
+def _native_reason(a: _Fwd | _Bwd) -> str | None:
     return native_reason(a.qkv.device, a.qkv.dtype)
 
 
@@ -187,7 +192,7 @@ def _multiplied(x: Tensor) -> Tensor:
     return x if hardware.has_products(x.dtype) else x.float()
 
 
-def _cpu_covers(a: _Fwd | _Bwd) -> str | None:
+def _cpu_reason(a: _Fwd | _Bwd) -> str | None:
     device = a.qkv.device
     return None if device.type == "cpu" else f"cannot run here: it computes on the CPU, not on {device}"
 
@@ -248,9 +253,9 @@ def _bwd_flash(a: _Bwd) -> Tensor:
     return d_qkv
 
 
-def _flash_covers(a: _Fwd | _Bwd) -> str | None:
+def _flash_reason(a: _Fwd | _Bwd) -> str | None:
     absent = None if torch_private.HAS_FLASH else "cannot run here: this PyTorch has no fused attention for CPUs"
-    return _cpu_covers(a) or absent
+    return _cpu_reason(a) or absent
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
@@ -265,7 +270,7 @@ def _bwd_triton(a: _Bwd) -> Tensor:
     return kernel.attention_bwd(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale)
 
 
-def _triton_covers(a: _Fwd | _Bwd) -> str | None:
+def _triton_reason(a: _Fwd | _Bwd) -> str | None:
     device, dtype = a.qkv.device, a.qkv.dtype
     if reason := triton_reason(device) or dtype_reason((torch.bfloat16, torch.float16), dtype):
         return reason
@@ -298,10 +303,10 @@ register(
     fake=_fwd_fake,
     reference=_fwd_reference,
     auto=_fwd_auto,
-    native=Implementation(_fwd_native, _native_covers),
-    explicit=Implementation(_fwd_explicit, _cpu_covers),
-    flash=Implementation(_fwd_flash, _flash_covers, fake=_fwd_flash_fake),
-    triton=Implementation(_fwd_triton, _triton_covers),
+    native=Implementation(_fwd_native, _native_reason),
+    explicit=Implementation(_fwd_explicit, _cpu_reason),
+    flash=Implementation(_fwd_flash, _flash_reason, fake=_fwd_flash_fake),
+    triton=Implementation(_fwd_triton, _triton_reason),
 )
 register(
     "attention_bwd",
@@ -310,8 +315,8 @@ register(
     fake=_bwd_fake,
     reference=_bwd_reference,
     auto=_bwd_auto,
-    native=Implementation(_bwd_native, _native_covers),
-    explicit=Implementation(_bwd_explicit, _cpu_covers),
-    flash=Implementation(_bwd_flash, _flash_covers),
-    triton=Implementation(_bwd_triton, _triton_covers),
+    native=Implementation(_bwd_native, _native_reason),
+    explicit=Implementation(_bwd_explicit, _cpu_reason),
+    flash=Implementation(_bwd_flash, _flash_reason),
+    triton=Implementation(_bwd_triton, _triton_reason),
 )

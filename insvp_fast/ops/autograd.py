@@ -20,7 +20,7 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
 
     Args:
         name: of the operation in ``insvp_fast.ops``.
-        instead: what has second derivatives.
+        instead: what has second derivatives: a function of PyTorch, or the formula in the operation's module.
     """
 
     def decorate(function: type[Function]) -> type[Function]:

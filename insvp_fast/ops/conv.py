@@ -31,8 +31,11 @@ def conv(
     """The central ``height`` x ``width`` of a "same" convolution with stride 1, after ReLU if wanted.
 
     Args:
-        x: [B, C, H, W].
+        x: [B, C, H, W], in any floating dtype.
         weight, bias: [O, C, kh, kw] and [O].
+        dilation: of the kernel.
+        height, width: of the result, at most H and W.
+        relu: whether to end in a ReLU.
         dtype: of the result; that of x if not given. Arithmetic is fp32.
         impl: "auto" lets the device decide; "reference" or "native" insists.
 
@@ -51,10 +54,10 @@ def conv(
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, pool: int) -> None:
     """Raise ValueError for operands that are not those of a convolution, or a center that is larger than the map."""
-    C, H, W = x.shape[-3:]
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != C or bias.shape != weight.shape[:1]:
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or bias.shape != weight.shape[:1]:
         shapes = tuple(x.shape), tuple(weight.shape), tuple(bias.shape)
         raise ValueError(f"x, weight and bias have shapes {shapes}: expected [B, C, H, W], [O, C, kh, kw] and [O]")
+    H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:
         raise ValueError(f"a center of {height}x{width}: expected at most {H}x{W}, in windows of {pool}x{pool}")
 
@@ -120,7 +123,7 @@ class _Bwd(NamedTuple):
     need_x: bool
 
 
-@first_order("conv", "insvp_fast.ops.conv.conv_reference")
+@first_order("conv", "conv_reference of the module insvp_fast.ops.conv")
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -178,11 +181,11 @@ def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return native.conv_bwd(*a)
 
 
-def _fwd_native_covers(a: _Fwd) -> str | None:
+def _fwd_native_reason(a: _Fwd) -> str | None:
     return native_reason(a.x.device, a.x.dtype, a.dtype, weights=(a.weight, a.bias))
 
 
-def _bwd_native_covers(a: _Bwd) -> str | None:
+def _bwd_native_reason(a: _Bwd) -> str | None:
     reason = native_reason(a.x.device, a.grad.dtype, a.x.dtype, weights=(a.weight,))
     return reason or not_finite_reason(a.grad, a.x)
 
@@ -207,7 +210,7 @@ register(
     "Tensor",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_covers),
+    native=Implementation(_fwd_native, _fwd_native_reason),
 )
 register(
     "conv_bwd",
@@ -215,5 +218,5 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_covers),
+    native=Implementation(_bwd_native, _bwd_native_reason),
 )

@@ -39,6 +39,7 @@ def conv_pool(
 
     Args:
         x, weight, bias, dtype, impl: as in ``conv``.
+        height, width: of the center that is convolved, at most H and W.
         pool: at most 16, and a divisor of height and width.
         negative_slope: of the LeakyReLU; not negative.
 
@@ -118,7 +119,7 @@ class _Bwd(NamedTuple):
     need_x: bool
 
 
-@first_order("conv_pool", "insvp_fast.ops.conv_pool.conv_pool_reference")
+@first_order("conv_pool", "conv_pool_reference of the module insvp_fast.ops.conv_pool")
 class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -157,11 +158,11 @@ def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return native.conv_pool_bwd(*a)
 
 
-def _fwd_native_covers(a: _Fwd) -> str | None:
+def _fwd_native_reason(a: _Fwd) -> str | None:
     return native_reason(a.x.device, a.x.dtype, a.dtype, weights=(a.weight, a.bias))
 
 
-def _bwd_native_covers(a: _Bwd) -> str | None:
+def _bwd_native_reason(a: _Bwd) -> str | None:
     reason = native_reason(a.x.device, a.grad.dtype, a.x.dtype, weights=(a.weight,))
     return reason or not_finite_reason(a.grad, a.x)
 
@@ -181,7 +182,7 @@ register(
     "(Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_covers),
+    native=Implementation(_fwd_native, _fwd_native_reason),
 )
 register(
     "conv_pool_bwd",
@@ -189,5 +190,5 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_covers),
+    native=Implementation(_bwd_native, _bwd_native_reason),
 )

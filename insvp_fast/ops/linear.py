@@ -31,10 +31,11 @@ def linear(x: Tensor, layer: FrozenLinear, *, impl: str = "auto") -> Tensor:
         [..., last - first]
 
     Raises:
-        ValueError: if one of them requires a gradient, which would be lost, or for an unknown ``impl``.
+        ValueError: for shapes that do not fit, a weight that requires a gradient, which would be lost, or an unknown
+            ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
-    operands = _Fwd(x, *frozen_operands(layer))
+    operands = _Fwd(x, *frozen_operands(x, layer))
     require("linear_fwd", impl, operands)
     return cast(Tensor, apply(_Linear, *operands, impl))
 
@@ -53,18 +54,25 @@ def project_q_kv(x: Tensor, num_queries: int, layer: FrozenLinear, *, impl: str 
     Raises:
         ValueError, RuntimeError: as ``linear``.
     """
-    operands = _Fwd(x, *frozen_operands(layer))
+    operands = _Fwd(x, *frozen_operands(x, layer))
+    if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or operands.last != 3 * x.shape[2] or operands.first:
+        found = f"x of shape {tuple(x.shape)}, num_queries={num_queries} and {operands.last - operands.first} outputs"
+        raise ValueError(f"found {found}: expected [B, S, D], 0 to S, and 3*D")
     require("linear_fwd", impl, operands)
     q, kv = apply(_ProjectQKV, x, num_queries, *layer.sources, impl)
     return q, kv
 
 
-def frozen_operands(*layers: FrozenLinear) -> tuple[Any, ...]:
+def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     """All that frozen layers are made of, one after the other, and the range of outputs of the last.
 
     Raises:
-        ValueError: if a weight is trained.
+        ValueError: if a weight is trained, or a layer does not fit x or the layer before.
     """
+    features = x.shape[-1]
+    for layer in layers:
+        _check(layer, features)
+        features = layer.out_features
     if any(w is not None and w.requires_grad for layer in layers for w in layer.sources):
         raise ValueError(
             "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
@@ -73,6 +81,18 @@ def frozen_operands(*layers: FrozenLinear) -> tuple[Any, ...]:
     layer = layers[-1]
     last = layer.weight.shape[0] if layer.last is None else layer.last
     return *(w for layer in layers for w in layer.sources), layer.first, last
+
+
+def _check(layer: FrozenLinear, features: int) -> None:
+    if layer.weight.ndim < 2 or layer.in_features != features:
+        raise ValueError(f"weight has shape {tuple(layer.weight.shape)}: expected [D_out, {features}] for its input")
+    outputs = layer.weight.shape[0]
+    for name, size in (("bias", outputs), ("gain", features), ("shift", features)):
+        vector = getattr(layer, name)
+        if vector is not None and vector.shape != (size,):
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}: expected {(size,)}")
+    if not 0 <= layer.first <= (outputs if layer.last is None else layer.last) <= outputs:
+        raise ValueError(f"outputs {layer.first} to {layer.last}: expected a range within 0 to {outputs}")
 
 
 class _Fwd(NamedTuple):
@@ -139,7 +159,7 @@ def _auto(a: _Fwd | _Bwd) -> Sequence[str]:
     return [products.provider(a[0].dtype, a[0].device)]
 
 
-def covers(how: str) -> Callable[[Any], str | None]:
+def provider_reason(how: str) -> Callable[[Any], str | None]:
     """Of operands that begin with what is multiplied: why the provider ``how`` cannot multiply it."""
 
     def reason(operands: Any) -> str | None:
@@ -165,7 +185,7 @@ register(
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=_auto,
-    **{how: Implementation(partial(_fwd, how), covers(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS},
 )
 register(
     "linear_bwd",
@@ -174,5 +194,5 @@ register(
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=_auto,
-    **{how: Implementation(partial(_bwd, how), covers(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS},
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.linear import PROVIDERS, covers, frozen_operands
+from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
 from insvp_fast.ops.registry import Implementation, dtype_reason, register, require, triton_reason, widened
 from insvp_fast.runtime import products
 from insvp_fast.runtime.products import FrozenLinear
@@ -32,14 +32,17 @@ def mlp(x: Tensor, fc1: FrozenLinear, fc2: FrozenLinear, *, keep: str = "pre", i
         impl: "auto" lets the device decide; those of ``linear`` insist on a product, "triton" on Triton's GELU with
             PyTorch's product.
 
+    Returns:
+        [..., D]
+
     Raises:
-        ValueError: if a weight requires a gradient, or for another ``keep`` or ``impl``.
+        ValueError: for shapes that do not fit, a weight that requires a gradient, or another ``keep`` or ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
     if keep not in KEEP:
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
     needed = torch.is_grad_enabled() and x.requires_grad
-    w1, b1, gain, shift, w2, b2, *_ = frozen_operands(fc1, fc2)
+    w1, b1, gain, shift, w2, b2, *_ = frozen_operands(x, fc1, fc2)
     operands = _Fwd(x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
     require("mlp_fwd", impl, operands)
     return cast(Tensor, apply(_Mlp, *operands, impl))
@@ -156,7 +159,7 @@ def _bwd_triton(a: _Bwd) -> Tensor:
     return products.linear_bwd(d_pre, a.fc1, how)
 
 
-def _triton_covers(a: _Fwd | _Bwd) -> str | None:
+def _triton_reason(a: _Fwd | _Bwd) -> str | None:
     floats = torch.float32, torch.bfloat16, torch.float16
     return triton_reason(a[0].device) or dtype_reason(floats, a[0].dtype)
 
@@ -183,8 +186,8 @@ register(
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=_auto,
-    triton=Implementation(_fwd_triton, _triton_covers),
-    **{how: Implementation(partial(_fwd, how), covers(how)) for how in PROVIDERS},
+    triton=Implementation(_fwd_triton, _triton_reason),
+    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS},
 )
 register(
     "mlp_bwd",
@@ -193,6 +196,6 @@ register(
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=_auto,
-    triton=Implementation(_bwd_triton, _triton_covers),
-    **{how: Implementation(partial(_bwd, how), covers(how)) for how in PROVIDERS},
+    triton=Implementation(_bwd_triton, _triton_reason),
+    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS},
 )

@@ -37,7 +37,7 @@ def norm_insert(
     """Residual addition, then LayerNorm of tokens and prompts, placed in one buffer for the QKV product.
 
     Args:
-        residual: [B, T, D], the stream; statistics are taken in at least fp32.
+        residual: [B, T, D], the stream, in any floating dtype; statistics are taken in at least fp32.
         branch: [B, T, D], what the preceding half-block adds to it, or None.
         prompts: [B, L, D], or None.
         weight, bias, eps: of the frozen LayerNorm; no weight, no affine map: it is folded into the next product.
@@ -45,17 +45,36 @@ def norm_insert(
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
-        The new residual [B, T, D], and the normalized tokens and prompts [B, T+L, D]. Kept for backward: these before
-        the affine map, which without one are no memory of their own, and 1/sigma of each row.
+        The new residual [B, T, D] in its dtype, and the normalized tokens and prompts [B, T+L, D] in ``dtype``. For
+        backward it keeps the normalized rows before the affine map (without a map that is the result itself), and
+        1/sigma of each row.
 
     Raises:
-        ValueError: for an unknown ``impl``.
+        ValueError: for shapes that do not fit, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
+    _check(residual, branch, prompts, weight, bias)
     operands = _Fwd(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
     require("norm_insert_fwd", impl, operands)
     total, normed = apply(_NormInsert, *operands, impl)
     return residual if branch is None else total, normed
+
+
+def _check(
+    residual: Tensor, branch: Tensor | None, prompts: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    if residual.ndim != 3:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}: expected [B, T, D]")
+    B, _, D = residual.shape
+    if branch is not None and branch.shape != residual.shape:
+        raise ValueError(
+            f"branch has shape {tuple(branch.shape)}: expected that of the residual, {tuple(residual.shape)}"
+        )
+    if prompts is not None and (prompts.ndim != 3 or prompts.shape != (B, prompts.shape[1], D)):
+        raise ValueError(f"prompts have shape {tuple(prompts.shape)}: expected [{B}, L, {D}]")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.shape != (D,):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {(D,)}")
 
 
 def norm_insert_reference(
@@ -111,7 +130,7 @@ class _Bwd(NamedTuple):
     branch_dtype: torch.dtype
 
 
-@first_order("norm_insert", "insvp_fast.ops.norm_insert.norm_insert_reference")
+@first_order("norm_insert", "norm_insert_reference of the module insvp_fast.ops.norm_insert")
 class _NormInsert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor]:
@@ -172,12 +191,12 @@ def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return native.norm_insert_bwd(*a)
 
 
-def _fwd_native_covers(a: _Fwd) -> str | None:
+def _fwd_native_reason(a: _Fwd) -> str | None:
     maps = [t.dtype for t in (a.residual, a.branch, a.prompts) if t is not None]
     return native_reason(a.residual.device, *maps, a.dtype)
 
 
-def _bwd_native_covers(a: _Bwd) -> str | None:
+def _bwd_native_reason(a: _Bwd) -> str | None:
     return native_reason(a.xhat.device, a.grad_normed.dtype, a.xhat.dtype, a.stream_dtype, a.branch_dtype)
 
 
@@ -193,15 +212,15 @@ def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return kernel.norm_insert_bwd(*a)
 
 
-def _fwd_triton_covers(a: _Fwd) -> str | None:
-    return _triton_covers(a.residual, a.residual.dtype, a.dtype)
+def _fwd_triton_reason(a: _Fwd) -> str | None:
+    return _triton_reason(a.residual, a.residual.dtype, a.dtype)
 
 
-def _bwd_triton_covers(a: _Bwd) -> str | None:
-    return _triton_covers(a.xhat, a.stream_dtype, a.xhat.dtype)
+def _bwd_triton_reason(a: _Bwd) -> str | None:
+    return _triton_reason(a.xhat, a.stream_dtype, a.xhat.dtype)
 
 
-def _triton_covers(x: Tensor, *dtypes: torch.dtype) -> str | None:
+def _triton_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
     floats = torch.float32, torch.bfloat16, torch.float16
     if reason := triton_reason(x.device) or dtype_reason(floats, *dtypes):
         return reason
@@ -235,8 +254,8 @@ register(
     "(Tensor, Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_covers),
-    triton=Implementation(_fwd_triton, _fwd_triton_covers),
+    native=Implementation(_fwd_native, _fwd_native_reason),
+    triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
     "norm_insert_bwd",
@@ -244,6 +263,6 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_covers),
-    triton=Implementation(_bwd_triton, _bwd_triton_covers),
+    native=Implementation(_bwd_native, _bwd_native_reason),
+    triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

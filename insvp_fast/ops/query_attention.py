@@ -20,16 +20,22 @@ def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tens
     It has one implementation, PyTorch's products.
 
     Args:
-        q, kv: [B, T, D] and, packed, [B, S, 2·D], heads folded into D.
+        q, kv: [B, T, D] and, packed, [B, S, 2·D], ``num_heads`` equal heads folded into D, in one floating dtype.
         scale: of the scores before the softmax.
 
     Returns:
         [B, T, D]. Kept for backward: ``q``, ``kv`` and the probabilities, [B, heads, T, S].
+
+    Raises:
+        ValueError: for shapes that do not fit.
     """
+    if q.ndim != 3 or kv.shape != (len(q), *kv.shape[1:-1], 2 * q.shape[2]) or q.shape[2] % num_heads:
+        shapes = tuple(q.shape), tuple(kv.shape)
+        raise ValueError(f"q and kv have shapes {shapes}: expected [B, T, D] and [B, S, 2*D], D in {num_heads} heads")
     return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, scale))
 
 
-@first_order("query_attention", "insvp_fast.ops.attention.attention_reference")
+@first_order("query_attention", "attention_reference of the module insvp_fast.ops.attention")
 class _QueryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:

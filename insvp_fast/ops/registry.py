@@ -50,7 +50,7 @@ class Implementation(NamedTuple):
     """One way to carry out an operator."""
 
     run: Callable[[Any], Any]  # of the operands
-    covers: Callable[[Any], str | None]  # of the operands: why they cannot be computed so, None if they can
+    reason: Callable[[Any], str | None]  # of the operands: why they cannot be computed this way; None if they can
     fake: Callable[[Any], Any] | None = None  # where its results have other shapes than the reference's
 
 
@@ -119,10 +119,10 @@ def implementation(name: str, impl: str, operands: Any) -> str:
     auto, table = _operators[name]
     if impl == "auto":
         known = (other for other in auto(operands) if other in table)
-        return next((other for other in known if table[other].covers(operands) is None), "reference")
+        return next((other for other in known if table[other].reason(operands) is None), "reference")
     if impl not in table:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(['auto', *table])}")
-    if reason := table[impl].covers(operands):
+    if reason := table[impl].reason(operands):
         raise RuntimeError(f'impl="{impl}" {reason}')
     return impl
 

@@ -84,10 +84,12 @@ def _check(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> None:
+    if image.ndim != 4:
+        raise ValueError(f"image has shape {tuple(image.shape)}: expected [B, C, H, W]")
     (_, C, H, W), P = image.shape, blend.patch_size
     K, R = C * P**2, weights.w1.shape[0]
     if H % P or W % P:
-        raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch side {P}")
+        raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch size {P}")
     if global_prompt is not None and global_prompt.shape != image.shape:
         raise ValueError(
             f"global_prompt has shape {tuple(global_prompt.shape)}: expected that of the image, {tuple(image.shape)}"
@@ -175,7 +177,7 @@ class _Bwd(NamedTuple):
         return Blend(self.patch_size, self.global_weight, self.patch_weight)
 
 
-@first_order("superpose", "insvp_fast.ops.superpose.superpose_reference")
+@first_order("superpose", "superpose_reference of the module insvp_fast.ops.superpose")
 class _Superpose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -229,12 +231,12 @@ def _bwd_native(a: _Bwd) -> tuple[Tensor, ...]:
     return d_image.to(a.image.dtype), *grads
 
 
-def _fwd_native_covers(a: _Fwd) -> str | None:
+def _fwd_native_reason(a: _Fwd) -> str | None:
     maps = _pixel_dtype(a), a.dtype, *(() if a.global_prompt is None else (a.global_prompt.dtype,))
     return native_reason(a.image.device, *maps, weights=a.weights)
 
 
-def _bwd_native_covers(a: _Bwd) -> str | None:
+def _bwd_native_reason(a: _Bwd) -> str | None:
     return native_reason(a.image.device, a.grad.dtype, _pixel_dtype(a), weights=(a.w1, a.w2))
 
 
@@ -250,15 +252,15 @@ def _bwd_triton(a: _Bwd) -> tuple[Tensor, ...]:
     return kernel.superpose_bwd(*a)
 
 
-def _fwd_triton_covers(a: _Fwd) -> str | None:
-    return _triton_covers(a, a.dtype, *(t.dtype for t in (a.global_prompt, *a.weights) if t is not None))
+def _fwd_triton_reason(a: _Fwd) -> str | None:
+    return _triton_reason(a, a.dtype, *(t.dtype for t in (a.global_prompt, *a.weights) if t is not None))
 
 
-def _bwd_triton_covers(a: _Bwd) -> str | None:
-    return _triton_covers(a, a.grad.dtype, a.w1.dtype, a.w2.dtype)
+def _bwd_triton_reason(a: _Bwd) -> str | None:
+    return _triton_reason(a, a.grad.dtype, a.w1.dtype, a.w2.dtype)
 
 
-def _triton_covers(a: _Fwd | _Bwd, *dtypes: torch.dtype) -> str | None:
+def _triton_reason(a: _Fwd | _Bwd, *dtypes: torch.dtype) -> str | None:
     floats = torch.float32, torch.bfloat16, torch.float16
     if reason := triton_reason(a.image.device) or dtype_reason(floats, _pixel_dtype(a), *dtypes):
         return reason
@@ -288,8 +290,8 @@ register(
     "(Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_covers),
-    triton=Implementation(_fwd_triton, _fwd_triton_covers),
+    native=Implementation(_fwd_native, _fwd_native_reason),
+    triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
     "superpose_bwd",
@@ -297,6 +299,6 @@ register(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_covers),
-    triton=Implementation(_bwd_triton, _bwd_triton_covers),
+    native=Implementation(_bwd_native, _bwd_native_reason),
+    triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,11 @@ class FrozenLinear(NamedTuple):
 
     @property
     def out_features(self) -> int:
-        return len(self.weight[self.first : self.last])
+        return len(range(self.weight.shape[0])[self.first : self.last])
 
     @property
     def in_features(self) -> int:
-        return self.weight[0].numel()
+        return prod(self.weight.shape[1:])
 
     def plain(self, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
         """W*g and W @ s + b in ``dtype``, kept for both directions and all outputs; W and b themselves where they

@@ -11,10 +11,9 @@ from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.recipe import Recipe
 
 __all__ = [
-    "ADAPTER_FILE",
     "CONFIG_FILE",
     "METRICS_FILE",
-    "WEIGHTS_FILE",
+    "SLOW_LOADER",
     "read_config",
     "read_json",
     "read_metrics",
@@ -22,7 +21,7 @@ __all__ = [
 ]
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # of a run
-ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # of an adapter
+SLOW_LOADER = 0.3  # the share of the time spent waiting for images from which on it is reported
 
 
 def read_json(file: Path) -> dict[str, Any]:

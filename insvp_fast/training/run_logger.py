@@ -17,11 +17,9 @@ from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
 from insvp_fast.storage import write_file
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE
+from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER
 
 __all__ = ["RunLogger"]
-
-SLOW_LOADER = 0.3  # of an epoch spent waiting for images: from here on it is reported
 
 
 class RunLogger:

@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 from insvp_fast.checkpoints.files import read_safetensors
+from insvp_fast.checkpoints.names import WEIGHTS_FILE
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
 from insvp_fast.model import InsVPViT
@@ -25,7 +26,6 @@ from insvp_fast.training.loader import create_loader
 from insvp_fast.training.metrics import evaluate_accuracy
 from insvp_fast.training.progress import Progress
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import WEIGHTS_FILE
 from insvp_fast.training.run_logger import RunLogger
 from insvp_fast.training.schedule import lr_factor, scale_lr
 from insvp_fast.training.state import get_rng_states, load_state, save_state, set_rng_states

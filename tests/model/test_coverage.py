@@ -458,3 +458,14 @@ def test_transforms_of_functions_take_the_general_path(transform):
         values, expected = (TRANSFORMS[transform](model, image()) for model in (fast, reference))
     assert relative_error(values, expected) < 1e-5
     assert coverage.covers(fast)
+
+
+def test_the_warning_is_of_the_code_that_called_the_model():
+    with pytest.warns(UserWarning, match="takes the general path") as told:
+        InsVPViT("vit_tiny_patch16_224", 10, img_size=32, act_layer="relu")
+    assert told[0].filename == __file__
+    model = InsVPViT("vit_tiny_patch16_224", 10, img_size=32)
+    model.backbone.blocks[0].mlp.act.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="has a hook") as told:
+        model(torch.randn(1, 3, 32, 32))
+    assert told[0].filename == __file__

@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from insvp_fast import ops
 from insvp_fast.ops.attention import _Bwd, _Fwd, attention_reference
+from insvp_fast.ops.registry import implementation
 from insvp_fast.runtime import hardware, native, torch_private
 from insvp_fast.testing import assert_within_budget, relative_error
 from tests.gradients import DTYPES, copies, with_gradients
@@ -61,11 +62,11 @@ def test_what_attention_takes(monkeypatch, available, wide, flash):
     expected = "explicit" if wide or not flash else "flash"
     expected = "native" if available and native.native_status().isa != "generic" else expected
     operands = _Fwd(qkv, 2, 3, 0.5)
-    assert ops.implementation("attention_fwd", "auto", operands) == expected
+    assert implementation("attention_fwd", "auto", operands) == expected
     out, logsumexp = torch.ops.insvp_fast.attention_fwd(*operands, "auto")
     assert bool(logsumexp.numel()) == (expected == "flash")
     kept = out if logsumexp.numel() else None
-    assert ops.implementation("attention_bwd", "auto", _Bwd(out, qkv, kept, logsumexp, 2, 3, 0.5)) == expected
+    assert implementation("attention_bwd", "auto", _Bwd(out, qkv, kept, logsumexp, 2, 3, 0.5)) == expected
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa", *CPU])

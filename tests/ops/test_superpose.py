@@ -162,7 +162,7 @@ def test_superpose_compiles_whole(dynamic):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"P": 5}, "image of 8x12 pixels: expected multiples of the patch side 5"),
+        ({"P": 5}, "image of 8x12 pixels: expected multiples of the patch size 5"),
         (
             {"global_prompt": torch.zeros(1, 3, 8, 12)},
             r"global_prompt has shape \(1, 3, 8, 12\): expected that of the image, \(2, 3, 8, 12\)",

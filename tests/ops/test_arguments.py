@@ -1,0 +1,82 @@
+"""Wrong arguments are refused before any work, in the same words whatever would carry the operation out."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from insvp_fast import ops
+from insvp_fast.ops import Blend, FrozenLinear, PatchWeights
+
+B, T, D = 2, 5, 24
+X = torch.randn(B, T, D)
+WEIGHT = torch.randn(48, D)
+PATCH = PatchWeights(torch.randn(4, 48), torch.randn(4), torch.randn(48, 4), torch.randn(48))
+
+CASES = {
+    "attention: dimensions": (
+        lambda: ops.attention(X[0], 2, 3, 0.5),
+        r"shape \(5, 24\): expected \[B, S, 3\*D\]",
+    ),
+    "attention: heads": (lambda: ops.attention(X, 5, 3, 0.5), "with D in 5 equal heads"),
+    "attention: queries": (lambda: ops.attention(X, 2, 9, 0.5), "num_queries=9: expected 0 to 5"),
+    "query_attention: widths": (lambda: ops.query_attention(X, X, 2, 0.5), r"expected \[B, T, D\] and \[B, S, 2\*D\]"),
+    "query_attention: batches": (lambda: ops.query_attention(X[:1], X.repeat(1, 1, 2), 2, 0.5), "q and kv have shapes"),
+    "norm_insert: dimensions": (lambda: norm_insert(X[0]), r"residual has shape \(5, 24\): expected \[B, T, D\]"),
+    "norm_insert: branch": (lambda: norm_insert(X, branch=X[:1]), r"branch has shape \(1, 5, 24\): expected that of"),
+    "norm_insert: prompts": (
+        lambda: norm_insert(X, prompts=X[:1]),
+        r"shape \(1, 5, 24\): expected \[2, L",
+    ),
+    "norm_insert: weight": (lambda: norm_insert(X, weight=X[0, 0, :5]), r"weight has shape \(5,\): expected \(24,\)"),
+    "linear: width": (
+        lambda: ops.linear(X[..., :5], FrozenLinear(WEIGHT)),
+        r"expected \[D_out, 5\]",
+    ),
+    "linear: bias": (lambda: ops.linear(X, FrozenLinear(WEIGHT, X[0, 0])), r"bias has shape \(24,\): expected \(48,\)"),
+    "linear: gain": (
+        lambda: ops.linear(X, FrozenLinear(WEIGHT, gain=WEIGHT[:, 0])),
+        r"gain has shape \(48,\)",
+    ),
+    "linear: range": (lambda: ops.linear(X, FrozenLinear(WEIGHT, first=9, last=5)), "outputs 9 to 5: expected a range"),
+    "project_q_kv: outputs": (
+        lambda: ops.project_q_kv(X, 1, FrozenLinear(WEIGHT)),
+        r"48 outputs: expected",
+    ),
+    "project_q_kv: queries": (lambda: ops.project_q_kv(X, 6, FrozenLinear(torch.randn(72, D))), "num_queries=6"),
+    "mlp: second layer": (lambda: ops.mlp(X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT)), r"expected \[D_out, 48\]"),
+    "conv: dimensions": (lambda: ops.conv(X[0], X[0], X[0, 0], 1, 1, 1), r"expected \[B, C, H, W\]"),
+    "superpose: dimensions": (
+        lambda: ops.superpose(X, None, PATCH, Blend(4, 0.7, 0.3)),
+        "image has shape",
+    ),
+}
+
+
+def norm_insert(residual, branch=None, prompts=None, weight=None):
+    return ops.norm_insert(residual, branch, prompts, weight, None, 1e-6)
+
+
+@pytest.mark.parametrize(("call", "message"), CASES.values(), ids=CASES)
+def test_wrong_shapes_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("impl", [impl for impl in ops.ATTENTION if impl not in ("triton", "xformers")])
+def test_every_implementation_of_attention_refuses_too_many_queries(impl):
+    with pytest.raises(ValueError, match="num_queries=9"):
+        ops.attention(X, 2, 9, 0.5, impl=impl)
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if name.islower()])
+def test_the_advice_of_an_operation_exists(name):
+    """What has second derivatives, in the words of the error where a gradient is differentiated."""
+    module = importlib.import_module(inspect.getmodule(getattr(ops, name)).__name__)
+    advice = [value.refusal for value in vars(module).values() if hasattr(value, "refusal")]
+    assert advice
+    for text in advice:
+        formula, _, place = text.rpartition("or ")[2].partition(" of the module ")
+        owner = importlib.import_module(place) if place else torch.nn.functional
+        assert all(hasattr(owner, part.rpartition(".")[2]) for part in formula.split(" and "))
