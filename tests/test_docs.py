@@ -35,7 +35,7 @@ def test_the_readme_is_short():
 def test_the_readme_shows_the_two_commands():
     """Those that .ci/run and a newcomer start from."""
     text = (ROOT / "README.md").read_text()
-    for extra, command in (("train", "insvp train"), ("test", "pytest")):
+    for extra, command in (("train", "insvp train"), ("test", "pytest -n auto --dist loadfile")):
         assert f'python3 -m venv .venv && .venv/bin/pip install -q -e ".[{extra}]" && .venv/bin/{command}\n' in text
 
 
