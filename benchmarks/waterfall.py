@@ -2,9 +2,9 @@
 
 python -m benchmarks.waterfall --precision fp32 --batch 4
 
-Each row is measured in a process of its own, since the native library is chosen once per process. In each the bare timm
-ViT and the row's model run in turn, so that ratios to it can be compared on a busy machine. The errors, of the logits
-and of the gradient that is off the most, are relative to float64, without dropout.
+Each row is measured in a process of its own, since the native library is selected once per process. In each the bare
+timm ViT and the row's model run in turn, so that ratios to it can be compared on a busy machine. The errors, of the
+logits and of the gradient that is off the most, are relative to float64, without dropout.
 """
 
 from __future__ import annotations

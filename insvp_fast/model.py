@@ -42,7 +42,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
             layers: half of the memory, a sixth more products), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds those weights again.
-        attention: the implementation, "auto" or one of those in ``ops.attention``.
+        attention: the implementation, one of ``ops.ATTENTION``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
         compile_prompters: run the convolutional prompters through ``torch.compile``; None does so on GPUs.
@@ -78,7 +78,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
 
     @property
     def attention(self) -> str:
-        """The implementation of attention, "auto" or one of those in ``ops.attention``."""
+        """The implementation of attention, one of ``ops.ATTENTION``; setting another raises ValueError."""
         return self._attention
 
     @attention.setter
@@ -89,7 +89,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
 
     @property
     def recompute(self) -> str:
-        """What backward computes again: "none", "mlp" or "block"."""
+        """What backward computes again: "none", "mlp" or "block"; setting anything else raises ValueError."""
         return self._recompute
 
     @recompute.setter
@@ -138,7 +138,15 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
     # forward
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, num_classes]; 8-bit images are normalized by ``preprocessing`` or the backbone."""
+        """[B, C, H, W] -> [B, num_classes].
+
+        8-bit images are normalized by the mean and std of ``self.preprocessing``, else of the backbone's
+        ``pretrained_cfg``.
+
+        Raises:
+            ValueError: for an image of a size or shape that the backbone cannot take. On the general path its
+                modules raise errors of their own.
+        """
         family = family_of(self.backbone)
         one_token = family is not None and family.reads_one_token(self.backbone) and self._takes_fast_path(image)
         return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))

@@ -3,7 +3,7 @@
 Equation numbers are those of the paper (InsVP, ACM MM 2024). Nothing here is tuned and nothing here imports a kernel;
 everything fast in this package is measured against these functions.
 
-Letters: B images, C channels, H and W image size, P patch side, N patches, K = C·P·P pixels of a patch, R hidden width
+Letters: B images, C channels, H and W image size, P patch size, N patches, K = C·P·P pixels of a patch, R hidden width
 of the patch prompter, T tokens of the backbone (prefix + N), L prompt tokens of a block, S = T + L, D embedding width,
 J blocks.
 """

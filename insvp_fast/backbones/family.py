@@ -25,6 +25,9 @@ class BlockOptions(NamedTuple):
 class BackboneFamily(Protocol):
     """The functions of a module in this package: one file for each family, listed in ``FAMILIES``.
 
+    It fits backbones whose blocks all have the same width D and number of tokens T. A hierarchical one, such as Swin,
+    needs more: ``InsVPViT`` carries one stream [B, T, D] through all blocks, with prompts of one width.
+
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """

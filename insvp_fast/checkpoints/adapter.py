@@ -161,6 +161,8 @@ class AdapterCheckpoint(
 
         Raises:
             CheckpointError: if this version cannot read the files as an adapter, or the backbone is another one.
+            TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
+            ValueError: for ``backbone_kwargs`` beside a module.
         """
         hub: dict[str, Any] = {"force_download": force_download, "token": token, "cache_dir": cache_dir}
         hub |= {"local_files_only": local_files_only, "revision": revision}
@@ -202,13 +204,15 @@ class AdapterCheckpoint(
 
         Raises:
             CheckpointError: if it is not such a checkpoint, or does not fit the backbone.
+            TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
+            ValueError: for ``backbone_kwargs`` beside a module.
         """
         where, released = read_released(source)
         tensors = {to_ours(key): value for key, value in released.items()}
         depth, config = infer_config(tensors, simam, where)
         classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
         if num_classes not in (None, classes):
-            raise CheckpointError(f"{where}: backbone.head has {classes} classes, expected {num_classes}")
+            raise CheckpointError(f"{where}: backbone.head has {classes} classes: expected {num_classes}")
         arguments = {"num_classes": 0, "depth": depth, "weight_init": "skip"}
         module = _take_or_create(backbone, False, arguments, backbone_kwargs, torch.float32, where)
         expected = expected_shapes(module, classes, config, where)

@@ -73,7 +73,7 @@ class BackboneRecord:
             expected = f"{self.sha256} ({self.name or 'not made by timm'}, {self.dtype})"
             remedy = "the one that the adapter was trained with, or allow_backbone_mismatch=True to use this one"
             raise CheckpointError(
-                f"{where}: the backbone has sha256 {found}, expected {expected}. Give as backbone= {remedy}"
+                f"{where}: the backbone has sha256 {found}: expected {expected}. Give as backbone= {remedy}"
             )
 
 
@@ -103,7 +103,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         names, classes = self.class_names, self.num_classes
         if names is not None and len(names) != classes:
-            raise ValueError(f"class_names has {len(names)} names, expected one for each of the {classes} classes")
+            raise ValueError(f"class_names has {len(names)} names: expected one for each of the {classes} classes")
 
     def to_json(self) -> bytes:
         """The content of the file."""
@@ -123,16 +123,16 @@ class AdapterConfig:
             raise CheckpointError(f"{file}: found no JSON: {error}") from error
         found = values.get("peft_type") if isinstance(values, dict) else None
         if found != PEFT_TYPE:
-            raise CheckpointError(f"{file}: not an InsVP adapter: peft_type is {found!r}, expected {PEFT_TYPE!r}")
+            raise CheckpointError(f"{file}: not an InsVP adapter: peft_type is {found!r}: expected {PEFT_TYPE!r}")
         version = values.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
-            text = f"format_version is {version}, expected at most {FORMAT_VERSION}"
+            text = f"format_version is {version}: expected at most {FORMAT_VERSION}"
             raise CheckpointError(f"{file}: {text}: it needs insvp_fast {values.get('insvp_fast_version')} or later")
         _check_fields(cls, values, f"{file}: ")
         _check_fields(BackboneRecord, values["backbone"], f"{file}: backbone.")
         backbone = BackboneRecord(**values["backbone"])
         if not isinstance(getattr(torch, backbone.dtype, None), torch.dtype):
-            raise CheckpointError(f"{file}: backbone.dtype is {backbone.dtype!r}, expected a dtype of torch")
+            raise CheckpointError(f"{file}: backbone.dtype is {backbone.dtype!r}: expected a dtype of torch")
         try:
             return cls(**values | {"backbone": backbone, "insvp": InsVPConfig.from_dict(values["insvp"])})
         except (TypeError, ValueError) as error:
@@ -148,11 +148,11 @@ def _check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
     types = get_type_hints(cls)
     for key in values:
         if key not in types:
-            raise CheckpointError(f"{where}{key} is unknown, expected {sorted(types)}")
+            raise CheckpointError(f"{where}{key} is unknown: expected {sorted(types)}")
     for key, kind in types.items():
         if key not in values:
             raise CheckpointError(f"{where}{key} is missing, found {sorted(values)}")
         kind = dict if dataclasses.is_dataclass(kind) else kind
         if not isinstance(values[key], kind):
             expected = getattr(kind, "__name__", str(kind))
-            raise CheckpointError(f"{where}{key} is {values[key]!r}, expected {expected}")
+            raise CheckpointError(f"{where}{key} is {values[key]!r}: expected {expected}")

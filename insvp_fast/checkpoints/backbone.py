@@ -147,7 +147,7 @@ def _architecture_of(file: Path) -> tuple[str, dict[str, Any]]:
     name = facts.get("arch", facts.get("architecture"))
     if not isinstance(name, str) or not is_model(name):
         found = f"the architecture {name!r}, which timm does not know" if name else "no architecture in it"
-        raise CheckpointError(f"{file}: found {found}, expected NAME@{file}, or the folder that timm saved")
+        raise CheckpointError(f"{file}: found {found}: expected NAME@{file}, or the folder that timm saved")
     given = {to: value for key, to in TRAIN_OPTIONS.items() if (value := getattr(options, key, None)) is not None}
     return name, dict(facts.get("model_args") or getattr(options, "model_kwargs", None) or {}) | given
 
@@ -182,7 +182,7 @@ def _require_folder(folder: Path) -> None:
     if found is None:
         raise CheckpointError(f"{folder}: there is no such folder")
     if "config.json" not in found or not any(name.endswith(WEIGHTS) for name in found):
-        raise CheckpointError(f"{folder}: found {found[:8]}, expected config.json and weights, as timm saves them")
+        raise CheckpointError(f"{folder}: found {found[:8]}: expected config.json and weights, as timm saves them")
 
 
 def _require_weights(name: str, arguments: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def find_file(place: str, name: str, hub: Mapping[str, Any]) -> Path:
     """
     if os.path.isdir(place):
         if not os.path.isfile(os.path.join(place, name)):
-            raise CheckpointError(f"{place}: not an adapter: found {sorted(os.listdir(place))[:8]}, expected {name}")
+            raise CheckpointError(f"{place}: not an adapter: found {sorted(os.listdir(place))[:8]}: expected {name}")
         return Path(place, name)
     try:
         if not hub.get("local_files_only"):
@@ -101,7 +101,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise CheckpointError(f"{file}: found a truncated or foreign file, expected safetensors: {error}") from error
+        raise CheckpointError(f"{file}: found a truncated or foreign file, not safetensors: {error}") from error
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -114,7 +114,7 @@ def read_metadata(file: Path) -> dict[str, str]:
         with safe_open(file, "pt") as tensors:
             return tensors.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{file}: found a truncated or foreign file, expected safetensors: {error}") from error
+        raise CheckpointError(f"{file}: found a truncated or foreign file, not safetensors: {error}") from error
 
 
 def read_torch(file: Path) -> Any:
@@ -128,7 +128,7 @@ def read_torch(file: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        text = "found a truncated file or one with code, expected tensors of torch.save"
+        text = "found a truncated file or one with code, not tensors of torch.save"
         asked = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message is advice to trust the file
         reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file}: {text}: {reason}") from error

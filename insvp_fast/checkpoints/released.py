@@ -58,7 +58,7 @@ def read_released(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str
     has_backbone = any(key.startswith("backbone.") for key in tensors)
     if not has_backbone or not any(to_ours(key) != key and not key.startswith("backbone.") for key in tensors):
         found, expected = sorted(tensors)[:5], ["backbone.*", "prompts", "TokenPrompt.*", "meta_net.*", "meta_net_2.*"]
-        raise CheckpointError(f"{where}: not a checkpoint of the authors' code: found {found}, expected {expected}")
+        raise CheckpointError(f"{where}: not a checkpoint of the authors' code: found {found}: expected {expected}")
     return where, tensors
 
 
@@ -83,7 +83,7 @@ def infer_config(tensors: Mapping[str, Tensor], simam: bool, where: str) -> tupl
     }
     has = {name: any(key.startswith(prefix) for key in tensors) for name, prefix in prefixes.items()}
     if has["global_prompt"] != has["patch_prompt"]:
-        raise CheckpointError(f"{where}: found one of meta_net.* and meta_net_2.*, expected both or neither")
+        raise CheckpointError(f"{where}: found one of meta_net.* and meta_net_2.*: expected both or neither")
     try:
         return depth, InsVPConfig.released(simam=simam, **has, **_sizes(tensors, has, depth))
     except KeyError as error:

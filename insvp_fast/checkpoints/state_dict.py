@@ -37,7 +37,7 @@ def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
     items = content.items() if isinstance(content, Mapping) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
         found = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{where}: found {found}, expected a state dict of tensors")
+        raise CheckpointError(f"{where}: found {found}: expected a state dict of tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
 
 
@@ -48,6 +48,7 @@ def expected_shapes(
 
     Raises:
         CheckpointError: if the configuration does not fit the backbone.
+        TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
     """
     if not isinstance(backbone, VisionTransformer):
         raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
@@ -69,12 +70,12 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
         CheckpointError: naming up to three tensors that are missing, unexpected or of another shape.
     """
     found = {key: tuple(value.shape) for key, value in tensors.items()}
-    problems = [f"{key} is missing, expected shape {shape}" for key, shape in expected.items() if key not in found]
+    problems = [f"{key} is missing: expected shape {shape}" for key, shape in expected.items() if key not in found]
     for key, shape in found.items():
         if key not in expected:
             problems.append(f"found the unexpected {key} of shape {shape}")
         elif shape != expected[key]:
-            problems.append(f"{key} has shape {shape}, expected {expected[key]}")
+            problems.append(f"{key} has shape {shape}: expected {expected[key]}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")

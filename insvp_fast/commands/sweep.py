@@ -46,7 +46,7 @@ SUMMARY = "train a grid of settings, and collect the results in a table"
 class Entry(NamedTuple):
     """One run of a sweep."""
 
-    chosen: dict[str, Any]  # the values from the grid
+    grid_values: dict[str, Any]
     arguments: list[str]  # of `insvp train`
     recipe: Recipe  # what the arguments resolve to
 
@@ -104,14 +104,14 @@ def read_grid(file: Path, output: Path) -> Iterator[Entry]:
         if not isinstance(values, list) or not values:
             raise CommandError(f"{file}: [grid] {name} is {values!r}: expected a list of values")
     for combination in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, combination, strict=True))
-        values = fixed | chosen
+        grid_values = dict(zip(grid, combination, strict=True))
+        values = fixed | grid_values
         name = values.pop("recipe", None)
         values = check_names(values, str(file)) | {"output": str(output)}
         settings = (read_recipe(name, values.get("released", False)) if name else {}) | values
         if "{data}" in (root := settings.get("root") or ""):
             values["root"] = settings["root"] = root.replace("{data}", settings.get("data", Recipe.data))
-        yield Entry(chosen, (["--recipe", name] if name else []) + to_arguments(values), Recipe(**settings))
+        yield Entry(grid_values, (["--recipe", name] if name else []) + to_arguments(values), Recipe(**settings))
 
 
 def find_run(folder: Path, recipe: Recipe) -> Path | None:
@@ -147,7 +147,7 @@ def _train(arguments: Sequence[str], launcher: Sequence[str]) -> int:
 
 def write_table(folder: Path, entries: Sequence[Entry]) -> str:
     """Write results.csv and results.md with the rows of ``_collect_results``; returns the text of the latter."""
-    varied = [name for name in entries[0].chosen if name != "seed"]
+    varied = [name for name in entries[0].grid_values if name != "seed"]
     rows = _collect_results(folder, entries, varied)
     folder.mkdir(parents=True, exist_ok=True)
     content = io.StringIO()
@@ -177,7 +177,7 @@ def _collect_results(
     accuracies: dict[tuple[str, ...], list[float]] = {}
     planned: Counter[tuple[str, ...]] = Counter()
     for entry in entries:
-        combination = *(str(entry.chosen[name]) for name in varied), entry.recipe.protocol
+        combination = *(str(entry.grid_values[name]) for name in varied), entry.recipe.protocol
         planned[combination] += 1
         found = find_run(folder, entry.recipe)
         for model, result in (read_results(found) if found else {}).items():

@@ -72,7 +72,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     pixels, white = np.asarray(image).astype(np.float64), _white(image)
     lowest, highest = pixels.min(), pixels.max()
     if not 0 <= lowest <= highest <= white:  # also false for NaN
-        raise ValueError(f"its pixels go from {lowest:g} to {highest:g}, expected 0 to {white}")
+        raise ValueError(f"its pixels go from {lowest:g} to {highest:g}: expected 0 to {white}")
     if _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:
         pixels = white - pixels
     return Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8))
@@ -87,7 +87,7 @@ def _white(image: Image.Image) -> int:
     if image.format in ("PNG", "PPM", "JPEG2000"):  # Pillow scales fewer bits to 16
         return 65535
     found = f"{image.format} of mode {image.mode}"
-    raise ValueError(f"{found}: integers of unknown range, expected 8 or 16 bits, unsigned")
+    raise ValueError(f"{found}: integers of unknown range: expected 8 or 16 bits, unsigned")
 
 
 def _tags(image: Image.Image) -> Any:

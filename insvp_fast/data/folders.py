@@ -68,12 +68,12 @@ def read_class_folders(folder: Path) -> dict[str, list[str]]:
     _, folders, _ = next(os.walk(folder, onerror=_raise_unlistable))
     names = sorted(name for name in folders if not is_ignored(name))
     if not names:
-        raise DataError(f"{folder}: found {listing(folder)}, expected one folder of images per class")
+        raise DataError(f"{folder}: found {listing(folder)}: expected one folder of images per class")
     found = {name: image_files(folder / name) for name in names}
     empty = [name for name, files in found.items() if not files]
     if empty:
         expected = f"expected a file that ends in {', '.join(sorted(SUFFIXES))}, or no such folder"
-        raise DataError(f"{folder}: found no image in the class folder {abbreviated(empty)}, {expected}")
+        raise DataError(f"{folder}: found no image in the class folder {abbreviated(empty)}: {expected}")
     return found
 
 

@@ -30,7 +30,7 @@ def read_list(file: Path) -> Pairs:
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not a list of images that can be read ({error})") from error
     if not pairs:
-        raise DataError(f"{file}: found an empty list, expected images and labels")
+        raise DataError(f"{file}: found an empty list: expected images and labels")
     return pairs
 
 
@@ -73,7 +73,7 @@ def class_indices(labels: Sequence[str], classes: Sequence[str], where: object) 
     unknown = sorted_labels(set(labels) - set(index))
     if unknown:
         known = f"the {len(index)} classes of train: {abbreviated(classes)}"
-        raise DataError(f"{where}: found the class {abbreviated(unknown)}, expected some of {known}")
+        raise DataError(f"{where}: found the class {abbreviated(unknown)}: expected some of {known}")
     return [index[label] for label in labels]
 
 

@@ -46,6 +46,9 @@ def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, roo
 
     Args:
         class_names: the classes of the training set, which number the images of a folder or list.
+
+    Raises:
+        DataError: if there is no such data set or split, it cannot be read, or an image has another class.
     """
     if source in (DIGITS, *SETS) or source.startswith(PREFIXES):
         return read_source(source, seed, root)
@@ -57,7 +60,7 @@ def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, roo
         return Splits({"test": images}, list(class_names))
     folder = next((path / split for split in ("test", "val") if (path / split).is_dir()), None)
     if folder is None:
-        raise DataError(f"`data` is {source}: found {listing(path)}, expected a folder test or val")
+        raise DataError(f"`data` is {source}: found {listing(path)}: expected a folder test or val")
     return Splits({"test": images_of_classes(read_class_folders(folder), class_names, folder)}, list(class_names))
 
 
@@ -76,7 +79,7 @@ def _read_digits(seed: int) -> Splits:
 def _read_image_folder(root: Path) -> Splits:
     names = [split for split in SPLITS if (root / split).is_dir()]
     if "train" not in names or len(names) < 2:
-        raise DataError(f"`data` is {root}: found {listing(root)}, expected the folders train and val and/or test")
+        raise DataError(f"`data` is {root}: found {listing(root)}: expected the folders train and val and/or test")
     folders = {split: read_class_folders(root / split) for split in names}
     classes = list(folders["train"])
     splits = {split: images_of_classes(files, classes, root / split) for split, files in folders.items()}
@@ -86,7 +89,7 @@ def _read_image_folder(root: Path) -> Splits:
 def _read_lists(source: Path, lists: dict[str, Path], root: str | None) -> Splits:
     if "train" not in lists or len(lists) < 2:
         found = ", ".join(file.name for file in lists.values() if file.is_file()) or "nothing"
-        raise DataError(f"`data` is {source}: found {found}, expected lists train and val and/or test, .txt or .json")
+        raise DataError(f"`data` is {source}: found {found}: expected lists train and val and/or test, .txt or .json")
     pairs = {split: read_list(file) for split, file in lists.items()}
     classes = sorted_labels(label for _, label in pairs["train"])
     splits = {split: _listed_images(lists[split], rows, classes, root) for split, rows in pairs.items()}

@@ -36,7 +36,7 @@ def read_timm_format(source: str, root: str | None) -> Splits:
     folder = Path(root) if root else Path(source.removeprefix("wds/"))
     found = _read_tars(folder) if source.startswith("wds/") else _read_with_timm(source, root)
     if len(found.splits) < 2:
-        raise DataError(f"`data` is {source}: found only train, expected validation and/or test as well")
+        raise DataError(f"`data` is {source}: found only train: expected validation and/or test as well")
     return found
 
 

@@ -6,10 +6,9 @@ when its tensor dies, and serves the next tensor of its size.
 
 Only public interfaces are used. A block is an ``mmap``: page-aligned, private to a process after a fork, and returned
 to the system when it is dropped, which NumPy arrays do not promise. PyTorch gets a fresh view of it and holds the view
-as
-long as anything uses the memory: tensors and their views, storages, saved tensors, arrays, DLPack capsules. The end of
-the view returns the block, in the thread that dropped the last user and even in the middle of a call here; so there is
-no lock, only single operations on queues. tests/runtime/test_buffers.py holds this to it.
+as long as anything uses the memory: tensors and their views, storages, saved tensors, arrays, DLPack capsules. The end
+of the view returns the block, in the thread that dropped the last user and even in the middle of a call here; so there
+is no lock, only single operations on queues. tests/runtime/test_buffers.py checks this.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ have changed. Two things are compared before each forward product:
   version counter, which counts operations in place, ``load_state_dict`` and optimizers that loop over parameters;
 - what is in the weights, for writes that the counter does not see: ``weight.data.add_()``, fused optimizers, NumPy and
   DLPack aliases, flat buffers that weights are views of, two parameters with one storage. A look at a fingerprint reads
-  a
-  128th of a large weight, another 128th each time, and weights up to 64 KB in full: a write of 8 KB or more in a row
+  a 128th of a large weight, another 128th each time, and weights up to 64 KB in full: a write of 8 KB or more in a row
   is seen at once, a smaller one within 128 forward passes. Without the native library a look reads less, and a small
   write may take thousands of passes. On a GPU, which is not waited for, all of it takes a pass or a few more
   (``DeviceFingerprint``).

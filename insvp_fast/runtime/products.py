@@ -110,7 +110,10 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [..., n]
-    """The product in the dtype of x, accumulated in at least fp32, by the provider ``how``."""
+    """The product in the dtype of x, accumulated in at least fp32, by the provider ``how``.
+
+    ``how``: "native", "onednn", "widened" or "plain", see ``cpu_provider``; so in all functions here.
+    """
     dtype = x.dtype
     if how == "widened":
         return linear(x.float(), w, provider(torch.float32, x.device)).to(dtype)

@@ -1,6 +1,6 @@
 """The image prompt (equations 5 to 7) in one pass over the pixels, written unfolded: Triton kernels and launchers.
 
-Letters: B images, C channels, H, W image size, P patch side, N = (H/P)(W/P) patches in row-major order, M = B*N patches
+Letters: B images, C channels, H, W image size, P patch size, N = (H/P)(W/P) patches in row-major order, M = B*N patches
 of the batch, K = C*P*P values of a patch (channel, row, column), R hidden width of the patch prompter, S splits of M.
 
 A program computes BLOCK_M consecutive patches and loops over K. Lanes run along a pixel row of a patch and on into the

@@ -275,18 +275,18 @@ def test_refuses_arguments_for_a_module_and_modules_of_another_kind(folder):
 # Wrong files
 
 WRONG_DESCRIPTIONS = {
-    "another adapter": (lambda v: v.update(peft_type="LORA"), r"peft_type is 'LORA', expected 'INSVP'"),
-    "a newer format": (lambda v: v.update(format_version=2, future=1), "format_version is 2, expected at most 1"),
-    "an unknown key": (lambda v: v.update(extra=1), "extra is unknown, expected"),
-    "an unknown backbone key": (lambda v: v["backbone"].update(extra=1), r"backbone\.extra is unknown, expected"),
+    "another adapter": (lambda v: v.update(peft_type="LORA"), r"peft_type is 'LORA': expected 'INSVP'"),
+    "a newer format": (lambda v: v.update(format_version=2, future=1), "format_version is 2: expected at most 1"),
+    "an unknown key": (lambda v: v.update(extra=1), "extra is unknown: expected"),
+    "an unknown backbone key": (lambda v: v["backbone"].update(extra=1), r"backbone\.extra is unknown: expected"),
     "an unknown field": (lambda v: v["insvp"].update(extra=1), r"unknown configuration keys \['extra'\]"),
     "a missing key": (lambda v: v.pop("num_classes"), "num_classes is missing, found"),
     "a missing hash": (lambda v: v["backbone"].pop("sha256"), r"backbone\.sha256 is missing, found"),
-    "a wrong type": (lambda v: v.update(num_classes="3"), "num_classes is '3', expected int"),
+    "a wrong type": (lambda v: v.update(num_classes="3"), "num_classes is '3': expected int"),
     "a wrong value": (lambda v: v["insvp"].update(prompt_length=-1), "prompt_length=-1: expected an integer of at"),
-    "a wrong dtype": (lambda v: v["backbone"].update(dtype="Tensor"), r"backbone\.dtype is 'Tensor', expected a dtype"),
-    "too few names": (lambda v: v["class_names"].pop(), "class_names has 2 names, expected one for each of the 3"),
-    "a wrong list": (lambda v: v.update(class_names="cat"), r"class_names is 'cat', expected list \| None"),
+    "a wrong dtype": (lambda v: v["backbone"].update(dtype="Tensor"), r"backbone\.dtype is 'Tensor': expected a dtype"),
+    "too few names": (lambda v: v["class_names"].pop(), "class_names has 2 names: expected one for each of the 3"),
+    "a wrong list": (lambda v: v.update(class_names="cat"), r"class_names is 'cat': expected list \| None"),
     "too deep": (lambda v: v["insvp"].update(prompted_blocks=[5]), "asks for block 5"),
 }
 
@@ -314,12 +314,12 @@ def test_refuses_a_foreign_description(folder, content):
 
 
 WRONG_TENSORS = {
-    "missing": (lambda t: t.pop("head.bias"), r"head\.bias is missing, expected shape \(3,\)"),
+    "missing": (lambda t: t.pop("head.bias"), r"head\.bias is missing: expected shape \(3,\)"),
     "unexpected": (lambda t: t.update(extra=torch.ones(2)), r"found the unexpected extra of shape \(2,\)"),
     "of the backbone": (lambda t: t.update({"backbone.norm.bias": torch.ones(48)}), "the unexpected backbone.norm"),
     "of another shape": (
         lambda t: t.update(common_prompts=torch.ones(2, 5, 48)),
-        r"common_prompts has shape \(2, 5, 48\), expected \(2, 2, 48\)",
+        r"common_prompts has shape \(2, 5, 48\): expected \(2, 2, 48\)",
     ),
     "all missing": (lambda t: t.clear(), "and 14 more"),
 }
@@ -358,7 +358,7 @@ def test_unpickles_no_code(folder, dump):
 @pytest.mark.parametrize("name", FILES[1:])
 def test_refuses_a_folder_without_the_files(folder, name):
     (folder / name).unlink()
-    refused(folder, f"not an adapter: found .*README.*, expected {name}", "")
+    refused(folder, f"not an adapter: found .*README.*: expected {name}", "")
 
 
 # Saving
@@ -398,7 +398,7 @@ def test_class_names_of_every_kind_come_back(tmp_path):
 
 def test_names_are_remembered_and_must_fit(tmp_path):
     model = make_model()
-    with pytest.raises(ValueError, match="class_names has 2 names, expected one for each of the 3 classes"):
+    with pytest.raises(ValueError, match="class_names has 2 names: expected one for each of the 3 classes"):
         model.save_pretrained(tmp_path, ["a", "b"])
     assert list(tmp_path.iterdir()) == []
     model.save_pretrained(tmp_path, CLASSES, PREPROCESSING)

@@ -141,7 +141,7 @@ def test_the_shipped_backbone_is_found_again(tmp_path):
 
 @pytest.mark.parametrize("arguments", [{"img_size": 96}, {"depth": 3}, {"class_token": False, "global_pool": "avg"}])
 def test_the_arguments_of_a_saved_model_are_kept(arguments, tmp_path):
-    """In a folder of timm, in a checkpoint of train.py and in what `insvp convert` keeps."""
+    """In a folder of timm, in a checkpoint of train.py and in what ``insvp convert`` keeps."""
     expected = original(**arguments)
     for kind in ("folder", "train.py", "kept"):
         place = tmp_path / kind
@@ -221,7 +221,7 @@ WRONG = {
     "no architecture": (lambda at: plain_file(at / "w.safetensors"), "w.safetensors: found no architecture in it"),
     "an architecture of nobody": (
         lambda at: train_file(at / "w.pth", arch="visiontransformer"),
-        "found the architecture 'visiontransformer', which timm does not know, expected NAME@",
+        "found the architecture 'visiontransformer', which timm does not know: expected NAME@",
     ),
     "no safetensors": (
         lambda at: str((at / "w.safetensors").write_text("x") and at / "w.safetensors"),

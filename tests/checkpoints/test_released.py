@@ -214,17 +214,17 @@ WRONG = {
     ),
     "a bare backbone": ({"backbone.cls_token": torch.ones(1, 1, 768)}, "not a checkpoint of the authors' code"),
     "no tensors": ({"backbone.cls_token": 3}, "expected a state dict of tensors"),
-    "a key missing": (_drop("backbone.norm.bias"), r"backbone.norm.bias is missing, expected shape \(768,\)"),
+    "a key missing": (_drop("backbone.norm.bias"), r"backbone.norm.bias is missing: expected shape \(768,\)"),
     "a kernel missing": (_drop("TokenPrompt.conv2.weight"), "TokenPrompt.conv2.weight is missing"),
     "half an image prompt": (_drop(*(k for k in small() if k.startswith("meta_net_2"))), "expected both or neither"),
     "a key too many": (small() | {"simam.weight": torch.ones(2)}, r"the unexpected simam.weight of shape \(2,\)"),
     "a wrong shape": (
         small() | {"meta_net.2.weight": torch.ones(768, 8)},
-        r"meta_net.2.weight has shape \(768, 8\), expected \(768, 16\)",
+        r"meta_net.2.weight has shape \(768, 8\): expected \(768, 16\)",
     ),
     "two prompt lengths": (
         small() | {"prompts": torch.ones(1, 8, 768)},
-        r"prompts has shape \(1, 8, 768\), expected \(1, 9, 768\)",
+        r"prompts has shape \(1, 8, 768\): expected \(1, 9, 768\)",
     ),
     "an even kernel": (
         small() | {"meta_net_2.0.weight": torch.ones(6, 3, 4, 4)},
@@ -242,9 +242,9 @@ def test_refuses_what_is_not_such_a_checkpoint(tensors, message):
 
 
 def test_refuses_other_classes_and_other_backbones():
-    with pytest.raises(CheckpointError, match=r"backbone.head has 7 classes, expected 5"):
+    with pytest.raises(CheckpointError, match=r"backbone.head has 7 classes: expected 5"):
         Reference.from_released(small(), num_classes=5)
-    with pytest.raises(CheckpointError, match=r"backbone.cls_token has shape \(1, 1, 768\), expected \(1, 1, 192\)"):
+    with pytest.raises(CheckpointError, match=r"backbone.cls_token has shape \(1, 1, 768\): expected \(1, 1, 192\)"):
         Reference.from_released(small(), "vit_tiny_patch16_224")
     backbone = create_model("vit_base_patch16_224", depth=2)
     head = backbone.head

@@ -1,4 +1,4 @@
-"""`insvp bench`, its package and the scripts in benchmarks/ at tiny sizes, and the determinism of a training step."""
+"""``insvp bench``, its package and the scripts in benchmarks/ at tiny sizes, and the determinism of a training step."""
 
 import functools
 import json

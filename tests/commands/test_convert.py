@@ -1,4 +1,4 @@
-"""`insvp convert`."""
+"""``insvp convert``."""
 
 from pathlib import Path
 

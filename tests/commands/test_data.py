@@ -1,4 +1,4 @@
-"""`insvp data`."""
+"""``insvp data``."""
 
 from types import SimpleNamespace
 

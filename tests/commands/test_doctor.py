@@ -1,4 +1,4 @@
-"""`insvp doctor`."""
+"""``insvp doctor``."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`insvp eval`."""
+"""``insvp eval``."""
 
 import json
 import os
@@ -65,4 +65,4 @@ def test_eval_refuses_other_classes(run, tmp_path, capsys):
     (tmp_path / "test" / "wolf").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "test" / "wolf" / "0.png")
     assert cli.main(["eval", str(run), "--data", str(tmp_path)]) == 1
-    assert "found the class wolf, expected some of the 6 classes of train: ant, bee" in capsys.readouterr().err
+    assert "found the class wolf: expected some of the 6 classes of train: ant, bee" in capsys.readouterr().err

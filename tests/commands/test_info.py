@@ -1,4 +1,4 @@
-"""`insvp info`."""
+"""``insvp info``."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`insvp predict`."""
+"""``insvp predict``."""
 
 import csv
 import io

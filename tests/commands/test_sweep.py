@@ -1,4 +1,4 @@
-"""`insvp sweep`."""
+"""``insvp sweep``."""
 
 import contextlib
 import csv

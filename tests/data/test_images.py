@@ -61,7 +61,7 @@ def test_wide_integers_are_scaled_by_their_range(mode, form):
 @pytest.mark.parametrize("mode", WIDE)
 def test_an_image_of_unknown_range_is_refused(mode):
     image = wide(mode)  # without a file there is no format that says what white is
-    with pytest.raises(ValueError, match=f"None of mode {mode}: integers of unknown range, expected 8 or 16 bits"):
+    with pytest.raises(ValueError, match=f"None of mode {mode}: integers of unknown range: expected 8 or 16 bits"):
         to_rgb(image)
 
 
@@ -356,7 +356,7 @@ def test_an_empty_class_folder_is_said_to_be_empty(split, inside, tmp_path):
     for name in inside:
         if not name.endswith("/"):
             (tmp_path / split / "extra" / name).touch()
-    with pytest.raises(DataError, match=f"{tmp_path / split}: found no image in the class folder extra, expected"):
+    with pytest.raises(DataError, match=f"{tmp_path / split}: found no image in the class folder extra: expected"):
         load_data(str(tmp_path), SMALL, 0)
 
 
@@ -364,7 +364,7 @@ def test_an_empty_class_folder_is_said_to_be_empty(split, inside, tmp_path):
 def test_a_class_that_train_lacks_is_named(split, tmp_path):
     make_fake_dataset("folder", tmp_path)
     write(tmp_path / split / "wolf" / "0.png")
-    with pytest.raises(DataError, match=f"{tmp_path / split}: found the class wolf, expected some of the 3 classes"):
+    with pytest.raises(DataError, match=f"{tmp_path / split}: found the class wolf: expected some of the 3 classes"):
         load_data(str(tmp_path), SMALL, 0)
 
 

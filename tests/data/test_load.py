@@ -135,7 +135,7 @@ def test_birds_are_mapped_from_the_training_file(tmp_path):
     assert data.protocol == "paper: the lists train.json, val.json and test.json"
     assert data.val.classes == [1, 2] and data.class_names == found.class_names
     (lists / "val.json").write_text(json.dumps({images[0]: 10}))
-    with pytest.raises(DataError, match="val: found the class 10, expected some of the 5 classes of train: 9, 12"):
+    with pytest.raises(DataError, match="val: found the class 10: expected some of the 5 classes of train: 9, 12"):
         load_data("nabirds", SMALL, 0, root=str(tmp_path))
 
 

@@ -110,7 +110,7 @@ def test_a_list_its_siblings_and_the_root_of_its_images(suffix, tmp_path):
     assert data.train.classes == [1, 0, 1] and data.val.classes == [0] and data.test.classes == [1, 0]
     alone = load_test_data(str(tmp_path / "lists" / f"animals_test.{suffix}"), SMALL, 0, ["elk", "owl"], root=root)
     assert torch.equal(alone[1][0], data.test[1][0]) and alone.classes == [1, 0]
-    with pytest.raises(DataError, match=f"animals_test.{suffix}: found the class elk, expected some of .*: owl"):
+    with pytest.raises(DataError, match=f"animals_test.{suffix}: found the class elk: expected some of .*: owl"):
         load_test_data(source, SMALL, 0, ["owl"], root=root)
     with pytest.raises(DataError, match="3 of the images that .* names .* are missing, the first is .*lists/0.png"):
         load_data(source, SMALL, 0)
@@ -130,7 +130,7 @@ def test_a_list_needs_a_split_to_test_on(tmp_path):
     make_fake_dataset("list", tmp_path)
     (tmp_path / "val.txt").unlink()
     (tmp_path / "test.txt").unlink()
-    with pytest.raises(DataError, match="found train.txt, expected lists train and val and/or test"):
+    with pytest.raises(DataError, match="found train.txt: expected lists train and val and/or test"):
         load_data(str(tmp_path), SMALL, 0)
 
 
@@ -195,7 +195,7 @@ def test_train_alone_is_not_enough(tmp_path):
     make_fake_dataset("wds", tmp_path)
     for split in ("val", "test"):
         (tmp_path / f"{split}-0000.tar").unlink()
-    with pytest.raises(DataError, match="found only train, expected validation and/or test as well"):
+    with pytest.raises(DataError, match="found only train: expected validation and/or test as well"):
         load_data(f"wds/{tmp_path}", SMALL, 0)
 
 

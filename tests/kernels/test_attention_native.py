@@ -157,9 +157,9 @@ def test_wrong_arguments_are_refused():
         native.attention_fwd(qkv[0], 3, 12, 0.3)
     with pytest.raises(ValueError, match="in 5 equal heads"):
         native.attention_fwd(qkv, 5, 12, 0.3)
-    with pytest.raises(ValueError, match="num_queries is 22, expected 0 to 21"):
+    with pytest.raises(ValueError, match="num_queries is 22: expected 0 to 21"):
         native.attention_fwd(qkv, 3, 22, 0.3)
     with pytest.raises(TypeError, match=r"grad has dtype torch\.bfloat16"):
         native.attention_bwd(grad.bfloat16(), qkv, 3, 12, 0.3)
-    with pytest.raises(ValueError, match=r"grad has shape \(2, 11, 24\), expected \(2, 12, 24\)"):
+    with pytest.raises(ValueError, match=r"grad has shape \(2, 11, 24\): expected \(2, 12, 24\)"):
         native.attention_bwd(grad[:, :11], qkv, 3, 12, 0.3)

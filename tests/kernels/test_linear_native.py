@@ -209,9 +209,9 @@ def test_wrong_arguments_are_refused():
         native.linear(x, packed.bfloat16(), bias, 50)
     with pytest.raises(ValueError, match="packed has shape"):
         native.linear(x[:, :32], packed, bias, 50)
-    with pytest.raises(ValueError, match=r"bias has shape \(49,\), expected \(50,\)"):
+    with pytest.raises(ValueError, match=r"bias has shape \(49,\): expected \(50,\)"):
         native.linear_gelu(x, packed, bias[:49], 50)
-    with pytest.raises(ValueError, match=r"pre has shape \(2, 50\), expected \(3, 50\)"):
+    with pytest.raises(ValueError, match=r"pre has shape \(2, 50\): expected \(3, 50\)"):
         native.linear_gelu_bwd(x, packed, torch.zeros(2, 50))
     with pytest.raises(TypeError, match=r"pre has dtype torch\.float64"):
         native.linear_gelu_bwd(x, packed, torch.zeros(3, 50).double())

@@ -98,9 +98,9 @@ def test_a_bad_value_stays_in_its_row(isa, bad):
 
 def test_wrong_arguments_are_refused():
     residual, branch, prompts = inputs(2, 5, 2, 8)
-    with pytest.raises(ValueError, match=r"branch has shape \(2, 4, 8\), expected \(2, 5, 8\)"):
+    with pytest.raises(ValueError, match=r"branch has shape \(2, 4, 8\): expected \(2, 5, 8\)"):
         native.norm_insert_fwd(residual, branch[:, :4], prompts, None, None, 1e-6, F32)
     with pytest.raises(TypeError, match=r"residual has dtype torch\.float64"):
         native.norm_insert_fwd(residual.double(), branch, prompts, None, None, 1e-6, F32)
-    with pytest.raises(ValueError, match=r"residual has shape \(5, 8\), expected \[B, T, D\]"):
+    with pytest.raises(ValueError, match=r"residual has shape \(5, 8\): expected \[B, T, D\]"):
         native.norm_insert_fwd(residual[0], branch, prompts, None, None, 1e-6, F32)

@@ -55,9 +55,9 @@ def check(args: tuple[Tensor, ...], grad: Tensor, P: int) -> None:
 SHAPES = [
     (1, 3, 32, 32, 16, 16),  # the usual patch, fewer patches than a tile
     (3, 3, 48, 80, 16, 16),  # non-square
-    (1, 3, 28, 42, 14, 5),  # a patch side that is no multiple of a vector; R in blocks and single rows
+    (1, 3, 28, 42, 14, 5),  # a patch size that is no multiple of a vector; R in blocks and single rows
     (3, 1, 40, 24, 8, 1),
-    (1, 1, 12, 20, 4, 5),  # a patch side below the vector width, K below one step
+    (1, 1, 12, 20, 4, 5),  # a patch size below the vector width, K below one step
     (3, 3, 64, 96, 4, 16),  # 1,152 patches: several chunks of weight gradients
     (4, 1, 160, 160, 4, 2),  # 6,400 patches: the most chunks
     (1, 3, 64, 32, 32, 16),  # rows whose length is a power of two

@@ -24,7 +24,7 @@ def free_blocks():
 
 
 def addresses(count=3):
-    """Where fresh tensors lie; `count` at once, so that no block can come twice."""
+    """Where fresh tensors lie; ``count`` at once, so that no block can come twice."""
     return [x.data_ptr() for x in [buffers.empty(SHAPE, F32) for _ in range(count)]]
 
 

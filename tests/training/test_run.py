@@ -169,7 +169,7 @@ def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
 
 def test_eval_refuses_data_with_other_classes(digits_run, tmp_path):
     with pytest.raises(
-        InsVPError, match="found the class dark, light, expected some of the 10 classes of train: 0, 1, 2"
+        InsVPError, match="found the class dark, light: expected some of the 10 classes of train: 0, 1, 2"
     ):
         evaluate_run(digits_run.folder, str(make_folder(tmp_path, {"test": 1})))
 

@@ -1,4 +1,13 @@
-"""The native CPU library: one typed function per operation over ``kernels/cpu``."""
+"""The native CPU library: typed functions over ``kernels/cpu``, one file per operation.
+
+They check their arguments before C++ reads them, and return contiguous tensors.
+
+Raises:
+    ValueError: for a tensor of another shape, or on another device than the CPU.
+    TypeError: for another dtype.
+    RuntimeError: where the library is not in use; ``native_status()`` says why.
+    MemoryError: where there is no memory for the results or the workspace.
+"""
 
 from insvp_fast.runtime.native.attention import attention_bwd, attention_fwd
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd

@@ -19,10 +19,10 @@ _BWD = [ptr, ptr, i32, ptr, *[i64] * 5, f32]
 def _sizes(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int, int]:
     """B, S, T, the number of heads, the width of one."""
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected [B, S, 3*D] with D in {num_heads} equal heads")
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}: expected [B, S, 3*D] with D in {num_heads} equal heads")
     B, S, D3 = qkv.shape
     if not 0 <= num_queries <= S:
-        raise ValueError(f"num_queries is {num_queries}, expected 0 to {S}, the number of tokens")
+        raise ValueError(f"num_queries is {num_queries}: expected 0 to {S}, the number of tokens")
     return B, S, num_queries, num_heads, D3 // (3 * num_heads)
 
 
@@ -30,7 +30,7 @@ def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -
     """Softmax attention of the first ``num_queries`` tokens to all, from the packed product.
 
     qkv [B, S, 3*D] in float32 or bfloat16. Returns [B, T, D] in its dtype; sums and the softmax are float32. The same
-    bits for every number of threads. Raises as ``superpose_fwd``.
+    bits for every number of threads. Errors: see ``native``.
     """
     sizes = _sizes(qkv, num_heads, num_queries)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)

@@ -45,7 +45,7 @@ def _run_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     sizes = _sizes(x, weight, height, width, pool)
     if dtype not in TYPE_CODES:
-        raise TypeError(f"y cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
+        raise TypeError(f"y cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
     x = require("x", x, sizes[:4], *TYPE_CODES)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     bias = require("bias", bias, sizes[4:5], torch.float32)
@@ -66,7 +66,7 @@ def conv_fwd(
     """The central ``height`` x ``width`` of a "same" convolution, after ReLU if wanted.
 
     x [B, C, H, W] in float32 or bfloat16, weight [O, C, kh, kw] and bias [O] in float32; returns [B, O, height, width]
-    in ``dtype``. Raises ValueError for shapes and devices, TypeError for dtypes, RuntimeError without the library.
+    in ``dtype``. Errors: see ``native``.
     """
     return _run_fwd(x, weight, bias, dilation, height, width, 1, 0.0 if relu else 1.0, dtype)[0]
 
@@ -84,8 +84,7 @@ def conv_pool_fwd(
     """``conv_fwd``, then max-pooling in windows of ``pool`` x ``pool``, then LeakyReLU, and the indices of the maxima.
 
     Returns y [B, O, height / pool, width / pool] in ``dtype`` and, in uint8, the index of each maximum in its window,
-    row by row: the first of equal ones, the last NaN. Arguments and errors are those of ``conv_fwd``; ``pool`` is at
-    most 16.
+    row by row: the first of equal ones, the last NaN. The arguments are those of ``conv_fwd``; ``pool`` is at most 16.
     """
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
@@ -114,7 +113,7 @@ def conv_bwd(
     grad and y [B, O, height, width] in float32 or bfloat16, the rest as in ``conv_fwd``; y is the result where that
     ended in ReLU, else None. d_x has the dtype of x, and size 0 where not needed; the others are float32, and the same
     bits for every number of threads. The caller makes sure that grad and x are finite: 0 times a number counts as 0.
-    Raises as ``conv_fwd``.
+    Errors: see ``native``.
     """
     sizes = _sizes(x, weight, height, width)
     grad = require("grad", grad, (sizes[0], sizes[4], height, width), *TYPE_CODES)
@@ -145,7 +144,7 @@ def conv_pool_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``conv_pool_fwd`` for ``grad`` of its y: d_x, d_weight, d_bias.
 
-    Dtypes and errors are those of ``conv_bwd``, y and indices those of ``conv_pool_fwd``.
+    Dtypes are those of ``conv_bwd``, y and indices those of ``conv_pool_fwd``. Errors: see ``native``.
     """
     sizes = _sizes(x, weight, height, width, pool)
     grad = require("grad", grad, (sizes[0], sizes[4], height // pool, width // pool), *TYPE_CODES)

@@ -16,7 +16,7 @@ from typing import Any
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
 
-ABI = 5
+ABI = 5  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(TYPE_CODES)
@@ -42,6 +42,11 @@ class NativeStatus:
 
 @lru_cache(None)
 def load() -> tuple[ctypes.CDLL | None, NativeStatus]:
+    """The library, or None, and its status: loaded once, with the best instruction set that INSVP_FAST_CPU_ISA allows.
+
+    Never raises: where the library is missing, of another ABI or switched off, the status says so.
+    """
+
     def absent(why: str) -> tuple[None, NativeStatus]:
         return None, NativeStatus(False, None, f"native CPU library not in use: {why}")
 
@@ -83,17 +88,24 @@ def available(*dtypes: torch.dtype) -> bool:
 
 
 def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    """Check that ``x`` is on the CPU, in one of the dtypes; ``name`` is what messages call it.
+
+    Raises ValueError for another device, TypeError for another dtype.
+    """
     if x.device.type != "cpu":
         raise ValueError(f"{name} is on {x.device}, the native library computes on the CPU")
     if x.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+        raise TypeError(f"{name} has dtype {x.dtype}: expected {' or '.join(map(str, dtypes))}")
 
 
 def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """``x``, contiguous, after a check of its device, dtype and shape."""
+    """``x``, contiguous, after a check of its device, dtype and shape.
+
+    Raises ValueError for another device or shape, TypeError for another dtype.
+    """
     require_kind(name, x, *dtypes)
     if tuple(x.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}")
     return x.contiguous()
 
 
@@ -128,7 +140,8 @@ def function(name: str, argtypes: Sequence[type], restype: type = i32) -> Any:
 def call(name: str, argtypes: Sequence[type], *args: object) -> None:
     """Run the C function ``name``, whose last argument, the number of threads, is added here.
 
-    Raises RuntimeError where the library is not in use, MemoryError where its workspace cannot be had.
+    Arguments are not checked: ``require`` does that for tensors. Raises RuntimeError where the library is not in use,
+    MemoryError where there is no memory for its workspace.
     """
     if function(name, [*argtypes, i32])(*args, torch.get_num_threads()):
         raise MemoryError(f"{name}: no memory for the workspace")

@@ -43,13 +43,13 @@ def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Pack a weight [D_out, D_in] for products with operands in ``dtype``; returns a flat tensor.
 
     weight in float32 or bfloat16, of any strides. The layout depends on the instruction set in use. A result in
-    bfloat16 multiplies bfloat16 operands, one in float32 those of both dtypes. Raises as ``superpose_fwd``.
+    bfloat16 multiplies bfloat16 operands, one in float32 those of both dtypes. Errors: see ``native``.
     """
     if weight.ndim != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [D_out, D_in]")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [D_out, D_in]")
     require_kind("weight", weight, *TYPE_CODES)
     if dtype not in TYPE_CODES:
-        raise TypeError(f"operands cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
+        raise TypeError(f"operands cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
     dtype = _packed_type(dtype)
     packed = torch.empty(_packed_size(dtype, *weight.shape), dtype=dtype, device="cpu")
     call("linear_pack", _PACK, *pointer(packed), *pointer(weight), *weight.shape, *weight.stride())
@@ -66,12 +66,12 @@ def _product(
     pre: Tensor | None = None,
 ) -> Tensor:
     if x.ndim not in (2, 3):
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected [M, D_in] or [B, T, D_in]")
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected [M, D_in] or [B, T, D_in]")
     require_kind("x", x, *TYPE_CODES)
     *rows, K = x.shape
     dtype = x.dtype if dtype is None else dtype
     if dtype not in TYPE_CODES:
-        raise TypeError(f"the product cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
+        raise TypeError(f"the product cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
     kinds = {torch.float32, _packed_type(x.dtype)}
     require_kind("packed", packed, *kinds)
     packed = require("packed", packed, (_packed_size(packed.dtype, out_features, K),), *kinds)
@@ -97,7 +97,7 @@ def linear(
 
     x [M, D_in] or [B, T, D_in] in float32 or bfloat16, of any strides, without a copy where the last one is 1; bias
     [out_features] in float32. Returns a contiguous tensor [..., out_features], summed in float32, the same bits for
-    every number of threads. Raises as ``superpose_fwd``.
+    every number of threads. Errors: see ``native``.
     """
     return _product(x, packed, bias, out_features, dtype)
 
@@ -107,8 +107,7 @@ def linear_gelu(
 ) -> tuple[Tensor | None, Tensor]:
     """``pre = linear(x, ...)`` and ``gelu(pre)`` in its exact (erf) form, both in the dtype of x.
 
-    ``pre`` is None unless it is to be kept for backward; GELU is computed before it is rounded. Raises as
-    ``superpose_fwd``.
+    ``pre`` is None unless it is to be kept for backward; GELU is computed before it is rounded. Errors: see ``native``.
     """
     pre = buffers.empty((*x.shape[:-1], out_features), x.dtype) if keep else None
     return pre, _product(x, packed, bias, out_features, None, _GELU, pre)
@@ -118,7 +117,7 @@ def linear_gelu_bwd(grad: Tensor, packed: Tensor, pre: Tensor) -> Tensor:
     """The gradient of GELU and the next product by ``pre``: ``linear(grad, packed) * gelu'(pre)`` in grad's dtype.
 
     grad [..., D_out] of the results of the next product, packed its transposed weight, pre [..., D_in] in float32 or
-    bfloat16. Raises as ``superpose_fwd``.
+    bfloat16. Errors: see ``native``.
     """
     pre = require("pre", pre, (*grad.shape[:-1], *pre.shape[-1:]), *TYPE_CODES)
     return _product(grad, packed, None, pre.shape[-1], None, _GELU_BWD, pre)

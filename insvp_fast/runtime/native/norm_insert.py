@@ -30,10 +30,10 @@ def norm_insert_fwd(
 
     residual, branch [B, T, D] and prompts [B, L, D] in float32 or bfloat16; weight, bias [D]. Returns the sum in the
     residual's dtype (of size 0 without a branch), the normalized [B, S, D] in ``dtype`` with and without the affine map
-    (the latter of size 0 where there is no weight), and 1/sigma [B, S] in float32. Raises as ``superpose_fwd``.
+    (the latter of size 0 where there is no weight), and 1/sigma [B, S] in float32. Errors: see ``native``.
     """
     if residual.ndim != 3:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected [B, T, D]")
+        raise ValueError(f"residual has shape {tuple(residual.shape)}: expected [B, T, D]")
     B, T, D = residual.shape
     L = 0 if prompts is None else prompts.shape[1]
     residual = require("residual", residual, (B, T, D), *TYPE_CODES)
@@ -76,10 +76,10 @@ def norm_insert_bwd(
 
     grad_total [B, T, D] or None, grad_normed and xhat [B, S, D], rstd [B, S]. The gradient by the residual is in
     ``stream_dtype``; that by the branch in ``branch_dtype``, of size 0 where this is the same; that by the prompts
-    [B, L, D] in ``stream_dtype``. Raises as ``superpose_fwd``.
+    [B, L, D] in ``stream_dtype``. Errors: see ``native``.
     """
     if xhat.ndim != 3:
-        raise ValueError(f"xhat has shape {tuple(xhat.shape)}, expected [B, S, D]")
+        raise ValueError(f"xhat has shape {tuple(xhat.shape)}: expected [B, S, D]")
     B, S, D = xhat.shape
     T = num_tokens
     xhat = require("xhat", xhat, (B, S, D), *TYPE_CODES)

@@ -1,6 +1,6 @@
 """superpose in C++, forward and backward.
 
-Letters: ``B`` images, ``C`` channels, ``H, W`` image size, ``P`` patch side, ``N`` patches, ``K = C*P*P``, ``R`` hidden
+Letters: ``B`` images, ``C`` channels, ``H, W`` image size, ``P`` patch size, ``N`` patches, ``K = C*P*P``, ``R`` hidden
 width.
 """
 
@@ -44,12 +44,11 @@ def superpose_fwd(
     """Unfolded ``image + global_weight * global_prompt + patch_weight * mlp(image)``, and the hidden layer of the MLP.
 
     image, global_prompt [B, C, H, W] in float32 or bfloat16; w1 [R, K], b1 [R], w2 [K, R], b2 [K] in float32. Returns
-    tokens [B, N, K] in ``dtype`` and hidden [B, N, R] in float32. Raises ValueError for shapes and devices, TypeError
-    for dtypes, RuntimeError where the library is not in use.
+    tokens [B, N, K] in ``dtype`` and hidden [B, N, R] in float32. Errors: see ``native``.
     """
     B, C, H, W, P, R, N, K = _sizes(image, w1, patch_size)
     if dtype not in TYPE_CODES:
-        raise TypeError(f"tokens cannot have dtype {dtype}, expected {' or '.join(map(str, TYPE_CODES))}")
+        raise TypeError(f"tokens cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
     image = require("image", image, (B, C, H, W), *TYPE_CODES)
     if global_prompt is not None:
         global_prompt = require("global_prompt", global_prompt, (B, C, H, W), *TYPE_CODES)
@@ -86,7 +85,7 @@ def superpose_bwd(
 
     grad [B, N, K] in float32 or bfloat16, hidden [B, N, R] in float32, the rest as in ``superpose_fwd``. d_image has
     the dtype of image, d_global that of grad, each of size 0 where not needed; the weights' gradients are float32, and
-    the same bits for every number of threads. Raises as ``superpose_fwd``.
+    the same bits for every number of threads. Errors: see ``native``.
     """
     B, C, H, W, P, R, N, K = _sizes(image, w1, patch_size)
     grad = require("grad", grad, (B, N, K), *TYPE_CODES)

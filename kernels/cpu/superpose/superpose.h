@@ -1,6 +1,6 @@
 // The interface between superpose.cpp and kernel.cpp.
 //
-// Letters: B images, C channels, H, W image size, P patch side, N patches of an image, K = C*P*P, R hidden width.
+// Letters: B images, C channels, H, W image size, P patch size, N patches of an image, K = C*P*P, R hidden width.
 // In packed weights and scratch, a row of K elements takes `stride` floats and is zero from K to `width`.
 #pragma once
 #include "common/abi.h"
