@@ -78,14 +78,6 @@ class _Fwd(NamedTuple):
     shift: Tensor | None
     keep: str
 
-    @property
-    def fc1(self) -> FrozenLinear:
-        return FrozenLinear(self.w1, self.b1, self.gain, self.shift)
-
-    @property
-    def fc2(self) -> FrozenLinear:
-        return FrozenLinear(self.w2, self.b2)
-
 
 class _Bwd(NamedTuple):
     grad: Tensor
@@ -98,13 +90,9 @@ class _Bwd(NamedTuple):
     shift: Tensor | None
     keep: str
 
-    @property
-    def fc1(self) -> FrozenLinear:
-        return FrozenLinear(self.w1, self.b1, self.gain, self.shift)
 
-    @property
-    def fc2(self) -> FrozenLinear:
-        return FrozenLinear(self.w2, self.b2)
+def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear]:
+    return FrozenLinear(a.w1, a.b1, a.gain, a.shift), FrozenLinear(a.w2, a.b2)
 
 
 @first_order("mlp", "torch.nn.functional.linear and gelu")
@@ -123,40 +111,42 @@ class _Mlp(torch.autograd.Function):
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:
-    pre, hidden = products.linear_gelu(a.x, a.fc1, a.keep in ("pre", "code"), how)
-    return products.linear(hidden, a.fc2, how), gelu_code(pre) if a.keep == "code" else pre
+    fc1, fc2 = _layers(a)
+    pre, hidden = products.linear_gelu(a.x, fc1, a.keep in ("pre", "code"), how)
+    return products.linear(hidden, fc2, how), gelu_code(pre) if a.keep == "code" else pre
 
 
 def _bwd(how: str, a: _Bwd) -> Tensor:
+    fc1, fc2 = _layers(a)
     if a.keep == "code":
-        d_pre = products.linear_bwd(a.grad, a.fc2, how).mul_(gelu_from_code(a.kept))
+        d_pre = products.linear_bwd(a.grad, fc2, how).mul_(gelu_from_code(a.kept))
     else:
-        pre = products.linear(a.kept, a.fc1, how) if a.keep == "input" else a.kept
-        d_pre = products.linear_gelu_bwd(a.grad, a.fc2, pre, how)
-    return products.linear_bwd(d_pre, a.fc1, how)
+        pre = products.linear(a.kept, fc1, how) if a.keep == "input" else a.kept
+        d_pre = products.linear_gelu_bwd(a.grad, fc2, pre, how)
+    return products.linear_bwd(d_pre, fc1, how)
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
     from insvp_fast.kernels.gpu import gelu as kernel
 
-    how = products.provider(a.x.dtype, a.x.device)
-    pre = products.linear(a.x, a.fc1, how)
+    how, (fc1, fc2) = products.provider(a.x.dtype, a.x.device), _layers(a)
+    pre = products.linear(a.x, fc1, how)
     hidden, code = kernel.gelu_fwd_code(pre) if a.keep == "code" else (kernel.gelu_fwd(pre), None)
     kept = code if code is not None else pre if a.keep == "pre" else a.x.new_empty(0)
-    return products.linear(hidden, a.fc2, how), kept
+    return products.linear(hidden, fc2, how), kept
 
 
 def _bwd_triton(a: _Bwd) -> Tensor:
     from insvp_fast.kernels.gpu import gelu as kernel
 
-    how = products.provider(a.grad.dtype, a.grad.device)
-    d_hidden = products.linear_bwd(a.grad, a.fc2, how)
+    how, (fc1, fc2) = products.provider(a.grad.dtype, a.grad.device), _layers(a)
+    d_hidden = products.linear_bwd(a.grad, fc2, how)
     if a.keep == "code":
         d_pre = kernel.gelu_bwd_code(d_hidden, a.kept, out=d_hidden)
     else:
-        pre = products.linear(a.kept, a.fc1, how) if a.keep == "input" else a.kept
+        pre = products.linear(a.kept, fc1, how) if a.keep == "input" else a.kept
         d_pre = kernel.gelu_bwd(d_hidden, pre, out=d_hidden)
-    return products.linear_bwd(d_pre, a.fc1, how)
+    return products.linear_bwd(d_pre, fc1, how)
 
 
 def _triton_reason(a: _Fwd | _Bwd) -> str | None:
