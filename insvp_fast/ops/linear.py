@@ -84,15 +84,18 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
 
 
 def _check(layer: FrozenLinear, features: int) -> None:
-    if layer.weight.ndim < 2 or layer.in_features != features:
-        raise ValueError(f"weight has shape {tuple(layer.weight.shape)}: expected [D_out, {features}] for its input")
-    outputs = layer.weight.shape[0]
-    for name, size in (("bias", outputs), ("gain", features), ("shift", features)):
-        vector = getattr(layer, name)
-        if vector is not None and vector.shape != (size,):
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}: expected {(size,)}")
-    if not 0 <= layer.first <= (outputs if layer.last is None else layer.last) <= outputs:
-        raise ValueError(f"outputs {layer.first} to {layer.last}: expected a range within 0 to {outputs}")
+    weight, bias, gain, shift, first, last = layer
+    outputs = weight.shape[0]
+    if weight.ndim < 2 or layer.in_features != features:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [D_out, {features}] for its input")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected {(outputs,)}")
+    if gain is not None and gain.shape != (features,):
+        raise ValueError(f"gain has shape {tuple(gain.shape)}: expected {(features,)}")
+    if shift is not None and shift.shape != (features,):
+        raise ValueError(f"shift has shape {tuple(shift.shape)}: expected {(features,)}")
+    if not 0 <= first <= (outputs if last is None else last) <= outputs:
+        raise ValueError(f"outputs {first} to {last}: expected a range within 0 to {outputs}")
 
 
 class _Fwd(NamedTuple):

@@ -118,8 +118,10 @@ def implementation(name: str, impl: str, operands: Any) -> str:
     """
     auto, table = _operators[name]
     if impl == "auto":
-        known = (other for other in auto(operands) if other in table)
-        return next((other for other in known if table[other].reason(operands) is None), "reference")
+        for other in auto(operands):
+            if other in table and table[other].reason(operands) is None:
+                return other
+        return "reference"
     if impl not in table:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(['auto', *table])}")
     if reason := table[impl].reason(operands):
@@ -129,9 +131,9 @@ def implementation(name: str, impl: str, operands: Any) -> str:
 
 def require(name: str, impl: str, operands: Any) -> None:
     """Raise as ``implementation`` does; a compiled graph asks when it runs."""
-    known = impl == "auto" or impl in _operators[name].table
-    if not known or (impl != "auto" and not torch.compiler.is_compiling()):
-        implementation(name, impl, operands)
+    if impl == "auto" or (impl in _operators[name].table and torch.compiler.is_compiling()):
+        return
+    implementation(name, impl, operands)
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -144,8 +146,10 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 def dtype_reason(covered: Sequence[torch.dtype], *dtypes: torch.dtype) -> str | None:
     """Why an implementation for the covered dtypes cannot compute in these."""
-    wrong = next((dtype for dtype in dtypes if dtype not in covered), None)
-    return None if wrong is None else f"cannot compute in {wrong}: expected {' or '.join(map(str, covered))}"
+    for dtype in dtypes:
+        if dtype not in covered:
+            return f"cannot compute in {dtype}: expected {' or '.join(map(str, covered))}"
+    return None
 
 
 def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[Tensor | None] = ()) -> str | None:
@@ -158,8 +162,9 @@ def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[
         return f"cannot run here: it computes on the CPU, not on {device}"
     if not native.available():
         return f"cannot run here: {native.native_status()}"
-    fp32 = dtype_reason((torch.float32,), *(w.dtype for w in weights if w is not None))
-    return dtype_reason(native.DTYPES, *dtypes) or fp32
+    if reason := dtype_reason(native.DTYPES, *dtypes):
+        return reason
+    return dtype_reason((torch.float32,), *(w.dtype for w in weights if w is not None)) if weights else None
 
 
 def triton_reason(device: torch.device) -> str | None:

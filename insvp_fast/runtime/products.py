@@ -55,7 +55,7 @@ class FrozenLinear(NamedTuple):
 
     @property
     def out_features(self) -> int:
-        return len(range(self.weight.shape[0])[self.first : self.last])
+        return (self.weight.shape[0] if self.last is None else self.last) - self.first
 
     @property
     def in_features(self) -> int:
