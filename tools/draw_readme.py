@@ -75,14 +75,15 @@ def draw_times(figure: SubFigure, saved: dict[str, Any]) -> None:
     axes: Axes = figure.subplots()
     jobs = [(precision, job) for precision in ("fp32", "bf16") for job in ("training step", "inference")]
     for place, (precision, job) in enumerate(jobs):
-        times = {row["provider"]: 1000 / row["images per second"] for row in saved["rows"] if fits(row, precision, job)}
+        rows = {row["provider"]: row for row in saved["rows"] if fits(row, precision, job)}
+        times = {provider: 1000 / row["images per second"] for provider, row in rows.items()}
         for offset, provider in enumerate(PROVIDERS):
             y = place + 0.38 * (offset - 0.5)
             axes.barh(
                 y, times[provider], 0.36, color=COLORS[provider], label=PROVIDERS[provider] if not place else None
             )
             text = f" {times[provider]:.0f} ms"
-            text += f"  ({times[provider] / times['bare']:.0%})" if provider != "bare" else ""
+            text += f"  ({rows[provider]['ratio']:.0%})" if provider != "bare" else ""
             axes.text(times[provider], y, text, va="center", fontsize=8)
     axes.set_yticks(range(len(jobs)), [f"{job}\n{precision}" for precision, job in jobs], fontsize=8)
     axes.invert_yaxis()
@@ -90,7 +91,7 @@ def draw_times(figure: SubFigure, saved: dict[str, Any]) -> None:
     axes.set_xlabel(f"ms per image; {saved['machine']['device']}", fontsize=8)
     axes.tick_params("x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.legend(loc="lower right", fontsize=7, frameon=False, handlelength=1.2)
 
 
 def fits(row: dict[str, Any], precision: str, job: str) -> bool:
