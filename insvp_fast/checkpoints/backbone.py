@@ -6,7 +6,6 @@ Where the weights came from is written into ``pretrained_cfg``, timm's descripti
 from __future__ import annotations
 
 import json
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def save_backbone(backbone: VisionTransformer, file: Path) -> None:
 def source_of(backbone: nn.Module) -> str | None:
     """The ``source`` from which ``create_backbone`` builds this backbone again; None if timm did not build it."""
     cfg = _cfg(backbone)
-    file = os.path.abspath(cfg["file"]) if cfg.get("file") else None
+    file = Path(cfg["file"]).absolute() if cfg.get("file") else None
     if cfg.get("source") == "local-dir":
         return f"{FOLDER}{file}"
     if cfg.get("source") == "hf-hub":
@@ -107,7 +106,7 @@ def record_file(backbone: VisionTransformer, file: str | Path) -> None:
     """Record that the weights came from a file, instead of where timm has the architecture's weights."""
     cfg = _cfg(backbone)
     foreign = {"source": "", "tag": None} if cfg.get("source") else {}  # timm may not know this tag
-    backbone.pretrained_cfg = cfg | foreign | {"file": os.path.abspath(file)}
+    backbone.pretrained_cfg = cfg | foreign | {"file": str(Path(file).absolute())}
 
 
 def _cfg(backbone: nn.Module) -> dict[str, Any]:
