@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import textwrap
 from collections.abc import Callable, Mapping
@@ -191,11 +192,15 @@ class Recipe:
 
 def _add_arguments(docstring: str | None) -> str:
     """The docstring of ``Recipe`` with the help of each field, for ``help`` and API docs."""
-    summary, raises, rest = (docstring or "").partition("    Raises:")
-    indent = " " * 8
+    # cleaned, as Python itself does from 3.13 on
+    summary, raises, rest = inspect.cleandoc(docstring or "").partition("Raises:")
+    indent = " " * 4
     arguments = [f"{field.name}: {field.metadata['help'].replace('`', '``')}." for field in dataclasses.fields(Recipe)]
-    wrapped = [textwrap.fill(text, 120, initial_indent=indent, subsequent_indent=indent * 2) for text in arguments]
-    return "\n".join([f"{summary}    Args:", *wrapped, "", f"{raises}{rest}"])
+    wrapped = [
+        textwrap.fill(text, 120, initial_indent=indent, subsequent_indent=2 * indent, break_on_hyphens=False)
+        for text in arguments
+    ]
+    return "\n".join([f"{summary}Args:", *wrapped, "", f"{raises}{rest}"])
 
 
 Recipe.__doc__ = _add_arguments(Recipe.__doc__)

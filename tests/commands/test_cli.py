@@ -57,7 +57,7 @@ def test_every_setting_says_what_it_is(capsys):
     text = capsys.readouterr().out
     assert all(f"{to_option(name)} " in text for name in setting_names())
     assert [field.name for field in dataclasses.fields(Recipe) if not field.metadata["help"]] == []
-    assert all(f"\n        {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
+    assert all(f"\n    {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
     assert Recipe.__doc__.index("Args:") < Recipe.__doc__.index("Raises:")
 
 
