@@ -12,7 +12,7 @@ OURS = [*SHIPPED, *(path for name in ("benchmarks", "tools", "examples") for pat
 
 # Each may import what stands before it; those of one line are not to import each other.
 LAYERS = [
-    ["errors", "config", "storage"],
+    ["errors", "config", "atomic_files"],
     ["reference"],
     ["kernels"],
     ["runtime"],
@@ -31,7 +31,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # and of these, nothing else
-ONLY: dict[str, set[str]] = {"data": {"errors", "config", "storage"}, "kernels": set()}
+ONLY: dict[str, set[str]] = {"data": {"errors", "config", "atomic_files"}, "kernels": set()}
 # what an import of the package, or the command line, must not wait for or need
 LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy")
 

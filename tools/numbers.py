@@ -123,6 +123,7 @@ def step(
 
 def train() -> str:
     """The adapter after two epochs on the digits."""
+    # commits from before `__main__.py` have the other
     module = "insvp_fast" if find_spec("insvp_fast.__main__") else "insvp_fast.cli"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", module, "train", "--epochs", "2", "--amp", "off", "--output", folder]

@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, source_of
 from insvp_fast.checkpoints.files import find_file, read_safetensors
@@ -31,7 +32,6 @@ from insvp_fast.checkpoints.released import infer_config, read_released, to_ours
 from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
-from insvp_fast.storage import write_file
 
 __all__ = ["AdapterCheckpoint"]
 

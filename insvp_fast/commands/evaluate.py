@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from insvp_fast.atomic_files import write_file
 from insvp_fast.commands.options import add_loading
-from insvp_fast.storage import write_file
 
 SUMMARY = "test a trained model: accuracies and confusion matrix"
 

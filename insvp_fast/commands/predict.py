@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from insvp_fast.atomic_files import replace_file
 from insvp_fast.commands.options import add_loading, positive
 from insvp_fast.errors import CommandError
-from insvp_fast.storage import replace_file
 
 SUMMARY = "classify image files with a trained model"
 

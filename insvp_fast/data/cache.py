@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from insvp_fast.atomic_files import replace_file, write_file
 from insvp_fast.data.images import Images, TarMember
 from insvp_fast.data.transforms import Transform, cache_transform
 from insvp_fast.errors import DataError
-from insvp_fast.storage import replace_file, write_file
 
 __all__ = ["CachedImages", "cache_images"]
 

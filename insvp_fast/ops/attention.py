@@ -12,7 +12,9 @@ from torch import Tensor
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import merge_heads, split_heads, split_packed
 from insvp_fast.ops.registry import (
+    FLOATS,
     Implementation,
+    cpu_reason,
     dtype_reason,
     implementation,
     native_reason,
@@ -86,8 +88,7 @@ def _sdpa(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor
 
 
 def _xformers(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
-    floats = torch.float32, torch.bfloat16, torch.float16
-    if not torch.compiler.is_compiling() and (reason := dtype_reason(floats, qkv.dtype)):
+    if not torch.compiler.is_compiling() and (reason := dtype_reason(FLOATS, qkv.dtype)):
         raise RuntimeError(f'impl="xformers" {reason}')
     try:
         from xformers.ops import memory_efficient_attention
@@ -192,9 +193,8 @@ def _multiplied(x: Tensor) -> Tensor:
     return x if hardware.has_products(x.dtype) else x.float()
 
 
-def _cpu_reason(a: _Fwd | _Bwd) -> str | None:
-    device = a.qkv.device
-    return None if device.type == "cpu" else f"cannot run here: it computes on the CPU, not on {device}"
+def _explicit_reason(a: _Fwd | _Bwd) -> str | None:
+    return cpu_reason(a.qkv.device)
 
 
 def _fwd_explicit(a: _Fwd) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,7 @@ def _bwd_flash(a: _Bwd) -> Tensor:
 
 def _flash_reason(a: _Fwd | _Bwd) -> str | None:
     absent = None if torch_private.HAS_FLASH else "cannot run here: this PyTorch has no fused attention for CPUs"
-    return _cpu_reason(a) or absent
+    return cpu_reason(a.qkv.device) or absent
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
@@ -272,7 +272,7 @@ def _bwd_triton(a: _Bwd) -> Tensor:
 
 def _triton_reason(a: _Fwd | _Bwd) -> str | None:
     device, dtype = a.qkv.device, a.qkv.dtype
-    if reason := triton_reason(device) or dtype_reason((torch.bfloat16, torch.float16), dtype):
+    if reason := triton_reason(device, dtype, covered=(torch.bfloat16, torch.float16)):
         return reason
     from insvp_fast.kernels.gpu import attention as kernel
 
@@ -304,7 +304,7 @@ register(
     reference=_fwd_reference,
     auto=_fwd_auto,
     native=Implementation(_fwd_native, _native_reason),
-    explicit=Implementation(_fwd_explicit, _cpu_reason),
+    explicit=Implementation(_fwd_explicit, _explicit_reason),
     flash=Implementation(_fwd_flash, _flash_reason, fake=_fwd_flash_fake),
     triton=Implementation(_fwd_triton, _triton_reason),
 )
@@ -316,7 +316,7 @@ register(
     reference=_bwd_reference,
     auto=_bwd_auto,
     native=Implementation(_bwd_native, _native_reason),
-    explicit=Implementation(_bwd_explicit, _cpu_reason),
+    explicit=Implementation(_bwd_explicit, _explicit_reason),
     flash=Implementation(_bwd_flash, _flash_reason),
     triton=Implementation(_bwd_triton, _triton_reason),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from insvp_fast.runtime import torch_private
 
-__all__ = ["apply", "first_order"]
+__all__ = ["apply", "first_order", "only_needed"]
 
 
 def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
@@ -63,3 +63,9 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     if not torch.compiler.is_compiling() and torch_private.transforming(*arguments):
         raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
     return function.apply(*arguments)
+
+
+def only_needed(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What ``backward`` returns: the gradients by the first inputs where they are needed, and None by all others."""
+    wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    return *wanted, *(None,) * (len(ctx.needs_input_grad) - len(wanted))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.autograd import apply, first_order, only_needed
 from insvp_fast.ops.registry import Implementation, Size, native_reason, register, require, widened
 from insvp_fast.runtime import native
 
@@ -137,7 +137,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a = _Bwd._make((grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0]))
         grads = torch.ops.insvp_fast.conv_bwd.default(*a, ctx.impl)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 6
+        return only_needed(ctx, grads)
 
 
 def _fwd_reference(a: _Fwd) -> Tensor:

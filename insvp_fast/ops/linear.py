@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.registry import Implementation, native_reason, register, require
+from insvp_fast.ops.registry import FLOATS, Implementation, cpu_reason, dtype_reason, native_reason, register, require
 from insvp_fast.runtime import products
 from insvp_fast.runtime.products import FrozenLinear
 
@@ -167,7 +167,12 @@ def provider_reason(how: str) -> Callable[[Any], str | None]:
 
     def reason(operands: Any) -> str | None:
         x: Tensor = operands[0]
-        return native_reason(x.device, x.dtype) if how == "native" else products.reason(how, x.dtype, x.device)
+        if how == "native":
+            return native_reason(x.device, x.dtype)
+        if found := cpu_reason(x.device) or dtype_reason(products.HALF if how == "widened" else FLOATS, x.dtype):
+            return found
+        works = how == "widened" or products.onednn_works(x.dtype)
+        return None if works else f"cannot run here: this PyTorch or processor has no packed product in {x.dtype}"
 
     return reason
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
-from insvp_fast.ops.registry import Implementation, dtype_reason, register, require, triton_reason, widened
+from insvp_fast.ops.registry import Implementation, register, require, triton_reason, widened
 from insvp_fast.runtime import products
 from insvp_fast.runtime.products import FrozenLinear
 
@@ -150,8 +150,7 @@ def _bwd_triton(a: _Bwd) -> Tensor:
 
 
 def _triton_reason(a: _Fwd | _Bwd) -> str | None:
-    floats = torch.float32, torch.bfloat16, torch.float16
-    return triton_reason(a[0].device) or dtype_reason(floats, a[0].dtype)
+    return triton_reason(a[0].device, a[0].dtype)
 
 
 def _auto(a: _Fwd | _Bwd) -> Sequence[str]:

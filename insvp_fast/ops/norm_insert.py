@@ -11,7 +11,6 @@ from torch import Tensor
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.registry import (
     Implementation,
-    dtype_reason,
     native_reason,
     register,
     require,
@@ -221,8 +220,7 @@ def _bwd_triton_reason(a: _Bwd) -> str | None:
 
 
 def _triton_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
-    floats = torch.float32, torch.bfloat16, torch.float16
-    if reason := triton_reason(x.device) or dtype_reason(floats, *dtypes):
+    if reason := triton_reason(x.device, *dtypes):
         return reason
     from insvp_fast.kernels.gpu import norm_insert as kernel
 

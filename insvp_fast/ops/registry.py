@@ -22,6 +22,7 @@ from insvp_fast.runtime import native
 __all__ = [
     "Implementation",
     "Size",
+    "cpu_reason",
     "dtype_reason",
     "implementation",
     "native_reason",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 LIBRARY = Library("insvp_fast", "DEF")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PREFERRED = {"cpu": "native", "cuda": "triton"}  # a ROCm device is "cuda" to PyTorch as well
 Size = Annotated[int, torch.SymInt]  # a number that a compiled graph may leave open
 SCHEMA = {
@@ -152,14 +154,19 @@ def dtype_reason(covered: Sequence[torch.dtype], *dtypes: torch.dtype) -> str | 
     return None
 
 
+def cpu_reason(device: torch.device) -> str | None:
+    """Why an implementation for CPUs cannot run on this device."""
+    return None if device.type == "cpu" else f"cannot run here: it computes on the CPU, not on {device}"
+
+
 def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[Tensor | None] = ()) -> str | None:
     """Why the native library cannot compute in these dtypes with these weights, which have to be fp32.
 
     Raises:
         RuntimeError: where INSVP_FAST_NATIVE=1 demands a library that is not there.
     """
-    if device.type != "cpu":
-        return f"cannot run here: it computes on the CPU, not on {device}"
+    if reason := cpu_reason(device):
+        return reason
     if not native.available():
         return f"cannot run here: {native.native_status()}"
     if reason := dtype_reason(native.DTYPES, *dtypes):
@@ -167,12 +174,14 @@ def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[
     return dtype_reason((torch.float32,), *(w.dtype for w in weights if w is not None)) if weights else None
 
 
-def triton_reason(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on this device."""
+def triton_reason(device: torch.device, *dtypes: torch.dtype, covered: Sequence[torch.dtype] = FLOATS) -> str | None:
+    """Why Triton kernels for the covered dtypes cannot compute in these on this device."""
     try:
         from insvp_fast.kernels.gpu import chip
     except ImportError as error:
         return f"cannot run here: {error}"
     if device.type != "cuda" and not chip.INTERPRETED:
         return f"cannot run here: it computes on CUDA and ROCm devices, not on {device}"
-    return None if chip.arch(device) is not None else f"cannot run here: its kernels are not made for {device}"
+    if chip.arch(device) is None:
+        return f"cannot run here: its kernels are not made for {device}"
+    return dtype_reason(covered, *dtypes)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.autograd import apply, first_order, only_needed
 from insvp_fast.ops.registry import (
     Implementation,
-    dtype_reason,
     native_reason,
     register,
     require,
@@ -192,7 +191,7 @@ class _Superpose(torch.autograd.Function):
         *kept, scale, shift = ctx.saved_tensors
         a = _Bwd._make((grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift))
         grads = torch.ops.insvp_fast.superpose_bwd.default(*a, ctx.impl)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
+        return only_needed(ctx, grads)
 
 
 def _pixels(a: _Fwd | _Bwd) -> Tensor:
@@ -261,8 +260,7 @@ def _bwd_triton_reason(a: _Bwd) -> str | None:
 
 
 def _triton_reason(a: _Fwd | _Bwd, *dtypes: torch.dtype) -> str | None:
-    floats = torch.float32, torch.bfloat16, torch.float16
-    if reason := triton_reason(a.image.device) or dtype_reason(floats, _pixel_dtype(a), *dtypes):
+    if reason := triton_reason(a.image.device, _pixel_dtype(a), *dtypes):
         return reason
     from insvp_fast.kernels.gpu import superpose as kernel
 

@@ -32,9 +32,9 @@ __all__ = [
     "linear_bwd",
     "linear_gelu",
     "linear_gelu_bwd",
+    "onednn_works",
     "override_provider",
     "provider",
-    "reason",
 ]
 
 
@@ -214,18 +214,12 @@ def _cpu_provider(dtype: torch.dtype, status: native.NativeStatus) -> str:
     if not hardware.has_products(dtype):
         return "widened"
     packs = dtype in HALF or (dtype == torch.float32 and hardware.wide_vectors())
-    return "onednn" if packs and _works(_onednn_product, dtype) else "plain"
+    return "onednn" if packs and onednn_works(dtype) else "plain"
 
 
-def reason(how: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why "onednn" or "widened" cannot multiply in ``dtype`` on ``device``, to be read behind 'impl="<how>"'."""
-    if device.type != "cpu":
-        return f"cannot run here: it computes on the CPU, not on {device}"
-    covered = HALF if how == "widened" else (torch.float32, *HALF)
-    if dtype not in covered:
-        return f"cannot compute in {dtype}: expected {' or '.join(map(str, covered))}"
-    works = how == "widened" or _works(_onednn_product, dtype)
-    return None if works else f"cannot run here: this PyTorch or processor has no packed product in {dtype}"
+def onednn_works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies by packed weights in ``dtype`` here."""
+    return _works(_onednn_product, dtype)
 
 
 @cache

@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from insvp_fast import __version__
+from insvp_fast.atomic_files import write_file
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
-from insvp_fast.storage import write_file
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER
 

@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from insvp_fast.atomic_files import recover, replace_folder, write_file
 from insvp_fast.checkpoints.files import read_safetensors, read_torch
 from insvp_fast.errors import CheckpointError, TrainingError
-from insvp_fast.storage import recover, replace_folder, write_file
 
 __all__ = ["get_rng_states", "load_state", "save_state", "set_rng_states"]
 

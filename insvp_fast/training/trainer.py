@@ -14,12 +14,12 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
+from insvp_fast.atomic_files import recover, replace_folder
 from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.checkpoints.names import WEIGHTS_FILE
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
 from insvp_fast.model import InsVPViT
-from insvp_fast.storage import recover, replace_folder
 from insvp_fast.training.average import WeightAverage, copy_weights
 from insvp_fast.training.candidates import Candidate
 from insvp_fast.training.loader import create_loader

@@ -35,8 +35,8 @@ def plain_mlp(x, w1, b1, w2, b2, gain, shift):
     "impl", ["auto", "onednn", pytest.param("native", marks=NEEDS_LIBRARY), "widened", "reference"]
 )
 def test_mlp(impl, dtype, keep):
-    if reason := products.reason(impl, dtype, torch.device("cpu")) if impl in ("onednn", "widened") else None:
-        pytest.skip(reason)
+    if (impl == "widened" and dtype == torch.float32) or (impl == "onednn" and not products.onednn_works(dtype)):
+        pytest.skip("this product is not for this dtype, or this processor")
     if dtype == torch.float16 and impl == "native":
         pytest.skip("no fp16 there")
     x, weights, (gain, shift) = mlp_inputs(dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from insvp_fast.storage import recover, replace_folder
+from insvp_fast.atomic_files import recover, replace_folder
 from insvp_fast.training.state import get_rng_states, load_state, save_state, set_rng_states
 
 
