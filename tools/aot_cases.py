@@ -96,11 +96,16 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
 
 
 def norm_insert_cases(arch: int | str) -> Iterator[Case]:
-    """Width 768: all bf16 with weight and bias folded away, an fp32 stream with bf16 products, and all fp32."""
+    """Width 768: all bf16 with weight and bias folded away, also without centering (RMSNorm), an fp32 stream with bf16
+    products, and all fp32.
+    """
     bf16, fp32, sizes = "*bf16", "*fp32", {"M": "i32", "T": "i32", "L": "i32"}
-    for stream, product, affine in [(bf16, bf16, False), (fp32, bf16, True)] + [(fp32, fp32, True)] * (arch == 90):
-        label = f"{stream[1:]}-{product[1:]}" + "-affine" * affine
-        constants = {"D": 768, **norm_insert.launch_config(768)}
+    variants = [(bf16, bf16, False, True), (fp32, bf16, True, True)]
+    if arch == 90:
+        variants += [(fp32, fp32, True, True), (bf16, bf16, False, False)]
+    for stream, product, affine, center in variants:
+        label = f"{stream[1:]}-{product[1:]}" + "-affine" * affine + "-rms" * (not center)
+        constants = {"CENTER": center, "D": 768, **norm_insert.launch_config(768)}
         yield case(
             f"norm_insert_fwd-{label}",
             norm_insert._norm_insert_fwd_kernel,

@@ -111,7 +111,7 @@ def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear | None, FrozenLi
     return FrozenLinear(a.wg, a.bg, a.gain, a.shift), value, FrozenLinear(a.w2, a.b2, a.gain2, a.shift2)
 
 
-@first_order("gated_mlp", "torch.nn.functional.linear and its activations")
+@first_order("gated_mlp", "torch.nn.functional.linear and silu")
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
@@ -159,15 +159,15 @@ def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm without an affine map, and 1/sigma: norm_insert without a sum and prompts."""
     rows = x.reshape(1, -1, x.shape[-1])
     forward = torch.ops.insvp_fast.norm_insert_fwd.default
-    _, normed, _, rstd = forward(rows, None, None, None, None, eps, x.dtype, "auto")
+    _, normed, _, rstd = forward(rows, None, None, None, None, eps, x.dtype, True, "auto")
     return normed.view(x.shape), rstd
 
 
 def _normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     normed, rstd = _normalize(x, eps)
     rows, backward = (1, -1, x.shape[-1]), torch.ops.insvp_fast.norm_insert_bwd.default
-    count = rstd.shape[1]
-    d_x, _, _ = backward(None, grad.reshape(rows), normed.view(rows), rstd, None, count, x.dtype, x.dtype, "auto")
+    kept = normed.view(rows), rstd, None, rstd.shape[1]
+    d_x, _, _ = backward(None, grad.reshape(rows), *kept, x.dtype, x.dtype, True, "auto")
     return cast(Tensor, d_x).view(x.shape)
 
 

@@ -111,7 +111,7 @@ def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear]:
     return FrozenLinear(a.w1, a.b1, a.gain, a.shift), FrozenLinear(a.w2, a.b2)
 
 
-@first_order("mlp", "torch.nn.functional.linear and its activations")
+@first_order("mlp", "torch.nn.functional.linear and gelu")
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
