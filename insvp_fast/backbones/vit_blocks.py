@@ -8,6 +8,7 @@ ParallelScalingBlock   x + attention(y) + mlp(y) with y = norm(x)
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -69,7 +70,12 @@ def _prefixed(prefix: str, table: Table) -> Table:
 
 def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
     heads, head_width = getattr(attn, "num_heads", 1), getattr(attn, "head_dim", 1)
-    attention = {"attn_dim": width, "head_dim": width // max(heads, 1), "scale": head_width**-0.5, "gate": None}
+    attention = {
+        "attn_dim": width,
+        "head_dim": width // max(heads, 1),
+        "scale": max(head_width, 1) ** -0.5,
+        "gate": None,
+    }
     head_norm = (IDENTITY, *norm_requirements(head_width))
     return {
         "": (rule(Attention, "num_heads fused_attn", **attention, **_inactive_dropout(attn)),),
@@ -108,13 +114,16 @@ def _scaling_requirements(block: ParallelScalingBlock, width: int) -> Table:
     heads, in_proj = getattr(block, "num_heads", 1), getattr(block, "in_proj", None)
     weight, bias = getattr(in_proj, "weight", torch.empty(0)), getattr(in_proj, "bias", None)
     head_width, fused = width // max(heads, 1), block._modules.get("out_proj") is not None
-    absent = ("attn_out_proj", "mlp_out_proj") if fused else ("out_proj",)
-    sizes = {"head_dim": head_width, "scale": head_width**-0.5, "in_split": [len(weight) - 3 * width] + [width] * 3}
+    sizes: dict[str, Any] = {
+        "head_dim": head_width,
+        "scale": max(head_width, 1) ** -0.5,
+        "in_split": [len(weight) - 3 * width] + [width] * 3,
+        **dict.fromkeys(("attn_out_proj", "mlp_out_proj") if fused else ("out_proj",)),
+    }
     own = rule(
         ParallelScalingBlock,
         "num_heads fused_attn",
         optional="" if bias is not None else "mlp_bias",  # one bias or the other
-        **dict.fromkeys(absent),
         **sizes,
         **_inactive_dropout(block),
     )
@@ -193,17 +202,17 @@ def _things(
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
-    total = None
+    attended, hidden = [], []
     for one in block.attns:
         residual, y, affine = norm_insert(one.norm, residual, branch, prompts, options)
-        out = one.ls(_attention(one.attn, y, affine, residual.shape[1], options, num_queries))
-        branch, total = None, out if total is None else total + out
-    residual, branch, total = _first(residual, num_queries), total, None
+        attended.append(one.ls(_attention(one.attn, y, affine, residual.shape[1], options, num_queries)))
+        branch = None
+    residual, branch = _first(residual, num_queries), reduce(torch.add, attended)
     for one in block.ffns:
         residual, y, affine = norm_insert(one.norm, residual, branch, None, options)
-        out = one.ls(forward_mlp(one.mlp, y, affine, options.mlp_keeps))
-        branch, total = None, out if total is None else total + out
-    return residual, total
+        hidden.append(one.ls(forward_mlp(one.mlp, y, affine, options.mlp_keeps)))
+        branch = None
+    return residual, reduce(torch.add, hidden)
 
 
 def _scaling(
