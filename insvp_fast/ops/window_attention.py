@@ -76,7 +76,7 @@ def _check(qkv: Tensor, num_heads: int, windows: Tensor, bias: Tensor | None, re
     if bias is not None and tuple(bias.shape) != (num_heads, w, w):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected {(num_heads, w, w)}")
     if bias is not None and bias.requires_grad:
-        raise ValueError("ops.window_attention is for a frozen bias: expected requires_grad=False, its gradient is lost")
+        raise ValueError("ops.window_attention is for a frozen bias: expected requires_grad=False")
     if regions is not None and (regions.shape != windows.shape or regions.dtype != torch.int32):
         raise ValueError(
             f"regions is {regions.dtype} {tuple(regions.shape)}: expected int32 {tuple(windows.shape)}, as windows"

@@ -102,7 +102,7 @@ def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:
     shape = tuple(windows.shape)
     windows = require("windows", windows, shape, torch.int32)
     T = windows.numel()
-    if len(shape) != 2 or T > qkv.shape[1]:
+    if len(shape) != 2 or qkv.shape[1] < T:
         raise ValueError(f"windows has shape {shape}: expected [n, w] with n*w up to {qkv.shape[1]}, the tokens of qkv")
     counts = windows.flatten().clamp(-1, T).add(1).bincount(minlength=T + 2)
     if T and not (counts[1 : T + 1] == 1).all():
