@@ -17,7 +17,6 @@ from insvp_fast.runtime import native
 __all__ = ["WINDOW_ATTENTION", "window_attention", "window_attention_bwd_reference", "window_attention_reference"]
 
 WINDOW_ATTENTION = ("auto", "native", "reference", "sdpa")
-MASKED = -100.0  # what Swin adds to the score of two tokens that a shifted window brought together; not minus infinity
 
 
 def window_attention(
@@ -25,23 +24,23 @@ def window_attention(
     num_heads: int,
     windows: Tensor,
     bias: Tensor | None,
-    regions: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     *,
     impl: str = "auto",
 ) -> Tensor:
     """Softmax attention of each window's tokens to one another and to all prompts, from the packed product.
 
-    The scores are scale·q·k; those of two tokens get ``bias``, and -100 where their regions differ. So a window may be
-    any set of tokens: Swin's shifted windows are others than those before, and nothing is moved.
+    The scores are scale·q·k; those of two tokens get ``bias`` and ``mask``. A window may be any set of tokens: Swin's
+    shifted windows are other sets than those before, and nothing is moved.
 
     Args:
         qkv: [B, T+L, 3·D], ``num_heads`` equal heads folded into D, in any floating dtype. The first T rows are the
             tokens of the image, the last L its prompts.
         windows: int32 [n, w], the tokens of each window. Each of the T = n·w tokens stands in one window.
-        bias: [heads, w, w], frozen; None adds nothing.
-        regions: int32 [n, w], the region of each token of ``windows``; None is one region.
-        scale: of the scores before the bias.
+        bias: [heads, w, w], frozen, the same in all windows; None adds nothing.
+        mask: [n, w, w], frozen, the same for all heads; None adds nothing.
+        scale: of the scores before bias and mask.
         impl: "auto" lets the device decide: on GPUs "sdpa", on CPUs "native" where it is there, else "reference". One
             of ``WINDOW_ATTENTION`` insists.
 
@@ -49,14 +48,14 @@ def window_attention(
         [B, T, D] in the dtype of ``qkv``, without the prompts, which do not ask. Kept for backward: the arguments.
 
     Raises:
-        ValueError: for shapes that do not fit, a bias that would be trained, or an unknown ``impl``.
+        ValueError: for shapes that do not fit, a bias or mask that would be trained, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
     if impl not in WINDOW_ATTENTION:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(WINDOW_ATTENTION)}")
-    _check(qkv, num_heads, windows, bias, regions)
-    bias = None if bias is None else bias.to(widened(bias.dtype))
-    operands = _Fwd(qkv, num_heads, windows, bias, regions, scale)
+    _check(qkv, num_heads, windows, bias, mask)
+    bias, mask = (None if x is None else x.to(widened(x.dtype)) for x in (bias, mask))
+    operands = _Fwd(qkv, num_heads, windows, bias, mask, scale)
     if impl == "auto" and qkv.device.type != "cpu":
         impl = "sdpa"
     if impl == "sdpa":
@@ -65,7 +64,7 @@ def window_attention(
     return cast(Tensor, apply(_WindowAttention, *operands, impl))
 
 
-def _check(qkv: Tensor, num_heads: int, windows: Tensor, bias: Tensor | None, regions: Tensor | None) -> None:
+def _check(qkv: Tensor, num_heads: int, windows: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}: expected [B, T+L, 3*D] with D in {num_heads} equal heads")
     if windows.ndim != 2 or windows.dtype != torch.int32 or windows.numel() > qkv.shape[1]:
@@ -73,14 +72,11 @@ def _check(qkv: Tensor, num_heads: int, windows: Tensor, bias: Tensor | None, re
             f"windows is {windows.dtype} {tuple(windows.shape)}: expected int32 [n, w], n*w up to {qkv.shape[1]} tokens"
         )
     w = windows.shape[1]
-    if bias is not None and tuple(bias.shape) != (num_heads, w, w):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected {(num_heads, w, w)}")
-    if bias is not None and bias.requires_grad:
-        raise ValueError("ops.window_attention is for a frozen bias: expected requires_grad=False")
-    if regions is not None and (regions.shape != windows.shape or regions.dtype != torch.int32):
-        raise ValueError(
-            f"regions is {regions.dtype} {tuple(regions.shape)}: expected int32 {tuple(windows.shape)}, as windows"
-        )
+    for name, x, shape in (("bias", bias, (num_heads, w, w)), ("mask", mask, (*windows.shape, w))):
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}")
+        if x is not None and x.requires_grad:
+            raise ValueError(f"ops.window_attention is for a frozen {name}: expected requires_grad=False")
 
 
 class _Fwd(NamedTuple):
@@ -88,7 +84,7 @@ class _Fwd(NamedTuple):
     num_heads: int
     windows: Tensor
     bias: Tensor | None
-    regions: Tensor | None
+    mask: Tensor | None
     scale: float
 
 
@@ -98,17 +94,16 @@ class _Bwd(NamedTuple):
     num_heads: int
     windows: Tensor
     bias: Tensor | None
-    regions: Tensor | None
+    mask: Tensor | None
     scale: float
 
 
 def window_attention_reference(
-    qkv: Tensor, num_heads: int, windows: Tensor, bias: Tensor | None, regions: Tensor | None, scale: float
+    qkv: Tensor, num_heads: int, windows: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """The formula of ``window_attention``."""
     q, k, v = _gather(qkv, num_heads, windows)
-    mask = _mask(num_heads, windows, bias, regions, k.shape[-2])
-    probabilities = _probabilities(q, k, mask, scale)
+    probabilities = _probabilities(q, k, _summands(bias, mask, k.shape[-2] - q.shape[-2]), scale)
     return _scatter(probabilities @ v, windows)
 
 
@@ -118,13 +113,13 @@ def window_attention_bwd_reference(
     num_heads: int,
     windows: Tensor,
     bias: Tensor | None,
-    regions: Tensor | None,
+    mask: Tensor | None,
     scale: float,
 ) -> Tensor:
     """The gradient of ``window_attention_reference`` by the packed product, written out."""
     q, k, v = _gather(qkv, num_heads, windows)
     d_out = split_heads(grad, num_heads)[:, :, windows]
-    p = _probabilities(q, k, _mask(num_heads, windows, bias, regions, k.shape[-2]), scale)
+    p = _probabilities(q, k, _summands(bias, mask, k.shape[-2] - q.shape[-2]), scale)
     d_p = d_out @ v.mT
     d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True)) * scale
     w, L = windows.shape[1], qkv.shape[1] - windows.numel()
@@ -148,33 +143,26 @@ def _scatter(x: Tensor, windows: Tensor) -> Tensor:  # [B, heads, n, w, d] -> [B
     return merge_heads(x.flatten(2, 3)[:, :, windows.flatten().argsort()])
 
 
-def _mask(heads: int, windows: Tensor, bias: Tensor | None, regions: Tensor | None, keys: int) -> Tensor | None:
-    """What is added to the scores: [heads, n or 1, w, w+L], or None; prompts, the last keys, get 0."""
-    w, mask = windows.shape[1], None
-    if bias is not None:
-        mask = bias[:, None]
-    if regions is not None:
-        apart = regions[:, :, None] != regions[:, None, :]
-        dtype = torch.float32 if mask is None else mask.dtype
-        masked = torch.zeros((), device=windows.device, dtype=dtype).masked_fill(apart, MASKED)
-        mask = masked.expand(heads, -1, -1, -1) if mask is None else mask + masked
-    return None if mask is None else F.pad(mask, (0, keys - w))
+def _summands(bias: Tensor | None, mask: Tensor | None, prompts: int) -> Tensor | None:
+    """What is added to the scores: [heads or 1, n or 1, w, w+L], or None; the prompts, which are last, get 0."""
+    both = [x for x in (None if bias is None else bias[:, None], mask) if x is not None]
+    return F.pad(sum(both[1:], both[0]), (0, prompts)) if both else None
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, summands: Tensor | None, scale: float) -> Tensor:
     scores = scale * q @ k.mT
-    return (scores if mask is None else scores + mask).softmax(dim=-1).to(q.dtype)
+    return (scores if summands is None else scores + summands).softmax(dim=-1).to(q.dtype)
 
 
 def _sdpa(a: _Fwd) -> Tensor:
     """Composed of PyTorch's operations, which differentiates them itself."""
     q, k, v = _gather(a.qkv, a.num_heads, a.windows)
     n, w = a.windows.shape
-    mask = _mask(a.num_heads, a.windows, a.bias, a.regions, k.shape[-2])
-    if mask is not None:  # of every head and window, for all images
-        mask = mask.expand(a.num_heads, n, w, -1).flatten(0, 1).to(q.dtype)
+    added = _summands(a.bias, a.mask, k.shape[-2] - w)
+    if added is not None:
+        added = added.expand(a.num_heads, n, w, -1).flatten(0, 1).to(q.dtype)
     # PyTorch's fused kernels take four dimensions: heads and windows become one
-    out = F.scaled_dot_product_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=mask, scale=a.scale)
+    out = F.scaled_dot_product_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=added, scale=a.scale)
     return _scatter(out.unflatten(1, (a.num_heads, n)), a.windows)
 
 
@@ -183,7 +171,7 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         given, ctx.impl = _Fwd(*arguments[:-1]), arguments[-1]
-        ctx.save_for_backward(given.qkv, given.windows, given.bias, given.regions)
+        ctx.save_for_backward(given.qkv, given.windows, given.bias, given.mask)
         ctx.num_heads, ctx.scale = given.num_heads, given.scale
         return cast(Tensor, torch.ops.insvp_fast.window_attention_fwd.default(*arguments))
 
@@ -195,16 +183,16 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def _fwd_native(a: _Fwd) -> Tensor:
-    return native.window_attention_fwd(a.qkv, a.num_heads, native.Windows(a.windows, a.bias, a.regions), a.scale)
+    return native.window_attention_fwd(a.qkv, a.num_heads, native.Windows(a.windows, a.bias, a.mask), a.scale)
 
 
 def _bwd_native(a: _Bwd) -> Tensor:
-    windows = native.Windows(a.windows, a.bias, a.regions)
+    windows = native.Windows(a.windows, a.bias, a.mask)
     return native.window_attention_bwd(a.grad, a.qkv, a.num_heads, windows, a.scale)
 
 
 def _native_reason(a: _Fwd | _Bwd) -> str | None:
-    return native_reason(a.qkv.device, a.qkv.dtype, weights=[a.bias])
+    return native_reason(a.qkv.device, a.qkv.dtype, weights=[a.bias, a.mask])
 
 
 def _auto(a: _Fwd | _Bwd) -> Sequence[str]:

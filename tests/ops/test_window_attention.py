@@ -18,25 +18,25 @@ IMPLS = ("auto", pytest.param("native", marks=NEEDS_LIBRARY), "sdpa")
 
 
 def operands(B, L, n, w, heads, d, dtype=torch.float32, masked=True):
-    """qkv, and windows that hold the tokens in a random order, some of them in other regions."""
+    """qkv, and windows that hold the tokens in a random order, some pairs of which are masked."""
     torch.manual_seed(B + L + n + w)
     qkv = torch.randn(B, n * w + L, 3 * heads * d).to(dtype).requires_grad_()
     windows = torch.randperm(n * w).view(n, w).int()
-    regions = torch.randint(0, 2, (n, w)).int() if masked else None
-    return qkv, heads, windows, torch.randn(heads, w, w), regions, d**-0.5
+    mask = -100.0 * torch.randint(0, 2, (n, w, w)) if masked else None
+    return qkv, heads, windows, torch.randn(heads, w, w), mask, d**-0.5
 
 
-def loop(qkv, heads, windows, bias, regions, scale):
+def loop(qkv, heads, windows, bias, mask, scale):
     """The definition, one window after the other, with none of the operation's code."""
     T = windows.numel()
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
     rows = []
     for window, (tokens, prompts) in enumerate((t.tolist(), [*range(T, qkv.shape[1])]) for t in windows):
         scores = scale * q[:, :, tokens] @ k[:, :, tokens + prompts].mT
-        for i in range(len(tokens)):
-            for j in range(len(tokens)):
-                apart = regions is not None and regions[window, i] != regions[window, j]
-                scores[..., i, j] += (0 if bias is None else bias[:, i, j].to(scores)) - 100 * bool(apart)
+        w = len(tokens)
+        for summand in (bias, None if mask is None else mask[window]):
+            if summand is not None:
+                scores[..., :w, :w] += summand.to(scores)
         rows.append(scores.softmax(-1) @ v[:, :, tokens + prompts])
     found = torch.cat(rows, dim=2)[:, :, windows.flatten().long().argsort()]
     return found.transpose(1, 2).flatten(2)
@@ -70,11 +70,11 @@ def test_window_attention(impl, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3, 4, 2, 4), (1, 0, 2, 5, 1, 3)])
-@pytest.mark.parametrize("parts", ["bias regions", "bias", "regions", ""])
+@pytest.mark.parametrize("parts", ["bias mask", "bias", "mask", ""])
 def test_the_formula_and_its_gradient(shape, parts):
-    qkv, heads, windows, bias, regions, scale = operands(*shape, torch.float64)
-    bias, regions = bias if "bias" in parts else None, regions if "regions" in parts else None
-    rest = heads, windows, bias, regions, scale
+    qkv, heads, windows, bias, mask, scale = operands(*shape, torch.float64)
+    bias, mask = bias if "bias" in parts else None, mask if "mask" in parts else None
+    rest = heads, windows, bias, mask, scale
     exact = with_gradients(lambda t: loop(t, *rest), [qkv])
     for impl in ("reference", "sdpa"):  # "reference" differentiates by the formula that is written out
         named = functools.partial(ops.window_attention, impl=impl)
@@ -86,7 +86,7 @@ def test_the_formula_and_its_gradient(shape, parts):
 @pytest.mark.parametrize("grid", [(4, 4), (8, 4)])
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_timms_shifted_windows(impl, grid):
-    """A permutation and regions are what timm gets by rolling, cutting and masking."""
+    """A permutation is what timm gets by rolling and cutting."""
     torch.manual_seed(0)
     block = SwinTransformerBlock(12, grid, num_heads=3, window_size=4 if grid == (8, 4) else 2, shift_size=1).eval()
     torch.nn.init.normal_(block.attn.relative_position_bias_table)
@@ -94,13 +94,9 @@ def test_timms_shifted_windows(impl, grid):
     (h, w), (H, W) = block.window_size, grid
     rolled = torch.arange(H * W).view(H, W).roll([-s for s in block.shift_size], (0, 1))
     windows = rolled.view(H // h, h, W // w, w).transpose(1, 2).reshape(-1, h * w).int()
-    regions = None
-    if block.attn_mask is not None:
-        first = (block.attn_mask == 0).int().argmax(-1)  # the first token of the same region
-        regions = first.int()
     bias = block.attn._get_rel_pos_bias()[0].detach()
     qkv = block.attn.qkv(x).flatten(1, 2).detach()
-    out = ops.window_attention(qkv, 3, windows, bias, regions, block.attn.scale, impl=impl)
+    out = ops.window_attention(qkv, 3, windows, bias, block.attn_mask, block.attn.scale, impl=impl)
     expected = block._attn(x)
     torch.testing.assert_close(block.attn.proj(out).view_as(expected), expected)
 
@@ -134,7 +130,7 @@ def test_window_attention_compiles(impl):
 
 
 def test_window_attention_refuses_what_it_cannot_do():
-    qkv, heads, windows, bias, regions, scale = operands(2, 3, 3, 4, 2, 4)
+    qkv, heads, windows, bias, mask, scale = operands(2, 3, 3, 4, 2, 4)
     for change, message in [
         ({"impl": "fastest"}, "impl='fastest': expected one of"),
         ({"num_heads": 5}, "in 5 equal heads"),
@@ -142,10 +138,10 @@ def test_window_attention_refuses_what_it_cannot_do():
         ({"windows": windows.repeat(2, 1)}, r"n\*w up to 15 tokens"),
         ({"bias": bias[:1]}, r"bias has shape \(1, 4, 4\): expected \(2, 4, 4\)"),
         ({"bias": bias.clone().requires_grad_()}, "for a frozen bias"),
-        ({"regions": regions[:2]}, r"regions is torch.int32 \(2, 4\): expected int32 \(3, 4\)"),
+        ({"mask": mask[:2]}, r"mask has shape \(2, 4, 4\): expected \(3, 4, 4\)"),
     ]:
-        given = {"num_heads": heads, "windows": windows, "bias": bias, "regions": regions, "scale": scale} | change
+        given = {"num_heads": heads, "windows": windows, "bias": bias, "mask": mask, "scale": scale} | change
         with pytest.raises(ValueError, match=message):
             ops.window_attention(qkv, **given)
     with pytest.raises(RuntimeError, match='impl="native" '):
-        ops.window_attention(qkv.double(), heads, windows, bias, regions, scale, impl="native")
+        ops.window_attention(qkv.double(), heads, windows, bias, mask, scale, impl="native")

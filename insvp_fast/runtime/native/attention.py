@@ -24,7 +24,7 @@ class Windows(NamedTuple):
 
     windows: Tensor  # int32 [n, w]
     bias: Tensor | None  # fp32 [heads, w, w]
-    regions: Tensor | None  # int32 [n, w]
+    mask: Tensor | None  # fp32 [n, w, w]
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
@@ -98,7 +98,7 @@ def _check_queries(qkv: Tensor, num_queries: int) -> None:
 def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:
     """The windows, contiguous, after a check that C++ will stay inside of the tensors and write all of the result."""
     _head_width(qkv, num_heads)
-    windows, bias, regions = given
+    windows, bias, mask = given
     shape = tuple(windows.shape)
     windows = require("windows", windows, shape, torch.int32)
     T = windows.numel()
@@ -109,6 +109,6 @@ def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:
         raise ValueError(f"windows has to hold each of the tokens 0 to {T - 1} once")
     if bias is not None:
         bias = require("bias", bias, (num_heads, shape[1], shape[1]), torch.float32)
-    if regions is not None:
-        regions = require("regions", regions, shape, torch.int32)
-    return Windows(windows, bias, regions)
+    if mask is not None:
+        mask = require("mask", mask, (*shape, shape[1]), torch.float32)
+    return Windows(windows, bias, mask)

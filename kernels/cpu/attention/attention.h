@@ -14,7 +14,7 @@ struct Attention {
   Array d_qkv;             // [B, T+L, 3*D]: backward only
   const int32_t* windows;  // [n, w]: the tokens of each; null: one window of all tokens in their order
   const float* bias;       // [heads, w, w]: added to the scores of tokens; null: none
-  const int32_t* regions;  // [n, w]: scores of tokens in different regions get -100; null: none do
+  const float* mask;       // [n, w, w]: added to the scores of tokens; null: none
   int64_t n, w, L, heads, d;
   float scale;
   int64_t T, S;

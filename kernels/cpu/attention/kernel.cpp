@@ -70,20 +70,17 @@ struct Head {
     multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, scale);
   }
 
+  // Adds rows of w numbers to the scores of tokens; those of prompts stay as they are.
+  void add(float* scores, const float* rows, int64_t count) const {
+    for (int64_t j = 0; j < count; ++j, scores += a.stride, rows += a.w)
+      for (int64_t i = 0; i < a.w; ++i) scores[i] += rows[i];
+  }
+
   // The probabilities of `count` queries from the query t on.
   void probabilities(float* p, const float* q, const float* k_columns, int64_t t, int64_t count) const {
     dot_products(p, q + t * words, k_columns, count, a.scale);
-    for (int64_t j = 0; j < count; ++j) {
-      float* row = p + j * a.stride;
-      if (a.bias) {
-        const float* bias = a.bias + (head * a.w + t + j) * a.w;
-        for (int64_t i = 0; i < a.w; ++i) row[i] += bias[i];
-      }
-      if (a.regions) {
-        const int32_t *regions = a.regions + window * a.w, own = regions[t + j];
-        for (int64_t i = 0; i < a.w; ++i) row[i] += regions[i] == own ? 0.0f : -100.0f;
-      }
-    }
+    if (a.bias) add(p, a.bias + (head * a.w + t) * a.w, count);
+    if (a.mask) add(p, a.mask + (window * a.w + t) * a.w, count);
     softmax(p, count, a.S, a.stride);
   }
 };
