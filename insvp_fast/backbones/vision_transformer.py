@@ -6,18 +6,19 @@ query where the head reads one token, and nothing is kept that only the gradient
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Format, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed
+from timm.layers import DropPath, Format, LayerScale, Mlp, PatchDropout, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.coverage import Rule, Table, rule, watch
+from insvp_fast.backbones.norms import Affine, layer_norm, normalize_and_insert
+from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
@@ -39,8 +40,8 @@ DROP_PATH_OFF = (IDENTITY, rule(DropPath, "drop_prob scale_by_keep", dropout_rat
 PATCH_DROPOUT_OFF = (IDENTITY, rule(PatchDropout, "prob num_prefix_tokens ordered", dropout_rate="prob"))
 LAYER_SCALE = (IDENTITY, rule(LayerScale, "init_values", required="gamma", inplace=False))
 
-watch("forward __call__", VisionTransformer, PatchEmbed, Block, Attention, Mlp, LayerNorm, LayerScale, DropPath)
-watch("forward __call__", PatchDropout, nn.LayerNorm, nn.GELU)
+watch("forward __call__", VisionTransformer, PatchEmbed, Block, Attention, Mlp, LayerScale, DropPath)
+watch("forward __call__", PatchDropout, nn.GELU)
 watch("_pos_embed pool forward_head", VisionTransformer)
 watch("scaled_dot_product_attention layer_norm gelu", F)
 
@@ -65,7 +66,7 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
         "patch_drop": PATCH_DROPOUT_OFF,
         "norm_pre": CALLED,
         "blocks": (rule(nn.Sequential), rule(nn.ModuleList)),
-        "norm": (IDENTITY, *_layer_norm(width)),
+        "norm": (IDENTITY, *layer_norm(width)),
         "fc_norm": CALLED,
         "attn_pool": CALLED,
         "head_drop": CALLED,
@@ -82,21 +83,21 @@ def _block_requirements(block: nn.Module, width: int) -> Table:
     attention = {"attn_dim": width, "head_dim": width // max(heads, 1), "scale": head_width**-0.5, "gate": None}
     if getattr(getattr(attn, "attn_drop", None), "p", 0):
         attention["training"] = False  # the fused attention drops by its own mode, not by that of attn_drop
-    head_norm = (IDENTITY, *_layer_norm(head_width))
+    head_norm = (IDENTITY, *layer_norm(head_width))
     return {
         "": (rule(Block),),
-        ".norm1": _layer_norm(width),
+        ".norm1": layer_norm(width),
         ".attn": (rule(Attention, "num_heads fused_attn", **attention),),
         ".attn.qkv": LINEAR,
         ".attn.q_norm": head_norm,
         ".attn.k_norm": head_norm,
         ".attn.attn_drop": DROPOUT_OFF,
-        ".attn.norm": (IDENTITY, *_layer_norm(width)),
+        ".attn.norm": (IDENTITY, *layer_norm(width)),
         ".attn.proj": LINEAR,
         ".attn.proj_drop": DROPOUT_OFF,
         ".ls1": LAYER_SCALE,
         ".drop_path1": DROP_PATH_OFF,
-        ".norm2": _layer_norm(width),
+        ".norm2": layer_norm(width),
         ".mlp": (rule(Mlp),),
         ".mlp.fc1": LINEAR,
         ".mlp.act": (rule(nn.GELU, approximate="none"),),
@@ -107,12 +108,6 @@ def _block_requirements(block: nn.Module, width: int) -> Table:
         ".ls2": LAYER_SCALE,
         ".drop_path2": DROP_PATH_OFF,
     }
-
-
-def _layer_norm(width: int) -> tuple[Rule, Rule]:
-    """PyTorch's or timm's, with or without an affine map."""
-    plain = rule(nn.LayerNorm, "eps elementwise_affine", required="weight", optional="bias", normalized_shape=(width,))
-    return plain, plain._replace(type=LayerNorm, attributes={**plain.attributes, "_fast_norm": False})
 
 
 # How it runs
@@ -188,14 +183,14 @@ def forward_block(
     blk = backbone.blocks[block]
     attn, mlp = blk.attn, blk.mlp
     inserted = None if prompts is None else prompts.tokens
-    residual, y, affine = _norm(blk.norm1, residual, branch, inserted, options)
+    residual, y, affine = normalize_and_insert(blk.norm1, residual, branch, inserted, options)
     if num_queries is None:
         attended = _attend(attn, y, affine, residual.shape[1], options)
     else:
         attended = _attend_from_first(attn, y, affine, num_queries)
         residual = _FirstTokens.apply(residual, num_queries)
     branch = blk.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
-    residual, y, affine = _norm(blk.norm2, residual, branch, None, options)
+    residual, y, affine = normalize_and_insert(blk.norm2, residual, branch, None, options)
     fc1, fc2 = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
     return residual, blk.ls2(ops.mlp(y, fc1, fc2, keep=options.mlp_keeps))
 
@@ -204,23 +199,6 @@ def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int
     """The norm after the last block."""
     normed: Tensor = backbone.norm(tokens)
     return normed
-
-
-class Affine(NamedTuple):
-    """The affine map of a norm, where it is folded into the product behind; else nothing."""
-
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-
-
-def _norm(
-    norm: nn.LayerNorm, residual: Tensor, branch: Tensor | None, prompts: Tensor | None, options: BlockOptions
-) -> tuple[Tensor, Tensor, Affine]:
-    """The new residual [B, T, D], the normalized tokens and prompts [B, T+L, D], and the affine map left to apply."""
-    folded, own = Affine(), Affine(norm.weight, norm.bias)
-    if options.fold_norm:
-        folded, own = own, folded
-    return *ops.norm_insert(residual, branch, prompts, *own, norm.eps, dtype=options.dtype), folded
 
 
 def _attend(

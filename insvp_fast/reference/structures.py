@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from insvp_fast.reference import vision_transformer
+from insvp_fast.reference import swin, vision_transformer
 from insvp_fast.reference.structure import Structure
 
 __all__ = ["STRUCTURES", "structure_of"]
 
-STRUCTURES: dict[type[nn.Module], Structure] = {VisionTransformer: vision_transformer}
+STRUCTURES: dict[type[nn.Module], Structure] = {VisionTransformer: vision_transformer, SwinTransformer: swin}
 
 
 def structure_of(backbone: nn.Module) -> Structure:
@@ -22,4 +23,4 @@ def structure_of(backbone: nn.Module) -> Structure:
     for cls, structure in STRUCTURES.items():
         if isinstance(backbone, cls):
             return structure
-    raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
+    raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer or SwinTransformer")
