@@ -131,40 +131,17 @@ class _AddPositions(torch.autograd.Function):
 
 
 def forward_block(
-<<<<<<< HEAD
     backbone: VisionTransformer,
     block: int,
-=======
-    block: nn.Module,
->>>>>>> vitops
     residual: Tensor,  # [B, T, D]
     branch: Tensor | None,  # [B, T, D], not yet added to the residual
     prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
-<<<<<<< HEAD
-    """One block (eq. 11), whose last sum is left to the next block's norm.
-
-    With ``num_queries`` only the first tokens go on; the others are keys and values of the attention and end there.
-    """
-    blk = backbone.blocks[block]
-    attn, mlp = blk.attn, blk.mlp
-    inserted = None if prompts is None else prompts.tokens
-    residual, y, affine = _norm(blk.norm1, residual, branch, inserted, options)
-    if num_queries is None:
-        attended = _attend(attn, y, affine, residual.shape[1], options)
-    else:
-        attended = _attend_from_first(attn, y, affine, num_queries)
-        residual = _FirstTokens.apply(residual, num_queries)
-    branch = blk.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
-    residual, y, affine = _norm(blk.norm2, residual, branch, None, options)
-    fc1, fc2 = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
-    return residual, blk.ls2(ops.mlp(y, fc1, fc2, keep=options.mlp_keeps))
-=======
     """One block (eq. 11); see ``run_block``."""
-    return run_block(block, residual, branch, prompts, options, num_queries)
->>>>>>> vitops
+    tokens = None if prompts is None else prompts.tokens
+    return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
 
 
 def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
