@@ -42,8 +42,6 @@ def test_a_pickle_with_code_is_not_loaded(tmp_path):
 def test_wrong_backbones_are_refused(tmp_path):
     with pytest.raises(InsVPError, match="`backbone` is vit_huger: timm has no model vit_huger, and there is no"):
         load_backbone("vit_huger")
-    with pytest.raises(InsVPError, match="a ResNet: expected a Vision Transformer"):
-        load_backbone(f"resnet10t@{__file__}")
     with pytest.raises(InsVPError, match="no such file"):
         load_backbone("test_vit@nowhere.pth")
     save_file({"patch_embed.proj.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
