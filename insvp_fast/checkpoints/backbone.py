@@ -121,9 +121,12 @@ def weights_report(backbone: nn.Module) -> str | None:
 
 def record_file(backbone: nn.Module, file: str | Path) -> None:
     """Record that the weights came from a file, instead of where timm has the architecture's weights."""
-    cfg = _cfg(backbone)
-    foreign = {"source": "", "tag": None} if cfg.get("source") else {}  # timm may not know this tag
-    backbone.pretrained_cfg = cfg | foreign | {"file": str(Path(file).absolute())}
+    foreign = {"source": "", "tag": None} if _cfg(backbone).get("source") else {}  # timm may not know this tag
+    _record(backbone, **foreign, file=str(Path(file).absolute()))
+
+
+def _record(backbone: nn.Module, **facts: Any) -> None:
+    backbone.pretrained_cfg = _cfg(backbone) | facts  # type: ignore[assignment]
 
 
 def _cfg(backbone: nn.Module) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def is_name(source: str) -> bool:
 def _architecture_of(file: Path) -> tuple[str, dict[str, Any]]:
     """The architecture that a file of weights names, and its arguments."""
     if file.suffix == ".npz" or file.name.endswith(INDEX):
-        content = {}
+        content: Any = {}
     else:
         content = _header(file) if file.suffix == ".safetensors" else read_torch(file)
     facts = content if isinstance(content, dict) else {}
@@ -219,6 +222,6 @@ def _load(backbone: nn.Module, file: Path) -> None:
     """Load weights from a file, strictly, apart from the classification head, and record what was done to get them."""
     state, report = read_backbone_weights(file, backbone)
     backbone.load_state_dict(state, strict=False)
-    backbone.pretrained_cfg = _cfg(backbone) | {"weights_report": str(report)}
+    _record(backbone, weights_report=str(report))
     if report.missing_head:
         warnings.warn(f"{file}: {report}", stacklevel=3)

@@ -10,6 +10,7 @@ import pickle
 import re
 import threading
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,11 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
         CheckpointError: if it is not such a file, or holds objects.
     """
     try:
-        archive = np.load(file, allow_pickle=False)
-        return {name: archive[name] for name in archive.files}
-    except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{file}: found a truncated or foreign file, or objects, not .npz: {error}") from error
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        found = "a pickle" if "allow_pickle" in str(error) else "a truncated or foreign file"
+        raise CheckpointError(f"{file}: found {found} in it: expected arrays as numpy.savez writes them") from error
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -166,5 +168,8 @@ def read_torch(file: Path) -> Any:
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         text = "found a truncated file or one with code, not tensors of torch.save"
         asked = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message is advice to trust the file
+        if "TorchScript" in str(error):
+            text = "found a TorchScript archive, which is code: expected its state dict, saved by torch.save"
+            raise CheckpointError(f"{file}: {text}") from error
         reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file}: {text}: {reason}") from error

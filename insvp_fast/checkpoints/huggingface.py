@@ -20,7 +20,7 @@ RULES: Rules = (
     (r"^embeddings\.position_embeddings?(\.weight)?$", "pos_embed"),
     (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^embeddings\.distillation_token$", "dist_token"),
-    (r"^embeddings\.", ""),
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
     (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
     (r"^(blocks\.\d+)\.(attention\.attention|self_attn|attention)\.(q|k|v)(uery|ey|alue|_proj)\.", r"\1.attn.\3."),
     (r"^(blocks\.\d+)\.(attention\.output\.dense|self_attn\.out_proj|attention\.o_proj)\.", r"\1.attn.proj."),
@@ -57,7 +57,8 @@ def pack(tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
     """
     gated = any(".mlp.gate_proj." in key for key in tensors)
     mlp = {"gate_proj": "w1", "up_proj": "w2" if gated else "fc1", "down_proj": "w3" if gated else "fc2"}
-    packed, parts = {}, {}
+    packed: dict[str, Tensor] = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if split := re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", key):
             parts.setdefault((split[1], split[3]), {})[split[2]] = value

@@ -10,12 +10,14 @@ import copy
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from insvp_fast.checkpoints.files import read_npz
+from insvp_fast.checkpoints.state_dict import Resized
 from insvp_fast.errors import CheckpointError
 
 __all__ = ["convert"]
@@ -40,7 +42,7 @@ LEFT_OUT = {
 RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # timm makes them fit
 
 
-def convert(file: Path, backbone: nn.Module) -> tuple[dict[str, Tensor], Counter[str], dict]:
+def convert(file: Path, backbone: nn.Module) -> tuple[dict[str, Tensor], Counter[str], Resized]:
     """What timm's ``load_pretrained`` makes of an .npz file, as a state dict; the module is not changed.
 
     Returns:
@@ -54,7 +56,7 @@ def convert(file: Path, backbone: nn.Module) -> tuple[dict[str, Tensor], Counter
         name = type(backbone).__name__
         raise CheckpointError(f"{file}: found an .npz file: expected another one for a {name}, timm reads none into it")
     used, besides = _sort(read_npz(file), file)
-    model = copy.deepcopy(backbone)
+    model: Any = copy.deepcopy(backbone)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # what is left of it was not in the file
@@ -97,9 +99,7 @@ def _sort(arrays: dict[str, np.ndarray], file: Path) -> tuple[dict[str, np.ndarr
     return used, besides
 
 
-def _resampled_shapes(
-    used: dict[str, np.ndarray], state: dict[str, Tensor]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _resampled_shapes(used: dict[str, np.ndarray], state: dict[str, Tensor]) -> Resized:
     """The position and patch embeddings whose shapes in the file and in the model differ."""
     shapes = {"patch_embed.proj.weight": np.moveaxis(used["embedding/kernel"], (-1, -2), (0, 1)).shape}
     shapes["pos_embed"] = next(value.shape for key, value in used.items() if key.endswith("pos_embedding"))

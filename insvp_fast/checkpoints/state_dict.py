@@ -18,6 +18,7 @@ from insvp_fast.errors import CheckpointError
 from insvp_fast.reference import InsVPReference
 
 __all__ = [
+    "Resized",
     "Rules",
     "backbone_sha256",
     "check_shapes",
@@ -27,6 +28,7 @@ __all__ = [
     "unwrap_state_dict",
 ]
 
+Resized = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # shapes of tensors, in a file and in a model
 Rules = tuple[tuple[str, str], ...]  # patterns and their replacements, as re.sub takes them
 
 # Keys of a checkpoint, in the order of preference: timm's, then DINO's, DeepSpeed's and I-JEPA's.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from insvp_fast.checkpoints import huggingface, jax_weights
 from insvp_fast.checkpoints.files import read_weights
-from insvp_fast.checkpoints.state_dict import Rules, check_shapes, other_state_dicts, rename, unwrap_state_dict
+from insvp_fast.checkpoints.state_dict import Resized, Rules, check_shapes, other_state_dicts, rename, unwrap_state_dict
 from insvp_fast.errors import CheckpointError
 
 __all__ = ["WeightsReport", "read_backbone_weights"]
@@ -44,7 +44,7 @@ class WeightsReport:
 
     format: str
     left_out: Counter[str] = field(default_factory=Counter)
-    resampled: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    resampled: Resized = field(default_factory=dict)
     missing_head: bool = False
 
     def __str__(self) -> str:
@@ -180,9 +180,7 @@ def _leave_out(
     return rest
 
 
-def _resampled(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Resized:
     """The tensors that timm's conversion changed in size, with their shapes before and after."""
     pairs = {key: (tuple(value.shape), tuple(after[key].shape)) for key, value in before.items() if key in after}
     if "register_tokens" in before:  # DINOv2's class token takes its own position out of pos_embed
