@@ -59,11 +59,11 @@ class WeightsReport:
 
 
 class Format(NamedTuple):
-    """A way to name tensors.
+    """A way to name tensors; the first in ``FORMATS`` whose marker is found is taken.
 
     Attributes:
         name: whose it is.
-        marker: a pattern at the beginning of one of its keys, which no format further down in the table has.
+        marker: a pattern at the beginning of at least one of its keys.
         rules: from its names to those that timm, or timm's ``checkpoint_filter_fn``, knows.
     """
 
@@ -151,7 +151,9 @@ def _convert(content: Any, backbone: nn.Module, where: object) -> tuple[dict[str
     converted = _timm_conversion(state, backbone, where)
     report.left_out.update("mask token" for key in state.keys() - converted.keys() if _part(key) == "mask token")
     report.resampled = _resampled(state, converted)
-    converted = _leave_out(converted, known, report)
+    fit = {key: value for key, value in converted.items() if key in known or not key.startswith(_heads(backbone))}
+    report.left_out.update("head" for _ in range(len(converted) - len(fit)))
+    converted = _leave_out(fit, known, report)
     if not converted.keys() & known:
         raise CheckpointError(
             f"{where}: found the names {sorted(tensors)[:5]}: expected a {type(backbone).__name__}'s, {EXPECTED}"
@@ -159,6 +161,12 @@ def _convert(content: Any, backbone: nn.Module, where: object) -> tuple[dict[str
     if "head.weight" in converted and "head.bias" in known:  # CLIP's projection has none
         converted.setdefault("head.bias", torch.zeros(len(converted["head.weight"])))
     return converted, report
+
+
+def _heads(backbone: nn.Module) -> tuple[str, ...]:
+    """With what the names of the head's tensors begin."""
+    names = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def _part(key: str) -> str | None:
@@ -225,9 +233,7 @@ def _require_complete(
     """The state dict, if it is the module's; a head of another size is left out."""
     own = backbone.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
-    names = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-    head = {key for key in expected if key.startswith(heads)}
+    head = {key for key in expected if key.startswith(_heads(backbone))}
     if any(key not in state or tuple(state[key].shape) != expected[key] for key in head):
         report.missing_head = True
         report.left_out.update("head" for key in head & state.keys())

@@ -12,6 +12,7 @@ from torch import nn
 
 from insvp_fast.checkpoints.backbone import create_backbone, weights_report
 from insvp_fast.checkpoints.state_dict import backbone_sha256
+from insvp_fast.commands import cli
 from insvp_fast.errors import CheckpointError
 
 VIT, SMALL = "vit_tiny_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -186,7 +187,7 @@ def hf_tower(state):
     names = [f"self_attn.{name}_proj" for name in "qkv"]
     state = renamed(unpacked(state, *names), *HF_TOWER, prefix="vision_model.")
     state["vision_model.embeddings.position_embedding.weight"].squeeze_(0)
-    return state | noise(*TEXT)
+    return state | noise(*TEXT, "vision_model.embeddings.position_ids")  # a buffer of older versions
 
 
 def hf_clip(model):
@@ -241,7 +242,7 @@ FORMATS = {  # name: format, writer, architecture, arguments, what is left out
     "open_clip": ("open_clip", open_clip, VIT, {}, r"text tower \(3 tensors\)"),
     "Hugging Face ViT": ("Hugging Face", hf_vit, VIT, {}, "pooler"),
     "Hugging Face DINOv2": ("Hugging Face", hf_dinov2, DINOV2, {"img_size": 28}, "mask token"),
-    "Hugging Face CLIP": ("Hugging Face CLIP", hf_clip, CLIP, {}, r"text tower \(3 tensors\)"),
+    "Hugging Face CLIP": ("Hugging Face CLIP", hf_clip, CLIP, {}, r"buffers \(1 tensor\), .*text tower \(3 tensors\)"),
     "Hugging Face SigLIP": ("Hugging Face SigLIP", hf_siglip, SIGLIP, {}, r"text tower \(3 tensors\)"),
     "Swin": ("timm", swin, "swin_tiny_patch4_window7_224", SWIN, r"buffers \(2 tensors\)"),
     "BEiT": ("timm", beit, "beit_base_patch16_224", {}, "buffers"),
@@ -369,6 +370,12 @@ def overlay(place) -> dict:
 
 
 # Files
+
+
+def test_the_commands_say_what_was_left_out(tmp_path, capsys):
+    torch.save(moco(create_model("test_vit")), tmp_path / "moco.pth")
+    assert cli.main(["info", f"test_vit@{tmp_path / 'moco.pth'}"]) == 0
+    assert re.search(r"^weights +MoCo-v3 weights; left out: momentum encoder", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin", "pth", "index"])
