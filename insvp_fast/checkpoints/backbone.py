@@ -85,7 +85,7 @@ def is_shipped(name: str) -> bool:
     return name.isidentifier() and (ASSETS / f"{name}.json").is_file()
 
 
-def save_backbone(backbone: VisionTransformer, file: Path) -> None:
+def save_backbone(backbone: nn.Module, file: Path) -> None:
     """Write the weights to a safetensors file that names their architecture, and record the file as their source."""
     cfg, arguments = _cfg(backbone), get_model_args(backbone)
     metadata = {"format": "pt", "architecture": cfg["architecture"], "model_args": json.dumps(arguments)}

@@ -81,6 +81,7 @@ FORMATS = (
     Format("DINO", r"(teacher\.)?backbone\.", DINO),
     Format("open_clip", r"visual\.trunk\.", TRUNK),
     Format("CLIP", r"visual\.(class_embedding|conv1\.weight)$"),
+    Format("TIPS", r"vision_encoder\.", ((r"^vision_encoder\.", ""),)),
     Format("EVA-CLIP", r"visual\.pos_embed$"),
     Format("Hugging Face CLIP", r"(vision_model\.)?embeddings\.class_embedding$", huggingface.RULES),
     Format("Hugging Face SigLIP", r"(vision_model\.)?embeddings\.patch_embedding\.bias$", huggingface.SIGLIP_RULES),
@@ -103,9 +104,11 @@ LEFT_OUT = {
     "projection head": r"head\.(\d|mlp|last_layer)|(dino_head|ibot_head|projection_head|projectors|predictor)\.",
     "head": r"(head|head_dist)\.|visual\.(proj$|head\.)",
     "decoder": r"decoder",
-    "text tower": r"(text|text_model|transformer|token_embedding|ln_final)\.|(positional_embedding|attn_mask)$"
-    r"|text_projection(\.weight)?$|logit_(scale|bias)$|(input_resolution|context_length|vocab_size)$",
+    "text tower": r"(text|text_model|text_encoder|transformer|token_embedding|ln_final)\.|(positional_embedding|attn_mask)$"
+    r"|text_projection(\.weight)?$|logit_(scale|bias)$|(input_resolution|context_length|vocab_size)$"
+    r"|beit3\.(text_embed\.|.*\.B\.)",
     "attention pooling": r"attn_pool\.",
+    "RADIO's conditioner and adaptors": r"radio_model\.(?!model\.)",
     "pooler": r"pooler\.",
     "mask token": r"(.*\.)?(mask_token|masked_embed)$",
     "representation layer": r"pre_logits\.",
