@@ -104,8 +104,8 @@ LEFT_OUT = {
     "projection head": r"head\.(\d|mlp|last_layer)|(dino_head|ibot_head|projection_head|projectors|predictor)\.",
     "head": r"(head|head_dist)\.|visual\.(proj$|head\.)",
     "decoder": r"decoder",
-    "text tower": r"(text|text_model|text_encoder|transformer|token_embedding|ln_final)\.|(positional_embedding|attn_mask)$"
-    r"|text_projection(\.weight)?$|logit_(scale|bias)$|(input_resolution|context_length|vocab_size)$"
+    "text tower": r"(text|text_model|text_encoder|transformer|token_embedding|ln_final)\."
+    r"|(positional_embedding|attn_mask)$|text_projection(\.weight)?$|logit_(scale|bias)$|(input_resolution|context_length|vocab_size)$"
     r"|beit3\.(text_embed\.|.*\.B\.)",
     "attention pooling": r"attn_pool\.",
     "RADIO's conditioner and adaptors": r"radio_model\.(?!model\.)",
