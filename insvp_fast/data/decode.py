@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from insvp_fast.errors import DataError
 
@@ -49,6 +49,8 @@ def read_image(
             if max_pixels is not None:
                 _check_size(*image.size, max_pixels)
             return to_rgb(image, exif_rotation)
+    except UnidentifiedImageError as error:  # whose message would show the address of an open file
+        raise DataError(f"{name or source}: not an image that can be read (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise errors of many types for broken files
         raise DataError(f"{name or source}: not an image that can be read ({error})") from error
 

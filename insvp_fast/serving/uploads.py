@@ -69,9 +69,8 @@ async def open_uploads(request: Request, limits: Limits) -> AsyncIterator[list[U
                     content = await request.body()
                     uploads = [Upload(None, io.BytesIO(content))] if content else []
                 else:  # Starlette keeps files of over 1 MB on disk
-                    form = await files.enter_async_context(request.form(max_files=limits.max_images, max_fields=0))
-                    values = [value for _, value in form.multi_items()]
-                    uploads = [Upload(value.filename, value.file) for value in values if isinstance(value, UploadFile)]
+                    form = await files.enter_async_context(request.form(max_files=limits.max_images, max_fields=1))
+                    uploads = [_upload(name, value) for name, value in form.multi_items()]
         except TimeoutError as error:
             message = f"the body did not arrive within {limits.upload_seconds:g} seconds"
             raise Refusal("slow_upload", message) from error
@@ -85,6 +84,12 @@ async def open_uploads(request: Request, limits: Limits) -> AsyncIterator[list[U
         if not uploads:
             raise Refusal("no_image", "the body holds no file: expected at least one image")
         yield uploads
+
+
+def _upload(name: str, value: UploadFile | str) -> Upload:
+    if isinstance(value, str):
+        raise Refusal("malformed_upload", f"the field {name} is no file: expected files alone")
+    return Upload(value.filename, value.file)
 
 
 def _limited(receive: Receive, limits: Limits) -> Receive:
