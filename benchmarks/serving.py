@@ -31,6 +31,7 @@ from PIL import Image
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.training.prediction import Classifier, find_images, load_classifier
 
+CPU = "process_cpu_seconds_total"  # of the server
 TOLERANCE = 1e-5  # of probabilities: batches of other sizes round otherwise
 
 
@@ -79,11 +80,13 @@ def ranking(classifier: Classifier, files: list[str]) -> list[dict[str, float]]:
 
 def time_loop(classifier: Classifier, files: list[str], batch: int, seconds: float) -> dict[str, Any]:
     times: list[float] = []
+    cpu = time.process_time()
     end, endless = time.perf_counter() + seconds, cycle(files)
     while (start := time.perf_counter()) < end:
         ranking(classifier, list(islice(endless, batch)))
         times.append(time.perf_counter() - start)
-    return row(f"plain loop, batch {batch}", times, len(times) * batch, sum(times))
+    cpu = time.process_time() - cpu
+    return row(f"plain loop, batch {batch}", times, len(times) * batch, sum(times), cpu)
 
 
 @contextlib.contextmanager
@@ -123,15 +126,15 @@ def time_server(
                 errors.append(f"{files[index]}: {answer} is not {right}")
         return times, errors
 
-    begin = time.perf_counter()
+    cpu, begin = metric(port, CPU), time.perf_counter()
     end = begin + seconds
     with ThreadPoolExecutor(clients) as pool:
         found = list(pool.map(ask, range(clients)))
-    wall = time.perf_counter() - begin
+    wall, cpu = time.perf_counter() - begin, metric(port, CPU) - cpu
     times, errors = [time for times, _ in found for time in times], [error for _, errors in found for error in errors]
     size = metric(port, "insvp_batch_size_sum") / max(metric(port, "insvp_batch_size_count"), 1)
     more = {"errors": len(errors), "first errors": errors[:3], "mean batch": size}
-    return row(f"server, {clients} clients", times, len(times), wall) | more
+    return row(f"server, {clients} clients", times, len(times), wall, cpu) | more
 
 
 def post(connection: http.client.HTTPConnection, content: bytes) -> dict[str, float]:
@@ -148,21 +151,23 @@ def metric(port: int, name: str) -> float:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
-def row(name: str, times: list[float], images: int, wall: float) -> dict[str, Any]:
+def row(name: str, times: list[float], images: int, wall: float, cpu: float) -> dict[str, Any]:
     quantiles = {f"p{q} ms": float(np.percentile(times, q)) * 1000 for q in (50, 95, 99)}
-    return {"what": name, "requests": len(times), "images per second": images / wall} | quantiles
+    rates = {"images per second": images / wall, "CPU ms per image": cpu / images * 1000}
+    return {"what": name, "requests": len(times)} | rates | quantiles
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| | images/s | p50 | p95 | p99 | errors | mean batch |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | images/s | p50 | p95 | p99 | CPU time per image | errors | mean batch |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         times = " | ".join(f"{row[f'p{q} ms']:.1f} ms" for q in (50, 95, 99))
         size = f"{row['mean batch']:.1f}" if "mean batch" in row else ""
-        print(f"| {row['what']} | {row['images per second']:.0f} | {times} | {row.get('errors', '')} | {size} |")
+        cells = f"{row['images per second']:.0f} | {times} | {row['CPU ms per image']:.1f} ms"
+        print(f"| {row['what']} | {cells} | {row.get('errors', '')} | {size} |")
 
 
 if __name__ == "__main__":

@@ -87,11 +87,11 @@ class Service:
             for size in {1, self._max_batch}:
                 classifier.logits(torch.zeros(size, *classifier.image_shape))
 
-    def _compute(self, name: str, images: list[Tensor]) -> Tensor:
+    def _compute(self, name: str, images: list[Tensor]) -> list[Tensor]:
         logits = self._classifiers[name].logits(torch.stack(images))
         self._metrics.batch_size.labels(name).observe(len(images))
         self._metrics.images.labels(name).inc(len(images))
-        return logits
+        return list(logits)
 
     async def predict(self, request: Request) -> Response:
         """Answer POST /predict, and count it."""

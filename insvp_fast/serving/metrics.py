@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from starlette.responses import Response
 
 __all__ = ["Metrics"]
@@ -21,14 +29,16 @@ class Metrics:
     """
 
     def __init__(self, queue_length: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry()
-        to = {"registry": self._registry}
-        self.requests = Counter("insvp_requests", "requests to /predict by HTTP status", ["status"], **to)
-        self.errors = Counter("insvp_errors", "refused requests, unreadable images and failures", ["kind"], **to)
-        self.images = Counter("insvp_images", "images classified", ["model"], **to)
-        self.batch_size = Histogram("insvp_batch_size", "images per batch", ["model"], buckets=SIZES, **to)
-        self.latency = Histogram("insvp_request_seconds", "time to answer /predict", buckets=SECONDS, **to)
-        queue = Gauge("insvp_queue_length", "images that wait for the model", **to)
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter("insvp_requests", "requests to /predict by HTTP status", ["status"], registry=registry)
+        self.errors = Counter(
+            "insvp_errors", "refused requests, unreadable images and failures", ["kind"], registry=registry
+        )
+        self.images = Counter("insvp_images", "images classified", ["model"], registry=registry)
+        self.batch_size = Histogram("insvp_batch_size", "images per batch", ["model"], buckets=SIZES, registry=registry)
+        self.latency = Histogram("insvp_request_seconds", "time to answer /predict", buckets=SECONDS, registry=registry)
+        ProcessCollector(registry=registry)  # memory, CPU time, open files
+        queue = Gauge("insvp_queue_length", "images that wait for the model", registry=registry)
         queue.set_function(queue_length)
 
     def answer(self) -> Response:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ from insvp_fast.commands.serve import name_models
 from insvp_fast.errors import CommandError
 from insvp_fast.serving.app import create_app
 from insvp_fast.serving.batcher import Batcher
-from insvp_fast.serving.refusals import Refusal
+from insvp_fast.serving.refusals import STATUS, Refusal
 from insvp_fast.serving.uploads import Limits, open_uploads
 from insvp_fast.training.prediction import load_classifier, predict
 from tests.commands.finished_run import CLASSES
@@ -161,6 +162,14 @@ def test_requests_outside_the_limits_are_refused(client, query, sent, status, ki
     answer = client.post(f"/predict?{query}", **sent)
     assert (answer.status_code, answer.json()["kind"]) == (status, kind)
     assert metrics(client)[errors] == before + 1
+
+
+def test_every_refusal_is_documented():
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    if not page.is_file():
+        pytest.skip("only a checkout has docs/")
+    text = page.read_text()
+    assert [kind for kind, status in STATUS.items() if f"| {status} | `{kind}` |" not in text] == []
 
 
 def metrics(client) -> dict[str, float]:
