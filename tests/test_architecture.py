@@ -19,7 +19,7 @@ LAYERS = [
     ["ops"],
     ["coverage"],
     ["backbones", "prompters"],
-    ["checkpoints", "timm_interface"],
+    ["checkpoints", "prompted", "timm_interface"],
     ["model"],
     ["data"],
     ["training"],
