@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("starlette", reason="needs the extra `serve`")
@@ -24,9 +25,11 @@ import uvicorn
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
+from insvp_fast import InsVPViT
 from insvp_fast.commands import cli
 from insvp_fast.commands.serve import name_models
-from insvp_fast.errors import CommandError
+from insvp_fast.config import RELEASED_PREPROCESSING
+from insvp_fast.errors import CommandError, TrainingError
 from insvp_fast.serving.app import create_app
 from insvp_fast.serving.batcher import Batcher
 from insvp_fast.serving.refusals import STATUS, Refusal
@@ -320,14 +323,14 @@ def test_four_clients_at_a_socket_and_an_orderly_end(server, expected):
         assert min(answered) > 1
         server.held.reached.clear()
         server.held.let_go.clear()
-        last = pool.submit(ask, 0, time.monotonic() + 0.2)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        last = pool.submit(post, connection, contents[0])
         assert server.held.reached.wait(10)
-        time.sleep(0.25)  # the client will not ask again
         server.stop()
         time.sleep(0.3)
         assert server.thread.is_alive() and not last.done()
         server.held.let_go.set()
-        assert last.result() == 1
+        assert last.result() == pytest.approx(expected[contents[0]], abs=1e-6)
         server.thread.join(10)
         assert not server.thread.is_alive()
 
@@ -346,6 +349,16 @@ def test_the_command_hands_its_options_on(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["serve", str(run)]) == 1
     assert "pip install 'insvp-fast[serve]'" in capsys.readouterr().err
+
+
+def test_an_adapter_is_served_in_fp32_if_it_says_what_its_classes_are(tmp_path):
+    model = InsVPViT("vit_shapes_32", num_classes=2, pretrained=True).bfloat16()
+    model.save_pretrained(tmp_path, preprocessing=RELEASED_PREPROCESSING | {"input_size": (3, 32, 32)})
+    with pytest.raises(TrainingError, match=f"{tmp_path}: class_names is null in adapter_config.json"):
+        load_classifier(tmp_path)
+    model.save_pretrained(tmp_path, class_names=["cat", "dog"])
+    classifier = load_classifier(tmp_path)
+    assert classifier.logits(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
 
 
 def test_models_are_named_by_folder_or_as_told(tmp_path):
