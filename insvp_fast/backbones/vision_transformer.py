@@ -20,10 +20,10 @@ from insvp_fast.backbones.vit_blocks import block_requirements, run_block
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import Prompts
 from insvp_fast.runtime import buffers
 
 __all__ = [
-    "blocks",
     "check_image",
     "embed",
     "final_norm",
@@ -73,11 +73,6 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
 
 
 # How it runs
-
-
-def blocks(backbone: VisionTransformer) -> list[nn.Module]:
-    """The blocks in the order in which they run."""
-    return list(backbone.blocks)
 
 
 def pixel_weight(backbone: VisionTransformer) -> Tensor:
@@ -136,18 +131,20 @@ class _AddPositions(torch.autograd.Function):
 
 
 def forward_block(
-    block: nn.Module,
+    backbone: VisionTransformer,
+    block: int,
     residual: Tensor,  # [B, T, D]
     branch: Tensor | None,  # [B, T, D], not yet added to the residual
-    prompts: Tensor | None,  # [B, L, D]
+    prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11); see ``run_block``."""
-    return run_block(block, residual, branch, prompts, options, num_queries)
+    tokens = None if prompts is None else prompts.tokens
+    return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
 
 
-def final_norm(backbone: VisionTransformer, tokens: Tensor) -> Tensor:
+def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The norm after the last block."""
     normed: Tensor = backbone.norm(tokens)
     return normed

@@ -9,7 +9,7 @@ implementation. Gradients are first-order only.
 The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
 superpose_reference``.
 
-Letters as in ``reference.py``.
+Letters as in ``insvp_fast/reference``.
 """
 
 from insvp_fast.ops.attention import ATTENTION, attention
@@ -21,10 +21,12 @@ from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
 from insvp_fast.ops.query_attention import query_attention
 from insvp_fast.ops.superpose import Blend, PatchWeights, superpose
+from insvp_fast.ops.window_attention import WINDOW_ATTENTION, window_attention
 from insvp_fast.runtime.products import FrozenLinear
 
 __all__ = [
     "ATTENTION",
+    "WINDOW_ATTENTION",
     "Blend",
     "FrozenLinear",
     "PatchWeights",
@@ -38,4 +40,5 @@ __all__ = [
     "project_q_kv",
     "query_attention",
     "superpose",
+    "window_attention",
 ]

@@ -9,7 +9,13 @@ Raises:
     MemoryError: where there is no memory for the results or the workspace.
 """
 
-from insvp_fast.runtime.native.attention import attention_bwd, attention_fwd
+from insvp_fast.runtime.native.attention import (
+    Windows,
+    attention_bwd,
+    attention_fwd,
+    window_attention_bwd,
+    window_attention_fwd,
+)
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums
 from insvp_fast.runtime.native.library import DTYPES, NativeStatus, available, native_status
@@ -22,6 +28,7 @@ __all__ = [
     "LINES",
     "Checksums",
     "NativeStatus",
+    "Windows",
     "attention_bwd",
     "attention_fwd",
     "available",
@@ -38,4 +45,6 @@ __all__ = [
     "pack_linear",
     "superpose_bwd",
     "superpose_fwd",
+    "window_attention_bwd",
+    "window_attention_fwd",
 ]
