@@ -97,16 +97,20 @@ def _inactive_dropout(module: nn.Module | None) -> dict[str, Any]:
 def _things_requirements(block: ParallelThingsBlock, width: int) -> Table:
     table: Table = {"": (rule(ParallelThingsBlock, "num_parallel"),)}
     for name in ("attns", "ffns"):
-        branches = getattr(block, name, ())
         table[f".{name}"] = (rule(nn.ModuleList),)
-        for i, branch in enumerate(branches):
-            one = (
-                _prefixed(".attn", _attention_requirements(getattr(branch, "attn", None), width))
-                if name == "attns"
-                else _prefixed(".mlp", mlp_requirements(getattr(branch, "mlp", None)))
-            )
-            rest = {".norm": norm_requirements(width), ".ls": LAYER_SCALE, ".drop_path": DROP_PATH_OFF}
-            table |= _prefixed(f".{name}.{i}", {"": (rule(nn.Sequential),), **one, **rest})
+        for i, branch in enumerate(getattr(block, name, ())):
+            table |= _prefixed(f".{name}.{i}", _thing_requirements(branch, width, name == "attns"))
+    return table
+
+
+def _thing_requirements(branch: nn.Module, width: int, attends: bool) -> Table:
+    """Norm, attention or MLP, scale and drop path, in this order, whatever their names."""
+    children = [*branch._modules.items()]
+    module = children[1][1] if len(children) > 1 else None
+    thing = _attention_requirements(module, width) if attends else mlp_requirements(module)
+    table: Table = {"": (rule(nn.Sequential),)}
+    for i, part in enumerate(({"": norm_requirements(width)}, thing, {"": LAYER_SCALE}, {"": DROP_PATH_OFF})):
+        table |= _prefixed(f".{children[i][0] if i < len(children) else i}", part)
     return table
 
 
@@ -204,13 +208,15 @@ def _things(
 ) -> tuple[Tensor, Tensor]:
     attended, hidden = [], []
     for one in block.attns:
-        residual, y, affine = norm_insert(one.norm, residual, branch, prompts, options)
-        attended.append(one.ls(_attention(one.attn, y, affine, residual.shape[1], options, num_queries)))
+        norm, attn, scale, _ = one
+        residual, y, affine = norm_insert(norm, residual, branch, prompts, options)
+        attended.append(scale(_attention(attn, y, affine, residual.shape[1], options, num_queries)))
         branch = None
     residual, branch = _first(residual, num_queries), reduce(torch.add, attended)
     for one in block.ffns:
-        residual, y, affine = norm_insert(one.norm, residual, branch, None, options)
-        hidden.append(one.ls(forward_mlp(one.mlp, y, affine, options.mlp_keeps)))
+        norm, mlp, scale, _ = one
+        residual, y, affine = norm_insert(norm, residual, branch, None, options)
+        hidden.append(scale(forward_mlp(mlp, y, affine, options.mlp_keeps)))
         branch = None
     return residual, reduce(torch.add, hidden)
 
