@@ -108,10 +108,8 @@ def _describe_backbone(name: str) -> None:
     reason = unsupported_reason(model)
     _print("runs", f"through the general path: {reason}" if reason else "through the fast path")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _print(
-        "InsVP adds",
-        f"{trained:,} trained parameters (the paper's configuration{'' if widths else ' without feature prompts'}) and a head",
-    )
+    what = "the paper's configuration" if widths else "the paper's image prompts"
+    _print("InsVP adds", f"{trained:,} trained parameters ({what}) and a head")
 
 
 def _count_parameters(file: Path) -> Counter[str]:
