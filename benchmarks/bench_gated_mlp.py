@@ -1,4 +1,4 @@
-"""gated_mlp: the SwiGLU MLP of an EVA-02-B block, with its norm, of frozen weights, which autocast casts at every use."""
+"""gated_mlp: the SwiGLU MLP of an EVA-02-B block, with its norm; autocast casts the frozen weights at every use."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def operation(M, itemsize):
     flops = 6 * M * D * HIDDEN
     hidden = (
         M * HIDDEN * itemsize
-    )  # forward: gate, value and normalized, written and read; backward their gradients too
+    )  # of gate, value or normalized; backward also of their gradients
     return Operation(
         name=f"gated_mlp {M}x{D}x{HIDDEN}",
         plain=plain,
