@@ -25,9 +25,7 @@ def operation(M, itemsize):
     shapes = (HIDDEN, D), (HIDDEN, D), (HIDDEN,), (HIDDEN,), (D, HIDDEN)
     weights = [torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5 for shape in shapes]
     flops = 6 * M * D * HIDDEN
-    hidden = (
-        M * HIDDEN * itemsize
-    )  # of gate, value or normalized; backward also of their gradients
+    hidden = M * HIDDEN * itemsize  # of gate, value or normalized; backward also of their gradients
     return Operation(
         name=f"gated_mlp {M}x{D}x{HIDDEN}",
         plain=plain,

@@ -108,8 +108,9 @@ def _thing_requirements(branch: nn.Module, width: int, attends: bool) -> Table:
     children = [*branch._modules.items()]
     module = children[1][1] if len(children) > 1 else None
     thing = _attention_requirements(module, width) if attends else mlp_requirements(module)
+    parts: list[Table] = [{"": norm_requirements(width)}, thing, {"": LAYER_SCALE}, {"": DROP_PATH_OFF}]
     table: Table = {"": (rule(nn.Sequential),)}
-    for i, part in enumerate(({"": norm_requirements(width)}, thing, {"": LAYER_SCALE}, {"": DROP_PATH_OFF})):
+    for i, part in enumerate(parts):
         table |= _prefixed(f".{children[i][0] if i < len(children) else i}", part)
     return table
 
