@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
         family = family_of(self.backbone)
         if family is None:
             return f"backbone is {full_name(type(self.backbone))}, which has no fast path"
-        for name in ("forward_features", "forward_head", "apply_block"):
+        for name in ("forward_features", "forward_head", "block_outputs", "apply_block"):
             if name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast."):
                 return f"the model has a {name} of its own"
         L, common, prompted = self.config.prompt_length, self.common_prompts, self.prompted_blocks
@@ -149,13 +150,16 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
         """
         family = family_of(self.backbone)
         one_token = family is not None and family.reads_one_token(self.backbone) and self._takes_fast_path(image)
-        return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
+        if not one_token:
+            return self.forward_head(self.forward_features(image))
+        (tokens,) = self._block_outputs(image, [len(self._family.blocks(self.backbone)) - 1], num_queries=1)
+        return self.forward_head(self._family.final_norm(self.backbone, tokens))
 
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The tokens after the backbone's last norm, [B, T, D], without prompts."""
+    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Tensor]:
+        """As ``InsVPReference.block_outputs``, also of 8-bit images."""
         if self._takes_fast_path(image):
-            return self._features(image, None)
-        return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image))
+            return self._block_outputs(image, blocks)
+        return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks)
 
     def apply_block(self, block: nn.Module, h: Tensor, p_j: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As ``InsVPReference.apply_block``, computed again in backward with ``recompute="block"``."""
@@ -168,8 +172,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
         """As ``InsVPReference.image_prompt``, also of 8-bit images."""
         return super().image_prompt(self._normalize(image) if image.dtype == torch.uint8 else image)
 
-    def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
-        """The fast path: all tokens after the last norm, or only the first ``num_queries``."""
+    def _block_outputs(
+        self, image: Tensor, blocks: Collection[int], num_queries: int | None = None
+    ) -> list[Tensor]:  # [B, num_queries or T, D] each
+        """The fast path of ``block_outputs``; with ``num_queries``, the last block computes only the first tokens."""
         backbone, family, device, P = self.backbone, self._family, image.device.type, self.patch_size
         family.check_image(backbone, image)
         self._compile_prompters(image.device)
@@ -184,8 +190,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
             p_s = self.specific_prompt(image, prompted)
         with torch.autocast(device, enabled=False):  # the operations choose their own precision
             grid = image.shape[-2] // P, image.shape[-1] // P
-            tokens = self._blocks(family.embed(backbone, patches, grid), p_s, dtype, num_queries)
-        return family.final_norm(backbone, tokens)
+            return self._run_blocks(family.embed(backbone, patches, grid), p_s, dtype, blocks, num_queries)
 
     def _precision(self, image: Tensor) -> tuple[torch.dtype, bool]:
         """The dtype of the backbone's products, and whether the prompters run under autocast."""
@@ -242,8 +247,15 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
             and coverage.dtypes_fit(image, *prompter.parameters())
         )
 
-    def _blocks(self, tokens: Tensor, p_s: Tensor | None, dtype: torch.dtype, num_queries: int | None) -> Tensor:
-        """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
+    def _run_blocks(
+        self,
+        tokens: Tensor,  # [B, T, D]
+        p_s: Tensor | None,
+        dtype: torch.dtype,
+        wanted: Collection[int],
+        num_queries: int | None,
+    ) -> list[Tensor]:  # [B, num_queries or T, D] each
+        """The blocks (eq. 11) up to the last that is wanted, and the tokens after each of ``wanted``."""
         if self.recompute == "mlp" and self.gelu_in_8_bits:
             raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
@@ -261,12 +273,17 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
                 residual, branch = family.forward_block(blocks[j], residual, branch, prompts, options, queries)
             return residual if branch is None else residual + branch
 
-        if self.recompute != "block" or not torch.is_grad_enabled():
-            return run(tokens, p_s, range(len(blocks)))
-        for first in range(0, len(blocks), BLOCKS_PER_CHECKPOINT):
-            indices = range(first, min(first + BLOCKS_PER_CHECKPOINT, len(blocks)))
-            tokens = checkpoint(run, tokens, p_s, indices, use_reentrant=False)
-        return tokens
+        recomputes, outputs, depth = self.recompute == "block" and torch.is_grad_enabled(), [], max(wanted) + 1
+        steps = range(BLOCKS_PER_CHECKPOINT, depth, BLOCKS_PER_CHECKPOINT) if recomputes else ()
+        ends = sorted({*steps, *(j + 1 for j in wanted)})
+        for start, end in zip([0, *ends], ends, strict=False):
+            indices = range(start, end)
+            tokens = (
+                checkpoint(run, tokens, p_s, indices, use_reentrant=False) if recomputes else run(tokens, p_s, indices)
+            )
+            if end - 1 in wanted:
+                outputs.append(tokens)
+        return outputs
 
     # 8-bit images
 

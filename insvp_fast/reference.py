@@ -10,6 +10,7 @@ J blocks.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -249,18 +250,27 @@ class InsVPReference(nn.Module):
         z = block(torch.cat([h[:, :n], p_j.to(h.dtype), h[:, n:]], dim=1))  # (11)
         return torch.cat([z[:, :n], z[:, n + L :]], dim=1), z[:, n : n + L]
 
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The tokens after the backbone's last norm, [B, T, D], without prompts."""
-        backbone, carried = self.backbone, None
+    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Tensor]:
+        """The tokens after each of ``blocks``, [B, T, D] without prompts, in the order in which blocks run.
+
+        What is behind the last of them does not run.
+        """
+        backbone, carried, outputs = self.backbone, None, []
         image = simam(image) if self.config.simam else image
         prompted = self._image_prompt(image).prompted
         p_s = self.specific_prompt(image, prompted)
         h = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(prompted))))  # (1)
-        for j, block in enumerate(backbone.blocks):
+        for j in range(max(blocks) + 1):
             p_j = self.feature_prompt(j, p_s, image.shape[0])
-            h, outputs = self.apply_block(block, h, carried if p_j is None else p_j)
-            carried = outputs if self.config.carry_prompts else None
-        return backbone.norm(h)
+            h, prompt_outputs = self.apply_block(backbone.blocks[j], h, carried if p_j is None else p_j)
+            carried = prompt_outputs if self.config.carry_prompts else None
+            if j in blocks:
+                outputs.append(h)
+        return outputs
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The tokens after the backbone's last norm, [B, T, D], without prompts."""
+        return self.backbone.norm(self.block_outputs(image, [len(self.backbone.blocks) - 1])[0])
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the tokens as the backbone does and, unless ``pre_logits``, classify (eq. 3)."""
