@@ -138,7 +138,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, Covered, InsVPReference):
 
     # forward
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, attn_mask: None = None) -> Tensor:
         """[B, C, H, W] -> [B, num_classes].
 
         8-bit images are normalized by the mean and std of ``self.preprocessing``, else of the backbone's
