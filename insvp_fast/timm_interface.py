@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class TimmInterface(nn.Module):
     global_prompter: nn.Module | None
     patch_prompter: nn.Module | None
     specific_prompter: nn.Module | None
+    if TYPE_CHECKING:
+
+        def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Tensor]: ...
 
     num_features = _of_backbone("num_features", "D, the width of the features.")
     head_hidden_size = _of_backbone("head_hidden_size", "The width of what the head reads.")
@@ -102,7 +105,10 @@ class TimmInterface(nn.Module):
             nn.init.uniform_(self.common_prompts, -1, 1)
 
     def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None, **size: Any
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        **size: Any,
     ) -> None:
         """Resize the backbone's position embedding for another image size; ``size`` goes to the backbone as it is.
 
@@ -232,10 +238,6 @@ class TimmInterface(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return taken
-
-    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Tensor]:
-        """See ``InsVPReference.block_outputs``."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how its blocks run")
 
     def __prepare_scriptable__(self) -> NoReturn:
         # torch.jit.script asks every module for what it shall compile in its place
