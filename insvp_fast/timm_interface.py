@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from insvp_fast.config import InsVPConfig
+from insvp_fast.reference import PyramidPrompter
 from insvp_fast.timm_models import in_backbone, prompted_cfg
 
 __all__ = ["TimmInterface"]
@@ -34,13 +37,15 @@ class TimmInterface(nn.Module):
     config: InsVPConfig
     patch_size: int
     prompted_blocks: tuple[int, ...]
-    common_prompts: nn.Parameter | None
+    widths: tuple[int, ...]
+    prompt_widths: tuple[int, ...]
+    common_prompts: nn.Parameter | nn.ParameterList | None
     global_prompter: nn.Module | None
     patch_prompter: nn.Module | None
     specific_prompter: nn.Module | None
     if TYPE_CHECKING:
 
-        def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Tensor]: ...
+        def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]: ...
 
     num_features = _of_backbone("num_features", "D, the width of the features.")
     head_hidden_size = _of_backbone("head_hidden_size", "The width of what the head reads.")
@@ -101,8 +106,9 @@ class TimmInterface(nn.Module):
             for module in () if part is None else part.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-        if self.common_prompts is not None:
-            nn.init.uniform_(self.common_prompts, -1, 1)
+        for name, parameter in self.named_parameters():
+            if name.startswith("common_prompts"):
+                nn.init.uniform_(parameter, -1, 1)
 
     def set_input_size(
         self,
@@ -137,20 +143,29 @@ class TimmInterface(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The layers of the model for timm's layer decay: those of the backbone, and in them what is trained.
 
-        The prompters stand before the first block. The common prompts of all blocks are one tensor, which can have
-        only one learning rate: that of the prompted block in the middle.
+        The prompters stand before the first block. The common prompts of all blocks of one width are one tensor, which
+        can have only one learning rate: that of the prompted block in the middle.
         """
         layers = self.backbone.group_matcher(coarse)
-        blocks = layers["blocks"]
+        stem, blocks = _under_backbone(layers["stem"]), layers["blocks"]
         blocks = [(blocks, None)] if isinstance(blocks, str) else blocks
-        middle = self.prompted_blocks[len(self.prompted_blocks) // 2] if self.prompted_blocks else 0
+        prompts: list[tuple[str, tuple[int, ...]]] = []
+        for i, width in enumerate(self.prompt_widths):
+            prompted = [j for j in self.prompted_blocks if self.widths[j] == width]
+            place = self._place(prompted[len(prompted) // 2])
+            name = rf"common_prompts\.{i}$" if isinstance(self.common_prompts, nn.ParameterList) else "common_prompts"
+            prompts.append((name, place[:1] if coarse else place))
         return {
-            "stem": rf"{_under_backbone(layers['stem'])}|(?:global|patch|specific)_prompter\.",
-            "blocks": [
-                ("common_prompts", (middle,)),
-                *((_under_backbone(pattern), place) for pattern, place in blocks),
-            ],
+            "stem": rf"{stem}|(?:global|patch|specific)_prompter\.",
+            "blocks": [*prompts, *((_under_backbone(pattern), suffix) for pattern, suffix in blocks)],
         }
+
+    def _place(self, block: int) -> tuple[int, ...]:
+        """The numbers in the name of a block: its own, or those of its stage and in its stage."""
+        if self._depths is None:
+            return (block,)
+        stage = bisect_left(self._feature_blocks(), block)
+        return stage, block - sum(self._depths[:stage])
 
     # features
 
@@ -186,24 +201,43 @@ class TimmInterface(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        _refuse_mask(attn_mask, is_causal)
-        depth, n = len(self.blocks), getattr(self, "num_prefix_tokens", 0)
-        taken, last = feature_take_indices(depth, indices)
-        end = last if stop_early or intermediates_only else depth - 1
-        ran = sorted({*taken, end})
-        outputs = dict(zip(ran, self.block_outputs(x, ran), strict=True))
-        tokens = [self.norm(outputs[j]) if norm else outputs[j] for j in sorted({*taken})]
-        prefix, maps = [y[:, :n] for y in tokens], [y[:, n:] for y in tokens]
-        if output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
-            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
-        with_prefix = return_prefix_tokens and n > 0
+        if attn_mask is not None or is_causal:
+            raise ValueError("a mask of the attention was given: expected attn_mask=None and is_causal=False")
+        ends, n = self._feature_blocks(), getattr(self, "num_prefix_tokens", 0)
+        taken, last = feature_take_indices(len(ends), indices)
+        last = last if stop_early or intermediates_only else len(ends) - 1
+        ran = sorted({*taken, last})
+        outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran]), strict=True))
+        # the norm fits only the last of several widths
+        normed = {i: self.norm(h) for i, h in outputs.items() if i == len(ends) - 1 or self._depths is None}
+        chosen = [(normed if norm else outputs).get(i, outputs[i]) for i in sorted({*taken})]
+        prefix, maps = [h[:, :n] for h in chosen], [self._feature_map(h, x, output_fmt) for h in chosen]
+        with_prefix, features = return_prefix_tokens and n > 0, normed.get(last, outputs[last])
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": maps}
             found |= {"image_intermediates_prefix": prefix} if with_prefix else {}
-            return found if intermediates_only else found | {"image_features": self.norm(outputs[end])}
+            return found if intermediates_only else found | {"image_features": features}
         intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
-        return intermediates if intermediates_only else (self.norm(outputs[end]), intermediates)
+        return intermediates if intermediates_only else (features, intermediates)
+
+    @property
+    def _depths(self) -> list[int] | None:
+        """The numbers of blocks in the stages of the backbone; None if it has no stages."""
+        return [len(stage.blocks) for stage in self.backbone.layers] if hasattr(self.backbone, "layers") else None
+
+    def _feature_blocks(self) -> list[int]:
+        """The blocks behind which there is a feature map: the last of each stage, or all."""
+        depths = self._depths
+        return [*range(len(self.widths))] if depths is None else [end - 1 for end in accumulate(depths)]
+
+    def _feature_map(self, h: Tensor, image: Tensor, output_fmt: str) -> Tensor:
+        """h behind a block, tokens [B, T, D] or a map [B, h, w, D], in one of timm's formats."""
+        if h.ndim == 4:
+            return h.flatten(1, 2) if output_fmt == "NLC" else h.permute(0, 3, 1, 2).contiguous()
+        patches = h[:, self.num_prefix_tokens :]
+        if output_fmt == "NLC":
+            return patches
+        return patches.transpose(1, 2).unflatten(2, self.patch_embed.dynamic_feat_size(image.shape[-2:])).contiguous()
 
     def get_intermediate_layers(
         self,
@@ -227,17 +261,27 @@ class TimmInterface(nn.Module):
         Returns:
             The indices, all counted from the first block.
         """
+        ends = self._feature_blocks()
         taken: list[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        kept = tuple(j for j in self.prompted_blocks if j < len(self.blocks))
-        self.prompted_blocks, self.config = kept, replace(self.config, prompted_blocks=kept)
-        if not kept:
-            self.specific_prompter = self.common_prompts = None
-        elif self.common_prompts is not None:
-            prompts = self.common_prompts
-            self.common_prompts = nn.Parameter(prompts.detach()[: len(kept)].clone(), prompts.requires_grad)
-        if prune_head:
+        self._drop_prompts(ends[max(taken)] + 1)
+        if prune_head or (self._depths is not None and max(taken) + 1 < len(ends)):  # a head fits the last width
             self.reset_classifier(0, "")
         return taken
+
+    def _drop_prompts(self, depth: int) -> None:
+        """Drop what belongs to the blocks from number ``depth`` on."""
+        kept = tuple(j for j in self.prompted_blocks if j < depth)
+        self.widths, self.prompted_blocks = self.widths[:depth], kept
+        self.config = replace(self.config, prompted_blocks=kept)
+        common, specific, count = self.common_prompts, self.specific_prompter, len(self.prompt_widths)
+        if not kept:
+            self.specific_prompter = self.common_prompts = None
+        elif isinstance(common, nn.ParameterList):
+            self.common_prompts = common[:count]
+        elif common is not None:
+            self.common_prompts = nn.Parameter(common.detach()[: len(kept)].clone(), common.requires_grad)
+        if isinstance(specific, PyramidPrompter):
+            specific.conv3, specific.widths = specific.conv3[:count], specific.widths[:count]
 
     def __prepare_scriptable__(self) -> NoReturn:
         # torch.jit.script asks every module for what it shall compile in its place
@@ -266,8 +310,3 @@ class TimmInterface(nn.Module):
 def _under_backbone(pattern: str) -> str:
     """A regular expression for the backbone's names as one for the model's."""
     return rf"backbone\.(?:{pattern.replace('^', '')})"
-
-
-def _refuse_mask(attn_mask: object, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise ValueError("a mask of the attention was given: expected attn_mask=None and is_causal=False")

@@ -97,7 +97,8 @@ def create(
         cfg = _backbone_cfg(backbone, cfg)
     if (SHIPPED / f"{backbone}.json").is_file():
         arguments.pop("pretrained_cfg_overlay", None)
-        model = insvp_fast.InsVPViT(backbone, None, config, pretrained=True, **own, **arguments)
+        classes = arguments.pop("num_classes", None)
+        model = insvp_fast.InsVPViT(backbone, classes, config, pretrained=True, **own, **arguments)
     else:
         module = timm.create_model(backbone, weights, cfg, cache_dir=cache_dir, **arguments)
         model = insvp_fast.InsVPViT(module, None, config, **own)

@@ -1,9 +1,7 @@
 """The backbones that have a fast path: what is supported of each family, and how it runs.
 
 To add a family write a file like ``vision_transformer.py``, with the functions that ``BackboneFamily`` lists, and enter
-it below. Its blocks must all have the same width and number of tokens. Four other places accept only timm's
-``VisionTransformer`` so far: ``reference.py``, which says what is computed, ``checkpoints/backbone.py``,
-``checkpoints/state_dict.py`` and ``commands/info.py``.
+it below. Its structure has to be in ``insvp_fast/reference``, which says what is computed.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution
 from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import Prompts
 from insvp_fast.runtime import buffers
 
 __all__ = [
-    "blocks",
     "check_image",
     "embed",
     "final_norm",
@@ -118,11 +118,6 @@ def _layer_norm(width: int) -> tuple[Rule, Rule]:
 # How it runs
 
 
-def blocks(backbone: VisionTransformer) -> list[nn.Module]:
-    """The blocks in the order in which they run."""
-    return list(backbone.blocks)
-
-
 def pixel_weight(backbone: VisionTransformer) -> Tensor:
     """The weight of the patch embedding, [D, C, P, P]."""
     weight: Tensor = backbone.patch_embed.proj.weight
@@ -178,10 +173,11 @@ class _AddPositions(torch.autograd.Function):
 
 
 def forward_block(
-    block: Block,
+    backbone: VisionTransformer,
+    block: int,
     residual: Tensor,  # [B, T, D]
     branch: Tensor | None,  # [B, T, D], not yet added to the residual
-    prompts: Tensor | None,  # [B, L, D]
+    prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
@@ -189,20 +185,22 @@ def forward_block(
 
     With ``num_queries`` only the first tokens go on; the others are keys and values of the attention and end there.
     """
-    attn, mlp = block.attn, block.mlp
-    residual, y, affine = _norm(block.norm1, residual, branch, prompts, options)
+    blk = backbone.blocks[block]
+    attn, mlp = blk.attn, blk.mlp
+    inserted = None if prompts is None else prompts.tokens
+    residual, y, affine = _norm(blk.norm1, residual, branch, inserted, options)
     if num_queries is None:
         attended = _attend(attn, y, affine, residual.shape[1], options)
     else:
         attended = _attend_from_first(attn, y, affine, num_queries)
         residual = _FirstTokens.apply(residual, num_queries)
-    branch = block.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
-    residual, y, affine = _norm(block.norm2, residual, branch, None, options)
+    branch = blk.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
+    residual, y, affine = _norm(blk.norm2, residual, branch, None, options)
     fc1, fc2 = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
-    return residual, block.ls2(ops.mlp(y, fc1, fc2, keep=options.mlp_keeps))
+    return residual, blk.ls2(ops.mlp(y, fc1, fc2, keep=options.mlp_keeps))
 
 
-def final_norm(backbone: VisionTransformer, tokens: Tensor) -> Tensor:
+def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The norm after the last block."""
     normed: Tensor = backbone.norm(tokens)
     return normed

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
-from insvp_fast.reference import InsVPReference
+from insvp_fast.reference import InsVPReference, structure_of
 
 __all__ = ["backbone_sha256", "check_shapes", "expected_shapes", "unwrap_state_dict"]
 
@@ -48,10 +47,9 @@ def expected_shapes(
 
     Raises:
         CheckpointError: if the configuration does not fit the backbone.
-        TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
+        TypeError: if the backbone is of a class that cannot be prompted, or has more than one head.
     """
-    if not isinstance(backbone, VisionTransformer):
-        raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer")
+    structure_of(backbone)
     weights: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in backbone.parameters()
     }
