@@ -15,6 +15,8 @@ from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import PyramidPrompter
 from insvp_fast.timm_models import in_backbone, prompted_cfg
 
+from insvp_fast.reference import take_head
+
 __all__ = ["TimmInterface"]
 
 
@@ -90,8 +92,7 @@ class TimmInterface(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a new trained head, on the backbone's device and in its dtype; 0 classes for features."""
         self.backbone.reset_classifier(num_classes, global_pool)
-        self.num_classes, self.head = num_classes, self.backbone.get_classifier().requires_grad_(True)
-        self.backbone.reset_classifier(0)
+        self.num_classes, self.head = num_classes, take_head(self.backbone).requires_grad_(True)
         self.head.train(self.training)
 
     def init_weights(self, mode: str = "") -> None:
