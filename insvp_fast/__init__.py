@@ -56,7 +56,7 @@ class _AfterTimm(MetaPathFinder):
             import_timm(timm)
             import_module("insvp_fast.timm_models")
 
-        spec.loader.exec_module = import_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = import_and_register  # type: ignore[assignment, method-assign]
         return spec
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from insvp_fast import reference
+from insvp_fast.backbones import family_of
 from insvp_fast.config import InsVPConfig
-from insvp_fast.reference import PyramidPrompter
+from insvp_fast.reference import structure_of, take_head
 from insvp_fast.timm_models import in_backbone, prompted_cfg
-
-from insvp_fast.reference import take_head
 
 __all__ = ["TimmInterface"]
 
@@ -42,12 +42,14 @@ class TimmInterface(nn.Module):
     widths: tuple[int, ...]
     prompt_widths: tuple[int, ...]
     common_prompts: nn.Parameter | nn.ParameterList | None
-    global_prompter: nn.Module | None
-    patch_prompter: nn.Module | None
-    specific_prompter: nn.Module | None
+    global_prompter: reference.GlobalPrompter | None
+    patch_prompter: reference.PatchPrompter | None
+    specific_prompter: reference.SpecificPrompter | None
     if TYPE_CHECKING:
 
         def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]: ...
+
+        def image_prompt(self, image: Tensor) -> reference.ImagePrompt: ...
 
     num_features = _of_backbone("num_features", "D, the width of the features.")
     head_hidden_size = _of_backbone("head_hidden_size", "The width of what the head reads.")
@@ -105,8 +107,8 @@ class TimmInterface(nn.Module):
             raise ValueError(f"mode={mode!r}: expected '', the backbone is frozen and its weights are not drawn again")
         for part in (self.global_prompter, self.patch_prompter, self.specific_prompter, self.head):
             for module in () if part is None else part.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
         for name, parameter in self.named_parameters():
             if name.startswith("common_prompts"):
                 nn.init.uniform_(parameter, -1, 1)
@@ -204,16 +206,26 @@ class TimmInterface(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
         if attn_mask is not None or is_causal:
             raise ValueError("a mask of the attention was given: expected attn_mask=None and is_causal=False")
-        ends, n = self._feature_blocks(), getattr(self, "num_prefix_tokens", 0)
+        options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
+        if not self.widths:  # only the image is prompted
+            prompted = self.image_prompt(x).prompted
+            return self.backbone.forward_intermediates(
+                prompted, indices, intermediates_only=intermediates_only, **options
+            )
+        ends, n = self._feature_blocks(), getattr(self.backbone, "num_prefix_tokens", 0)
         taken, last = feature_take_indices(len(ends), indices)
         last = last if stop_early or intermediates_only else len(ends) - 1
         ran = sorted({*taken, last})
         outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran]), strict=True))
-        # the norm fits only the last of several widths
-        normed = {i: self.norm(h) for i, h in outputs.items() if i == len(ends) - 1 or self._depths is None}
-        chosen = [(normed if norm else outputs).get(i, outputs[i]) for i in sorted({*taken})]
-        prefix, maps = [h[:, :n] for h in chosen], [self._feature_map(h, x, output_fmt) for h in chosen]
-        with_prefix, features = return_prefix_tokens and n > 0, normed.get(last, outputs[last])
+        tokens = {i: h if isinstance(h, Tensor) else h.tokens for i, h in outputs.items()}
+        # of several widths, the norm fits only the last
+        normed = {i: self.norm(h) for i, h in tokens.items() if i == len(ends) - 1 or self._depths is None}
+        features = normed.get(last, tokens[last])
+        if family_of(self.backbone) is None:
+            features = structure_of(self.backbone).final_norm(self.backbone, outputs[last])
+        chosen = [normed.get(i, tokens[i]) if norm else tokens[i] for i in sorted({*taken})]
+        prefix, maps = [h[:, :n] for h in chosen], [self._feature_map(h, n, x, output_fmt) for h in chosen]
+        with_prefix = return_prefix_tokens and n > 0
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": maps}
             found |= {"image_intermediates_prefix": prefix} if with_prefix else {}
@@ -231,14 +243,15 @@ class TimmInterface(nn.Module):
         depths = self._depths
         return [*range(len(self.widths))] if depths is None else [end - 1 for end in accumulate(depths)]
 
-    def _feature_map(self, h: Tensor, image: Tensor, output_fmt: str) -> Tensor:
-        """h behind a block, tokens [B, T, D] or a map [B, h, w, D], in one of timm's formats."""
-        if h.ndim == 4:
-            return h.flatten(1, 2) if output_fmt == "NLC" else h.permute(0, 3, 1, 2).contiguous()
-        patches = h[:, self.num_prefix_tokens :]
+    def _feature_map(self, tokens: Tensor, prefix: int, image: Tensor, output_fmt: str) -> Tensor:
+        """Tokens behind a block, [B, T, D] or in rows [B, h, w, D], in one of timm's formats."""
+        if tokens.ndim == 4:
+            return tokens.flatten(1, 2) if output_fmt == "NLC" else tokens.permute(0, 3, 1, 2).contiguous()
         if output_fmt == "NLC":
-            return patches
-        return patches.transpose(1, 2).unflatten(2, self.patch_embed.dynamic_feat_size(image.shape[-2:])).contiguous()
+            return tokens[:, prefix:]
+        grid: tuple[int, int] = self.patch_embed.dynamic_feat_size(image.shape[-2:])
+        rows: Tensor = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        return rows.contiguous()
 
     def get_intermediate_layers(
         self,
@@ -264,7 +277,8 @@ class TimmInterface(nn.Module):
         """
         ends = self._feature_blocks()
         taken: list[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        self._drop_prompts(ends[max(taken)] + 1)
+        if self.widths:
+            self._drop_prompts(ends[max(taken)] + 1)
         if prune_head or (self._depths is not None and max(taken) + 1 < len(ends)):  # a head fits the last width
             self.reset_classifier(0, "")
         return taken
@@ -281,8 +295,9 @@ class TimmInterface(nn.Module):
             self.common_prompts = common[:count]
         elif common is not None:
             self.common_prompts = nn.Parameter(common.detach()[: len(kept)].clone(), common.requires_grad)
-        if isinstance(specific, PyramidPrompter):
-            specific.conv3, specific.widths = specific.conv3[:count], specific.widths[:count]
+        if isinstance(specific, reference.PyramidPrompter):
+            specific.conv3 = nn.ModuleList([*specific.conv3.children()][:count])
+            specific.widths = specific.widths[:count]
 
     def __prepare_scriptable__(self) -> NoReturn:
         # torch.jit.script asks every module for what it shall compile in its place

@@ -48,7 +48,9 @@ def prompted_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
     ``cfg`` are fields of timm's ``PretrainedCfg``.
     """
     name = f"{PREFIX}{cfg['architecture']}" if cfg.get("architecture") else None
-    return {**cfg, "architecture": name, "first_conv": in_backbone(cfg.get("first_conv")), "classifier": "head"}
+    distilled = isinstance(cfg.get("classifier"), (tuple, list))
+    head = ("head.class_head", "head.distillation_head") if distilled else "head"
+    return {**cfg, "architecture": name, "first_conv": in_backbone(cfg.get("first_conv")), "classifier": head}
 
 
 def in_backbone(modules: Any) -> Any:
@@ -89,18 +91,17 @@ def create(
         text = "the frozen backbone runs in evaluation mode and drops nothing"
         warnings.warn(f"{PREFIX}{backbone}: {', '.join(dropping)} without effect, {text}", stacklevel=4)
     config, own = _take_config(arguments), _take(arguments, _own_arguments())
-    saved = isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in ("hf-hub", "local-dir")
-    cfg, weights = pretrained_cfg, pretrained and not saved
-    if saved:
-        cfg = pretrained_cfg["tag"] if pretrained_cfg.get("tag") else None
-    elif cfg is not None and not isinstance(cfg, str):
-        cfg = _backbone_cfg(backbone, cfg)
+    cfg, saved = pretrained_cfg, False
+    if isinstance(cfg, dict | PretrainedCfg):
+        fields = cfg if isinstance(cfg, dict) else vars(cfg)
+        saved = fields.get("source") in ("hf-hub", "local-dir")
+        cfg = fields.get("tag") if saved else _backbone_cfg(backbone, fields)
     if (SHIPPED / f"{backbone}.json").is_file():
         arguments.pop("pretrained_cfg_overlay", None)
         classes = arguments.pop("num_classes", None)
         model = insvp_fast.InsVPViT(backbone, classes, config, pretrained=True, **own, **arguments)
     else:
-        module = timm.create_model(backbone, weights, cfg, cache_dir=cache_dir, **arguments)
+        module = timm.create_model(backbone, pretrained and not saved, cfg, cache_dir=cache_dir, **arguments)
         model = insvp_fast.InsVPViT(module, None, config, **own)
     if saved and pretrained:
         load_pretrained(model, pretrained_cfg, model.num_classes, model.in_chans, cache_dir=cache_dir)
@@ -123,11 +124,10 @@ def _own_arguments() -> set[str]:
     return {one.name for one in parameters if one.kind == one.KEYWORD_ONLY} - {"pretrained"}
 
 
-def _backbone_cfg(backbone: str, cfg: Mapping[str, Any] | PretrainedCfg) -> dict[str, Any]:
+def _backbone_cfg(backbone: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``prompted_cfg``; also of a description that is the backbone's own already."""
-    fields = cfg if isinstance(cfg, Mapping) else vars(cfg)
     own = get_pretrained_cfg(backbone) or PretrainedCfg()
-    return {**fields, "architecture": backbone, "first_conv": own.first_conv, "classifier": own.classifier}
+    return {**cfg, "architecture": backbone, "first_conv": own.first_conv, "classifier": own.classifier}
 
 
 def _features(model: Any, out_indices: int | tuple[int, ...]) -> nn.Module:

@@ -71,10 +71,14 @@ class PromptedReference(nn.Module):
         return structure_of(self.backbone).apply_block(self.backbone, block, h, prompts)
 
     def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]:
-        """h behind each of ``blocks``, without prompts, in the order in which they run; those behind all do not run."""
-        structure, carried, outputs = structure_of(self.backbone), None, []
+        """h behind each of ``blocks``, in the order in which they run; -1 stands for what is before the first.
+
+        What is behind the last of them does not run.
+        """
+        structure, carried = structure_of(self.backbone), None
         prompted, context = self.prompt_image(image)
         h = structure.embed(self.backbone, prompted)  # (1)
+        outputs = [h] if -1 in blocks else []
         for j in range(max(blocks) + 1):
             prompts = self.block_prompts(j, context, image.shape[0])
             h, prompt_outputs = self.apply_block(j, h, carried if prompts is None else prompts)
