@@ -81,7 +81,8 @@ def load_tests(checkout: Path) -> ModuleType:
 
 def make_tiny(name: str, hide_frozen: bool = False, **arguments: Any) -> nn.Module:
     """``timm.create_model`` of a small model; its parameters are those that are trained, if the frozen are hidden."""
-    model = timm.create_model(name, **(TINY_SWIN if "swin" in name else TINY) | arguments)
+    tiny = TINY_SWIN if "swin" in name else TINY | {"num_kv_heads": 3} if "sapiens2" in name else TINY
+    model = timm.create_model(name, **tiny | arguments)
     if hide_frozen:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         model.named_parameters = lambda: iter(trained)
