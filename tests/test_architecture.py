@@ -23,6 +23,7 @@ LAYERS = [
     ["model"],
     ["data", "huggingface"],
     ["training"],
+    ["serving"],
     ["recipes"],
     ["testing"],
     ["bench"],

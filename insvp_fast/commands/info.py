@@ -77,7 +77,7 @@ def _describe_backbone(name: str) -> None:
     import torch
 
     from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
-    from insvp_fast.checkpoints.backbone import create_backbone, is_name, is_shipped
+    from insvp_fast.checkpoints.backbone import create_backbone, is_name, is_shipped, weights_report
     from insvp_fast.checkpoints.state_dict import backbone_sha256
     from insvp_fast.training.backbone import resolve_preprocessing
 
@@ -91,6 +91,8 @@ def _describe_backbone(name: str) -> None:
         raise CommandError(f"{name} is a {type(backbone).__name__}: expected a Vision Transformer of timm")
     patches = backbone.patch_embed
     _print("backbone", name)
+    if report := weights_report(backbone):
+        _print("weights", report)
     _print("blocks", f"{len(backbone.blocks)} of width {backbone.embed_dim}, {backbone.blocks[0].attn.num_heads} heads")
     _print("images", f"{patches.img_size} in {patches.num_patches} patches of {patches.patch_size}")
     _print("preprocessing", _join(resolve_preprocessing(backbone)) + " (timm's for these weights)")

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.models.vision_transformer import VisionTransformer
 
+from insvp_fast.checkpoints.backbone import weights_report
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
@@ -57,6 +58,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
         logger.start(candidates[0].config, preprocessing, data)
+        if report := weights_report(backbone):
+            logger.say(f"backbone: {report}")
         if recipe.batch_size != wanted:
             logger.say(f"batch size {recipe.batch_size}: the largest up to {wanted} that fits into memory")
         for candidate in candidates:
