@@ -37,7 +37,7 @@ __all__: list[str] = []  # timm enters the names
 PREFIX = "insvp_"
 FAMILIES = ("vision_transformer", "eva", "beit", "deit", "swin_transformer")  # modules of timm
 SHIPPED = files("insvp_fast") / "assets"
-NUM_FEATURES = 3  # the maps of features_only=True, as of timm's Vision Transformers
+NUM_FEATURES = 3  # of features_only=True, as of timm's Vision Transformers; of a backbone with stages, one for each
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where timm looks for the weights of a name
 
@@ -67,7 +67,7 @@ def create(
     cache_dir: str | None = None,
     pretrained_model_args: object = None,
     features_only: bool = False,
-    out_indices: int | tuple[int, ...] = NUM_FEATURES,
+    out_indices: int | tuple[int, ...] | None = None,
     feature_cls: str = "getter",
     **arguments: Any,
 ) -> nn.Module:
@@ -130,8 +130,10 @@ def _backbone_cfg(backbone: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {**cfg, "architecture": backbone, "first_conv": own.first_conv, "classifier": own.classifier}
 
 
-def _features(model: Any, out_indices: int | tuple[int, ...]) -> nn.Module:
+def _features(model: Any, out_indices: int | tuple[int, ...] | None) -> nn.Module:
     """The model's feature maps, with what timm's code reads of a model of feature maps."""
+    if out_indices is None:
+        out_indices = len(model.feature_info) if hasattr(model.backbone, "layers") else NUM_FEATURES
     features = FeatureGetterNet(model, out_indices)
     features._traits, features.in_chans = get_model_traits(model), model.in_chans
     of_head = ("num_classes", "classifier", "global_pool")
