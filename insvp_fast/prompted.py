@@ -118,11 +118,8 @@ class PromptedViT(Covered, PromptedReference):
         return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image))
 
     def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]:
-        """As ``PromptedReference.block_outputs``; what comes from the fast path is always the tokens, [B, T, D].
-
-        A backbone with stages takes the general path: on the fast one, its tokens stand in the order of windows.
-        """
-        if not hasattr(self.backbone, "layers") and self._takes_fast_path(image):
+        """As ``PromptedReference.block_outputs``; what comes from the fast path is always the tokens, [B, T, D]."""
+        if self._takes_fast_path(image):
             return self._block_outputs(image, blocks)
         return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks)
 

@@ -60,6 +60,7 @@ class TimmInterface(nn.Module):
     has_class_token = _of_backbone("has_class_token", "Whether there is a class token.")
     global_pool = _of_backbone("global_pool", "How the tokens are pooled.")
     dynamic_img_size = _of_backbone("dynamic_img_size", "Whether images may have any size.")
+    output_fmt = _of_backbone("output_fmt", "The order of the dimensions of features, if they are maps.")
     feature_info = _of_backbone("feature_info", "Width, reduction and module of each feature map.")
     patch_embed = _of_backbone("patch_embed", "The backbone's patch embedding.")
     blocks = _of_backbone("blocks", "The backbone's blocks.")
@@ -217,7 +218,7 @@ class TimmInterface(nn.Module):
         last = last if stop_early or intermediates_only else len(ends) - 1
         ran = sorted({*taken, last})
         outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran]), strict=True))
-        tokens = {i: h if isinstance(h, Tensor) else h.tokens for i, h in outputs.items()}
+        tokens = {i: self._tokens(h, i, x) for i, h in outputs.items()}
         # of several widths, the norm fits only the last
         normed = {i: self.norm(h) for i, h in tokens.items() if i == len(ends) - 1 or self._depths is None}
         features = normed.get(last, tokens[last])
@@ -243,8 +244,15 @@ class TimmInterface(nn.Module):
         depths = self._depths
         return [*range(len(self.widths))] if depths is None else [end - 1 for end in accumulate(depths)]
 
+    def _tokens(self, h: Any, feature: int, image: Tensor) -> Tensor:
+        """The tokens in h behind a block, [B, T, D]; those of stage number ``feature`` in rows, [B, h, w, D]."""
+        tokens: Tensor = h if isinstance(h, Tensor) else h.tokens
+        if self._depths is None or tokens.ndim == 4:
+            return tokens
+        return tokens.unflatten(1, [side // self.patch_size >> feature for side in image.shape[-2:]])
+
     def _feature_map(self, tokens: Tensor, prefix: int, image: Tensor, output_fmt: str) -> Tensor:
-        """Tokens behind a block, [B, T, D] or in rows [B, h, w, D], in one of timm's formats."""
+        """Tokens [B, T, D], or in rows [B, h, w, D], in one of timm's formats."""
         if tokens.ndim == 4:
             return tokens.flatten(1, 2) if output_fmt == "NLC" else tokens.permute(0, 3, 1, 2).contiguous()
         if output_fmt == "NLC":
