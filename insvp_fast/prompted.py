@@ -219,7 +219,7 @@ class PromptedViT(Covered, PromptedReference):
 
     def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Factor and summand that normalize 8-bit pixels, [C] each."""
-        facts = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
+        facts: Any = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
         key = device, tuple(facts["mean"]), tuple(facts["std"])
         if key not in self._pixel_scales:
             with torch.inference_mode(False):  # backward may keep them

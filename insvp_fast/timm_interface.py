@@ -249,7 +249,8 @@ class TimmInterface(nn.Module):
         tokens: Tensor = h if isinstance(h, Tensor) else h.tokens
         if self._depths is None or tokens.ndim == 4:
             return tokens
-        return tokens.unflatten(1, [side // self.patch_size >> feature for side in image.shape[-2:]])
+        rows: Tensor = tokens.unflatten(1, [side // self.patch_size >> feature for side in image.shape[-2:]])
+        return rows
 
     def _feature_map(self, tokens: Tensor, prefix: int, image: Tensor, output_fmt: str) -> Tensor:
         """Tokens [B, T, D], or in rows [B, h, w, D], in one of timm's formats."""

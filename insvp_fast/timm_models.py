@@ -105,7 +105,8 @@ def create(
         model = insvp_fast.InsVPViT(module, None, config, **own)
     if saved and pretrained:
         load_pretrained(model, pretrained_cfg, model.num_classes, model.in_chans, cache_dir=cache_dir)
-    return _features(model, out_indices) if features_only else model
+    built: nn.Module = _features(model, out_indices) if features_only else model
+    return built
 
 
 def _take(arguments: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -115,7 +116,8 @@ def _take(arguments: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 def _take_config(arguments: dict[str, Any]) -> InsVPConfig:
     fields = _take(arguments, {field.name for field in dataclasses.fields(InsVPConfig)})
-    return dataclasses.replace(arguments.pop("config", InsVPConfig()), **fields)
+    config: InsVPConfig = arguments.pop("config", InsVPConfig())
+    return dataclasses.replace(config, **fields)
 
 
 def _own_arguments() -> set[str]:
@@ -130,7 +132,7 @@ def _backbone_cfg(backbone: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {**cfg, "architecture": backbone, "first_conv": own.first_conv, "classifier": own.classifier}
 
 
-def _features(model: Any, out_indices: int | tuple[int, ...] | None) -> nn.Module:
+def _features(model: Any, out_indices: int | tuple[int, ...] | None) -> Any:
     """The model's feature maps, with what timm's code reads of a model of feature maps."""
     if out_indices is None:
         out_indices = len(model.feature_info) if hasattr(model.backbone, "layers") else NUM_FEATURES

@@ -73,6 +73,24 @@ def test_intermediates_are_the_tokens_behind_the_blocks(backbone, recompute):
     torch.testing.assert_close(early, model.backbone.norm(after[0]))
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_intermediates_of_other_backbones(name):
+    tiny = TINY | ({"patch_size": 16} if name.startswith("eva") else {})
+    model = timm.create_model(f"insvp_{name}", num_classes=3, prompt_length=2, **tiny).eval()
+    image = torch.randn(2, 3, 32, 32)
+    features, [last] = model.forward_intermediates(image, 1, norm=True, output_fmt="NLC")
+    torch.testing.assert_close(features, model.forward_features(image))
+    assert torch.equal(last, features[:, model.num_prefix_tokens :])
+    (expected,) = model.get_intermediate_layers(image, [1])
+    model.prune_intermediate_layers([1])
+    torch.testing.assert_close(model.get_intermediate_layers(image), [expected])
+    classifier = model.default_cfg["classifier"]
+    layers = (classifier,) if isinstance(classifier, str) else classifier
+    model.reset_classifier(5, "token")
+    assert {f"{layer}.weight" for layer in layers} <= {*model.state_dict()} and model(image).shape == (2, 5)
+
+
 def test_intermediates_have_gradients_and_take_the_fast_path(monkeypatch):
     monkeypatch.setattr(PromptedReference, "block_outputs", None)
     model, image = make(dtype=torch.float32).train(), images(dtype=torch.float32)
