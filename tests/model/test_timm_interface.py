@@ -12,7 +12,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
 
-from insvp_fast import InsVPConfig, InsVPViT
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, make_pair
 
@@ -89,6 +89,27 @@ def test_intermediates_of_other_backbones(name):
     layers = (classifier,) if isinstance(classifier, str) else classifier
     model.reset_classifier(5, "token")
     assert {f"{layer}.weight" for layer in layers} <= {*model.state_dict()} and model(image).shape == (2, 5)
+
+
+def test_stages_of_swin():
+    tiny = {"embed_dim": 24, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 64, "window_size": 2}
+    model = timm.create_model("insvp_swin_tiny_patch4_window7_224", prompt_length=2, num_classes=3, **tiny).eval()
+    image = torch.randn(2, 3, 64, 64)
+    features, maps = model.forward_intermediates(image, norm=True)
+    torch.testing.assert_close(features, model.forward_features(image))
+    assert torch.equal(maps[3], features.permute(0, 3, 1, 2))
+    assert [one.shape[1:] for one in maps] == [(24, 16, 16), (48, 8, 8), (96, 4, 4), (192, 2, 2)]
+    plain = InsVPReference.block_outputs(model, image, [1, 2])  # of each block, on the general path
+    torch.testing.assert_close(maps[:2], [h.permute(0, 3, 1, 2) for h in plain], rtol=1e-4, atol=1e-5)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    blocks = ["layers.0.blocks.1", "layers.1.blocks.0", "layers.2.blocks.0", "layers.3.blocks.0"]
+    for i, block in enumerate(blocks):
+        assert layers[f"common_prompts.{i}"] == layers[f"backbone.{block}.norm1.weight"]
+    taken = model.prune_intermediate_layers([0, 1])
+    torch.testing.assert_close(model.forward_intermediates(image, taken, intermediates_only=True), maps[:2])
+    sum(one.sum() for one in model.forward_intermediates(image, taken, intermediates_only=True)).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert len(timm.create_model("insvp_swin_tiny_patch4_window7_224", features_only=True, **tiny)(image)) == 4
 
 
 def test_intermediates_have_gradients_and_take_the_fast_path(monkeypatch):
