@@ -13,7 +13,7 @@ OURS = [*SHIPPED, *(path for name in ("benchmarks", "tools", "examples") for pat
 # Each may import what stands before it; those of one line are not to import each other.
 LAYERS = [
     ["errors", "config", "atomic_files"],
-    ["reference"],
+    ["reference", "timm_models"],
     ["kernels"],
     ["runtime"],
     ["ops"],
@@ -21,14 +21,14 @@ LAYERS = [
     ["backbones", "prompters"],
     ["checkpoints", "prompted", "timm_interface"],
     ["model"],
-    ["data"],
+    ["data", "huggingface"],
     ["training"],
     ["serving"],
     ["recipes"],
     ["testing"],
     ["bench"],
     ["commands"],
-    ["__main__"],
+    ["__main__", "timm_script"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # and of these, nothing else
