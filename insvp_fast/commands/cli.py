@@ -18,7 +18,7 @@ from insvp_fast.errors import InsVPError
 
 __all__ = ["COMMANDS", "INTERRUPTED", "main"]
 
-COMMANDS = ("train", "eval", "predict", "recipes", "data", "sweep", "info", "convert", "doctor", "bench")
+COMMANDS = ("train", "eval", "predict", "recipes", "data", "sweep", "info", "convert", "export", "doctor", "bench")
 MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
 EXTRAS = ("accelerate", "sklearn", "matplotlib", "tqdm")  # what the extra `train` installs, by the names of imports
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
