@@ -17,13 +17,13 @@ from insvp_fast.errors import CommandError
 from insvp_fast.training.run_folder import CONFIG_FILE
 
 SUMMARY = "write a trained model as a file for ONNX Runtime, OpenVINO or PyTorch"
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2", "openvino": ".xml"}
+FILES = {"onnx": "model.onnx", "torch": "model.pt2", "aoti": "model-aoti.pt2", "openvino": "model.xml"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
-    parser.add_argument("--format", choices=SUFFIXES, required=True, help="what the file is for")
-    parser.add_argument("--output", metavar="FILE", help="file to write (default: RUN/FORMAT with the usual suffix)")
+    parser.add_argument("--format", choices=FILES, required=True, help="what the file is for")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: one in RUN, such as model.onnx)")
     parser.add_argument("--batch", type=positive, metavar="N", help="images that the file takes at once (default: any)")
     parser.add_argument(
         "--preprocess", action="store_true", help="take 8-bit images: resize, crop and normalize inside"
@@ -47,7 +47,7 @@ def run(
     int8: bool,
     images: list[str] | None,
 ) -> int:
-    folder, file = Path(run), Path(output or Path(run) / f"{format}{SUFFIXES[format]}")
+    folder, file = Path(run), Path(output or Path(run, FILES[format]))
     is_run = (folder / CONFIG_FILE).is_file()
     if not is_run and not (folder / ADAPTER_FILE).is_file():
         raise CommandError(f"{run}: expected a run folder ({CONFIG_FILE}) or an adapter folder ({ADAPTER_FILE})")
@@ -76,35 +76,39 @@ def run(
     for note in done.notes:
         print(note)
     _print_facts(done, format)
-    print(f"written: {file}, {file.stat().st_size / 2**20:.1f} MiB")
+    print(f"written: {', '.join(map(str, done.files))}, {sum(f.stat().st_size for f in done.files) / 2**20:.1f} MiB")
     if int8:
         _print_loss(measure_loss(model, load(file), test_images))
     return 0
 
 
 def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
-    """The model, and the images on which ``int8`` is tried."""
+    """The model, and the images on which 8-bit weights are tried, or None without ``int8``."""
     from insvp_fast import InsVPViT
     from insvp_fast.data import load_test_data
     from insvp_fast.data.images import Images
     from insvp_fast.training.load import load_run
 
-    recipe = None
+    recipe: Any = None
     if is_run:
-        recipe, model, model.preprocessing, model.class_names = load_run(folder)
+        loaded = load_run(folder)
+        recipe, model = loaded.recipe, loaded.model
+        model.preprocessing, model.class_names = loaded.preprocessing, loaded.class_names
     else:
         model = InsVPViT.from_pretrained(folder)
     if not int8:
         return model, None
+    if model.preprocessing is None:
+        raise CommandError(f"--int8: {folder} does not say how images are prepared: expected its `preprocessing`")
     if paths:
         from insvp_fast.training.prediction import find_images
 
         files = find_images(paths)
-        return model, Images(files, [-1] * len(files), exif_rotation=recipe is None or recipe.exif_rotation)
+        return model, Images(files, [-1] * len(files), exif_rotation=not is_run or recipe.exif_rotation)
+    names, exif = model.class_names or [], recipe.exif_rotation
     return model, load_test_data(
-        recipe.data, model.preprocessing, recipe.seed, model.class_names, root=recipe.root,
-        exif_rotation=recipe.exif_rotation,
-    )  # fmt: skip
+        recipe.data, model.preprocessing, recipe.seed, names, root=recipe.root, exif_rotation=exif
+    )
 
 
 def _print_facts(done: Any, format: str) -> None:

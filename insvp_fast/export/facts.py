@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from insvp_fast.data import transform_for
 from insvp_fast.errors import CheckpointError
+from insvp_fast.export.preprocessing import steps
 
 __all__ = ["ExportedModel", "Facts"]
 
@@ -57,10 +58,9 @@ class Facts:
         """
         if self.preprocessing is None:
             raise ValueError("preprocessing is None: expected images to be prepared as they were in training")
-        transform = transform_for(self.preprocessing)
         if self.inside == "nothing":
-            return transform(image)
-        resize, crop, *_ = transform.transforms
+            return transform_for(self.preprocessing)(image)
+        resize, crop, *_ = steps(self.preprocessing)
         pixels = pil_to_tensor(image if self.inside.startswith("resize") else crop(resize(image)))
         return pixels.permute(1, 2, 0) if self.input[-1] == 3 else pixels
 

@@ -52,6 +52,7 @@ KEEPS_OPERATIONS = ("torch", "aoti")
 class Export(NamedTuple):
     """What was written."""
 
+    files: list[Path]  # two where the weights have one of their own
     facts: Facts
     operations: int  # calls of this package's operations; with none, the file runs without it
     parity: list[Parity]  # with int8, of the file before
@@ -103,9 +104,10 @@ def export_model(
             assert how.quantize is not None
             (Path(folder) / "int8").mkdir()
             how.quantize(draft, draft := Path(folder) / "int8" / file.name)
-        for written in filter(Path.is_file, draft.parent.iterdir()):  # some formats have a second file, of weights
-            os.replace(written, file.parent / written.name)
-    return Export(graph.facts, graph.operations, parity, notes)
+        written = sorted(filter(Path.is_file, draft.parent.iterdir()))
+        for part in written:
+            os.replace(part, file.parent / part.name)
+    return Export([file.parent / part.name for part in written], graph.facts, graph.operations, parity, notes)
 
 
 def _resize_reason(model: InsVPViT, format: str) -> str | None:

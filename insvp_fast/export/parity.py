@@ -34,7 +34,8 @@ class Parity(NamedTuple):
     largest_difference: float
 
     def __str__(self) -> str:
-        return f"batch {self.batch}: relative error {self.relative_error:.1e}, at most {self.largest_difference:.1e}"
+        errors = f"relative error {self.relative_error:.1e}, largest difference {self.largest_difference:.1e}"
+        return f"batch {self.batch}: {errors}"
 
 
 def check_parity(model: InsVPViT, run: Callable[[list[Tensor]], list[Tensor]], facts: Facts) -> list[Parity]:

@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from insvp_fast.data import transform_for
 
-__all__ = ["ExportedPreprocessing", "resize_reason"]
+__all__ = ["ExportedPreprocessing", "resize_reason", "steps"]
 
 ONE = 2**22  # Pillow's weights are integers, multiples of its inverse
 
@@ -41,9 +41,15 @@ BEGINS_WITH_THE_LARGER_REDUCTION = int(PIL.__version__.partition(".")[0]) >= 13
 FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {"bilinear": (_bilinear, 1), "bicubic": (_bicubic, 2)}
 
 
+def steps(preprocessing: dict[str, Any]) -> list[Any]:
+    """Resizing, cropping, and what ``transform_for`` does after them."""
+    transform: Any = transform_for(preprocessing)
+    return transform.transforms
+
+
 def resize_reason(preprocessing: dict[str, Any]) -> str | None:
     """Why the resizing and cropping cannot be part of an exported file, or None."""
-    resize, crop, *_ = transform_for(preprocessing).transforms
+    resize, crop, *_ = steps(preprocessing)
     if not isinstance(resize, transforms.Resize) or not isinstance(crop, transforms.CenterCrop):
         return f"it is {type(resize).__name__} and {type(crop).__name__}: expected Resize and CenterCrop"
     if resize.interpolation.value not in FILTERS:
@@ -54,7 +60,7 @@ def resize_reason(preprocessing: dict[str, Any]) -> str | None:
 
 
 class ExportedPreprocessing(nn.Module):
-    """What ``transform_for`` does to images, in one module: 8-bit images in, normalized fp32 images [B, 3, H, W] out.
+    """What ``transform_for`` does to images, as a module: 8-bit images in, normalized fp32 images [B, 3, H, W] out.
 
     Args:
         preprocessing: arguments of ``timm.data.create_transform``.
@@ -62,19 +68,21 @@ class ExportedPreprocessing(nn.Module):
         channels_last: images are [B, H, W, 3] rather than [B, 3, H, W].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, preprocessing: dict[str, Any], resize: bool, channels_last: bool) -> None:
         super().__init__()
-        self.channels_last, self.size = channels_last, None
-        if resize:
-            steps = transform_for(preprocessing).transforms
-            self.size, self.crop = steps[0].size, steps[1].size
-            self.filter = steps[0].interpolation.value
+        resizing, crop, *_ = steps(preprocessing)
+        self.channels_last, self.resize = channels_last, resize
+        self.size, self.crop = resizing.size, crop.size
+        self.filter = resizing.interpolation.value
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(preprocessing[name]).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.permute(0, 3, 1, 2) if self.channels_last else images
-        if self.size is not None:
+        if self.resize:
             images = self._resize(images.double())
         return (images.float() / 255 - self.mean) / self.std
 

@@ -1,24 +1,26 @@
 """``insvp export``."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from insvp_fast import export
 from insvp_fast.commands import cli
-from insvp_fast.commands.export import SUFFIXES
+from insvp_fast.commands.export import FILES
 from insvp_fast.export import ExportedModel, Facts
 from insvp_fast.export.formats import Export
 from tests.commands.finished_run import CLASSES
 
 
 def test_the_formats_are_those_of_the_package():
-    assert {name: how.suffix for name, how in export.FORMATS.items()} == SUFFIXES
+    suffixes = {name: Path(file).suffix for name, file in FILES.items()}
+    assert suffixes == {name: how.suffix for name, how in export.FORMATS.items()}
 
 
 def test_onnx_with_8_bit_weights_tells_the_accuracy_lost(run, probabilities, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
-    file = tmp_path / "birds.onnx"
+    file = tmp_path / "animals.onnx"
     assert cli.main(["export", str(run), "--format", "onnx", "--int8", "--output", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "format: ONNX, opset 18, standard operators only" in printed
@@ -27,7 +29,7 @@ def test_onnx_with_8_bit_weights_tells_the_accuracy_lost(run, probabilities, tmp
     right = sum(CLASSES[p.argmax()] == name.split("/")[-2] for name, p in probabilities.items())
     assert f"before {right / len(probabilities):.2%}" in printed
     assert re.search(r"int8: 16 images, the same class for \d+\.\d\d%; logits differ by at most [\d.]+\n", printed)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["birds.onnx"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["animals.onnx"]
     assert export.load(file).facts.class_names == CLASSES
 
 
@@ -39,7 +41,7 @@ def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monk
         facts = Facts(inside="nothing", input=[None, 3, 32, 32], **about)
         exported.append(ExportedModel(lambda x: model(x) + 0.25, facts))
         file.write_bytes(b"")
-        return Export(facts, 0, [], ["a note"])
+        return Export([file], facts, 0, [], ["a note"])
 
     monkeypatch.setattr("insvp_fast.export.export_model", write)
     monkeypatch.setattr("insvp_fast.export.load", lambda file: exported[0])
