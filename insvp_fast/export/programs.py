@@ -40,16 +40,16 @@ def write_aoti(graph: Graph, file: Path) -> None:
     """Compile a package for ``torch._inductor.aoti_load_package``.
 
     Raises:
-        ExportError: if there is no C++ compiler.
+        ExportError: if it cannot, as without a C++ compiler.
     """
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.exc import InductorError
 
     try:
         configs = {"aot_inductor.metadata": graph.facts.to_metadata()}
         aoti_compile_and_package(graph.program, package_path=str(file), inductor_configs=configs)
-    except (InvalidCxxCompiler, CppCompileError) as error:
-        raise ExportError(f"AOTInductor needs a C++ compiler that works: {error}") from error
+    except InductorError as error:
+        raise ExportError(f"AOTInductor, which needs a C++ compiler, failed: {str(error).splitlines()[0]}") from error
 
 
 def load_aoti(file: Path) -> ExportedModel:

@@ -12,7 +12,7 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.data import transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import CheckpointError, ExportError
-from insvp_fast.export import FORMATS, Facts, export_model, formats, load, measure_loss
+from insvp_fast.export import FORMATS, Facts, export_model, formats, load, measure_loss, programs
 from insvp_fast.export.graph import Graph, standard_model
 from insvp_fast.export.parity import check_parity
 from insvp_fast.testing import make_pair, relative_error
@@ -137,6 +137,15 @@ def test_a_file_that_does_not_load_is_not_left(model, file, facts, monkeypatch):
     with pytest.raises(CheckpointError, match="ONNX Runtime cannot load it"):
         export_model(model, file("onnx"), "onnx")
     assert file("onnx").read_bytes() == b"of before" and len([*file("onnx").parent.iterdir()]) == 1
+
+
+def test_aoti_without_a_compiler(file, facts):
+    program = torch.export.export(torch.nn.Linear(32, 5), (torch.zeros(2, 3, 32, 32),))
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/bin/false")}),
+        pytest.raises(ExportError, match="AOTInductor, which needs a C.. compiler, failed: .*No working C.. compiler"),
+    ):
+        programs.write_aoti(Graph(program, facts, {}), file("aoti"))
 
 
 def test_what_cannot_be_written(model, tmp_path, monkeypatch):
