@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,9 +13,11 @@ from insvp_fast.coverage import Covered, Requirements, Rule, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops.conv import conv_reference
 
-__all__ = ["GlobalPrompter", "PatchPrompter", "SpecificPrompter", "make_fast"]
+__all__ = ["GlobalPrompter", "PatchPrompter", "PyramidPrompter", "SpecificPrompter", "make_fast"]
 
 watch("forward __call__", reference.GlobalPrompter, reference.PatchPrompter, reference.SpecificPrompter)
+watch("forward __call__", reference.PyramidPrompter, nn.ModuleList)
+watch("trunk", reference.SpecificPrompter)
 watch("leaky_relu max_pool2d adaptive_max_pool2d pad", F)
 
 DROPOUT = (IDENTITY, rule(nn.Dropout, "p", inplace=False))  # runs, on a tensor that backward needs unchanged
@@ -61,32 +65,52 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
         table = {"": (rule(type(self), "token_channels grid"),), **convolutions, "dropout": DROPOUT}
         return Requirements("specific_prompter", self, table)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Any:
         if not coverage.covers(self) or not coverage.dtypes_fit(image, *self.parameters()):
             return super().forward(image)
-        B, L, D = image.shape[0], self.conv1.out_channels, self.token_channels * self.grid**2
+        dtype = _result_dtype(image, self.dropout, *(m for m in self.modules() if isinstance(m, nn.Conv2d)))
         size, grid = 3 * self.grid + 4, self.grid
         H, W = (side // size * size or side for side in image.shape[-2:])
         pool = H // size
-        convs = self.conv1, self.conv2, self.conv3
-        dtype = _result_dtype(image, self.dropout, *convs)
         if dtype is None or not 1 <= pool <= 16 or W // size != pool:  # windows overlap, are large or not square
             x = reference.pool_center(_conv(self.conv1, image, H, W), size)
             x = _conv(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
-            tokens: Tensor = self.conv3(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))))
-            return tokens.reshape(B, L, D)
-        (w1, b1), (w2, b2), (w3, b3) = map(_weights, convs)
+            return self._tokens(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))), None)
+        (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
         with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
             # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest
             x = self.dropout(ops.conv_pool(image, w1, b1, H, W, pool, dtype=torch.float32))
             x = self.dropout(ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3))
-            return ops.conv(x, w3, b3, 1, grid, grid, dtype=dtype).reshape(B, L, D)
+            return self._tokens(x, dtype)
+
+    def _tokens(self, x: Tensor, dtype: torch.dtype | None) -> Any:
+        """The last convolution, with that of PyTorch where ``dtype``, of the result, is None."""
+        return self._convolve(self.conv3, x, dtype)
+
+    def _convolve(self, conv: Any, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        B, L, grid = x.shape[0], self.conv1.out_channels, self.grid
+        y: Tensor = conv(x) if dtype is None else ops.conv(x, *_weights(conv), 1, grid, grid, dtype=dtype)
+        return y.reshape(B, L, conv.out_channels // L * grid**2)
+
+
+class PyramidPrompter(SpecificPrompter, reference.PyramidPrompter):
+    """G_s of several widths, computed as ``SpecificPrompter``."""
+
+    def _requirements(self) -> Requirements:
+        names = ["conv1", "conv2", *(f"conv3.{i}" for i in range(len(self.widths)))]
+        table = {"": (rule(type(self), "token_channels grid widths"),), "conv3": (rule(nn.ModuleList),)}
+        table |= dict.fromkeys(names, _same_convolution(dilation=1)) | {"dropout": DROPOUT}
+        return Requirements("specific_prompter", self, table)
+
+    def _tokens(self, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        return tuple(self._convolve(conv, x, dtype) for conv in self.conv3)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     reference.GlobalPrompter: GlobalPrompter,
     reference.PatchPrompter: PatchPrompter,
     reference.SpecificPrompter: SpecificPrompter,
+    reference.PyramidPrompter: PyramidPrompter,
 }
 
 

@@ -1,22 +1,21 @@
 """The backbones that have a fast path: what is supported of each family, and how it runs.
 
 To add a family write a file like ``vision_transformer.py``, with the functions that ``BackboneFamily`` lists, and enter
-it below. Its blocks must all have the same width and number of tokens. Four other places accept only timm's
-``VisionTransformer`` so far: ``reference.py``, which says what is computed, ``checkpoints/backbone.py``,
-``checkpoints/state_dict.py`` and ``commands/info.py``.
+it below. Its structure has to be in ``insvp_fast/reference``, which says what is computed.
 """
 
 from __future__ import annotations
 
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from insvp_fast.backbones import vision_transformer
+from insvp_fast.backbones import swin, vision_transformer
 from insvp_fast.backbones.family import BackboneFamily, BlockOptions
 
 __all__ = ["FAMILIES", "BackboneFamily", "BlockOptions", "family_of"]
 
-FAMILIES: dict[type[nn.Module], BackboneFamily] = {VisionTransformer: vision_transformer}
+FAMILIES: dict[type[nn.Module], BackboneFamily] = {VisionTransformer: vision_transformer, SwinTransformer: swin}
 
 
 def family_of(backbone: nn.Module) -> BackboneFamily | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from insvp_fast.coverage import Table
+from insvp_fast.reference import Prompts
 
 __all__ = ["BackboneFamily", "BlockOptions"]
 
@@ -20,13 +20,14 @@ class BlockOptions(NamedTuple):
     fold_norm: bool  # whether a norm's affine map is folded into the product behind it
     attention: str  # the implementation, one of ``ops.ATTENTION``; blocks with ``num_queries`` have only one
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
+    grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
 
 
 class BackboneFamily(Protocol):
     """The functions of a module in this package: one file for each family, listed in ``FAMILIES``.
 
-    It fits backbones whose blocks all have the same width D and number of tokens T. A hierarchical one, such as Swin,
-    needs more: ``InsVPViT`` carries one stream [B, T, D] through all blocks, with prompts of one width.
+    Blocks are counted as in the backbone's ``Structure``. Tokens are [B, T, D] from block to block, in whatever order
+    the family puts them; T and D may differ from block to block.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
@@ -34,9 +35,6 @@ class BackboneFamily(Protocol):
 
     def requirements(self, backbone: Any, patch_size: int) -> Table:
         """What the fast path requires of the backbone's modules."""
-
-    def blocks(self, backbone: Any) -> Sequence[nn.Module]:
-        """The blocks in the order in which they run; prompts are counted by them."""
 
     def pixel_weight(self, backbone: Any) -> Tensor:
         """The weight that multiplies the pixels; images and products have its dtype unless autocast casts them."""
@@ -52,17 +50,18 @@ class BackboneFamily(Protocol):
 
     def forward_block(
         self,
-        block: Any,
+        backbone: Any,
+        block: int,
         residual: Tensor,
         branch: Tensor | None,
-        prompts: Tensor | None,
+        prompts: Prompts | None,
         options: BlockOptions,
         num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One block with prompts [B, L, D] (eq. 11); its input and output are ``residual + branch``, not yet added.
+        """A block with prompts (eq. 11); its input and output are ``residual + branch``, not yet added.
 
         ``num_queries``: compute only the first tokens of the output, [B, num_queries, D] instead of [B, T, D].
         """
 
-    def final_norm(self, backbone: Any, tokens: Tensor) -> Tensor:
-        """The norm after the last block."""
+    def final_norm(self, backbone: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The norm after the last block, of tokens [B, T, D], as the backbone's ``forward_features`` returns it."""

@@ -91,6 +91,6 @@ def _image_shape(model: InsVPViT) -> tuple[int, int, int]:
     if model.preprocessing is not None:
         C, H, W = model.preprocessing["input_size"]
         return C, H, W
-    patches = model.backbone.patch_embed
-    weight = next(module.weight for module in patches.modules() if isinstance(module, nn.Conv2d))
-    return weight.shape[1], *patches.img_size
+    size = getattr(getattr(model.backbone, "patch_embed", None), "img_size", None)
+    H, W = size or model.pretrained_cfg["input_size"][1:]
+    return model.in_channels, H, W

@@ -1,0 +1,200 @@
+"""PromptedViT: the function of ``PromptedReference``, with the backbone computed by the operations of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from insvp_fast import coverage, ops, reference
+from insvp_fast.backbones import BackboneFamily, BlockOptions, family_of
+from insvp_fast.coverage import Covered, Requirements
+from insvp_fast.coverage.rules import full_name
+from insvp_fast.reference import Prompts
+from insvp_fast.reference.prompted import PromptedReference
+from insvp_fast.reference.structure import first_convolution
+from insvp_fast.runtime import hardware
+
+__all__ = ["PromptedViT"]
+
+# recompute="block" keeps the input of every second block, and in backward the activations of two blocks at a time. For
+# 12 blocks the sum of both is smallest with two.
+BLOCKS_PER_CHECKPOINT = 2
+
+
+class PromptedViT(Covered, PromptedReference):
+    """A frozen backbone with prompts, on the fast path where that covers the backbone, else as ``PromptedReference``.
+
+    The attributes below may be set at any time; ``InsVPViT`` explains them.
+
+    Attributes:
+        recompute, fold_norm, attention, gelu_in_8_bits: how the backbone is computed.
+    """
+
+    fold_norm: bool = True
+    gelu_in_8_bits: bool = False
+    _attention = "auto"
+    _recompute = "none"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pixel_scales: dict[object, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def attention(self) -> str:
+        """The implementation of attention, one of ``ops.ATTENTION``; setting another raises ValueError."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, impl: str) -> None:
+        if impl not in ops.ATTENTION:
+            raise ValueError(f"attention={impl!r}: expected one of {sorted(ops.ATTENTION)}")
+        self._attention = impl
+
+    @property
+    def recompute(self) -> str:
+        """What backward computes again: "none", "mlp" or "block"; setting anything else raises ValueError."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        if what not in ("none", "mlp", "block"):
+            raise ValueError(f"recompute={what!r}: expected 'none', 'mlp' or 'block'")
+        self._recompute = what
+
+    # which path
+
+    @property
+    def _family(self) -> BackboneFamily:
+        family = family_of(self.backbone)
+        assert family is not None, "a backbone without a family takes the general path"
+        return family
+
+    def _requirements(self) -> Requirements:
+        table = self._family.requirements(self.backbone, self.patch_size)
+        return Requirements("backbone", self.backbone, table, frozen=True)
+
+    def _requirements_depend_on(self) -> object:
+        return self.backbone, self.patch_size
+
+    def _own_reason(self) -> str | None:
+        if family_of(self.backbone) is None:
+            return f"backbone is {full_name(type(self.backbone))}, which has no fast path"
+        for name in ("forward_features", "forward_head", "apply_block"):
+            if name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast."):
+                return f"the model has a {name} of its own"
+        return None
+
+    def _takes_fast_path(self, image: Tensor) -> bool:
+        if image.is_meta or not coverage.covers(self):
+            return False
+        return image.dtype == torch.uint8 or coverage.dtypes_fit(image, self._family.pixel_weight(self.backbone))
+
+    # forward
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, num_classes].
+
+        8-bit images are normalized by the mean and std of ``self.preprocessing``, else of the backbone's
+        ``pretrained_cfg``.
+
+        Raises:
+            ValueError: for an image of a size or shape that the backbone cannot take. On the general path its
+                modules raise errors of their own.
+        """
+        family = family_of(self.backbone)
+        one_token = family is not None and family.reads_one_token(self.backbone) and self._takes_fast_path(image)
+        return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """What the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
+        if self._takes_fast_path(image):
+            return self._features(image, None)
+        return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image))
+
+    def apply_block(self, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
+        """As ``PromptedReference.apply_block``, computed again in backward with ``recompute="block"``."""
+        if self.recompute != "block" or not torch.is_grad_enabled():
+            return super().apply_block(block, h, prompts)
+        result: tuple[Any, Tensor | None] = checkpoint(super().apply_block, block, h, prompts, use_reentrant=False)
+        return result
+
+    def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
+        """The fast path: all tokens after the last norm, or only the first ``num_queries``."""
+        backbone, family, P = self.backbone, self._family, self.patch_size
+        family.check_image(backbone, image)
+        patches, context = self._prompted_patches(image)
+        grid = image.shape[-2] // P, image.shape[-1] // P
+        with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
+            tokens = self._blocks(family.embed(backbone, patches, grid), context, patches.dtype, grid, num_queries)
+        return family.final_norm(backbone, tokens, grid)
+
+    def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
+        """The prompted image unfolded, [B, N, K] in the dtype of the products, and the context of the prompts."""
+        dtype, autocast = self._precision(image)
+        with torch.autocast(image.device.type, dtype, enabled=autocast):
+            image = self._normalize(image) if image.dtype == torch.uint8 else image
+            prompted, context = self.prompt_image(image)
+            return reference.unfold(prompted, self.patch_size).to(dtype), context
+
+    def _prompters(self) -> list[nn.Module]:
+        """The modules that make prompts."""
+        return [child for child in self.children() if child not in (self.backbone, self.head)]
+
+    def _precision(self, image: Tensor) -> tuple[torch.dtype, bool]:
+        """The dtype of the backbone's products, and whether the prompters run under autocast."""
+        device, dtype = image.device.type, self._family.pixel_weight(self.backbone).dtype
+        if not torch.is_autocast_enabled(device) or dtype == torch.float64:
+            return dtype, False
+        dtype = torch.get_autocast_dtype(device)
+        if device != "cpu" or hardware.has_products(dtype):
+            return dtype, True
+        # on a CPU that has no instructions for the dtype, prompters in fp32 run as they are, which is faster
+        weights = (p for prompter in self._prompters() for p in prompter.parameters())
+        fp32 = image.dtype in (torch.float32, torch.uint8) and all(p.dtype == torch.float32 for p in weights)
+        return dtype, not fp32
+
+    def _blocks(
+        self, tokens: Tensor, context: Any, dtype: torch.dtype, grid: tuple[int, int], num_queries: int | None
+    ) -> Tensor:
+        """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
+        if self.recompute == "mlp" and self.gelu_in_8_bits:
+            raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
+        keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
+        options = BlockOptions(dtype, self.fold_norm, self.attention, keeps, grid)
+        backbone, family, depth, batch = self.backbone, self._family, len(self.widths), tokens.shape[0]
+
+        def run(tokens: Tensor, context: Any, indices: range) -> Tensor:
+            residual: Tensor = tokens
+            branch: Tensor | None = None
+            for j in indices:
+                queries = num_queries if j == depth - 1 else None
+                prompts = self.block_prompts(j, context, batch)
+                residual, branch = family.forward_block(backbone, j, residual, branch, prompts, options, queries)
+            return residual if branch is None else residual + branch
+
+        if self.recompute != "block" or not torch.is_grad_enabled():
+            return run(tokens, context, range(depth))
+        for first in range(0, depth, BLOCKS_PER_CHECKPOINT):
+            indices = range(first, min(first + BLOCKS_PER_CHECKPOINT, depth))
+            tokens = checkpoint(run, tokens, context, indices, use_reentrant=False)
+        return tokens
+
+    # 8-bit images
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        """8-bit pixels to what the backbone was trained with, in its dtype."""
+        weight = first_convolution(self.backbone).weight
+        return reference.normalize(pixels, *self._pixel_scale(pixels.device)).to(weight.dtype)
+
+    def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Factor and summand that normalize 8-bit pixels, [C] each."""
+        facts = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
+        key = device, tuple(facts["mean"]), tuple(facts["std"])
+        if key not in self._pixel_scales:
+            with torch.inference_mode(False):  # backward may keep them
+                mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in key[1:])
+                self._pixel_scales = {key: (1 / (255 * std), -mean / std)}
+        return self._pixel_scales[key]

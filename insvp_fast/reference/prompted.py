@@ -1,0 +1,92 @@
+"""A frozen backbone with prompts: what all methods of prompting share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm import create_model
+from torch import Tensor, nn
+
+from insvp_fast.reference.heads import DistilledHead, take_head
+from insvp_fast.reference.structure import Prompts, first_convolution
+from insvp_fast.reference.structures import structure_of
+
+__all__ = ["PromptedReference"]
+
+
+class PromptedReference(nn.Module):
+    """A frozen backbone of timm with a trained head and, by the two methods that a subclass gives it, with prompts.
+
+    ``prompt_image`` makes the image that the backbone reads, ``block_prompts`` what a block attends to besides its
+    tokens.
+
+    Args, shapes and errors: see ``InsVPReference``.
+    """
+
+    carry_prompts = False  # whether the prompts' outputs are the prompts of a block that has none of its own
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int | None = None,
+        *,
+        pretrained: bool = False,
+        **backbone_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, str):
+            backbone = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
+        elif pretrained or backbone_kwargs:
+            raise ValueError(
+                f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
+            )
+        structure = structure_of(backbone)
+        self.patch_size = structure.patch_size(backbone)
+        if num_classes is not None:
+            backbone.reset_classifier(num_classes)
+        self.num_classes: int = backbone.num_classes
+        self.head = take_head(backbone)
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.widths = tuple(structure.widths(backbone))
+        self.in_channels = first_convolution(backbone).in_channels
+        self.head.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> PromptedReference:
+        """Set the mode of what is trained; the frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
+        """The prompted image, [B, C, H, W], and what ``block_prompts`` needs of it."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it prompts an image")
+
+    def block_prompts(self, block: int, context: Any, batch: int) -> Prompts | None:
+        """The prompts of a block, for ``batch`` images; None for a block without prompts of its own."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it prompts a block")
+
+    def apply_block(self, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
+        """Block number ``block`` of h with prompts (eq. 2 and 11); see ``Structure.apply_block``."""
+        return structure_of(self.backbone).apply_block(self.backbone, block, h, prompts)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The features that the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
+        structure, carried = structure_of(self.backbone), None
+        prompted, context = self.prompt_image(image)
+        h = structure.embed(self.backbone, prompted)  # (1)
+        for j in range(len(self.widths)):
+            prompts = self.block_prompts(j, context, image.shape[0])
+            h, outputs = self.apply_block(j, h, carried if prompts is None else prompts)
+            carried = Prompts(outputs) if self.carry_prompts and outputs is not None else None
+        return structure.final_norm(self.backbone, h)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the tokens as the backbone does and, unless ``pre_logits``, classify (eq. 3)."""
+        if isinstance(self.head, DistilledHead) and not pre_logits:
+            return self.head(tokens)
+        pooled: Tensor = self.backbone.forward_head(tokens, pre_logits=True)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, num_classes]."""
+        return self.forward_head(self.forward_features(image))

@@ -1,0 +1,57 @@
+"""What the reference has to know of a backbone to put prompts into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+__all__ = ["Prompts", "Structure"]
+
+
+class Prompts(NamedTuple):
+    """What a block attends to besides the backbone's tokens.
+
+    Attributes:
+        tokens: [B, L, D], which pass the norm and the projections of the block like the backbone's own tokens.
+    """
+
+    tokens: Tensor
+
+
+class Structure(Protocol):
+    """The functions of a module in this package: one file for each kind of backbone, listed in ``STRUCTURES``.
+
+    A backbone is a sequence of J blocks. What runs from block to block is called h: the tokens [B, T, D], or whatever
+    the backbone's own blocks take and return.
+    """
+
+    def patch_size(self, backbone: Any) -> int:
+        """P, the side of the patches that the backbone cuts an image into.
+
+        Raises:
+            ValueError: if they are not square.
+        """
+
+    def widths(self, backbone: Any) -> Sequence[int]:
+        """D of each block, in the order in which they run."""
+
+    def embed(self, backbone: Any, image: Tensor) -> Any:
+        """h before the first block (eq. 1)."""
+
+    def apply_block(self, backbone: Any, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
+        """Block number ``block`` of h with prompts (eq. 2 and 11).
+
+        Returns:
+            h behind the block, and the outputs of the prompts, [B, L, D]; None without prompts, or where they have no
+            outputs.
+        """
+
+    def final_norm(self, backbone: Any, h: Any) -> Tensor:
+        """The features of the image, as the backbone's ``forward_features`` returns them."""
+
+
+def first_convolution(module: nn.Module) -> nn.Conv2d:
+    """The first convolution of a patch embedding, which may be a whole network; its input channels are the image's."""
+    return next(child for child in module.modules() if isinstance(child, nn.Conv2d))
