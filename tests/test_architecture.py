@@ -27,6 +27,7 @@ LAYERS = [
     ["recipes"],
     ["testing"],
     ["bench"],
+    ["export"],
     ["commands"],
     ["__main__", "timm_script"],
 ]
@@ -34,7 +35,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # and of these, nothing else
 ONLY: dict[str, set[str]] = {"data": {"errors", "config", "atomic_files"}, "kernels": set()}
 # what an import of the package, or the command line, must not wait for or need
-LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy")
+LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy", "torch._inductor")
+LATE += ("onnxruntime", "openvino", "nncf")
 
 
 def layer(path: Path) -> str:
