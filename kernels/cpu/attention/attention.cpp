@@ -2,6 +2,8 @@
 // The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "attention.h"
 
+#include <cstring>
+
 #include "common/host.h"
 
 namespace insvp_fast {
@@ -22,14 +24,31 @@ Attention arguments(
   return a;
 }
 
+constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+Array from(Array array, int64_t offset) {
+  return {array.data ? static_cast<char*>(array.data) + offset * size_of(array.type) : nullptr, array.type};
+}
+
+// One image alone, with no rows behind its first `S`.
+Attention cut(const Attention& a, int64_t image, int64_t S) {
+  const int64_t D = a.heads * a.d, in_qkv = image * a.S * 3 * D;
+  return arguments(from(a.qkv, in_qkv), from(a.out, image * a.T * D), from(a.d_qkv, in_qkv), S, a.T, a.heads, a.d,
+                   a.scale);
+}
+
 template <class Kernel>
-int for_each_head(const Attention& a, int64_t B, int64_t scratch_size, int threads, Kernel kernel) {
+int for_each_head(
+    const Attention& a, int64_t B, const int64_t* num_keys, int64_t scratch_size, int threads, Kernel kernel) {
   const int64_t jobs = B * a.heads;
   threads = useful_threads(threads, jobs);
   Workspace memory(threads * scratch_size);
   if (!memory.base) return -1;
-  for_each_job(jobs, threads, memory.base, scratch_size,
-               [&](int64_t job, float* own) { kernel(a, job / a.heads, job % a.heads, own); });
+  for_each_job(jobs, threads, memory.base, scratch_size, [&](int64_t job, float* own) {
+    const int64_t image = job / a.heads, head = job % a.heads;
+    if (num_keys) kernel(cut(a, image, num_keys[image]), 0, head, own);
+    else kernel(a, image, head, own);
+  });
   return 0;
 }
 
@@ -39,20 +58,25 @@ int for_each_head(const Attention& a, int64_t B, int64_t scratch_size, int threa
 using namespace insvp_fast;
 
 // Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous and of one type: qkv and d_qkv
-// [B, S, 3*D], out and its gradient [B, T, D], D = heads * d.
+// [B, S, 3*D], out and its gradient [B, T, D], D = heads * d. Image b has num_keys[b] keys, the first of its S rows, of
+// which there are at least T; without num_keys it has S.
 
 INSVP_FAST_API int attention_fwd(
-    void* qkv, int qkv_type, void* out, int64_t B, int64_t S, int64_t T, int64_t heads, int64_t d, float scale,
-    int threads) {
+    void* qkv, int qkv_type, void* out, const int64_t* num_keys, int64_t B, int64_t S, int64_t T, int64_t heads,
+    int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a = arguments({qkv, type}, {out, type}, {nullptr, type}, S, T, heads, d, scale);
-  return for_each_head(a, B, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
+  return for_each_head(a, B, num_keys, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
 }
 
 INSVP_FAST_API int attention_bwd(
-    void* grad, void* qkv, int qkv_type, void* d_qkv, int64_t B, int64_t S, int64_t T, int64_t heads, int64_t d,
-    float scale, int threads) {
+    void* grad, void* qkv, int qkv_type, void* d_qkv, const int64_t* num_keys, int64_t B, int64_t S, int64_t T,
+    int64_t heads, int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a = arguments({qkv, type}, {grad, type}, {d_qkv, type}, S, T, heads, d, scale);
-  return for_each_head(a, B, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
+  for (int64_t b = 0; num_keys && b < B; ++b) {
+    const int64_t row = 3 * heads * d, keys = num_keys[b], behind = (S - keys) * row * size_of(type);
+    std::memset(from(a.d_qkv, (b * S + keys) * row).data, 0, behind);
+  }
+  return for_each_head(a, B, num_keys, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
 }
