@@ -123,11 +123,14 @@ class PromptedViT(Covered, PromptedReference):
 
     def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
         """The fast path: all tokens after the last norm, or only the first ``num_queries``."""
-        backbone, family, P = self.backbone, self._family, self.patch_size
-        family.check_image(backbone, image)
-        patches, context = self._prompted_patches(image)
-        grid = image.shape[-2] // P, image.shape[-1] // P
-        with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
+        self._family.check_image(self.backbone, image)
+        P = self.patch_size
+        return self._tokens(*self._prompted_patches(image), (image.shape[-2] // P, image.shape[-1] // P), num_queries)
+
+    def _tokens(self, patches: Tensor, context: Any, grid: tuple[int, int], num_queries: int | None) -> Tensor:
+        """What ``_features`` returns, from what ``_prompted_patches`` returns."""
+        backbone, family = self.backbone, self._family
+        with torch.autocast(patches.device.type, enabled=False):  # the operations choose their own precision
             tokens = self._blocks(family.embed(backbone, patches, grid), context, patches.dtype, grid, num_queries)
         return family.final_norm(backbone, tokens, grid)
 

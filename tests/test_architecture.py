@@ -21,6 +21,7 @@ LAYERS = [
     ["backbones", "prompters"],
     ["checkpoints", "prompted", "timm_interface"],
     ["model"],
+    ["bank"],
     ["data"],
     ["training"],
     ["recipes"],

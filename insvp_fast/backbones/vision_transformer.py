@@ -187,12 +187,13 @@ def forward_block(
     """
     blk = backbone.blocks[block]
     attn, mlp = blk.attn, blk.mlp
-    inserted = None if prompts is None else prompts.tokens
+    inserted, lengths = (None, None) if prompts is None else prompts
     residual, y, affine = _norm(blk.norm1, residual, branch, inserted, options)
+    num_keys = None if lengths is None else residual.shape[1] + lengths  # the prompts stand behind the tokens
     if num_queries is None:
-        attended = _attend(attn, y, affine, residual.shape[1], options)
+        attended = _attend(attn, y, affine, residual.shape[1], num_keys, options)
     else:
-        attended = _attend_from_first(attn, y, affine, num_queries)
+        attended = _attend_from_first(attn, y, affine, num_queries, num_keys)
         residual = _FirstTokens.apply(residual, num_queries)
     branch = blk.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
     residual, y, affine = _norm(blk.norm2, residual, branch, None, options)
@@ -224,17 +225,17 @@ def _norm(
 
 
 def _attend(
-    attn: Attention, y: Tensor, affine: Affine, num_queries: int, options: BlockOptions
+    attn: Attention, y: Tensor, affine: Affine, num_queries: int, num_keys: Tensor | None, options: BlockOptions
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = torch.unflatten(qkv, -1, (3, attn.num_heads, -1)).unbind(2)
         qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    return ops.attention(qkv, attn.num_heads, num_queries, attn.scale, impl=options.attention)
+    return ops.attention(qkv, attn.num_heads, num_queries, attn.scale, num_keys=num_keys, impl=options.attention)
 
 
 def _attend_from_first(
-    attn: Attention, y: Tensor, affine: Affine, num_queries: int
+    attn: Attention, y: Tensor, affine: Affine, num_queries: int, num_keys: Tensor | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
     q, kv = ops.project_q_kv(y, num_queries, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
@@ -242,7 +243,7 @@ def _attend_from_first(
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
         kv = torch.stack([_in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    return ops.query_attention(q, kv, attn.num_heads, attn.scale)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys)
 
 
 class _FirstTokens(torch.autograd.Function):
