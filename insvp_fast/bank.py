@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from insvp_fast import coverage
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.model import InsVPViT
 from insvp_fast.prompted import PromptedViT
@@ -99,6 +100,7 @@ class AdapterBank(PromptedViT):
                 model = source._around(self.backbone)
             else:
                 model = InsVPViT.from_pretrained(source, self.backbone, **hub_kwargs)
+        coverage.forget(model)  # the bank itself asks whether the fast path covers the backbone
         model.compile_prompters = False  # each adapter would be compiled by itself
         self._adapters[name] = model.requires_grad_(False).eval()
 
@@ -116,9 +118,9 @@ class AdapterBank(PromptedViT):
         return f"one of {names[:20]}" + (f" or {len(names) - 20} others" if len(names) > 20 else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for model in self._adapters.values():
-            model._apply(fn, recurse)
+            model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -185,9 +187,10 @@ class AdapterBank(PromptedViT):
 
     def _alone(self, group: _Group, image: Tensor, features: bool = False) -> Tensor:
         """The result of a group by its own model."""
-        model = super() if group.model is self else group.model
-        run = model.forward_features if features else model.forward
-        return run(group.of(image))
+        model, image = group.model, group.of(image)
+        if model is self:
+            return super().forward_features(image) if features else super().forward(image)
+        return model.forward_features(image) if features else model.forward(image)
 
     def _mixed(self, image: Tensor, groups: Sequence[_Group], num_queries: int | None) -> Tensor:
         """As ``_features``, with the prompts of each image's adapter."""
