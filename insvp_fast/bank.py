@@ -41,7 +41,7 @@ class AdapterBank(PromptedViT):
     Each row of the result is what the adapter's own ``InsVPViT`` returns for that image, or the bare backbone.
     Adapters may differ in configuration and in their number of classes. They can be added and removed while other
     threads compute: a batch keeps the adapters that it began with. A bank is for inference: it is frozen and in
-    evaluation mode.
+    evaluation mode. Adapters are no submodules: ``state_dict`` has the backbone alone.
 
     Args:
         backbone, pretrained, backbone_kwargs: as of ``InsVPViT``. A backbone's own head stays, for images without an
