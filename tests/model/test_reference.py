@@ -178,13 +178,9 @@ def test_common_prompts_start_uniform():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"backbone": torch.nn.Linear(2, 2)}, TypeError, "backbone is a Linear: expected a timm VisionTransformer"),
-        (
-            {"backbone": "deit_tiny_distilled_patch16_224"},
-            TypeError,
-            "VisionTransformerDistilled has 2 heads: expected one",
-        ),
-        ({"backbone": "resnet18"}, TypeError, "backbone is a ResNet: expected a timm VisionTransformer"),
+        ({"backbone": torch.nn.Linear(2, 2)}, TypeError, "backbone is a Linear, without forward_features: expected a"),
+        ({"backbone": "levit_128s"}, TypeError, "LevitDistilled has 2 heads: expected one"),
+        ({"backbone": "resnet18"}, ValueError, "a ResNet has no blocks that prompts can be put into"),
         (
             {"backbone": "vit_tiny_patch16_224", "patch_size": (16, 8)},
             ValueError,
