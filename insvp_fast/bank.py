@@ -183,7 +183,10 @@ class AdapterBank(PromptedViT):
         return groups
 
     def _mixes(self, image: Tensor, groups: Sequence[_Group]) -> bool:
-        return self._takes_fast_path(image) and all(group.model._own_reason() is None for group in groups)
+        """Whether these groups can pass through the backbone together."""
+        if not self._takes_fast_path(image) or any(group.model._own_reason() for group in groups):
+            return False
+        return self._family.takes_padded_prompts or len({_lengths(group.model) for group in groups}) == 1
 
     def _alone(self, group: _Group, image: Tensor, features: bool = False) -> Tensor:
         """The result of a group by its own model."""
@@ -222,6 +225,13 @@ class AdapterBank(PromptedViT):
         for group, part in zip(groups, parts, strict=True):
             lengths[group.rows] = part.shape[1]
         return Prompts(tokens, lengths)
+
+
+def _lengths(model: PromptedViT) -> tuple[int, ...]:
+    """The numbers of prompts that a model has in its blocks."""
+    if not isinstance(model, InsVPViT):
+        return (0,) * len(model.widths)
+    return tuple(model.config.prompt_length * (block in model.prompted_blocks) for block in range(len(model.widths)))
 
 
 def _whole(groups: Sequence[_Group], parts: Sequence[Tensor], batch: int, padding: float = 0.0) -> Tensor:

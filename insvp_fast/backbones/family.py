@@ -33,6 +33,8 @@ class BackboneFamily(Protocol):
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """
 
+    takes_padded_prompts: bool  # whether ``forward_block`` heeds ``Prompts.lengths``; if not, they must be None
+
     def requirements(self, backbone: Any, patch_size: int) -> Table:
         """What the fast path requires of the backbone's modules."""
 

@@ -31,7 +31,10 @@ __all__ = [
     "pixel_weight",
     "reads_one_token",
     "requirements",
+    "takes_padded_prompts",
 ]
+
+takes_padded_prompts = True
 
 # What is supported
 

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import AdapterBank, InsVPConfig, InsVPReference, InsVPViT
+from insvp_fast.backbones import vision_transformer
 from insvp_fast.errors import CheckpointError
 from insvp_fast.testing import DEVICE, assert_within_budget, relative_error
 
@@ -124,6 +125,17 @@ def test_images_run_adapter_after_adapter_where_the_fast_path_does_not_cover_the
         assert relative_error(row[: len(expected)], expected) < 1e-5
     for row, expected in zip(tokens, rows(references, names, image, features=True), strict=True):
         assert relative_error(row, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_only_equal_lengths_are_mixed_where_a_family_takes_no_padding(monkeypatch):
+    monkeypatch.setattr(vision_transformer, "takes_padded_prompts", False)
+    bank, references = make_bank(("three", "three more", "one block"))
+    for names, mixed in ((EQUAL, True), ([*EQUAL, "one block"], False), (["three", None], False)):
+        image = images(len(names))
+        assert bank._mixes(image, bank._groups(image, names)) == mixed
+        for row, expected in zip(bank(image, names), rows(references, names, image), strict=True):
+            assert relative_error(row[: len(expected)], expected) < 1e-5
 
 
 @torch.no_grad()
