@@ -21,6 +21,7 @@ class BlockOptions(NamedTuple):
     attention: str  # the implementation, one of ``ops.ATTENTION``; blocks with ``num_queries`` have only one
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
+    prompt_lengths: Tensor | None = None  # ``Prompts.lengths`` of the block
 
 
 class BackboneFamily(Protocol):

@@ -1,5 +1,5 @@
-// attention: softmax attention of the first T tokens to all S, from the packed projection to queries, keys and values.
-// The C functions and the threads are here, the arithmetic is in kernel.cpp.
+// attention: softmax attention of the tokens of a window to one another and to the prompts, from the packed projection to
+// queries, keys and values. The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "attention.h"
 
 #include <cstring>
@@ -14,13 +14,15 @@ const AttentionKernels& kernels(DType type) {
   return best_kernels<AttentionKernels>(type == DType::bf16 ? isa() : isa(Isa::avx512));
 }
 
-Attention arguments(
-    Array qkv, Array out, Array d_qkv, int64_t S, int64_t T, int64_t heads, int64_t d, float scale) {
-  Attention a{qkv, out, d_qkv, S, T, heads, d, scale, 0, 0, 0, 0};
+// What forward and backward have in common.
+Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, const float* bias,
+                    const float* mask, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale) {
+  Attention a{qkv, out, d_qkv, windows, bias, mask, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0};
   a.width = whole_lines(d);
-  a.stride = odd_lines(S);
-  a.tokens = larger((S + 1) * a.width, d * a.stride);
-  a.scores = kQueries * a.stride;
+  a.stride = odd_lines(a.S);
+  a.tokens = larger((a.S + 1) * a.width, d * a.stride);
+  a.queries = block_of_queries(w);
+  a.scores = a.queries * a.stride;
   return a;
 }
 
@@ -30,11 +32,11 @@ Array from(Array array, int64_t offset) {
   return {array.data ? static_cast<char*>(array.data) + offset * size_of(array.type) : nullptr, array.type};
 }
 
-// One image alone, with no rows behind its first `S`.
-Attention cut(const Attention& a, int64_t image, int64_t S) {
-  const int64_t D = a.heads * a.d, in_qkv = image * a.S * 3 * D;
-  return arguments(from(a.qkv, in_qkv), from(a.out, image * a.T * D), from(a.d_qkv, in_qkv), S, a.T, a.heads, a.d,
-                   a.scale);
+// One image alone, with its first L prompts.
+Attention cut(const Attention& a, int64_t image, int64_t L) {
+  const int64_t D = a.heads * a.d, in_qkv = image * (a.T + a.L) * 3 * D;
+  return attention(from(a.qkv, in_qkv), from(a.out, image * a.T * D), from(a.d_qkv, in_qkv), a.windows, a.bias, a.mask,
+                   a.n, a.w, L, a.heads, a.d, a.scale);
 }
 
 template <class Kernel>
@@ -46,7 +48,7 @@ int for_each_head(
   if (!memory.base) return -1;
   for_each_job(jobs, threads, memory.base, scratch_size, [&](int64_t job, float* own) {
     const int64_t image = job / a.heads, head = job % a.heads;
-    if (num_keys) kernel(cut(a, image, num_keys[image]), 0, head, own);
+    if (num_keys) kernel(cut(a, image, num_keys[image] - a.T), 0, head, own);
     else kernel(a, image, head, own);
   });
   return 0;
@@ -57,26 +59,30 @@ int for_each_head(
 
 using namespace insvp_fast;
 
-// Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous and of one type: qkv and d_qkv
-// [B, S, 3*D], out and its gradient [B, T, D], D = heads * d. Image b has num_keys[b] keys, the first of its S rows, of
-// which there are at least T; without num_keys it has S.
+// Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous; qkv and d_qkv [B, T+L, 3*D], out
+// and its gradient [B, T, D] are of one type, with T = n * w and D = heads * d. `windows`, `bias` and `mask`: see
+// attention.h; each token has to stand in exactly one window. Of image b, num_keys[b] rows are tokens and prompts, the
+// others are padding, whose gradient is zero; without num_keys all T+L are.
 
 INSVP_FAST_API int attention_fwd(
-    void* qkv, int qkv_type, void* out, const int64_t* num_keys, int64_t B, int64_t S, int64_t T, int64_t heads,
-    int64_t d, float scale, int threads) {
+    void* qkv, int qkv_type, const int32_t* windows, const float* bias, const float* mask, const int64_t* num_keys,
+    void* out, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
-  const Attention a = arguments({qkv, type}, {out, type}, {nullptr, type}, S, T, heads, d, scale);
+  const Attention a =
+      attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, n, w, L, heads, d, scale);
   return for_each_head(a, B, num_keys, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
 }
 
 INSVP_FAST_API int attention_bwd(
-    void* grad, void* qkv, int qkv_type, void* d_qkv, const int64_t* num_keys, int64_t B, int64_t S, int64_t T,
-    int64_t heads, int64_t d, float scale, int threads) {
+    void* grad, void* qkv, int qkv_type, const int32_t* windows, const float* bias, const float* mask,
+    const int64_t* num_keys, void* d_qkv, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d,
+    float scale, int threads) {
   const DType type = DType(qkv_type);
-  const Attention a = arguments({qkv, type}, {grad, type}, {d_qkv, type}, S, T, heads, d, scale);
+  const Attention a =
+      attention({qkv, type}, {grad, type}, {d_qkv, type}, windows, bias, mask, n, w, L, heads, d, scale);
   for (int64_t b = 0; num_keys && b < B; ++b) {
-    const int64_t row = 3 * heads * d, keys = num_keys[b], behind = (S - keys) * row * size_of(type);
-    std::memset(from(a.d_qkv, (b * S + keys) * row).data, 0, behind);
+    const int64_t row = 3 * heads * d, rows = a.T + L, behind = (rows - num_keys[b]) * row * size_of(type);
+    std::memset(from(a.d_qkv, (b * rows + num_keys[b]) * row).data, 0, behind);
   }
   return for_each_head(a, B, num_keys, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
 }
