@@ -24,6 +24,7 @@ LAYERS = [
     ["bank"],
     ["data"],
     ["training"],
+    ["serving"],
     ["recipes"],
     ["testing"],
     ["bench"],

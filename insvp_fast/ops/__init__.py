@@ -9,7 +9,7 @@ implementation. Gradients are first-order only.
 The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
 superpose_reference``.
 
-Letters as in ``reference.py``.
+Letters as in ``insvp_fast/reference``.
 """
 
 from insvp_fast.ops.attention import ATTENTION, attention
