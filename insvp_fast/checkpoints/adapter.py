@@ -225,7 +225,7 @@ class AdapterCheckpoint(
         model.preprocessing = copy.deepcopy(RELEASED_PREPROCESSING)
         return model.eval()
 
-    def _around(self, backbone: VisionTransformer) -> Self:
+    def _around(self, backbone: nn.Module) -> Self:
         """A model with a copy of this adapter around another backbone, which must have the same weights."""
         if backbone is not self.backbone:
             BackboneRecord.of(self.backbone).require_same_weights(backbone, type(self).__name__)

@@ -7,10 +7,10 @@ import tracemalloc
 import pytest
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import AdapterBank, InsVPConfig, InsVPReference, InsVPViT
-from insvp_fast.backbones import vision_transformer
 from insvp_fast.errors import CheckpointError
 from insvp_fast.testing import DEVICE, assert_within_budget, relative_error
 
@@ -30,10 +30,15 @@ MIXED = [*(name for name in CONFIGS if name != "carried"), None, "three", None]
 EQUAL = ["three", "three more", "three", "three", "three more"]  # as many prompts for each image
 
 
-def make_backbone(**kwargs):
-    """A ViT of which no parameter is zero or one."""
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
-    backbone = VisionTransformer(**sizes | kwargs).eval().requires_grad_(False)
+SIZES = {
+    VisionTransformer: {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
+    SwinTransformer: {"patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4)},
+}
+
+
+def make_backbone(cls=VisionTransformer, **kwargs):
+    """A backbone of which no parameter is zero or one."""
+    backbone = cls(**{"img_size": 32, "num_classes": 5} | SIZES[cls] | kwargs).eval().requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     return backbone
@@ -128,10 +133,9 @@ def test_images_run_adapter_after_adapter_where_the_fast_path_does_not_cover_the
 
 
 @torch.no_grad()
-def test_only_equal_lengths_are_mixed_where_a_family_takes_no_padding(monkeypatch):
-    monkeypatch.setattr(vision_transformer, "takes_padded_prompts", False)
-    bank, references = make_bank(("three", "three more", "one block"))
-    for names, mixed in ((EQUAL, True), ([*EQUAL, "one block"], False), (["three", None], False)):
+def test_only_equal_lengths_are_mixed_where_a_family_takes_no_padding():
+    bank, references = make_bank(("three", "three more", "first blocks"), cls=SwinTransformer)
+    for names, mixed in ((EQUAL, True), ([*EQUAL, "first blocks"], False), (["three", None], False)):
         image = images(len(names))
         assert bank._mixes(image, bank._groups(image, names)) == mixed
         for row, expected in zip(bank(image, names), rows(references, names, image), strict=True):
