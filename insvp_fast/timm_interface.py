@@ -7,6 +7,8 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from insvp_fast.reference import take_head
+
 __all__ = ["TimmInterface"]
 
 
@@ -37,8 +39,7 @@ class TimmInterface(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a new trained head, on the backbone's device and in its dtype; 0 classes for features."""
         self.backbone.reset_classifier(num_classes, global_pool)
-        self.num_classes, self.head = num_classes, self.backbone.get_classifier().requires_grad_(True)
-        self.backbone.reset_classifier(0)
+        self.num_classes, self.head = num_classes, take_head(self.backbone).requires_grad_(True)
         self.head.train(self.training)
 
     def no_weight_decay(self) -> set[str]:

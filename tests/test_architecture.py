@@ -23,6 +23,7 @@ LAYERS = [
     ["model"],
     ["data"],
     ["training"],
+    ["serving"],
     ["recipes"],
     ["testing"],
     ["bench"],

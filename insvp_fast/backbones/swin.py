@@ -11,7 +11,7 @@ import functools
 import timm.models.swin_transformer as timm_swin
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Format, Mlp, PatchEmbed
+from timm.layers import Format, PatchEmbed
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.norms import layer_norm, normalize_and_insert
-from insvp_fast.backbones.vision_transformer import DROP_PATH_OFF, check_image, pixel_weight
+from insvp_fast.backbones.layers import DROP_PATH_OFF, forward_mlp, mlp_requirements, norm_insert, norm_requirements
+from insvp_fast.backbones.vision_transformer import check_image, pixel_weight
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution
 from insvp_fast.ops import FrozenLinear
@@ -44,12 +44,12 @@ __all__ = [
 # What is supported
 
 watch("forward __call__", SwinTransformer, SwinTransformerStage, SwinTransformerBlock, WindowAttention, PatchMerging)
-watch("forward __call__", PatchEmbed, Mlp, DropPath, nn.GELU, nn.Softmax)
+watch("forward __call__", PatchEmbed, nn.Softmax)
 watch("_attn get_attn_mask", SwinTransformerBlock)
 watch("_get_rel_pos_bias", WindowAttention)
 watch("forward_head", SwinTransformer)
 watch("window_partition window_reverse", timm_swin)
-watch("scaled_dot_product_attention layer_norm gelu", F)
+watch("scaled_dot_product_attention", F)
 
 
 def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
@@ -95,7 +95,7 @@ def _merging(stage: nn.Module, first: bool) -> Table:
     if first:
         return {"": (IDENTITY,)}
     width = 4 * getattr(stage.downsample, "dim", 0)
-    return {"": (rule(PatchMerging, "dim out_dim"),), ".norm": layer_norm(width), ".reduction": LINEAR}
+    return {"": (rule(PatchMerging, "dim out_dim"),), ".norm": norm_requirements(width), ".reduction": LINEAR}
 
 
 def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
@@ -115,7 +115,7 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
     return {
         # the buffers are read, whatever they hold
         "": (rule(SwinTransformerBlock, free, buffers="attn_mask", **shape),),
-        ".norm1": layer_norm(width),
+        ".norm1": norm_requirements(width),
         ".attn": (
             rule(
                 WindowAttention,
@@ -131,14 +131,8 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
         ".attn.proj": LINEAR,
         ".attn.proj_drop": DROPOUT_OFF,
         ".drop_path1": DROP_PATH_OFF,
-        ".norm2": layer_norm(width),
-        ".mlp": (rule(Mlp),),
-        ".mlp.fc1": LINEAR,
-        ".mlp.act": (rule(nn.GELU, approximate="none"),),
-        ".mlp.drop1": DROPOUT_OFF,
-        ".mlp.norm": (IDENTITY,),
-        ".mlp.fc2": LINEAR,
-        ".mlp.drop2": DROPOUT_OFF,
+        ".norm2": norm_requirements(width),
+        **_prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
         ".drop_path2": DROP_PATH_OFF,
     }
 
@@ -177,15 +171,14 @@ def forward_block(
     blk = layer.blocks[number]
     attn, mlp = blk.attn, blk.mlp
     inserted = None if prompts is None else prompts.tokens
-    residual, y, affine = normalize_and_insert(blk.norm1, residual, branch, inserted, options)
+    residual, y, affine = norm_insert(blk.norm1, residual, branch, inserted, options)
     qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
     windows = tokens_of_windows(grid, blk.window_size, blk.shift_size, residual.device)
     summands = attn._get_rel_pos_bias()[0], blk.attn_mask
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
     branch = ops.linear(out, FrozenLinear(attn.proj.weight, attn.proj.bias))
-    residual, y, affine = normalize_and_insert(blk.norm2, residual, branch, None, options)
-    fc1, fc2 = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
-    return residual, ops.mlp(y, fc1, fc2, keep=options.mlp_keeps)
+    residual, y, affine = norm_insert(blk.norm2, residual, branch, None, options)
+    return residual, forward_mlp(mlp, y, affine, options.mlp_keeps)
 
 
 def _merge(
@@ -196,7 +189,7 @@ def _merge(
     squares = (
         x.view(len(x), grid[0], 2, grid[1], 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), grid[0] * grid[1], -1)
     )
-    _, y, affine = normalize_and_insert(merging.norm, squares, None, None, options)
+    _, y, affine = norm_insert(merging.norm, squares, None, None, options)
     return ops.linear(y, FrozenLinear(merging.reduction.weight, merging.reduction.bias, *affine))
 
 

@@ -8,6 +8,7 @@ of the patch prompter, T tokens of the backbone (prefix + N), L prompt tokens of
 J blocks.
 """
 
+from insvp_fast.reference.heads import DistilledHead, take_head
 from insvp_fast.reference.images import crop_center, fold, normalize, pool_center, simam, unfold
 from insvp_fast.reference.model import ImagePrompt, InsVPReference
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
@@ -16,6 +17,7 @@ from insvp_fast.reference.structures import STRUCTURES, structure_of
 
 __all__ = [
     "STRUCTURES",
+    "DistilledHead",
     "GlobalPrompter",
     "ImagePrompt",
     "InsVPReference",
@@ -30,5 +32,6 @@ __all__ = [
     "pool_center",
     "simam",
     "structure_of",
+    "take_head",
     "unfold",
 ]

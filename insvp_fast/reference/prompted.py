@@ -7,6 +7,7 @@ from typing import Any
 from timm import create_model
 from torch import Tensor, nn
 
+from insvp_fast.reference.heads import DistilledHead, take_head
 from insvp_fast.reference.structure import Prompts, first_convolution
 from insvp_fast.reference.structures import structure_of
 
@@ -44,10 +45,7 @@ class PromptedReference(nn.Module):
         if num_classes is not None:
             backbone.reset_classifier(num_classes)
         self.num_classes: int = backbone.num_classes
-        self.head = backbone.get_classifier()
-        if not isinstance(self.head, nn.Module):
-            raise TypeError(f"the {type(backbone).__name__} has {len(self.head)} heads: expected one")
-        backbone.reset_classifier(0)
+        self.head = take_head(backbone)
         self.backbone = backbone.requires_grad_(False).eval()
         self.widths = tuple(structure.widths(backbone))
         self.in_channels = first_convolution(backbone).in_channels
@@ -84,6 +82,8 @@ class PromptedReference(nn.Module):
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the tokens as the backbone does and, unless ``pre_logits``, classify (eq. 3)."""
+        if isinstance(self.head, DistilledHead) and not pre_logits:
+            return self.head(tokens)
         pooled: Tensor = self.backbone.forward_head(tokens, pre_logits=True)
         return pooled if pre_logits else self.head(pooled)
 

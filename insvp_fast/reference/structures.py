@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from insvp_fast.reference import swin, vision_transformer
+from insvp_fast.reference import cait, eva, image_only, relative_position, swin, vision_transformer
 from insvp_fast.reference.structure import Structure
 
 __all__ = ["STRUCTURES", "structure_of"]
 
-STRUCTURES: dict[type[nn.Module], Structure] = {VisionTransformer: vision_transformer, SwinTransformer: swin}
+STRUCTURES: dict[type[nn.Module], Structure] = {
+    VisionTransformer: vision_transformer,
+    SwinTransformer: swin,
+    Eva: eva,
+    Beit: relative_position,
+    VisionTransformerRelPos: relative_position,
+    Cait: cait,
+}
+OF_TIMM = ("forward_features", "forward_head", "get_classifier", "reset_classifier")
 
 
 def structure_of(backbone: nn.Module) -> Structure:
-    """The structure of a backbone, by its type or a base of that.
+    """The structure of a backbone, by its type or a base of that; other models of timm take image prompts alone.
 
     Raises:
-        TypeError: if prompts cannot be put into such a backbone.
+        TypeError: if it has not the methods of timm's models.
     """
     for cls, structure in STRUCTURES.items():
         if isinstance(backbone, cls):
             return structure
-    raise TypeError(f"backbone is a {type(backbone).__name__}: expected a timm VisionTransformer or SwinTransformer")
+    if missing := [name for name in OF_TIMM if not callable(getattr(backbone, name, None))]:
+        raise TypeError(f"backbone is a {type(backbone).__name__}, without {missing[0]}: expected a model of timm")
+    return image_only

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts
 
-__all__ = ["apply_block", "embed", "final_norm", "patch_size", "widths"]
+__all__ = ["apply_block", "embed", "final_norm", "insert", "patch_size", "split", "widths"]
 
 
 def patch_size(backbone: VisionTransformer) -> int:
@@ -31,16 +31,24 @@ def embed(backbone: VisionTransformer, image: Tensor) -> Tensor:  # [B, C, H, W]
     return embedded
 
 
+def insert(tokens: Tensor, prompts: Prompts, prefix: int) -> Tensor:
+    """Prompts [B, L, D] between the first ``prefix`` tokens and the others, [B, T+L, D]."""
+    return torch.cat([tokens[:, :prefix], prompts.tokens.to(tokens.dtype), tokens[:, prefix:]], dim=1)
+
+
+def split(z: Tensor, length: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """The inverse of ``insert``: tokens [B, T, D] and the ``length`` prompts, [B, L, D]."""
+    return torch.cat([z[:, :prefix], z[:, prefix + length :]], dim=1), z[:, prefix : prefix + length]
+
+
 def apply_block(
     backbone: VisionTransformer, block: int, h: Tensor, prompts: Prompts | None
 ) -> tuple[Tensor, Tensor | None]:
     """A block of tokens [B, T, D] and prompts, which stand between prefix tokens and patches (eq. 2 and 11)."""
+    run, prefix = backbone.blocks[block], backbone.num_prefix_tokens
     if prompts is None:
-        return backbone.blocks[block](h), None  # (2)
-    p_j = prompts.tokens
-    n, L = backbone.num_prefix_tokens, p_j.shape[1]
-    z = backbone.blocks[block](torch.cat([h[:, :n], p_j.to(h.dtype), h[:, n:]], dim=1))  # (11)
-    return torch.cat([z[:, :n], z[:, n + L :]], dim=1), z[:, n : n + L]
+        return run(h), None  # (2)
+    return split(run(insert(h, prompts, prefix)), prompts.tokens.shape[1], prefix)  # (11)
 
 
 def final_norm(backbone: VisionTransformer, h: Tensor) -> Tensor:

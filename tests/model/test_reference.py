@@ -135,17 +135,17 @@ def test_superpose_gradients_written_out():
         torch.testing.assert_close(value, exact)
 
 
-def test_norm_insert_gradients_written_out():
+@pytest.mark.parametrize("center", [True, False])
+def test_norm_insert_gradients_written_out(center):
     residual, branch, prompts = (double(2, n, 6).requires_grad_() for n in (5, 5, 3))
     weight, bias = double(6), double(6)
-    outputs = norm_insert_reference(residual, branch, prompts, weight, bias, 1e-6)
+    outputs = norm_insert_reference(residual, branch, prompts, weight, bias, 1e-6, center)
     grads = double(2, 5, 6), double(2, 8, 6)
     expected = torch.autograd.grad(outputs, [residual, branch, prompts], grads)
     tokens = torch.cat([residual + branch, prompts], dim=1)
-    rstd = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
-    d_residual, d_prompts = norm_insert_bwd_reference(
-        *grads, (tokens - tokens.mean(-1, keepdim=True)) * rstd, rstd, weight
-    )
+    deviation = tokens - tokens.mean(-1, keepdim=True) if center else tokens
+    rstd = (deviation.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    d_residual, d_prompts = norm_insert_bwd_reference(*grads, deviation * rstd, rstd, weight, center)
     for value, exact in zip((d_residual, d_residual, d_prompts), expected, strict=True):
         torch.testing.assert_close(value, exact)
 
@@ -178,13 +178,9 @@ def test_common_prompts_start_uniform():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"backbone": torch.nn.Linear(2, 2)}, TypeError, "backbone is a Linear: expected a timm VisionTransformer"),
-        (
-            {"backbone": "deit_tiny_distilled_patch16_224"},
-            TypeError,
-            "VisionTransformerDistilled has 2 heads: expected one",
-        ),
-        ({"backbone": "resnet18"}, TypeError, "backbone is a ResNet: expected a timm VisionTransformer"),
+        ({"backbone": torch.nn.Linear(2, 2)}, TypeError, "backbone is a Linear, without forward_features: expected a"),
+        ({"backbone": "levit_128s"}, TypeError, "LevitDistilled has 2 heads: expected one"),
+        ({"backbone": "resnet18"}, ValueError, "a ResNet has no blocks that prompts can be put into"),
         (
             {"backbone": "vit_tiny_patch16_224", "patch_size": (16, 8)},
             ValueError,

@@ -122,6 +122,7 @@ def test_window_attention_is_an_operator(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_window_attention_compiles(impl):
     qkv, heads, *rest = operands(2, 3, 3, 4, 2, 4)
+    torch.compiler.reset()  # of what other tests compiled, whose number has a limit
     named = functools.partial(ops.window_attention, impl=impl)
     compiled = torch.compile(named, fullgraph=True, backend="aot_eager")
     exact = with_gradients(lambda t: loop(t, heads, *rest), copies([qkv], torch.float64))

@@ -19,7 +19,7 @@ from insvp_fast.runtime.native.attention import (
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums
 from insvp_fast.runtime.native.library import DTYPES, NativeStatus, available, native_status
-from insvp_fast.runtime.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
+from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
 
@@ -37,8 +37,8 @@ __all__ = [
     "conv_pool_bwd",
     "conv_pool_fwd",
     "linear",
-    "linear_gelu",
-    "linear_gelu_bwd",
+    "linear_activation",
+    "linear_activation_bwd",
     "native_status",
     "norm_insert_bwd",
     "norm_insert_fwd",
