@@ -186,9 +186,7 @@ def _merge(
 ) -> Tensor:  # [B, 4·T, D] -> [B, T, 2·D]
     """Four tokens as one, on the way to a coarser ``grid``; in a square timm counts downwards first."""
     x = residual if branch is None else residual + branch
-    squares = (
-        x.view(len(x), grid[0], 2, grid[1], 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), grid[0] * grid[1], -1)
-    )
+    squares = x.unflatten(1, (grid[0], 2, grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
     _, y, affine = norm_insert(merging.norm, squares, None, None, options)
     return ops.linear(y, FrozenLinear(merging.reduction.weight, merging.reduction.bias, *affine))
 
