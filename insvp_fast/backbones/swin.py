@@ -7,6 +7,7 @@ are other lists: nothing is rolled, cut, padded or put together again.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import timm.models.swin_transformer as timm_swin
 import torch
@@ -75,7 +76,7 @@ def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
     }
     for i, stage in enumerate(backbone.layers):
         merged = tuple(side // 2 for side in grid) if i else grid
-        resolutions = {"input_resolution": grid, "output_resolution": merged}
+        resolutions: dict[str, Any] = {"input_resolution": grid, "output_resolution": merged}
         if i and any(side % 2 for side in grid):
             resolutions["input_resolution"] = "even sides, which patches can be merged in without padding"
         table[f"layers.{i}"] = (rule(SwinTransformerStage, "dim depth grad_checkpointing", **resolutions),)
@@ -102,10 +103,10 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
     attn, width = getattr(block, "attn", None), getattr(block, "dim", 0)
     window = getattr(block, "window_size", (1, 1))
     fits = not any(side % part for side, part in zip(grid, window, strict=True))
-    attention: dict[str, object] = {"window_size": window, "window_area": window[0] * window[1]}
+    attention: dict[str, Any] = {"window_size": window, "window_area": window[0] * window[1]}
     if getattr(getattr(attn, "attn_drop", None), "p", 0):
         attention["training"] = False  # the fused attention drops by its own mode, not by that of attn_drop
-    shape = {
+    shape: dict[str, Any] = {
         "dim": width,
         "input_resolution": grid,
         "window_size": window if fits else f"a divisor of the grid {grid[0]}x{grid[1]}, which needs no padding",
@@ -195,11 +196,10 @@ def tokens_of_windows(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor:
     """The tokens of each window after a cyclic shift up and to the left, int32 [n, w]; windows and tokens by rows."""
-    key = grid, tuple(window), tuple(shift), device
     if torch.compiler.is_compiling():  # tensors of a trace must not be kept
-        return _tokens_of_windows(*key)
+        return _tokens_of_windows(grid, window, shift, device)
     with torch.inference_mode(False):  # backward may keep them
-        return _kept_tokens_of_windows(*key)
+        return _kept_tokens_of_windows(grid, window, shift, device)
 
 
 def _tokens_of_windows(
