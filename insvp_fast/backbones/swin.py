@@ -7,6 +7,7 @@ are other lists: nothing is rolled, cut, padded or put together again.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import timm.models.swin_transformer as timm_swin
@@ -55,7 +56,7 @@ watch("scaled_dot_product_attention", F)
 
 def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
     """What the fast path requires of the backbone's modules."""
-    sides, grid = (patch_size, patch_size), tuple(backbone.patch_embed.grid_size)
+    sides, grid = (patch_size, patch_size), getattr(backbone.patch_embed, "grid_size", None) or (0, 0)
     embedding = {
         "patch_size": sides,
         "flatten": False,
@@ -82,7 +83,7 @@ def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
         table[f"layers.{i}"] = (rule(SwinTransformerStage, "dim depth grad_checkpointing", **resolutions),)
         table |= _prefixed(f"layers.{i}.downsample", _merging(stage, first=i == 0))
         table[f"layers.{i}.blocks"] = (rule(nn.Sequential),)
-        for n, block in enumerate(stage.blocks):
+        for n, block in enumerate(getattr(stage, "blocks", ())):
             table |= _prefixed(f"layers.{i}.blocks.{n}", _block_requirements(block, merged))
         grid = merged
     return table
@@ -95,15 +96,15 @@ def _prefixed(path: str, table: Table) -> Table:
 def _merging(stage: nn.Module, first: bool) -> Table:
     if first:
         return {"": (IDENTITY,)}
-    width = 4 * getattr(stage.downsample, "dim", 0)
+    width = 4 * getattr(getattr(stage, "downsample", None), "dim", 0)
     return {"": (rule(PatchMerging, "dim out_dim"),), ".norm": norm_requirements(width), ".reduction": LINEAR}
 
 
 def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
     attn, width = getattr(block, "attn", None), getattr(block, "dim", 0)
     window = getattr(block, "window_size", (1, 1))
-    fits = not any(side % part for side, part in zip(grid, window, strict=True))
-    attention: dict[str, Any] = {"window_size": window, "window_area": window[0] * window[1]}
+    fits = [side % part for side, part in zip(grid, window, strict=False)] == [0, 0]
+    attention: dict[str, Any] = {"window_size": window, "window_area": math.prod(window)}
     if getattr(getattr(attn, "attn_drop", None), "p", 0):
         attention["training"] = False  # the fused attention drops by its own mode, not by that of attn_drop
     shape: dict[str, Any] = {
@@ -174,7 +175,7 @@ def forward_block(
     inserted = None if prompts is None else prompts.tokens
     residual, y, affine = norm_insert(blk.norm1, residual, branch, inserted, options)
     qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
-    windows = tokens_of_windows(grid, blk.window_size, blk.shift_size, residual.device)
+    windows = tokens_of_windows(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
     summands = attn._get_rel_pos_bias()[0], blk.attn_mask
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
     branch = ops.linear(out, FrozenLinear(attn.proj.weight, attn.proj.bias))

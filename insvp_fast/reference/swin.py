@@ -100,7 +100,7 @@ def _attend_in_windows(block: SwinTransformerBlock, x: Tensor, prompts: Tensor) 
 
 def _attend(attn: WindowAttention, windows: Tensor, prompts: Tensor, mask: Tensor | None) -> Tensor:
     """timm's ``WindowAttention.forward`` of windows [B·n, w, D], with the prompts [B·n, L, D] of each one's image."""
-    w, L = windows.shape[1], prompts.shape[1]
+    L = prompts.shape[1]
     q, k, v = _split_heads(attn.qkv(windows), attn.num_heads)  # [B·n, heads, w, d]
     _, k_prompts, v_prompts = _split_heads(attn.qkv(prompts), attn.num_heads)
     summand = attn._get_rel_pos_bias()  # [1, heads, w, w]
