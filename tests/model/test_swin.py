@@ -167,7 +167,7 @@ def test_an_attention_that_windows_do_not_have_is_refused():
 
 
 def test_compiles_whole():
-    _, fast = pair(InsVPConfig(prompt_length=2, global_prompt=False, specific_prompt=False), depths=(2, 1))
+    _, fast = pair(InsVPConfig(global_prompt=False, patch_prompt=False, specific_prompt=False), depths=(2, 1))
     image = images(fast)
     expected = trained_gradients(fast, image)
     values = trained_gradients(torch.compile(fast, fullgraph=True, backend="aot_eager"), image)
