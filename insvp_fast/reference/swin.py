@@ -6,6 +6,8 @@ get neither, because prompts have no position. h is [B, H, W, D], as in timm; D 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import (
@@ -15,7 +17,7 @@ from timm.models.swin_transformer import (
     window_partition,
     window_reverse,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts
 
@@ -64,7 +66,7 @@ def apply_block(
     return block_with_prompts(layer.blocks[number], h, prompts.tokens), None  # (11)
 
 
-def block_with_prompts(block: nn.Module, h: Tensor, prompts: Tensor) -> Tensor:
+def block_with_prompts(block: Any, h: Tensor, prompts: Tensor) -> Tensor:
     """timm's ``SwinTransformerBlock.forward`` of h [B, H, W, D], with prompts [B, L, D].
 
     Neither this block nor its attention is called as a module, only those inside.
