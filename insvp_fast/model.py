@@ -82,7 +82,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         """As ``InsVPReference.image_prompt``, also of 8-bit images."""
         return super().image_prompt(self._normalize(image) if image.dtype == torch.uint8 else image)
 
-    def block_prompts(self, block: int, context: Any, batch: int) -> Prompts | None:
+    def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:
         """As ``InsVPReference.block_prompts``.
 
         Raises:

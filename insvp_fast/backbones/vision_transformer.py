@@ -33,6 +33,8 @@ __all__ = [
     "requirements",
 ]
 
+SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
+
 # What is supported
 
 DROP_PATH_OFF = (IDENTITY, rule(DropPath, "drop_prob scale_by_keep", dropout_rate="drop_prob"))
@@ -187,12 +189,12 @@ def forward_block(
     """
     blk = backbone.blocks[block]
     attn, mlp = blk.attn, blk.mlp
-    inserted = None if prompts is None else prompts.tokens
+    inserted, keys_values = (None, None) if prompts is None else (prompts.tokens, prompts.keys_values)
     residual, y, affine = _norm(blk.norm1, residual, branch, inserted, options)
     if num_queries is None:
-        attended = _attend(attn, y, affine, residual.shape[1], options)
+        attended = _attend(attn, y, affine, residual.shape[1], keys_values, options)
     else:
-        attended = _attend_from_first(attn, y, affine, num_queries)
+        attended = _attend_from_first(attn, y, affine, num_queries, keys_values)
         residual = _FirstTokens.apply(residual, num_queries)
     branch = blk.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
     residual, y, affine = _norm(blk.norm2, residual, branch, None, options)
@@ -224,17 +226,18 @@ def _norm(
 
 
 def _attend(
-    attn: Attention, y: Tensor, affine: Affine, num_queries: int, options: BlockOptions
+    attn: Attention, y: Tensor, affine: Affine, num_queries: int, keys_values: Tensor | None, options: BlockOptions
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = torch.unflatten(qkv, -1, (3, attn.num_heads, -1)).unbind(2)
         qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
+    qkv = _append(qkv, keys_values)
     return ops.attention(qkv, attn.num_heads, num_queries, attn.scale, impl=options.attention)
 
 
 def _attend_from_first(
-    attn: Attention, y: Tensor, affine: Affine, num_queries: int
+    attn: Attention, y: Tensor, affine: Affine, num_queries: int, keys_values: Tensor | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
     q, kv = ops.project_q_kv(y, num_queries, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
@@ -242,7 +245,14 @@ def _attend_from_first(
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
         kv = torch.stack([_in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    return ops.query_attention(q, kv, attn.num_heads, attn.scale)
+    return ops.query_attention(q, _append(kv, keys_values), attn.num_heads, attn.scale)
+
+
+def _append(packed: Tensor, keys_values: Tensor | None) -> Tensor:
+    """Keys and values [B, M, 2·D] behind those of [B, S, 2·D or 3·D], whose queries they have none of."""
+    if keys_values is None:
+        return packed
+    return torch.cat([packed, F.pad(keys_values.to(packed.dtype), (packed.shape[2] - keys_values.shape[2], 0))], dim=1)
 
 
 class _FirstTokens(torch.autograd.Function):

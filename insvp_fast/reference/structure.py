@@ -14,10 +14,14 @@ class Prompts(NamedTuple):
     """What a block attends to besides the backbone's tokens.
 
     Attributes:
-        tokens: [B, L, D], which pass the norm and the projections of the block like the backbone's own tokens.
+        tokens: [B, L, D], which pass the norm and the projections of the block like the backbone's own tokens; L may
+            be 0.
+        keys_values: [B, M, 2·D], M further keys and, behind them, their values, with the heads folded into D as in the
+            backbone: nothing is done to them. Only for a structure that ``SUPPORTS`` them.
     """
 
     tokens: Tensor
+    keys_values: Tensor | None = None
 
 
 class Structure(Protocol):
@@ -25,6 +29,9 @@ class Structure(Protocol):
 
     A backbone is a sequence of J blocks. What runs from block to block is called h: the tokens [B, T, D], or whatever
     the backbone's own blocks take and return.
+
+    A module may say in ``SUPPORTS`` which attributes of a ``PromptMethod`` may be true: "reads_tokens" if h is [B, T, D]
+    with the prefix tokens first, "gives_keys_values", and "carry_prompts". Without it, none of them.
     """
 
     def patch_size(self, backbone: Any) -> int:
