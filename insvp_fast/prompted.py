@@ -95,7 +95,7 @@ class PromptedViT(Covered, PromptedReference):
             "gives_keys_values": self.gives_keys_values,
             "carry_prompts": carries,
         }
-        supported = getattr(family_of(self.backbone), "SUPPORTS", frozenset())
+        supported: frozenset[str] = getattr(family_of(self.backbone), "SUPPORTS", frozenset())
         missing = next((name for name, needed in asked.items() if needed and name not in supported), None)
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
@@ -213,7 +213,8 @@ class PromptedViT(Covered, PromptedReference):
             tokens = residual[:, :num_tokens] if self.carry_prompts else residual
         prompts, runs_on = self.block_prompts(block, context, len(residual), tokens), self._prompts_run_on(block)
         carried = self.carry_prompts and residual.shape[1] > num_tokens
-        if runs_on == carried and (prompts is None or not carried):
+        nothing_moves = runs_on and prompts is None if carried else not runs_on
+        if nothing_moves:
             return residual, branch, prompts
         residual = residual if branch is None else residual + branch
         prompts = Prompts(residual[:, num_tokens:]) if prompts is None else prompts

@@ -20,7 +20,7 @@ LAYERS = [
     ["coverage"],
     ["backbones", "prompters"],
     ["checkpoints", "prompted", "timm_interface"],
-    ["model"],
+    ["model", "methods"],
     ["data"],
     ["training"],
     ["recipes"],

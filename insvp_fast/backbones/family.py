@@ -27,9 +27,9 @@ class BackboneFamily(Protocol):
     """The functions of a module in this package: one file for each family, listed in ``FAMILIES``.
 
     Blocks are counted as in the backbone's ``Structure``. Tokens are [B, T, D] from block to block, in whatever order
-    the family puts them; T and D may differ from block to block. ``SUPPORTS`` of a module is that of a ``Structure``: it
-    has "reads_tokens" if the tokens stand as in the structure's h, and "carry_prompts" if a further token behind them
-    is what a prompt is.
+    the family puts them; T and D may differ from block to block. ``SUPPORTS`` of a module is as that of a
+    ``Structure``: it has "reads_tokens" if the tokens stand as in the structure's h, and "carry_prompts" if a further
+    token behind them is what a prompt is.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.

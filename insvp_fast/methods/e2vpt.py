@@ -36,6 +36,8 @@ class E2VPT(VPTDeep):
     """
 
     gives_keys_values = True
+    token_mask: Tensor  # [blocks, L]
+    segment_mask: Tensor  # [blocks, L, R]
 
     def __init__(
         self,

@@ -109,14 +109,10 @@ class MethodViT(TimmInterface, PromptedViT):
         """
         file = Path(folder, ADAPTER_FILE)
         config, weights = _Config.read(file), read_safetensors(Path(folder, WEIGHTS_FILE))
-        if not isinstance(backbone, nn.Module):
-            name = backbone or config.backbone.name
-            if name is None:
-                raise CheckpointError(f"{file}: backbone.name is null: expected the backbone itself, as backbone=")
-            backbone = create_backbone(name, **config.backbone.arguments or {}).to(config.backbone.torch_dtype)
-        config.backbone.require_same_weights(backbone, file)
+        module = backbone if isinstance(backbone, nn.Module) else _build(config.backbone, backbone, file)
+        config.backbone.require_same_weights(module, file)
         try:
-            model = cls(backbone, config.num_classes, method=partial(METHODS[config.method], **config.options))
+            model = cls(module, config.num_classes, method=partial(METHODS[config.method], **config.options))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: {error}") from error
         check_shapes(weights, {key: tuple(value.shape) for key, value in model._adapter().items()}, folder)
@@ -150,6 +146,14 @@ def create_model(
         raise ValueError(f"method={method!r}: expected one of {sorted(METHODS)}")
     make = partial(METHODS[method], **options)
     return MethodViT(backbone, num_classes, method=make, pretrained=pretrained, **backbone_kwargs or {})
+
+
+def _build(record: BackboneRecord, name: str | None, where: object) -> nn.Module:
+    """The backbone of that name, else the recorded one."""
+    name = name or record.name
+    if name is None:
+        raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as backbone=")
+    return create_backbone(name, **record.arguments or {}).to(record.torch_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class DualPrompt(PromptMethod):
     ) -> None:
         super().__init__(geometry)
         if twice := {*general_blocks} & {*expert_blocks}:
-            raise ValueError(f"block {min(twice)} is in general_blocks and in expert_blocks: expected it in one of them")
+            raise ValueError(f"block {min(twice)} is in general_blocks and in expert_blocks: expected one of them")
         self.prompted_blocks = geometry.blocks([*general_blocks, *expert_blocks])
         lengths = [general_length if j in general_blocks else expert_length for j in self.prompted_blocks]
         self.keys_values = nn.ParameterList(

@@ -28,7 +28,8 @@ class VFPT(VPTDeep):
 
     def transform(self, block: int, p: Tensor, batch: int) -> Tensor:
         """The first prompts transformed, over sequence and width, and the others as they are."""
-        if n := self.num_transformed:
+        n = self.num_transformed
+        if n and len(p):  # there is no transform of nothing
             wide = p[:, :n].to(torch.promote_types(p.dtype, torch.float32))  # there is no transform in 16 bits
             p = torch.cat([torch.fft.fft2(wide).real.to(p.dtype), p[:, n:]], dim=1)
         return super().transform(block, p, batch)

@@ -38,7 +38,7 @@ class VP(PromptMethod):
         """
         (H, W), p = self.geometry.fixed_image_size, self.top.shape[1]
         if image.shape[-2:] != (H, W):
-            raise ValueError(f"image has {image.shape[-2]}x{image.shape[-1]} pixels: expected {H}x{W}, as the frame has")
+            raise ValueError(f"image has shape {tuple(image.shape)}: expected {H}x{W} pixels, as the frame has")
         within = self.left.new_zeros(len(self.left), H - 2 * p, W - 2 * p)
         middle = torch.cat([self.left, within, self.right], dim=2)
         return image + torch.cat([self.top, middle, self.bottom], dim=1), None

@@ -18,7 +18,7 @@ class Geometry(NamedTuple):
     Attributes:
         widths: D of each block; empty for a backbone that takes image prompts alone.
         in_channels, patch_size: C and P.
-        image_size: (H, W) of the images that the backbone was made for; None if it does not say.
+        image_size: (H, W) of the images that the backbone was made for, or pretrained on; None if it does not say.
         num_prefix_tokens: the number of tokens before those of the patches.
     """
 
@@ -30,10 +30,11 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, backbone: nn.Module, widths: Sequence[int], in_channels: int, patch_size: int) -> Self:
-        """The geometry of a backbone of timm, of which the structure told the rest."""
-        size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+        """The geometry of a backbone of timm, of which its structure told the rest."""
+        cfg = getattr(backbone, "pretrained_cfg", None) or {}
+        size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or cfg.get("input_size", ())[-2:]
         prefix = getattr(backbone, "num_prefix_tokens", 0)
-        return cls(tuple(widths), in_channels, patch_size, None if size is None else (size[0], size[1]), prefix)
+        return cls(tuple(widths), in_channels, patch_size, (size[0], size[1]) if size else None, prefix)
 
     @property
     def width(self) -> int:
@@ -96,7 +97,7 @@ class PromptMethod(nn.Module):
         self.prompted_blocks: tuple[int, ...] = ()
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
-        """The image that the backbone reads, [B, C, H, W], and the context, what ``block_prompts`` needs of the image."""
+        """The image that the backbone reads, [B, C, H, W], and the context: what ``block_prompts`` needs of it."""
         return image, None
 
     def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts
 
@@ -57,13 +59,13 @@ def apply_block(
     return split(z, prompts.tokens.shape[1], prefix)  # (11)
 
 
-def _run_with_keys_values(block: nn.Module, x: Tensor, keys_values: Tensor) -> Tensor:
+def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
     """timm's ``Block.forward`` with further keys and values.
 
     Raises:
         TypeError: for a block of another class, which may compute something else.
     """
-    attn = getattr(block, "attn", None)
+    attn: Any = getattr(block, "attn", None)
     if type(block) is not Block or type(attn) is not Attention or attn.gate is not None:
         raise TypeError(
             f"a block is a {type(block).__name__} with a {type(attn).__name__}: expected timm's Block with an Attention"
