@@ -23,6 +23,7 @@ LAYERS = [
     ["model", "methods"],
     ["data"],
     ["training"],
+    ["serving"],
     ["recipes"],
     ["testing"],
     ["bench"],

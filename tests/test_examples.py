@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from insvp_fast import InsVPViT
+from insvp_fast.training.prediction import load_classifier
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -27,9 +28,9 @@ def run(name: str, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-def require(package: str) -> None:
+def require(package: str, install: str = "-e '.[examples]'") -> None:
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: pip install -e '.[examples]'")
+        pytest.skip(f"{package} is not installed: pip install {install}")
 
 
 def accuracy(printed: str) -> float:
@@ -96,3 +97,25 @@ def test_two_processes_train_one_model(tmp_path):
     assert "of 360 images, 2 processes" in printed
     assert accuracy(printed) > 25
     InsVPViT.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_ray_classifies_a_folder_as_predict_does(trained, tmp_path, monkeypatch):
+    require("ray", install="'ray[data]'")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it writes a token into the home folder
+    folder, predictions = tmp_path / "images", tmp_path / "predictions"
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "note.txt").write_text("no image")
+    run("ray_batch.py", trained[0], folder, "--output", predictions, "--batch-size", 4)
+    table = pytest.importorskip("pyarrow.parquet").read_table(predictions)
+    rows = {Path(row["path"]).name: row for row in table.to_pylist()}
+    assert "not an image" in rows.pop("note.txt")["error"]
+    classifier = load_classifier(trained[0])
+    images = classifier.images([folder / name for name in rows])
+    rankings = classifier.rank(classifier.logits(torch.stack([images[i][0] for i in range(5)])), 1)
+    for row, ((name, probability),) in zip(rows.values(), rankings, strict=True):
+        assert (row["class"], row["error"]) == (name, None)
+        assert row["probability"] == pytest.approx(probability, abs=1e-5)

@@ -95,7 +95,7 @@ def shortcomings(fact: dict[str, Any]) -> list[str]:
     """What is worse than the kernel allows, with the limit. It depends on the version of the compiler."""
     kernel, nvidia = fact["kernel"], fact["target"] != "gfx942"
     most = {"spills": 0, "stack": 0}
-    if kernel.startswith("gelu"):
+    if kernel.startswith("activation"):
         most["narrow"] = int("_code" in kernel and not nvidia)  # 8 values per lane, written as 8 bytes
     if kernel.startswith("norm_insert"):
         most["narrow"] = 2  # the statistics, one number per row

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from insvp_fast.kernels.gpu import attention, fingerprint, gelu, norm_insert, superpose
+from insvp_fast.kernels.gpu import activation, attention, fingerprint, norm_insert, superpose
 
 # versions of triton that compile every shape without shortcomings (`python -m tools.aot --all`)
 CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
@@ -96,11 +96,16 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
 
 
 def norm_insert_cases(arch: int | str) -> Iterator[Case]:
-    """Width 768: all bf16 with weight and bias folded away, an fp32 stream with bf16 products, and all fp32."""
+    """Width 768: all bf16 with weight and bias folded away, also without centering (RMSNorm), an fp32 stream with bf16
+    products, and all fp32.
+    """
     bf16, fp32, sizes = "*bf16", "*fp32", {"M": "i32", "T": "i32", "L": "i32"}
-    for stream, product, affine in [(bf16, bf16, False), (fp32, bf16, True)] + [(fp32, fp32, True)] * (arch == 90):
-        label = f"{stream[1:]}-{product[1:]}" + "-affine" * affine
-        constants = {"D": 768, **norm_insert.launch_config(768)}
+    variants = [(bf16, bf16, False, True), (fp32, bf16, True, True)]
+    if arch == 90:
+        variants += [(fp32, fp32, True, True), (bf16, bf16, False, False)]
+    for stream, product, affine, center in variants:
+        label = f"{stream[1:]}-{product[1:]}" + "-affine" * affine + "-rms" * (not center)
+        constants = {"CENTER": center, "D": 768, **norm_insert.launch_config(768)}
         yield case(
             f"norm_insert_fwd-{label}",
             norm_insert._norm_insert_fwd_kernel,
@@ -121,15 +126,20 @@ def norm_insert_cases(arch: int | str) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def gelu_cases(arch: int | str) -> Iterator[Case]:
-    """GELU with the pre-activation kept and with the derivative kept in 8 bits, in bf16 and fp32."""
-    for dtype in ["*bf16"] + ["*fp32"] * (arch == 90):
-        label, n = dtype[1:], {"N": "i32"}
+def activation_cases(arch: int | str) -> Iterator[Case]:
+    """The activations with the pre-activation kept and with the derivative kept in 8 bits, in bf16, GELU also in fp32.
+
+    Backward from 8 bits is the same for all.
+    """
+    variants = [("*bf16", name) for name in ("gelu", "gelu_tanh", "quick_gelu", "silu")]
+    for dtype, name in variants + [("*fp32", "gelu")] * (arch == 90):
+        label, n, constants = f"{name}-{dtype[1:]}", {"N": "i32"}, {"ACTIVATION": name, **activation.BLOCK}
         for suffix, code, kept in (("", {}, dtype), ("_code", pointers("*u8", "code"), "*u8")):
             fwd = pointers(dtype, "pre", "hidden") | code | n
-            yield case(f"gelu_fwd{suffix}-{label}", gelu._gelu_fwd_kernel, fwd, gelu.BLOCK, "N")
-            bwd = pointers(dtype, "grad", "out") | pointers(kept, "kept") | n
-            yield case(f"gelu_bwd{suffix}-{label}", gelu._gelu_bwd_kernel, bwd, gelu.BLOCK, "N")
+            yield case(f"activation_fwd{suffix}-{label}", activation._activation_fwd_kernel, fwd, constants, "N")
+            if suffix == "" or name == "gelu":
+                bwd = pointers(dtype, "grad", "out") | pointers(kept, "kept") | n
+                yield case(f"activation_bwd{suffix}-{label}", activation._activation_bwd_kernel, bwd, constants, "N")
 
 
 def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case]:
@@ -175,4 +185,10 @@ def cases(target: str, every_shape: bool = False) -> list[Case]:
     """Every kernel with the launch parameters for ``target``."""
     arch = int(target) if target.isdigit() else target
     attentions = attention_cases(arch, every_shape)
-    return [*superpose_cases(arch), *norm_insert_cases(arch), *gelu_cases(arch), *attentions, *fingerprint_cases()]
+    return [
+        *superpose_cases(arch),
+        *norm_insert_cases(arch),
+        *activation_cases(arch),
+        *attentions,
+        *fingerprint_cases(),
+    ]

@@ -6,15 +6,16 @@ it below. Its structure has to be in ``insvp_fast/reference``, which says what i
 
 from __future__ import annotations
 
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from insvp_fast.backbones import vision_transformer
+from insvp_fast.backbones import swin, vision_transformer
 from insvp_fast.backbones.family import BackboneFamily, BlockOptions
 
 __all__ = ["FAMILIES", "BackboneFamily", "BlockOptions", "family_of"]
 
-FAMILIES: dict[type[nn.Module], BackboneFamily] = {VisionTransformer: vision_transformer}
+FAMILIES: dict[type[nn.Module], BackboneFamily] = {VisionTransformer: vision_transformer, SwinTransformer: swin}
 
 
 def family_of(backbone: nn.Module) -> BackboneFamily | None:

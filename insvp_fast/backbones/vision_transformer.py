@@ -6,19 +6,19 @@ query where the head reads one token, and nothing is kept that only the gradient
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, Format, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import Format, PatchDropout, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.coverage import Rule, Table, rule, watch
-from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution
+from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
+from insvp_fast.backbones.vit_blocks import block_requirements, run_block
+from insvp_fast.coverage import Table, rule, watch
+from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.runtime import buffers
@@ -37,14 +37,10 @@ SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
 
 # What is supported
 
-DROP_PATH_OFF = (IDENTITY, rule(DropPath, "drop_prob scale_by_keep", dropout_rate="drop_prob"))
 PATCH_DROPOUT_OFF = (IDENTITY, rule(PatchDropout, "prob num_prefix_tokens ordered", dropout_rate="prob"))
-LAYER_SCALE = (IDENTITY, rule(LayerScale, "init_values", required="gamma", inplace=False))
 
-watch("forward __call__", VisionTransformer, PatchEmbed, Block, Attention, Mlp, LayerNorm, LayerScale, DropPath)
-watch("forward __call__", PatchDropout, nn.LayerNorm, nn.GELU)
+watch("forward __call__", VisionTransformer, PatchEmbed, PatchDropout)
 watch("_pos_embed pool forward_head", VisionTransformer)
-watch("scaled_dot_product_attention layer_norm gelu", F)
 
 
 def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
@@ -62,59 +58,20 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
         "": (rule(VisionTransformer, " ".join(vars(backbone)), optional="cls_token reg_token pos_embed"),),
         "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
         "patch_embed.proj": (projection._replace(parameters={"weight": True, "bias": False}),),
-        "patch_embed.norm": (IDENTITY,),
+        "patch_embed.norm": (IDENTITY, *norm_requirements(width)),
         "pos_drop": DROPOUT_OFF,
         "patch_drop": PATCH_DROPOUT_OFF,
         "norm_pre": CALLED,
         "blocks": (rule(nn.Sequential), rule(nn.ModuleList)),
-        "norm": (IDENTITY, *_layer_norm(width)),
+        "norm": (IDENTITY, *norm_requirements(width)),
         "fc_norm": CALLED,
         "attn_pool": CALLED,
         "head_drop": CALLED,
         "head": CALLED,
     }
     for j, block in enumerate(backbone.blocks):
-        table |= {f"blocks.{j}{path}": rules for path, rules in _block_requirements(block, width).items()}
+        table |= {f"blocks.{j}{path}": rules for path, rules in block_requirements(block, width).items()}
     return table
-
-
-def _block_requirements(block: nn.Module, width: int) -> Table:
-    attn = getattr(block, "attn", None)
-    heads, head_width = getattr(attn, "num_heads", 1), getattr(attn, "head_dim", 1)
-    attention = {"attn_dim": width, "head_dim": width // max(heads, 1), "scale": head_width**-0.5, "gate": None}
-    if getattr(getattr(attn, "attn_drop", None), "p", 0):
-        attention["training"] = False  # the fused attention drops by its own mode, not by that of attn_drop
-    head_norm = (IDENTITY, *_layer_norm(head_width))
-    return {
-        "": (rule(Block),),
-        ".norm1": _layer_norm(width),
-        ".attn": (rule(Attention, "num_heads fused_attn", **attention),),
-        ".attn.qkv": LINEAR,
-        ".attn.q_norm": head_norm,
-        ".attn.k_norm": head_norm,
-        ".attn.attn_drop": DROPOUT_OFF,
-        ".attn.norm": (IDENTITY, *_layer_norm(width)),
-        ".attn.proj": LINEAR,
-        ".attn.proj_drop": DROPOUT_OFF,
-        ".ls1": LAYER_SCALE,
-        ".drop_path1": DROP_PATH_OFF,
-        ".norm2": _layer_norm(width),
-        ".mlp": (rule(Mlp),),
-        ".mlp.fc1": LINEAR,
-        ".mlp.act": (rule(nn.GELU, approximate="none"),),
-        ".mlp.drop1": DROPOUT_OFF,
-        ".mlp.norm": (IDENTITY,),
-        ".mlp.fc2": LINEAR,
-        ".mlp.drop2": DROPOUT_OFF,
-        ".ls2": LAYER_SCALE,
-        ".drop_path2": DROP_PATH_OFF,
-    }
-
-
-def _layer_norm(width: int) -> tuple[Rule, Rule]:
-    """PyTorch's or timm's, with or without an affine map."""
-    plain = rule(nn.LayerNorm, "eps elementwise_affine", required="weight", optional="bias", normalized_shape=(width,))
-    return plain, plain._replace(type=LayerNorm, attributes={**plain.attributes, "_fast_norm": False})
 
 
 # How it runs
@@ -150,6 +107,7 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
     """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
     projection = backbone.patch_embed.proj
     tokens = ops.linear(patches, FrozenLinear(projection.weight, projection.bias))
+    tokens = in_own_dtype(backbone.patch_embed.norm, tokens)
     # timm adds to the embedding of zeros just what does not depend on the image: positions and prefix tokens
     zeros = tokens.new_zeros((1, *grid, tokens.shape[-1]) if backbone.dynamic_img_size else (1, *tokens.shape[1:]))
     embedded: Tensor = backbone.norm_pre(_AddPositions.apply(tokens, backbone._pos_embed(zeros)))
@@ -183,97 +141,12 @@ def forward_block(
     options: BlockOptions,
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
-    """One block (eq. 11), whose last sum is left to the next block's norm.
-
-    With ``num_queries`` only the first tokens go on; the others are keys and values of the attention and end there.
-    """
-    blk = backbone.blocks[block]
-    attn, mlp = blk.attn, blk.mlp
-    inserted, keys_values = (None, None) if prompts is None else (prompts.tokens, prompts.keys_values)
-    residual, y, affine = _norm(blk.norm1, residual, branch, inserted, options)
-    if num_queries is None:
-        attended = _attend(attn, y, affine, residual.shape[1], keys_values, options)
-    else:
-        attended = _attend_from_first(attn, y, affine, num_queries, keys_values)
-        residual = _FirstTokens.apply(residual, num_queries)
-    branch = blk.ls1(ops.linear(_in_own_dtype(attn.norm, attended), FrozenLinear(attn.proj.weight, attn.proj.bias)))
-    residual, y, affine = _norm(blk.norm2, residual, branch, None, options)
-    fc1, fc2 = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
-    return residual, blk.ls2(ops.mlp(y, fc1, fc2, keep=options.mlp_keeps))
+    """One block (eq. 11); see ``run_block``."""
+    tokens, keys_values = (None, None) if prompts is None else (prompts.tokens, prompts.keys_values)
+    return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries, keys_values)
 
 
 def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The norm after the last block."""
     normed: Tensor = backbone.norm(tokens)
     return normed
-
-
-class Affine(NamedTuple):
-    """The affine map of a norm, where it is folded into the product behind; else nothing."""
-
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-
-
-def _norm(
-    norm: nn.LayerNorm, residual: Tensor, branch: Tensor | None, prompts: Tensor | None, options: BlockOptions
-) -> tuple[Tensor, Tensor, Affine]:
-    """The new residual [B, T, D], the normalized tokens and prompts [B, T+L, D], and the affine map left to apply."""
-    folded, own = Affine(), Affine(norm.weight, norm.bias)
-    if options.fold_norm:
-        folded, own = own, folded
-    return *ops.norm_insert(residual, branch, prompts, *own, norm.eps, dtype=options.dtype), folded
-
-
-def _attend(
-    attn: Attention, y: Tensor, affine: Affine, num_queries: int, keys_values: Tensor | None, options: BlockOptions
-) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
-    qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
-    if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
-        q, k, v = torch.unflatten(qkv, -1, (3, attn.num_heads, -1)).unbind(2)
-        qkv = torch.stack([_in_own_dtype(attn.q_norm, q), _in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    qkv = _append(qkv, keys_values)
-    return ops.attention(qkv, attn.num_heads, num_queries, attn.scale, impl=options.attention)
-
-
-def _attend_from_first(
-    attn: Attention, y: Tensor, affine: Affine, num_queries: int, keys_values: Tensor | None
-) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
-    """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
-    q, kv = ops.project_q_kv(y, num_queries, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
-    q = _in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).flatten(2)
-    if not isinstance(attn.k_norm, nn.Identity):
-        k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
-        kv = torch.stack([_in_own_dtype(attn.k_norm, k), v], dim=2).flatten(2)
-    return ops.query_attention(q, _append(kv, keys_values), attn.num_heads, attn.scale)
-
-
-def _append(packed: Tensor, keys_values: Tensor | None) -> Tensor:
-    """Keys and values [B, M, 2·D] behind those of [B, S, 2·D or 3·D], whose queries they have none of."""
-    if keys_values is None:
-        return packed
-    return torch.cat([packed, F.pad(keys_values.to(packed.dtype), (packed.shape[2] - keys_values.shape[2], 0))], dim=1)
-
-
-class _FirstTokens(torch.autograd.Function):
-    """``x[:, :n]``, contiguous; the zeros of its gradient are written into a buffer that is used again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
-        ctx.shape = x.shape
-        return x[:, :n].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        d_x = buffers.empty(ctx.shape, grad.dtype, grad.device)
-        d_x[:, : grad.shape[1]] = grad
-        d_x[:, grad.shape[1] :] = 0
-        return d_x, None
-
-
-def _in_own_dtype(norm: nn.LayerNorm | nn.Identity, x: Tensor) -> Tensor:
-    """A norm inside the attention, computed in the dtype of its weight and returned in that of its input."""
-    if isinstance(norm, nn.Identity):
-        return x
-    normed: Tensor = norm(x.to(norm.weight.dtype))
-    return normed.to(x.dtype)

@@ -6,6 +6,7 @@ Where the weights came from is written into ``pretrained_cfg``, timm's descripti
 from __future__ import annotations
 
 import json
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,23 @@ from typing import Any
 from safetensors.torch import load, save_file
 from timm import create_model, get_pretrained_cfg, is_model
 from timm.models import get_model_args
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from insvp_fast.checkpoints.files import read_metadata, read_torch, read_weights, require_hub
-from insvp_fast.checkpoints.state_dict import unwrap_state_dict
+from insvp_fast.checkpoints.files import INDEX, read_metadata, read_torch, require_hub
+from insvp_fast.checkpoints.weights import read_backbone_weights
 from insvp_fast.errors import CheckpointError
 
-__all__ = ["create_backbone", "hub_id", "is_name", "is_shipped", "save_backbone", "shipped_backbone", "source_of"]
+__all__ = [
+    "create_backbone",
+    "hub_id",
+    "is_name",
+    "is_shipped",
+    "save_backbone",
+    "shipped_backbone",
+    "source_of",
+    "weights_report",
+]
 
 HUB, FOLDER = ("hf-hub:", "hf_hub:"), "local-dir:"  # timm's prefixes
 ASSETS = files("insvp_fast") / "assets"
@@ -30,8 +40,8 @@ TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm
 
 def create_backbone(
     source: str, pretrained: bool = True, checkpoint: str | Path | None = None, **arguments: Any
-) -> VisionTransformer:
-    """Build a Vision Transformer with its weights.
+) -> nn.Module:
+    """Build a model of timm with its weights.
 
     No code in a file is run: of a pickle, only tensors and plain values are read.
 
@@ -41,7 +51,8 @@ def create_backbone(
             weights; or a file that names its architecture: a checkpoint of timm's train.py, or safetensors with
             ``architecture`` in its metadata.
         pretrained: False for random weights, without looking for any; the shipped backbone always has its own.
-        checkpoint: a file whose weights are used instead: .safetensors, .npz, or of ``torch.save``.
+        checkpoint: a file whose weights are used instead: .safetensors, the .safetensors.index.json of several, .npz,
+            or of ``torch.save``, in timm's names or others' (``weights_report`` says whose, and what was left out).
         arguments: for ``timm.create_model``.
 
     Raises:
@@ -52,8 +63,6 @@ def create_backbone(
     if file is not None and not file.is_file():
         raise CheckpointError(f"{file}: there is no such file")
     backbone = _build(name, pretrained and file is None, arguments)
-    if not isinstance(backbone, VisionTransformer):
-        raise CheckpointError(f"{name}, a {type(backbone).__name__}: expected a Vision Transformer of timm")
     if file is not None and pretrained:
         _load(backbone, file)
         record_file(backbone, file)
@@ -76,7 +85,7 @@ def is_shipped(name: str) -> bool:
     return name.isidentifier() and (ASSETS / f"{name}.json").is_file()
 
 
-def save_backbone(backbone: VisionTransformer, file: Path) -> None:
+def save_backbone(backbone: nn.Module, file: Path) -> None:
     """Write the weights to a safetensors file that names their architecture, and record the file as their source."""
     cfg, arguments = _cfg(backbone), get_model_args(backbone)
     metadata = {"format": "pt", "architecture": cfg["architecture"], "model_args": json.dumps(arguments)}
@@ -102,11 +111,22 @@ def hub_id(backbone: nn.Module) -> str | None:
     return None if cfg.get("file") else cfg.get("hf_hub_id")
 
 
-def record_file(backbone: VisionTransformer, file: str | Path) -> None:
+def weights_report(backbone: nn.Module) -> str | None:
+    """In which format ``create_backbone`` found the weights in a file, and what it left out or resampled.
+
+    None if timm loaded them itself.
+    """
+    return _cfg(backbone).get("weights_report")
+
+
+def record_file(backbone: nn.Module, file: str | Path) -> None:
     """Record that the weights came from a file, instead of where timm has the architecture's weights."""
-    cfg = _cfg(backbone)
-    foreign = {"source": "", "tag": None} if cfg.get("source") else {}  # timm may not know this tag
-    backbone.pretrained_cfg = cfg | foreign | {"file": str(Path(file).absolute())}
+    foreign = {"source": "", "tag": None} if _cfg(backbone).get("source") else {}  # timm may not know this tag
+    _record(backbone, **foreign, file=str(Path(file).absolute()))
+
+
+def _record(backbone: nn.Module, **facts: Any) -> None:
+    backbone.pretrained_cfg = _cfg(backbone) | facts  # type: ignore[assignment]
 
 
 def _cfg(backbone: nn.Module) -> dict[str, Any]:
@@ -141,7 +161,10 @@ def is_name(source: str) -> bool:
 
 def _architecture_of(file: Path) -> tuple[str, dict[str, Any]]:
     """The architecture that a file of weights names, and its arguments."""
-    content = {} if file.suffix == ".npz" else _header(file) if file.suffix == ".safetensors" else read_torch(file)
+    if file.suffix == ".npz" or file.name.endswith(INDEX):
+        content: Any = {}
+    else:
+        content = _header(file) if file.suffix == ".safetensors" else read_torch(file)
     facts = content if isinstance(content, dict) else {}
     options = facts.get("args")  # of train.py, a Namespace
     name = facts.get("arch", facts.get("architecture"))
@@ -195,17 +218,10 @@ def _require_weights(name: str, arguments: dict[str, Any]) -> None:
         require_hub(repository, WEIGHTS, revision=revision or None)
 
 
-def _load(backbone: VisionTransformer, file: Path) -> None:
-    """Load weights from a file, strictly, apart from the classification head."""
-    try:
-        if file.suffix == ".npz":
-            backbone.load_pretrained(str(file))
-            return
-        state = checkpoint_filter_fn(unwrap_state_dict(read_weights(file), file), backbone)
-        state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
-        backbone.load_state_dict(state)
-    except CheckpointError:
-        raise
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{file}: not weights of this model ({reason})") from error
+def _load(backbone: nn.Module, file: Path) -> None:
+    """Load weights from a file, strictly, apart from the classification head, and record what was done to get them."""
+    state, report = read_backbone_weights(file, backbone)
+    backbone.load_state_dict(state, strict=False)
+    _record(backbone, weights_report=str(report))
+    if report.missing_head:
+        warnings.warn(f"{file}: {report}", stacklevel=3)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import pickle
 import re
 import threading
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import get_session
@@ -21,8 +25,9 @@ from torch import Tensor
 
 from insvp_fast.errors import CheckpointError
 
-__all__ = ["find_file", "read_metadata", "read_safetensors", "read_torch", "read_weights", "require_hub"]
+__all__ = ["find_file", "read_metadata", "read_npz", "read_safetensors", "read_torch", "read_weights", "require_hub"]
 
+INDEX = ".safetensors.index.json"  # of weights that are in several files
 HUB_TIMEOUT = 3  # seconds to wait for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
 
 
@@ -88,8 +93,41 @@ def _hub_answers(seconds: float) -> bool:
 
 
 def read_weights(file: Path) -> Any:
-    """What a file of weights holds: safetensors by its suffix, else a file of ``torch.save``."""
+    """What a file of weights holds: safetensors, or the index of several, by its suffix, else what torch saved."""
+    if file.name.endswith(INDEX):
+        return _read_shards(file)
     return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of the safetensors files that an index beside them lists."""
+    try:
+        listed = dict(json.loads(index.read_text())["weight_map"])
+        names = sorted(set(listed.values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index}: found no index of safetensors: expected weight_map in it") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: found the file {name!r}: expected one beside it")
+    tensors = {key: value for name in names for key, value in read_safetensors(index.parent / name).items()}
+    if tensors.keys() != listed.keys():
+        differ = sorted(tensors.keys() ^ listed.keys())[:3]
+        raise CheckpointError(f"{index}: the index and its files differ in {differ}: expected the same tensors")
+    return tensors
+
+
+def read_npz(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; nothing is unpickled.
+
+    Raises:
+        CheckpointError: if it is not such a file, or holds objects.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        found = "a pickle" if "allow_pickle" in str(error) else "a truncated or foreign file"
+        raise CheckpointError(f"{file}: found {found} in it: expected arrays as numpy.savez writes them") from error
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -130,5 +168,8 @@ def read_torch(file: Path) -> Any:
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         text = "found a truncated file or one with code, not tensors of torch.save"
         asked = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message is advice to trust the file
+        if "TorchScript" in str(error):
+            text = "found a TorchScript archive, which is code: expected its state dict, saved by torch.save"
+            raise CheckpointError(f"{file}: {text}") from error
         reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file}: {text}: {reason}") from error

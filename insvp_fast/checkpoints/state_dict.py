@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +16,23 @@ from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
 from insvp_fast.reference import InsVPReference, structure_of
 
-__all__ = ["backbone_sha256", "check_shapes", "expected_shapes", "unwrap_state_dict"]
+__all__ = [
+    "Resized",
+    "Rules",
+    "backbone_sha256",
+    "check_shapes",
+    "expected_shapes",
+    "other_state_dicts",
+    "rename",
+    "unwrap_state_dict",
+]
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of a checkpoint, in timm's order of preference
+Resized = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # shapes of tensors, in a file and in a model
+Rules = tuple[tuple[str, str], ...]  # patterns and their replacements, as re.sub takes them
+
+# Keys of a checkpoint, in the order of preference: timm's, then DINO's, DeepSpeed's and I-JEPA's.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "module", "encoder")
+BESIDE = (*WRAPPERS, "target_encoder", "predictor")  # what may hold another state dict
 
 
 def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
@@ -30,14 +45,51 @@ def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no state dict in it.
     """
-    for _ in WRAPPERS:  # some are nested: {"state_dict": {"model": ...}}
-        outer = content if isinstance(content, Mapping) else {}
-        content = next((outer[key] for key in WRAPPERS if isinstance(outer.get(key), Mapping)), content)
+    for outer, name in _wrappers(content):
+        content = outer[name]
     items = content.items() if isinstance(content, Mapping) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
         found = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{where}: found {found}: expected a state dict of tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
+
+
+def other_state_dicts(content: Any) -> Counter[str]:
+    """The state dicts beside the one that ``unwrap_state_dict`` takes, a student's say; their numbers of tensors."""
+    others: Counter[str] = Counter()
+    for outer, taken in _wrappers(content):
+        for name in BESIDE:
+            if name != taken and isinstance(outer.get(name), Mapping):
+                others[name] += sum(isinstance(value, Tensor) for value in outer[name].values())
+    return +others
+
+
+def _wrappers(content: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The dictionaries around a state dict, from the outermost, and under which key each has the next one."""
+    for _ in WRAPPERS:  # some are nested: {"state_dict": {"model": ...}}
+        outer = content if isinstance(content, Mapping) else {}
+        name = next((key for key in WRAPPERS if isinstance(outer.get(key), Mapping)), None)
+        if name is None:
+            return
+        yield outer, name
+        content = outer[name]
+
+
+def rename(tensors: Mapping[str, Tensor], rules: Rules, where: object) -> dict[str, Tensor]:
+    """The tensors under the names that the rules make of their keys, one rule after the other.
+
+    Raises:
+        CheckpointError: if two get the same name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for old, value in tensors.items():
+        new = old
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed:
+            raise CheckpointError(f"{where}: found {new} twice, once as {old}: expected one tensor of each name")
+        renamed[new] = value
+    return renamed
 
 
 def expected_shapes(
@@ -86,11 +138,17 @@ def backbone_sha256(backbone: nn.Module, dtype: torch.dtype) -> str:
     trained around a bf16 copy recognizes both the copy and the fp32 original, and one that was trained around the
     original rejects the copy, whose weights differ.
     """
-    digest = hashlib.sha256()
+    digest, heads = hashlib.sha256(), _classifiers(backbone)
     for name, tensor in sorted(backbone.state_dict().items()):
-        if not name.startswith("head."):
+        if not name.startswith(heads):
             tensor = tensor.detach().cpu()
             tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).float()
             digest.update(f"{name}{list(tensor.shape)}".encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _classifiers(backbone: nn.Module) -> tuple[str, ...]:
+    """How the names of the head's tensors begin; timm's description of a model names its head."""
+    names = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

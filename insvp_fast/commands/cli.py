@@ -18,9 +18,12 @@ from insvp_fast.errors import InsVPError
 
 __all__ = ["COMMANDS", "INTERRUPTED", "main"]
 
-COMMANDS = ("train", "eval", "predict", "recipes", "data", "sweep", "info", "convert", "doctor", "bench")
+COMMANDS = ("train", "eval", "predict", "serve", "recipes", "data", "sweep", "info", "convert", "doctor", "bench")
 MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
-EXTRAS = ("accelerate", "sklearn", "matplotlib", "tqdm")  # what the extra `train` installs, by the names of imports
+EXTRAS = {  # which one installs a package, by the name of its import
+    **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "tqdm"), "train"),
+    **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
+}
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
 
 
@@ -53,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        print(f"insvp: error: {error.name} is not installed: pip install 'insvp-fast[train]'", file=sys.stderr)
+        extra = f"insvp-fast[{EXTRAS[error.name]}]"
+        print(f"insvp: error: {error.name} is not installed: pip install '{extra}'", file=sys.stderr)
         return 1
 
 

@@ -28,12 +28,13 @@ ANY = object()
 
 
 class Rule(NamedTuple):
-    """A module of exactly this type, with exactly these attributes and parameters, and without buffers and hooks."""
+    """A module of exactly this type, with exactly these attributes, parameters and buffers, and without hooks."""
 
     type: type[nn.Module]
     attributes: Mapping[str, Any]  # the required value, or ANY
     parameters: Mapping[str, bool]  # whether it is required
     dropout_rate: str | None  # the attribute that has to be 0 in training mode
+    buffers: tuple[str, ...] = ()  # that the fast path reads, so that they may hold anything, or be None
 
 
 # path of a submodule -> the rules of which it has to satisfy one; every submodule has to be in the table
@@ -49,6 +50,7 @@ def rule(
     *,
     required: str = "",
     optional: str = "",
+    buffers: str = "",
     dropout_rate: str | None = None,
     **expected: Any,
 ) -> Rule:
@@ -58,11 +60,11 @@ def rule(
         cls: the type; a subclass is another type.
         free: attributes of any value, because the fast path reads them or the result does not depend on them.
         required, optional: parameters.
-        dropout_rate: see ``Rule``.
+        buffers, dropout_rate: see ``Rule``.
         expected: attributes and the values that they need.
     """
     parameters = dict.fromkeys(required.split(), True) | dict.fromkeys(optional.split(), False)
-    return Rule(cls, dict.fromkeys(free.split(), ANY) | expected, parameters, dropout_rate)
+    return Rule(cls, dict.fromkeys(free.split(), ANY) | expected, parameters, dropout_rate, tuple(buffers.split()))
 
 
 # modules of PyTorch that several tables have
@@ -108,7 +110,7 @@ def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) 
         return "has a hook"
     if own := next((name for name in state if callable(getattr(found.type, name, None))), None):
         return f"has a {own} of its own"
-    if hidden := state.keys() & (module._modules.keys() | module._parameters.keys()):
+    if hidden := state.keys() & (module._modules.keys() | module._parameters.keys() | module._buffers.keys()):
         return f"has an attribute that hides its {min(hidden)}"
     rate = found.dropout_rate
     if rate is not None and module.training and getattr(module, rate, 0) != 0:
@@ -136,8 +138,13 @@ def _different_tensor(module: nn.Module, rule: Rule, frozen: bool) -> str | None
     for name, required in rule.parameters.items():
         if required and module._parameters.get(name) is None:
             return f"has no parameter {name}"
-    for name in module._buffers:
-        return f"has a buffer {name}"
+    for name, buffer in module._buffers.items():
+        if name not in rule.buffers:
+            return f"has a buffer {name}"
+        if buffer is not None and (
+            type(buffer) is not Tensor or buffer.layout != torch.strided or buffer.requires_grad
+        ):
+            return f"has a {type(buffer).__name__} {name!r} that the fast path does not know"
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue

@@ -15,10 +15,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Snapshot:
-    """The types, attributes, children, parameters and hooks of some modules, without those of their children.
+    """The types, attributes, children, parameters, buffers and hooks of some modules, without those of their children.
 
-    Attributes are compared by ``==``, so that an object changed in place counts as unchanged; parameters by identity,
-    type, dtype, layout and ``requires_grad``, so that new values count as unchanged.
+    Attributes are compared by ``==``, so that an object changed in place counts as unchanged; parameters and
+    buffers by identity, type, dtype, layout and ``requires_grad``, so that new values count as unchanged.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -27,30 +27,27 @@ class Snapshot:
         self._copies = [*map(dict, self._state)]
         self._hooks = [vars(m).get(name) for m in modules for name in HOOKS]
         self._has_hooks = any(self._hooks)
-        self._buffers = [m._buffers for m in modules]
-        self._has_buffers = any(self._buffers)
-        self._named = [m._parameters for m in modules]
-        self._parameters = _values(self._named)
-        self._properties = [*map(_properties, self._parameters)]
+        self._named = [named for m in modules for named in (m._parameters, m._buffers)]
+        self._sizes = [*map(len, self._named)]
+        self._tensors = _values(self._named)
+        self._properties = [*map(_properties, self._tensors)]
 
     def holds(self) -> bool:
-        """Whether nothing has changed; never with hooks or buffers, whose contents are not compared."""
-        if self._has_hooks or self._has_buffers or any(self._hooks) or any(self._buffers):
+        """Whether nothing has changed; never with hooks, whose effects are not known."""
+        if self._has_hooks or any(self._hooks):
             return False
         try:
             same = [*map(type, self._modules)] == self._types and self._state == self._copies
         except (RuntimeError, ValueError):  # tensors and arrays, which have no plain equality
             return False
-        parameters = _values(self._named)
-        same = (
-            same and len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
-        )
-        return same and [*map(_properties, parameters)] == self._properties
+        tensors = _values(self._named)
+        same = same and [*map(len, self._named)] == self._sizes and all(map(operator.is_, tensors, self._tensors))
+        return same and [*map(_properties, tensors)] == self._properties
 
 
 def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
     return [*chain.from_iterable(map(dict.values, dictionaries))]
 
 
-def _properties(parameter: Tensor | None) -> object:
-    return parameter is None or (type(parameter), parameter.requires_grad, parameter.dtype, parameter.layout)
+def _properties(x: Tensor | None) -> object:
+    return x is None or (type(x), x.requires_grad, x.dtype, x.layout)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from insvp_fast.errors import DataError
 
@@ -21,26 +22,50 @@ UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow's names of the formats that are read. Its others stay closed: for EPS, say, it starts Ghostscript.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 
-def read_image(source: str | Path | BinaryIO, name: object = None, exif_rotation: bool = True) -> Image.Image:
-    """Read an image file as 8-bit RGB; of several frames or pages, the first.
+def read_image(
+    source: str | Path | BinaryIO, name: object = None, exif_rotation: bool = True, max_pixels: int | None = None
+) -> Image.Image:
+    """Read an image file of one of ``FORMATS`` as 8-bit RGB; of several frames or pages, the first.
 
     Args:
         source: a path, or an open file.
         name: what messages call the image; None for the path.
         exif_rotation: as in ``to_rgb``.
+        max_pixels: refuse by its header, before any pixel is decoded, an image that has more of them or whose longer
+            side is over 100 times the shorter; None reads every size that Pillow does.
 
     Raises:
-        DataError: naming the file, if it is missing, damaged, no image, or its pixels have no known range.
+        DataError: naming the file, if it is missing, damaged, no image, too large, or its pixels have no known range.
     """
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=_installed_formats()) as image:
+            if max_pixels is not None:
+                _check_size(*image.size, max_pixels)
             return to_rgb(image, exif_rotation)
+    except UnidentifiedImageError as error:  # whose message would show the address of an open file
+        raise DataError(f"{name or source}: not an image that can be read (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise errors of many types for broken files
         raise DataError(f"{name or source}: not an image that can be read ({error})") from error
+
+
+@cache
+def _installed_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow have no AVIF
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(f"it has {width}x{height} pixels: expected at most {max_pixels:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"it has {width}x{height} pixels: expected sides of at most {MAX_ASPECT}:1")
 
 
 def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:

@@ -25,6 +25,7 @@ class Images(Dataset):
         items: each a path, a ``TarMember``, an open file, or pixels, uint8 [h, w, 3].
         classes: a class index for each item.
         exif_rotation: rotate and flip images as their EXIF orientation says.
+        max_pixels: as in ``read_image``, for images of unknown origin.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Images(Dataset):
         classes: Sequence[int],
         transform: Callable[[Image.Image], Any] | None = None,
         exif_rotation: bool = True,
+        max_pixels: int | None = None,
     ) -> None:
-        self.items, self.classes, self.transform, self.exif_rotation = items, classes, transform, exif_rotation
+        self.items, self.classes, self.transform = items, classes, transform
+        self.exif_rotation, self.max_pixels = exif_rotation, max_pixels
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,7 +56,7 @@ class Images(Dataset):
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
         file = io.BytesIO(item.read()) if isinstance(item, TarMember) else item
-        return read_image(file, self.name(index), self.exif_rotation)
+        return read_image(file, self.name(index), self.exif_rotation, self.max_pixels)
 
     def name(self, index: int) -> str:
         """What messages call an image."""
@@ -62,7 +65,7 @@ class Images(Dataset):
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> Images:
         """The same images with another transform."""
-        return Images(self.items, self.classes, transform, self.exif_rotation)
+        return Images(self.items, self.classes, transform, self.exif_rotation, self.max_pixels)
 
 
 class TarMember(NamedTuple):

@@ -3,37 +3,42 @@
 One file per operation, all alike: the public function, which checks its arguments; the formula, ``<op>_reference``, and
 its gradient written out, ``<op>_bwd_reference``; the operands of the operators as named tuples; the autograd function;
 the implementations, each with the reason why it may not compute some operands; and their registration
-(``registry.py``). ``linear`` and ``mlp`` have PyTorch's own formulas, and ``query_attention`` one implementation.
-Gradients are first-order only.
+(``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, and ``query_attention`` one
+implementation. Gradients are first-order only.
 
 The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
 superpose_reference``.
 
-Letters as in ``reference.py``.
+Letters as in ``insvp_fast/reference``.
 """
 
 from insvp_fast.ops.attention import ATTENTION, attention
 from insvp_fast.ops.conv import conv
 from insvp_fast.ops.conv_pool import conv_pool
+from insvp_fast.ops.gated_mlp import gated_mlp
 from insvp_fast.ops.linear import linear, project_q_kv
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
 from insvp_fast.ops.query_attention import query_attention
 from insvp_fast.ops.superpose import Blend, PatchWeights, superpose
+from insvp_fast.ops.window_attention import WINDOW_ATTENTION, window_attention
 from insvp_fast.runtime.products import FrozenLinear
 
 __all__ = [
     "ATTENTION",
+    "WINDOW_ATTENTION",
     "Blend",
     "FrozenLinear",
     "PatchWeights",
     "attention",
     "conv",
     "conv_pool",
+    "gated_mlp",
     "linear",
     "mlp",
     "norm_insert",
     "project_q_kv",
     "query_attention",
     "superpose",
+    "window_attention",
 ]

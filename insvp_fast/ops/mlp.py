@@ -1,8 +1,7 @@
-"""Two frozen linear layers with GELU between: mlp."""
+"""Two frozen linear layers with an activation between: mlp."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,57 +13,72 @@ from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
 from insvp_fast.ops.registry import Implementation, register, require, triton_reason, widened
 from insvp_fast.runtime import products
+from insvp_fast.runtime.activations import ACTIVATIONS, activate_bwd
 from insvp_fast.runtime.products import FrozenLinear
 
-__all__ = ["KEEP", "gelu_code", "gelu_from_code", "mlp"]
+__all__ = ["KEEP", "derivative_code", "derivative_from_code", "mlp"]
 
 KEEP = ("pre", "code", "input")
 
 
-def mlp(x: Tensor, fc1: FrozenLinear, fc2: FrozenLinear, *, keep: str = "pre", impl: str = "auto") -> Tensor:
-    """gelu((gain*x + shift) @ w1.T + b1) @ w2.T + b2, with the exact (erf) GELU and frozen weights.
+def mlp(
+    x: Tensor,
+    fc1: FrozenLinear,
+    fc2: FrozenLinear,
+    *,
+    activation: str = "gelu",
+    keep: str = "pre",
+    impl: str = "auto",
+) -> Tensor:
+    """activation((gain*x + shift) @ w1.T + b1) @ w2.T + b2, with frozen weights.
 
     Args:
         x: [..., D]; its dtype is that of the products and of the result.
         fc1, fc2: layers [M, D] and [D, M], all of them; the second without gain and shift.
-        keep: for backward, "pre", what GELU was applied to, [..., M]; "code", GELU's derivative there rounded to 8 bits
-            (``gelu_code``), so that gradients are off by up to 0.25 %; or "input", x, to compute "pre" again.
-        impl: "auto" lets the device decide; those of ``linear`` insist on a product, "triton" on Triton's GELU with
-            PyTorch's product.
+        activation: "gelu", exact (erf); "gelu_tanh", its approximation by tanh; "quick_gelu", x sigmoid(1.702 x); or
+            "silu", x sigmoid(x).
+        keep: for backward, "pre", what the activation was applied to, [..., M]; "code", its derivative there rounded to
+            8 bits (``derivative_code``), so that gradients are off by up to 0.25 %; or "input", x, to compute "pre"
+            again.
+        impl: "auto" lets the device decide; those of ``linear`` insist on a product, "triton" on Triton's activation
+            with PyTorch's product.
 
     Returns:
         [..., D]
 
     Raises:
-        ValueError: for shapes that do not fit, a weight that requires a gradient, or another ``keep`` or ``impl``.
+        ValueError: for shapes that do not fit, a weight that requires a gradient, or another ``activation``, ``keep``
+            or ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
     if keep not in KEEP:
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
     needed = torch.is_grad_enabled() and x.requires_grad
     w1, b1, gain, shift, w2, b2, *_ = frozen_operands(x, fc1, fc2)
-    operands = _Fwd(x, w1, b1, w2, b2, gain, shift, keep if needed else "nothing")
+    operands = _Fwd(x, w1, b1, w2, b2, gain, shift, activation, keep if needed else "nothing")
     require("mlp_fwd", impl, operands)
     return cast(Tensor, apply(_Mlp, *operands, impl))
 
 
-# The derivative of GELU lies within -0.1290 and 1.1290. In 8 bits it has steps of 1/201, and the code of 0 is 27: the
-# range -0.1343 to 1.1343 contains the extrema, and saturated units, whose derivative is 0 or 1, are exact.
+# The derivative of GELU lies within -0.1290 and 1.1290, those of the other activations within the same. In 8 bits it
+# has steps of 1/201, and the code of 0 is 27: the range -0.1343 to 1.1343 contains the extrema, and saturated units,
+# whose derivative is 0 or 1, are exact.
 CODE_STEPS, CODE_ZERO = 201, 27
 CODE_OF_NAN = 255  # those of numbers are 1 to 254
 
 
-def gelu_code(x: Tensor) -> Tensor:
-    """The derivative of GELU rounded to 8 bits; a code of its own for NaN, which it is where x is not finite."""
-    finite = x.isfinite()
+def derivative_code(x: Tensor, activation: str = "gelu") -> Tensor:
+    """The derivative of an activation rounded to 8 bits; a code of its own for NaN, which it is where x is infinite."""
     x = x.to(widened(x.dtype))
-    derivative = torch.special.ndtr(x) + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    derivative = activate_bwd(torch.ones_like(x), x, activation)
     code: Tensor = (CODE_STEPS * derivative + CODE_ZERO).round().to(torch.uint8)
-    return code.masked_fill_(~finite, CODE_OF_NAN)
+    return code.masked_fill_(~derivative.isfinite(), CODE_OF_NAN)
 
 
-def gelu_from_code(code: Tensor) -> Tensor:
-    """The derivative that ``gelu_code`` rounded, to half a step, in fp32."""
+def derivative_from_code(code: Tensor) -> Tensor:
+    """The derivative that ``derivative_code`` rounded, to half a step, in fp32."""
     return ((code.float() - CODE_ZERO) / CODE_STEPS).masked_fill_(code == CODE_OF_NAN, torch.nan)
 
 
@@ -76,6 +90,7 @@ class _Fwd(NamedTuple):
     b2: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
+    activation: str
     keep: str
 
 
@@ -88,6 +103,7 @@ class _Bwd(NamedTuple):
     b2: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
+    activation: str
     keep: str
 
 
@@ -99,53 +115,57 @@ def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear]:
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *weights, keep, impl = rest
+        *weights, activation, keep, impl = rest
         out, kept = torch.ops.insvp_fast.mlp_fwd.default(x, *rest)
         ctx.save_for_backward(x if keep == "input" else kept, *weights)
-        ctx.rest = keep, impl
+        ctx.rest = activation, keep, impl
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 8
+        return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 9
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:
     fc1, fc2 = _layers(a)
-    pre, hidden = products.linear_gelu(a.x, fc1, a.keep in ("pre", "code"), how)
-    return products.linear(hidden, fc2, how), gelu_code(pre) if a.keep == "code" else pre
+    pre, hidden = products.linear_activation(a.x, fc1, a.activation, a.keep in ("pre", "code"), how)
+    return products.linear(hidden, fc2, how), derivative_code(pre, a.activation) if a.keep == "code" else pre
 
 
 def _bwd(how: str, a: _Bwd) -> Tensor:
     fc1, fc2 = _layers(a)
     if a.keep == "code":
-        d_pre = products.linear_bwd(a.grad, fc2, how).mul_(gelu_from_code(a.kept))
+        d_pre = products.linear_bwd(a.grad, fc2, how).mul_(derivative_from_code(a.kept))
     else:
         pre = products.linear(a.kept, fc1, how) if a.keep == "input" else a.kept
-        d_pre = products.linear_gelu_bwd(a.grad, fc2, pre, how)
+        d_pre = products.linear_activation_bwd(a.grad, fc2, pre, a.activation, how)
     return products.linear_bwd(d_pre, fc1, how)
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
-    from insvp_fast.kernels.gpu import gelu as kernel
+    from insvp_fast.kernels.gpu import activation as kernel
 
     how, (fc1, fc2) = products.provider(a.x.dtype, a.x.device), _layers(a)
     pre = products.linear(a.x, fc1, how)
-    hidden, code = kernel.gelu_fwd_code(pre) if a.keep == "code" else (kernel.gelu_fwd(pre), None)
+    hidden, code = (
+        kernel.activation_fwd_code(pre, a.activation)
+        if a.keep == "code"
+        else (kernel.activation_fwd(pre, a.activation), None)
+    )
     kept = code if code is not None else pre if a.keep == "pre" else a.x.new_empty(0)
     return products.linear(hidden, fc2, how), kept
 
 
 def _bwd_triton(a: _Bwd) -> Tensor:
-    from insvp_fast.kernels.gpu import gelu as kernel
+    from insvp_fast.kernels.gpu import activation as kernel
 
     how, (fc1, fc2) = products.provider(a.grad.dtype, a.grad.device), _layers(a)
     d_hidden = products.linear_bwd(a.grad, fc2, how)
     if a.keep == "code":
-        d_pre = kernel.gelu_bwd_code(d_hidden, a.kept, out=d_hidden)
+        d_pre = kernel.activation_bwd_code(d_hidden, a.kept, out=d_hidden)
     else:
         pre = products.linear(a.kept, fc1, how) if a.keep == "input" else a.kept
-        d_pre = kernel.gelu_bwd(d_hidden, pre, out=d_hidden)
+        d_pre = kernel.activation_bwd(d_hidden, pre, a.activation, out=d_hidden)
     return products.linear_bwd(d_pre, fc1, how)
 
 

@@ -1,4 +1,4 @@
-"""Residual addition, LayerNorm and placement of prompts in one pass: norm_insert."""
+"""Residual addition, LayerNorm or RMSNorm, and placement of prompts in one pass: norm_insert."""
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ def norm_insert(
     bias: Tensor | None,
     eps: float,
     *,
+    center: bool = True,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition, then LayerNorm of tokens and prompts, placed in one buffer for the QKV product.
+    """Residual addition, then LayerNorm or RMSNorm of tokens and prompts, placed in one buffer for the QKV product.
 
     Args:
         residual: [B, T, D], the stream, in any floating dtype; statistics are taken in at least fp32.
         branch: [B, T, D], what the preceding half-block adds to it, or None.
         prompts: [B, L, D], or None.
-        weight, bias, eps: of the frozen LayerNorm; no weight, no affine map: it is folded into the next product.
+        weight, bias, eps: of the frozen norm; no weight, no affine map: it is folded into the next product.
+        center: subtract the mean, as LayerNorm does; RMSNorm (Zhang and Sennrich 2019, equation 4) does not.
         dtype: of the normalized buffer, the next product's; the residual's if not given.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
@@ -53,7 +55,7 @@ def norm_insert(
         RuntimeError: if the implementation asked for cannot run here.
     """
     _check(residual, branch, prompts, weight, bias)
-    operands = _Fwd(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype)
+    operands = _Fwd(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype, center)
     require("norm_insert_fwd", impl, operands)
     total, normed = apply(_NormInsert, *operands, impl)
     return residual if branch is None else total, normed
@@ -83,6 +85,7 @@ def norm_insert_reference(
     weight: Tensor,  # [D]
     bias: Tensor | None,  # [D]
     eps: float,
+    center: bool = True,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, S, D]
     """The formula of ``norm_insert``.
 
@@ -91,7 +94,10 @@ def norm_insert_reference(
     """
     residual = residual if branch is None else residual + branch
     tokens = residual if prompts is None else torch.cat([residual, prompts.to(residual.dtype)], dim=1)
-    return residual, F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
+    if center:
+        return residual, F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
+    normed = F.rms_norm(tokens, tokens.shape[-1:], weight, eps)
+    return residual, normed if bias is None else normed + bias
 
 
 def norm_insert_bwd_reference(
@@ -100,12 +106,17 @@ def norm_insert_bwd_reference(
     normalized: Tensor,  # [B, S, D], before the affine map
     rstd: Tensor,  # [B, S, 1]
     weight: Tensor,
+    center: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``norm_insert_reference`` by the residual (and so by the branch) and by the prompts."""
     T = grad_residual.shape[1]
-    g = grad_normed * weight
-    d = rstd * (g - g.mean(-1, keepdim=True) - normalized * (g * normalized).mean(-1, keepdim=True))
+    d = _normalize_bwd(grad_normed * weight, normalized, rstd, center)
     return grad_residual + d[:, :T], d[:, T:]
+
+
+def _normalize_bwd(g: Tensor, normalized: Tensor, rstd: Tensor, center: bool) -> Tensor:
+    onward = g - normalized * (g * normalized).mean(-1, keepdim=True)
+    return rstd * (onward - g.mean(-1, keepdim=True) if center else onward)
 
 
 class _Fwd(NamedTuple):
@@ -116,6 +127,7 @@ class _Fwd(NamedTuple):
     bias: Tensor | None
     eps: float
     dtype: torch.dtype
+    center: bool
 
 
 class _Bwd(NamedTuple):
@@ -127,6 +139,7 @@ class _Bwd(NamedTuple):
     num_tokens: int
     stream_dtype: torch.dtype
     branch_dtype: torch.dtype
+    center: bool
 
 
 @first_order("norm_insert", "norm_insert_reference of the module insvp_fast.ops.norm_insert")
@@ -138,7 +151,7 @@ class _NormInsert(torch.autograd.Function):
         ctx.save_for_backward(normed if a.weight is None else xhat, rstd, a.weight)
         ctx.set_materialize_grads(False)
         dtypes = a.residual.dtype, (a.residual if a.branch is None else a.branch).dtype
-        ctx.rest = a.residual.shape[1], *dtypes, impl
+        ctx.rest = a.residual.shape[1], *dtypes, a.center, impl
         ctx.prompts_dtype = None if a.prompts is None else a.prompts.dtype
         return None if a.branch is None else total, normed
 
@@ -151,7 +164,7 @@ class _NormInsert(torch.autograd.Function):
         d_residual, d_branch, d_prompts = backward(grad_total, grad_normed, xhat, rstd, weight, *ctx.rest)
         d_branch = d_branch if d_branch.numel() else d_residual  # empty where it would have the same bits
         d_prompts = None if ctx.prompts_dtype is None else d_prompts.to(ctx.prompts_dtype)
-        return d_residual, d_branch if ctx.needs_input_grad[1] else None, d_prompts, *(None,) * 5
+        return d_residual, d_branch if ctx.needs_input_grad[1] else None, d_prompts, *(None,) * 6
 
 
 def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,21 +173,30 @@ def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stream = a.residual if a.branch is None else torch.add(a.residual, a.branch, out=total)
     L = 0 if a.prompts is None else a.prompts.shape[1]
     parts = [stream] if a.prompts is None else [stream, a.prompts]
-    normalized = [torch.native_layer_norm(part.to(widened(stream.dtype)), (D,), None, None, a.eps) for part in parts]
+    normalized = [_normalize(part.to(widened(stream.dtype)), a.eps, a.center) for part in parts]
     xhat = buffers.empty((B, T + L, D), a.dtype, a.residual.device)
-    torch.cat([x.to(a.dtype) for x, _, _ in normalized], dim=1, out=xhat)
-    rstd = torch.cat([rstd for _, _, rstd in normalized], dim=1).squeeze(-1)
+    torch.cat([x.to(a.dtype) for x, _ in normalized], dim=1, out=xhat)
+    rstd = torch.cat([rstd for _, rstd in normalized], dim=1).squeeze(-1)
     if a.weight is None:
         return total, xhat, xhat.new_empty(0), rstd
-    scaled = [x * a.weight if a.bias is None else x * a.weight + a.bias for x, _, _ in normalized]
+    scaled = [x * a.weight if a.bias is None else x * a.weight + a.bias for x, _ in normalized]
     return total, torch.cat(scaled, dim=1).to(a.dtype), xhat, rstd
+
+
+def _normalize(x: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+    """Rows of mean square 1, and the factor of each."""
+    if center:
+        normalized, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        return normalized, rstd
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * rstd, rstd
 
 
 def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     wide = a.rstd.dtype
     g, x = a.grad_normed.to(wide), a.xhat.to(wide)
     g = g if a.weight is None else g * a.weight.to(wide)
-    d = a.rstd.unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - x * (g * x).mean(-1, keepdim=True))
+    d = _normalize_bwd(g, x, a.rstd.unsqueeze(-1), a.center)
     d_tokens, d_prompts = d[:, : a.num_tokens], d[:, a.num_tokens :]
     d_residual = d_tokens if a.grad_total is None else d_tokens + a.grad_total
     d_residual = d_residual.to(a.stream_dtype).contiguous()

@@ -42,6 +42,7 @@ SCHEMA = {
     int: "int",
     Size: "SymInt",
     float: "float",
+    float | None: "float?",
     bool: "bool",
     str: "str",
     torch.dtype: "ScalarType",

@@ -5,17 +5,19 @@ from __future__ import annotations
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from insvp_fast.reference import cait, eva, image_only, relative_position, vision_transformer
+from insvp_fast.reference import cait, eva, image_only, relative_position, swin, vision_transformer
 from insvp_fast.reference.structure import Structure
 
 __all__ = ["STRUCTURES", "structure_of"]
 
 STRUCTURES: dict[type[nn.Module], Structure] = {
     VisionTransformer: vision_transformer,
+    SwinTransformer: swin,
     Eva: eva,
     Beit: relative_position,
     VisionTransformerRelPos: relative_position,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts
 
-__all__ = ["apply_block", "embed", "final_norm", "insert", "patch_size", "split", "widths"]
+__all__ = ["apply_block", "embed", "final_norm", "insert", "patch_size", "require_block", "split", "widths"]
 
 SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
 
@@ -59,11 +59,11 @@ def apply_block(
     return split(z, prompts.tokens.shape[1], prefix)  # (11)
 
 
-def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
-    """timm's ``Block.forward`` with further keys and values.
+def require_block(block: Any) -> None:
+    """Check that a block is one into which keys and values can be put.
 
     Raises:
-        TypeError: for a block of another class, which may compute something else.
+        TypeError: if it is of another class than timm's ``Block``, and may compute something else.
     """
     attn: Any = getattr(block, "attn", None)
     if type(block) is not Block or type(attn) is not Attention or attn.gate is not None:
@@ -71,7 +71,12 @@ def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
             f"a block is a {type(block).__name__} with a {type(attn).__name__}: expected timm's Block with an Attention"
             " without a gate, into which keys and values can be put"
         )
-    x = x + block.drop_path1(block.ls1(_attend(attn, block.norm1(x), keys_values)))
+
+
+def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
+    """timm's ``Block.forward`` with further keys and values."""
+    require_block(block)
+    x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), keys_values)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 

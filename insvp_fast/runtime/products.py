@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from insvp_fast.runtime import hardware, native, torch_private
+from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
 from insvp_fast.runtime.prepack import packed
 
 HALF = (torch.bfloat16, torch.float16)
@@ -29,9 +30,9 @@ __all__ = [
     "FrozenLinear",
     "cpu_provider",
     "linear",
+    "linear_activation",
+    "linear_activation_bwd",
     "linear_bwd",
-    "linear_gelu",
-    "linear_gelu_bwd",
     "onednn_works",
     "override_provider",
     "provider",
@@ -142,24 +143,27 @@ def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -
     return _by_rows(lambda rows: F.linear(rows, matrix.T), grad)
 
 
-def linear_gelu(x: Tensor, w: FrozenLinear, keep: bool, how: str) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n]
-    """``linear``, of size 0 unless ``keep``, and its GELU."""
+def linear_activation(
+    x: Tensor, w: FrozenLinear, activation: str, keep: bool, how: str
+) -> tuple[Tensor, Tensor]:  # [..., D_in] -> [..., n]
+    """``linear``, of size 0 unless ``keep``, and its activation, one of ``ACTIVATIONS``."""
     if how == "native":
         matrix, constant = w.operands(how, x.dtype, "forward")
-        pre, hidden = native.linear_gelu(_flat(x), matrix, constant, w.out_features, keep=keep)
+        code = ACTIVATIONS.index(activation)
+        pre, hidden = native.linear_activation(_flat(x), matrix, constant, w.out_features, code, keep=keep)
         shape = *x.shape[:-1], w.out_features
         return x.new_empty(0) if pre is None else pre.view(shape), hidden.view(shape)
     pre = linear(x, w, how)
-    return pre if keep else x.new_empty(0), F.gelu(pre)
+    return pre if keep else x.new_empty(0), activate(pre, activation)
 
 
-def linear_gelu_bwd(grad: Tensor, w: FrozenLinear, pre: Tensor, how: str) -> Tensor:
-    """The gradient of ``linear(gelu(pre), w)`` by ``pre``."""
+def linear_activation_bwd(grad: Tensor, w: FrozenLinear, pre: Tensor, activation: str, how: str) -> Tensor:
+    """The gradient of ``linear(activate(pre), w)`` by ``pre``."""
     if how == "native":
         matrix, _ = w.operands(how, grad.dtype, "backward")
-        return native.linear_gelu_bwd(_flat(grad), matrix, _flat(pre)).view(pre.shape)
-    d_pre: Tensor = torch.ops.aten.gelu_backward(linear_bwd(grad, w, how), pre)
-    return d_pre
+        code = ACTIVATIONS.index(activation)
+        return native.linear_activation_bwd(_flat(grad), matrix, _flat(pre), code).view(pre.shape)
+    return activate_bwd(linear_bwd(grad, w, how), pre, activation)
 
 
 def _by_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -5,29 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from timm.data import resolve_data_config
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.data import insvp_preprocessing
 from insvp_fast.errors import CheckpointError
+from insvp_fast.reference import structure_of
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
 
 __all__ = ["load_backbone", "resolve_preprocessing"]
 
 
-def load_backbone(source: str = BUILTIN_BACKBONE, checkpoint: str | None = None) -> VisionTransformer:
+def load_backbone(source: str = BUILTIN_BACKBONE, checkpoint: str | None = None) -> nn.Module:
     """The backbone that ``create_backbone`` builds, without a head.
 
     Raises:
-        CheckpointError: if there is no such model, or its weights cannot be found.
+        CheckpointError: if there is no such model, its weights cannot be found, or it is of a class that cannot be
+            prompted.
     """
     try:
-        return create_backbone(source, checkpoint=checkpoint, num_classes=0)
-    except CheckpointError as error:
+        backbone = create_backbone(source, checkpoint=checkpoint, num_classes=0)
+        structure_of(backbone)
+        return backbone
+    except (CheckpointError, TypeError) as error:
         raise CheckpointError(f"`backbone` is {source}: {error}") from error
 
 
-def resolve_preprocessing(backbone: VisionTransformer, preset: str = "timm") -> dict[str, Any]:
+def resolve_preprocessing(backbone: nn.Module, preset: str = "timm") -> dict[str, Any]:
     """How images are prepared for a backbone, as arguments of ``timm.data.create_transform``.
 
     Args:

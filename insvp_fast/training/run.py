@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
+from insvp_fast.checkpoints.backbone import weights_report
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
@@ -57,6 +58,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
         logger.start(candidates[0].config, preprocessing, data)
+        if report := weights_report(backbone):
+            logger.say(f"backbone: {report}")
         if recipe.batch_size != wanted:
             logger.say(f"batch size {recipe.batch_size}: the largest up to {wanted} that fits into memory")
         for candidate in candidates:
@@ -69,7 +72,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
 
 def train_candidate(
     candidate: Candidate,
-    backbone: VisionTransformer,
+    backbone: nn.Module,
     data: Data,
     logger: RunLogger,
     preprocessing: dict[str, Any],
@@ -103,7 +106,7 @@ def train_candidate(
     return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
-def build_model(config: InsVPConfig, recipe: Recipe, backbone: VisionTransformer, num_classes: int) -> InsVPViT:
+def build_model(config: InsVPConfig, recipe: Recipe, backbone: nn.Module, num_classes: int) -> InsVPViT:
     """A model with these prompts, around a copy of the backbone."""
     model = InsVPViT(
         copy.deepcopy(backbone),
@@ -128,7 +131,7 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     return dataclasses.replace(recipe, amp=resolve_amp(recipe.amp))
 
 
-def _load_data(recipe: Recipe, backbone: VisionTransformer, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:
+def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:
     """The data set, and how its images are prepared."""
     preprocessing = resolve_preprocessing(backbone, recipe.preprocessing)
     with accelerator.local_main_process_first():  # one process of each machine fills the cache

@@ -1,4 +1,4 @@
-"""Residual addition, LayerNorm and placement of the prompts in one pass: Triton kernels and launchers.
+"""Residual addition, LayerNorm or RMSNorm, and placement of the prompts in one pass: Triton kernels and launchers.
 
 Letters: B images, T tokens and L prompts of each, S = T + L, M = B*S rows of the normalized buffer, D width.
 
@@ -30,7 +30,7 @@ def _rows(M, T, L, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit(do_not_specialize=["M", "T", "L"])
 def _norm_insert_fwd_kernel(
     residual_ptr, branch_ptr, prompts_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, xhat_ptr, rstd_ptr,
-    M, T, L, prompt_stride, eps, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    M, T, L, prompt_stride, eps, CENTER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pointers may be None: without a branch there is no total, without a weight no bias and no separate x-hat."""
     image, place, offs_d, mask = _rows(M, T, L, D, BLOCK_M, BLOCK_D)
@@ -46,8 +46,9 @@ def _norm_insert_fwd_kernel(
         prompts = image * prompt_stride + (place - T) * D + offs_d
         x += tl.load(prompts_ptr + prompts, mask & (place >= T), 0.0).to(tl.float32)
 
-    mean = tl.sum(x, 1, keep_dims=True) / D
-    deviation = tl.where(offs_d < D, x - mean, 0.0)
+    deviation = x
+    if CENTER:
+        deviation = tl.where(offs_d < D, x - tl.sum(x, 1, keep_dims=True) / D, 0.0)
     rstd = tl.rsqrt(tl.sum(deviation * deviation, 1, keep_dims=True) / D + eps)
     y = deviation * rstd
     rows = image * (T + L) + place
@@ -63,7 +64,7 @@ def _norm_insert_fwd_kernel(
 @triton.jit(do_not_specialize=["M", "T", "L"])
 def _norm_insert_bwd_kernel(
     grad_residual_ptr, grad_normed_ptr, xhat_ptr, rstd_ptr, weight_ptr, d_residual_ptr, d_branch_ptr, d_prompts_ptr,
-    M, T, L, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    M, T, L, CENTER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pointers may be None: those of the stream's gradient, of the weight, and of results that are not needed."""
     image, place, offs_d, mask = _rows(M, T, L, D, BLOCK_M, BLOCK_D)
@@ -79,7 +80,9 @@ def _norm_insert_bwd_kernel(
         g *= tl.load(weight_ptr + offs_d, offs_d < D, 0.0).to(tl.float32)
 
     along = tl.sum(g * xhat, 1, keep_dims=True) / D
-    d = rstd * (g - tl.sum(g, 1, keep_dims=True) / D - xhat * along)
+    if CENTER:
+        g -= tl.sum(g, 1, keep_dims=True) / D
+    d = rstd * (g - xhat * along)
     if d_prompts_ptr is not None:
         prompts = (image * L + place - T) * D + offs_d
         tl.store(d_prompts_ptr + prompts, d.to(d_prompts_ptr.dtype.element_ty), mask & (place >= T))
@@ -110,15 +113,16 @@ def covers(device: torch.device, D: int, *dtypes: torch.dtype) -> bool:
 
 def norm_insert_fwd(
     residual: Tensor, branch: Tensor | None, prompts: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, center: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Add the branch to the stream, normalize tokens and prompts, and place them in one buffer.
 
     Args:
         residual, branch: [B, T, D], in fp32, fp16 or bf16 as all operands.
         prompts: [B, L, D], which may be expanded along B.
-        weight, bias: [D], of the frozen LayerNorm; None where they are folded into the next product.
+        weight, bias: [D], of the frozen norm; None where they are folded into the next product.
         dtype: of the normalized tokens.
+        center: subtract the mean: LayerNorm; without it RMSNorm.
 
     Returns:
         total: [B, T, D] in the dtype of ``residual``; empty without a branch.
@@ -145,14 +149,14 @@ def norm_insert_fwd(
             _norm_insert_fwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
                 residual.contiguous(), None if branch is None else branch.contiguous(), prompts, weight, bias,
                 None if branch is None else total, normed, None if weight is None else xhat, rstd,
-                B * S, T, L, 0 if prompts is None else prompts.stride(0), eps, D=D, **config,
+                B * S, T, L, 0 if prompts is None else prompts.stride(0), eps, CENTER=center, D=D, **config,
             )  # fmt: skip
     return total, normed, xhat, rstd
 
 
 def norm_insert_bwd(
     grad_residual: Tensor | None, grad_normed: Tensor, xhat: Tensor, rstd: Tensor, weight: Tensor | None,
-    num_tokens: int, stream_dtype: torch.dtype, branch_dtype: torch.dtype,
+    num_tokens: int, stream_dtype: torch.dtype, branch_dtype: torch.dtype, center: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of ``norm_insert_fwd``.
 
@@ -183,6 +187,7 @@ def norm_insert_bwd(
             _norm_insert_bwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
                 None if grad_residual is None else grad_residual.contiguous(), grad_normed.contiguous(),
                 xhat.contiguous(), rstd.contiguous(), weight,
-                d_residual, d_branch if apart else None, d_prompts if L else None, B * S, T, L, D=D, **config,
+                d_residual, d_branch if apart else None, d_prompts if L else None, B * S, T, L,
+                CENTER=center, D=D, **config,
             )  # fmt: skip
     return d_residual, d_branch, d_prompts

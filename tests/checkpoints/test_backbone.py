@@ -229,7 +229,7 @@ WRONG = {
         lambda at: str((at / "w.safetensors").write_text("x") and at / "w.safetensors"),
         "w.safetensors",
     ),
-    "a convolutional net": (lambda at: f"resnet10t@{plain_file(at / 'w.safetensors')}", "a ResNet: expected a Vision"),
+    "a convolutional net": (lambda at: f"resnet10t@{plain_file(at / 'w.safetensors')}", "expected a ResNet's"),
     "weights of another": (
         lambda at: f"vit_tiny_patch16_224@{plain_file(at / 'w.safetensors')}",
         "w.safetensors: not weights of this model",

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton
-from insvp_fast.kernels.gpu import attention, chip, gelu, norm_insert, superpose
+from insvp_fast.kernels.gpu import activation, attention, chip, norm_insert, superpose
 
 from tools.aot import SHARED_LIMIT, TARGETS, cases, shortcomings
 from tools.aot_cases import CHECKED, POINTERS
@@ -91,8 +91,8 @@ GOOD = {"target": "90", "registers": 100, "spills": 0, "stack": 0, "shared": 0, 
     [
         ({"kernel": "attention_bwd", "spills": 93, "stack": 16}, ["93 spills, at most 0", "16 stack, at most 0"]),
         ({"kernel": "attention_bwd", "narrow": 9, "shared": 9, "registers": 255}, []),
-        ({"kernel": "gelu_fwd_code", "narrow": 1}, ["1 narrow, at most 0"]),
-        ({"kernel": "gelu_fwd_code", "target": "gfx942", "narrow": 1}, []),
+        ({"kernel": "activation_fwd_code", "narrow": 1}, ["1 narrow, at most 0"]),
+        ({"kernel": "activation_fwd_code", "target": "gfx942", "narrow": 1}, []),
         ({"kernel": "norm_insert_fwd", "narrow": 3}, ["3 narrow, at most 2"]),
         ({"kernel": "norm_insert_fwd", "narrow": 2, "shared": 1024}, ["1024 shared, at most 0"]),
         ({"kernel": "norm_insert_fwd", "target": "gfx942", "shared": 1024, "registers": 255}, []),
@@ -141,7 +141,7 @@ def launches(monkeypatch):
     """The launches of all kernels, in their order; nothing is run."""
     monkeypatch.setattr(chip, "INTERPRETED", True)
     seen = []
-    for module in (superpose, norm_insert, gelu, attention):
+    for module in (superpose, norm_insert, activation, attention):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
     return seen
@@ -177,11 +177,11 @@ def test_the_cases_are_what_norm_insert_launches(launches):
     assert_same_as_launched("norm_insert", "fp32-bf16-affine", launches)
 
 
-def test_the_cases_are_what_gelu_launches(launches):
+def test_the_cases_are_what_activation_launches(launches):
     pre = torch.zeros(4, 6, dtype=torch.bfloat16)
-    gelu.gelu_bwd(gelu.gelu_fwd(pre), pre)
-    gelu.gelu_bwd_code(*gelu.gelu_fwd_code(pre))
-    assert_same_as_launched("gelu", "bf16", launches)
+    activation.activation_bwd(activation.activation_fwd(pre, "gelu"), pre, "gelu")
+    activation.activation_bwd_code(*activation.activation_fwd_code(pre, "gelu"))
+    assert_same_as_launched("activation", "-gelu-bf16", launches)
 
 
 def test_the_cases_are_what_attention_launches(launches):

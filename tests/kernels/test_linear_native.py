@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from insvp_fast.runtime import native
+from insvp_fast.runtime.activations import ACTIVATIONS
 from insvp_fast.testing import assert_within_budget
+from tests.activations import FORMULAS
 from tests.kernels.native_checks import BF16, F32, assert_same_bits, needs_library
 
 pytestmark = [needs_library, pytest.mark.usefixtures("poison", "one_thread")]  # an element left unwritten is NaN
@@ -21,15 +21,6 @@ def inputs(M: int, K: int, N: int, dtype: torch.dtype = F32) -> tuple[Tensor, Te
     torch.manual_seed(M + 10 * K + 100 * N)
     weight = (torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype).float()
     return torch.randn(M, K).to(dtype), weight, torch.randn(N)
-
-
-def gelu_formula(x: Tensor) -> Tensor:
-    """GELU in float64, exact in the lower tail too."""
-    return x * torch.special.erfc(-x / math.sqrt(2)) / 2
-
-
-def gelu_derivative(x: Tensor) -> Tensor:
-    return torch.special.erfc(-x / math.sqrt(2)) / 2 + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
 def assert_exact(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -45,15 +36,16 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | N
     assert_exact(y, x.double() @ weight.double().T + (0 if bias is None else bias.double()), dtype or x.dtype)
 
 
-def check_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    packed = native.pack_linear(weight, x.dtype)
-    pre, hidden = native.linear_gelu(x, packed, bias, len(weight))
+def check_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "gelu") -> None:
+    packed, code = native.pack_linear(weight, x.dtype), ACTIVATIONS.index(activation)
+    pre, hidden = native.linear_activation(x, packed, bias, len(weight), code)
     assert torch.equal(pre, native.linear(x, packed, bias, len(weight)))
     product = x.double() @ weight.double().T
-    assert_exact(hidden, gelu_formula(product if bias is None else product + bias.double()), x.dtype)
-    nothing, same = native.linear_gelu(x, packed, bias, len(weight), keep=False)
+    formula = FORMULAS[activation]
+    assert_exact(hidden, formula(product if bias is None else product + bias.double())[0], x.dtype)
+    nothing, same = native.linear_activation(x, packed, bias, len(weight), code, keep=False)
     assert nothing is None and torch.equal(same, hidden)
-    assert_exact(native.linear_gelu_bwd(x, packed, pre), product * gelu_derivative(pre.double()), x.dtype)
+    assert_exact(native.linear_activation_bwd(x, packed, pre, code), product * formula(pre.double())[1], x.dtype)
 
 
 @each_dtype
@@ -64,8 +56,15 @@ def test_parity(isa, dtype, M, K, N):
     check(x, weight, bias)
     check(x, weight, None)
     check(x, weight, bias, BF16 if dtype == F32 else F32)
-    check_gelu(x, weight, bias)
-    check_gelu(torch.randn(M, N).to(dtype), weight.T, None)  # the transposed weight, as in backward
+    check_activation(x, weight, bias)
+    check_activation(torch.randn(M, N).to(dtype), weight.T, None)  # the transposed weight, as in backward
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_parity_of_activations(isa, dtype, activation):
+    x, weight, bias = inputs(13, 33, 50, dtype)
+    check_activation(3 * x, weight, bias, activation)
 
 
 @each_dtype
@@ -84,36 +83,41 @@ def test_bf16_within_the_budget_of_arithmetic(isa):
     leaf = torch.nn.functional.linear(x.to(BF16), weight.to(BF16), bias.to(BF16)).requires_grad_()
     plain = torch.nn.functional.gelu(leaf)
     (plain_grad,) = torch.autograd.grad(plain, leaf, grad.to(BF16) @ back.to(BF16).T)
-    pre, hidden = native.linear_gelu(x.to(BF16), native.pack_linear(weight, BF16), bias, 300)
-    d_pre = native.linear_gelu_bwd(grad.to(BF16), native.pack_linear(back, BF16), pre)
+    pre, hidden = native.linear_activation(x.to(BF16), native.pack_linear(weight, BF16), bias, 300)
+    d_pre = native.linear_activation_bwd(grad.to(BF16), native.pack_linear(back, BF16), pre)
     assert_within_budget(hidden, plain, exact, BF16, "hidden")
     assert_within_budget(d_pre, plain_grad, exact_grad, BF16, "d_pre")
 
 
-def test_gelu_to_the_last_bits(isa):
-    x = torch.cat([torch.linspace(-15, 15, 300_001), torch.logspace(-30, 30, 1001), -torch.logspace(-30, 30, 1001)])
-    identity = native.pack_linear(torch.ones(1, 1))
-    pre, hidden = native.linear_gelu(x[:, None], identity, None, 1)
-    slope = native.linear_gelu_bwd(torch.ones(len(x), 1), identity, x[:, None])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_to_the_last_bits(isa, activation):
+    large = torch.logspace(-30, 18 if activation == "gelu_tanh" else 30, 1001)  # whose squares do not overflow
+    x = torch.cat([torch.linspace(-15, 15, 300_001), large, -large])
+    identity, code = native.pack_linear(torch.ones(1, 1)), ACTIVATIONS.index(activation)
+    pre, hidden = native.linear_activation(x[:, None], identity, None, 1, code)
+    slope = native.linear_activation_bwd(torch.ones(len(x), 1), identity, x[:, None], code)
     assert torch.equal(pre[:, 0], x)
-    ulp = 2**-23
-    exact = gelu_formula(x.double())
-    # the rounding of -x*x/2 becomes the relative error of exp(-x*x/2)
-    assert ((hidden[:, 0] - exact).abs() <= ulp * (4 + x.double().square() / 2) * exact.abs() + 1e-37).all()
-    assert ((slope[:, 0] - gelu_derivative(x.double())).abs() <= 2 * ulp).all()
+    ulp, (exact, derivative) = 2**-23, FORMULAS[activation](x.double())
+    # the rounding of the exponent becomes the relative error of exp: of -x*x/2, or of the argument of the sigmoid
+    x = x.double()
+    exponent = {"gelu": x**2 / 2, "gelu_tanh": 4 * (x + 0.045 * x**3).abs()}.get(activation, 2 * x.abs())
+    least = 1e-37 if activation == "gelu" else 1e-36  # exp is 0 below -87
+    assert ((hidden[:, 0] - exact).abs() <= ulp * (4 + exponent) * exact.abs() + least).all()
+    assert ((slope[:, 0] - derivative).abs() <= 2 * ulp).all()
 
 
-def test_gelu_in_its_tails(isa):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_in_their_tails(isa, activation):
     inf, nan = float("inf"), float("nan")
-    x = torch.tensor([[0.0, 10.0, -20.0, 1e30, -1e30, inf, -inf, nan]]).T
-    identity = native.pack_linear(torch.ones(1, 1))
-    _, hidden = native.linear_gelu(x, identity, None, 1)
+    x = torch.tensor([[0.0, 30.0, -140.0, 1e18, -1e18, inf, -inf, nan]]).T
+    identity, code = native.pack_linear(torch.ones(1, 1)), ACTIVATIONS.index(activation)
+    _, hidden = native.linear_activation(x, identity, None, 1, code)
     assert_close = torch.testing.assert_close
-    expected = torch.tensor([[0.0, 10.0, 0.0, 1e30, 0.0, inf, nan, nan]]).T
+    expected = torch.tensor([[0.0, 30.0, 0.0, 1e18, 0.0, inf, nan, nan]]).T
     assert_close(hidden, expected, rtol=0, atol=0, equal_nan=True)
-    slope = native.linear_gelu_bwd(torch.ones_like(x), identity, x)
+    slope = native.linear_activation_bwd(torch.ones_like(x), identity, x, code)
     expected = torch.tensor([[0.5, 1.0, 0.0, 1.0, 0.0, nan, nan, nan]]).T
-    assert_close(slope, expected, rtol=0, atol=1e-20, equal_nan=True)
+    assert_close(slope, expected, rtol=0, atol=1e-11, equal_nan=True)
 
 
 @each_dtype
@@ -130,10 +134,10 @@ def test_noncontiguous_inputs(isa, dtype):
     images.copy_(x.view(5, 13, 300))
     got = native.linear(images, packed, bias, 50)
     assert got.is_contiguous() and torch.equal(got, y.view(5, 13, 50))
-    pre, hidden = native.linear_gelu(images, packed, bias, 50)
-    assert torch.equal(hidden.view(-1, 50), native.linear_gelu(x, packed, bias, 50)[1])
-    d_pre = native.linear_gelu_bwd(images, packed, pre.transpose(0, 1).contiguous().transpose(0, 1))
-    assert torch.equal(d_pre.view(-1, 50), native.linear_gelu_bwd(x, packed, pre.view(-1, 50)))
+    pre, hidden = native.linear_activation(images, packed, bias, 50)
+    assert torch.equal(hidden.view(-1, 50), native.linear_activation(x, packed, bias, 50)[1])
+    d_pre = native.linear_activation_bwd(images, packed, pre.transpose(0, 1).contiguous().transpose(0, 1))
+    assert torch.equal(d_pre.view(-1, 50), native.linear_activation_bwd(x, packed, pre.view(-1, 50)))
     assert torch.equal(native.linear(x[:1].expand(7, 300), packed, bias, 50), y[:1].expand(7, 50))
     assert native.linear(images[:, :0], packed, bias, 50).shape == (5, 0, 50)
 
@@ -146,12 +150,15 @@ def test_same_bits_for_every_number_of_threads(isa, dtype, threads, M, K, N):
     for n in (1, 2, 3, 7):
         threads(n)
         packed = native.pack_linear(weight, dtype)
-        pre, hidden = native.linear_gelu(x, packed, bias, N)
-        runs.append((packed, pre, hidden, native.linear_gelu_bwd(x, packed, pre)))
+        pre, hidden = native.linear_activation(x, packed, bias, N)
+        runs.append((packed, pre, hidden, native.linear_activation_bwd(x, packed, pre)))
     assert_same_bits(runs)
     rows = slice(M - 3, M) if M > 3 else slice(None)
     packed, pre, hidden, d_pre = runs[0]
-    again = *native.linear_gelu(x[rows], packed, bias, N), native.linear_gelu_bwd(x[rows], packed, pre[rows])
+    again = (
+        *native.linear_activation(x[rows], packed, bias, N),
+        native.linear_activation_bwd(x[rows], packed, pre[rows]),
+    )
     assert_same_bits([again, (pre[rows], hidden[rows], d_pre[rows])])  # and the other rows change nothing
 
 
@@ -160,9 +167,9 @@ def test_same_bits_for_every_number_of_threads(isa, dtype, threads, M, K, N):
 def test_a_bad_value_stays_in_its_row(isa, dtype, bad):
     x, weight, bias = inputs(15, 301, 50, dtype)
     packed = native.pack_linear(weight, dtype)
-    pre, _ = native.linear_gelu(x, packed, bias, 50)
+    pre, _ = native.linear_activation(x, packed, bias, 50)
     x[7, 300] = bad
-    for y in (*native.linear_gelu(x, packed, bias, 50), native.linear_gelu_bwd(x, packed, pre)):
+    for y in (*native.linear_activation(x, packed, bias, 50), native.linear_activation_bwd(x, packed, pre)):
         assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [7]
 
 
@@ -210,8 +217,8 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="packed has shape"):
         native.linear(x[:, :32], packed, bias, 50)
     with pytest.raises(ValueError, match=r"bias has shape \(49,\): expected \(50,\)"):
-        native.linear_gelu(x, packed, bias[:49], 50)
+        native.linear_activation(x, packed, bias[:49], 50)
     with pytest.raises(ValueError, match=r"pre has shape \(2, 50\): expected \(3, 50\)"):
-        native.linear_gelu_bwd(x, packed, torch.zeros(2, 50))
+        native.linear_activation_bwd(x, packed, torch.zeros(2, 50))
     with pytest.raises(TypeError, match=r"pre has dtype torch\.float64"):
-        native.linear_gelu_bwd(x, packed, torch.zeros(3, 50).double())
+        native.linear_activation_bwd(x, packed, torch.zeros(3, 50).double())

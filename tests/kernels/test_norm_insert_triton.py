@@ -23,25 +23,26 @@ def inputs(B, T, L, D, stream, device, narrow=None, branch=True, affine=True):
     return residual, added, prompts, weight, bias
 
 
-def formula(residual, branch, prompts, weight, bias, dtype):
+def formula(residual, branch, prompts, weight, bias, dtype, center):
     """The results in ``dtype`` by PyTorch's operations, and the leaves for autograd."""
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (residual, branch, prompts)]
     stream, added, extra = leaves
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     total = stream if added is None else stream + added
     rows = total if extra is None else torch.cat([total, extra], 1)
-    xhat = torch.nn.functional.layer_norm(rows, rows.shape[-1:], None, None, EPS)
+    norm = torch.nn.functional.layer_norm if center else torch.nn.functional.rms_norm
+    xhat = norm(rows, rows.shape[-1:], eps=EPS)
     normed = xhat if weight is None else xhat * weight + (0 if bias is None else bias)
     return leaves, total, normed, xhat
 
 
-def check(tensors, dtype, device):
+def check(tensors, dtype, device, center=True):
     """Forward and backward within twice the error of the formula in the same precision."""
     residual, branch, prompts, weight, _ = tensors
     B, T, D = residual.shape
     L = 0 if prompts is None else prompts.shape[1]
     stream = residual.dtype
-    total, normed, xhat, rstd = norm_insert.norm_insert_fwd(*tensors, EPS, dtype)
+    total, normed, xhat, rstd = norm_insert.norm_insert_fwd(*tensors, EPS, dtype, center)
     assert total.dtype == stream and normed.dtype == xhat.dtype == dtype and rstd.dtype == torch.float32
     assert total.shape == ((0,) if branch is None else (B, T, D))
     assert xhat.shape == ((0,) if weight is None else (B, T + L, D)) and rstd.shape == (B, T + L)
@@ -49,7 +50,7 @@ def check(tensors, dtype, device):
     grad_normed = torch.randn(B, T + L, D, device=device).to(dtype)
     branch_dtype = None if branch is None else branch.dtype
     d_residual, d_branch, d_prompts = norm_insert.norm_insert_bwd(
-        grad_total, grad_normed, normed if weight is None else xhat, rstd, weight, T, stream, branch_dtype
+        grad_total, grad_normed, normed if weight is None else xhat, rstd, weight, T, stream, branch_dtype, center
     )
     assert d_residual.dtype == stream and d_residual.shape == (B, T, D)
     assert d_prompts.dtype == stream and d_prompts.shape == (B, L, D)
@@ -60,7 +61,7 @@ def check(tensors, dtype, device):
 
     values = {}
     for precision in (torch.float64, torch.promote_types(stream, dtype) if dtype == torch.float32 else dtype):
-        leaves, new, out, before = formula(*tensors, precision)
+        leaves, new, out, before = formula(*tensors, precision, center)
         present = [t for t in leaves if t is not None]
         grads = torch.autograd.grad((new, out), present, (grad_total.to(precision), grad_normed.to(precision)))
         values[precision] = [new, out, before, grads[0], *grads[len(present) - 1 :] * (prompts is not None)]
@@ -74,7 +75,8 @@ def check(tensors, dtype, device):
     rows = residual.double() if branch is None else residual.double() + branch.double()
     rows = rows if prompts is None else torch.cat([rows, prompts.double()], 1)
     tolerance = 1e-6 if stream == torch.float32 else 4 * torch.finfo(stream).eps
-    assert relative_error(rstd, (rows.var(-1, correction=0) + EPS).rsqrt()) < tolerance
+    mean_square = rows.var(-1, correction=0) if center else rows.square().mean(-1)
+    assert relative_error(rstd, (mean_square + EPS).rsqrt()) < tolerance
 
 
 SHAPES = [(1, 5, 9, 768), (3, 7, 1, 100), (3, 3, 0, 24), (0, 4, 2, 24), (1, 1, 1, 1), (2, 3, 2, 2500)]
@@ -89,7 +91,9 @@ def test_parity(shape, dtype, device, poison):
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 def test_what_may_be_absent(branch, affine, device, poison):
-    check(inputs(2, 5, 3, 100, torch.float32, device, branch=branch, affine=affine), torch.float32, device)
+    tensors = inputs(2, 5, 3, 100, torch.float32, device, branch=branch, affine=affine)
+    check(tensors, torch.float32, device)
+    check(tensors, torch.float32, device, center=False)
 
 
 def test_an_affine_map_without_bias(device, poison):

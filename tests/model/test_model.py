@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import SwiGLUPacked
-from timm.models.vision_transformer import ParallelThingsBlock
 from timm.optim import param_groups_weight_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, prompters
@@ -58,13 +56,8 @@ VARIANTS = {  # of timm's ViT, that have a fast path
     },
 }
 GENERAL = {  # have no fast path
-    "RMSNorm": {"img_size": 32, "norm_layer": "rmsnorm"},
-    "norm after the patch embedding": {"img_size": 32, "embed_norm_layer": "layernorm"},
     "differential attention": {"img_size": 32, "attn_layer": "diff"},
-    "SwiGLU": {"img_size": 32, "mlp_layer": SwiGLUPacked},
-    "MLP norm": {"img_size": 32, "scale_mlp_norm": True},
-    "parallel blocks": {"img_size": 32, "block_fn": ParallelThingsBlock},
-    "tanh GELU": {"img_size": 32, "act_layer": "gelu_tanh"},
+    "ReLU": {"img_size": 32, "act_layer": "relu"},
     "padding": {"img_size": 32, "dynamic_img_pad": True},
 }
 NO_DROPOUT = {"global_dropout": 0.0}

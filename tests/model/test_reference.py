@@ -135,17 +135,17 @@ def test_superpose_gradients_written_out():
         torch.testing.assert_close(value, exact)
 
 
-def test_norm_insert_gradients_written_out():
+@pytest.mark.parametrize("center", [True, False])
+def test_norm_insert_gradients_written_out(center):
     residual, branch, prompts = (double(2, n, 6).requires_grad_() for n in (5, 5, 3))
     weight, bias = double(6), double(6)
-    outputs = norm_insert_reference(residual, branch, prompts, weight, bias, 1e-6)
+    outputs = norm_insert_reference(residual, branch, prompts, weight, bias, 1e-6, center)
     grads = double(2, 5, 6), double(2, 8, 6)
     expected = torch.autograd.grad(outputs, [residual, branch, prompts], grads)
     tokens = torch.cat([residual + branch, prompts], dim=1)
-    rstd = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
-    d_residual, d_prompts = norm_insert_bwd_reference(
-        *grads, (tokens - tokens.mean(-1, keepdim=True)) * rstd, rstd, weight
-    )
+    deviation = tokens - tokens.mean(-1, keepdim=True) if center else tokens
+    rstd = (deviation.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    d_residual, d_prompts = norm_insert_bwd_reference(*grads, deviation * rstd, rstd, weight, center)
     for value, exact in zip((d_residual, d_residual, d_prompts), expected, strict=True):
         torch.testing.assert_close(value, exact)
 

@@ -6,9 +6,11 @@ from torch.library import opcheck
 
 from insvp_fast import ops
 from insvp_fast.ops import FrozenLinear
-from insvp_fast.ops.mlp import gelu_code
+from insvp_fast.ops.mlp import derivative_code
 from insvp_fast.runtime import native, products
+from insvp_fast.runtime.activations import ACTIVATIONS
 from insvp_fast.testing import assert_within_budget, relative_error
+from tests.activations import FORMULAS
 from tests.gradients import DTYPES, copies, with_gradients
 
 NEEDS_LIBRARY = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
@@ -24,31 +26,40 @@ def run(x, w1, b1, w2, b2, gain=None, shift=None, **options):
     return ops.mlp(x, FrozenLinear(w1, b1, gain, shift), FrozenLinear(w2, b2), **options)
 
 
-def plain_mlp(x, w1, b1, w2, b2, gain, shift):
+def plain_mlp(x, w1, b1, w2, b2, gain, shift, activation="gelu"):
     hidden = torch.nn.functional.linear(x * gain + shift, w1, b1)
-    return torch.nn.functional.linear(torch.nn.functional.gelu(hidden), w2, b2)
+    return torch.nn.functional.linear(FORMULAS[activation](hidden)[0], w2, b2)
+
+
+def assert_parity(dtype, activation="gelu", **options):
+    x, weights, (gain, shift) = mlp_inputs(dtype)
+
+    def plain(x):
+        return plain_mlp(x, *(w.to(x.dtype) for w in (*weights, gain, shift)), activation)
+
+    exact, rough = with_gradients(plain, copies([x], torch.float64)), with_gradients(plain, [x])
+    values = with_gradients(lambda x: run(x, *weights, gain, shift, activation=activation, **options), [x])
+    for value, low, expected in zip(values, rough, exact, strict=True):
+        assert value.dtype == dtype
+        assert_within_budget(value, low, expected, dtype)
 
 
 @pytest.mark.parametrize("keep", ["pre", "input"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "impl", ["auto", "onednn", pytest.param("native", marks=NEEDS_LIBRARY), "widened", "reference"]
-)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_mlp(impl, dtype, keep):
     if (impl == "widened" and dtype == torch.float32) or (impl == "onednn" and not products.onednn_works(dtype)):
         pytest.skip("this product is not for this dtype, or this processor")
     if dtype == torch.float16 and impl == "native":
         pytest.skip("no fp16 there")
-    x, weights, (gain, shift) = mlp_inputs(dtype)
+    assert_parity(dtype, keep=keep, impl=impl)
 
-    def plain(x):
-        return plain_mlp(x, *(w.to(x.dtype) for w in (*weights, gain, shift)))
 
-    exact, rough = with_gradients(plain, copies([x], torch.float64)), with_gradients(plain, [x])
-    values = with_gradients(lambda x: run(x, *weights, gain, shift, keep=keep, impl=impl), [x])
-    for value, low, expected in zip(values, rough, exact, strict=True):
-        assert value.dtype == dtype
-        assert_within_budget(value, low, expected, dtype)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations(activation, dtype, impl):
+    assert_parity(dtype, activation, impl=impl)
 
 
 @pytest.mark.parametrize(("keep", "size"), [("pre", 4 * 2 * 5 * 48), ("code", 2 * 5 * 48), ("input", 4 * 2 * 5 * 33)])
@@ -60,18 +71,22 @@ def test_mlp_keeps_what_it_says(keep, size):
     assert sum(t.nbytes for t in kept if not any(t is w for w in weights)) == size
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mlp_with_the_derivative_in_8_bits(dtype):
+def test_mlp_with_the_derivative_in_8_bits(dtype, activation):
     """Half a step of 1/201 in a derivative of at most 1.13, and that at worst in the same direction everywhere."""
     x, weights, _ = mlp_inputs(dtype)
-    exact, coarse = (with_gradients(lambda x, k=k: run(x, *weights, keep=k), [x]) for k in ("pre", "code"))
+    exact, coarse = (
+        with_gradients(lambda x, k=k: run(x, *weights, activation=activation, keep=k), [x]) for k in ("pre", "code")
+    )
     assert torch.equal(exact[0], coarse[0])
     assert 0 < relative_error(coarse[1], exact[1]) < 1e-2
 
 
 @pytest.mark.parametrize("keep", ["pre", "code", "input", "nothing"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_kernels_of_mlp_fit_in(dtype, keep):
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_the_kernels_of_mlp_fit_in(dtype, keep, activation):
     """What runs on a GPU, with the kernels interpreted: the same products around them, in the same order."""
     chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
     if not chip.INTERPRETED:
@@ -79,14 +94,16 @@ def test_the_kernels_of_mlp_fit_in(dtype, keep):
     x, weights, affine = mlp_inputs(dtype, requires_grad=False)
     forward, backward = torch.ops.insvp_fast.mlp_fwd, torch.ops.insvp_fast.mlp_bwd
     with products.override_provider(lambda dtype: "plain"):
-        out, kept = forward(x, *weights, *affine, keep, "triton")
-    plain_out, plain_kept = forward(x, *weights, *affine, keep, "reference")
+        out, kept = forward(x, *weights, *affine, activation, keep, "triton")
+    plain_out, plain_kept = forward(x, *weights, *affine, activation, keep, "reference")
     eps = 4 * torch.finfo(dtype).eps  # the interpreter truncates 16-bit stores
     assert relative_error(out, plain_out) < eps and kept.dtype == plain_kept.dtype and kept.shape == plain_kept.shape
     if keep != "nothing":
         kept, grad = x if keep == "input" else kept, torch.randn_like(x)
         with products.override_provider(lambda dtype: "plain"):
-            values = [backward(grad, kept, *weights, *affine, keep, impl) for impl in ("triton", "reference")]
+            values = [
+                backward(grad, kept, *weights, *affine, activation, keep, impl) for impl in ("triton", "reference")
+            ]
         assert relative_error(*values) < eps
 
 
@@ -98,13 +115,15 @@ def test_mlp_gradcheck_opcheck_and_refusals():
         assert torch.autograd.gradcheck(function, [x])
     x = x.detach()
     for keep in ("pre", "code", "input", "nothing"):
-        opcheck(torch.ops.insvp_fast.mlp_fwd.default, (x, *weights, *affine, keep, "auto"))
+        opcheck(torch.ops.insvp_fast.mlp_fwd.default, (x, *weights, *affine, "gelu", keep, "auto"))
     for keep in ("pre", "code", "input"):
         pre = torch.randn(2, 5, 48).double()
-        kept = {"pre": pre, "code": gelu_code(pre), "input": x}[keep]
-        arguments = (torch.randn_like(x), kept, *weights, *affine, keep, "auto")
+        kept = {"pre": pre, "code": derivative_code(pre), "input": x}[keep]
+        arguments = (torch.randn_like(x), kept, *weights, *affine, "gelu", keep, "auto")
         opcheck(torch.ops.insvp_fast.mlp_bwd.default, arguments)
     with pytest.raises(ValueError, match="keep='all': expected one of"):
         run(x, *weights, keep="all")
+    with pytest.raises(ValueError, match="activation='relu': expected one of"):
+        run(x, *weights, activation="relu")
     with pytest.raises(ValueError, match="frozen weights"):
         run(x, weights[0].requires_grad_(), *weights[1:])

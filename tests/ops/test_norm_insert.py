@@ -14,8 +14,8 @@ IMPLS = ("triton", "reference")
 
 @pytest.mark.parametrize("L", [None, 0, 1, 9])
 @pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_norm_insert(L, branch, compiled):
+@pytest.mark.parametrize(("compiled", "center"), [(False, True), (False, False), (True, True)])
+def test_norm_insert(L, branch, compiled, center):
     weight, bias = torch.randn(24), torch.randn(24)
     inputs = [torch.randn(2, 7, 24, requires_grad=True)]
     inputs += [torch.randn(2, 7, 24, requires_grad=True)] * branch + [
@@ -25,9 +25,8 @@ def test_norm_insert(L, branch, compiled):
     def run(function, tensors):
         tensors = list(tensors)
         residual, added = tensors.pop(0), tensors.pop(0) if branch else None
-        return function(
-            residual, added, tensors.pop() if tensors else None, weight.to(residual), bias.to(residual), 1e-6
-        )
+        prompts, affine = tensors.pop() if tensors else None, (weight.to(residual), bias.to(residual))
+        return function(residual, added, prompts, *affine, 1e-6, center=center)
 
     def fast(*t):
         return run(ops.norm_insert, t)
@@ -38,45 +37,45 @@ def test_norm_insert(L, branch, compiled):
         assert value.shape == expected.shape and relative_error(value, expected) < 1e-5
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("affine", "center"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("branch", [True, False])
-def test_norm_insert_gradcheck_and_opcheck(affine, branch):
+def test_norm_insert_gradcheck_and_opcheck(affine, branch, center):
     residual, added, prompts = (torch.randn(2, n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 3, 2))
     weights = [torch.randn(5, dtype=torch.float64) if affine else None for _ in range(2)]
     added = added if branch else None
     given = [t for t in (residual, added, prompts) if t is not None]
 
     def run(residual, *rest):
-        return ops.norm_insert(residual, rest[0] if branch else None, rest[-1], *weights, 1e-6)
+        return ops.norm_insert(residual, rest[0] if branch else None, rest[-1], *weights, 1e-6, center=center)
 
     assert torch.autograd.gradcheck(run, given)
     forward, backward = torch.ops.insvp_fast.norm_insert_fwd.default, torch.ops.insvp_fast.norm_insert_bwd.default
     tensors = [None if t is None else t.detach() for t in (residual, added, prompts)]
-    opcheck(forward, (*tensors, *weights, 1e-6, torch.float64, "auto"))
-    _, normed, xhat, rstd = forward(*tensors, *weights, 1e-6, torch.float64, "auto")
+    opcheck(forward, (*tensors, *weights, 1e-6, torch.float64, center, "auto"))
+    _, normed, xhat, rstd = forward(*tensors, *weights, 1e-6, torch.float64, center, "auto")
     for grad in (tensors[0], None):
         kept = xhat if affine else normed
-        opcheck(
-            backward, (grad, torch.randn_like(normed), kept, rstd, weights[0], 3, torch.float64, torch.float32, "auto")
-        )
+        dtypes = torch.float64, torch.float32
+        opcheck(backward, (grad, torch.randn_like(normed), kept, rstd, weights[0], 3, *dtypes, center, "auto"))
 
 
+@pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("branch", [True, False])
-def test_the_kernels_of_norm_insert_fit_in(affine, branch):
+def test_the_kernels_of_norm_insert_fit_in(affine, branch, center):
     """What runs on a GPU, with the kernels interpreted, against what the operator does everywhere."""
     chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
     if not chip.INTERPRETED:
         pytest.skip("needs Triton's interpreter")
     residual, added, prompts = (torch.randn(2, n, 24) for n in (3, 3, 2))
     weights = [torch.randn(24) if affine else None for _ in range(2)]
-    arguments = residual, added if branch else None, prompts, *weights, 1e-6, torch.float32
+    arguments = residual, added if branch else None, prompts, *weights, 1e-6, torch.float32, center
     forward = [torch.ops.insvp_fast.norm_insert_fwd(*arguments, impl) for impl in IMPLS]
     _, normed, xhat, rstd = forward[1]
     kept, grad_normed = xhat if affine else normed, torch.randn_like(normed)
     grads = [
         torch.ops.insvp_fast.norm_insert_bwd(
-            grad, grad_normed, kept, rstd, weights[0], 3, torch.float32, branch_dtype, impl
+            grad, grad_normed, kept, rstd, weights[0], 3, torch.float32, branch_dtype, center, impl
         )
         for grad, branch_dtype in ((residual, torch.float32), (None, torch.float16))
         for impl in IMPLS

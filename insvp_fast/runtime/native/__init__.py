@@ -9,11 +9,17 @@ Raises:
     MemoryError: where there is no memory for the results or the workspace.
 """
 
-from insvp_fast.runtime.native.attention import attention_bwd, attention_fwd
+from insvp_fast.runtime.native.attention import (
+    Windows,
+    attention_bwd,
+    attention_fwd,
+    window_attention_bwd,
+    window_attention_fwd,
+)
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums
 from insvp_fast.runtime.native.library import DTYPES, NativeStatus, available, native_status
-from insvp_fast.runtime.native.linear import linear, linear_gelu, linear_gelu_bwd, pack_linear
+from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
 
@@ -22,6 +28,7 @@ __all__ = [
     "LINES",
     "Checksums",
     "NativeStatus",
+    "Windows",
     "attention_bwd",
     "attention_fwd",
     "available",
@@ -30,12 +37,14 @@ __all__ = [
     "conv_pool_bwd",
     "conv_pool_fwd",
     "linear",
-    "linear_gelu",
-    "linear_gelu_bwd",
+    "linear_activation",
+    "linear_activation_bwd",
     "native_status",
     "norm_insert_bwd",
     "norm_insert_fwd",
     "pack_linear",
     "superpose_bwd",
     "superpose_fwd",
+    "window_attention_bwd",
+    "window_attention_fwd",
 ]

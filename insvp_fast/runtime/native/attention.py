@@ -1,29 +1,30 @@
-"""attention in C++, forward and backward.
+"""attention and window_attention in C++, forward and backward: the former is the latter with one window, all tokens.
 
-Letters: ``B`` images, ``S`` tokens of which the first ``T`` ask, ``D`` the width of all heads together.
+Letters: ``B`` images of ``T`` tokens and ``L`` prompts, ``n`` windows of ``w`` tokens, ``D`` the width of all heads.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, call, f32, i32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import TYPE_CODES, address, call, f32, i32, i64, pointer, ptr, require
 
-__all__ = ["attention_bwd", "attention_fwd"]
+__all__ = ["Windows", "attention_bwd", "attention_fwd", "window_attention_bwd", "window_attention_fwd"]
 
-_FWD = [ptr, i32, ptr, *[i64] * 5, f32]
-_BWD = [ptr, ptr, i32, ptr, *[i64] * 5, f32]
+_FWD = [ptr, i32, *[ptr] * 4, *[i64] * 6, f32]
+_BWD = [ptr, ptr, i32, *[ptr] * 4, *[i64] * 6, f32]
 
 
-def _sizes(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int, int]:
-    """B, S, T, the number of heads, the width of one."""
-    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}: expected [B, S, 3*D] with D in {num_heads} equal heads")
-    B, S, D3 = qkv.shape
-    if not 0 <= num_queries <= S:
-        raise ValueError(f"num_queries is {num_queries}: expected 0 to {S}, the number of tokens")
-    return B, S, num_queries, num_heads, D3 // (3 * num_heads)
+class Windows(NamedTuple):
+    """Which tokens attend to one another, and what their scores get: see ``insvp_fast.ops.window_attention``."""
+
+    windows: Tensor  # int32 [n, w]
+    bias: Tensor | None  # fp32 [heads, w, w]
+    mask: Tensor | None  # fp32 [n, w, w]
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
@@ -32,11 +33,8 @@ def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -
     qkv [B, S, 3*D] in float32 or bfloat16. Returns [B, T, D] in its dtype; sums and the softmax are float32. The same
     bits for every number of threads. Errors: see ``native``.
     """
-    sizes = _sizes(qkv, num_heads, num_queries)
-    qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
-    out = buffers.empty((qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
-    call("attention_fwd", _FWD, *pointer(qkv), out.data_ptr(), *sizes, scale)
-    return out
+    _check_queries(qkv, num_queries)
+    return _fwd(qkv, num_heads, (1, num_queries), (None, None, None), scale)
 
 
 def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
@@ -44,9 +42,73 @@ def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, s
 
     Zero for the queries of tokens that do not ask. The rest as in ``attention_fwd``.
     """
-    sizes = _sizes(qkv, num_heads, num_queries)
+    _check_queries(qkv, num_queries)
+    return _bwd(grad, qkv, num_heads, (1, num_queries), (None, None, None), scale)
+
+
+def window_attention_fwd(qkv: Tensor, num_heads: int, windows: Windows, scale: float) -> Tensor:
+    """Softmax attention of the tokens of each window to one another and to the last L rows, from the packed product.
+
+    qkv [B, T+L, 3*D] in float32 or bfloat16, T = n*w. Returns [B, T, D]. The rest as in ``attention_fwd``.
+    """
+    windows = _checked(qkv, num_heads, windows)
+    return _fwd(qkv, num_heads, tuple(windows.windows.shape), tuple(map(address, windows)), scale)
+
+
+def window_attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, windows: Windows, scale: float) -> Tensor:
+    """The gradient of ``window_attention_fwd`` by qkv for ``grad`` [B, T, D] of its result; 0 for prompts' queries."""
+    windows = _checked(qkv, num_heads, windows)
+    return _bwd(grad, qkv, num_heads, tuple(windows.windows.shape), tuple(map(address, windows)), scale)
+
+
+_Pointers = tuple[int | None, ...]
+
+
+def _fwd(qkv: Tensor, heads: int, shape: tuple[int, ...], windows: _Pointers, scale: float) -> Tensor:
+    d = _head_width(qkv, heads)
+    (B, S, _), (n, w) = qkv.shape, shape
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
-    grad = require("grad", grad, (qkv.shape[0], num_queries, qkv.shape[2] // 3), qkv.dtype)
+    out = buffers.empty((B, n * w, heads * d), qkv.dtype)
+    call("attention_fwd", _FWD, *pointer(qkv), *windows, out.data_ptr(), B, n, w, S - n * w, heads, d, scale)
+    return out
+
+
+def _bwd(grad: Tensor, qkv: Tensor, heads: int, shape: tuple[int, ...], windows: _Pointers, scale: float) -> Tensor:
+    d = _head_width(qkv, heads)
+    (B, S, _), (n, w) = qkv.shape, shape
+    qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
+    grad = require("grad", grad, (B, n * w, heads * d), qkv.dtype)
     d_qkv = buffers.empty_like(qkv)
-    call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), d_qkv.data_ptr(), *sizes, scale)
+    sizes = B, n, w, S - n * w, heads, d
+    call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), *windows, d_qkv.data_ptr(), *sizes, scale)
     return d_qkv
+
+
+def _head_width(qkv: Tensor, num_heads: int) -> int:
+    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}: expected [B, S, 3*D] with D in {num_heads} equal heads")
+    return qkv.shape[2] // (3 * num_heads)
+
+
+def _check_queries(qkv: Tensor, num_queries: int) -> None:
+    if qkv.ndim == 3 and not 0 <= num_queries <= qkv.shape[1]:
+        raise ValueError(f"num_queries is {num_queries}: expected 0 to {qkv.shape[1]}, the number of tokens")
+
+
+def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:
+    """The windows, contiguous, after a check that C++ will stay inside of the tensors and write all of the result."""
+    _head_width(qkv, num_heads)
+    windows, bias, mask = given
+    shape = tuple(windows.shape)
+    windows = require("windows", windows, shape, torch.int32)
+    T = windows.numel()
+    if len(shape) != 2 or qkv.shape[1] < T:
+        raise ValueError(f"windows has shape {shape}: expected [n, w] with n*w up to {qkv.shape[1]}, the tokens of qkv")
+    counts = windows.flatten().clamp(-1, T).add(1).bincount(minlength=T + 2)
+    if T and not (counts[1 : T + 1] == 1).all():
+        raise ValueError(f"windows has to hold each of the tokens 0 to {T - 1} once")
+    if bias is not None:
+        bias = require("bias", bias, (num_heads, shape[1], shape[1]), torch.float32)
+    if mask is not None:
+        mask = require("mask", mask, (*shape, shape[1]), torch.float32)
+    return Windows(windows, bias, mask)

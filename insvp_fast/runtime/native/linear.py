@@ -1,4 +1,4 @@
-"""linear and mlp in C++: the product with a packed weight, alone or with GELU."""
+"""linear and mlp in C++: the product with a packed weight, alone or with an activation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from insvp_fast.runtime.native.library import (
     require_kind,
 )
 
-__all__ = ["linear", "linear_gelu", "linear_gelu_bwd", "pack_linear"]
+__all__ = ["linear", "linear_activation", "linear_activation_bwd", "pack_linear"]
 
 _PACK = [*array * 2, *[i64] * 4]
-_LINEAR = [*array * 2, ptr, *array * 2, i32, *[i64] * 6]
-_NONE, _GELU, _GELU_BWD = range(3)
+_LINEAR = [*array * 2, ptr, *array * 2, i32, i32, *[i64] * 6]
+_NONE, _ACTIVATE, _ACTIVATE_BWD = range(3)
 
 
 def _packed_type(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +63,7 @@ def _product(
     out_features: int,
     dtype: torch.dtype | None,
     epilogue: int = _NONE,
+    activation: int = 0,
     pre: Tensor | None = None,
 ) -> Tensor:
     if x.ndim not in (2, 3):
@@ -84,7 +85,7 @@ def _product(
     call(
         "linear",
         _LINEAR,
-        *(*pointer(x), *pointer(packed), address(bias), *pointer(y), *pointer(pre), epilogue),
+        *(*pointer(x), *pointer(packed), address(bias), *pointer(y), *pointer(pre), epilogue, activation),
         *(y.numel() // max(out_features, 1), out_features, K, rows[-1], batch_stride, row_stride),
     )
     return y
@@ -102,22 +103,23 @@ def linear(
     return _product(x, packed, bias, out_features, dtype)
 
 
-def linear_gelu(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, keep: bool = True
+def linear_activation(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: int = 0, *, keep: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """``pre = linear(x, ...)`` and ``gelu(pre)`` in its exact (erf) form, both in the dtype of x.
+    """``pre = linear(x, ...)`` and its activation, both in the dtype of x.
 
-    ``pre`` is None unless it is to be kept for backward; GELU is computed before it is rounded. Errors: see ``native``.
+    activation is the code of one: its place in ``activations.ACTIVATIONS``. ``pre`` is None unless it is to be kept for
+    backward; the activation is computed before it is rounded. Errors: see ``native``.
     """
     pre = buffers.empty((*x.shape[:-1], out_features), x.dtype) if keep else None
-    return pre, _product(x, packed, bias, out_features, None, _GELU, pre)
+    return pre, _product(x, packed, bias, out_features, None, _ACTIVATE, activation, pre)
 
 
-def linear_gelu_bwd(grad: Tensor, packed: Tensor, pre: Tensor) -> Tensor:
-    """The gradient of GELU and the next product by ``pre``: ``linear(grad, packed) * gelu'(pre)`` in grad's dtype.
+def linear_activation_bwd(grad: Tensor, packed: Tensor, pre: Tensor, activation: int = 0) -> Tensor:
+    """The gradient of an activation and the next product by ``pre``: ``linear(grad, packed)`` times its derivative.
 
     grad [..., D_out] of the results of the next product, packed its transposed weight, pre [..., D_in] in float32 or
-    bfloat16. Errors: see ``native``.
+    bfloat16, activation as in ``linear_activation``. The result has grad's dtype. Errors: see ``native``.
     """
     pre = require("pre", pre, (*grad.shape[:-1], *pre.shape[-1:]), *TYPE_CODES)
-    return _product(grad, packed, None, pre.shape[-1], None, _GELU_BWD, pre)
+    return _product(grad, packed, None, pre.shape[-1], None, _ACTIVATE_BWD, activation, pre)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i32, i64, pointer, ptr, require
 
 __all__ = ["norm_insert_bwd", "norm_insert_fwd"]
 
-_FWD = [*array * 3, i64, ptr, ptr, f32, *array * 3, ptr, *[i64] * 4]
-_BWD = [*array * 3, ptr, ptr, *array * 3, *[i64] * 4]
+_FWD = [*array * 3, i64, ptr, ptr, f32, i32, *array * 3, ptr, *[i64] * 4]
+_BWD = [*array * 3, ptr, ptr, i32, *array * 3, *[i64] * 4]
 
 
 def norm_insert_fwd(
@@ -25,10 +25,12 @@ def norm_insert_fwd(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    center: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of residual and branch, then LayerNorm of it and of the prompts, in one buffer.
+    """The sum of residual and branch, then LayerNorm, or RMSNorm, of it and of the prompts, in one buffer.
 
-    residual, branch [B, T, D] and prompts [B, L, D] in float32 or bfloat16; weight, bias [D]. Returns the sum in the
+    residual, branch [B, T, D] and prompts [B, L, D] in float32 or bfloat16; weight, bias [D]; RMSNorm without
+    ``center``. Returns the sum in the
     residual's dtype (of size 0 without a branch), the normalized [B, S, D] in ``dtype`` with and without the affine map
     (the latter of size 0 where there is no weight), and 1/sigma [B, S] in float32. Errors: see ``native``.
     """
@@ -55,7 +57,7 @@ def norm_insert_fwd(
         "norm_insert_fwd",
         _FWD,
         *(*pointer(residual), *pointer(branch), *pointer(prompts), prompts_stride),
-        *(address(weight), address(bias), eps),
+        *(address(weight), address(bias), eps, center),
         *(*pointer(total), *pointer(normed), *pointer(xhat), rstd.data_ptr()),
         *(B, T, L, D),
     )
@@ -71,6 +73,7 @@ def norm_insert_bwd(
     num_tokens: int,
     stream_dtype: torch.dtype,
     branch_dtype: torch.dtype,
+    center: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``norm_insert_fwd`` by residual, branch and prompts.
 
@@ -95,6 +98,7 @@ def norm_insert_bwd(
         "norm_insert_bwd",
         _BWD,
         *(*pointer(grad_total), *pointer(grad_normed), *pointer(xhat), rstd.data_ptr(), address(weight)),
+        center,
         *(*pointer(d_residual), *pointer(d_branch), *pointer(d_prompts)),
         *(B, T, S - T, D),
     )

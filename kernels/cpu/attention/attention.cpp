@@ -1,5 +1,5 @@
-// attention: softmax attention of the first T tokens to all S, from the packed projection to queries, keys and values.
-// The C functions and the threads are here, the arithmetic is in kernel.cpp.
+// attention: softmax attention of the tokens of a window to one another and to the prompts, from the packed projection to
+// queries, keys and values. The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "attention.h"
 
 #include "common/host.h"
@@ -12,13 +12,15 @@ const AttentionKernels& kernels(DType type) {
   return best_kernels<AttentionKernels>(type == DType::bf16 ? isa() : isa(Isa::avx512));
 }
 
-Attention arguments(
-    Array qkv, Array out, Array d_qkv, int64_t S, int64_t T, int64_t heads, int64_t d, float scale) {
-  Attention a{qkv, out, d_qkv, S, T, heads, d, scale, 0, 0, 0, 0};
+// What forward and backward have in common.
+Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, const float* bias,
+                    const float* mask, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale) {
+  Attention a{qkv, out, d_qkv, windows, bias, mask, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0};
   a.width = whole_lines(d);
-  a.stride = odd_lines(S);
-  a.tokens = larger((S + 1) * a.width, d * a.stride);
-  a.scores = kQueries * a.stride;
+  a.stride = odd_lines(a.S);
+  a.tokens = larger((a.S + 1) * a.width, d * a.stride);
+  a.queries = block_of_queries(w);
+  a.scores = a.queries * a.stride;
   return a;
 }
 
@@ -38,21 +40,24 @@ int for_each_head(const Attention& a, int64_t B, int64_t scratch_size, int threa
 
 using namespace insvp_fast;
 
-// Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous and of one type: qkv and d_qkv
-// [B, S, 3*D], out and its gradient [B, T, D], D = heads * d.
+// Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous; qkv and d_qkv [B, T+L, 3*D], out
+// and its gradient [B, T, D] are of one type, with T = n * w and D = heads * d. `windows`, `bias` and `mask`: see
+// attention.h; each token has to stand in exactly one window.
 
 INSVP_FAST_API int attention_fwd(
-    void* qkv, int qkv_type, void* out, int64_t B, int64_t S, int64_t T, int64_t heads, int64_t d, float scale,
-    int threads) {
+    void* qkv, int qkv_type, const int32_t* windows, const float* bias, const float* mask, void* out, int64_t B,
+    int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
-  const Attention a = arguments({qkv, type}, {out, type}, {nullptr, type}, S, T, heads, d, scale);
+  const Attention a =
+      attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, n, w, L, heads, d, scale);
   return for_each_head(a, B, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
 }
 
 INSVP_FAST_API int attention_bwd(
-    void* grad, void* qkv, int qkv_type, void* d_qkv, int64_t B, int64_t S, int64_t T, int64_t heads, int64_t d,
-    float scale, int threads) {
+    void* grad, void* qkv, int qkv_type, const int32_t* windows, const float* bias, const float* mask,
+    void* d_qkv, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
-  const Attention a = arguments({qkv, type}, {grad, type}, {d_qkv, type}, S, T, heads, d, scale);
+  const Attention a =
+      attention({qkv, type}, {grad, type}, {d_qkv, type}, windows, bias, mask, n, w, L, heads, d, scale);
   return for_each_head(a, B, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
 }

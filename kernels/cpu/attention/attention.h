@@ -1,6 +1,7 @@
 // The interface between attention.cpp and kernel.cpp.
 //
-// Letters: B images, S tokens of which the first T are queries, d numbers per head, D = heads * d.
+// Letters: B images of T tokens and L prompts, n windows of w tokens each (T = n * w), d numbers per head, D = heads * d.
+// The w tokens of a window attend to one another and to all prompts of their image: to S = w + L rows.
 #pragma once
 #include "common/abi.h"
 #include "common/isa.h"
@@ -8,24 +9,29 @@
 namespace insvp_fast {
 
 struct Attention {
-  Array qkv;    // [B, S, 3*D]
-  Array out;    // [B, T, D]: written by forward; its gradient, read by backward
-  Array d_qkv;  // [B, S, 3*D]: backward only
-  int64_t S, T, heads, d;
+  Array qkv;               // [B, T+L, 3*D]
+  Array out;               // [B, T, D]: written by forward; its gradient, read by backward
+  Array d_qkv;             // [B, T+L, 3*D]: backward only
+  const int32_t* windows;  // [n, w]: the tokens of each; null: one window of all tokens in their order
+  const float* bias;       // [heads, w, w]: added to the scores of tokens; null: none
+  const float* mask;       // [n, w, w]: added to the scores of tokens; null: none
+  int64_t n, w, L, heads, d;
   float scale;
+  int64_t T, S;
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length
-  // `stride`; `scores` floats hold the kQueries rows of length `stride` of a block of queries. `width` is d in whole
+  // `stride`; `scores` floats hold the `queries` rows of length `stride` of a block of queries. `width` is d in whole
   // cache lines, `stride` is S in an odd number of lines.
-  int64_t width, stride, tokens, scores;
+  int64_t width, stride, queries, tokens, scores;
 };
 
-constexpr int64_t kQueries = 48;  // of a block, whose scores then stay in the first or second cache level
+// The queries of a block, whose scores then stay in the first or second cache level: a small window is one block.
+constexpr int64_t block_of_queries(int64_t w) { return w <= 64 ? w : 48; }
 
 // The number of matrices of each kind that a call may use.
 constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 12, kBwdScores = 4;
 
-// Each computes one head of one image.
+// Each computes one head of one image, window after window.
 struct AttentionKernels {
   void (*fwd)(const Attention&, int64_t image, int64_t head, float* scratch);
   void (*bwd)(const Attention&, int64_t image, int64_t head, float* scratch);

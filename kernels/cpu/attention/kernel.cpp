@@ -8,10 +8,11 @@ namespace {
 
 using namespace insvp_fast;
 
-// One head of one image, and the scratch that is still free.
+// One head of one window of an image, and the scratch that is still free. The rows of a matrix are those of the window's
+// tokens, then those of the prompts.
 struct Head {
   const Attention& a;
-  int64_t image, head;
+  int64_t image, head, window;
   float* scratch;
   int64_t D = a.heads * a.d, words = Words::count(a.width), depth = Words::count(a.d);
 
@@ -23,27 +24,38 @@ struct Head {
   float* tokens() { return take(a.tokens); }
   float* scores() { return take(a.scores); }
 
-  // Where the head's queries (part 0), keys (1) or values (2) begin in qkv, and its numbers in out.
-  int64_t in_qkv(int part) const { return (image * a.S * 3 + part) * D + head * a.d; }
-  int64_t in_out() const { return image * a.T * D + head * a.d; }
+  // Where row j of the head's queries (part 0), keys (1) or values (2) begins in qkv, and of its results in out.
+  int64_t in_image(int64_t j) const {
+    if (j >= a.w) return a.T + j - a.w;
+    return a.windows ? a.windows[window * a.w + j] : j;
+  }
+  int64_t in_qkv(int part, int64_t j) const {
+    return ((image * (a.T + a.L) + in_image(j)) * 3 + part) * D + head * a.d;
+  }
+  int64_t in_out(int64_t j) const { return (image * a.T + in_image(j)) * D + head * a.d; }
 
-  // Rows of a tensor, as words; a row ends with zeros.
-  const float* read_rows(Array from, int64_t offset, int64_t row, int64_t rows) {
+  // A row of a tensor, as words; it ends with zeros.
+  void read_row(float* to, Array from, int64_t offset) const {
+    if (a.d < a.width) __builtin_memset(to, 0, words * sizeof(float));
+    Words::read_numbers(to, from, offset, a.d);
+  }
+  const float* read_qkv(int part, int64_t rows) {
     float* to = tokens();
-    for (int64_t j = 0; j < rows; ++j) {
-      float* at = to + j * words;
-      if (a.d < a.width) __builtin_memset(at, 0, words * sizeof(float));
-      Words::read_numbers(at, from, offset + j * row, a.d);
-    }
+    for (int64_t j = 0; j < rows; ++j) read_row(to + j * words, a.qkv, in_qkv(part, j));
     return to;
   }
-  const float* read_qkv(int part, int64_t rows) { return read_rows(a.qkv, in_qkv(part), 3 * D, rows); }
-
-  void write_rows(Array to, int64_t offset, int64_t row, const float* from, int64_t rows) const {
-    for (int64_t j = 0; j < rows; ++j, offset += row, from += a.width) write(to, offset, from, a.d);
+  const float* read_out() {
+    float* to = tokens();
+    for (int64_t j = 0; j < a.w; ++j) read_row(to + j * words, a.out, in_out(j));
+    return to;
   }
-  void write_d_qkv(int part, int64_t first, const float* from, int64_t rows) const {
-    write_rows(a.d_qkv, in_qkv(part) + first * 3 * D, 3 * D, from, rows);
+
+  // Rows from `first` to `end`; `from` is where the first one is.
+  void write_out(int64_t first, int64_t end, const float* from) const {
+    for (int64_t j = first; j < end; ++j, from += a.width) write(a.out, in_out(j), from, a.d);
+  }
+  void write_d_qkv(int part, int64_t first, int64_t end, const float* from) const {
+    for (int64_t j = first; j < end; ++j, from += a.width) write(a.d_qkv, in_qkv(part, j), from, a.d);
   }
 
   const float* transposed(const float* rows) {
@@ -57,43 +69,54 @@ struct Head {
   void dot_products(float* to, const float* x, const float* columns, int64_t count, float scale) const {
     multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, scale);
   }
+
+  // Adds rows of w numbers to the scores of tokens; those of prompts stay as they are.
+  void add(float* scores, const float* rows, int64_t count) const {
+    for (int64_t j = 0; j < count; ++j, scores += a.stride, rows += a.w)
+      for (int64_t i = 0; i < a.w; ++i) scores[i] += rows[i];
+  }
+
+  // The probabilities of `count` queries from the query t on.
+  void probabilities(float* p, const float* q, const float* k_columns, int64_t t, int64_t count) const {
+    dot_products(p, q + t * words, k_columns, count, a.scale);
+    if (a.bias) add(p, a.bias + (head * a.w + t) * a.w, count);
+    if (a.mask) add(p, a.mask + (window * a.w + t) * a.w, count);
+    softmax(p, count, a.S, a.stride);
+  }
 };
 
-void attention_fwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
-  Head h{a, image, head, scratch};
-  const float *q = h.read_qkv(0, a.T), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S);
+void attention_fwd_window(Head h) {
+  const Attention& a = h.a;
+  const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S);
   const float* k_columns = h.transposed(k);
   float *out = h.tokens(), *p = h.scores(), *p_words = h.scores();
   v = h.paired(v, a.S);
 
-  for (int64_t t = 0; t < a.T; t += kQueries) {
-    const int64_t count = smaller(kQueries, a.T - t);
-    h.dot_products(p, q + t * h.words, k_columns, count, a.scale);
-    softmax(p, count, a.S, a.stride);
+  for (int64_t t = 0; t < a.w; t += a.queries) {
+    const int64_t count = smaller(a.queries, a.w - t);
+    h.probabilities(p, q, k_columns, t, count);
     const float* rows = Words::narrow(p_words, p, count, a.stride);
     multiply({out, a.width, false}, {rows, Words::count(a.stride), 1}, {v, a.width}, count, a.d, Words::count(a.S),
              1.0f);
-    h.write_rows(a.out, h.in_out() + t * h.D, h.D, out, count);
+    h.write_out(t, t + count, out);
   }
 }
 
-void attention_bwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
-  Head h{a, image, head, scratch};
-  const float *q = h.read_qkv(0, a.T), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S);
-  const float* grad = h.read_rows(a.out, h.in_out(), h.D, a.T);
+// Adds to the last L rows of d_k and d_v, which are the prompts', and writes the others.
+void attention_bwd_window(Head h, float* d_k, float* d_v) {
+  const Attention& a = h.a;
+  const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S), *grad = h.read_out();
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
-  const float *q_pairs = h.paired(q, a.T), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.T);
-  float *d_q = h.tokens(), *d_k = h.tokens(), *d_v = h.tokens();
-  float *p = h.scores(), *d_p = h.scores(), *narrow = h.scores(), *pairs = h.scores();
-  __builtin_memset(d_k, 0, a.S * a.width * sizeof(float));
-  __builtin_memset(d_v, 0, a.S * a.width * sizeof(float));
+  const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
+  float *d_q = h.tokens(), *p = h.scores(), *d_p = h.scores(), *narrow = h.scores(), *pairs = h.scores();
+  __builtin_memset(d_k, 0, a.w * a.width * sizeof(float));
+  __builtin_memset(d_v, 0, a.w * a.width * sizeof(float));
 
   const int64_t stride = Words::count(a.stride);
-  for (int64_t t = 0; t < a.T; t += kQueries) {
-    const int64_t count = smaller(kQueries, a.T - t), along = Words::count(count);
-    h.dot_products(p, q + t * h.words, k_columns, count, a.scale);
+  for (int64_t t = 0; t < a.w; t += a.queries) {
+    const int64_t count = smaller(a.queries, a.w - t), along = Words::count(count);
+    h.probabilities(p, q, k_columns, t, count);
     h.dot_products(d_p, grad + t * h.words, v_columns, count, 1.0f);
-    softmax(p, count, a.S, a.stride);
     softmax_bwd(d_p, p, count, a.S, a.stride);
 
     const float* p_pairs = Words::paired(pairs, Words::narrow(narrow, p, count, a.stride), count, a.stride, stride);
@@ -104,12 +127,27 @@ void attention_bwd_head(const Attention& a, int64_t image, int64_t head, float* 
     multiply({d_k, a.width, true}, {d_s_pairs, 1, a.stride}, {q_pairs + Words::count(t) * a.width, a.width}, a.S, a.d,
              along, a.scale);
     multiply({d_q, a.width, false}, {d_s, stride, 1}, {k_pairs, a.width}, count, a.d, Words::count(a.S), a.scale);
-    h.write_d_qkv(0, t, d_q, count);
+    h.write_d_qkv(0, t, t + count, d_q);
   }
-  h.write_d_qkv(1, 0, d_k, a.S);
-  h.write_d_qkv(2, 0, d_v, a.S);
-  __builtin_memset(d_q, 0, (a.S - a.T) * a.width * sizeof(float));
-  h.write_d_qkv(0, a.T, d_q, a.S - a.T);
+  h.write_d_qkv(1, 0, a.w, d_k);
+  h.write_d_qkv(2, 0, a.w, d_v);
+}
+
+void attention_fwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
+  for (int64_t window = 0; window < a.n; ++window) attention_fwd_window({a, image, head, window, scratch});
+}
+
+void attention_bwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
+  Head h{a, image, head, 0, scratch};
+  float *d_k = h.tokens(), *d_v = h.tokens();
+  const int64_t prompts = a.w * a.width, size = a.L * a.width * sizeof(float);
+  __builtin_memset(d_k + prompts, 0, size);
+  __builtin_memset(d_v + prompts, 0, size);
+  for (; h.window < a.n; ++h.window) attention_bwd_window(h, d_k, d_v);
+  h.write_d_qkv(1, a.w, a.S, d_k + prompts);
+  h.write_d_qkv(2, a.w, a.S, d_v + prompts);
+  __builtin_memset(d_k, 0, size);  // the prompts do not ask
+  h.write_d_qkv(0, a.w, a.S, d_k);
 }
 
 }  // namespace

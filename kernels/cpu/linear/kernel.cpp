@@ -1,9 +1,9 @@
 // The arithmetic of linear on one block of y. With INSVP_FAST_BF16_PAIRS a word of x or w holds two bf16 factors,
 // otherwise one fp32 factor.
+#include "activation.h"
 #include "common/array.h"
 #include "common/bf16_pairs.h"
 #include "common/sizes.h"
-#include "gelu.h"
 #include "linear.h"
 
 namespace {
@@ -15,14 +15,14 @@ constexpr int kFactors = 2;
 typedef bf16 factor;
 typedef uint32_t word;
 typedef bits32 words;
-inline Normal distribution(vec x) { return rough_normal(x); }
+constexpr bool kRough = true;
 inline vec multiply_add(vec sum, word x, words w) { return add_pairs(sum, x, w); }
 #else
 constexpr int kFactors = 1;
 typedef float factor;
 typedef float word;
 typedef vec words;
-inline Normal distribution(vec x) { return normal(x); }
+constexpr bool kRough = false;
 inline vec multiply_add(vec sum, word x, words w) { return sum + x * w; }
 #endif
 
@@ -65,12 +65,13 @@ inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows
       if (left <= 0) break;
       vec y = load(sums + j * kColumns + v * kWidth);
       if (a.bias) y += load_some(a.bias + n, left);
-      if (a.epilogue == Epilogue::gelu) {
+      if (a.epilogue == Epilogue::activate) {
         if (a.pre.data) write(a.pre, at, y, left);
-        y *= distribution(y).below;
-      } else if (a.epilogue == Epilogue::gelu_bwd) {
+        y *= gate<kRough>(a.activation, y).value;
+      } else if (a.epilogue == Epilogue::activate_bwd) {
         const vec x = read(a.pre, at, left);
-        y *= slope(x, distribution(x));
+        const Gate p = gate<kRough>(a.activation, x);
+        y *= p.value + x * p.slope;
       }
       write(a.y, at, y, left);
     }

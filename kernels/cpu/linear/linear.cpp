@@ -105,13 +105,15 @@ INSVP_FAST_API int linear_pack(void* packed, int packed_type, const void* w, int
 }
 
 // y [M, N] = epilogue(x [M, K] @ w.T + bias [N]), with w packed by linear_pack. Row m of x starts at element
-// (m / T) * batch_stride + (m % T) * row_stride and is contiguous; a null bias is absent. The epilogues are none; gelu,
-// which also writes its argument into `pre`, unless that is null; gelu_bwd, a multiplication with gelu'(pre).
+// (m / T) * batch_stride + (m % T) * row_stride and is contiguous; a null bias is absent. The epilogues are none;
+// activate, which also writes its argument into `pre`, unless that is null; activate_bwd, a multiplication with the
+// activation's derivative at `pre`.
 // Returns 0, or -1 if there is no memory for the workspace. The order of each element's sum does not depend on how the
 // work is divided, so neither the number of threads nor the other rows change its bits.
 INSVP_FAST_API int linear(
     void* x, int x_type, void* packed, int packed_type, const float* bias, void* y, int y_type, void* pre, int pre_type,
-    int epilogue, int64_t M, int64_t N, int64_t K, int64_t T, int64_t batch_stride, int64_t row_stride, int threads) {
+    int epilogue, int activation, int64_t M, int64_t N, int64_t K, int64_t T, int64_t batch_stride, int64_t row_stride,
+    int threads) {
   if (M == 0 || N == 0) return 0;
   const LinearKernels& k = kernels(DType(packed_type));
   const Division d = divide(k, M, N, K, threads);
@@ -120,7 +122,7 @@ INSVP_FAST_API int linear(
   if (!memory.base) return -1;
 
   const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)},
-                    {pre, DType(pre_type)}, Epilogue(epilogue), N, K};
+                    {pre, DType(pre_type)}, Epilogue(epilogue), Activation(activation), N, K};
   for_each_job(d.down * d.across, threads, memory.base, d.scratch, [&](int64_t block, float* own) {
     const int64_t row = block / d.across * d.rows, column = block % d.across * d.columns;
     k.block(args, {row, smaller(d.rows, M - row), column, smaller(d.columns, N - column), d.runs}, own);

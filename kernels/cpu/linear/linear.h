@@ -14,7 +14,9 @@ namespace insvp_fast {
 constexpr int64_t kDepth = 128;              // words summed before the sums leave the registers
 constexpr int64_t kRowStride = kDepth + 16;  // an odd number of cache lines: rows start in different cache sets
 
-enum class Epilogue : int { none, gelu, gelu_bwd };  // the codes are part of the C ABI
+// The codes are part of the C ABI.
+enum class Epilogue : int { none, activate, activate_bwd };
+enum class Activation : int { gelu, gelu_tanh, quick_gelu, silu };
 
 struct Linear {
   Array x;  // row m at (m / T) * batch_stride + (m % T) * row_stride
@@ -23,6 +25,7 @@ struct Linear {
   const float* bias;  // null: absent
   Array y, pre;       // [M, N]
   Epilogue epilogue;
+  Activation activation;
   int64_t N, K;
 };
 

@@ -34,7 +34,7 @@ void norm_insert_fwd_rows(const NormInsertFwd& a, int64_t first, int64_t last, f
         total += v;
       });
     }
-    const float mean = sum(total) / D;
+    const float mean = a.center ? sum(total) / D : 0.0f;
     vec squares = {};
     for_each(D, [&](int64_t i, int64_t n) {
       store_some(x + i, load_some(x + i, n) - mean, n);
@@ -65,7 +65,7 @@ void norm_insert_bwd_rows(const NormInsertBwd& a, int64_t first, int64_t last, f
       sums += v;
       products += v * read(a.xhat, row * D + i, n);
     });
-    const float mean = sum(sums) / D, along = sum(products) / D, rstd = a.rstd[row];
+    const float mean = a.center ? sum(sums) / D : 0.0f, along = sum(products) / D, rstd = a.rstd[row];
     for_each(D, [&](int64_t i, int64_t n) {
       vec v = rstd * (load_some(g + i, n) - mean - along * read(a.xhat, row * D + i, n));
       if (s >= a.T) return write(a.d_prompts, prompt + i, v, n);

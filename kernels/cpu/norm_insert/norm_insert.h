@@ -13,6 +13,7 @@ struct NormInsertFwd {
   int64_t prompts_stride;           // elements from one image's prompts to the next
   const float *weight, *bias;       // [D]; null: absent
   float eps;
+  bool center;
   Array total, normed, xhat;  // [B, T, D] and [B, S, D] twice; total is absent without a branch, xhat without a weight
   float* rstd;                // [B, S]
 };
@@ -21,6 +22,7 @@ struct NormInsertBwd {
   int64_t T, L, D;
   Array grad_total, grad_normed, xhat;  // the first may be absent
   const float *rstd, *weight;
+  bool center;
   Array d_residual, d_branch, d_prompts;  // [B, T, D] twice and [B, L, D]; the last two may be absent
 };
 

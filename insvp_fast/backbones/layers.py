@@ -1,0 +1,152 @@
+"""Layers of timm that several families have: what the fast path requires of them, and how they run as operations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU, activations
+from timm.layers import norm as timm_norms
+from torch import Tensor, nn
+
+from insvp_fast import ops
+from insvp_fast.backbones.family import BlockOptions
+from insvp_fast.coverage import Rule, Table, rule, watch
+from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
+from insvp_fast.ops import FrozenLinear
+
+__all__ = [
+    "DROP_PATH_OFF",
+    "LAYER_SCALE",
+    "Affine",
+    "activation_name",
+    "activation_requirements",
+    "forward_mlp",
+    "in_own_dtype",
+    "mlp_requirements",
+    "norm_insert",
+    "norm_requirements",
+]
+
+# What is supported
+
+DROP_PATH_OFF = (IDENTITY, rule(DropPath, "drop_prob scale_by_keep", dropout_rate="drop_prob"))
+LAYER_SCALE = (IDENTITY, rule(LayerScale, "init_values", required="gamma", inplace=False))
+
+ACTIVATIONS: dict[type[nn.Module], str] = {  # to the names of ``ops.mlp``; PyTorch's GELU has an attribute for its form
+    nn.SiLU: "silu",
+    activations.GELU: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.QuickGELU: "quick_gelu",
+}
+
+watch("forward __call__", LayerNorm, LayerScale, DropPath, RmsNorm, nn.LayerNorm)
+watch("forward __call__", Mlp, GluMlp, SwiGLU, nn.GELU, *ACTIVATIONS)
+watch("layer_norm gelu silu", F)
+watch("rms_norm", F, timm_norms)
+watch("quick_gelu", activations)
+
+
+def norm_requirements(width: int) -> tuple[Rule, ...]:
+    """LayerNorm of PyTorch or timm, or timm's RmsNorm, of this width."""
+    plain = rule(nn.LayerNorm, "eps elementwise_affine", required="weight", optional="bias", normalized_shape=(width,))
+    of_timm = plain._replace(type=LayerNorm, attributes={**plain.attributes, "_fast_norm": False})
+    return plain, of_timm, of_timm._replace(type=RmsNorm, parameters={"weight": True})
+
+
+def activation_requirements(activation: nn.Module | None) -> tuple[Rule, ...]:
+    """An activation that has a name in ``ops.mlp``."""
+    approximate = "tanh" if getattr(activation, "approximate", "none") == "tanh" else "none"
+    others = (rule(cls, "inplace" if cls is nn.SiLU else "") for cls in ACTIVATIONS)
+    return rule(nn.GELU, approximate=approximate), *others
+
+
+def activation_name(activation: nn.Module) -> str:
+    """What ``ops.mlp`` calls an activation that ``activation_requirements`` allows."""
+    if isinstance(activation, nn.GELU):
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return ACTIVATIONS[type(activation)]
+
+
+def mlp_requirements(mlp: nn.Module | None) -> Table:
+    """One of timm's MLPs, perhaps gated, perhaps with a norm of the hidden layer; by paths that begin with a point."""
+    layers = {".fc1_g": LINEAR, ".fc1_x": LINEAR} if isinstance(mlp, SwiGLU) else {".fc1": LINEAR}
+    fc2 = getattr(mlp, "fc2", None)
+    hidden = _layer_norms(getattr(fc2, "in_features", 0))
+    return {
+        "": (rule(Mlp), rule(GluMlp, "gate_last", chunk_dim=-1), rule(SwiGLU)),
+        **layers,
+        ".act": activation_requirements(getattr(mlp, "act", None)),
+        ".drop1": DROPOUT_OFF,
+        ".norm": (IDENTITY, *hidden),
+        ".fc2": LINEAR,
+        ".drop2": DROPOUT_OFF,
+    }
+
+
+def _layer_norms(width: int) -> tuple[Rule, ...]:
+    return norm_requirements(width)[:2]
+
+
+# How they run
+
+
+class Affine(NamedTuple):
+    """The affine map of a norm, where it is folded into the product behind; else nothing."""
+
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+
+def norm_insert(
+    norm: nn.LayerNorm | RmsNorm,
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Tensor | None,
+    options: BlockOptions,
+) -> tuple[Tensor, Tensor, Affine]:
+    """The new residual [B, T, D], the normalized tokens and prompts [B, T+L, D], and the affine map left to apply."""
+    folded, own = Affine(), _affine(norm)
+    if options.fold_norm:
+        folded, own = own, folded
+    center = not isinstance(norm, RmsNorm)
+    return *ops.norm_insert(residual, branch, prompts, *own, norm.eps, center=center, dtype=options.dtype), folded
+
+
+def _affine(norm: nn.Module) -> Affine:
+    return Affine(norm.weight, getattr(norm, "bias", None))
+
+
+def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm between two products, computed and returned in the dtype of its weight."""
+    if isinstance(norm, nn.Identity):
+        return x
+    normed: Tensor = norm(x.to(norm.weight.dtype))
+    return normed
+
+
+def forward_mlp(mlp: Mlp | GluMlp | SwiGLU, x: Tensor, affine: Affine, keep: str) -> Tensor:
+    """The MLP of what ``norm_insert`` returned, [..., D] -> [..., D]."""
+    activation, hidden_norm = activation_name(mlp.act), mlp.norm
+    if isinstance(mlp, Mlp):
+        gate, value = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), None
+    else:
+        gate, value = (FrozenLinear(*layer, *affine) for layer in _gate_and_value(mlp))
+    if isinstance(hidden_norm, nn.Identity):
+        fc2 = FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
+        if value is None:
+            return ops.mlp(x, gate, fc2, activation=activation, keep=keep)
+        return ops.gated_mlp(x, gate, value, fc2, activation=activation, keep=keep)
+    fc2 = FrozenLinear(mlp.fc2.weight, mlp.fc2.bias, *_affine(hidden_norm))
+    return ops.gated_mlp(x, gate, value, fc2, activation=activation, eps=hidden_norm.eps, keep=keep)
+
+
+def _gate_and_value(mlp: GluMlp | SwiGLU) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Weight and bias of what the activation is applied to, and of what that is multiplied by."""
+    if isinstance(mlp, SwiGLU):
+        return (mlp.fc1_g.weight, mlp.fc1_g.bias), (mlp.fc1_x.weight, mlp.fc1_x.bias)
+    weight, bias = mlp.fc1.weight, mlp.fc1.bias
+    M = weight.shape[0] // 2
+    first = weight[:M], None if bias is None else bias[:M]
+    second = weight[M:], None if bias is None else bias[M:]
+    return (second, first) if mlp.gate_last else (first, second)

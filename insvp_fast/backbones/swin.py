@@ -1,0 +1,223 @@
+"""timm's ``SwinTransformer``: what the fast path requires of it, and how it runs as a sequence of operations.
+
+The tokens of all stages stay [B, T, D] in the order of the picture. A window is a list of tokens, and shifted windows
+are other lists: nothing is rolled, cut, padded or put together again.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import timm.models.swin_transformer as timm_swin
+import torch
+import torch.nn.functional as F
+from timm.layers import Format, PatchEmbed
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
+from torch import Tensor, nn
+
+from insvp_fast import ops
+from insvp_fast.backbones.family import BlockOptions
+from insvp_fast.backbones.layers import DROP_PATH_OFF, forward_mlp, mlp_requirements, norm_insert, norm_requirements
+from insvp_fast.backbones.vision_transformer import check_image, pixel_weight
+from insvp_fast.coverage import Table, rule, watch
+from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import Prompts
+from insvp_fast.reference.swin import locate
+
+__all__ = [
+    "check_image",
+    "embed",
+    "final_norm",
+    "forward_block",
+    "pixel_weight",
+    "reads_one_token",
+    "requirements",
+]
+
+# What is supported
+
+watch("forward __call__", SwinTransformer, SwinTransformerStage, SwinTransformerBlock, WindowAttention, PatchMerging)
+watch("forward __call__", PatchEmbed, nn.Softmax)
+watch("_attn get_attn_mask", SwinTransformerBlock)
+watch("_get_rel_pos_bias", WindowAttention)
+watch("forward_head", SwinTransformer)
+watch("window_partition window_reverse", timm_swin)
+watch("scaled_dot_product_attention", F)
+
+
+def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
+    """What the fast path requires of the backbone's modules."""
+    sides, grid = (patch_size, patch_size), tuple(backbone.patch_embed.grid_size)
+    embedding = {
+        "patch_size": sides,
+        "flatten": False,
+        "output_fmt": Format.NHWC,
+        "strict_img_size": True,  # else the attention masks are made anew for each image
+        "dynamic_img_pad": False,
+    }
+    projection = convolution(sides, padding=(0, 0), dilation=(1, 1))
+    table: Table = {
+        # any attributes: they are read by timm's methods, which both paths call
+        "": (rule(SwinTransformer, " ".join(vars(backbone))),),
+        "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches", **embedding),),
+        "patch_embed.proj": (projection._replace(parameters={"weight": True, "bias": False}),),
+        "patch_embed.norm": CALLED,
+        "layers": (rule(nn.Sequential),),
+        "norm": CALLED,
+        "head": CALLED,
+    }
+    for i, stage in enumerate(backbone.layers):
+        merged = tuple(side // 2 for side in grid) if i else grid
+        resolutions = {"input_resolution": grid, "output_resolution": merged}
+        if i and any(side % 2 for side in grid):
+            resolutions["input_resolution"] = "even sides, which patches can be merged in without padding"
+        table[f"layers.{i}"] = (rule(SwinTransformerStage, "dim depth grad_checkpointing", **resolutions),)
+        table |= _prefixed(f"layers.{i}.downsample", _merging(stage, first=i == 0))
+        table[f"layers.{i}.blocks"] = (rule(nn.Sequential),)
+        for n, block in enumerate(stage.blocks):
+            table |= _prefixed(f"layers.{i}.blocks.{n}", _block_requirements(block, merged))
+        grid = merged
+    return table
+
+
+def _prefixed(path: str, table: Table) -> Table:
+    return {path + name: rules for name, rules in table.items()}
+
+
+def _merging(stage: nn.Module, first: bool) -> Table:
+    if first:
+        return {"": (IDENTITY,)}
+    width = 4 * getattr(stage.downsample, "dim", 0)
+    return {"": (rule(PatchMerging, "dim out_dim"),), ".norm": norm_requirements(width), ".reduction": LINEAR}
+
+
+def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
+    attn, width = getattr(block, "attn", None), getattr(block, "dim", 0)
+    window = getattr(block, "window_size", (1, 1))
+    fits = not any(side % part for side, part in zip(grid, window, strict=True))
+    attention: dict[str, object] = {"window_size": window, "window_area": window[0] * window[1]}
+    if getattr(getattr(attn, "attn_drop", None), "p", 0):
+        attention["training"] = False  # the fused attention drops by its own mode, not by that of attn_drop
+    shape = {
+        "dim": width,
+        "input_resolution": grid,
+        "window_size": window if fits else f"a divisor of the grid {grid[0]}x{grid[1]}, which needs no padding",
+        "dynamic_mask": False,
+    }
+    free = "target_shift_size always_partition shift_size window_area mlp_ratio"
+    return {
+        # the buffers are read, whatever they hold
+        "": (rule(SwinTransformerBlock, free, buffers="attn_mask", **shape),),
+        ".norm1": norm_requirements(width),
+        ".attn": (
+            rule(
+                WindowAttention,
+                "dim num_heads scale fused_attn",
+                required="relative_position_bias_table",
+                buffers="relative_position_index",
+                **attention,
+            ),
+        ),
+        ".attn.qkv": LINEAR,
+        ".attn.attn_drop": DROPOUT_OFF,
+        ".attn.softmax": (rule(nn.Softmax, dim=-1),),
+        ".attn.proj": LINEAR,
+        ".attn.proj_drop": DROPOUT_OFF,
+        ".drop_path1": DROP_PATH_OFF,
+        ".norm2": norm_requirements(width),
+        **_prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
+        ".drop_path2": DROP_PATH_OFF,
+    }
+
+
+# How it runs
+
+
+def reads_one_token(backbone: SwinTransformer) -> bool:
+    """Never: there is no class token."""
+    return False
+
+
+def embed(backbone: SwinTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, N, D]
+    """The patch embedding as a product, and its norm (eq. 1)."""
+    projection, norm = backbone.patch_embed.proj, backbone.patch_embed.norm
+    tokens = ops.linear(patches, FrozenLinear(projection.weight, projection.bias))
+    embedded: Tensor = norm(tokens if isinstance(norm, nn.Identity) else tokens.to(projection.weight.dtype))
+    return embedded
+
+
+def forward_block(
+    backbone: SwinTransformer,
+    block: int,
+    residual: Tensor,  # [B, T, D]
+    branch: Tensor | None,  # [B, T, D], not yet added to the residual
+    prompts: Prompts | None,
+    options: BlockOptions,
+    num_queries: int | None = None,
+) -> tuple[Tensor, Tensor]:  # residual and branch, [B, T, D], or of the next stage's T and D
+    """One block (eq. 11), whose last sum is left to the next block's norm; before it, where a stage begins, merging."""
+    stage, number = locate(backbone, block)
+    layer, (height, width) = backbone.layers[stage], options.grid
+    grid = height >> stage, width >> stage
+    if stage > 0 and number == 0:
+        residual, branch = _merge(layer.downsample, residual, branch, grid, options), None
+    blk = layer.blocks[number]
+    attn, mlp = blk.attn, blk.mlp
+    inserted = None if prompts is None else prompts.tokens
+    residual, y, affine = norm_insert(blk.norm1, residual, branch, inserted, options)
+    qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
+    windows = tokens_of_windows(grid, blk.window_size, blk.shift_size, residual.device)
+    summands = attn._get_rel_pos_bias()[0], blk.attn_mask
+    out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
+    branch = ops.linear(out, FrozenLinear(attn.proj.weight, attn.proj.bias))
+    residual, y, affine = norm_insert(blk.norm2, residual, branch, None, options)
+    return residual, forward_mlp(mlp, y, affine, options.mlp_keeps)
+
+
+def _merge(
+    merging: PatchMerging, residual: Tensor, branch: Tensor | None, grid: tuple[int, int], options: BlockOptions
+) -> Tensor:  # [B, 4·T, D] -> [B, T, 2·D]
+    """Four tokens as one, on the way to a coarser ``grid``; in a square timm counts downwards first."""
+    x = residual if branch is None else residual + branch
+    squares = (
+        x.view(len(x), grid[0], 2, grid[1], 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), grid[0] * grid[1], -1)
+    )
+    _, y, affine = norm_insert(merging.norm, squares, None, None, options)
+    return ops.linear(y, FrozenLinear(merging.reduction.weight, merging.reduction.bias, *affine))
+
+
+def tokens_of_windows(
+    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor:
+    """The tokens of each window after a cyclic shift up and to the left, int32 [n, w]; windows and tokens by rows."""
+    key = grid, tuple(window), tuple(shift), device
+    if torch.compiler.is_compiling():  # tensors of a trace must not be kept
+        return _tokens_of_windows(*key)
+    with torch.inference_mode(False):  # backward may keep them
+        return _kept_tokens_of_windows(*key)
+
+
+def _tokens_of_windows(
+    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor:
+    (H, W), (h, w) = grid, window
+    tokens = torch.arange(H * W, dtype=torch.int32, device=device).view(H, W)
+    shifted = tokens.roll((-shift[0], -shift[1]), (0, 1))
+    return shifted.view(H // h, h, W // w, w).transpose(1, 2).reshape(-1, h * w)
+
+
+_kept_tokens_of_windows = functools.lru_cache(_tokens_of_windows)
+
+
+def final_norm(backbone: SwinTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # -> [B, H, W, D]
+    """The norm after the last block, of the last stage's grid."""
+    last = len(backbone.layers) - 1
+    normed: Tensor = backbone.norm(tokens.unflatten(1, (grid[0] >> last, grid[1] >> last)))
+    return normed

@@ -1,0 +1,311 @@
+"""The blocks of timm's ``VisionTransformer``: what the fast path requires of each kind, and how it runs.
+
+Block                  x + attention(norm(x)), then x + mlp(norm(x))
+ResPostBlock           x + norm(attention(x)), then x + norm(mlp(x))
+ParallelThingsBlock    x + a sum of attentions with norms of their own, then x + such a sum of MLPs
+ParallelScalingBlock   x + attention(y) + mlp(y) with y = norm(x)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
+from torch import Tensor, nn
+
+from insvp_fast import ops
+from insvp_fast.backbones.family import BlockOptions
+from insvp_fast.backbones.layers import (
+    DROP_PATH_OFF,
+    LAYER_SCALE,
+    Affine,
+    activation_name,
+    activation_requirements,
+    forward_mlp,
+    in_own_dtype,
+    mlp_requirements,
+    norm_insert,
+    norm_requirements,
+)
+from insvp_fast.coverage import Table, rule, watch
+from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference.vision_transformer import require_block
+from insvp_fast.runtime import buffers
+
+__all__ = ["block_requirements", "run_block"]
+
+# What is supported
+
+watch("forward __call__", Block, ResPostBlock, ParallelThingsBlock, ParallelScalingBlock, Attention, nn.Sequential)
+watch("scaled_dot_product_attention", F)
+
+
+def block_requirements(block: nn.Module, width: int) -> Table:
+    """What the fast path requires of a block, by paths that begin with a point."""
+    if isinstance(block, ParallelThingsBlock):
+        return _things_requirements(block, width)
+    if isinstance(block, ParallelScalingBlock):
+        return _scaling_requirements(block, width)
+    post = isinstance(block, ResPostBlock)
+    norm, scale = norm_requirements(width), {} if post else {".ls1": LAYER_SCALE, ".ls2": LAYER_SCALE}
+    return {
+        "": (rule(Block), rule(ResPostBlock, "init_values")),
+        ".norm1": norm,
+        **_prefixed(".attn", _attention_requirements(getattr(block, "attn", None), width)),
+        ".drop_path1": DROP_PATH_OFF,
+        ".norm2": norm,
+        **_prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
+        ".drop_path2": DROP_PATH_OFF,
+        **scale,
+    }
+
+
+def _prefixed(prefix: str, table: Table) -> Table:
+    return {prefix + path: rules for path, rules in table.items()}
+
+
+def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
+    heads, head_width = getattr(attn, "num_heads", 1), getattr(attn, "head_dim", 1)
+    attention = {"attn_dim": width, "head_dim": width // max(heads, 1), "scale": head_width**-0.5, "gate": None}
+    head_norm = (IDENTITY, *norm_requirements(head_width))
+    return {
+        "": (rule(Attention, "num_heads fused_attn", **attention, **_inactive_dropout(attn)),),
+        ".qkv": LINEAR,
+        ".q_norm": head_norm,
+        ".k_norm": head_norm,
+        ".attn_drop": DROPOUT_OFF,
+        ".norm": (IDENTITY, *norm_requirements(width)),
+        ".proj": LINEAR,
+        ".proj_drop": DROPOUT_OFF,
+    }
+
+
+def _inactive_dropout(module: nn.Module | None) -> dict[str, Any]:
+    """The fused attention drops by the mode of the module that calls it, not by that of its dropout."""
+    return {"training": False} if getattr(getattr(module, "attn_drop", None), "p", 0) else {}
+
+
+def _things_requirements(block: ParallelThingsBlock, width: int) -> Table:
+    table: Table = {"": (rule(ParallelThingsBlock, "num_parallel"),)}
+    for name in ("attns", "ffns"):
+        branches = getattr(block, name, ())
+        table[f".{name}"] = (rule(nn.ModuleList),)
+        for i, branch in enumerate(branches):
+            one = (
+                _prefixed(".attn", _attention_requirements(getattr(branch, "attn", None), width))
+                if name == "attns"
+                else _prefixed(".mlp", mlp_requirements(getattr(branch, "mlp", None)))
+            )
+            rest = {".norm": norm_requirements(width), ".ls": LAYER_SCALE, ".drop_path": DROP_PATH_OFF}
+            table |= _prefixed(f".{name}.{i}", {"": (rule(nn.Sequential),), **one, **rest})
+    return table
+
+
+def _scaling_requirements(block: ParallelScalingBlock, width: int) -> Table:
+    heads, in_proj = getattr(block, "num_heads", 1), getattr(block, "in_proj", None)
+    weight, bias = getattr(in_proj, "weight", torch.empty(0)), getattr(in_proj, "bias", None)
+    head_width, fused = width // max(heads, 1), block._modules.get("out_proj") is not None
+    absent = ("attn_out_proj", "mlp_out_proj") if fused else ("out_proj",)
+    sizes = {"head_dim": head_width, "scale": head_width**-0.5, "in_split": [len(weight) - 3 * width] + [width] * 3}
+    own = rule(
+        ParallelScalingBlock,
+        "num_heads fused_attn",
+        optional="" if bias is not None else "mlp_bias",  # one bias or the other
+        **dict.fromkeys(absent),
+        **sizes,
+        **_inactive_dropout(block),
+    )
+    head_norm = (IDENTITY, *norm_requirements(head_width))
+    return {
+        "": (own,),
+        ".in_norm": norm_requirements(width),
+        ".in_proj": LINEAR,
+        ".q_norm": head_norm,
+        ".k_norm": head_norm,
+        ".attn_drop": DROPOUT_OFF,
+        ".mlp_drop": DROPOUT_OFF,
+        ".mlp_act": activation_requirements(getattr(block, "mlp_act", None)),
+        **dict.fromkeys([".out_proj"] if fused else [".attn_out_proj", ".mlp_out_proj"], LINEAR),
+        ".ls": LAYER_SCALE,
+        ".drop_path": DROP_PATH_OFF,
+    }
+
+
+# How they run
+
+
+def run_block(
+    block: nn.Module,
+    residual: Tensor,  # [B, T, D]
+    branch: Tensor | None,  # [B, T, D], not yet added to the residual
+    prompts: Tensor | None,  # [B, L, D]
+    options: BlockOptions,
+    num_queries: int | None = None,
+    keys_values: Tensor | None = None,  # [B, M, 2·D], only for a Block
+) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
+    """One block (eq. 11), whose last sum is left to the next block's norm.
+
+    With ``num_queries`` only the first tokens go on; the others are keys and values of the attention and end there.
+    """
+    if keys_values is not None:
+        require_block(block)
+        return _pre_norm(block, residual, branch, prompts, options, num_queries, keys_values)
+    run = {ParallelThingsBlock: _things, ParallelScalingBlock: _scaling, ResPostBlock: _post_norm}
+    return run.get(type(block), _pre_norm)(block, residual, branch, prompts, options, num_queries)
+
+
+def _pre_norm(
+    block: Block,
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Tensor | None,
+    options: BlockOptions,
+    num_queries: int | None,
+    keys_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    residual, y, affine = norm_insert(block.norm1, residual, branch, prompts, options)
+    branch = block.ls1(_attention(block.attn, y, affine, residual.shape[1], options, num_queries, keys_values))
+    residual = _first(residual, num_queries)
+    residual, y, affine = norm_insert(block.norm2, residual, branch, None, options)
+    return residual, block.ls2(forward_mlp(block.mlp, y, affine, options.mlp_keeps))
+
+
+def _post_norm(
+    block: ResPostBlock,
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Tensor | None,
+    options: BlockOptions,
+    num_queries: int | None,
+) -> tuple[Tensor, Tensor]:
+    residual = residual if branch is None else residual + branch
+    y = residual.to(options.dtype)
+    y = y if prompts is None else torch.cat([y, prompts.to(y.dtype)], dim=1)
+    branch = in_own_dtype(block.norm1, _attention(block.attn, y, Affine(), residual.shape[1], options, num_queries))
+    residual = _first(residual, num_queries) + branch
+    y = residual.to(options.dtype)
+    return residual, in_own_dtype(block.norm2, forward_mlp(block.mlp, y, Affine(), options.mlp_keeps))
+
+
+def _things(
+    block: ParallelThingsBlock,
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Tensor | None,
+    options: BlockOptions,
+    num_queries: int | None,
+) -> tuple[Tensor, Tensor]:
+    total = None
+    for one in block.attns:
+        residual, y, affine = norm_insert(one.norm, residual, branch, prompts, options)
+        out = one.ls(_attention(one.attn, y, affine, residual.shape[1], options, num_queries))
+        branch, total = None, out if total is None else total + out
+    residual, branch, total = _first(residual, num_queries), total, None
+    for one in block.ffns:
+        residual, y, affine = norm_insert(one.norm, residual, branch, None, options)
+        out = one.ls(forward_mlp(one.mlp, y, affine, options.mlp_keeps))
+        branch, total = None, out if total is None else total + out
+    return residual, total
+
+
+def _scaling(
+    block: ParallelScalingBlock,
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Tensor | None,
+    options: BlockOptions,
+    num_queries: int | None,
+) -> tuple[Tensor, Tensor]:
+    residual, y, affine = norm_insert(block.in_norm, residual, branch, prompts, options)
+    weight, bias, M = block.in_proj.weight, block.in_proj.bias, block.in_split[0]
+    qkv = FrozenLinear(weight[M:], None if bias is None else bias[M:], *affine)
+    attended = _attend(block, qkv, y, residual.shape[1], options, num_queries)
+    residual = _first(residual, num_queries)
+    up = FrozenLinear(weight[:M], block.mlp_bias if bias is None else bias[:M], *affine)
+    if block.out_proj is None:
+        proj, down = (FrozenLinear(layer.weight, layer.bias) for layer in (block.attn_out_proj, block.mlp_out_proj))
+    else:
+        weight, D = block.out_proj.weight, residual.shape[2]
+        proj, down = FrozenLinear(weight[:, :D], block.out_proj.bias), FrozenLinear(weight[:, D:])
+    y = _first(y, residual.shape[1] if y.shape[1] > residual.shape[1] else None)
+    hidden = ops.mlp(y, up, down, activation=activation_name(block.mlp_act), keep=options.mlp_keeps)
+    return residual, block.ls(ops.linear(attended, proj) + hidden)
+
+
+def _attention(
+    attn: Attention,
+    y: Tensor,
+    affine: Affine,
+    num_tokens: int,
+    options: BlockOptions,
+    num_queries: int | None,
+    keys_values: Tensor | None = None,
+) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
+    qkv = FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine)
+    attended = _attend(attn, qkv, y, num_tokens, options, num_queries, keys_values)
+    attended = in_own_dtype(attn.norm, attended).to(y.dtype)
+    return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
+
+
+def _attend(
+    attn: Any,
+    qkv: FrozenLinear,
+    y: Tensor,
+    num_tokens: int,
+    options: BlockOptions,
+    num_queries: int | None,
+    keys_values: Tensor | None = None,
+) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
+    """Softmax attention of a module with ``num_heads``, ``scale``, ``q_norm`` and ``k_norm``."""
+    if num_queries is not None:
+        return _attend_from_first(attn, qkv, y, num_queries, keys_values)
+    packed = ops.linear(y, qkv)
+    if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
+        q, k, v = torch.unflatten(packed, -1, (3, attn.num_heads, -1)).unbind(2)
+        q, k = in_own_dtype(attn.q_norm, q).to(v.dtype), in_own_dtype(attn.k_norm, k).to(v.dtype)
+        packed = torch.stack([q, k, v], dim=2).flatten(2)
+    packed = _append(packed, keys_values)
+    return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=options.attention)
+
+
+def _attend_from_first(
+    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, keys_values: Tensor | None
+) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
+    """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
+    q, kv = ops.project_q_kv(y, num_queries, qkv)
+    q = in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
+    if not isinstance(attn.k_norm, nn.Identity):
+        k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
+        kv = torch.stack([in_own_dtype(attn.k_norm, k).to(v.dtype), v], dim=2).flatten(2)
+    return ops.query_attention(q, _append(kv, keys_values), attn.num_heads, attn.scale)
+
+
+def _append(packed: Tensor, keys_values: Tensor | None) -> Tensor:
+    """Keys and values [B, M, 2·D] behind those of [B, S, 2·D or 3·D], whose queries they have none of."""
+    if keys_values is None:
+        return packed
+    return torch.cat([packed, F.pad(keys_values.to(packed.dtype), (packed.shape[2] - keys_values.shape[2], 0))], dim=1)
+
+
+def _first(x: Tensor, count: int | None) -> Tensor:
+    return x if count is None else _FirstTokens.apply(x, count)
+
+
+class _FirstTokens(torch.autograd.Function):
+    """``x[:, :n]``, contiguous; the zeros of its gradient are written into a buffer that is used again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
+        ctx.shape = x.shape
+        return x[:, :n].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        d_x = buffers.empty(ctx.shape, grad.dtype, grad.device)
+        d_x[:, : grad.shape[1]] = grad
+        d_x[:, grad.shape[1] :] = 0
+        return d_x, None

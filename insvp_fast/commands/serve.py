@@ -1,0 +1,107 @@
+"""Serve trained models over HTTP: images in, JSON out.
+
+    insvp serve runs/cub-1 --port 8000
+    curl --data-binary @bird.jpg -H "Content-Type: image/jpeg" "localhost:8000/predict?top_k=3"
+    curl -F file=@a.jpg -F file=@b.jpg localhost:8000/predict
+
+Ctrl-C or SIGTERM stops it after the requests that are running.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from insvp_fast.commands.options import positive
+from insvp_fast.errors import CommandError
+
+SUMMARY = "serve trained models over HTTP"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run folder of `insvp train` or an adapter folder; requests name it by the folder's name, or that of"
+        " NAME=FOLDER",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="the port, 0 for any that is free (default: 8000)")
+    for option, default, text in (
+        ("--max-batch", 8, "images computed together"),
+        ("--max-bytes", 16 * 2**20, "bytes of a request"),
+        ("--max-images", 16, "images of a request"),
+        ("--max-pixels", 64_000_000, "pixels of an image, by its header"),
+        ("--max-requests", 64, "requests answered at once; further ones get status 503"),
+        ("--workers", 2, "threads that decode images"),
+    ):
+        parser.add_argument(option, type=positive, metavar="N", default=default, help=f"{text} (default: {default:,})")
+    parser.add_argument(
+        "--max-wait-ms",
+        type=milliseconds,
+        metavar="MS",
+        default=5.0,
+        help="how long an image waits for others to be computed with (default: 5)",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: PyTorch's)")
+
+
+def milliseconds(text: str) -> float:
+    """The argparse type of a time that may be zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected milliseconds, at least 0")
+    return value
+
+
+def run(
+    runs: list[str],
+    host: str,
+    port: int,
+    max_batch: int,
+    max_bytes: int,
+    max_images: int,
+    max_pixels: int,
+    max_requests: int,
+    workers: int,
+    max_wait_ms: float,
+    threads: int | None,
+) -> int:
+    import torch
+    import uvicorn
+
+    from insvp_fast.serving.app import create_app
+    from insvp_fast.serving.uploads import Limits
+    from insvp_fast.training.prediction import load_classifier
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    classifiers = {name: load_classifier(folder) for name, folder in name_models(runs).items()}
+    limits = Limits(max_bytes, max_images, max_pixels, max_requests)
+    app = create_app(classifiers, limits, max_batch, max_wait_ms / 1000, workers)
+    print(f"insvp: serving {', '.join(classifiers)}", flush=True)
+    uvicorn.run(app, host=host, port=port, access_log=False)
+    return 0
+
+
+def name_models(runs: Sequence[str]) -> dict[str, str]:
+    """The folder of each model by its name; each of ``runs`` is a folder or NAME=FOLDER.
+
+    Raises:
+        CommandError: if two have the same name.
+    """
+    folders: dict[str, str] = {}
+    for text in runs:
+        name, given, folder = text.partition("=")
+        if not given or Path(text).exists():
+            name, folder = Path(text).resolve().name, text
+        if name in folders:
+            raise CommandError(f"{folders[name]} and {folder} are both named {name}: expected NAME=FOLDER for one")
+        folders[name] = folder
+    return folders

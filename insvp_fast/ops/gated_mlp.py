@@ -1,0 +1,205 @@
+"""Frozen linear layers with a gated or a normalized hidden layer: gated_mlp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
+from insvp_fast.ops.registry import Implementation, register, require
+from insvp_fast.runtime import products
+from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
+from insvp_fast.runtime.products import FrozenLinear
+
+__all__ = ["gated_mlp"]
+
+KEEP = ("pre", "input")
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: FrozenLinear,
+    value: FrozenLinear | None,
+    fc2: FrozenLinear,
+    *,
+    activation: str = "silu",
+    eps: float | None = None,
+    keep: str = "pre",
+    impl: str = "auto",
+) -> Tensor:
+    """fc2(normalize(activation(gate(x)) * value(x))): with SiLU this is SwiGLU (Shazeer 2020, equation 6).
+
+    Args:
+        x: [..., D]; its dtype is that of the products and of the result.
+        gate, value: layers [M, D] with the same gain and shift, all of their outputs; without ``value`` there is no
+            product of the two, and the hidden layer is that of ``mlp``. The two halves of one packed layer are views of
+            its weight.
+        fc2: the layer [D, M]; its gain and shift are the affine map of the norm of the hidden layer.
+        activation: as in ``mlp``.
+        eps: of the LayerNorm of the hidden layer; None if it has none.
+        keep: for backward, "pre", ``gate(x)`` and ``value(x)``, [..., M] each, or "input", x, to compute them again.
+        impl: "auto" lets the device decide; those of ``linear`` insist on a product.
+
+    Returns:
+        [..., D]
+
+    Raises:
+        ValueError: for shapes that do not fit, a weight that requires a gradient, or another ``activation``, ``keep``
+            or ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
+    """
+    if keep not in KEEP:
+        raise ValueError(f"keep={keep!r}: expected one of {KEEP}; the gradient of a gated MLP has no code in 8 bits")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+    needed = torch.is_grad_enabled() and x.requires_grad
+    wg, bg, gain, shift, w2, b2, gain2, shift2, *_ = frozen_operands(x, gate, fc2)
+    wv, bv = None, None
+    if value is not None:
+        wv, bv, gain_v, shift_v, *_ = frozen_operands(x, value, fc2)
+        if gain_v is not gain or shift_v is not shift:
+            raise ValueError("gate and value have a gain or shift of their own: expected those of one norm before both")
+    weights = wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2
+    operands = _Fwd(x, *weights, eps, activation, keep if needed else "nothing")
+    require("gated_mlp_fwd", impl, operands)
+    return cast(Tensor, apply(_GatedMlp, *operands, impl))
+
+
+class _Fwd(NamedTuple):
+    x: Tensor
+    wg: Tensor
+    bg: Tensor | None
+    wv: Tensor | None
+    bv: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    gain2: Tensor | None
+    shift2: Tensor | None
+    eps: float | None
+    activation: str
+    keep: str
+
+
+class _Bwd(NamedTuple):
+    grad: Tensor
+    kept: Tensor  # x, or gate(x)
+    kept_value: Tensor | None  # value(x)
+    wg: Tensor
+    bg: Tensor | None
+    wv: Tensor | None
+    bv: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    gain2: Tensor | None
+    shift2: Tensor | None
+    eps: float | None
+    activation: str
+    keep: str
+
+
+def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear | None, FrozenLinear]:
+    value = None if a.wv is None else FrozenLinear(a.wv, a.bv, a.gain, a.shift)
+    return FrozenLinear(a.wg, a.bg, a.gain, a.shift), value, FrozenLinear(a.w2, a.b2, a.gain2, a.shift2)
+
+
+@first_order("gated_mlp", "torch.nn.functional.linear and silu")
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *weights, eps, activation, keep, impl = rest
+        out, pre, value = torch.ops.insvp_fast.gated_mlp_fwd.default(x, *rest)
+        kept = (x, None) if keep == "input" else (pre, None if weights[2] is None else value)
+        ctx.save_for_backward(*kept, *weights)
+        ctx.rest = eps, activation, keep, impl
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.insvp_fast.gated_mlp_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 14
+
+
+def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
+    gate, value, fc2 = _layers(a)
+    pre, hidden = products.linear_activation(a.x, gate, a.activation, a.keep == "pre", how)
+    nothing = factor = a.x.new_empty(0)
+    if value is not None:
+        factor = products.linear(a.x, value, how)
+        hidden = hidden.mul_(factor)
+    if a.eps is not None:
+        hidden, _ = _normalize(hidden, a.eps)
+    return products.linear(hidden, fc2, how), pre, factor if a.keep == "pre" else nothing
+
+
+def _bwd(how: str, a: _Bwd) -> Tensor:
+    gate, value, fc2 = _layers(a)
+    pre, factor = a.kept, a.kept_value
+    if a.keep == "input":
+        pre = products.linear(a.kept, gate, how)
+        factor = None if value is None else products.linear(a.kept, value, how)
+    opened = activate(pre, a.activation)
+    d_hidden = products.linear_bwd(a.grad, fc2, how)
+    if a.eps is not None:
+        d_hidden = _normalize_bwd(d_hidden, opened if factor is None else opened * factor, a.eps)
+    if value is None or factor is None:
+        return products.linear_bwd(activate_bwd(d_hidden, pre, a.activation), gate, how)
+    d_x = products.linear_bwd(opened.mul_(d_hidden), value, how)
+    return d_x.add_(products.linear_bwd(activate_bwd(d_hidden.mul_(factor), pre, a.activation), gate, how))
+
+
+def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LayerNorm without an affine map, and 1/sigma: norm_insert without a sum and prompts."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    forward = torch.ops.insvp_fast.norm_insert_fwd.default
+    _, normed, _, rstd = forward(rows, None, None, None, None, eps, x.dtype, True, "auto")
+    return normed.view(x.shape), rstd
+
+
+def _normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    normed, rstd = _normalize(x, eps)
+    rows, backward = (1, -1, x.shape[-1]), torch.ops.insvp_fast.norm_insert_bwd.default
+    kept = normed.view(rows), rstd, None, rstd.shape[1]
+    d_x, _, _ = backward(None, grad.reshape(rows), *kept, x.dtype, x.dtype, True, "auto")
+    return cast(Tensor, d_x).view(x.shape)
+
+
+def _auto(a: _Fwd | _Bwd) -> Sequence[str]:
+    return [products.provider(a[0].dtype, a[0].device)]
+
+
+def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
+    kept = (*a.x.shape[:-1], a.wg.shape[0]) if a.keep == "pre" else 0
+    rows = a.x.shape[:-1]
+    return a.x.new_empty(*rows, a.w2.shape[0]), a.x.new_empty(kept), a.x.new_empty(0 if a.wv is None else kept)
+
+
+def _bwd_fake(a: _Bwd) -> Tensor:
+    return a.grad.new_empty(*a.grad.shape[:-1], a.wg.shape[1])
+
+
+register(
+    "gated_mlp_fwd",
+    _Fwd,
+    "(Tensor, Tensor, Tensor)",
+    fake=_fwd_fake,
+    reference=partial(_fwd, "plain"),
+    auto=_auto,
+    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS},
+)
+register(
+    "gated_mlp_bwd",
+    _Bwd,
+    "Tensor",
+    fake=_bwd_fake,
+    reference=partial(_bwd, "plain"),
+    auto=_auto,
+    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS},
+)

@@ -1,0 +1,369 @@
+"""``insvp serve``: the answers are those of ``insvp predict``, limits hold, and running requests are finished."""
+
+import asyncio
+import http.client
+import io
+import json
+import struct
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("starlette", reason="needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+pytest.importorskip("python_multipart", reason="needs the extra `serve`")
+pytest.importorskip("prometheus_client", reason="needs the extra `serve`")
+
+import uvicorn
+from starlette.requests import Request
+from starlette.testclient import TestClient
+
+from insvp_fast import InsVPViT
+from insvp_fast.commands import cli
+from insvp_fast.commands.serve import name_models
+from insvp_fast.config import RELEASED_PREPROCESSING
+from insvp_fast.errors import CommandError, TrainingError
+from insvp_fast.serving.app import create_app
+from insvp_fast.serving.batcher import Batcher
+from insvp_fast.serving.refusals import STATUS, Refusal
+from insvp_fast.serving.uploads import Limits, open_uploads
+from insvp_fast.training.prediction import load_classifier, predict
+from tests.commands.finished_run import CLASSES
+
+PNG = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture(scope="module")
+def classifier(run):
+    return load_classifier(run)
+
+
+@pytest.fixture(scope="module")
+def files(images) -> list:
+    return sorted((images / "test").rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def expected(run, files) -> dict[str, dict[str, float]]:
+    """The probabilities of each class by ``insvp predict``, by the file's content."""
+    predictions = predict(run, list(map(str, files)), top_k=len(CLASSES), workers=0)
+    return {file.read_bytes(): dict(found.ranking) for file, found in zip(files, predictions, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def client(run, classifier):
+    limits = Limits(max_bytes=60_000, max_images=4, max_pixels=3000)
+    with TestClient(create_app({"run": classifier, "adapter": load_classifier(run / "adapter")}, limits)) as client:
+        yield client
+
+
+def form(*contents: bytes) -> list:
+    return [("files", (f"{i}.png", content, "image/png")) for i, content in enumerate(contents)]
+
+
+def encoded(size: tuple[int, int], form: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, "red").save(stream, form)
+    return stream.getvalue()
+
+
+def probabilities(prediction: dict) -> dict[str, float]:
+    return dict(zip(prediction["classes"], prediction["probabilities"], strict=True))
+
+
+@pytest.mark.parametrize("model", ["run", "adapter"])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_answers_are_those_of_predict_in_order(client, expected, model, count):
+    contents = list(expected)[-count:]
+    answer = client.post("/predict", files=form(*contents), params={"model": model, "top_k": 99})
+    assert answer.status_code == 200 and answer.json()["model"] == model
+    predictions = answer.json()["predictions"]
+    assert [found["file"] for found in predictions] == [f"{i}.png" for i in range(count)]
+    for found, content in zip(predictions, contents, strict=True):
+        assert found["probabilities"] == sorted(found["probabilities"], reverse=True)
+        assert probabilities(found) == pytest.approx(expected[content], abs=1e-6)
+
+
+def test_a_body_that_is_the_image_is_answered(client, expected):
+    content = next(iter(expected))
+    answer = client.post("/predict?model=run&top_k=2", content=content, headers=PNG).json()
+    (found,) = answer["predictions"]
+    assert found["classes"] == sorted(expected[content], key=expected[content].get, reverse=True)[:2]
+
+
+def test_an_unreadable_image_spoils_no_other(client, expected):
+    good, *_ = expected
+    damaged = encoded((40, 40))[:60]
+    answer = client.post("/predict?model=run&top_k=99", files=form(damaged, good, b"%!PS-Adobe-3.0 EPSF-3.0\n"))
+    first, second, third = answer.json()["predictions"]
+    assert answer.status_code == 200
+    assert "image 0: not an image that can be read" in first["error"] and "classes" not in first
+    assert probabilities(second) == pytest.approx(expected[good], abs=1e-6)
+    assert "image 2: not an image that can be read (none of AVIF, BMP" in third["error"]  # Ghostscript never sees it
+
+
+BITMAP = encoded((4, 4), "BMP")
+BOMB = BITMAP[:18] + struct.pack("<ii", 9000, 9000) + BITMAP[26:]  # a header that promises pixels
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (encoded((80, 40)), "it has 80x40 pixels: expected at most 3,000"),
+        (BOMB, "it has 9000x9000 pixels: expected at most 3,000"),
+        (encoded((2, 202)), "it has 2x202 pixels: expected sides of at most 100:1"),
+        (encoded((40, 40), "ICO"), "not an image that can be read"),
+        (b"no image", "not an image that can be read"),
+    ],
+    ids=["large", "bomb", "thin", "other format", "text"],
+)
+def test_images_are_refused_by_their_header(client, content, message):
+    answer = client.post("/predict?model=run", content=content, headers=PNG)
+    assert answer.status_code == 422
+    assert message in answer.json()["predictions"][0]["error"]
+
+
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+@pytest.mark.parametrize(
+    ("query", "sent", "status", "kind"),
+    [
+        ("model=owls", {"content": b"x", "headers": PNG}, 404, "unknown_model"),
+        ("", {"content": b"x", "headers": PNG}, 422, "invalid_query"),
+        ("model=run&top_k=0", {"content": b"x", "headers": PNG}, 422, "invalid_query"),
+        ("model=run&top_k=" + "9" * 5000, {"content": b"x", "headers": PNG}, 422, "invalid_query"),
+        ("model=run&topk=1", {"content": b"x", "headers": PNG}, 422, "invalid_query"),
+        ("model=run", {"json": {"image": "x"}}, 415, "unknown_content_type"),
+        ("model=run", {"content": b"x"}, 415, "unknown_content_type"),
+        ("model=run", {"content": b"", "headers": PNG}, 422, "no_image"),
+        ("model=run", {"content": b"x" * 60_001, "headers": PNG}, 413, "too_many_bytes"),
+        ("model=run", {"content": iter([b"x" * 40_000] * 2), "headers": PNG}, 413, "too_many_bytes"),
+        ("model=run", {"content": iter([b"--b\r\n", b"x" * 60_000]), "headers": MULTIPART}, 413, "too_many_bytes"),
+        ("model=run", {"files": form(*[b"x"] * 5)}, 413, "too_many_images"),
+        ("model=run", {"files": [("note", (None, b"text"))]}, 400, "malformed_upload"),
+        ("model=run", {"content": b"x", "headers": MULTIPART}, 400, "malformed_upload"),
+        ("model=run", {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "malformed_upload"),
+        ("model=run", {"content": b"--b--\r\n", "headers": MULTIPART}, 422, "no_image"),
+    ],
+)
+def test_requests_outside_the_limits_are_refused(client, query, sent, status, kind):
+    errors = f'insvp_errors_total{{kind="{kind}"}}'
+    before = metrics(client).get(errors, 0)
+    answer = client.post(f"/predict?{query}", **sent)
+    assert (answer.status_code, answer.json()["kind"]) == (status, kind)
+    assert metrics(client)[errors] == before + 1
+
+
+def test_every_refusal_is_documented():
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    if not page.is_file():
+        pytest.skip("only a checkout has docs/")
+    text = page.read_text()
+    assert [kind for kind, status in STATUS.items() if f"| {status} | `{kind}` |" not in text] == []
+
+
+def metrics(client) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+@pytest.mark.parametrize(("message", "kind"), [(None, "slow_upload"), ("http.disconnect", "incomplete_upload")])
+def test_uploads_that_never_end_are_given_up(message, kind):
+    async def receive():
+        return {"type": message} if message else await asyncio.sleep(60)
+
+    async def upload():
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
+        async with open_uploads(Request(scope, receive), Limits(upload_seconds=0.02)):
+            pass
+
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(upload())
+    assert refused.value.kind == kind
+
+
+def test_models_health_and_metrics(classifier, expected):
+    app = create_app({"animals": classifier})
+    assert TestClient(app).get("/health").status_code == 503  # it has not started
+    with TestClient(app) as client:
+        assert client.get("/health").json() == {"ready": True}
+        assert client.get("/models").json()["models"]["animals"] == {"classes": CLASSES, "input_size": [3, 32, 32]}
+        assert client.post("/predict", files=form(*list(expected)[:3])).status_code == 200
+        found = metrics(client)
+    assert found['insvp_requests_total{status="200"}'] == found["insvp_request_seconds_count"] == 1
+    assert found['insvp_images_total{model="animals"}'] == found['insvp_batch_size_sum{model="animals"}'] == 3
+    assert found["insvp_queue_length"] == 0
+    assert TestClient(app).get("/health").status_code == 503  # it has ended
+
+
+class Held:
+    """A classifier that waits, when it is asked to compute images, until it is let go on, or fails."""
+
+    def __init__(self, classifier, error: Exception | None = None) -> None:
+        self.inner, self.error, self.reached, self.let_go = classifier, error, threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def logits(self, images):
+        if images.any():  # those of the warm-up are zero
+            self.reached.set()
+            assert self.let_go.wait(10)
+            if self.error:
+                raise self.error
+        return self.inner.logits(images)
+
+
+def test_a_full_server_says_so_and_answers_the_others(classifier, expected):
+    held, content = Held(classifier), next(iter(expected))
+    app = create_app({"animals": held}, Limits(max_requests=1))
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, "/predict", content=content, headers=PNG)
+        assert held.reached.wait(10)
+        refused = client.post("/predict", content=content, headers=PNG)
+        assert (refused.status_code, refused.json()["kind"], refused.headers["Retry-After"]) == (503, "busy", "1")
+        assert client.get("/health").status_code == 200
+        held.let_go.set()
+        assert running.result().status_code == 200
+        assert client.post("/predict", content=content, headers=PNG).status_code == 200
+
+
+def test_a_failure_of_the_model_is_500_and_not_the_end(classifier, expected):
+    held, content = Held(classifier, RuntimeError("out of memory")), next(iter(expected))
+    held.let_go.set()
+    with TestClient(create_app({"animals": held}), raise_server_exceptions=False) as client:
+        assert client.post("/predict", content=content, headers=PNG).status_code == 500
+        assert metrics(client)['insvp_errors_total{kind="internal"}'] == 1
+        held.error = None
+        assert client.post("/predict", content=content, headers=PNG).status_code == 200
+
+
+def test_batches_are_full_or_late_and_errors_stay_in_theirs():
+    batches = []
+
+    def compute(items):
+        batches.append(items)
+        return [1 / item for item in items]
+
+    async def submit():
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(compute, executor, max_batch=3, max_wait=0.05)
+            given_up = asyncio.create_task(batcher.submit(9))
+            await asyncio.sleep(0)
+            given_up.cancel()  # it is computed, and nobody waits for it
+            others = [asyncio.create_task(batcher.submit(item)) for item in (1, 2, 4, 0, 5, 8)]
+            await asyncio.sleep(0)
+            assert len(batcher) == 7
+            running = asyncio.create_task(batcher.run())
+            start = time.monotonic()
+            found = await asyncio.gather(*others, return_exceptions=True)
+            running.cancel()
+            return found, time.monotonic() - start
+
+    found, seconds = asyncio.run(submit())
+    assert batches == [[9, 1, 2], [4, 0, 5], [8]] and seconds >= 0.04
+    assert found[:2] == [1, 0.5] and found[5] == 1 / 8
+    assert [type(error) for error in found[2:5]] == [ZeroDivisionError] * 3
+
+
+@pytest.fixture
+def server(classifier):
+    """A server at a socket: its port, and a function that stops it as SIGTERM does."""
+    held = Held(classifier)
+    held.let_go.set()
+    server = uvicorn.Server(uvicorn.Config(create_app({"animals": held}), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+
+    def stop():
+        server.should_exit = True
+
+    yield SimpleNamespace(port=server.servers[0].sockets[0].getsockname()[1], stop=stop, thread=thread, held=held)
+    stop()
+    thread.join(10)
+
+
+def post(connection: http.client.HTTPConnection, content: bytes) -> dict[str, float]:
+    connection.request("POST", "/predict?top_k=99", content, PNG)
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    assert response.status == 200, answer
+    return probabilities(answer["predictions"][0])
+
+
+def test_four_clients_at_a_socket_and_an_orderly_end(server, expected):
+    contents = list(expected)
+
+    def ask(client: int, until: float) -> int:
+        connection, answered = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10), 0
+        while time.monotonic() < until:
+            content = contents[(client + answered) % len(contents)]
+            assert post(connection, content) == pytest.approx(expected[content], abs=1e-6)
+            answered += 1
+        return answered
+
+    with ThreadPoolExecutor(4) as pool:
+        answered = list(pool.map(ask, range(4), [time.monotonic() + 1.5] * 4))
+        assert min(answered) > 1
+        server.held.reached.clear()
+        server.held.let_go.clear()
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        last = pool.submit(post, connection, contents[0])
+        assert server.held.reached.wait(10)
+        server.stop()
+        time.sleep(0.3)
+        assert server.thread.is_alive() and not last.done()
+        server.held.let_go.set()
+        assert last.result() == pytest.approx(expected[contents[0]], abs=1e-6)
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+
+
+def test_the_command_hands_its_options_on(run, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.append((app, options)))
+    options = ["--port", "0", "--max-images", "1", "--max-wait-ms", "0", "--threads", "1"]
+    assert cli.main(["serve", f"birds={run}", f"{run}/adapter", *options]) == 0
+    ((app, given),) = served
+    assert (given["host"], given["port"]) == ("127.0.0.1", 0)
+    with TestClient(app) as client:
+        assert list(client.get("/models").json()["models"]) == ["birds", "adapter"]
+        answer = client.post("/predict?model=birds", files=form(b"x", b"y"))
+        assert answer.json()["kind"] == "too_many_images" and "at most 1" in answer.json()["error"]
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve", str(run)]) == 1
+    assert "pip install 'insvp-fast[serve]'" in capsys.readouterr().err
+
+
+def test_an_adapter_is_served_in_fp32_if_it_says_what_its_classes_are(tmp_path):
+    model = InsVPViT("vit_shapes_32", num_classes=2, pretrained=True).bfloat16()
+    model.save_pretrained(tmp_path, preprocessing=RELEASED_PREPROCESSING | {"input_size": (3, 32, 32)})
+    with pytest.raises(TrainingError, match=f"{tmp_path}: class_names is null in adapter_config.json"):
+        load_classifier(tmp_path)
+    model.save_pretrained(tmp_path, class_names=["cat", "dog"])
+    classifier = load_classifier(tmp_path)
+    assert classifier.logits(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_models_are_named_by_folder_or_as_told(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    found = name_models([f"{tmp_path}/a=b", "birds=runs/cub-1", "runs/dogs-2/"])
+    assert found == {"a=b": f"{tmp_path}/a=b", "birds": "runs/cub-1", "dogs-2": "runs/dogs-2/"}
+    with pytest.raises(CommandError, match="x/cub and y/cub are both named cub: expected NAME=FOLDER for one"):
+        name_models(["x/cub", "y/cub"])

@@ -1,0 +1,93 @@
+"""gated_mlp against PyTorch's layers in double precision, and as a PyTorch operator."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from insvp_fast import ops
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.runtime import products
+from insvp_fast.testing import assert_within_budget
+from tests.activations import FORMULAS
+from tests.gradients import DTYPES, copies, with_gradients
+
+EPS = 1e-6
+
+
+def inputs(dtype=torch.float32):
+    """x, and all weights: gate, value, the affine map before them, the second layer and the affine map before it."""
+    shapes = (48, 33), (48,), (48, 33), (48,), (33,), (33,), (33, 48), (33,), (48,), (48,)
+    return torch.randn(2, 5, 33).to(dtype).requires_grad_(), [torch.randn(shape) / 6 for shape in shapes]
+
+
+def run(x, wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, value=True, normed=False, **options):
+    gate, other = FrozenLinear(wg, bg, gain, shift), FrozenLinear(wv, bv, gain, shift) if value else None
+    fc2 = FrozenLinear(w2, b2, gain2, shift2) if normed else FrozenLinear(w2, b2)
+    return ops.gated_mlp(x, gate, other, fc2, eps=EPS if normed else None, **options)
+
+
+def plain(x, wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, value=True, normed=False, activation="silu"):
+    x = x * gain + shift
+    hidden = FORMULAS[activation](F.linear(x, wg, bg))[0]
+    hidden = hidden * F.linear(x, wv, bv) if value else hidden
+    return F.linear(F.layer_norm(hidden, (48,), gain2, shift2, EPS) if normed else hidden, w2, b2)
+
+
+@pytest.mark.parametrize("options", [{}, {"normed": True}, {"normed": True, "value": False, "activation": "gelu"}])
+@pytest.mark.parametrize("keep", ["pre", "input"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", ["auto", "onednn", "reference"])
+def test_gated_mlp(impl, dtype, keep, options):
+    if impl == "onednn" and not products.onednn_works(dtype):
+        pytest.skip("this product is not for this processor")
+    x, weights = inputs(dtype)
+    exact, rough = (
+        with_gradients(lambda x: plain(x, *(w.to(x.dtype) for w in weights), **options), copies([x], like))
+        for like in (torch.float64, dtype)
+    )
+    values = with_gradients(lambda x: run(x, *weights, keep=keep, impl=impl, **options), [x])
+    for value, low, expected in zip(values, rough, exact, strict=True):
+        assert value.dtype == dtype
+        assert_within_budget(value, low, expected, dtype)
+
+
+def test_it_keeps_what_it_says():
+    x, weights = inputs()
+    for options, size in (({}, 2 * 48), ({"value": False}, 48), ({"normed": True}, 2 * 48), ({"keep": "input"}, 33)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            run(x, *weights, **options)
+        assert sum(t.numel() for t in kept if not any(t is w for w in weights)) == 2 * 5 * size
+
+
+def test_halves_of_one_packed_layer():
+    x, weights = inputs()
+    wg, bg, wv, bv, *rest = weights
+    weight, bias = torch.cat([wg, wv]), torch.cat([bg, bv])
+    halves = weight[:48], bias[:48], weight[48:], bias[48:]
+    assert torch.equal(run(x, *halves, *rest), run(x, *weights))
+    weight[50] *= 2  # a view of a packed weight is packed again when that changes
+    assert torch.equal(run(x, *halves, *rest), run(x, *(half.clone() for half in halves), *rest))
+
+
+def test_gradcheck_opcheck_and_refusals():
+    x, weights = inputs(torch.float64)
+    weights = [w.double() for w in weights]
+    for options in ({"normed": True}, {"keep": "input"}):
+        assert torch.autograd.gradcheck(lambda x, o=options: run(x, *weights, **o), [x])
+    x = x.detach()
+    opcheck(torch.ops.insvp_fast.gated_mlp_fwd.default, (x, *weights, EPS, "silu", "pre", "auto"))
+    pre, value = (torch.randn(2, 5, 48).double() for _ in range(2))
+    for kept in ((pre, value, *weights, EPS, "silu", "pre"), (x, None, *weights, None, "gelu", "input")):
+        opcheck(torch.ops.insvp_fast.gated_mlp_bwd.default, (torch.randn_like(x), *kept, "auto"))
+    with pytest.raises(ValueError, match="keep='code': expected one of .* has no code in 8 bits"):
+        run(x, *weights, keep="code")
+    with pytest.raises(ValueError, match="activation='relu': expected one of"):
+        run(x, *weights, activation="relu")
+    with pytest.raises(ValueError, match="expected those of one norm before both"):
+        ops.gated_mlp(x, FrozenLinear(weights[0], None, weights[4]), FrozenLinear(weights[2]), FrozenLinear(weights[6]))
+    with pytest.raises(ValueError, match=r"weight has shape \(33, 48\): expected \[D_out, 33\]"):
+        ops.gated_mlp(x, FrozenLinear(weights[0]), FrozenLinear(weights[6]), FrozenLinear(weights[6]))
+    with pytest.raises(ValueError, match="frozen weights"):
+        run(x, *weights[:2], weights[2].requires_grad_(), *weights[3:])
