@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from insvp_fast import InsVPViT
+from insvp_fast.methods import MethodViT
 from insvp_fast.training.prediction import load_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,12 @@ def test_two_processes_train_one_model(tmp_path):
     assert "of 360 images, 2 processes" in printed
     assert accuracy(printed) > 25
     InsVPViT.from_pretrained(tmp_path)
+
+
+def test_methods_are_compared(tmp_path):
+    printed = run("prompt_methods.py", "--methods", "vp", "--epochs", 1, "--batch-size", 120, "--output", tmp_path)
+    assert re.fullmatch(r"vp: test accuracy [\d.]+%, 3,274 trained parameters\n", printed)
+    assert MethodViT.from_pretrained(tmp_path / "vp").class_names == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.slow

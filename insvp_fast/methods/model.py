@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,12 +41,17 @@ class MethodViT(TimmInterface, PromptedViT):
 
     Other arguments: see ``InsVPViT``.
 
+    Attributes:
+        class_names, preprocessing: as those of an ``InsVPViT``; saved with the adapter.
+
     Raises:
         TypeError: if the backbone cannot be prompted, or has more than one head.
         ValueError: if the method asks for what cannot be done with such a backbone.
     """
 
     method: PromptMethod
+    class_names: list[str] | None = None
+    preprocessing: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -77,22 +82,41 @@ class MethodViT(TimmInterface, PromptedViT):
         """What the state dict holds outside the backbone."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write method, head and what to build them around: adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            class_names, preprocessing: the attributes' new values; None leaves them unchanged.
 
         Raises:
             ValueError: if the method is not one of ``METHODS``, or its settings are not JSON.
         """
+        self.class_names = self.class_names if class_names is None else list(class_names)
+        self.preprocessing = self.preprocessing if preprocessing is None else dict(preprocessing)
         names = [name for name, cls in METHODS.items() if cls is type(self.method)]
         if not names:
             kind = type(self.method).__name__
             raise ValueError(f"the method is a {kind}: expected one of {sorted(METHODS)}; save the state dict instead")
         record = BackboneRecord.of(self.backbone)
-        config = _Config(method=names[0], options=self._options, num_classes=self.num_classes, backbone=record)
+        config = _Config(
+            method=names[0],
+            options=self._options,
+            num_classes=self.num_classes,
+            backbone=record,
+            class_names=self.class_names,
+            preprocessing=self.preprocessing,
+        )
         try:
             text = json.dumps(dataclasses.asdict(config), indent=2)
         except TypeError as error:
-            raise ValueError(f"the settings of {names[0]} cannot be written as JSON: {error}") from error
+            raise ValueError(
+                f"the settings of {names[0]}, or how images are prepared, are not JSON: {error}"
+            ) from error
         weights = {key: value.detach().cpu().contiguous() for key, value in self._adapter().items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_file(Path(folder, WEIGHTS_FILE), safetensors.torch.save(weights, metadata={"format": "pt"}))
@@ -117,6 +141,7 @@ class MethodViT(TimmInterface, PromptedViT):
             raise CheckpointError(f"{file}: {error}") from error
         check_shapes(weights, {key: tuple(value.shape) for key, value in model._adapter().items()}, folder)
         model.load_state_dict(weights, strict=False)
+        model.class_names, model.preprocessing = config.class_names, config.preprocessing
         return model.eval()
 
 
@@ -164,6 +189,8 @@ class _Config:
     options: dict
     num_classes: int
     backbone: BackboneRecord
+    class_names: list | None
+    preprocessing: dict | None
 
     @classmethod
     def read(cls, file: Path) -> Self:

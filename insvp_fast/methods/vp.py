@@ -16,15 +16,17 @@ class VP(PromptMethod):
     """x~ = x + v, where v is trained on a frame along the border of the image, and zero within.
 
     Args:
-        padding: the width of the frame in pixels. The image size is that for which the backbone was made.
+        padding: the width of the frame in pixels; None for the paper's 30 of 224, in proportion to the shorter side.
+            The image size is that for which the backbone was made.
 
     Raises:
         ValueError: if the frame is wider than half of the image.
     """
 
-    def __init__(self, geometry: Geometry, *, padding: int = 30) -> None:
+    def __init__(self, geometry: Geometry, *, padding: int | None = None) -> None:
         super().__init__(geometry)
-        C, (H, W), p = geometry.in_channels, geometry.fixed_image_size, padding
+        C, (H, W) = geometry.in_channels, geometry.fixed_image_size
+        p = round(30 / 224 * min(H, W)) if padding is None else padding
         if not 1 <= p <= min(H, W) // 2:
             raise ValueError(f"padding={p}: expected 1 to {min(H, W) // 2}, half of a {H}x{W} image")
         self.top, self.bottom = (nn.Parameter(torch.randn(C, p, W)) for _ in range(2))

@@ -261,11 +261,12 @@ def test_an_adapter_comes_back(name, tmp_path):
     model = create_model(name, NAME, 6, backbone_kwargs=SIZE, **OPTIONS[name]).eval()
     if name == "e2vpt":
         model.method.token_mask[0, 0] = 0
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, class_names=list("abcdef"), preprocessing={"mean": [0.5] * 3, "std": (1, 1, 2)})
     backbone = copy.deepcopy(model.backbone)
     loaded = MethodViT.from_pretrained(tmp_path, backbone)
     image = torch.randn(2, 3, 48, 32)
     assert torch.equal(loaded(image), model(image)) and not loaded.training
+    assert loaded.class_names == list("abcdef") and loaded.preprocessing["std"] == [1, 1, 2]
     with torch.no_grad():
         backbone.blocks[0].attn.qkv.bias.add_(1)
     with pytest.raises(CheckpointError, match="sha256"):
