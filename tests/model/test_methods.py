@@ -337,10 +337,3 @@ def test_image_sizes_that_the_parameters_do_not_fit():
         model = create_model(name, NAME, 6, backbone_kwargs=SIZE | {"dynamic_img_size": True}, **OPTIONS[name])
         with pytest.raises(ValueError, match="expected 48x32|expected 24, those of a fixed size"):
             model(torch.randn(1, 3, 32, 32))
-
-
-def test_fullgraph():
-    fast = make_pair("vapt", depth=2)[1].cpu().eval()
-    image = torch.randn(2, 3, 48, 32)
-    torch.testing.assert_close(torch.compile(fast, backend="eager", fullgraph=True)(image), fast(image))
-    torch.compiler.reset()
