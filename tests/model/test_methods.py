@@ -298,6 +298,22 @@ def test_a_method_of_ones_own():
         fast(image)
 
 
+def test_several_widths():
+    arguments = {"img_size": 32, "patch_size": 2, "window_size": 4, "depths": (2, 1), "num_heads": (2, 4)}
+    backbone = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, num_classes=0, **arguments)
+    method = partial(VPTDeep, length=3, dropout=0.0)
+    model = PromptedReference(copy.deepcopy(backbone), 6, method=method).to(DEVICE)
+    fast = MethodViT(backbone, 6, method=method).to(DEVICE)
+    fast.load_state_dict(model.state_dict())
+    assert [tuple(p.shape) for p in fast.method.prompts] == [(3, 16), (3, 16), (3, 32)]
+    assert unsupported_reason(fast) is None
+    image = torch.randn(2, 3, 32, 32, device=DEVICE)
+    exact, values = (trained_gradients(m, image) for m in (model, fast))
+    assert max(relative_error(values[key], exact[key]) for key in exact) < 1e-5
+    with pytest.raises(ValueError, match=r"the blocks have widths \[16, 32\]: this method expects one width"):
+        create_model("e2vpt", copy.deepcopy(backbone), 6)
+
+
 def test_other_backbones():
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2, embed_dim=48, num_heads=3)
     with warnings.catch_warnings():
