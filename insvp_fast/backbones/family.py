@@ -28,7 +28,7 @@ class BackboneFamily(Protocol):
 
     Blocks are counted as in the backbone's ``Structure``. Tokens are [B, T, D] from block to block, in whatever order
     the family puts them; T and D may differ from block to block. ``SUPPORTS`` of a module is as that of a
-    ``Structure``: it has "reads_tokens" if the tokens stand as in the structure's h, and "carry_prompts" if a further
+    ``Structure``: it has "reads_tokens" if the tokens stand as in the structure's, and "carry_prompts" if a further
     token behind them is what a prompt is.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,

@@ -111,7 +111,8 @@ class PromptedReference(nn.Module):
         prompted, context = self.prompt_image(image)
         h = structure.embed(self.backbone, prompted)  # (1)
         for j in range(len(self.widths)):
-            prompts = self.block_prompts(j, context, image.shape[0], h if self.reads_tokens else None)
+            tokens = getattr(h, "tokens", h) if self.reads_tokens else None
+            prompts = self.block_prompts(j, context, image.shape[0], tokens)
             h, outputs = self.apply_block(j, h, carried if prompts is None else prompts)
             carried = Prompts(outputs) if self.carry_prompts and outputs is not None else None
         return structure.final_norm(self.backbone, h)

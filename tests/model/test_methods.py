@@ -315,14 +315,21 @@ def test_several_widths():
 
 
 def test_other_backbones():
-    eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2, embed_dim=48, num_heads=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it takes the general path
-        model = create_model("vpt_deep", copy.deepcopy(eva), 6, length=3)
-    assert model(torch.randn(2, 3, 28, 28)).shape == (2, 6)
-    for name, attribute in (("e2vpt", "gives_keys_values"), ("vapt", "reads_tokens"), ("vpt_shallow", "carry_prompts")):
-        with pytest.raises(ValueError, match=f"has {attribute}=True, which prompts in a Eva cannot have"):
-            create_model(name, copy.deepcopy(eva), 6, **{"kernel": 1} if name == "vapt" else {})
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=3, embed_dim=48, num_heads=3)
+    beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=3, embed_dim=48, num_heads=3)
+    for backbone in (eva, beit):
+        size = backbone.patch_embed.img_size[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some take the general path
+            models = [create_model(name, copy.deepcopy(backbone), 6) for name in ("vpt_deep", "vpt_shallow")]
+            models.append(create_model("vapt", copy.deepcopy(backbone), 6, kernel=1))
+        for model in models:
+            plain = PromptedReference(copy.deepcopy(backbone), 6, method=partial(type(model.method), **model._options))
+            plain.load_state_dict(model.state_dict())
+            image = torch.randn(2, 3, size, size)
+            torch.testing.assert_close(model.eval()(image), plain.eval()(image), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="E2VPT has gives_keys_values=True, which prompts in a .* cannot have"):
+            create_model("e2vpt", copy.deepcopy(backbone), 6)
     scaled = timm.create_model(NAME, **SIZE | {"block_fn": timm.models.vision_transformer.ResPostBlock})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
