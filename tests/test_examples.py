@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform
 
 from insvp_fast import InsVPViT
+from insvp_fast.config import RELEASED_PREPROCESSING
 from insvp_fast.methods import MethodViT
 from insvp_fast.training.prediction import load_classifier
 
@@ -67,6 +70,17 @@ def test_inference_classifies_files_as_the_model_does(trained, tmp_path):
     assert [line.split(": ")[1].split(" ")[0] for line in lines] == [model.class_names[i] for i in found]
 
 
+def test_a_bank_classifies_files_with_each_adapter(trained, tmp_path):
+    file = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
+    printed = run("adapter_bank.py", file, "--adapters", *(f"{name}={trained[0]}" for name in ("one", "other")))
+    model = InsVPViT.from_pretrained(trained[0])
+    with torch.inference_mode():
+        found = model(torch.from_numpy(np.asarray(Image.open(file))).permute(2, 0, 1)[None]).argmax().item()
+    lines = [line.split(" (")[0] for line in printed.splitlines()]
+    assert lines == [f"{file}: {name}: {model.class_names[found]}" for name in ("one", "other")]
+
+
 def test_timm_trains_it():
     printed = run("timm_training.py", "--fake", "--epochs", 2)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
@@ -77,8 +91,18 @@ def test_the_trainer_of_transformers_trains_it(tmp_path):
     require("transformers")
     printed = run("huggingface_trainer.py", "--epochs", 1, "--output", tmp_path)
     assert accuracy(printed) > 30
-    assert not list(tmp_path.rglob("checkpoint*"))  # they would hold the backbone
+    (checkpoint,) = tmp_path.glob("checkpoint-*/model.safetensors")
+    assert not [key for key in load_file(checkpoint) if "backbone" in key]
     InsVPViT.from_pretrained(tmp_path)
+
+
+def test_transformers_prepares_images_as_timm_does():
+    require("transformers")
+    processor = importlib.import_module("insvp_fast.huggingface").image_processor(RELEASED_PREPROCESSING)
+    pixels = [np.random.default_rng(i).integers(0, 255, (300, 240 + i, 3), dtype=np.uint8) for i in range(3)]
+    files = [Image.fromarray(one) for one in pixels]
+    expected = torch.stack([create_transform(**RELEASED_PREPROCESSING)(file) for file in files])
+    assert torch.equal(processor(files, return_tensors="pt")["pixel_values"], expected)
 
 
 def test_lightning_trains_it(tmp_path):

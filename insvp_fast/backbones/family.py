@@ -21,6 +21,8 @@ class BlockOptions(NamedTuple):
     attention: str  # the implementation, one of ``ops.ATTENTION``; blocks with ``num_queries`` have only one
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
+    prompt_lengths: Tensor | None = None  # ``Prompts.lengths`` of the block
+    keys_values: Tensor | None = None  # ``Prompts.keys_values`` of the block
 
 
 class BackboneFamily(Protocol):
@@ -34,6 +36,8 @@ class BackboneFamily(Protocol):
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """
+
+    takes_padded_prompts: bool  # whether ``forward_block`` heeds ``Prompts.lengths``; if not, they must be None
 
     def requirements(self, backbone: Any, patch_size: int) -> Table:
         """What the fast path requires of the backbone's modules."""

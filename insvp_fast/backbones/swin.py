@@ -39,7 +39,10 @@ __all__ = [
     "pixel_weight",
     "reads_one_token",
     "requirements",
+    "takes_padded_prompts",
 ]
+
+takes_padded_prompts = False
 
 # What is supported
 

@@ -31,8 +31,10 @@ __all__ = [
     "pixel_weight",
     "reads_one_token",
     "requirements",
+    "takes_padded_prompts",
 ]
 
+takes_padded_prompts = True
 SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
 
 # What is supported
@@ -142,8 +144,9 @@ def forward_block(
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11); see ``run_block``."""
-    tokens, keys_values = (None, None) if prompts is None else (prompts.tokens, prompts.keys_values)
-    return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries, keys_values)
+    tokens, lengths, keys_values = (None, None, None) if prompts is None else prompts
+    options = options._replace(prompt_lengths=lengths, keys_values=keys_values)
+    return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
 
 
 def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -159,15 +159,13 @@ def run_block(
     prompts: Tensor | None,  # [B, L, D]
     options: BlockOptions,
     num_queries: int | None = None,
-    keys_values: Tensor | None = None,  # [B, M, 2·D], only for a Block
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11), whose last sum is left to the next block's norm.
 
     With ``num_queries`` only the first tokens go on; the others are keys and values of the attention and end there.
     """
-    if keys_values is not None:
+    if options.keys_values is not None:
         require_block(block)
-        return _pre_norm(block, residual, branch, prompts, options, num_queries, keys_values)
     run = {ParallelThingsBlock: _things, ParallelScalingBlock: _scaling, ResPostBlock: _post_norm}
     return run.get(type(block), _pre_norm)(block, residual, branch, prompts, options, num_queries)
 
@@ -179,10 +177,9 @@ def _pre_norm(
     prompts: Tensor | None,
     options: BlockOptions,
     num_queries: int | None,
-    keys_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     residual, y, affine = norm_insert(block.norm1, residual, branch, prompts, options)
-    branch = block.ls1(_attention(block.attn, y, affine, residual.shape[1], options, num_queries, keys_values))
+    branch = block.ls1(_attention(block.attn, y, affine, residual.shape[1], options, num_queries))
     residual = _first(residual, num_queries)
     residual, y, affine = norm_insert(block.norm2, residual, branch, None, options)
     return residual, block.ls2(forward_mlp(block.mlp, y, affine, options.mlp_keeps))
@@ -253,43 +250,33 @@ def _scaling(
 
 
 def _attention(
-    attn: Attention,
-    y: Tensor,
-    affine: Affine,
-    num_tokens: int,
-    options: BlockOptions,
-    num_queries: int | None,
-    keys_values: Tensor | None = None,
+    attn: Attention, y: Tensor, affine: Affine, num_tokens: int, options: BlockOptions, num_queries: int | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
     qkv = FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine)
-    attended = _attend(attn, qkv, y, num_tokens, options, num_queries, keys_values)
+    attended = _attend(attn, qkv, y, num_tokens, options, num_queries)
     attended = in_own_dtype(attn.norm, attended).to(y.dtype)
     return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
 
 
 def _attend(
-    attn: Any,
-    qkv: FrozenLinear,
-    y: Tensor,
-    num_tokens: int,
-    options: BlockOptions,
-    num_queries: int | None,
-    keys_values: Tensor | None = None,
+    attn: Any, qkv: FrozenLinear, y: Tensor, num_tokens: int, options: BlockOptions, num_queries: int | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
     """Softmax attention of a module with ``num_heads``, ``scale``, ``q_norm`` and ``k_norm``."""
+    lengths = options.prompt_lengths
+    num_keys = None if lengths is None else num_tokens + lengths  # prompts stand behind the tokens
     if num_queries is not None:
-        return _attend_from_first(attn, qkv, y, num_queries, keys_values)
+        return _attend_from_first(attn, qkv, y, num_queries, num_keys, options.keys_values)
     packed = ops.linear(y, qkv)
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = torch.unflatten(packed, -1, (3, attn.num_heads, -1)).unbind(2)
         q, k = in_own_dtype(attn.q_norm, q).to(v.dtype), in_own_dtype(attn.k_norm, k).to(v.dtype)
         packed = torch.stack([q, k, v], dim=2).flatten(2)
-    packed = _append(packed, keys_values)
-    return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=options.attention)
+    packed = _append(packed, options.keys_values, num_keys)
+    return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, num_keys=num_keys, impl=options.attention)
 
 
 def _attend_from_first(
-    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, keys_values: Tensor | None
+    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, num_keys: Tensor | None, keys_values: Tensor | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
     q, kv = ops.project_q_kv(y, num_queries, qkv)
@@ -297,13 +284,16 @@ def _attend_from_first(
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
         kv = torch.stack([in_own_dtype(attn.k_norm, k).to(v.dtype), v], dim=2).flatten(2)
-    return ops.query_attention(q, _append(kv, keys_values), attn.num_heads, attn.scale)
+    kv = _append(kv, keys_values, num_keys)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys)
 
 
-def _append(packed: Tensor, keys_values: Tensor | None) -> Tensor:
+def _append(packed: Tensor, keys_values: Tensor | None, num_keys: Tensor | None) -> Tensor:
     """Keys and values [B, M, 2·D] behind those of [B, S, 2·D or 3·D], whose queries they have none of."""
     if keys_values is None:
         return packed
+    if num_keys is not None:
+        raise ValueError("prompts have lengths and keys_values: expected one of them, padding has to stand last")
     return torch.cat([packed, F.pad(keys_values.to(packed.dtype), (packed.shape[2] - keys_values.shape[2], 0))], dim=1)
 
 

@@ -14,7 +14,7 @@ from insvp_fast.coverage.rules import CALLED, Table, difference, full_name
 from insvp_fast.coverage.snapshot import Snapshot
 from insvp_fast.coverage.surroundings import surroundings_reason
 
-__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "unsupported_reason"]
+__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "forget", "unsupported_reason"]
 
 
 class Requirements(NamedTuple):
@@ -75,8 +75,9 @@ def covers(part: nn.Module) -> bool:
 def dtypes_fit(image: Tensor, *weights: Tensor) -> bool:
     """Whether PyTorch would multiply these: they have one dtype, or autocast casts them, as all but fp64."""
     dtypes = {image.dtype, *(weight.dtype for weight in weights)}
-    casts = torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
-    return len(dtypes) == 1 or casts
+    if len(dtypes) == 1 or image.is_meta:  # autocast does not know the meta device
+        return len(dtypes) == 1
+    return torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
 
 
 def _guard(module: nn.Module) -> int:
@@ -101,6 +102,11 @@ class _Memo:
 def _memo(part: nn.Module) -> _Memo:
     memo: _Memo = vars(part).setdefault("_memo", _Memo())
     return memo
+
+
+def forget(part: Covered) -> None:
+    """Drop what is remembered of a part, about 1 KB for each of its modules; it is examined anew when it is used."""
+    vars(part).pop("_memo", None)
 
 
 def _judge(part: Covered) -> bool:

@@ -53,4 +53,4 @@ class DualPrompt(PromptMethod):
         if block not in self.prompted_blocks:
             return None
         keys_values = self.keys_values[self.prompted_blocks.index(block)].expand(batch, -1, -1)
-        return Prompts(keys_values[:, :0, : self.geometry.widths[block]], keys_values)
+        return Prompts(keys_values[:, :0, : self.geometry.widths[block]], keys_values=keys_values)

@@ -16,11 +16,14 @@ class Prompts(NamedTuple):
     Attributes:
         tokens: [B, L, D], which pass the norm and the projections of the block like the backbone's own tokens; L may
             be 0.
+        lengths: [B], int64: how many of them an image has, if fewer than L; the others are padding, to which nothing
+            attends. For the fast path alone: a ``Structure`` takes whole prompts.
         keys_values: [B, M, 2·D], M further keys and, behind them, their values, with the heads folded into D as in the
-            backbone: nothing is done to them. Only for a structure that ``SUPPORTS`` them.
+            backbone: nothing is done to them. Only for a structure that ``SUPPORTS`` them, and without ``lengths``.
     """
 
     tokens: Tensor
+    lengths: Tensor | None = None
     keys_values: Tensor | None = None
 
 

@@ -283,7 +283,7 @@ def test_a_method_of_ones_own():
 
         def block_prompts(self, block, context, batch, tokens=None):
             mean = tokens.mean(1, keepdim=True)
-            return Prompts(mean, torch.cat([mean, mean], dim=2) if self.with_keys else None)
+            return Prompts(mean, keys_values=torch.cat([mean, mean], dim=2) if self.with_keys else None)
 
     Mean.with_keys = False
     backbone = timm.create_model(NAME, **SIZE)

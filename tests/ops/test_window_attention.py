@@ -121,6 +121,7 @@ def test_window_attention_is_an_operator(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_window_attention_compiles(impl):
+    torch.compiler.reset()  # or functions compiled before would reach the limit
     qkv, heads, *rest = operands(2, 3, 3, 4, 2, 4)
     torch.compiler.reset()  # of what other tests compiled, whose number has a limit
     named = functools.partial(ops.window_attention, impl=impl)
