@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import safetensors.torch
 import torch
@@ -24,7 +24,7 @@ from insvp_fast.checkpoints.state_dict import check_shapes
 from insvp_fast.errors import CheckpointError
 from insvp_fast.methods.table import METHODS
 from insvp_fast.prompted import PromptedViT
-from insvp_fast.reference import Geometry, PromptMethod
+from insvp_fast.reference import Geometry, ImagePrompt, PromptMethod
 from insvp_fast.timm_interface import TimmInterface
 
 __all__ = ["MethodViT", "create_model"]
@@ -52,6 +52,9 @@ class MethodViT(TimmInterface, PromptedViT):
     method: PromptMethod
     class_names: list[str] | None = None
     preprocessing: dict[str, Any] | None = None
+    # what ``TimmInterface`` would sort into layers, if it were InsVP's: a method learns at the rate of the head
+    prompt_widths = ()
+    common_prompts = global_prompter = patch_prompter = specific_prompter = None
 
     def __init__(
         self,
@@ -77,6 +80,28 @@ class MethodViT(TimmInterface, PromptedViT):
     def no_weight_decay(self) -> set[str]:
         """No names: these methods' authors let all prompts decay."""
         return set()
+
+    def init_weights(self, mode: str = "") -> NoReturn:
+        """Not for these methods: make the model again.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} does not draw its weights anew: make the model again")
+
+    def prune_intermediate_layers(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Not for these methods, whose parameters are for all blocks of the backbone: prune that before.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} does not drop blocks: drop them from the backbone before")
+
+    def image_prompt(self, image: Tensor) -> ImagePrompt:
+        """The prompted image and what was added to it, [B, C, H, W]."""
+        image = self._normalize(image) if image.dtype == torch.uint8 else image
+        prompted, _ = self.prompt_image(image)
+        return ImagePrompt(None, None, prompted - image, prompted)
 
     def _adapter(self) -> dict[str, Tensor]:
         """What the state dict holds outside the backbone."""

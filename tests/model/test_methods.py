@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
 from insvp_fast.errors import CheckpointError
@@ -296,6 +297,28 @@ def test_a_method_of_ones_own():
     Mean.with_keys = True
     with pytest.raises(ValueError, match="block 0 have keys_values: expected Mean.gives_keys_values=True"):
         fast(image)
+
+
+def test_timms_interface():
+    """The tokens after each block are without prompts, and a method learns at the rate of the head."""
+    model, fast = make_pair("vpt_shallow", options={"length": 5, "dropout": 0.0})
+    image = torch.randn(2, 3, 48, 32, device=DEVICE)
+    features, maps = fast.forward_intermediates(image, [0, 2, 3], output_fmt="NLC")
+    blocks = model.block_outputs(image, [0, 2, 3])
+    for found, expected in zip(maps, blocks, strict=True):
+        torch.testing.assert_close(found, expected[:, 2:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features, model.forward_features(image), rtol=1e-5, atol=1e-5)
+    groups = param_groups_layer_decay(fast, layer_decay=0.5)
+    assert {p for g in groups for p in g["params"] if g["lr_scale"] == 1} == {
+        *fast.head.parameters(),
+        *fast.method.parameters(),
+    }
+    framed = create_model("vp", fast.backbone, 6, padding=5).to(DEVICE)
+    parts = framed.image_prompt(image)
+    assert parts.prompt[..., 5:-5, 5:-5].abs().max() == 0 and torch.equal(parts.prompted, framed.prompt_image(image)[0])
+    for refused in (fast.init_weights, fast.prune_intermediate_layers):
+        with pytest.raises(NotImplementedError, match="a MethodViT does not"):
+            refused()
 
 
 def test_several_widths():
