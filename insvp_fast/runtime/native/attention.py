@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, call, f32, i32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import TYPE_CODES, address, call, f32, function, i32, i64, pointer, ptr, require
 
 __all__ = ["Windows", "attention_bwd", "attention_fwd", "window_attention_bwd", "window_attention_fwd"]
 
@@ -138,8 +138,10 @@ def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:
     T = windows.numel()
     if len(shape) != 2 or qkv.shape[1] < T:
         raise ValueError(f"windows has shape {shape}: expected [n, w] with n*w up to {qkv.shape[1]}, the tokens of qkv")
-    counts = windows.flatten().clamp(-1, T).add(1).bincount(minlength=T + 2)
-    if T and not (counts[1 : T + 1] == 1).all():
+    complete = function("attention_windows_hold_all", [ptr, i64])(address(windows), T)
+    if complete < 0:
+        raise MemoryError("window_attention: no memory for the workspace")
+    if not complete:
         raise ValueError(f"windows has to hold each of the tokens 0 to {T - 1} once")
     if bias is not None:
         bias = require("bias", bias, (num_heads, shape[1], shape[1]), torch.float32)

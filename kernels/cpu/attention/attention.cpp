@@ -19,7 +19,7 @@ Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, c
                     const float* mask, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale) {
   Attention a{qkv, out, d_qkv, windows, bias, mask, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0};
   a.width = whole_lines(d);
-  a.stride = odd_lines(a.S);
+  a.stride = a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
   a.tokens = larger((a.S + 1) * a.width, d * a.stride);
   a.queries = block_of_queries(w);
   a.scores = a.queries * a.stride;
@@ -71,6 +71,20 @@ INSVP_FAST_API int attention_fwd(
   const Attention a =
       attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, n, w, L, heads, d, scale);
   return for_each_head(a, B, num_keys, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
+}
+
+// Whether windows of `count` tokens in all hold each of the tokens 0 to count - 1 once: 1 or 0; -1 without memory.
+INSVP_FAST_API int attention_windows_hold_all(const int32_t* windows, int64_t count) {
+  Workspace memory(ceil_div(count, 4));
+  if (!memory.base) return -1;
+  char* seen = reinterpret_cast<char*>(memory.base);
+  __builtin_memset(seen, 0, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = windows[i];
+    if (token < 0 || token >= count || seen[token]) return 0;
+    seen[token] = 1;
+  }
+  return 1;
 }
 
 INSVP_FAST_API int attention_bwd(
