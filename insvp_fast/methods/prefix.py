@@ -14,7 +14,7 @@ __all__ = ["DualPrompt"]
 
 
 class DualPrompt(PromptMethod):
-    """Trained keys and values in a few blocks: K' = [k_j, K], V' = [v_j, V] (DualPrompt, eq. 4).
+    """Trained keys and values in a few blocks: K' = [k_j, K], V' = [v_j, V], DualPrompt's Pre-T.
 
     DualPrompt's general prompts stand in the first blocks, its expert prompts behind them. Here there is one set of
     expert prompts, that of one task.

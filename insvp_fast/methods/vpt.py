@@ -15,7 +15,7 @@ __all__ = ["VPTDeep", "VPTShallow"]
 
 
 class VPTDeep(PromptMethod):
-    """Trained prompts for each block; their outputs are discarded. [z, _] = block_j([z, p_j]) (VPT, eq. 6).
+    """Trained prompts for each block; their outputs are discarded. [z, _] = block_j([z, p_j]).
 
     Args:
         length: L, the number of prompts in a block.
@@ -67,7 +67,7 @@ class VPTDeep(PromptMethod):
 
 
 class VPTShallow(VPTDeep):
-    """Trained prompts for the first block, whose outputs go on as tokens through all others (VPT, eq. 4 and 5).
+    """Trained prompts for the first block, whose outputs go on as tokens through all others.
 
     Args and errors: see ``VPTDeep``.
     """
