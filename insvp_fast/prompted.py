@@ -15,7 +15,7 @@ from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
-from insvp_fast.reference.structure import first_convolution
+from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.runtime import hardware
 
 __all__ = ["PromptedViT"]
@@ -260,7 +260,7 @@ class PromptedViT(Covered, PromptedReference):
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         """8-bit pixels to what the backbone was trained with, in its dtype."""
-        weight = first_convolution(self.backbone).weight
+        weight = pixel_layer(self.backbone).weight
         return reference.normalize(pixels, *self._pixel_scale(pixels.device)).to(weight.dtype)
 
     def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.eva import Eva
@@ -11,7 +11,7 @@ from torch import Tensor
 from insvp_fast.reference.structure import Prompts
 from insvp_fast.reference.vision_transformer import insert, patch_size, split, widths
 
-__all__ = ["Stream", "apply_block", "embed", "final_norm", "patch_size", "widths"]
+__all__ = ["Stream", "apply_block", "embed", "final_norm", "patch_size", "run_block", "widths"]
 
 SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
 
@@ -30,23 +30,34 @@ def embed(backbone: Eva, image: Tensor) -> Stream:
 
 
 def apply_block(backbone: Eva, block: int, h: Stream, prompts: Prompts | None) -> tuple[Stream, Tensor | None]:
-    """A block of tokens and prompts, which stand between prefix tokens and patches, and are rotated by the angle 0."""
-    run, rotation = backbone.blocks[block], h.rotation
-    if rotation is not None and backbone.rope_mixed:
+    """A block of tokens and prompts, see ``run_block``."""
+    return run_block(backbone, block, h, prompts, mixed=getattr(backbone, "rope_mixed", False))
+
+
+def run_block(
+    backbone: Any, block: int, h: Stream, prompts: Prompts | None, mixed: bool
+) -> tuple[Stream, Tensor | None]:
+    """A block of tokens and prompts, which stand between prefix tokens and patches, and are rotated by the angle 0.
+
+    ``mixed``: whether each block has rotations of its own.
+    """
+    rotation, z, prefix = h.rotation, h.tokens, backbone.num_prefix_tokens
+    if rotation is not None and mixed:
         rotation = rotation[block]
+    if prompts is not None:
+        z, L = insert(z, prompts, prefix), prompts.tokens.shape[1]
+        if rotation is not None:
+            sines, cosines = rotation.chunk(2, -1)
+            still = sines.new_zeros(*sines.shape[:-2], L, sines.shape[-1])
+            rotation = torch.cat([torch.cat([still, sines], -2), torch.cat([still + 1, cosines], -2)], -1)
+    z = backbone.blocks[block](z, **({} if rotation is None else {"rope": rotation}))
     if prompts is None:
-        return h._replace(tokens=run(h.tokens, rope=rotation)), None  # (2)
-    L = prompts.tokens.shape[1]
-    if rotation is not None:
-        sines, cosines = rotation.chunk(2, -1)
-        still = sines.new_zeros(*sines.shape[:-2], L, sines.shape[-1])
-        rotation = torch.cat([torch.cat([still, sines], -2), torch.cat([still + 1, cosines], -2)], -1)
-    z = run(insert(h.tokens, prompts, backbone.num_prefix_tokens), rope=rotation)
-    tokens, outputs = split(z, L, backbone.num_prefix_tokens)
+        return h._replace(tokens=z), None  # (2)
+    tokens, outputs = split(z, L, prefix)
     return h._replace(tokens=tokens), outputs  # (11)
 
 
-def final_norm(backbone: Eva, h: Stream) -> Tensor:
+def final_norm(backbone: Any, h: Stream) -> Tensor:
     """The norm after the last block."""
     normed: Tensor = backbone.norm(h.tokens)
     return normed

@@ -12,7 +12,7 @@ from insvp_fast.config import InsVPConfig
 from insvp_fast.reference.images import simam
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
-from insvp_fast.reference.structure import Prompts, first_convolution
+from insvp_fast.reference.structure import Prompts, pixel_layer
 
 __all__ = ["ImagePrompt", "InsVPReference"]
 
@@ -68,7 +68,7 @@ class InsVPReference(PromptedReference):
             )
         if config.carry_prompts and len({*self.widths}) > 1:
             raise ValueError("carry_prompts=True: expected a backbone of one width, in which prompts can run on")
-        C, P, weight = self.in_channels, self.patch_size, first_convolution(self.backbone).weight
+        C, P, weight = self.in_channels, self.patch_size, pixel_layer(self.backbone).weight
         with torch.device(weight.device):
             self.global_prompter = GlobalPrompter(C, config) if config.global_prompt else None
             self.patch_prompter = PatchPrompter(C, P, config) if config.patch_prompt else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from insvp_fast.reference.heads import DistilledHead, take_head
 from insvp_fast.reference.method import Geometry, PromptMethod
-from insvp_fast.reference.structure import Prompts, first_convolution
+from insvp_fast.reference.structure import Prompts, pixel_layer
 from insvp_fast.reference.structures import structure_of
 
 __all__ = ["PromptedReference"]
@@ -61,12 +61,14 @@ class PromptedReference(nn.Module):
         self.head = take_head(module)
         self.backbone: Any = module.requires_grad_(False).eval()
         self.widths = tuple(structure.widths(module))
-        self.in_channels = first_convolution(module).in_channels
+        layer = pixel_layer(module)
+        pixels = self.patch_size**2
+        self.in_channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features // pixels
         self.head.requires_grad_(True)
         self.method = None if method is None else self._make_method(method)
 
     def _make_method(self, make: Callable[[Geometry], PromptMethod]) -> PromptMethod:
-        weight = first_convolution(self.backbone).weight
+        weight = pixel_layer(self.backbone).weight
         with torch.device(weight.device):
             method = make(Geometry.of(self.backbone, self.widths, self.in_channels, self.patch_size))
         supported: frozenset[str] = getattr(structure_of(self.backbone), "SUPPORTS", frozenset())

@@ -63,6 +63,14 @@ class Structure(Protocol):
         """The features of the image, as the backbone's ``forward_features`` returns them."""
 
 
-def first_convolution(module: nn.Module) -> nn.Conv2d:
-    """The first convolution of a patch embedding, which may be a whole network; its input channels are the image's."""
-    return next(child for child in module.modules() if isinstance(child, nn.Conv2d))
+def pixel_layer(backbone: nn.Module) -> nn.Conv2d | nn.Linear:
+    """The layer that reads the image: the first convolution, or in a backbone without one the first linear layer.
+
+    Raises:
+        TypeError: if there is neither.
+    """
+    for kind in (nn.Conv2d, nn.Linear):
+        for module in backbone.modules():
+            if isinstance(module, kind):
+                return module
+    raise TypeError(f"a {type(backbone).__name__} has no convolution and no linear layer: expected one to read images")

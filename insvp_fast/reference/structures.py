@@ -5,12 +5,13 @@ from __future__ import annotations
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from insvp_fast.reference import cait, eva, image_only, relative_position, swin, vision_transformer
+from insvp_fast.reference import cait, eva, image_only, naflexvit, relative_position, swin, vision_transformer
 from insvp_fast.reference.structure import Structure
 
 __all__ = ["STRUCTURES", "structure_of"]
@@ -19,6 +20,7 @@ STRUCTURES: dict[type[nn.Module], Structure] = {
     VisionTransformer: vision_transformer,
     SwinTransformer: swin,
     Eva: eva,
+    NaFlexVit: naflexvit,
     Beit: relative_position,
     VisionTransformerRelPos: relative_position,
     Cait: cait,
