@@ -44,7 +44,6 @@ def test_rotate(shape, half, dtype):
             assert_within_budget(value, expected, truth, dtype)
 
 
-
 def numbers(function, inputs):
     packed, *rest = inputs
     return with_gradients(lambda x: function(x, *rest), [packed])
