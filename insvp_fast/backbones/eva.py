@@ -10,6 +10,12 @@ from typing import Any
 import torch.nn.functional as F
 from timm.layers import PatchDropoutWithIndices, PatchEmbed, attention, pos_embed_sincos
 from timm.layers.attention import AttentionRope
+from timm.layers.pos_embed_sincos import (
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    RotaryEmbeddingMRope,
+)
 from timm.models import eva as timm_eva
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
@@ -45,12 +51,7 @@ __all__ = [
 
 # What is supported
 
-ROTATIONS = (
-    pos_embed_sincos.RotaryEmbeddingCat,
-    pos_embed_sincos.RotaryEmbeddingDinoV3,
-    pos_embed_sincos.RotaryEmbeddingMixed,
-    pos_embed_sincos.RotaryEmbeddingMRope,
-)
+ROTATIONS = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 INDEXED_DROPOUT_OFF = (rule(PatchDropoutWithIndices, "prob num_prefix_tokens ordered", dropout_rate="prob"),)
 
 watch("forward __call__", Eva, EvaBlock, EvaBlockPostNorm, EvaAttention, AttentionRope, PatchEmbed)
@@ -63,9 +64,14 @@ watch("scaled_dot_product_attention", F)
 
 def requirements(backbone: Eva, patch_size: int) -> Table:
     """What the fast path requires of the backbone's modules."""
+    prefix = sum(token.shape[1] for token in (backbone.cls_token, backbone.reg_token) if token is not None)
+    places: dict[str, Any] = {
+        "num_prefix_tokens": prefix,
+        "rope_mixed": isinstance(backbone.rope, RotaryEmbeddingMixed),
+    }
     table: Table = {
-        # any attributes: they are read by timm's methods, which both paths call
-        "": (rule(Eva, " ".join(vars(backbone)), optional="cls_token reg_token pos_embed"),),
+        # any other attributes: they are read by timm's methods, which both paths call
+        "": (rule(Eva, " ".join(vars(backbone)), optional="cls_token reg_token pos_embed", **places),),
         **patch_embed_requirements(patch_size, backbone.embed_dim, backbone.dynamic_img_size),
         "pos_drop": DROPOUT_OFF,
         "norm_pre": CALLED,
@@ -87,13 +93,13 @@ def requirements(backbone: Eva, patch_size: int) -> Table:
 
 def _rotation_rule(rope: nn.Module, cls: type[nn.Module]) -> Rule:
     """Any content: the fast path calls the module as timm does. It may only not be trained, or draw random numbers."""
-    fixed = {"training": False} if getattr(rope, "aug_active", False) else {}
+    fixed: dict[str, Any] = {"training": False} if getattr(rope, "aug_active", False) else {}
     return rule(cls, " ".join(vars(rope)), optional="freqs", buffers=" ".join(rope._buffers), **fixed)
 
 
 def _block_requirements(block: nn.Module, backbone: Eva) -> Table:
     width, attn = backbone.embed_dim, getattr(block, "attn", None)
-    scales = {"free": "init_values gamma_1 gamma_2", "optional": "gamma_1 gamma_2"}
+    scales: dict[str, Any] = {"free": "init_values gamma_1 gamma_2", "optional": "gamma_1 gamma_2"}
     return {
         "": (rule(EvaBlock, **scales), rule(EvaBlockPostNorm)),
         ".norm1": norm_requirements(width),
@@ -112,16 +118,17 @@ def _attention_requirements(attn: nn.Module | None, backbone: Eva) -> Table:
         "head_dim": head_width,
         "scale": head_width**-0.5,
         "num_prefix_tokens": backbone.num_prefix_tokens,
+        "gate": None,
         **inactive_dropout(attn),
     }
-    # what is absent is an attribute that is None
-    absent = {name: None for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate") if name in vars(attn or object)}
+    fused = getattr(attn, "qkv", None) is not None
+    absent: dict[str, Any] = dict.fromkeys(("q_proj", "k_proj", "v_proj") if fused else ("qkv",))
     free = "num_heads fused_attn rotate_half"
     parts = bias_tensors(attn)
     eva_free = free + " qkv_bias_separate" + ("" if parts else " " + " ".join(BIASES))
     groups = getattr(attn, "num_kv_groups", 1)
     sizes = {"attn_dim": width, "kv_dim": width // groups, "num_kv_heads": heads // groups}
-    table: Table = {
+    return {
         "": (
             rule(EvaAttention, eva_free, **parts, **needed, **absent),
             rule(AttentionRope, free + " num_kv_groups", **needed, **sizes, **absent),
@@ -132,7 +139,6 @@ def _attention_requirements(attn: nn.Module | None, backbone: Eva) -> Table:
         ".proj": LINEAR,
         ".proj_drop": DROPOUT_OFF,
     }
-    return table if "gate" in absent else {**table, ".gate": LINEAR}
 
 
 # How it runs
@@ -195,9 +201,6 @@ def _attention(
         packed = prepared(project_qkv(attn, y, affine), 3)
         attended = ops.attention(packed, attn.num_heads, num_queries, attn.scale, impl=options.attention)
     attended = in_own_dtype(attn.norm, attended).to(y.dtype)
-    if attn.gate is not None:
-        gate = FrozenLinear(attn.gate.weight, attn.gate.bias, *affine)
-        attended = attended * ops.linear(y[:, :num_queries], gate).sigmoid()
     return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
 
 

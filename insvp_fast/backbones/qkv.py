@@ -81,7 +81,7 @@ def _for_all_heads(attn: Any, x: Tensor) -> Tensor:
     group = getattr(attn, "num_kv_groups", 1)
     if group == 1:
         return x
-    heads = x.unflatten(-1, (attn.num_heads // group, -1))
+    heads: Tensor = x.unflatten(-1, (attn.num_heads // group, -1))
     return heads.repeat_interleave(group, dim=2).flatten(2)
 
 

@@ -174,10 +174,10 @@ def embed(
 
 
 def shared(backbone: Beit | VisionTransformerRelPos, grid: tuple[int, int]) -> Tensor | None:
-    """The bias that all blocks have, [1, heads, T, T]."""
+    """The bias that all blocks have, [heads, T, T] or [1, heads, T, T]."""
     if isinstance(backbone, VisionTransformerRelPos):
         return None if backbone.shared_rel_pos is None else backbone.shared_rel_pos.get_bias()
-    return None if backbone.rel_pos_bias is None else backbone.rel_pos_bias().unsqueeze(0)
+    return None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
 
 
 def forward_block(
@@ -211,7 +211,7 @@ def _attention(
     else:
         window = torch.arange(num_tokens, dtype=torch.int32, device=y.device).unsqueeze(0)
         attended = ops.window_attention(
-            packed, attn.num_heads, window, bias[0], None, attn.scale, impl=options.attention
+            packed, attn.num_heads, window, bias.flatten(0, -3), None, attn.scale, impl=options.attention
         )
     return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
 

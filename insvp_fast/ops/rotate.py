@@ -77,7 +77,8 @@ def _formula(x: Tensor, num_heads: int, rotation: Tensor, first: int, half: bool
 
 def _turned(x: Tensor, num_heads: int, rotation: Tensor) -> Tensor:  # [B, S, P·D] -> [B, S, P-1, heads, d]
     """All but the values."""
-    return x.unflatten(-1, (-1, num_heads, rotation.shape[-1] // 2))[:, :, :-1]
+    parts: Tensor = x.unflatten(-1, (-1, num_heads, rotation.shape[-1] // 2))
+    return parts[:, :, :-1]
 
 
 def _pairs(x: Tensor, half: bool) -> tuple[Tensor, Tensor]:
