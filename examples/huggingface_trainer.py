@@ -12,26 +12,14 @@ from __future__ import annotations
 import argparse
 
 import torch
-import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from insvp_fast import InsVPViT
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.data import load_data
-
-
-class ForTrainer(nn.Module):
-    """What Trainer expects of a model: named inputs, and the loss beside the logits."""
-
-    def __init__(self, model: InsVPViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.model(pixel_values)
-        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+from insvp_fast.huggingface import InsVPForImageClassification
 
 
 def collate(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
@@ -63,7 +51,9 @@ def main() -> None:
         warmup_steps=0.1,  # a part of all steps
         bf16=torch.cuda.is_available(),
         eval_strategy="epoch",
-        save_strategy="no",  # Trainer would save the frozen backbone too; the adapter is saved below
+        save_strategy="epoch",  # checkpoints hold what is trained, without the backbone
+        save_total_limit=1,
+        load_best_model_at_end=True,
         remove_unused_columns=False,  # the data set has tuples, not columns
         report_to="none",
         seed=0,
@@ -71,9 +61,9 @@ def main() -> None:
     backbone = create_backbone(arguments.backbone)
     preprocessing = resolve_model_data_config(backbone)
     data = load_data(arguments.data, preprocessing, seed=0)
-    model = InsVPViT(backbone, num_classes=len(data.class_names))
+    model = InsVPForImageClassification(InsVPViT(backbone, num_classes=len(data.class_names)))
     trainer = Trainer(
-        ForTrainer(model),
+        model,
         training,
         data_collator=collate,
         train_dataset=data.train,

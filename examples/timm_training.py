@@ -1,9 +1,11 @@
 """InsVP in timm's own training ingredients: data set, loader with augmentation, mixup, optimizer, scheduler.
 
     python examples/timm_training.py --fake           # offline: made-up images, the shipped backbone
-    python examples/timm_training.py --data FOLDER --model vit_base_patch16_224.orig_in21k --epochs 100 --workers 8
+    python examples/timm_training.py --data FOLDER --model insvp_vit_base_patch16_224.orig_in21k --workers 8
 
-FOLDER holds ``train`` and ``validation``, each with a folder of images per class.
+FOLDER holds ``train`` and ``validation``, each with a folder of images per class. timm's own script does the same:
+
+    python train.py --device-modules insvp_fast --model insvp_vit_base_patch16_224.orig_in21k --pretrained ...
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ import tempfile
 from pathlib import Path
 
 import torch
+from timm import create_model
 from timm.data import Mixup, create_dataset, create_loader, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy
 
-from insvp_fast import InsVPViT
+import insvp_fast  # noqa: F401, registers the names with insvp_
 from insvp_fast.testing import make_fake_dataset
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="data/images", help="an image folder")
 parser.add_argument("--fake", action="store_true", help="make a small image folder of noise, and train on that")
-parser.add_argument("--model", default="vit_shapes_32", help="shipped with insvp_fast, or any timm ViT")
+parser.add_argument("--model", default="insvp_vit_shapes_32", help="insvp_, and the name of a backbone")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--batch-size", type=int, default=32)
 parser.add_argument("--lr", type=float, default=3e-3)
@@ -40,7 +43,7 @@ if arguments.fake:
 
 sets = {split: create_dataset("", arguments.data, split) for split in ("train", "validation")}
 classes = len(sets["train"].reader.class_to_idx)
-model = InsVPViT(arguments.model, num_classes=classes, pretrained=True).to(device)
+model = create_model(arguments.model, pretrained=True, num_classes=classes, prompt_length=9).to(device)
 
 loading = resolve_model_data_config(model) | {"num_workers": arguments.workers, "device": device}
 loading |= {"batch_size": arguments.batch_size, "use_prefetcher": device.type == "cuda"}

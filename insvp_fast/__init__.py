@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,3 +38,29 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+class _AfterTimm(MetaPathFinder):
+    """Registers our names with timm as soon as it is imported, without importing it, and torch, for that."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        import_timm = spec.loader.exec_module
+
+        def import_and_register(timm: ModuleType) -> None:
+            import_timm(timm)
+            import_module("insvp_fast.timm_models")
+
+        spec.loader.exec_module = import_and_register  # type: ignore[assignment, method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    import_module("insvp_fast.timm_models")
+else:
+    sys.meta_path.insert(0, _AfterTimm())

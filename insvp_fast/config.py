@@ -71,7 +71,7 @@ def _dropout(default: float) -> Any:
 class InsVPConfig:
     """The hyper-parameters of InsVP; the defaults are the paper's.
 
-    The letters are those of the equations in ``insvp_fast/reference.py``. A configuration is immutable; derive another
+    The letters are those of the equations in ``insvp_fast/reference``. A configuration is immutable; derive another
     with ``dataclasses.replace``.
 
     Args:

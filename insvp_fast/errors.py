@@ -5,7 +5,7 @@ In a message, a setting of ``Recipe`` stands in backticks, `lr`; the command lin
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "CommandError", "DataError", "InsVPError", "TrainingError"]
+__all__ = ["CheckpointError", "CommandError", "DataError", "ExportError", "InsVPError", "TrainingError"]
 
 
 class InsVPError(ValueError):
@@ -22,6 +22,10 @@ class DataError(InsVPError):
 
 class TrainingError(InsVPError):
     """A setting has an invalid value, a run folder cannot be read, or a training diverged."""
+
+
+class ExportError(InsVPError):
+    """A model cannot be exported as asked, or the file does not compute what the model does."""
 
 
 class CommandError(InsVPError):

@@ -12,7 +12,7 @@ from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
 from insvp_fast.prompted import PromptedViT
-from insvp_fast.reference import InsVPReference, Prompts
+from insvp_fast.reference import InsVPReference
 from insvp_fast.timm_interface import TimmInterface
 
 __all__ = ["InsVPViT"]
@@ -81,17 +81,6 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def image_prompt(self, image: Tensor) -> reference.ImagePrompt:
         """As ``InsVPReference.image_prompt``, also of 8-bit images."""
         return super().image_prompt(self._normalize(image) if image.dtype == torch.uint8 else image)
-
-    def block_prompts(self, block: int, context: Any, batch: int) -> Prompts | None:
-        """As ``InsVPReference.block_prompts``.
-
-        Raises:
-            ValueError: if a prompter of one's own makes another number of prompts than ``prompt_length``.
-        """
-        prompts, L = super().block_prompts(block, context, batch), self.config.prompt_length
-        if prompts is not None and prompts.tokens.shape[1] != L:
-            raise ValueError(f"block {block} has {prompts.tokens.shape[1]} prompts: expected prompt_length={L}")
-        return prompts
 
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
         self._compile_prompters(image.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class PromptedViT(Covered, PromptedReference):
     def _own_reason(self) -> str | None:
         if family_of(self.backbone) is None:
             return f"backbone is {full_name(type(self.backbone))}, which has no fast path"
-        for name in ("forward_features", "forward_head", "apply_block"):
+        for name in ("forward_features", "forward_head", "block_outputs", "apply_block"):
             if name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast."):
                 return f"the model has a {name} of its own"
         return None
@@ -94,16 +95,18 @@ class PromptedViT(Covered, PromptedReference):
 
     # forward
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, attn_mask: None = None) -> Tensor:
         """[B, C, H, W] -> [B, num_classes].
 
         8-bit images are normalized by the mean and std of ``self.preprocessing``, else of the backbone's
         ``pretrained_cfg``.
 
         Raises:
-            ValueError: for an image of a size or shape that the backbone cannot take. On the general path its
-                modules raise errors of their own.
+            ValueError: for an image of a size or shape that the backbone cannot take, or a mask, which timm's signature
+                has. On the general path the backbone's modules raise errors of their own.
         """
+        if attn_mask is not None:
+            raise ValueError("a mask of the attention was given: expected attn_mask=None")
         family = family_of(self.backbone)
         read = None if family is None else family.read_tokens(self.backbone)
         few = read is not None and self._takes_fast_path(image)
@@ -115,6 +118,12 @@ class PromptedViT(Covered, PromptedReference):
             return self._features(image, None)
         return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image))
 
+    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]:
+        """As ``PromptedReference.block_outputs``; what comes from the fast path is always the tokens, [B, T, D]."""
+        if self._takes_fast_path(image):
+            return self._block_outputs(image, blocks)
+        return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks)
+
     def apply_block(self, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
         """As ``PromptedReference.apply_block``, computed again in backward with ``recompute="block"``."""
         if self.recompute != "block" or not torch.is_grad_enabled():
@@ -124,13 +133,20 @@ class PromptedViT(Covered, PromptedReference):
 
     def _features(self, image: Tensor, num_queries: int | None) -> Tensor:
         """The fast path: all tokens after the last norm, or only the first ``num_queries``."""
-        backbone, family, P = self.backbone, self._family, self.patch_size
+        (tokens,) = self._block_outputs(image, [len(self.widths) - 1], num_queries)
+        return self._family.final_norm(self.backbone, tokens, self._grid(image))
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+
+    def _block_outputs(self, image: Tensor, blocks: Collection[int], num_queries: int | None = None) -> list[Tensor]:
+        """The fast path: the tokens behind each of ``blocks``, of the last block only the first ``num_queries``."""
+        backbone, family, grid = self.backbone, self._family, self._grid(image)
         family.check_image(backbone, image)
         patches, context = self._prompted_patches(image)
-        grid = image.shape[-2] // P, image.shape[-1] // P
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
-            tokens = self._blocks(family.embed(backbone, patches, grid), context, patches.dtype, grid, num_queries)
-        return family.final_norm(backbone, tokens, grid)
+            tokens = family.embed(backbone, patches, grid)
+            return self._run_blocks(tokens, context, patches.dtype, grid, blocks, num_queries)
 
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
         """The prompted image unfolded, [B, N, K] in the dtype of the products, and the context of the prompts."""
@@ -157,10 +173,16 @@ class PromptedViT(Covered, PromptedReference):
         fp32 = image.dtype in (torch.float32, torch.uint8) and all(p.dtype == torch.float32 for p in weights)
         return dtype, not fp32
 
-    def _blocks(
-        self, tokens: Tensor, context: Any, dtype: torch.dtype, grid: tuple[int, int], num_queries: int | None
-    ) -> Tensor:
-        """All blocks (eq. 11), [B, T, D] -> [B, num_queries or T, D]."""
+    def _run_blocks(
+        self,
+        tokens: Tensor,
+        context: Any,
+        dtype: torch.dtype,
+        grid: tuple[int, int],
+        wanted: Collection[int],
+        num_queries: int | None,
+    ) -> list[Tensor]:
+        """The blocks (eq. 11) up to the last of ``wanted``, and the tokens behind each of these."""
         if self.recompute == "mlp" and self.gelu_in_8_bits:
             raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
@@ -176,12 +198,18 @@ class PromptedViT(Covered, PromptedReference):
                 residual, branch = family.forward_block(backbone, j, residual, branch, prompts, options, queries)
             return residual if branch is None else residual + branch
 
-        if self.recompute != "block" or not torch.is_grad_enabled():
-            return run(tokens, context, range(depth))
-        for first in range(0, depth, BLOCKS_PER_CHECKPOINT):
-            indices = range(first, min(first + BLOCKS_PER_CHECKPOINT, depth))
-            tokens = checkpoint(run, tokens, context, indices, use_reentrant=False)
-        return tokens
+        recomputes = self.recompute == "block" and torch.is_grad_enabled()
+        steps = range(BLOCKS_PER_CHECKPOINT, max(wanted) + 1, BLOCKS_PER_CHECKPOINT) if recomputes else ()
+        ends, outputs = sorted({*steps, *(j + 1 for j in wanted)}), []
+        for first, end in zip([0, *ends], ends, strict=False):
+            indices = range(first, end)
+            if recomputes:
+                tokens = checkpoint(run, tokens, context, indices, use_reentrant=False)
+            else:
+                tokens = run(tokens, context, indices)
+            if end - 1 in wanted:
+                outputs.append(tokens)
+        return outputs
 
     # 8-bit images
 
@@ -192,7 +220,7 @@ class PromptedViT(Covered, PromptedReference):
 
     def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Factor and summand that normalize 8-bit pixels, [C] each."""
-        facts = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
+        facts: Any = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
         key = device, tuple(facts["mean"]), tuple(facts["std"])
         if key not in self._pixel_scales:
             with torch.inference_mode(False):  # backward may keep them

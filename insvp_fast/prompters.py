@@ -85,12 +85,12 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
 
     def _tokens(self, x: Tensor, dtype: torch.dtype | None) -> Any:
         """The last convolution, with that of PyTorch where ``dtype``, of the result, is None."""
-        return self._convolve(self.conv3, x, dtype)
+        return self._convolve(self.conv3, self.token_channels * self.grid**2, x, dtype)
 
-    def _convolve(self, conv: Any, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        B, L, grid = x.shape[0], self.conv1.out_channels, self.grid
+    def _convolve(self, conv: Any, width: int, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        grid = self.grid
         y: Tensor = conv(x) if dtype is None else ops.conv(x, *_weights(conv), 1, grid, grid, dtype=dtype)
-        return y.reshape(B, L, conv.out_channels // L * grid**2)
+        return y.reshape(x.shape[0], self.conv1.out_channels, width)
 
 
 class PyramidPrompter(SpecificPrompter, reference.PyramidPrompter):
@@ -103,7 +103,8 @@ class PyramidPrompter(SpecificPrompter, reference.PyramidPrompter):
         return Requirements("specific_prompter", self, table)
 
     def _tokens(self, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        return tuple(self._convolve(conv, x, dtype) for conv in self.conv3)
+        convolutions = zip(self.conv3, self.widths, strict=True)
+        return tuple(self._convolve(conv, width, x, dtype) for conv, width in convolutions)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {

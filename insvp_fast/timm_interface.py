@@ -2,35 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
 
-from insvp_fast.reference import take_head
+from insvp_fast import reference
+from insvp_fast.backbones import family_of
+from insvp_fast.config import InsVPConfig
+from insvp_fast.reference import structure_of, take_head
+from insvp_fast.timm_models import in_backbone, prompted_cfg
 
 __all__ = ["TimmInterface"]
 
 
-class TimmInterface(nn.Module):
-    """timm's and PEFT's interface for a class with the attributes of ``InsVPViT``."""
+def _of_backbone(name: str, meaning: str) -> Any:
+    """A property that the backbone has and keeps; what it does not have, ``hasattr`` denies of the model too."""
+    return property(lambda self: getattr(self.backbone, name), doc=meaning)
 
-    backbone: VisionTransformer
+
+class TimmInterface(nn.Module):
+    """timm's and PEFT's interface for a class with the attributes of ``InsVPViT``.
+
+    The modules that timm's code reads from a model, ``blocks`` for instance, are properties: they belong to the
+    backbone, and have their keys under ``backbone`` alone.
+    """
+
+    backbone: Any
     head: nn.Module
     num_classes: int
     recompute: str
+    config: InsVPConfig
+    patch_size: int
+    prompted_blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+    prompt_widths: tuple[int, ...]
+    common_prompts: nn.Parameter | nn.ParameterList | None
+    global_prompter: reference.GlobalPrompter | None
+    patch_prompter: reference.PatchPrompter | None
+    specific_prompter: reference.SpecificPrompter | None
+    if TYPE_CHECKING:
 
-    @property
-    def num_features(self) -> int:
-        """D, the width of the features."""
-        width: int = self.backbone.num_features
-        return width
+        def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]: ...
+
+        def image_prompt(self, image: Tensor) -> reference.ImagePrompt: ...
+
+    num_features = _of_backbone("num_features", "D, the width of the features.")
+    head_hidden_size = _of_backbone("head_hidden_size", "The width of what the head reads.")
+    embed_dim = _of_backbone("embed_dim", "D, the width of the tokens.")
+    in_chans = _of_backbone("in_chans", "C, the channels of an image.")
+    num_prefix_tokens = _of_backbone("num_prefix_tokens", "The number of tokens before the patches; prompts are none.")
+    num_reg_tokens = _of_backbone("num_reg_tokens", "The number of register tokens.")
+    has_class_token = _of_backbone("has_class_token", "Whether there is a class token.")
+    global_pool = _of_backbone("global_pool", "How the tokens are pooled.")
+    dynamic_img_size = _of_backbone("dynamic_img_size", "Whether images may have any size.")
+    output_fmt = _of_backbone("output_fmt", "The order of the dimensions of features, if they are maps.")
+    feature_info = _of_backbone("feature_info", "Width, reduction and module of each feature map.")
+    patch_embed = _of_backbone("patch_embed", "The backbone's patch embedding.")
+    blocks = _of_backbone("blocks", "The backbone's blocks.")
+    norm = _of_backbone("norm", "The norm after the last block.")
+    fc_norm = _of_backbone("fc_norm", "The norm after pooling.")
+    attn_pool = _of_backbone("attn_pool", "The attention that pools, or None.")
+
+    # what timm knows of the model
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of the backbone's weights: mean, std, interpolation, input size and source."""
-        description: dict[str, Any] = self.backbone.pretrained_cfg
-        return description
+        """timm's description of the weights, for this model: mean, std, interpolation, input size and source."""
+        return prompted_cfg(self.backbone.pretrained_cfg)
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """``pretrained_cfg`` by its older name."""
+        return self.pretrained_cfg
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """What timm records of the input: the size of images and whether it is fixed, and the first convolution."""
+        traits: dict[str, Any] = dict(self.backbone._traits)
+        return traits | {"first_conv": in_backbone(traits.get("first_conv"))}
+
+    # head and weights
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -42,13 +98,221 @@ class TimmInterface(nn.Module):
         self.num_classes, self.head = num_classes, take_head(self.backbone).requires_grad_(True)
         self.head.train(self.training)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the trained tensors that are embeddings and not weights, for timm's optimizer factory."""
-        return {"common_prompts"}
+    def init_weights(self, mode: str = "") -> None:
+        """Draw what is trained anew, as the constructor does; the frozen backbone keeps its weights.
+
+        Raises:
+            ValueError: for a ``mode``, timm's name of a way to draw the backbone's.
+        """
+        if mode:
+            raise ValueError(f"mode={mode!r}: expected '', the backbone is frozen and its weights are not drawn again")
+        for part in (self.global_prompter, self.patch_prompter, self.specific_prompter, self.head):
+            for module in () if part is None else part.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+        for name, parameter in self.named_parameters():
+            if name.startswith("common_prompts"):
+                nn.init.uniform_(parameter, -1, 1)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        **size: Any,
+    ) -> None:
+        """Resize the backbone's position embedding for another image size; ``size`` goes to the backbone as it is.
+
+        Raises:
+            ValueError: for another patch size, which the patch prompter's weights do not fit.
+        """
+        if patch_size not in (None, self.patch_size, (self.patch_size, self.patch_size)):
+            raise ValueError(f"patch_size={patch_size!r}: expected {self.patch_size}, that of the patch prompter")
+        self.backbone.set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size, **size)
+
+    # training
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether blocks are computed again in backward."""
+        return self.recompute == "block"
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switch ``recompute="block"`` on or off."""
         self.recompute = "block" if enable else "none"
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the trained tensors that are embeddings and not weights, for timm's optimizer factory."""
+        return {name for name, _ in self.named_parameters() if name.startswith("common_prompts")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The layers of the model for timm's layer decay: those of the backbone, and in them what is trained.
+
+        The prompters stand before the first block. The common prompts of all blocks of one width are one tensor, which
+        can have only one learning rate: that of the prompted block in the middle.
+        """
+        layers = self.backbone.group_matcher(coarse)
+        stem, blocks = _under_backbone(layers["stem"]), layers["blocks"]
+        blocks = [(blocks, None)] if isinstance(blocks, str) else blocks
+        prompts: list[tuple[str, tuple[int, ...]]] = []
+        for i, width in enumerate(self.prompt_widths):
+            prompted = [j for j in self.prompted_blocks if self.widths[j] == width]
+            place = self._place(prompted[len(prompted) // 2])
+            name = rf"common_prompts\.{i}$" if isinstance(self.common_prompts, nn.ParameterList) else "common_prompts"
+            prompts.append((name, place[:1] if coarse else place))
+        return {
+            "stem": rf"{stem}|(?:global|patch|specific)_prompter\.",
+            "blocks": [*prompts, *((_under_backbone(pattern), suffix) for pattern, suffix in blocks)],
+        }
+
+    def _place(self, block: int) -> tuple[int, ...]:
+        """The numbers in the name of a block: its own, or those of its stage and in its stage."""
+        if self._depths is None:
+            return (block,)
+        stage = bisect_left(self._feature_blocks(), block)
+        return stage, block - sum(self._depths[:stage])
+
+    # features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """The tokens or maps after chosen blocks, without prompts, in the forms that timm's models give them.
+
+        Args:
+            x: images, [B, C, H, W].
+            indices: the last n blocks, or their indices; None for all.
+            return_prefix_tokens: also give the class and register tokens, [B, n, D], as (map, prefix tokens).
+            norm: apply the backbone's last norm to the intermediates.
+            stop_early: do not run the blocks behind the last index; the features are then those after that.
+            output_fmt: "NCHW" for maps [B, D, h, w], or "NLC" for tokens [B, N, D].
+            intermediates_only: leave out the features, what ``forward_features`` returns.
+            output_dict: give a dictionary of "image_features", "image_intermediates" and
+                "image_intermediates_prefix" instead of (features, intermediates).
+            attn_mask, is_causal: in timm's signature; must be None and False.
+
+        Raises:
+            ValueError: for another ``output_fmt``, or a mask.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
+        if attn_mask is not None or is_causal:
+            raise ValueError("a mask of the attention was given: expected attn_mask=None and is_causal=False")
+        options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
+        if not self.widths:  # only the image is prompted
+            prompted = self.image_prompt(x).prompted
+            return self.backbone.forward_intermediates(
+                prompted, indices, intermediates_only=intermediates_only, **options
+            )
+        ends, n = self._feature_blocks(), getattr(self.backbone, "num_prefix_tokens", 0)
+        taken, last = feature_take_indices(len(ends), indices)
+        last = last if stop_early or intermediates_only else len(ends) - 1
+        ran = sorted({*taken, last})
+        outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran]), strict=True))
+        tokens = {i: self._tokens(h, i, x) for i, h in outputs.items()}
+        # of several widths, the norm fits only the last
+        normed = {i: self.norm(h) for i, h in tokens.items() if i == len(ends) - 1 or self._depths is None}
+        features = normed.get(last, tokens[last])
+        if family_of(self.backbone) is None:
+            features = structure_of(self.backbone).final_norm(self.backbone, outputs[last])
+        chosen = [normed.get(i, tokens[i]) if norm else tokens[i] for i in sorted({*taken})]
+        prefix, maps = [h[:, :n] for h in chosen], [self._feature_map(h, n, x, output_fmt) for h in chosen]
+        with_prefix = return_prefix_tokens and n > 0
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            found |= {"image_intermediates_prefix": prefix} if with_prefix else {}
+            return found if intermediates_only else found | {"image_features": features}
+        intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
+        return intermediates if intermediates_only else (features, intermediates)
+
+    @property
+    def _depths(self) -> list[int] | None:
+        """The numbers of blocks in the stages of the backbone; None if it has no stages."""
+        return [len(stage.blocks) for stage in self.backbone.layers] if hasattr(self.backbone, "layers") else None
+
+    def _feature_blocks(self) -> list[int]:
+        """The blocks behind which there is a feature map: the last of each stage, or all."""
+        depths = self._depths
+        return [*range(len(self.widths))] if depths is None else [end - 1 for end in accumulate(depths)]
+
+    def _tokens(self, h: Any, feature: int, image: Tensor) -> Tensor:
+        """The tokens in h behind a block, [B, T, D]; those of stage number ``feature`` in rows, [B, h, w, D]."""
+        tokens: Tensor = h if isinstance(h, Tensor) else h.tokens
+        if self._depths is None or tokens.ndim == 4:
+            return tokens
+        rows: Tensor = tokens.unflatten(1, [side // self.patch_size >> feature for side in image.shape[-2:]])
+        return rows
+
+    def _feature_map(self, tokens: Tensor, prefix: int, image: Tensor, output_fmt: str) -> Tensor:
+        """Tokens [B, T, D], or in rows [B, h, w, D], in one of timm's formats."""
+        if tokens.ndim == 4:
+            return tokens.flatten(1, 2) if output_fmt == "NLC" else tokens.permute(0, 3, 1, 2).contiguous()
+        if output_fmt == "NLC":
+            return tokens[:, prefix:]
+        grid: tuple[int, int] = self.patch_embed.dynamic_feat_size(image.shape[-2:])
+        rows: Tensor = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        return rows.contiguous()
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: None = None,
+    ) -> Any:
+        """DINO's name and arguments for ``forward_intermediates`` without features."""
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, True, "NCHW" if reshape else "NLC", True, attn_mask=attn_mask
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks behind the last index with their prompts, and the last norm and the head if asked.
+
+        Returns:
+            The indices, all counted from the first block.
+        """
+        ends = self._feature_blocks()
+        taken: list[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.widths:
+            self._drop_prompts(ends[max(taken)] + 1)
+        if prune_head or (self._depths is not None and max(taken) + 1 < len(ends)):  # a head fits the last width
+            self.reset_classifier(0, "")
+        return taken
+
+    def _drop_prompts(self, depth: int) -> None:
+        """Drop what belongs to the blocks from number ``depth`` on."""
+        kept = tuple(j for j in self.prompted_blocks if j < depth)
+        self.widths, self.prompted_blocks = self.widths[:depth], kept
+        self.config = replace(self.config, prompted_blocks=kept)
+        common, specific, count = self.common_prompts, self.specific_prompter, len(self.prompt_widths)
+        if not kept:
+            self.specific_prompter = self.common_prompts = None
+        elif isinstance(common, nn.ParameterList):
+            self.common_prompts = common[:count]
+        elif common is not None:
+            self.common_prompts = nn.Parameter(common.detach()[: len(kept)].clone(), common.requires_grad)
+        if isinstance(specific, reference.PyramidPrompter):
+            specific.conv3 = nn.ModuleList([*specific.conv3.children()][:count])
+            specific.widths = specific.widths[:count]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # torch.jit.script asks every module for what it shall compile in its place
+        raise NotImplementedError(f"torch.jit.script does not take {type(self).__name__}: use torch.export.export")
+
+    # PEFT's
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trained parameters and of all."""
@@ -66,3 +330,8 @@ class TimmInterface(nn.Module):
                 parts[part] = parts.get(part, 0) + parameter.numel()
         for part, count in parts.items():
             print(f"  {part}: {count:,}")
+
+
+def _under_backbone(pattern: str) -> str:
+    """A regular expression for the backbone's names as one for the model's."""
+    return rf"backbone\.(?:{pattern.replace('^', '')})"

@@ -13,7 +13,7 @@ OURS = [*SHIPPED, *(path for name in ("benchmarks", "tools", "examples") for pat
 # Each may import what stands before it; those of one line are not to import each other.
 LAYERS = [
     ["errors", "config", "atomic_files"],
-    ["reference"],
+    ["reference", "timm_models"],
     ["kernels"],
     ["runtime"],
     ["ops"],
@@ -21,20 +21,22 @@ LAYERS = [
     ["backbones", "prompters"],
     ["checkpoints", "prompted", "timm_interface"],
     ["model"],
-    ["data"],
+    ["data", "huggingface"],
     ["training"],
     ["serving"],
     ["recipes"],
     ["testing"],
     ["bench"],
+    ["export"],
     ["commands"],
-    ["__main__"],
+    ["__main__", "timm_script"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # and of these, nothing else
 ONLY: dict[str, set[str]] = {"data": {"errors", "config", "atomic_files"}, "kernels": set()}
 # what an import of the package, or the command line, must not wait for or need
-LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy")
+LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy", "torch._inductor")
+LATE += ("onnxruntime", "openvino", "nncf")
 
 
 def layer(path: Path) -> str:

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform
 
 from insvp_fast import InsVPViT
+from insvp_fast.config import RELEASED_PREPROCESSING
 from insvp_fast.training.prediction import load_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +79,18 @@ def test_the_trainer_of_transformers_trains_it(tmp_path):
     require("transformers")
     printed = run("huggingface_trainer.py", "--epochs", 1, "--output", tmp_path)
     assert accuracy(printed) > 30
-    assert not list(tmp_path.rglob("checkpoint*"))  # they would hold the backbone
+    (checkpoint,) = tmp_path.glob("checkpoint-*/model.safetensors")
+    assert not [key for key in load_file(checkpoint) if "backbone" in key]
     InsVPViT.from_pretrained(tmp_path)
+
+
+def test_transformers_prepares_images_as_timm_does():
+    require("transformers")
+    processor = importlib.import_module("insvp_fast.huggingface").image_processor(RELEASED_PREPROCESSING)
+    pixels = [np.random.default_rng(i).integers(0, 255, (300, 240 + i, 3), dtype=np.uint8) for i in range(3)]
+    files = [Image.fromarray(one) for one in pixels]
+    expected = torch.stack([create_transform(**RELEASED_PREPROCESSING)(file) for file in files])
+    assert torch.equal(processor(files, return_tensors="pt")["pixel_values"], expected)
 
 
 def test_lightning_trains_it(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU, activations
@@ -72,20 +72,16 @@ def mlp_requirements(mlp: nn.Module | None) -> Table:
     """One of timm's MLPs, perhaps gated, perhaps with a norm of the hidden layer; by paths that begin with a point."""
     layers = {".fc1_g": LINEAR, ".fc1_x": LINEAR} if isinstance(mlp, SwiGLU) else {".fc1": LINEAR}
     fc2 = getattr(mlp, "fc2", None)
-    hidden = _layer_norms(getattr(fc2, "in_features", 0))
+    hidden_norms = norm_requirements(getattr(fc2, "in_features", 0))[:2]  # of ``gated_mlp``, which has no RMSNorm
     return {
         "": (rule(Mlp), rule(GluMlp, "gate_last", chunk_dim=-1), rule(SwiGLU)),
         **layers,
         ".act": activation_requirements(getattr(mlp, "act", None)),
         ".drop1": DROPOUT_OFF,
-        ".norm": (IDENTITY, *hidden),
+        ".norm": (IDENTITY, *hidden_norms),
         ".fc2": LINEAR,
         ".drop2": DROPOUT_OFF,
     }
-
-
-def _layer_norms(width: int) -> tuple[Rule, ...]:
-    return norm_requirements(width)[:2]
 
 
 # How they run
@@ -113,11 +109,11 @@ def norm_insert(
     return *ops.norm_insert(residual, branch, prompts, *own, norm.eps, center=center, dtype=options.dtype), folded
 
 
-def _affine(norm: nn.Module) -> Affine:
+def _affine(norm: Any) -> Affine:
     return Affine(norm.weight, getattr(norm, "bias", None))
 
 
-def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
+def in_own_dtype(norm: Any, x: Tensor) -> Tensor:
     """A norm between two products, computed and returned in the dtype of its weight."""
     if isinstance(norm, nn.Identity):
         return x

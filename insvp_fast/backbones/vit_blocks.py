@@ -9,6 +9,7 @@ ParallelScalingBlock   x + attention(y) + mlp(y) with y = norm(x)
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -83,7 +84,12 @@ def prefixed(prefix: str, table: Table) -> Table:
 
 def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
     heads, head_width = getattr(attn, "num_heads", 1), getattr(attn, "head_dim", 1)
-    attention = {"attn_dim": width, "head_dim": width // max(heads, 1), "scale": head_width**-0.5, "gate": None}
+    attention = {
+        "attn_dim": width,
+        "head_dim": width // max(heads, 1),
+        "scale": max(head_width, 1) ** -0.5,
+        "gate": None,
+    }
     head_norm = (IDENTITY, *norm_requirements(head_width))
     return {
         "": (rule(Attention, "num_heads fused_attn", **attention, **inactive_dropout(attn)),),
@@ -105,16 +111,21 @@ def inactive_dropout(module: nn.Module | None) -> dict[str, Any]:
 def _things_requirements(block: ParallelThingsBlock, width: int) -> Table:
     table: Table = {"": (rule(ParallelThingsBlock, "num_parallel"),)}
     for name in ("attns", "ffns"):
-        branches = getattr(block, name, ())
         table[f".{name}"] = (rule(nn.ModuleList),)
-        for i, branch in enumerate(branches):
-            one = (
-                prefixed(".attn", _attention_requirements(getattr(branch, "attn", None), width))
-                if name == "attns"
-                else prefixed(".mlp", mlp_requirements(getattr(branch, "mlp", None)))
-            )
-            rest = {".norm": norm_requirements(width), ".ls": LAYER_SCALE, ".drop_path": DROP_PATH_OFF}
-            table |= prefixed(f".{name}.{i}", {"": (rule(nn.Sequential),), **one, **rest})
+        for i, branch in enumerate(getattr(block, name, ())):
+            table |= prefixed(f".{name}.{i}", _thing_requirements(branch, width, name == "attns"))
+    return table
+
+
+def _thing_requirements(branch: nn.Module, width: int, attends: bool) -> Table:
+    """Norm, attention or MLP, scale and drop path, in this order, whatever their names."""
+    children = [*branch._modules.items()]
+    module = children[1][1] if len(children) > 1 else None
+    thing = _attention_requirements(module, width) if attends else mlp_requirements(module)
+    parts: list[Table] = [{"": norm_requirements(width)}, thing, {"": LAYER_SCALE}, {"": DROP_PATH_OFF}]
+    table: Table = {"": (rule(nn.Sequential),)}
+    for i, part in enumerate(parts):
+        table |= prefixed(f".{children[i][0] if i < len(children) else i}", part)
     return table
 
 
@@ -122,13 +133,16 @@ def _scaling_requirements(block: ParallelScalingBlock, width: int) -> Table:
     heads, in_proj = getattr(block, "num_heads", 1), getattr(block, "in_proj", None)
     weight, bias = getattr(in_proj, "weight", torch.empty(0)), getattr(in_proj, "bias", None)
     head_width, fused = width // max(heads, 1), block._modules.get("out_proj") is not None
-    absent = ("attn_out_proj", "mlp_out_proj") if fused else ("out_proj",)
-    sizes = {"head_dim": head_width, "scale": head_width**-0.5, "in_split": [len(weight) - 3 * width] + [width] * 3}
+    sizes: dict[str, Any] = {
+        "head_dim": head_width,
+        "scale": max(head_width, 1) ** -0.5,
+        "in_split": [len(weight) - 3 * width] + [width] * 3,
+        **dict.fromkeys(("attn_out_proj", "mlp_out_proj") if fused else ("out_proj",)),
+    }
     own = rule(
         ParallelScalingBlock,
         "num_heads fused_attn",
         optional="" if bias is not None else "mlp_bias",  # one bias or the other
-        **dict.fromkeys(absent),
         **sizes,
         **inactive_dropout(block),
     )
@@ -229,17 +243,19 @@ def _things(
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
-    total = None
+    attended, hidden = [], []
     for one in block.attns:
-        residual, y, affine = norm_insert(one.norm, residual, branch, prompts, options)
-        out = one.ls(_attention(one.attn, y, affine, residual.shape[1], options, num_queries))
-        branch, total = None, out if total is None else total + out
-    residual, branch, total = first_tokens(residual, num_queries), total, None
+        norm, attn, scale, _ = one
+        residual, y, affine = norm_insert(norm, residual, branch, prompts, options)
+        attended.append(scale(_attention(attn, y, affine, residual.shape[1], options, num_queries)))
+        branch = None
+    residual, branch = first_tokens(residual, num_queries), reduce(torch.add, attended)
     for one in block.ffns:
-        residual, y, affine = norm_insert(one.norm, residual, branch, None, options)
-        out = one.ls(forward_mlp(one.mlp, y, affine, options.mlp_keeps))
-        branch, total = None, out if total is None else total + out
-    return residual, total
+        norm, mlp, scale, _ = one
+        residual, y, affine = norm_insert(norm, residual, branch, None, options)
+        hidden.append(scale(forward_mlp(mlp, y, affine, options.mlp_keeps)))
+        branch = None
+    return residual, reduce(torch.add, hidden)
 
 
 def _scaling(

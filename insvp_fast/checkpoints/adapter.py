@@ -19,7 +19,6 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
@@ -56,7 +55,7 @@ class AdapterCheckpoint(
             interpolation, crop_pct, input_size, ...), or None if unknown; saved with the adapter.
     """
 
-    backbone: VisionTransformer
+    backbone: nn.Module
     config: InsVPConfig
     num_classes: int
     class_names: list[str] | None = None
@@ -134,7 +133,7 @@ class AdapterCheckpoint(
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
-        backbone: str | VisionTransformer | None = None,
+        backbone: str | nn.Module | None = None,
         *,
         pretrained: bool = True,
         allow_backbone_mismatch: bool = False,
@@ -161,7 +160,7 @@ class AdapterCheckpoint(
 
         Raises:
             CheckpointError: if this version cannot read the files as an adapter, or the backbone is another one.
-            TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
+            TypeError: if the backbone is not a model of timm that can be prompted.
             ValueError: for ``backbone_kwargs`` beside a module.
         """
         hub: dict[str, Any] = {"force_download": force_download, "token": token, "cache_dir": cache_dir}
@@ -184,7 +183,7 @@ class AdapterCheckpoint(
     def from_released(
         cls,
         source: str | Path | Mapping[str, Any],
-        backbone: str | VisionTransformer = "vit_base_patch16_224",
+        backbone: str | nn.Module = "vit_base_patch16_224",
         simam: bool = False,
         num_classes: int | None = None,
         **backbone_kwargs: Any,
@@ -204,7 +203,7 @@ class AdapterCheckpoint(
 
         Raises:
             CheckpointError: if it is not such a checkpoint, or does not fit the backbone.
-            TypeError: if the backbone is not a timm ``VisionTransformer`` with one head.
+            TypeError: if the backbone is not a model of timm that can be prompted.
             ValueError: for ``backbone_kwargs`` beside a module.
         """
         where, released = read_released(source)
@@ -243,11 +242,11 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], saved: torch.dtype)
 
 def _recorded_backbone(
     record: BackboneRecord,
-    backbone: str | VisionTransformer | None,
+    backbone: str | nn.Module | None,
     pretrained: bool,
     arguments: dict[str, Any],
     where: object,
-) -> VisionTransformer:
+) -> nn.Module:
     """The given backbone, or the recorded one; if it has to be built, with the recorded arguments, in that dtype."""
     given = record.name if backbone is None else backbone
     if given is None:
@@ -258,14 +257,14 @@ def _recorded_backbone(
 
 
 def _take_or_create(
-    backbone: str | VisionTransformer,
+    backbone: str | nn.Module,
     pretrained: bool,
     defaults: dict[str, Any],
     arguments: dict[str, Any],
     dtype: torch.dtype,
     where: object,
     remedy: str = "",
-) -> VisionTransformer:
+) -> nn.Module:
     """A given module as it is, or what ``create_backbone`` makes of a name, with ``arguments`` over ``defaults``."""
     if not isinstance(backbone, str):
         if arguments:

@@ -11,7 +11,6 @@ from typing import Any, Self, get_type_hints
 
 import torch
 from timm.models import get_model_args
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from insvp_fast import __version__
@@ -42,7 +41,7 @@ class BackboneRecord:
     sha256: str
 
     @classmethod
-    def of(cls, backbone: VisionTransformer) -> Self:
+    def of(cls, backbone: nn.Module) -> Self:
         """The record of a backbone."""
         name, arguments = source_of(backbone), get_model_args(backbone)
         try:

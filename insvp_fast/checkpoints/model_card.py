@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from insvp_fast.checkpoints.backbone import hub_id, source_of
 from insvp_fast.config import InsVPConfig
@@ -20,7 +20,7 @@ TEMPLATE = """---
 
 # InsVP adapter
 
-An adapter for a frozen Vision Transformer: prompts generated from the image itself, and a classification head.
+An adapter for a frozen backbone: prompts generated from the image itself, and a classification head.
 
 - Backbone, not part of these files: {backbone}
 - Classes: {num_classes}
@@ -43,7 +43,7 @@ Configuration:
 
 
 def make_model_card(
-    backbone: VisionTransformer, num_classes: int, config: InsVPConfig, paper: str | None, metadata: Mapping[str, Any]
+    backbone: nn.Module, num_classes: int, config: InsVPConfig, paper: str | None, metadata: Mapping[str, Any]
 ) -> ModelCard:
     """The model card of an adapter around ``backbone``.
 

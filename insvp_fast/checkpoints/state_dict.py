@@ -138,11 +138,17 @@ def backbone_sha256(backbone: nn.Module, dtype: torch.dtype) -> str:
     trained around a bf16 copy recognizes both the copy and the fp32 original, and one that was trained around the
     original rejects the copy, whose weights differ.
     """
-    digest = hashlib.sha256()
+    digest, heads = hashlib.sha256(), _classifiers(backbone)
     for name, tensor in sorted(backbone.state_dict().items()):
-        if not name.startswith("head."):
+        if not name.startswith(heads):
             tensor = tensor.detach().cpu()
             tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).float()
             digest.update(f"{name}{list(tensor.shape)}".encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _classifiers(backbone: nn.Module) -> tuple[str, ...]:
+    """How the names of the head's tensors begin; timm's description of a model names its head."""
+    names = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -18,7 +18,20 @@ from insvp_fast.errors import InsVPError
 
 __all__ = ["COMMANDS", "INTERRUPTED", "main"]
 
-COMMANDS = ("train", "eval", "predict", "serve", "recipes", "data", "sweep", "info", "convert", "doctor", "bench")
+COMMANDS = (
+    "train",
+    "eval",
+    "predict",
+    "serve",
+    "export",
+    "recipes",
+    "data",
+    "sweep",
+    "info",
+    "convert",
+    "doctor",
+    "bench",
+)
 MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
 EXTRAS = {  # which one installs a package, by the name of its import
     **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "tqdm"), "train"),

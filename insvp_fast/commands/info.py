@@ -79,6 +79,7 @@ def _describe_backbone(name: str) -> None:
     from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
     from insvp_fast.checkpoints.backbone import create_backbone, is_name, is_shipped, weights_report
     from insvp_fast.checkpoints.state_dict import backbone_sha256
+    from insvp_fast.reference import structure_of
     from insvp_fast.training.backbone import resolve_preprocessing
 
     if is_name(name) and not is_shipped(name):
@@ -87,22 +88,28 @@ def _describe_backbone(name: str) -> None:
     else:
         backbone = create_backbone(name, num_classes=0)
         _print("sha256", backbone_sha256(backbone, torch.float32))
-    if not isinstance(backbone, timm.models.VisionTransformer):
-        raise CommandError(f"{name} is a {type(backbone).__name__}: expected a Vision Transformer of timm")
-    patches = backbone.patch_embed
-    _print("backbone", name)
+    try:
+        structure = structure_of(backbone)
+        patch_size, widths = structure.patch_size(backbone), structure.widths(backbone)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{name}: {error}") from error
+    _print("backbone", f"{name}, a {type(backbone).__name__}")
     if report := weights_report(backbone):
         _print("weights", report)
-    _print("blocks", f"{len(backbone.blocks)} of width {backbone.embed_dim}, {backbone.blocks[0].attn.num_heads} heads")
-    _print("images", f"{patches.img_size} in {patches.num_patches} patches of {patches.patch_size}")
+    counts = ", ".join(f"{count} of width {width}" for width, count in Counter(widths).items())
+    _print("blocks", counts or "none that prompts can be put into: it takes image prompts alone")
+    size = backbone.pretrained_cfg["input_size"]
+    _print("images", f"{size[1]}x{size[2]} in patches of {patch_size}x{patch_size}")
     _print("preprocessing", _join(resolve_preprocessing(backbone)) + " (timm's for these weights)")
     _print("parameters", f"{sum(p.numel() for p in backbone.parameters()):,} frozen")
     with warnings.catch_warnings(action="ignore"):  # of the general path, which is told below
-        model = InsVPViT(backbone.to("meta"), 0, InsVPConfig())
+        config = InsVPConfig() if widths else InsVPConfig(common_prompt=False, specific_prompt=False)
+        model = InsVPViT(backbone.to("meta"), 0, config)
     reason = unsupported_reason(model)
     _print("runs", f"through the general path: {reason}" if reason else "through the fast path")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _print("InsVP adds", f"{trained:,} trained parameters (the paper's configuration) and a head")
+    what = "the paper's configuration" if widths else "the paper's image prompts"
+    _print("InsVP adds", f"{trained:,} trained parameters ({what}) and a head")
 
 
 def _count_parameters(file: Path) -> Counter[str]:

@@ -75,8 +75,9 @@ def covers(part: nn.Module) -> bool:
 def dtypes_fit(image: Tensor, *weights: Tensor) -> bool:
     """Whether PyTorch would multiply these: they have one dtype, or autocast casts them, as all but fp64."""
     dtypes = {image.dtype, *(weight.dtype for weight in weights)}
-    casts = torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
-    return len(dtypes) == 1 or casts
+    if len(dtypes) == 1 or image.is_meta:  # autocast does not know the meta device
+        return len(dtypes) == 1
+    return torch.is_autocast_enabled(image.device.type) and image.is_floating_point() and torch.float64 not in dtypes
 
 
 def _guard(module: nn.Module) -> int:

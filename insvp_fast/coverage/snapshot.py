@@ -25,6 +25,8 @@ class Snapshot:
         self._modules, self._types = modules, [*map(type, modules)]
         self._state = [state for m in modules for state in (vars(m), m._modules)]
         self._copies = [*map(dict, self._state)]
+        self._sequences = [m._modules for m in modules if isinstance(m, nn.Sequential)]
+        self._orders = [*map(list, self._sequences)]
         self._hooks = [vars(m).get(name) for m in modules for name in HOOKS]
         self._has_hooks = any(self._hooks)
         self._named = [named for m in modules for named in (m._parameters, m._buffers)]
@@ -38,6 +40,7 @@ class Snapshot:
             return False
         try:
             same = [*map(type, self._modules)] == self._types and self._state == self._copies
+            same = same and [*map(list, self._sequences)] == self._orders  # in which a Sequential runs its children
         except (RuntimeError, ValueError):  # tensors and arrays, which have no plain equality
             return False
         tensors = _values(self._named)

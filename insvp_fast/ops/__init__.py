@@ -10,7 +10,7 @@ The functions hide the modules of the same name: import a formula by ``from insv
 from insvp_fast.ops.superpose import
 superpose_reference``.
 
-Letters as in ``reference.py``.
+Letters as in ``insvp_fast/reference``.
 """
 
 from insvp_fast.ops.attention import ATTENTION, attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from timm import create_model
@@ -69,16 +70,27 @@ class PromptedReference(nn.Module):
         """Block number ``block`` of h with prompts (eq. 2 and 11); see ``Structure.apply_block``."""
         return structure_of(self.backbone).apply_block(self.backbone, block, h, prompts)
 
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The features that the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
+    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]:
+        """h behind each of ``blocks``, in the order in which they run; -1 stands for what is before the first.
+
+        What is behind the last of them does not run.
+        """
         structure, carried = structure_of(self.backbone), None
         prompted, context = self.prompt_image(image)
         h = structure.embed(self.backbone, prompted)  # (1)
-        for j in range(len(self.widths)):
+        outputs = [h] if -1 in blocks else []
+        for j in range(max(blocks) + 1):
             prompts = self.block_prompts(j, context, image.shape[0])
-            h, outputs = self.apply_block(j, h, carried if prompts is None else prompts)
-            carried = Prompts(outputs) if self.carry_prompts and outputs is not None else None
-        return structure.final_norm(self.backbone, h)
+            h, prompt_outputs = self.apply_block(j, h, carried if prompts is None else prompts)
+            carried = Prompts(prompt_outputs) if self.carry_prompts and prompt_outputs is not None else None
+            if j in blocks:
+                outputs.append(h)
+        return outputs
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The features that the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
+        (h,) = self.block_outputs(image, [len(self.widths) - 1])
+        return structure_of(self.backbone).final_norm(self.backbone, h)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the tokens as the backbone does and, unless ``pre_logits``, classify (eq. 3)."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from insvp_fast.checkpoints.backbone import weights_report
 from insvp_fast.config import InsVPConfig
@@ -72,7 +72,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
 
 def train_candidate(
     candidate: Candidate,
-    backbone: VisionTransformer,
+    backbone: nn.Module,
     data: Data,
     logger: RunLogger,
     preprocessing: dict[str, Any],
@@ -106,7 +106,7 @@ def train_candidate(
     return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
-def build_model(config: InsVPConfig, recipe: Recipe, backbone: VisionTransformer, num_classes: int) -> InsVPViT:
+def build_model(config: InsVPConfig, recipe: Recipe, backbone: nn.Module, num_classes: int) -> InsVPViT:
     """A model with these prompts, around a copy of the backbone."""
     model = InsVPViT(
         copy.deepcopy(backbone),
@@ -131,7 +131,7 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     return dataclasses.replace(recipe, amp=resolve_amp(recipe.amp))
 
 
-def _load_data(recipe: Recipe, backbone: VisionTransformer, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:
+def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:
     """The data set, and how its images are prepared."""
     preprocessing = resolve_preprocessing(backbone, recipe.preprocessing)
     with accelerator.local_main_process_first():  # one process of each machine fills the cache

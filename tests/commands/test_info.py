@@ -30,5 +30,6 @@ def test_info_on_a_backbone_downloads_nothing(capsys):
     assert "85,798,656 frozen" in printed and "through the fast path" in printed
     model = InsVPViT("vit_base_patch16_224", num_classes=0)
     assert f"{model.get_nb_trainable_parameters()[0]:,} trained" in printed
-    assert cli.main(["info", "resnet18"]) == 1
+    assert cli.main(["info", "resnet18"]) == 0
+    assert "image prompts alone" in capsys.readouterr().out
     assert cli.main(["info", "vit_huger"]) == 1

@@ -104,6 +104,10 @@ class Louder(nn.GELU):
         return 2 * super().forward(x)
 
 
+def reorder(children):
+    children["attn"] = children.pop("attn")  # now the last
+
+
 CHANGES = {  # to the path of a module and what is done to it
     "another activation": ("tanh GELU", "blocks.1.mlp", lambda m: setattr(m, "act", nn.ReLU())),
     "a subclass": ("tanh GELU", "blocks.1.mlp", lambda m: setattr(m, "act", Louder())),
@@ -114,6 +118,8 @@ CHANGES = {  # to the path of a module and what is done to it
     "one epsilon": ("RMSNorm", "blocks.0.norm2", lambda m: setattr(m, "eps", 0.5)),
     "another norm": ("RMSNorm", "blocks.0", lambda m: setattr(m, "norm1", nn.RMSNorm(48))),
     "a thing more": ("parallel things", "blocks.0.ffns", lambda m: m.append(copy.deepcopy(m[0]))),
+    "things in another order": ("parallel things", "blocks.0.attns.1", lambda m: reorder(m._modules)),
+    "a thing without a scale": ("parallel things", "blocks.0.attns.1", lambda m: delattr(m, "ls")),
     "a scale": ("parallel things", "blocks.0.attns.1", lambda m: setattr(m, "ls", nn.Tanh())),
     "another split": (
         "parallel scaling",

@@ -1,0 +1,133 @@
+"""Write a trained model to a file that computes its logits elsewhere, with its class names and preprocessing in it.
+
+onnx and openvino files run without this package, in ONNX Runtime and OpenVINO. torch (torch.export) and aoti
+(AOTInductor) files keep its fast operations; `insvp_fast.export.load` loads all four. Before the file is in place its
+logits are compared with the model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from insvp_fast.checkpoints.names import ADAPTER_FILE
+from insvp_fast.commands.options import positive
+from insvp_fast.errors import CommandError
+from insvp_fast.training.run_folder import CONFIG_FILE
+
+SUMMARY = "write a trained model as a file for ONNX Runtime, OpenVINO or PyTorch"
+FILES = {"onnx": "model.onnx", "torch": "model.pt2", "aoti": "model-aoti.pt2", "openvino": "model.xml"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
+    parser.add_argument("--format", choices=FILES, required=True, help="what the file is for")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: one in RUN, such as model.onnx)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="images that the file takes at once (default: any)")
+    parser.add_argument(
+        "--preprocess", action="store_true", help="take 8-bit images: resize, crop and normalize inside"
+    )
+    parser.add_argument("--channels-last", action="store_true", help="images are [B, H, W, 3] instead of [B, 3, H, W]")
+    parser.add_argument("--standard", action="store_true", help="no operations of this package in torch and aoti")
+    parser.add_argument("--int8", action="store_true", help="8-bit weights; tells what they cost in accuracy")
+    parser.add_argument(
+        "--images", metavar="PATH", nargs="+", help="what --int8 is tried on (default: the run's test data)"
+    )
+
+
+def run(
+    run: str,
+    format: str,
+    output: str | None,
+    batch: int | None,
+    preprocess: bool,
+    channels_last: bool,
+    standard: bool,
+    int8: bool,
+    images: list[str] | None,
+) -> int:
+    folder, file = Path(run), Path(output or Path(run, FILES[format]))
+    is_run = (folder / CONFIG_FILE).is_file()
+    if not is_run and not (folder / ADAPTER_FILE).is_file():
+        raise CommandError(f"{run}: expected a run folder ({CONFIG_FILE}) or an adapter folder ({ADAPTER_FILE})")
+    if not file.parent.is_dir():
+        raise CommandError(f"--output is {file}: there is no folder {file.parent}")
+    if images and not int8:
+        raise CommandError("--images: expected with --int8, which is tried on them")
+    if int8 and not images and not is_run:
+        raise CommandError("--int8 of an adapter: expected --images, to tell what it costs")
+
+    from insvp_fast.export import export_model, load, measure_loss
+    from insvp_fast.export.formats import require_packages
+
+    require_packages(format, int8)
+    model, test_images = _load(folder, is_run, images, int8)
+    done = export_model(
+        model,
+        file,
+        format,
+        preprocess=preprocess,
+        channels_last=channels_last,
+        batch=batch,
+        standard=standard,
+        int8=int8,
+    )
+    for note in done.notes:
+        print(note)
+    _print_facts(done, format)
+    print(f"written: {', '.join(map(str, done.files))}, {sum(f.stat().st_size for f in done.files) / 2**20:.1f} MiB")
+    if int8:
+        _print_loss(measure_loss(model, load(file), test_images))
+    return 0
+
+
+def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
+    """The model, and the images on which 8-bit weights are tried, or None without ``int8``."""
+    from insvp_fast import InsVPViT
+    from insvp_fast.data import load_test_data
+    from insvp_fast.data.images import Images
+    from insvp_fast.training.load import load_run
+
+    recipe: Any = None
+    if is_run:
+        loaded = load_run(folder)
+        recipe, model = loaded.recipe, loaded.model
+        model.preprocessing, model.class_names = loaded.preprocessing, loaded.class_names
+    else:
+        model = InsVPViT.from_pretrained(folder)
+    if not int8:
+        return model, None
+    if model.preprocessing is None:
+        raise CommandError(f"--int8: {folder} does not say how images are prepared: expected its `preprocessing`")
+    if paths:
+        from insvp_fast.training.prediction import find_images
+
+        files = find_images(paths)
+        return model, Images(files, [-1] * len(files), exif_rotation=not is_run or recipe.exif_rotation)
+    names, exif = model.class_names or [], recipe.exif_rotation
+    return model, load_test_data(
+        recipe.data, model.preprocessing, recipe.seed, names, root=recipe.root, exif_rotation=exif
+    )
+
+
+def _print_facts(done: Any, format: str) -> None:
+    from insvp_fast.export import FORMATS
+
+    facts, operations = done.facts, f"{done.operations} calls of this package's operations"
+    print(f"format: {FORMATS[format].title}, {operations if done.operations else 'standard operators only'}")
+    names = "[batch, height, width, 3]" if facts.input[-1] == 3 else "[batch, channels, height, width]"
+    shape = [size or name for size, name in zip(facts.input, names[1:-1].split(", "), strict=True)]
+    print(f"images: {str(facts.dtype).removeprefix('torch.')} [{', '.join(map(str, shape))}]; inside: {facts.inside}")
+    for parity in done.parity:
+        print(f"parity: {parity}")
+
+
+def _print_loss(loss: Any) -> None:
+    if loss.accuracy_before is not None:
+        change = 100 * (loss.accuracy_after - loss.accuracy_before)
+        print(f"int8: top-1 {loss.accuracy_after:.2%}, before {loss.accuracy_before:.2%} ({change:+.2f} points)")
+    print(
+        f"int8: {loss.images:,} images, the same class for {loss.agreement:.2%}; "
+        f"logits differ by at most {loss.largest_difference:.3g}"
+    )

@@ -1,0 +1,92 @@
+"""What an exported file says of itself besides its graph, in every format: class names, preprocessing, input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from insvp_fast.data import transform_for
+from insvp_fast.errors import CheckpointError
+from insvp_fast.export.preprocessing import steps
+
+__all__ = ["ExportedModel", "Facts"]
+
+INSIDE = ("nothing", "normalize", "resize, crop, normalize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The metadata of an exported file, each value as JSON under the name of its field.
+
+    Args:
+        class_names: the names of the classes in order, or None.
+        preprocessing: how images are prepared, as arguments of ``timm.data.create_transform``, or None if unknown.
+        inside: the steps of it that the file takes itself, one of ``INSIDE``.
+        input: the shape of the images, [B, C, H, W] or [B, H, W, C], with None where any size will do.
+        insvp_fast_version: what wrote it.
+    """
+
+    class_names: list[str] | None
+    preprocessing: dict[str, Any] | None
+    inside: str
+    input: list[int | None]
+    insvp_fast_version: str
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Numbers of images to try it with."""
+        return (1, 7) if self.input[0] is None else (self.input[0],)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images: fp32, or 8 bits where normalization is inside."""
+        return torch.float32 if self.inside == "nothing" else torch.uint8
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """One image for the file, without the batch's dimension: RGB, after the steps that are not inside.
+
+        Raises:
+            ValueError: if the preprocessing is unknown.
+        """
+        if self.preprocessing is None:
+            raise ValueError("preprocessing is None: expected images to be prepared as they were in training")
+        if self.inside == "nothing":
+            return transform_for(self.preprocessing)(image)
+        resize, crop, *_ = steps(self.preprocessing)
+        pixels = pil_to_tensor(image if self.inside.startswith("resize") else crop(resize(image)))
+        return pixels.permute(1, 2, 0) if self.input[-1] == 3 else pixels
+
+    def to_metadata(self) -> dict[str, str]:
+        return {name: json.dumps(value, ensure_ascii=False) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], file: object) -> Self:
+        """What ``to_metadata`` gave; other entries are ignored.
+
+        Raises:
+            CheckpointError: if a field is missing or not JSON.
+        """
+        try:
+            return cls(**{field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(cls)})
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{file}: not written by `insvp export`: no metadata {error}") from error
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A loaded file: images as ``facts`` say in, logits [B, num_classes] in fp32 out."""
+
+    run: Callable[[Tensor], Tensor]
+    facts: Facts
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.run(images)

@@ -1,0 +1,96 @@
+"""The graph that is exported: a model, perhaps in standard operators, behind its preprocessing."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from insvp_fast import __version__
+from insvp_fast.errors import ExportError
+from insvp_fast.export.facts import INSIDE, Facts
+from insvp_fast.export.preprocessing import ExportedPreprocessing
+from insvp_fast.model import InsVPViT
+from insvp_fast.reference import InsVPReference
+
+__all__ = ["Graph", "capture", "standard_model"]
+
+NOTHING, NORMALIZE, ALL = INSIDE
+
+
+class Graph(NamedTuple):
+    """A captured model and what is written beside it; ``axes`` names the open dimensions of its input."""
+
+    program: ExportedProgram
+    facts: Facts
+    axes: dict[int, str]
+
+    @property
+    def operations(self) -> int:
+        """The number of calls of this package's operations."""
+        return sum(str(node.target).startswith("insvp_fast.") for node in self.program.graph.nodes)
+
+
+def standard_model(model: InsVPViT) -> InsVPReference:
+    """The reference with the parameters of ``model``, so the same function in PyTorch's own operators."""
+    reference = InsVPReference(copy.deepcopy(model.backbone), model.num_classes, model.config)
+    reference.load_state_dict(model.state_dict(), assign=True)
+    return reference.eval()
+
+
+def capture(
+    model: InsVPViT, *, standard: bool, inside: str = NOTHING, channels_last: bool = False, batch: int | None = None
+) -> Graph:
+    """Trace a model in evaluation mode, with an open batch unless ``batch`` fixes it.
+
+    Args:
+        standard: trace the reference rather than the operations of this package.
+        inside: the steps of the preprocessing that are part of the graph, one of ``facts.INSIDE``.
+        channels_last: images are [B, H, W, C].
+
+    Raises:
+        ExportError: if preprocessing is asked for and unknown.
+    """
+    if inside != NOTHING and model.preprocessing is None:
+        raise ExportError("the adapter does not say how images are prepared: expected its `preprocessing` to be saved")
+    module: nn.Module = standard_model(model) if standard else model
+    if inside != NOTHING:
+        assert model.preprocessing is not None
+        module = nn.Sequential(ExportedPreprocessing(model.preprocessing, inside == ALL, channels_last), module)
+    C, H, W = _image_shape(model)
+    shape: list[int | None] = [batch, C, *((None, None) if inside == ALL else (H, W))]
+    axes = {0: "batch"} if batch is None else {}
+    if inside == ALL:
+        axes |= {2: "height", 3: "width"}
+    if channels_last:
+        shape = [shape[0], *shape[2:], C]
+        axes = {max(axis - 1, 0): name for axis, name in axes.items()}
+    facts = Facts(
+        class_names=model.class_names,
+        preprocessing=model.preprocessing,
+        inside=inside,
+        input=shape,
+        insvp_fast_version=__version__,
+    )
+    example = torch.zeros([size or {"batch": 2}.get(axes[axis], H + axis) for axis, size in enumerate(shape)])
+    return Graph(_trace(module, example.to(facts.dtype), axes), facts, axes)
+
+
+def _trace(module: nn.Module, example: Tensor, axes: dict[int, str]) -> ExportedProgram:
+    dimensions = {axis: Dim(name) for axis, name in axes.items()}
+    with torch.no_grad():
+        # not strict, it would replace the calls of all modules, which the fast path takes for a change of the model
+        program = torch.export.export(module, (example,), strict=True, dynamic_shapes=(dimensions,))
+        return program.run_decompositions({})  # of autograd functions to the operators in them
+
+
+def _image_shape(model: InsVPViT) -> tuple[int, int, int]:
+    if model.preprocessing is not None:
+        C, H, W = model.preprocessing["input_size"]
+        return C, H, W
+    size = getattr(getattr(model.backbone, "patch_embed", None), "img_size", None)
+    H, W = size or model.pretrained_cfg["input_size"][1:]
+    return model.in_channels, H, W

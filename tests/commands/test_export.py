@@ -1,0 +1,78 @@
+"""``insvp export``."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from insvp_fast import export
+from insvp_fast.commands import cli
+from insvp_fast.commands.export import FILES
+from insvp_fast.export import ExportedModel, Facts
+from insvp_fast.export.formats import Export
+from tests.commands.finished_run import CLASSES
+
+
+def test_the_formats_are_those_of_the_package():
+    suffixes = {name: Path(file).suffix for name, file in FILES.items()}
+    assert suffixes == {name: how.suffix for name, how in export.FORMATS.items()}
+
+
+def test_onnx_with_8_bit_weights_tells_the_accuracy_lost(run, probabilities, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "animals.onnx"
+    assert cli.main(["export", str(run), "--format", "onnx", "--int8", "--output", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "format: ONNX, opset 18, standard operators only" in printed
+    assert "images: float32 [batch, 3, 32, 32]; inside: nothing" in printed
+    assert re.search(r"parity: batch 7: relative error \d\.\de-0[678]", printed)
+    right = sum(CLASSES[p.argmax()] == name.split("/")[-2] for name, p in probabilities.items())
+    assert f"before {right / len(probabilities):.2%}" in printed
+    assert re.search(r"int8: 16 images, the same class for \d+\.\d\d%; logits differ by at most [\d.]+\n", printed)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["animals.onnx"]
+    assert export.load(file).facts.class_names == CLASSES
+
+
+def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monkeypatch):
+    exported = []
+
+    def write(model, file, format, **options):
+        about = {"class_names": model.class_names, "preprocessing": model.preprocessing, "insvp_fast_version": "0"}
+        facts = Facts(inside="nothing", input=[None, 3, 32, 32], **about)
+        exported.append(ExportedModel(lambda x: model(x) + 0.25, facts))
+        file.write_bytes(b"")
+        return Export([file], facts, 0, [], ["a note"])
+
+    monkeypatch.setattr("insvp_fast.export.export_model", write)
+    monkeypatch.setattr("insvp_fast.export.load", lambda file: exported[0])
+    monkeypatch.setattr("insvp_fast.export.formats.require_packages", lambda *_: None)
+    adapter, file = str(run / "adapter"), tmp_path / "a.onnx"
+    options = ["--format", "onnx", "--int8", "--images", str(images / "test" / "ant"), "--output", str(file)]
+    assert cli.main(["export", adapter, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "a note" in printed and "top-1" not in printed
+    assert "int8: 5 images, the same class for 100.00%; logits differ by at most 0.25" in printed
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "message"),
+    [
+        ("", ["onnx"], r"expected a run folder \(config.json\) or an adapter folder \(adapter_config.json\)"),
+        ("run", ["onnx", "--images", "x.png"], "--images: expected with --int8"),
+        ("run/adapter", ["onnx", "--int8"], "--int8 of an adapter: expected --images"),
+        ("run", ["onnx", "--output", "nowhere/x.onnx"], "--output is nowhere/x.onnx: there is no folder nowhere"),
+        ("run", ["torch", "--int8"], "8-bit weights in the format torch: expected onnx or openvino"),
+        ("run", ["torch", "--output", "x.onnx"], "the file is x.onnx: expected a name that ends in .pt2"),
+    ],
+)
+def test_what_cannot_be_exported(what, options, message, run, tmp_path, capsys):
+    folder = str(run) + what.removeprefix("run") if what else str(tmp_path)
+    assert cli.main(["export", folder, "--format", *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_missing_package_is_named_before_any_work(run, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["export", str(run), "--format", "openvino"]) == 1
+    printed = capsys.readouterr().err
+    assert printed == "insvp: error: openvino is not installed: pip install 'insvp-fast[export]'\n"

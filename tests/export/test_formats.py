@@ -1,0 +1,172 @@
+"""Each format of exported files, written from a tiny model, loaded and run on other sizes than it was traced with."""
+
+import importlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
+from insvp_fast.data import transform_for
+from insvp_fast.data.images import Images
+from insvp_fast.errors import CheckpointError, ExportError
+from insvp_fast.export import FORMATS, Facts, export_model, formats, load, measure_loss, programs
+from insvp_fast.export.graph import Graph, standard_model
+from insvp_fast.export.parity import check_parity
+from insvp_fast.testing import make_pair, relative_error
+from tests.export.test_preprocessing import settings
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install -e '.[export]'")
+
+CLASSES = ["ant", "bee", "fox, red", "Käfer", "猫"]
+
+
+@pytest.fixture(scope="module")
+def model() -> InsVPViT:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1}
+    _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(prompt_length=3), len(CLASSES), **sizes)
+    fast.class_names, fast.preprocessing = CLASSES, settings()
+    return fast.cpu().eval()
+
+
+def pictures(count: int, height: int, width: int) -> list[Image.Image]:
+    pixels = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return [*map(Image.fromarray, pixels)]
+
+
+def assert_right(exported, model, count, height, width):
+    """The logits of images of this size are the reference's in double precision."""
+    images = pictures(count, height, width)
+    found = exported(torch.stack([*map(exported.facts.prepare, images)]))
+    exact = standard_model(model).double()
+    inputs = torch.stack([*map(transform_for(model.preprocessing), images)]).double()
+    assert found.dtype == torch.float32 and relative_error(found, exact(inputs)) < 1e-5
+    exact.float()  # the parameters are the model's
+
+
+@pytest.fixture
+def file(tmp_path):
+    return lambda format: tmp_path / f"model{FORMATS[format].suffix}"
+
+
+def test_standard_models_share_the_parameters(model):
+    standard = standard_model(model)
+    assert type(standard) is InsVPReference and not standard.training
+    shared = dict(standard.named_parameters())
+    assert all(shared[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
+
+
+def test_torch_keeps_the_operations(model, file):
+    done = export_model(model, file("torch"), "torch", preprocess=True, channels_last=True)
+    assert done.operations > 10 and not done.notes
+    exported = load(file("torch"))
+    assert exported.facts == done.facts and exported.facts.class_names == CLASSES
+    assert exported.facts.input == [None, None, None, 3] and exported.facts.inside == "resize, crop, normalize"
+    assert_right(exported, model, 2, 300, 41)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_aoti_keeps_the_operations(model, file):
+    done = export_model(model, file("aoti"), "aoti")
+    assert done.operations > 10
+    exported = load(file("aoti"))
+    assert exported.facts == done.facts and exported.facts.preprocessing == settings()
+    assert_right(exported, model, 3, 40, 44)
+
+
+def test_onnx_holds_standard_operators_and_all_preprocessing(model, file):
+    done = export_model(model, file("onnx"), "onnx", preprocess=True, channels_last=True)
+    assert [p.batch for p in done.parity] == [1, 7] and done.operations == 0
+    content = importlib.import_module("onnx").load(file("onnx"))
+    assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", 18)]
+    assert not content.functions and not {node.domain for node in content.graph.node} - {""}
+    session = onnxruntime.InferenceSession(file("onnx"))
+    assert [(x.name, x.shape) for x in session.get_inputs()] == [("images", ["batch", "height", "width", 3])]
+    assert [(x.name, x.shape) for x in session.get_outputs()] == [("logits", ["batch", 5])]
+    exported = load(file("onnx"))
+    assert exported.facts == done.facts
+    assert_right(exported, model, 2, 300, 41)
+
+
+def test_openvino_normalizes_and_rounds_weights(model, file):
+    done = export_model(model, file("openvino"), "openvino", preprocess=True, batch=3, int8=True)
+    assert "resizing and cropping are not inside" in done.notes[0]
+    assert [p.batch for p in done.parity] == [3]  # before rounding
+    exported = load(file("openvino"))
+    assert exported.facts == done.facts and exported.facts.class_names == CLASSES
+    assert exported.facts.input == [3, 3, 32, 32] and exported.facts.inside == "normalize"
+    assert sorted(path.suffix for path in file("openvino").parent.iterdir()) == [".bin", ".xml"]
+    parameters = sum(p.numel() for p in model.parameters())
+    assert file("openvino").with_suffix(".bin").stat().st_size < 2 * parameters
+    loss = measure_loss(model, exported, Images([np.asarray(image) for image in pictures(4, 50, 60)], [-1] * 4))
+    assert loss.accuracy_before is None and loss.images == 4
+    assert 0 < loss.largest_difference < 0.1
+
+
+# What is not written
+
+
+@pytest.fixture
+def facts():
+    """Of a file that has nothing inside."""
+    about = {"class_names": None, "preprocessing": settings(), "insvp_fast_version": "0"}
+    return Facts(inside="nothing", input=[None, 3, 32, 32], **about)
+
+
+def test_wrong_logits_are_refused(model, facts):
+    def run(batches, change):
+        with torch.no_grad():
+            return [change(model(images)) for images in batches]
+
+    errors = [p.relative_error for p in check_parity(model, lambda batches: run(batches, lambda y: y), facts)]
+    assert errors == [0, 0]
+    for change in (lambda y: y * (1 + 2e-5), lambda y: y.roll(1, 0) if len(y) > 1 else y, lambda y: y * float("nan")):
+        with pytest.raises(ExportError, match="the exported logits are not the model's: batch"):
+            check_parity(model, lambda batches, change=change: run(batches, change), facts)
+
+
+def test_a_file_that_does_not_load_is_not_left(model, file, facts, monkeypatch):
+    monkeypatch.setattr(formats, "capture", lambda model, **_: Graph(None, facts, {}))
+    broken = FORMATS["onnx"]._replace(write=lambda graph, file: file.write_bytes(b"half a file"))
+    monkeypatch.setitem(FORMATS, "onnx", broken)
+    file("onnx").write_bytes(b"of before")
+    with pytest.raises(CheckpointError, match="ONNX Runtime cannot load it"):
+        export_model(model, file("onnx"), "onnx")
+    assert file("onnx").read_bytes() == b"of before" and len([*file("onnx").parent.iterdir()]) == 1
+
+
+def test_aoti_without_a_compiler(file, facts):
+    program = torch.export.export(torch.nn.Linear(32, 5), (torch.zeros(2, 3, 32, 32),))
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/bin/false")}),
+        pytest.raises(ExportError, match="AOTInductor, which needs a C.. compiler, failed: .*No working C.. compiler"),
+    ):
+        programs.write_aoti(Graph(program, facts, {}), file("aoti"))
+
+
+def test_what_cannot_be_written(model, tmp_path, monkeypatch):
+    with pytest.raises(ExportError, match=r"the file is .*x.bin: expected a name that ends in .pt2"):
+        export_model(model, tmp_path / "x.bin", "torch")
+    with pytest.raises(ExportError, match="8-bit weights in the format torch: expected onnx or openvino"):
+        export_model(model, tmp_path / "x.pt2", "torch", int8=True)
+    monkeypatch.setattr(model, "preprocessing", None)
+    with pytest.raises(ExportError, match="does not say how images are prepared"):
+        export_model(model, tmp_path / "x.pt2", "torch", preprocess=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"onnxscript is not installed: pip install 'insvp-fast\[export\]'"):
+        export_model(model, tmp_path / "x.onnx", "onnx")
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    (tmp_path / "x.pt2").write_text("text")
+    for name, message in (
+        ("x.pt2", "not a .pt2 file"),
+        ("none.pt2", "expected a file of"),
+        ("x.bin", r"\.onnx, \.pt2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / name)

@@ -1,0 +1,54 @@
+"""Preprocessing as a module, against Pillow and torchvision: the same bits."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from insvp_fast.data import transform_for
+from insvp_fast.export import preprocessing
+from insvp_fast.export.preprocessing import ExportedPreprocessing, resize_reason
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def settings(size=32, **more) -> dict:
+    return IMAGENET | {"input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 0.9} | more
+
+
+@pytest.mark.parametrize("more", [{}, {"interpolation": "bilinear"}, {"crop_mode": "squash"}, {"crop_pct": 1.0}])
+@pytest.mark.parametrize("size", [32, 57])
+@pytest.mark.parametrize(("height", "width"), [(40, 44), (33, 97), (57, 57), (701, 33), (31, 200), (20, 23)])
+def test_pixels_are_those_of_training(more, size, height, width):
+    described = settings(size, **more)
+    assert resize_reason(described) is None
+    random = np.random.default_rng(height)
+    pixels = random.integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    pixels[1] = random.integers(0, 2, (height, width, 3)) * 255  # edges, where a cubic goes beyond 0 and 255
+    expected = torch.stack([transform_for(described)(Image.fromarray(image)) for image in pixels])
+    assert torch.equal(ExportedPreprocessing(described, True, True)(torch.from_numpy(pixels)), expected)
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    assert torch.equal(ExportedPreprocessing(described, True, False)(planes), expected)
+
+
+def test_the_order_of_the_axes_shows(monkeypatch):
+    """Tall images are what tells Pillow 13 from those before it."""
+    pixels = torch.randint(256, (1, 3, 300, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for new in (True, False):
+        monkeypatch.setattr(preprocessing, "BEGINS_WITH_THE_LARGER_REDUCTION", new)
+        results.append(ExportedPreprocessing(settings(crop_mode="squash"), True, False)(pixels))
+    assert not torch.equal(*results)
+    assert (results[0] - results[1]).abs().max() < 3 / 255 / 0.224  # of a few levels
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"crop_mode": "border"}, "ResizeKeepRatio"),
+        ({"interpolation": "lanczos"}, "its interpolation is lanczos: expected bilinear or bicubic"),
+        ({"crop_pct": 1.25}, "it crops"),
+    ],
+)
+def test_what_is_not_resized_inside(more, reason):
+    assert reason in resize_reason(settings(**more))
