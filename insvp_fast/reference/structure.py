@@ -53,5 +53,12 @@ class Structure(Protocol):
 
 
 def first_convolution(module: nn.Module) -> nn.Conv2d:
-    """The first convolution of a patch embedding, which may be a whole network; its input channels are the image's."""
-    return next(child for child in module.modules() if isinstance(child, nn.Conv2d))
+    """The first convolution of a patch embedding, which may be a whole network; its input channels are the image's.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            return child
+    raise TypeError(f"a {type(module).__name__} has no convolution: expected a backbone in which one reads the image")

@@ -291,3 +291,10 @@ def test_a_convolutional_network_takes_image_prompts():
 def test_a_convolutional_network_takes_no_feature_prompts():
     with pytest.raises(ValueError, match="a ResNet has no blocks that prompts can be put into, it takes image prompts"):
         InsVPViT(convolutional(), 5)
+
+
+def test_a_backbone_that_no_convolution_begins_is_refused():
+    with torch.device("meta"):
+        backbone = timm.create_model("naflexvit_base_patch16_gap", depth=1)
+    with pytest.raises(TypeError, match="a NaFlexVit has no convolution: expected a backbone in which one reads"):
+        InsVPReference(backbone, 5)
