@@ -116,7 +116,7 @@ def _attention_requirements(attn: nn.Module | None, backbone: Eva) -> Table:
     head_width = width // max(heads, 1)
     needed: dict[str, Any] = {
         "head_dim": head_width,
-        "scale": head_width**-0.5,
+        "scale": max(head_width, 1) ** -0.5,
         "num_prefix_tokens": backbone.num_prefix_tokens,
         "gate": None,
         **inactive_dropout(attn),
@@ -126,7 +126,7 @@ def _attention_requirements(attn: nn.Module | None, backbone: Eva) -> Table:
     free = "num_heads fused_attn rotate_half"
     parts = bias_tensors(attn)
     eva_free = free + " qkv_bias_separate" + ("" if parts else " " + " ".join(BIASES))
-    groups = getattr(attn, "num_kv_groups", 1)
+    groups = max(getattr(attn, "num_kv_groups", 1), 1)
     sizes = {"attn_dim": width, "kv_dim": width // groups, "num_kv_heads": heads // groups}
     return {
         "": (

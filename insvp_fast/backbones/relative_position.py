@@ -123,7 +123,7 @@ def _block_requirements(block: nn.Module, width: int) -> Table:
 
 def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
     head_width = width // max(getattr(attn, "num_heads", 1), 1)
-    needed: dict[str, Any] = {"scale": head_width**-0.5, **inactive_dropout(attn)}
+    needed: dict[str, Any] = {"scale": max(head_width, 1) ** -0.5, **inactive_dropout(attn)}
     parts = bias_tensors(attn)
     of_beit = "num_heads fused_attn qkv_bias_separate window_size num_relative_distance"
     of_beit += " relative_position_bias_table relative_position_index"  # None where it has no bias of its own
