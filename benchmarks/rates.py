@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from insvp_fast import InsVPConfig, InsVPReference, ops
@@ -57,8 +59,8 @@ def model_flops(kind: str, name: str, config: InsVPConfig, backward: bool, **bac
     """The least floating-point operations that a model needs for one image.
 
     The bare backbone needs all of its own. With prompts, these are the operations left by the exact savings: prompts
-    give keys and values only, and the last block has one query. Backward adds each frozen product once, attention two
-    and a half times and the prompters twice.
+    give keys and values only, and the last block of a ViT has one query. Backward adds each frozen product once,
+    attention two and a half times and the prompters twice.
     """
     with torch.device("meta"):
         backbone = timm.create_model(name, **backbone_kwargs)
@@ -67,12 +69,35 @@ def model_flops(kind: str, name: str, config: InsVPConfig, backward: bool, **bac
     with FlopCounterMode(display=False) as prompters, torch.no_grad():
         if model is not None:
             model.specific_prompt(image, model.image_prompt(image).prompted)
-    D, J, N = backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.num_patches
     L = 0 if model is None else config.prompt_length
-    T, hidden = N + backbone.num_prefix_tokens, backbone.blocks[0].mlp.fc1.out_features
-    queries = (J - 1) * T + (T if model is None else 1)
-    patch_embedding = N * backbone.patch_embed.proj.weight[0].numel() * D
-    products = patch_embedding + queries * 2 * D * (D + hidden) + J * (T + L) * 2 * D * D
-    scores = queries * (T + L) * 2 * D
+    terms = _swin_terms if isinstance(backbone, SwinTransformer) else _vit_terms
+    products, scores = terms(backbone, L, model is not None)
     once, backward_too = 2 * (products + scores) + prompters.get_total_flops(), 2 * products + 5 * scores
     return once + (backward_too + 2 * prompters.get_total_flops()) * backward
+
+
+def _vit_terms(backbone: Any, L: int, saves: bool) -> tuple[float, float]:
+    """The multiplications of a ViT's frozen products and of its attention; ``saves``: one query in the last block."""
+    D, J, N = backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.num_patches
+    T, hidden = N + backbone.num_prefix_tokens, backbone.blocks[0].mlp.fc1.out_features
+    queries = (J - 1) * T + (1 if saves else T)
+    products = _patch_embedding(backbone) + queries * 2 * D * (D + hidden) + J * (T + L) * 2 * D * D
+    return products, queries * (T + L) * 2 * D
+
+
+def _swin_terms(backbone: Any, L: int, saves: bool) -> tuple[float, float]:
+    """As ``_vit_terms``; there is no query to save."""
+    products, scores = _patch_embedding(backbone), 0.0
+    for stage in backbone.layers:
+        T = math.prod(stage.output_resolution)
+        if stage.downsample is not backbone.layers[0].downsample:
+            products += T * stage.downsample.reduction.weight.numel()
+        for block in stage.blocks:
+            D, hidden = block.dim, block.mlp.fc1.out_features
+            products += T * 2 * D * (D + hidden) + (T + L) * 2 * D * D
+            scores += T * (block.window_area + L) * 2 * D
+    return products, scores
+
+
+def _patch_embedding(backbone: Any) -> float:
+    return float(backbone.patch_embed.num_patches * backbone.patch_embed.proj.weight.numel())

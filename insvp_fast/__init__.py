@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from insvp_fast.bank import AdapterBank
     from insvp_fast.config import InsVPConfig
     from insvp_fast.coverage import unsupported_reason
     from insvp_fast.model import InsVPViT
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from insvp_fast.runtime.native import native_status
 
 __version__ = "0.1.0"
-__all__ = ["InsVPConfig", "InsVPReference", "InsVPViT", "native_status", "unsupported_reason"]
+__all__ = ["AdapterBank", "InsVPConfig", "InsVPReference", "InsVPViT", "native_status", "unsupported_reason"]
 
 _HOME = {
+    "AdapterBank": "bank",
     "InsVPConfig": "config",
     "InsVPReference": "reference",
     "InsVPViT": "model",

@@ -141,11 +141,15 @@ class PromptedViT(Covered, PromptedReference):
 
     def _block_outputs(self, image: Tensor, blocks: Collection[int], num_queries: int | None = None) -> list[Tensor]:
         """The fast path: the tokens behind each of ``blocks``, of the last block only the first ``num_queries``."""
-        backbone, family, grid = self.backbone, self._family, self._grid(image)
-        family.check_image(backbone, image)
-        patches, context = self._prompted_patches(image)
-        with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
-            tokens = family.embed(backbone, patches, grid)
+        self._family.check_image(self.backbone, image)
+        return self._embed_and_run(*self._prompted_patches(image), self._grid(image), blocks, num_queries)
+
+    def _embed_and_run(
+        self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None
+    ) -> list[Tensor]:
+        """``_block_outputs`` from what ``_prompted_patches`` returns."""
+        with torch.autocast(patches.device.type, enabled=False):  # the operations choose their own precision
+            tokens = self._family.embed(self.backbone, patches, grid)
             return self._run_blocks(tokens, context, patches.dtype, grid, blocks, num_queries)
 
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:

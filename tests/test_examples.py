@@ -69,6 +69,17 @@ def test_inference_classifies_files_as_the_model_does(trained, tmp_path):
     assert [line.split(": ")[1].split(" ")[0] for line in lines] == [model.class_names[i] for i in found]
 
 
+def test_a_bank_classifies_files_with_each_adapter(trained, tmp_path):
+    file = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
+    printed = run("adapter_bank.py", file, "--adapters", *(f"{name}={trained[0]}" for name in ("one", "other")))
+    model = InsVPViT.from_pretrained(trained[0])
+    with torch.inference_mode():
+        found = model(torch.from_numpy(np.asarray(Image.open(file))).permute(2, 0, 1)[None]).argmax().item()
+    lines = [line.split(" (")[0] for line in printed.splitlines()]
+    assert lines == [f"{file}: {name}: {model.class_names[found]}" for name in ("one", "other")]
+
+
 def test_timm_trains_it():
     printed = run("timm_training.py", "--fake", "--epochs", 2)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]

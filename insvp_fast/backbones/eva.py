@@ -47,7 +47,10 @@ __all__ = [
     "read_tokens",
     "requirements",
     "shared",
+    "takes_padded_prompts",
 ]
+
+takes_padded_prompts = True
 
 # What is supported
 
@@ -177,16 +180,26 @@ def forward_block(
     if rotation is not None and backbone.rope_mixed:
         rotation = rotation[block]
 
+    inserted, lengths = (None, None) if prompts is None else prompts
+    num_keys = None if lengths is None else T + lengths  # prompts stand behind the tokens
+
     def attend(y: Tensor, affine: Affine) -> Tensor:
-        return _attention(run.attn, y, affine, rotation, T if num_queries is None else num_queries, options)
+        queries = T if num_queries is None else num_queries
+        return _attention(run.attn, y, affine, rotation, queries, num_keys, options)
 
     order = post_norm_block if isinstance(run, EvaBlockPostNorm) else pre_norm_block
-    return order(run, attend, residual, branch, None if prompts is None else prompts.tokens, options, num_queries)
+    return order(run, attend, residual, branch, inserted, options, num_queries)
 
 
 def _attention(
-    attn: Any, y: Tensor, affine: Affine, rotation: Tensor | None, num_queries: int, options: BlockOptions
-) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
+    attn: Any,
+    y: Tensor,  # [B, S, D]
+    affine: Affine,
+    rotation: Tensor | None,
+    num_queries: int,
+    num_keys: Tensor | None,
+    options: BlockOptions,
+) -> Tensor:  # [B, num_queries, D]
     def prepared(packed: Tensor, parts: int) -> Tensor:
         normed = norm_heads(attn, packed, parts)
         if rotation is None:
@@ -196,10 +209,11 @@ def _attention(
     if num_queries <= attn.num_prefix_tokens:  # whose queries are not rotated
         q, kv = project_q_kv(attn, y, affine, num_queries)
         q = in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
-        attended = ops.query_attention(q, prepared(kv, 2), attn.num_heads, attn.scale)
+        attended = ops.query_attention(q, prepared(kv, 2), attn.num_heads, attn.scale, num_keys=num_keys)
     else:
         packed = prepared(project_qkv(attn, y, affine), 3)
-        attended = ops.attention(packed, attn.num_heads, num_queries, attn.scale, impl=options.attention)
+        rest = attn.num_heads, num_queries, attn.scale
+        attended = ops.attention(packed, *rest, num_keys=num_keys, impl=options.attention)
     attended = in_own_dtype(attn.norm, attended).to(y.dtype)
     return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
 

@@ -22,6 +22,7 @@ class BlockOptions(NamedTuple):
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
     shared: Any  # what the family's ``shared`` returns
+    prompt_lengths: Tensor | None = None  # ``Prompts.lengths`` of the block
 
 
 class BackboneFamily(Protocol):
@@ -33,6 +34,8 @@ class BackboneFamily(Protocol):
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """
+
+    takes_padded_prompts: bool  # whether ``forward_block`` heeds ``Prompts.lengths``; if not, they must be None
 
     def requirements(self, backbone: Any, patch_size: int) -> Table:
         """What the fast path requires of the backbone's modules."""

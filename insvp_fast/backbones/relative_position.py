@@ -47,7 +47,10 @@ __all__ = [
     "read_tokens",
     "requirements",
     "shared",
+    "takes_padded_prompts",
 ]
+
+takes_padded_prompts = False
 
 # What is supported
 

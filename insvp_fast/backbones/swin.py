@@ -7,6 +7,8 @@ are other lists: nothing is rolled, cut, padded or put together again.
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import timm.models.swin_transformer as timm_swin
 import torch
@@ -40,7 +42,10 @@ __all__ = [
     "read_tokens",
     "requirements",
     "shared",
+    "takes_padded_prompts",
 ]
+
+takes_padded_prompts = False
 
 # What is supported
 
@@ -55,7 +60,7 @@ watch("scaled_dot_product_attention", F)
 
 def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
     """What the fast path requires of the backbone's modules."""
-    sides, grid = (patch_size, patch_size), tuple(backbone.patch_embed.grid_size)
+    sides, grid = (patch_size, patch_size), getattr(backbone.patch_embed, "grid_size", None) or (0, 0)
     embedding = {
         "patch_size": sides,
         "flatten": False,
@@ -76,13 +81,13 @@ def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
     }
     for i, stage in enumerate(backbone.layers):
         merged = tuple(side // 2 for side in grid) if i else grid
-        resolutions = {"input_resolution": grid, "output_resolution": merged}
+        resolutions: dict[str, Any] = {"input_resolution": grid, "output_resolution": merged}
         if i and any(side % 2 for side in grid):
             resolutions["input_resolution"] = "even sides, which patches can be merged in without padding"
         table[f"layers.{i}"] = (rule(SwinTransformerStage, "dim depth grad_checkpointing", **resolutions),)
         table |= _prefixed(f"layers.{i}.downsample", _merging(stage, first=i == 0))
         table[f"layers.{i}.blocks"] = (rule(nn.Sequential),)
-        for n, block in enumerate(stage.blocks):
+        for n, block in enumerate(getattr(stage, "blocks", ())):
             table |= _prefixed(f"layers.{i}.blocks.{n}", _block_requirements(block, merged))
         grid = merged
     return table
@@ -95,18 +100,18 @@ def _prefixed(path: str, table: Table) -> Table:
 def _merging(stage: nn.Module, first: bool) -> Table:
     if first:
         return {"": (IDENTITY,)}
-    width = 4 * getattr(stage.downsample, "dim", 0)
+    width = 4 * getattr(getattr(stage, "downsample", None), "dim", 0)
     return {"": (rule(PatchMerging, "dim out_dim"),), ".norm": norm_requirements(width), ".reduction": LINEAR}
 
 
 def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
     attn, width = getattr(block, "attn", None), getattr(block, "dim", 0)
     window = getattr(block, "window_size", (1, 1))
-    fits = not any(side % part for side, part in zip(grid, window, strict=True))
-    attention: dict[str, object] = {"window_size": window, "window_area": window[0] * window[1]}
+    fits = [side % part for side, part in zip(grid, window, strict=False)] == [0, 0]
+    attention: dict[str, Any] = {"window_size": window, "window_area": math.prod(window)}
     if getattr(getattr(attn, "attn_drop", None), "p", 0):
         attention["training"] = False  # the fused attention drops by its own mode, not by that of attn_drop
-    shape = {
+    shape: dict[str, Any] = {
         "dim": width,
         "input_resolution": grid,
         "window_size": window if fits else f"a divisor of the grid {grid[0]}x{grid[1]}, which needs no padding",
@@ -177,7 +182,7 @@ def forward_block(
     inserted = None if prompts is None else prompts.tokens
     residual, y, affine = norm_insert(blk.norm1, residual, branch, inserted, options)
     qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
-    windows = tokens_of_windows(grid, blk.window_size, blk.shift_size, residual.device)
+    windows = tokens_of_windows(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
     summands = attn._get_rel_pos_bias()[0], blk.attn_mask
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
     branch = ops.linear(out, FrozenLinear(attn.proj.weight, attn.proj.bias))
@@ -190,9 +195,7 @@ def _merge(
 ) -> Tensor:  # [B, 4·T, D] -> [B, T, 2·D]
     """Four tokens as one, on the way to a coarser ``grid``; in a square timm counts downwards first."""
     x = residual if branch is None else residual + branch
-    squares = (
-        x.view(len(x), grid[0], 2, grid[1], 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), grid[0] * grid[1], -1)
-    )
+    squares = x.unflatten(1, (grid[0], 2, grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
     _, y, affine = norm_insert(merging.norm, squares, None, None, options)
     return ops.linear(y, FrozenLinear(merging.reduction.weight, merging.reduction.bias, *affine))
 
@@ -201,11 +204,10 @@ def tokens_of_windows(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor:
     """The tokens of each window after a cyclic shift up and to the left, int32 [n, w]; windows and tokens by rows."""
-    key = grid, tuple(window), tuple(shift), device
     if torch.compiler.is_compiling():  # tensors of a trace must not be kept
-        return _tokens_of_windows(*key)
+        return _tokens_of_windows(grid, window, shift, device)
     with torch.inference_mode(False):  # backward may keep them
-        return _kept_tokens_of_windows(*key)
+        return _kept_tokens_of_windows(grid, window, shift, device)
 
 
 def _tokens_of_windows(

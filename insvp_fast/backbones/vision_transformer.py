@@ -38,7 +38,10 @@ __all__ = [
     "read_tokens",
     "requirements",
     "shared",
+    "takes_padded_prompts",
 ]
+
+takes_padded_prompts = True
 
 # What is supported
 
@@ -174,7 +177,8 @@ def forward_block(
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11); see ``run_block``."""
-    tokens = None if prompts is None else prompts.tokens
+    tokens, lengths = (None, None) if prompts is None else prompts
+    options = options._replace(prompt_lengths=lengths)
     return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
 
 

@@ -295,18 +295,20 @@ def _attend(
     attn: Any, qkv: FrozenLinear, y: Tensor, num_tokens: int, options: BlockOptions, num_queries: int | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
     """Softmax attention of a module with ``num_heads``, ``scale``, ``q_norm`` and ``k_norm``."""
+    lengths = options.prompt_lengths
+    num_keys = None if lengths is None else num_tokens + lengths  # prompts stand behind the tokens
     if num_queries is not None:
-        return _attend_from_first(attn, qkv, y, num_queries)
+        return _attend_from_first(attn, qkv, y, num_queries, num_keys)
     packed = ops.linear(y, qkv)
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = torch.unflatten(packed, -1, (3, attn.num_heads, -1)).unbind(2)
         q, k = in_own_dtype(attn.q_norm, q).to(v.dtype), in_own_dtype(attn.k_norm, k).to(v.dtype)
         packed = torch.stack([q, k, v], dim=2).flatten(2)
-    return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=options.attention)
+    return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, num_keys=num_keys, impl=options.attention)
 
 
 def _attend_from_first(
-    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int
+    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, num_keys: Tensor | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
     q, kv = ops.project_q_kv(y, num_queries, qkv)
@@ -314,7 +316,7 @@ def _attend_from_first(
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
         kv = torch.stack([in_own_dtype(attn.k_norm, k).to(v.dtype), v], dim=2).flatten(2)
-    return ops.query_attention(q, kv, attn.num_heads, attn.scale)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys)
 
 
 def first_tokens(x: Tensor, count: int | None) -> Tensor:  # [B, T, D] -> [B, count or T, D]

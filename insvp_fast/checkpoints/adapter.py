@@ -225,6 +225,15 @@ class AdapterCheckpoint(
         model.preprocessing = copy.deepcopy(RELEASED_PREPROCESSING)
         return model.eval()
 
+    def _around(self, backbone: nn.Module) -> Self:
+        """A model with a copy of this adapter around another backbone, which must have the same weights."""
+        if backbone is not self.backbone:
+            BackboneRecord.of(self.backbone).require_same_weights(backbone, type(self).__name__)
+        model = type(self)(backbone, self.num_classes, self.config)
+        _assign(model, _adapter_part(self.state_dict()), saved=next(self.backbone.parameters()).dtype)
+        model.class_names, model.preprocessing = self.class_names, self.preprocessing
+        return model.eval()
+
 
 def _adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a mapping by state-dict keys holds outside the backbone."""

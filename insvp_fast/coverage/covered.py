@@ -14,7 +14,7 @@ from insvp_fast.coverage.rules import CALLED, Table, difference, full_name
 from insvp_fast.coverage.snapshot import Snapshot
 from insvp_fast.coverage.surroundings import surroundings_reason
 
-__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "unsupported_reason"]
+__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "forget", "unsupported_reason"]
 
 
 class Requirements(NamedTuple):
@@ -102,6 +102,11 @@ class _Memo:
 def _memo(part: nn.Module) -> _Memo:
     memo: _Memo = vars(part).setdefault("_memo", _Memo())
     return memo
+
+
+def forget(part: Covered) -> None:
+    """Drop what is remembered of a part, about 1 KB for each of its modules; it is examined anew when it is used."""
+    vars(part).pop("_memo", None)
 
 
 def _judge(part: Covered) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.heads import merge_heads, split_heads, split_packed
+from insvp_fast.ops.heads import (
+    check_num_keys,
+    keys_exist,
+    merge_heads,
+    split_heads,
+    split_packed,
+    without_padding,
+)
 from insvp_fast.ops.registry import (
     FLOATS,
     Implementation,
@@ -28,16 +36,26 @@ from insvp_fast.runtime import hardware, native, torch_private
 __all__ = ["ATTENTION", "attention", "attention_bwd_reference", "attention_reference", "cpu_attention"]
 
 
-def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, impl: str = "auto") -> Tensor:
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    num_queries: int,
+    scale: float,
+    *,
+    num_keys: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """Softmax attention of the first ``num_queries`` tokens to all S, from the packed product.
 
     Args:
         qkv: [B, S, 3·D], ``num_heads`` equal heads folded into D, in any floating dtype.
         num_queries: T, 0 to S.
         scale: of the scores before the softmax.
+        num_keys: [B], int64, T to S and at least 1, on the device of ``qkv``: image b attends to its first
+            ``num_keys[b]`` tokens, and not to the padding behind them, which must be finite. None for all S.
         impl: "auto" lets the device decide: on GPUs "sdpa", on CPUs the fastest of "native", "explicit" (PyTorch's
             products, image after image) and "flash" (PyTorch's fused kernel for CPUs). One of these, "reference",
-            "triton" or "xformers" insists.
+            "triton" or "xformers" insists. The last two and "flash" do without ``num_keys``.
 
     Returns:
         [B, T, D] in the dtype of ``qkv``. Kept for backward: ``qkv`` and what the implementation needs of the softmax.
@@ -52,27 +70,32 @@ def attention(qkv: Tensor, num_heads: int, num_queries: int, scale: float, *, im
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}: expected [B, S, 3*D] with D in {num_heads} equal heads")
     if not 0 <= num_queries <= qkv.shape[1]:
         raise ValueError(f"num_queries={num_queries}: expected 0 to {qkv.shape[1]}, the number of tokens")
+    check_num_keys(num_keys, qkv, num_queries)
     if impl == "auto" and qkv.device.type != "cpu":
         impl = "sdpa"
+    operands = _Fwd(qkv, num_heads, num_queries, scale, num_keys)
     if impl in _COMPOSED:
-        return _COMPOSED[impl](qkv, num_heads, num_queries, scale)
-    operands = _Fwd(qkv, num_heads, num_queries, scale)
+        return _COMPOSED[impl](*operands)
     require("attention_fwd", impl, operands)
     return cast(Tensor, apply(_Attention, *operands, impl))
 
 
-def attention_reference(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def attention_reference(
+    qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None = None
+) -> Tensor:
     """The formula of ``attention``."""
     q, k, v = split_packed(qkv, num_heads)
-    probabilities = (scale * q[:, :, :num_queries] @ k.mT).softmax(dim=-1)
-    return merge_heads(probabilities @ v)
+    scores = without_padding(scale * q[:, :, :num_queries] @ k.mT, num_keys)
+    return merge_heads(scores.softmax(dim=-1) @ v)
 
 
-def attention_bwd_reference(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def attention_bwd_reference(
+    grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None = None
+) -> Tensor:
     """The gradient of ``attention_reference`` by the packed product, written out; 0 for queries that are not asked."""
     q, k, v = split_packed(qkv, num_heads)
     q, d_out = q[:, :, :num_queries], split_heads(grad, num_heads)
-    p = (scale * q @ k.mT).softmax(dim=-1)
+    p = without_padding(scale * q @ k.mT, num_keys).softmax(dim=-1)
     d_p = d_out @ v.mT
     d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True)) * scale
     d_q = F.pad(d_scores @ k, (0, 0, 0, k.shape[2] - num_queries))
@@ -82,12 +105,15 @@ def attention_bwd_reference(grad: Tensor, qkv: Tensor, num_heads: int, num_queri
 # Composed of PyTorch's operations, which differentiates them itself.
 
 
-def _sdpa(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def _sdpa(qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None) -> Tensor:
     q, k, v = split_packed(qkv, num_heads)
-    return merge_heads(F.scaled_dot_product_attention(q[:, :, :num_queries], k, v, scale=scale))
+    mask = None if num_keys is None else keys_exist(num_keys, qkv.shape[1])
+    return merge_heads(F.scaled_dot_product_attention(q[:, :, :num_queries], k, v, mask, scale=scale))
 
 
-def _xformers(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def _xformers(qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None) -> Tensor:
+    if num_keys is not None:
+        raise RuntimeError(f'impl="xformers" {_TAKES_NO_NUM_KEYS}')
     if not torch.compiler.is_compiling() and (reason := dtype_reason(FLOATS, qkv.dtype)):
         raise RuntimeError(f'impl="xformers" {reason}')
     try:
@@ -99,7 +125,9 @@ def _xformers(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Te
     return attended.flatten(2)
 
 
-_COMPOSED: dict[str, Callable[[Tensor, int, int, float], Tensor]] = {
+_TAKES_NO_NUM_KEYS = "cannot leave out keys: it does not take num_keys"
+
+_COMPOSED: dict[str, Callable[[Tensor, int, int, float, Tensor | None], Tensor]] = {
     "reference": attention_reference,
     "sdpa": _sdpa,
     "xformers": _xformers,
@@ -112,6 +140,7 @@ class _Fwd(NamedTuple):
     num_heads: int
     num_queries: int
     scale: float
+    num_keys: Tensor | None = None
 
 
 class _Bwd(NamedTuple):
@@ -122,20 +151,25 @@ class _Bwd(NamedTuple):
     num_heads: int
     num_queries: int
     scale: float
+    num_keys: Tensor | None = None
 
 
 @first_order("attention", "attention_reference of the module insvp_fast.ops.attention")
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(*arguments)
-        qkv, *ctx.rest = arguments
-        ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp)
+        *shape, num_keys, impl = arguments
+        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(*shape, impl, num_keys)
+        qkv, *ctx.shape = shape
+        ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp, num_keys)
+        ctx.impl = impl
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.insvp_fast.attention_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 4
+        *kept, num_keys = ctx.saved_tensors
+        d_qkv = torch.ops.insvp_fast.attention_bwd.default(grad, *kept, *ctx.shape, ctx.impl, num_keys)
+        return d_qkv, *(None,) * 5
 
 
 def _fwd_auto(a: _Fwd) -> Sequence[str]:
@@ -173,7 +207,7 @@ def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor]:
 
 
 def _bwd_reference(a: _Bwd) -> Tensor:
-    return attention_bwd_reference(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale)
+    return attention_bwd_reference(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale, a.num_keys)
 
 
 def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
@@ -181,7 +215,7 @@ def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
 
 
 def _bwd_native(a: _Bwd) -> Tensor:
-    return native.attention_bwd(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale)
+    return native.attention_bwd(a.grad, a.qkv, a.num_heads, a.num_queries, a.scale, a.num_keys)
 
 
 def _native_reason(a: _Fwd | _Bwd) -> str | None:
@@ -201,29 +235,44 @@ def _fwd_explicit(a: _Fwd) -> tuple[Tensor, Tensor]:
     """Image after image, so that the scores of one stay in the cache."""
     qkv = _multiplied(a.qkv)
     out = qkv.new_empty(qkv.shape[0], a.num_queries, qkv.shape[-1] // 3)
-    scores = qkv.new_empty(a.num_heads, a.num_queries, qkv.shape[1])
-    for q, k, v, o in zip(*split_packed(qkv, a.num_heads), split_heads(out, a.num_heads), strict=True):
-        _probabilities(q[:, : a.num_queries], k, a.scale, scores)
-        torch.bmm(scores, v, out=o)
+    scores = qkv.new_empty(a.num_heads * a.num_queries * qkv.shape[1])
+    images = zip(*split_packed(qkv, a.num_heads), split_heads(out, a.num_heads), _keys(a), strict=True)
+    for q, k, v, o, keys in images:
+        p = _first(scores, a.num_heads, a.num_queries, keys)
+        _probabilities(q[:, : a.num_queries], k[:, :keys], a.scale, p)
+        torch.bmm(p, v[:, :keys], out=o)
     return out.to(a.qkv.dtype), _nothing(a)
 
 
 def _bwd_explicit(a: _Bwd) -> Tensor:
     qkv, grad, (H, T, scale) = _multiplied(a.qkv), _multiplied(a.grad), (a.num_heads, a.num_queries, a.scale)
     d_qkv = torch.empty_like(qkv)
-    p = qkv.new_empty(H, T, qkv.shape[1])
-    d_p = torch.empty_like(p)
-    images = zip(*split_packed(qkv, H), *split_packed(d_qkv, H), split_heads(grad, H), strict=True)
-    for q, k, v, d_q, d_k, d_v, d_o in images:
-        q = q[:, :T]
+    scores = qkv.new_empty(2, H * T * qkv.shape[1])
+    images = zip(*split_packed(qkv, H), *split_packed(d_qkv, H), split_heads(grad, H), _keys(a), strict=True)
+    for q, k, v, d_q, d_k, d_v, d_o, keys in images:
+        q, k, v = q[:, :T], k[:, :keys], v[:, :keys]
+        p, d_p = (_first(part, H, T, keys) for part in scores)
         _probabilities(q, k, scale, p)
-        torch.bmm(p.mT, d_o, out=d_v)
+        torch.bmm(p.mT, d_o, out=d_v[:, :keys])
         torch.bmm(d_o, v.mT, out=d_p)
         d_scores = torch_private.softmax_bwd(d_p, p)
         torch.baddbmm(q, d_scores, k, beta=0, alpha=scale, out=d_q[:, :T])
         d_q[:, T:] = 0
-        torch.baddbmm(k, d_scores.mT, q, beta=0, alpha=scale, out=d_k)
+        torch.baddbmm(k, d_scores.mT, q, beta=0, alpha=scale, out=d_k[:, :keys])
+        d_k[:, keys:] = 0
+        d_v[:, keys:] = 0
     return d_qkv.to(a.qkv.dtype)
+
+
+def _keys(a: _Fwd | _Bwd) -> list[int]:
+    """The number of keys of each image."""
+    B, S, _ = a.qkv.shape
+    return [S] * B if a.num_keys is None else a.num_keys.tolist()
+
+
+def _first(memory: Tensor, *shape: int) -> Tensor:
+    """A contiguous tensor at the beginning of some memory."""
+    return memory[: math.prod(shape)].view(shape)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
@@ -255,13 +304,17 @@ def _bwd_flash(a: _Bwd) -> Tensor:
 
 def _flash_reason(a: _Fwd | _Bwd) -> str | None:
     absent = None if torch_private.HAS_FLASH else "cannot run here: this PyTorch has no fused attention for CPUs"
-    return cpu_reason(a.qkv.device) or absent
+    return cpu_reason(a.qkv.device) or absent or _num_keys_reason(a)
+
+
+def _num_keys_reason(a: _Fwd | _Bwd) -> str | None:
+    return None if a.num_keys is None else _TAKES_NO_NUM_KEYS
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
     from insvp_fast.kernels.gpu import attention as kernel
 
-    return kernel.attention_fwd(*a), _nothing(a)
+    return kernel.attention_fwd(a.qkv, a.num_heads, a.num_queries, a.scale), _nothing(a)
 
 
 def _bwd_triton(a: _Bwd) -> Tensor:
@@ -272,7 +325,7 @@ def _bwd_triton(a: _Bwd) -> Tensor:
 
 def _triton_reason(a: _Fwd | _Bwd) -> str | None:
     device, dtype = a.qkv.device, a.qkv.dtype
-    if reason := triton_reason(device, dtype, covered=(torch.bfloat16, torch.float16)):
+    if reason := triton_reason(device, dtype, covered=(torch.bfloat16, torch.float16)) or _num_keys_reason(a):
         return reason
     from insvp_fast.kernels.gpu import attention as kernel
 

@@ -1,10 +1,11 @@
-"""Heads of attention, as views: folded into the width of a tensor, or a dimension of their own."""
+"""Heads of attention, as views: folded into the width of a tensor, or a dimension of their own; and their keys."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["merge_heads", "split_heads", "split_packed"]
+__all__ = ["check_num_keys", "keys_exist", "merge_heads", "split_heads", "split_packed", "without_padding"]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d]
@@ -22,3 +23,28 @@ def split_packed(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...
     """Queries, keys and values, or keys and values, as views of their packed product."""
     split: Tensor = x.unflatten(-1, (parts, num_heads, -1))
     return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def check_num_keys(num_keys: Tensor | None, tokens: Tensor, num_queries: int) -> None:
+    """Raise ValueError where ``num_keys`` are not those of ``tokens``, [B, S, width]; values are read on CPUs alone."""
+    if num_keys is None:
+        return
+    B, S = tokens.shape[:2]
+    if num_keys.shape != (B,) or num_keys.dtype != torch.int64 or num_keys.device != tokens.device:
+        found = f"{num_keys.dtype} {tuple(num_keys.shape)} on {num_keys.device}"
+        raise ValueError(f"num_keys is {found}: expected torch.int64 {(B,)} on {tokens.device}")
+    if torch.compiler.is_compiling() or num_keys.device.type != "cpu" or not B:
+        return
+    least = max(num_queries, 1)
+    if not least <= int(num_keys.min()) <= int(num_keys.max()) <= S:
+        raise ValueError(f"num_keys is {num_keys.tolist()}: expected {least} to {S}, queries to tokens")
+
+
+def keys_exist(num_keys: Tensor, S: int) -> Tensor:  # [B] -> [B, 1, 1, S]
+    """Which of S rows are keys, for the scores of all heads and queries."""
+    return torch.arange(S, device=num_keys.device) < num_keys[:, None, None, None]
+
+
+def without_padding(scores: Tensor, num_keys: Tensor | None) -> Tensor:  # [B, heads, T, S]
+    """Scores of what is no key are -inf, so that it has no part in the softmax."""
+    return scores if num_keys is None else scores.masked_fill(~keys_exist(num_keys, scores.shape[-1]), float("-inf"))

@@ -78,7 +78,8 @@ def register(
     """Declare the operator ``insvp_fast::name`` and what carries it out.
 
     Args:
-        operands: a named tuple, whose fields are the operator's arguments; behind them it takes ``str impl``.
+        operands: a named tuple, whose fields are the operator's arguments; behind them it takes ``str impl``, and then
+            those that have the default None, so that programs exported before there was one still run.
         returns: in the language of ``torch.library.define``.
         fake: of the operands, empty results of the right shapes and dtypes, for tracing.
         reference: of the operands, the results by the formula, for every device and dtype.
@@ -88,20 +89,23 @@ def register(
     Gradients are the business of the autograd functions: an exported program calls the operators without them.
     """
     hints = get_type_hints(operands, include_extras=True)
-    arguments = ", ".join(f"{SCHEMA[hints[field]]} {field}" for field in operands._fields)
-    LIBRARY.define(f"{name}({arguments}, str impl) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    optional = operands._field_defaults
+    arguments = [f"{SCHEMA[hints[field]]} {field}" for field in operands._fields if field not in optional]
+    behind, at = [f"{SCHEMA[hints[field]]} {field}=None" for field in optional], len(arguments)
+    schema = ", ".join([*arguments, "str impl", *behind])
+    LIBRARY.define(f"{name}({schema}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     table = {"reference": Implementation(reference, lambda operands: None), **implementations}
     _operators[name] = _Operator(auto or _preferred, table)
 
     def trace(*arguments: Any) -> Any:
-        given, own = operands(*arguments[:-1]), None
+        given, own = operands(*arguments[:at], *arguments[at + 1 :]), None
         if any(other.fake for other in table.values()):
-            own = table[implementation(name, arguments[-1], given)].fake
+            own = table[implementation(name, arguments[at], given)].fake
         return (own or fake)(given)
 
     def kernel(*arguments: Any) -> Any:
-        given = operands(*arguments[:-1])
-        return table[implementation(name, arguments[-1], given)].run(given)
+        given = operands(*arguments[:at], *arguments[at + 1 :])
+        return table[implementation(name, arguments[at], given)].run(given)
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
     LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")

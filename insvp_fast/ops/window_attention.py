@@ -162,7 +162,8 @@ def _sdpa(a: _Fwd) -> Tensor:
     if added is not None:
         added = added.expand(a.num_heads, n, w, -1).flatten(0, 1).to(q.dtype)
     # PyTorch's fused kernels take four dimensions: heads and windows become one
-    out = F.scaled_dot_product_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=added, scale=a.scale)
+    q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=a.scale)
     return _scatter(out.unflatten(1, (a.num_heads, n)), a.windows)
 
 
@@ -177,8 +178,8 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, *windows = ctx.saved_tensors
-        operands = _Bwd(grad, qkv, ctx.num_heads, *windows, ctx.scale)
+        qkv, windows, bias, mask = ctx.saved_tensors
+        operands = _Bwd(grad, qkv, ctx.num_heads, windows, bias, mask, ctx.scale)
         return torch.ops.insvp_fast.window_attention_bwd.default(*operands, ctx.impl), *(None,) * 6
 
 

@@ -35,21 +35,22 @@ class PromptedReference(nn.Module):
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
+        module: Any = backbone
         if isinstance(backbone, str):
-            backbone = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
+            module = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
         elif pretrained or backbone_kwargs:
             raise ValueError(
                 f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
             )
-        structure = structure_of(backbone)
-        self.patch_size = structure.patch_size(backbone)
+        structure = structure_of(module)
+        self.patch_size = structure.patch_size(module)
         if num_classes is not None:
-            backbone.reset_classifier(num_classes)
-        self.num_classes: int = backbone.num_classes
-        self.head = take_head(backbone)
-        self.backbone = backbone.requires_grad_(False).eval()
-        self.widths = tuple(structure.widths(backbone))
-        self.in_channels = first_convolution(backbone).in_channels
+            module.reset_classifier(num_classes)
+        self.num_classes: int = module.num_classes
+        self.head = take_head(module)
+        self.backbone: Any = module.requires_grad_(False).eval()
+        self.widths = tuple(structure.widths(module))
+        self.in_channels = first_convolution(module).in_channels
         self.head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> PromptedReference:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Attention, Beit
 from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer_relpos import RelPosAttention, ResPostRelPosBlock, VisionTransformerRelPos
-from torch import Tensor, nn
+from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts
 from insvp_fast.reference.vision_transformer import patch_size, widths
@@ -73,7 +73,7 @@ def qkv_bias(attn: Attention | RelPosAttention) -> Tensor | None:
     return bias
 
 
-def _block(block: nn.Module, z: Tensor, bias: Tensor | None) -> Tensor:
+def _block(block: Any, z: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(block, ResPostRelPosBlock):  # with the norms behind the branches
         z = z + block.drop_path1(block.norm1(_attention(block.attn, z, bias)))
         return z + block.drop_path2(block.norm2(block.mlp(z)))

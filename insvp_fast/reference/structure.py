@@ -15,9 +15,12 @@ class Prompts(NamedTuple):
 
     Attributes:
         tokens: [B, L, D], which pass the norm and the projections of the block like the backbone's own tokens.
+        lengths: [B], int64: how many of them an image has, if fewer than L; the others are padding, to which nothing
+            attends. For the fast path alone: a ``Structure`` takes whole prompts.
     """
 
     tokens: Tensor
+    lengths: Tensor | None = None
 
 
 class Structure(Protocol):

@@ -6,6 +6,8 @@ get neither, because prompts have no position. h is [B, H, W, D], as in timm; D 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import (
@@ -15,7 +17,7 @@ from timm.models.swin_transformer import (
     window_partition,
     window_reverse,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts
 
@@ -64,17 +66,20 @@ def apply_block(
     return block_with_prompts(layer.blocks[number], h, prompts.tokens), None  # (11)
 
 
-def block_with_prompts(block: nn.Module, h: Tensor, prompts: Tensor) -> Tensor:
+def block_with_prompts(block: Any, h: Tensor, prompts: Tensor) -> Tensor:
     """timm's ``SwinTransformerBlock.forward`` of h [B, H, W, D], with prompts [B, L, D].
 
+    Neither this block nor its attention is called as a module, only those inside.
+
     Raises:
-        TypeError: for a block of another class, which may compute something else.
+        TypeError: for a block of another class, with a forward of its own, or with hooks.
     """
-    if type(block) is not SwinTransformerBlock or type(block.attn) is not WindowAttention:
-        raise TypeError(
-            f"a block is a {type(block).__name__} with a {type(getattr(block, 'attn', None)).__name__}: "
-            "expected timm's SwinTransformerBlock with a WindowAttention, into which prompts can be put"
-        )
+    attn: Any = getattr(block, "attn", None)
+    for module, expected in ((block, SwinTransformerBlock), (attn, WindowAttention)):
+        if type(module) is not expected:
+            raise TypeError(f"a block has a {type(module).__name__}: expected timm's {expected.__name__}")
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            raise TypeError(f"a {expected.__name__} has a forward or hooks of its own: with prompts it is not called")
     normed, inserted = block.norm1(h), block.norm1(prompts.to(h.dtype))
     h = h + block.drop_path1(_attend_in_windows(block, normed, inserted))
     tokens = h.flatten(1, 2)
@@ -84,12 +89,13 @@ def block_with_prompts(block: nn.Module, h: Tensor, prompts: Tensor) -> Tensor:
 
 def _attend_in_windows(block: SwinTransformerBlock, x: Tensor, prompts: Tensor) -> Tensor:
     """Attention of the tokens [B, H, W, D] of each window to one another and to the prompts [B, L, D]."""
-    (B, H, W, _), (height, width), (down, right) = x.shape, block.window_size, block.shift_size
+    (H, W), (height, width), (down, right) = x.shape[1:3], block.window_size, block.shift_size
     shifted = torch.roll(x, (-down, -right), (1, 2))
     padded = F.pad(shifted, (0, 0, 0, -W % width, 0, -H % height))
     windows = window_partition(padded, block.window_size).flatten(1, 2)  # [B·n, w, D]
     mask = block.get_attn_mask(padded) if block.dynamic_mask else block.attn_mask  # [n, w, w]
-    attended = _attend(block.attn, windows, prompts.repeat_interleave(len(windows) // max(B, 1), 0), mask)
+    n = (padded.shape[1] // height) * (padded.shape[2] // width)
+    attended = _attend(block.attn, windows, prompts.repeat_interleave(n, dim=0), mask)
     attended = attended.unflatten(1, block.window_size)
     shifted = window_reverse(attended, block.window_size, *padded.shape[1:3])[:, :H, :W]
     return torch.roll(shifted, (down, right), (1, 2))
@@ -97,16 +103,16 @@ def _attend_in_windows(block: SwinTransformerBlock, x: Tensor, prompts: Tensor) 
 
 def _attend(attn: WindowAttention, windows: Tensor, prompts: Tensor, mask: Tensor | None) -> Tensor:
     """timm's ``WindowAttention.forward`` of windows [B·n, w, D], with the prompts [B·n, L, D] of each one's image."""
-    w, L = windows.shape[1], prompts.shape[1]
+    L = prompts.shape[1]
     q, k, v = _split_heads(attn.qkv(windows), attn.num_heads)  # [B·n, heads, w, d]
     _, k_prompts, v_prompts = _split_heads(attn.qkv(prompts), attn.num_heads)
     summand = attn._get_rel_pos_bias()  # [1, heads, w, w]
     if mask is not None:
-        summand = summand + mask.repeat(len(windows) // len(mask), 1, 1).unsqueeze(1)
+        summand = (summand + mask.unsqueeze(1)).repeat(windows.shape[0] // mask.shape[0], 1, 1, 1)
     scores = (q * attn.scale) @ torch.cat([k, k_prompts], dim=2).mT + F.pad(summand, (0, L))
     probabilities = attn.attn_drop(attn.softmax(scores))
     out = probabilities @ torch.cat([v, v_prompts], dim=2)
-    return attn.proj_drop(attn.proj(out.transpose(1, 2).reshape(len(windows), w, -1)))
+    return attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

@@ -110,6 +110,22 @@ def test_same_bits_for_every_number_of_threads(isa, threads, dtype):
 
 
 @each_dtype
+@pytest.mark.parametrize(("S", "T", "keys"), [(21, 12, (12, 21, 13)), (66, 65, (65, 66, 65)), (19, 1, (1, 18, 2))])
+def test_padding_is_not_read(isa, threads, dtype, S, T, keys):
+    qkv, grad = inputs(3, S, T, 2, 24, dtype)
+    alone = [computed(qkv[b : b + 1, :n], grad[b : b + 1], 2, 0.2) for b, n in enumerate(keys)]
+    for image, n in zip(qkv, keys, strict=True):
+        image[n:] = float("nan")
+    for n in (1, 2, 5):
+        threads(n)
+        out = native.attention_fwd(qkv, 2, T, 0.2, torch.tensor(keys))
+        d_qkv = native.attention_bwd(grad, qkv, 2, T, 0.2, torch.tensor(keys))
+        for b, (right, d_right) in enumerate(alone):
+            assert torch.equal(out[b], right[0]) and torch.equal(d_qkv[b, : keys[b]], d_right[0])
+            assert not d_qkv[b, keys[b] :].any()
+
+
+@each_dtype
 def test_noncontiguous_inputs(dtype):
     qkv, grad = inputs(2, 21, 12, 3, 8, dtype)
     strided = qkv.repeat_interleave(2, 1)[:, ::2], grad.transpose(0, 2).contiguous().transpose(0, 2)
@@ -159,6 +175,11 @@ def test_wrong_arguments_are_refused():
         native.attention_fwd(qkv, 5, 12, 0.3)
     with pytest.raises(ValueError, match="num_queries is 22: expected 0 to 21"):
         native.attention_fwd(qkv, 3, 22, 0.3)
+    for wrong in ([21, 22], [11, 21], [0, 12]):
+        with pytest.raises(ValueError, match=r"num_keys is \[.*\]: expected 12 to 21, queries to tokens"):
+            native.attention_fwd(qkv, 3, 12, 0.3, torch.tensor(wrong))
+    with pytest.raises(TypeError, match=r"num_keys has dtype torch\.int32: expected torch\.int64"):
+        native.attention_bwd(grad, qkv, 3, 12, 0.3, torch.tensor([12, 21], dtype=torch.int32))
     with pytest.raises(TypeError, match=r"grad has dtype torch\.bfloat16"):
         native.attention_bwd(grad.bfloat16(), qkv, 3, 12, 0.3)
     with pytest.raises(ValueError, match=r"grad has shape \(2, 11, 24\): expected \(2, 12, 24\)"):

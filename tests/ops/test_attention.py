@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 from insvp_fast import ops
-from insvp_fast.ops.attention import _Bwd, _Fwd, attention_reference
+from insvp_fast.ops.attention import _Bwd, _flash_reason, _Fwd, attention_reference
 from insvp_fast.ops.registry import implementation
 from insvp_fast.runtime import hardware, native, torch_private
 from insvp_fast.testing import assert_within_budget, relative_error
@@ -48,6 +48,82 @@ def test_attention_gradcheck_and_opcheck(impl):
         opcheck(torch.ops.insvp_fast.attention_bwd.default, arguments)
 
 
+def image_by_image(attend, num_keys):
+    """Attention to some first tokens, by attention to all tokens of one image after another."""
+    return lambda x: torch.cat([attend(x[b : b + 1, :keys]) for b, keys in enumerate(num_keys)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("S", "queries", "num_keys"), [(17, 12, (17, 12, 13)), (9, 1, (1, 9)), (66, 50, (65, 50, 66))])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "auto", pytest.param("native", marks=NEEDS_LIBRARY), "explicit"])
+def test_attention_to_as_many_keys_as_an_image_has(impl, dtype, S, queries, num_keys):
+    if impl == "native" and dtype == torch.float16:
+        pytest.skip("the native library has no fp16")
+    qkv = torch.randn(len(num_keys), S, 3 * 24)
+    for image, keys in zip(qkv, num_keys, strict=True):
+        image[keys:] = 100.0  # whoever looks there sees it
+    inputs, keys = [qkv.to(dtype).requires_grad_()], torch.tensor(num_keys)
+    alone = image_by_image(lambda t: attention_reference(t, 3, queries, 0.4), num_keys)
+    exact, plain = (with_gradients(alone, x) for x in (copies(inputs, torch.float64), inputs))
+    fast = with_gradients(lambda t: ops.attention(t, 3, queries, 0.4, num_keys=keys, impl=impl), inputs)
+    for value, rough, expected in zip(fast, plain, exact, strict=True):
+        assert value.dtype == dtype and value.shape == expected.shape
+        if dtype == torch.float32:
+            assert relative_error(value, expected) < 1e-5
+        else:
+            assert_within_budget(value, rough, expected, dtype)
+    if impl in ("native", "explicit"):
+        alone = image_by_image(lambda t: ops.attention(t, 3, queries, 0.4, impl=impl), num_keys)
+        assert all(map(torch.equal, fast, with_gradients(alone, inputs)))
+        values = [
+            ops.attention(inputs[0], 3, queries, 0.4, num_keys=n, impl=impl)
+            for n in (None, keys.new_full(keys.shape, S))
+        ]
+        assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("impl", ["auto", pytest.param("native", marks=NEEDS_LIBRARY), "explicit"])
+def test_attention_with_num_keys_is_an_operator(impl):
+    torch.compiler.reset()  # or functions compiled before would reach the limit
+    qkv, keys = torch.randn(2, 6, 3 * 8), torch.tensor([4, 6])
+    opcheck(torch.ops.insvp_fast.attention_fwd.default, (qkv, 2, 3, 0.5, impl, keys))
+    grad, none = torch.randn(2, 3, 8), torch.empty(0)
+    opcheck(torch.ops.insvp_fast.attention_bwd.default, (grad, qkv, None, none, 2, 3, 0.5, impl, keys))
+    named = functools.partial(ops.attention, num_heads=2, num_queries=3, scale=0.5, num_keys=keys, impl=impl)
+    compiled = torch.compile(named, fullgraph=True, backend="aot_eager")
+    x = [qkv.requires_grad_()]
+    assert all(map(torch.equal, with_gradients(compiled, x), with_gradients(named, x)))
+    if impl != "native":  # which has no fp64
+        x = qkv.detach().double().requires_grad_()
+        assert torch.autograd.gradcheck(lambda t: ops.attention(t, 2, 3, 0.5, num_keys=keys, impl=impl), [x])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([3, 6], r"num_keys is \[3, 6\]: expected 4 to 5, queries to tokens"),
+        ([2, 5], r"num_keys is \[2, 5\]: expected 4 to 5"),
+        ([5], r"num_keys is torch.int64 \(1,\) on cpu: expected torch.int64 \(2,\) on cpu"),
+        ([5.0, 5.0], "num_keys is torch.float32"),
+    ],
+)
+def test_attention_refuses_numbers_of_keys_that_do_not_fit(keys, message):
+    qkv = torch.randn(2, 5, 24)
+    with pytest.raises(ValueError, match=message):
+        ops.attention(qkv, 1, 4, 0.5, num_keys=torch.tensor(keys))
+    with pytest.raises(ValueError, match=message):
+        ops.query_attention(qkv[:, :4, :8], qkv[..., 8:], 1, 0.5, num_keys=torch.tensor(keys))
+
+
+@pytest.mark.parametrize("impl", ["flash", "xformers", "triton"])
+def test_attention_that_cannot_leave_out_keys_says_so(impl):
+    with pytest.raises(RuntimeError, match=f'impl="{impl}" cannot'):
+        ops.attention(torch.randn(1, 5, 24), 1, 4, 0.5, num_keys=torch.tensor([4]), impl=impl)
+    if impl == "flash":  # which "auto" would take here, but for the keys
+        operands = _Fwd(torch.randn(1, 5, 24), 1, 4, 0.5, torch.tensor([4]))
+        assert _flash_reason(operands) == "cannot leave out keys: it does not take num_keys"
+
+
 @pytest.mark.parametrize("available", [True, False])
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("flash", [True, False])
@@ -63,7 +139,7 @@ def test_what_attention_takes(monkeypatch, available, wide, flash):
     expected = "native" if available and native.native_status().isa != "generic" else expected
     operands = _Fwd(qkv, 2, 3, 0.5)
     assert implementation("attention_fwd", "auto", operands) == expected
-    out, logsumexp = torch.ops.insvp_fast.attention_fwd(*operands, "auto")
+    out, logsumexp = torch.ops.insvp_fast.attention_fwd(qkv, 2, 3, 0.5, "auto")
     assert bool(logsumexp.numel()) == (expected == "flash")
     kept = out if logsumexp.numel() else None
     assert implementation("attention_bwd", "auto", _Bwd(out, qkv, kept, logsumexp, 2, 3, 0.5)) == expected

@@ -10,16 +10,25 @@ from tests.gradients import DTYPES, copies, with_gradients
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "S", "T"), [(0, 5, 1), (2, 9, 1), (3, 21, 4)])
-def test_query_attention(dtype, B, S, T):
+@pytest.mark.parametrize(
+    ("B", "S", "T", "num_keys"),
+    [(0, 5, 1, None), (2, 9, 1, None), (3, 21, 4, None), (0, 5, 1, ()), (2, 9, 1, (9, 1)), (3, 21, 4, (4, 20, 11))],
+)
+def test_query_attention(dtype, B, S, T, num_keys):
     inputs = [torch.randn(B, n, width).to(dtype).requires_grad_() for n, width in ((T, 24), (S, 48))]
 
     def plain(q, kv):
         q, k, v = (t.unflatten(-1, (3, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
         return merge_heads((0.4 * q @ k.mT).softmax(-1) @ v)
 
-    exact, rough = with_gradients(plain, copies(inputs, torch.float64)), with_gradients(plain, inputs)
-    fast = with_gradients(lambda q, kv: ops.query_attention(q, kv, 3, 0.4), inputs)
+    def image_by_image(q, kv):
+        images = [plain(q[b : b + 1], kv[b : b + 1, :keys]) for b, keys in enumerate(num_keys)]
+        return torch.cat([plain(q[:0], kv[:0]), *images])
+
+    plain_of_each = plain if num_keys is None else image_by_image
+    keys = None if num_keys is None else torch.tensor(num_keys, dtype=torch.int64)
+    exact, rough = (with_gradients(plain_of_each, x) for x in (copies(inputs, torch.float64), inputs))
+    fast = with_gradients(lambda q, kv: ops.query_attention(q, kv, 3, 0.4, num_keys=keys), inputs)
     for value, low, expected in zip(fast, rough, exact, strict=True):
         assert value.dtype == dtype and value.shape == expected.shape
         assert_within_budget(value, low, expected, dtype)

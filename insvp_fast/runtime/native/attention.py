@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, call, f32, i32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import TYPE_CODES, address, call, f32, function, i32, i64, pointer, ptr, require
 
 __all__ = ["Windows", "attention_bwd", "attention_fwd", "window_attention_bwd", "window_attention_fwd"]
 
-_FWD = [ptr, i32, *[ptr] * 4, *[i64] * 6, f32]
-_BWD = [ptr, ptr, i32, *[ptr] * 4, *[i64] * 6, f32]
+_FWD = [ptr, i32, *[ptr] * 5, *[i64] * 6, f32]
+_BWD = [ptr, ptr, i32, *[ptr] * 5, *[i64] * 6, f32]
 
 
 class Windows(NamedTuple):
@@ -27,23 +27,28 @@ class Windows(NamedTuple):
     mask: Tensor | None  # fp32 [n, w, w]
 
 
-def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def attention_fwd(
+    qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None = None
+) -> Tensor:
     """Softmax attention of the first ``num_queries`` tokens to all, from the packed product.
 
     qkv [B, S, 3*D] in float32 or bfloat16. Returns [B, T, D] in its dtype; sums and the softmax are float32. The same
-    bits for every number of threads. Errors: see ``native``.
+    bits for every number of threads. With num_keys [B], int64, image b has the bits of ``qkv[b, :num_keys[b]]`` alone.
+    Errors: see ``native``.
     """
     _check_queries(qkv, num_queries)
-    return _fwd(qkv, num_heads, (1, num_queries), (None, None, None), scale)
+    return _fwd(qkv, num_heads, (1, num_queries), (None, None, None), scale, num_keys)
 
 
-def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
+def attention_bwd(
+    grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None = None
+) -> Tensor:
     """The gradient of ``attention_fwd`` for ``grad`` [B, T, D] of its result, in qkv's dtype as all here: [B, S, 3*D].
 
-    Zero for the queries of tokens that do not ask. The rest as in ``attention_fwd``.
+    Zero for the queries of tokens that do not ask, and behind the keys. The rest as in ``attention_fwd``.
     """
     _check_queries(qkv, num_queries)
-    return _bwd(grad, qkv, num_heads, (1, num_queries), (None, None, None), scale)
+    return _bwd(grad, qkv, num_heads, (1, num_queries), (None, None, None), scale, num_keys)
 
 
 def window_attention_fwd(qkv: Tensor, num_heads: int, windows: Windows, scale: float) -> Tensor:
@@ -64,23 +69,42 @@ def window_attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, windows: Win
 _Pointers = tuple[int | None, ...]
 
 
-def _fwd(qkv: Tensor, heads: int, shape: tuple[int, ...], windows: _Pointers, scale: float) -> Tensor:
+def _fwd(
+    qkv: Tensor,
+    heads: int,
+    shape: tuple[int, ...],
+    windows: _Pointers,
+    scale: float,
+    num_keys: Tensor | None = None,
+) -> Tensor:
     d = _head_width(qkv, heads)
     (B, S, _), (n, w) = qkv.shape, shape
+    num_keys = _checked_keys(num_keys, B, S, n * w)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
     out = buffers.empty((B, n * w, heads * d), qkv.dtype)
-    call("attention_fwd", _FWD, *pointer(qkv), *windows, out.data_ptr(), B, n, w, S - n * w, heads, d, scale)
+    sizes = B, n, w, S - n * w, heads, d
+    call("attention_fwd", _FWD, *pointer(qkv), *windows, address(num_keys), out.data_ptr(), *sizes, scale)
     return out
 
 
-def _bwd(grad: Tensor, qkv: Tensor, heads: int, shape: tuple[int, ...], windows: _Pointers, scale: float) -> Tensor:
+def _bwd(
+    grad: Tensor,
+    qkv: Tensor,
+    heads: int,
+    shape: tuple[int, ...],
+    windows: _Pointers,
+    scale: float,
+    num_keys: Tensor | None = None,
+) -> Tensor:
     d = _head_width(qkv, heads)
     (B, S, _), (n, w) = qkv.shape, shape
+    num_keys = _checked_keys(num_keys, B, S, n * w)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
     grad = require("grad", grad, (B, n * w, heads * d), qkv.dtype)
     d_qkv = buffers.empty_like(qkv)
     sizes = B, n, w, S - n * w, heads, d
-    call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), *windows, d_qkv.data_ptr(), *sizes, scale)
+    pointers = *windows, address(num_keys), d_qkv.data_ptr()
+    call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), *pointers, *sizes, scale)
     return d_qkv
 
 
@@ -95,6 +119,16 @@ def _check_queries(qkv: Tensor, num_queries: int) -> None:
         raise ValueError(f"num_queries is {num_queries}: expected 0 to {qkv.shape[1]}, the number of tokens")
 
 
+def _checked_keys(num_keys: Tensor | None, B: int, S: int, T: int) -> Tensor | None:
+    """``num_keys``, contiguous, after a check: other values would let C++ read and write anywhere."""
+    if num_keys is None:
+        return None
+    num_keys = require("num_keys", num_keys, (B,), torch.int64)
+    if B and not max(T, 1) <= int(num_keys.min()) <= int(num_keys.max()) <= S:
+        raise ValueError(f"num_keys is {num_keys.tolist()}: expected {max(T, 1)} to {S}, queries to tokens")
+    return num_keys
+
+
 def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:
     """The windows, contiguous, after a check that C++ will stay inside of the tensors and write all of the result."""
     _head_width(qkv, num_heads)
@@ -104,8 +138,10 @@ def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:
     T = windows.numel()
     if len(shape) != 2 or qkv.shape[1] < T:
         raise ValueError(f"windows has shape {shape}: expected [n, w] with n*w up to {qkv.shape[1]}, the tokens of qkv")
-    counts = windows.flatten().clamp(-1, T).add(1).bincount(minlength=T + 2)
-    if T and not (counts[1 : T + 1] == 1).all():
+    complete = function("attention_windows_hold_all", [ptr, i64])(address(windows), T)
+    if complete < 0:
+        raise MemoryError("window_attention: no memory for the workspace")
+    if not complete:
         raise ValueError(f"windows has to hold each of the tokens 0 to {T - 1} once")
     if bias is not None:
         bias = require("bias", bias, (num_heads, shape[1], shape[1]), torch.float32)

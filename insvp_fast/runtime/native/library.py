@@ -16,7 +16,7 @@ from typing import Any
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
 
-ABI = 6  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
+ABI = 8  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(TYPE_CODES)

@@ -2,6 +2,8 @@
 // queries, keys and values. The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "attention.h"
 
+#include <cstring>
+
 #include "common/host.h"
 
 namespace insvp_fast {
@@ -17,21 +19,38 @@ Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, c
                     const float* mask, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale) {
   Attention a{qkv, out, d_qkv, windows, bias, mask, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0};
   a.width = whole_lines(d);
-  a.stride = odd_lines(a.S);
+  a.stride = a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
   a.tokens = larger((a.S + 1) * a.width, d * a.stride);
   a.queries = block_of_queries(w);
   a.scores = a.queries * a.stride;
   return a;
 }
 
+constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+Array from(Array array, int64_t offset) {
+  return {array.data ? static_cast<char*>(array.data) + offset * size_of(array.type) : nullptr, array.type};
+}
+
+// One image alone, with its first L prompts.
+Attention cut(const Attention& a, int64_t image, int64_t L) {
+  const int64_t D = a.heads * a.d, in_qkv = image * (a.T + a.L) * 3 * D;
+  return attention(from(a.qkv, in_qkv), from(a.out, image * a.T * D), from(a.d_qkv, in_qkv), a.windows, a.bias, a.mask,
+                   a.n, a.w, L, a.heads, a.d, a.scale);
+}
+
 template <class Kernel>
-int for_each_head(const Attention& a, int64_t B, int64_t scratch_size, int threads, Kernel kernel) {
+int for_each_head(
+    const Attention& a, int64_t B, const int64_t* num_keys, int64_t scratch_size, int threads, Kernel kernel) {
   const int64_t jobs = B * a.heads;
   threads = useful_threads(threads, jobs);
   Workspace memory(threads * scratch_size);
   if (!memory.base) return -1;
-  for_each_job(jobs, threads, memory.base, scratch_size,
-               [&](int64_t job, float* own) { kernel(a, job / a.heads, job % a.heads, own); });
+  for_each_job(jobs, threads, memory.base, scratch_size, [&](int64_t job, float* own) {
+    const int64_t image = job / a.heads, head = job % a.heads;
+    if (num_keys) kernel(cut(a, image, num_keys[image] - a.T), 0, head, own);
+    else kernel(a, image, head, own);
+  });
   return 0;
 }
 
@@ -42,22 +61,42 @@ using namespace insvp_fast;
 
 // Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous; qkv and d_qkv [B, T+L, 3*D], out
 // and its gradient [B, T, D] are of one type, with T = n * w and D = heads * d. `windows`, `bias` and `mask`: see
-// attention.h; each token has to stand in exactly one window.
+// attention.h; each token has to stand in exactly one window. Of image b, num_keys[b] rows are tokens and prompts, the
+// others are padding, whose gradient is zero; without num_keys all T+L are.
 
 INSVP_FAST_API int attention_fwd(
-    void* qkv, int qkv_type, const int32_t* windows, const float* bias, const float* mask, void* out, int64_t B,
-    int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
+    void* qkv, int qkv_type, const int32_t* windows, const float* bias, const float* mask, const int64_t* num_keys,
+    void* out, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a =
       attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, n, w, L, heads, d, scale);
-  return for_each_head(a, B, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
+  return for_each_head(a, B, num_keys, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
+}
+
+// Whether windows of `count` tokens in all hold each of the tokens 0 to count - 1 once: 1 or 0; -1 without memory.
+INSVP_FAST_API int attention_windows_hold_all(const int32_t* windows, int64_t count) {
+  Workspace memory(ceil_div(count, 4));
+  if (!memory.base) return -1;
+  char* seen = reinterpret_cast<char*>(memory.base);
+  __builtin_memset(seen, 0, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = windows[i];
+    if (token < 0 || token >= count || seen[token]) return 0;
+    seen[token] = 1;
+  }
+  return 1;
 }
 
 INSVP_FAST_API int attention_bwd(
     void* grad, void* qkv, int qkv_type, const int32_t* windows, const float* bias, const float* mask,
-    void* d_qkv, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
+    const int64_t* num_keys, void* d_qkv, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d,
+    float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a =
       attention({qkv, type}, {grad, type}, {d_qkv, type}, windows, bias, mask, n, w, L, heads, d, scale);
-  return for_each_head(a, B, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
+  for (int64_t b = 0; num_keys && b < B; ++b) {
+    const int64_t row = 3 * heads * d, rows = a.T + L, behind = (rows - num_keys[b]) * row * size_of(type);
+    std::memset(from(a.d_qkv, (b * rows + num_keys[b]) * row).data, 0, behind);
+  }
+  return for_each_head(a, B, num_keys, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
 }

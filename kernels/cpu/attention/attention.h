@@ -21,7 +21,7 @@ struct Attention {
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length
   // `stride`; `scores` floats hold the `queries` rows of length `stride` of a block of queries. `width` is d in whole
-  // cache lines, `stride` is S in an odd number of lines.
+  // cache lines, `stride` is S in whole lines, of which many are an odd number.
   int64_t width, stride, queries, tokens, scores;
 };
 
