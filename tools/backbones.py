@@ -83,7 +83,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the general path warns
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    names = [*names_of(options.modules or (CHECKED if options.check else None))]
+    names = sorted(names_of(options.modules or (CHECKED if options.check else None)), key=lambda pair: pair[1])
     if options.check:
         sys.exit(check(names))
     findings = [look(name, module) for name, module in names]
@@ -118,7 +118,7 @@ def judge(backbone: nn.Module) -> tuple[str, str]:
     except (TypeError, ValueError) as error:
         return "refused", str(error)
     if alone:
-        return "image prompts alone", ""
+        return "image prompts alone", "no blocks that prompts can be put into"
     reason = unsupported_reason(model)
     return ("fast", "") if reason is None else ("general", reason)
 
