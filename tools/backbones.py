@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import logging
 import re
 import sys
@@ -118,9 +119,24 @@ def judge(backbone: nn.Module) -> tuple[str, str]:
     except (TypeError, ValueError) as error:
         return "refused", str(error)
     if alone:
-        return "image prompts alone", "no blocks that prompts can be put into"
+        return judge_image_prompts(backbone, model.patch_size)
     reason = unsupported_reason(model)
     return ("fast", "") if reason is None else ("general", reason)
+
+
+def judge_image_prompts(backbone: nn.Module, patch_size: int) -> tuple[str, str]:
+    """As ``judge``, by a forward pass with an image of the size that timm recommends."""
+    size, reason = backbone.pretrained_cfg["input_size"], "no blocks that prompts can be put into"
+    fits = not any(side % patch_size for side in size[1:])
+    config = dataclasses.replace(IMAGE_PROMPTS, patch_prompt=fits)
+    try:
+        logits = InsVPReference(backbone, 10, config)(torch.empty(2, *size, device="meta"))
+    except RuntimeError as error:
+        return "refused", str(error).splitlines()[0]
+    assert logits.shape == (2, 10), f"{type(backbone).__name__} returned {tuple(logits.shape)}"
+    if not fits:
+        reason += f"; images of {size[1]}x{size[2]} pixels need patch_prompt=False, its patches have {patch_size}"
+    return "image prompts alone", reason
 
 
 def print_counts(findings: list[Finding]) -> None:

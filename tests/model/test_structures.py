@@ -288,6 +288,29 @@ def test_a_convolutional_network_takes_image_prompts():
     assert relative_error(fast(image), model(image)) < 1e-5
 
 
+HEADS = {  # that are more than a layer of pooled features
+    "a convolution": ("resnetv2_18", {"layers": (1, 1), "channels": (16, 32)}),
+    "with the pooling": ("samvit_base_patch16", {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads(kind):
+    name, arguments = HEADS[kind]
+    backbone, image = timm.create_model(name, num_classes=5, **arguments).eval().to(DEVICE), images(size=(32, 32))
+    expected = backbone(image)
+    model = InsVPReference(backbone, None, InsVPConfig(**OFF))
+    torch.testing.assert_close(model(image), expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+def test_a_list_of_heads_is_refused(monkeypatch):
+    backbone = convolutional()
+    monkeypatch.setattr(backbone, "get_classifier", lambda: nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+    with pytest.raises(TypeError, match="the ResNet has 2 heads: expected one"):
+        InsVPReference(backbone)
+
+
 def test_a_convolutional_network_takes_no_feature_prompts():
     with pytest.raises(ValueError, match="a ResNet has no blocks that prompts can be put into, it takes image prompts"):
         InsVPViT(convolutional(), 5)
