@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 takes_padded_prompts = True
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
 
 # What is supported
 
@@ -180,7 +181,7 @@ def forward_block(
     if rotation is not None and backbone.rope_mixed:
         rotation = rotation[block]
 
-    inserted, lengths = (None, None) if prompts is None else prompts
+    inserted, lengths = (None, None) if prompts is None else (prompts.tokens, prompts.lengths)
     num_keys = None if lengths is None else T + lengths  # prompts stand behind the tokens
 
     def attend(y: Tensor, affine: Affine) -> Tensor:

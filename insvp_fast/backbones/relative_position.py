@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 takes_padded_prompts = False
+SUPPORTS = frozenset({"reads_tokens"})
 
 # What is supported
 

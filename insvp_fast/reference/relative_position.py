@@ -16,6 +16,8 @@ from insvp_fast.reference.vision_transformer import patch_size, widths
 
 __all__ = ["Stream", "apply_block", "attention_bias", "embed", "final_norm", "patch_size", "qkv_bias", "widths"]
 
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
+
 
 class Stream(NamedTuple):
     """Tokens [B, T, D], and the bias of the scores that all blocks share, [heads, T, T] or [1, heads, T, T]."""
