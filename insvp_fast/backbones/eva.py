@@ -51,7 +51,6 @@ __all__ = [
 ]
 
 takes_padded_prompts = True
-SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
 
 # What is supported
 

@@ -51,7 +51,6 @@ __all__ = [
 ]
 
 takes_padded_prompts = False
-SUPPORTS = frozenset({"reads_tokens"})
 
 # What is supported
 
