@@ -152,8 +152,7 @@ class AdapterBank(PromptedViT):
         if not self._mixes(image, groups):
             parts = [self._alone(group, image) for group in groups]
         else:
-            one_token = self._family.reads_one_token(self.backbone)
-            tokens = self._mixed(image, groups, 1 if one_token else None)
+            tokens = self._mixed(image, groups, self._family.read_tokens(self.backbone))
             parts = [group.model.forward_head(group.of(tokens)) for group in groups]
         return _whole(groups, parts, len(image), float("-inf"))
 

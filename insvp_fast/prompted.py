@@ -120,8 +120,9 @@ class PromptedViT(Covered, PromptedReference):
         if attn_mask is not None:
             raise ValueError("a mask of the attention was given: expected attn_mask=None")
         family = family_of(self.backbone)
-        one_token = family is not None and family.reads_one_token(self.backbone) and self._takes_fast_path(image)
-        return self.forward_head(self._features(image, 1) if one_token else self.forward_features(image))
+        read = None if family is None else family.read_tokens(self.backbone)
+        few = read is not None and self._takes_fast_path(image)
+        return self.forward_head(self._features(image, read) if few else self.forward_features(image))
 
     def forward_features(self, image: Tensor) -> Tensor:
         """What the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
@@ -210,8 +211,8 @@ class PromptedViT(Covered, PromptedReference):
         if self.recompute == "mlp" and self.gelu_in_8_bits:
             raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
-        options = BlockOptions(dtype, self.fold_norm, self.attention, keeps, grid)
         backbone, family, depth, num_tokens = self.backbone, self._family, len(self.widths), tokens.shape[1]
+        options = BlockOptions(dtype, self.fold_norm, self.attention, keeps, grid, family.shared(backbone, grid))
 
         def run(tokens: Tensor, context: Any, indices: range) -> Tensor:
             residual: Tensor = tokens

@@ -6,16 +6,25 @@ it below. Its structure has to be in ``insvp_fast/reference``, which says what i
 
 from __future__ import annotations
 
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from insvp_fast.backbones import swin, vision_transformer
+from insvp_fast.backbones import eva, relative_position, swin, vision_transformer
 from insvp_fast.backbones.family import BackboneFamily, BlockOptions
 
 __all__ = ["FAMILIES", "BackboneFamily", "BlockOptions", "family_of"]
 
-FAMILIES: dict[type[nn.Module], BackboneFamily] = {VisionTransformer: vision_transformer, SwinTransformer: swin}
+FAMILIES: dict[type[nn.Module], BackboneFamily] = {
+    VisionTransformer: vision_transformer,
+    SwinTransformer: swin,
+    Eva: eva,
+    Beit: relative_position,
+    VisionTransformerRelPos: relative_position,
+}
 
 
 def family_of(backbone: nn.Module) -> BackboneFamily | None:

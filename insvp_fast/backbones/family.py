@@ -21,6 +21,7 @@ class BlockOptions(NamedTuple):
     attention: str  # the implementation, one of ``ops.ATTENTION``; blocks with ``num_queries`` have only one
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
+    shared: Any  # what the family's ``shared`` returns
     prompt_lengths: Tensor | None = None  # ``Prompts.lengths`` of the block
     keys_values: Tensor | None = None  # ``Prompts.keys_values`` of the block
 
@@ -48,11 +49,14 @@ class BackboneFamily(Protocol):
     def check_image(self, backbone: Any, image: Tensor) -> None:
         """Raise ValueError for an image that the backbone cannot take."""
 
-    def reads_one_token(self, backbone: Any) -> bool:
-        """Whether the head reads only the first token, so that the last block needs to compute no others."""
+    def read_tokens(self, backbone: Any) -> int | None:
+        """How many of the first tokens the head reads, so that the last block needs no others; None: all of them."""
 
     def embed(self, backbone: Any, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Unfolded patches [B, N, K], N = the product of ``grid``, to the first block's tokens [B, T, D] (eq. 1)."""
+
+    def shared(self, backbone: Any, grid: tuple[int, int]) -> Any:
+        """What does not depend on the image and is made once for all blocks, which find it in ``BlockOptions``."""
 
     def forward_block(
         self,

@@ -39,8 +39,9 @@ __all__ = [
     "final_norm",
     "forward_block",
     "pixel_weight",
-    "reads_one_token",
+    "read_tokens",
     "requirements",
+    "shared",
     "takes_padded_prompts",
 ]
 
@@ -145,9 +146,12 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
 # How it runs
 
 
-def reads_one_token(backbone: SwinTransformer) -> bool:
-    """Never: there is no class token."""
-    return False
+def read_tokens(backbone: SwinTransformer) -> None:
+    """All: there is no class token."""
+
+
+def shared(backbone: SwinTransformer, grid: tuple[int, int]) -> None:
+    """Nothing."""
 
 
 def embed(backbone: SwinTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, N, D]

@@ -2,6 +2,8 @@
 
 It is exact, and saves what the equations allow: prompts give keys and values but no queries, the last block asks one
 query where the head reads one token, and nothing is kept that only the gradient of a weight would need.
+
+The distilled DeiT is one more such class: it has two prefix tokens, and its head reads both.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import Format, PatchDropout, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -24,13 +27,17 @@ from insvp_fast.reference import Prompts
 from insvp_fast.runtime import buffers
 
 __all__ = [
+    "add_positions",
     "check_image",
     "embed",
+    "embed_patches",
     "final_norm",
     "forward_block",
+    "patch_embed_requirements",
     "pixel_weight",
-    "reads_one_token",
+    "read_tokens",
     "requirements",
+    "shared",
     "takes_padded_prompts",
 ]
 
@@ -42,25 +49,19 @@ SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
 PATCH_DROPOUT_OFF = (IDENTITY, rule(PatchDropout, "prob num_prefix_tokens ordered", dropout_rate="prob"))
 
 watch("forward __call__", VisionTransformer, PatchEmbed, PatchDropout)
-watch("_pos_embed pool forward_head", VisionTransformer)
+watch("_pos_embed pool forward_head", VisionTransformer, VisionTransformerDistilled)
 
 
 def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
     """What the fast path requires of the backbone's modules."""
-    sides, dynamic, width = (patch_size, patch_size), backbone.dynamic_img_size, backbone.embed_dim
-    embedding = {
-        "patch_size": sides,
-        "flatten": not dynamic,
-        "output_fmt": Format.NHWC if dynamic else Format.NCHW,
-        "dynamic_img_pad": False,
-    }
-    projection = convolution(sides, padding=(0, 0), dilation=(1, 1))
+    width, any_attributes = backbone.embed_dim, " ".join(vars(backbone))  # timm's methods read them, on both paths
+    tokens = "cls_token reg_token pos_embed"
     table: Table = {
-        # any attributes: they are read by timm's methods, which both paths call
-        "": (rule(VisionTransformer, " ".join(vars(backbone)), optional="cls_token reg_token pos_embed"),),
-        "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
-        "patch_embed.proj": (projection._replace(parameters={"weight": True, "bias": False}),),
-        "patch_embed.norm": (IDENTITY, *norm_requirements(width)),
+        "": (
+            rule(VisionTransformer, any_attributes, optional=tokens),
+            rule(VisionTransformerDistilled, any_attributes, optional=f"{tokens} dist_token"),
+        ),
+        **patch_embed_requirements(patch_size, width, backbone.dynamic_img_size),
         "pos_drop": DROPOUT_OFF,
         "patch_drop": PATCH_DROPOUT_OFF,
         "norm_pre": CALLED,
@@ -71,9 +72,28 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
         "head_drop": CALLED,
         "head": CALLED,
     }
+    if isinstance(backbone, VisionTransformerDistilled):
+        table["head_dist"] = CALLED
     for j, block in enumerate(backbone.blocks):
         table |= {f"blocks.{j}{path}": rules for path, rules in block_requirements(block, width).items()}
     return table
+
+
+def patch_embed_requirements(patch_size: int, width: int, dynamic: bool) -> Table:
+    """What the fast path requires of a patch embedding, with ``dynamic`` of one that takes images of any size."""
+    sides = (patch_size, patch_size)
+    embedding = {
+        "patch_size": sides,
+        "flatten": not dynamic,
+        "output_fmt": Format.NHWC if dynamic else Format.NCHW,
+        "dynamic_img_pad": False,
+    }
+    projection = convolution(sides, padding=(0, 0), dilation=(1, 1))
+    return {
+        "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
+        "patch_embed.proj": (projection._replace(parameters={"weight": True, "bias": False}),),
+        "patch_embed.norm": (IDENTITY, *norm_requirements(width)),
+    }
 
 
 # How it runs
@@ -100,25 +120,39 @@ def check_image(backbone: VisionTransformer, image: Tensor) -> None:
         raise ValueError(f"image has {H}x{W} pixels: expected multiples of the patch size {P}")
 
 
-def reads_one_token(backbone: VisionTransformer) -> bool:
-    """Whether the head reads only the class token."""
-    return backbone.global_pool == "token" and backbone.attn_pool is None
+def read_tokens(backbone: VisionTransformer) -> int | None:
+    """1 where the head reads the class token, 2 where it also reads that of distillation; None where it reads all."""
+    if isinstance(backbone, VisionTransformerDistilled):
+        return 2
+    return 1 if backbone.global_pool == "token" and backbone.attn_pool is None else None
+
+
+def shared(backbone: VisionTransformer, grid: tuple[int, int]) -> None:
+    """Nothing."""
 
 
 def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
     """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
-    projection = backbone.patch_embed.proj
-    tokens = ops.linear(patches, FrozenLinear(projection.weight, projection.bias))
-    tokens = in_own_dtype(backbone.patch_embed.norm, tokens)
+    tokens = embed_patches(backbone.patch_embed, patches)
     # timm adds to the embedding of zeros just what does not depend on the image: positions and prefix tokens
     zeros = tokens.new_zeros((1, *grid, tokens.shape[-1]) if backbone.dynamic_img_size else (1, *tokens.shape[1:]))
-    embedded: Tensor = backbone.norm_pre(_AddPositions.apply(tokens, backbone._pos_embed(zeros)))
+    embedded: Tensor = backbone.norm_pre(add_positions(tokens, backbone._pos_embed(zeros)))
+    return embedded
+
+
+def embed_patches(patch_embed: PatchEmbed, patches: Tensor) -> Tensor:  # [B, N, K] -> [B, N, D]
+    """The patch embedding as a product, and its norm."""
+    projection = patch_embed.proj
+    return in_own_dtype(patch_embed.norm, ops.linear(patches, FrozenLinear(projection.weight, projection.bias)))
+
+
+def add_positions(tokens: Tensor, constant: Tensor) -> Tensor:
+    """Put prefix tokens before the patch tokens [B, N, D] and add the positions: ``constant``, [1, T, D], has both."""
+    embedded: Tensor = _AddPositions.apply(tokens, constant)
     return embedded
 
 
 class _AddPositions(torch.autograd.Function):
-    """Put prefix tokens before the patch tokens [B, N, D] and add the positions: ``constant``, [1, T, D], has both."""
-
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, constant: Tensor) -> Tensor:
         ctx.prefix, ctx.dtype = constant.shape[1] - tokens.shape[1], tokens.dtype

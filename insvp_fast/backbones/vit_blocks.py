@@ -8,6 +8,7 @@ ParallelScalingBlock   x + attention(y) + mlp(y) with y = norm(x)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -37,7 +38,18 @@ from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference.vision_transformer import require_block
 from insvp_fast.runtime import buffers
 
-__all__ = ["block_requirements", "run_block"]
+__all__ = [
+    "block_requirements",
+    "first_tokens",
+    "inactive_dropout",
+    "post_norm_block",
+    "pre_norm_block",
+    "prefixed",
+    "run_block",
+]
+
+# of what ``norm_insert`` returns, but the residual, to the tokens that go on
+Attend = Callable[[Tensor, Affine], Tensor]
 
 # What is supported
 
@@ -56,16 +68,17 @@ def block_requirements(block: nn.Module, width: int) -> Table:
     return {
         "": (rule(Block), rule(ResPostBlock, "init_values")),
         ".norm1": norm,
-        **_prefixed(".attn", _attention_requirements(getattr(block, "attn", None), width)),
+        **prefixed(".attn", _attention_requirements(getattr(block, "attn", None), width)),
         ".drop_path1": DROP_PATH_OFF,
         ".norm2": norm,
-        **_prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
+        **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
         ".drop_path2": DROP_PATH_OFF,
         **scale,
     }
 
 
-def _prefixed(prefix: str, table: Table) -> Table:
+def prefixed(prefix: str, table: Table) -> Table:
+    """The table of a submodule as a part of that of its parent."""
     return {prefix + path: rules for path, rules in table.items()}
 
 
@@ -79,7 +92,7 @@ def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
     }
     head_norm = (IDENTITY, *norm_requirements(head_width))
     return {
-        "": (rule(Attention, "num_heads fused_attn", **attention, **_inactive_dropout(attn)),),
+        "": (rule(Attention, "num_heads fused_attn", **attention, **inactive_dropout(attn)),),
         ".qkv": LINEAR,
         ".q_norm": head_norm,
         ".k_norm": head_norm,
@@ -90,7 +103,7 @@ def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
     }
 
 
-def _inactive_dropout(module: nn.Module | None) -> dict[str, Any]:
+def inactive_dropout(module: nn.Module | None) -> dict[str, Any]:
     """The fused attention drops by the mode of the module that calls it, not by that of its dropout."""
     return {"training": False} if getattr(getattr(module, "attn_drop", None), "p", 0) else {}
 
@@ -100,7 +113,7 @@ def _things_requirements(block: ParallelThingsBlock, width: int) -> Table:
     for name in ("attns", "ffns"):
         table[f".{name}"] = (rule(nn.ModuleList),)
         for i, branch in enumerate(getattr(block, name, ())):
-            table |= _prefixed(f".{name}.{i}", _thing_requirements(branch, width, name == "attns"))
+            table |= prefixed(f".{name}.{i}", _thing_requirements(branch, width, name == "attns"))
     return table
 
 
@@ -112,7 +125,7 @@ def _thing_requirements(branch: nn.Module, width: int, attends: bool) -> Table:
     parts: list[Table] = [{"": norm_requirements(width)}, thing, {"": LAYER_SCALE}, {"": DROP_PATH_OFF}]
     table: Table = {"": (rule(nn.Sequential),)}
     for i, part in enumerate(parts):
-        table |= _prefixed(f".{children[i][0] if i < len(children) else i}", part)
+        table |= prefixed(f".{children[i][0] if i < len(children) else i}", part)
     return table
 
 
@@ -131,7 +144,7 @@ def _scaling_requirements(block: ParallelScalingBlock, width: int) -> Table:
         "num_heads fused_attn",
         optional="" if bias is not None else "mlp_bias",  # one bias or the other
         **sizes,
-        **_inactive_dropout(block),
+        **inactive_dropout(block),
     )
     head_norm = (IDENTITY, *norm_requirements(head_width))
     return {
@@ -166,38 +179,60 @@ def run_block(
     """
     if options.keys_values is not None:
         require_block(block)
-    run = {ParallelThingsBlock: _things, ParallelScalingBlock: _scaling, ResPostBlock: _post_norm}
-    return run.get(type(block), _pre_norm)(block, residual, branch, prompts, options, num_queries)
+    rest = residual, branch, prompts, options, num_queries
+    if isinstance(block, ParallelThingsBlock):
+        return _things(block, *rest)
+    if isinstance(block, ParallelScalingBlock):
+        return _scaling(block, *rest)
+    attn: Any = block.attn
+
+    def attend(y: Tensor, affine: Affine) -> Tensor:
+        return _attention(attn, y, affine, residual.shape[1], options, num_queries)
+
+    return (post_norm_block if isinstance(block, ResPostBlock) else pre_norm_block)(block, attend, *rest)
 
 
-def _pre_norm(
-    block: Block,
+def pre_norm_block(
+    block: Any,
+    attend: Attend,
     residual: Tensor,
     branch: Tensor | None,
     prompts: Tensor | None,
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """``run_block`` of any block that has its norms before attention and MLP, with its attention as a function."""
     residual, y, affine = norm_insert(block.norm1, residual, branch, prompts, options)
-    branch = block.ls1(_attention(block.attn, y, affine, residual.shape[1], options, num_queries))
-    residual = _first(residual, num_queries)
+    branch = _scaled(block, 1, attend(y, affine))
+    residual = first_tokens(residual, num_queries)
     residual, y, affine = norm_insert(block.norm2, residual, branch, None, options)
-    return residual, block.ls2(forward_mlp(block.mlp, y, affine, options.mlp_keeps))
+    return residual, _scaled(block, 2, forward_mlp(block.mlp, y, affine, options.mlp_keeps))
 
 
-def _post_norm(
-    block: ResPostBlock,
+def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
+    """The block's layer scale: a module in most classes of timm, a parameter or None in others."""
+    if hasattr(block, f"ls{number}"):
+        scaled: Tensor = getattr(block, f"ls{number}")(branch)
+        return scaled
+    gamma = getattr(block, f"gamma_{number}")
+    return branch if gamma is None else gamma * branch
+
+
+def post_norm_block(
+    block: Any,
+    attend: Attend,
     residual: Tensor,
     branch: Tensor | None,
     prompts: Tensor | None,
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """As ``pre_norm_block``, for the norms behind attention and MLP."""
     residual = residual if branch is None else residual + branch
     y = residual.to(options.dtype)
     y = y if prompts is None else torch.cat([y, prompts.to(y.dtype)], dim=1)
-    branch = in_own_dtype(block.norm1, _attention(block.attn, y, Affine(), residual.shape[1], options, num_queries))
-    residual = _first(residual, num_queries) + branch
+    branch = in_own_dtype(block.norm1, attend(y, Affine()))
+    residual = first_tokens(residual, num_queries) + branch
     y = residual.to(options.dtype)
     return residual, in_own_dtype(block.norm2, forward_mlp(block.mlp, y, Affine(), options.mlp_keeps))
 
@@ -216,7 +251,7 @@ def _things(
         residual, y, affine = norm_insert(norm, residual, branch, prompts, options)
         attended.append(scale(_attention(attn, y, affine, residual.shape[1], options, num_queries)))
         branch = None
-    residual, branch = _first(residual, num_queries), reduce(torch.add, attended)
+    residual, branch = first_tokens(residual, num_queries), reduce(torch.add, attended)
     for one in block.ffns:
         norm, mlp, scale, _ = one
         residual, y, affine = norm_insert(norm, residual, branch, None, options)
@@ -237,14 +272,14 @@ def _scaling(
     weight, bias, M = block.in_proj.weight, block.in_proj.bias, block.in_split[0]
     qkv = FrozenLinear(weight[M:], None if bias is None else bias[M:], *affine)
     attended = _attend(block, qkv, y, residual.shape[1], options, num_queries)
-    residual = _first(residual, num_queries)
+    residual = first_tokens(residual, num_queries)
     up = FrozenLinear(weight[:M], block.mlp_bias if bias is None else bias[:M], *affine)
     if block.out_proj is None:
         proj, down = (FrozenLinear(layer.weight, layer.bias) for layer in (block.attn_out_proj, block.mlp_out_proj))
     else:
         weight, D = block.out_proj.weight, residual.shape[2]
         proj, down = FrozenLinear(weight[:, :D], block.out_proj.bias), FrozenLinear(weight[:, D:])
-    y = _first(y, residual.shape[1] if y.shape[1] > residual.shape[1] else None)
+    y = first_tokens(y, residual.shape[1] if y.shape[1] > residual.shape[1] else None)
     hidden = ops.mlp(y, up, down, activation=activation_name(block.mlp_act), keep=options.mlp_keeps)
     return residual, block.ls(ops.linear(attended, proj) + hidden)
 
@@ -297,7 +332,8 @@ def _append(packed: Tensor, keys_values: Tensor | None, num_keys: Tensor | None)
     return torch.cat([packed, F.pad(keys_values.to(packed.dtype), (packed.shape[2] - keys_values.shape[2], 0))], dim=1)
 
 
-def _first(x: Tensor, count: int | None) -> Tensor:
+def first_tokens(x: Tensor, count: int | None) -> Tensor:  # [B, T, D] -> [B, count or T, D]
+    """The first tokens, or all."""
     return x if count is None else _FirstTokens.apply(x, count)
 
 

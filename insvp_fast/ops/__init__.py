@@ -6,7 +6,8 @@ the implementations, each with the reason why it may not compute some operands; 
 (``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, and ``query_attention`` one
 implementation. Gradients are first-order only.
 
-The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
+The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.rotate import rotate
+from insvp_fast.ops.superpose import
 superpose_reference``.
 
 Letters as in ``insvp_fast/reference``.
@@ -20,6 +21,7 @@ from insvp_fast.ops.linear import linear, project_q_kv
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
 from insvp_fast.ops.query_attention import query_attention
+from insvp_fast.ops.rotate import rotate
 from insvp_fast.ops.superpose import Blend, PatchWeights, superpose
 from insvp_fast.ops.window_attention import WINDOW_ATTENTION, window_attention
 from insvp_fast.runtime.products import FrozenLinear
@@ -39,6 +41,7 @@ __all__ = [
     "norm_insert",
     "project_q_kv",
     "query_attention",
+    "rotate",
     "superpose",
     "window_attention",
 ]

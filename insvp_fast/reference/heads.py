@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import ClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 
 __all__ = ["DistilledHead", "take_head"]
@@ -22,7 +23,7 @@ class DistilledHead(nn.Module):
 
 
 def take_head(backbone: Any) -> nn.Module:
-    """The backbone's head, which it loses.
+    """The backbone's head, which it loses; without the pooling, which stays in its ``forward_head``.
 
     Raises:
         TypeError: if it has several heads, unless it is a distilled DeiT.
@@ -30,7 +31,20 @@ def take_head(backbone: Any) -> nn.Module:
     head = backbone.get_classifier()
     if isinstance(head, tuple) and len(head) == 2 and hasattr(backbone, "dist_token"):
         head = DistilledHead(*head)
-    if not isinstance(head, nn.Module):
+    if isinstance(head, ClassifierHead | NormMlpClassifierHead):
+        head = head.fc
+    if isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1):
+        head = _of_pooled(head)
+    if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList):
         raise TypeError(f"the {type(backbone).__name__} has {len(head)} heads: expected one")
     backbone.reset_classifier(0)
     return head
+
+
+def _of_pooled(conv: nn.Conv2d) -> nn.Linear:
+    """A convolution of one pixel as a layer of pooled features, [B, C]."""
+    weight, bias = conv.weight.detach().flatten(1), conv.bias
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    linear.bias = None if bias is None else nn.Parameter(bias.detach())
+    return linear

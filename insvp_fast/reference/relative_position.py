@@ -20,7 +20,7 @@ SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
 
 
 class Stream(NamedTuple):
-    """Tokens [B, T, D], and the bias of the scores that all blocks share, [1, heads, T, T]."""
+    """Tokens [B, T, D], and the bias of the scores that all blocks share, [heads, T, T] or [1, heads, T, T]."""
 
     tokens: Tensor
     shared_bias: Tensor | None
@@ -36,7 +36,7 @@ def embed(backbone: Beit | VisionTransformerRelPos, image: Tensor) -> Stream:
         return Stream(tokens, None if shared is None else shared.get_bias())
     if backbone.pos_embed is not None:
         tokens = tokens + backbone.pos_embed
-    bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias().unsqueeze(0)
+    bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
     return Stream(backbone.pos_drop(tokens), bias)
 
 
@@ -60,7 +60,7 @@ def final_norm(backbone: Beit | VisionTransformerRelPos, h: Stream) -> Tensor:
 
 
 def attention_bias(attn: Attention | RelPosAttention, shared: Tensor | None) -> Tensor | None:
-    """The bias of the scores in a block, [1, heads, T, T]."""
+    """The bias of the scores in a block, [heads, T, T] or [1, heads, T, T]."""
     if isinstance(attn, RelPosAttention):
         return shared if attn.rel_pos is None else attn.rel_pos.get_bias()
     own: Tensor | None = None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()

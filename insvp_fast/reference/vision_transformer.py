@@ -18,8 +18,8 @@ SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
 
 
 def patch_size(backbone: VisionTransformer) -> int:
-    """P, the side of the backbone's patches."""
-    height, width = backbone.patch_embed.patch_size
+    """P, the side of the backbone's patches; of a hybrid, of what each token comes from in the grid of the image."""
+    height, width = backbone.patch_embed.feat_ratio(as_scalar=False)
     if height != width:
         raise ValueError(f"the backbone has {height}x{width} patches: expected square ones")
     return int(height)

@@ -1,0 +1,224 @@
+"""timm's ``Eva`` (EVA-02, DINOv3, Perception Encoder): as ``vision_transformer``, with rotary position embedding.
+
+The patches' queries and keys are rotated by angles that depend on their places; prefix tokens and prompts are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import PatchDropoutWithIndices, PatchEmbed, attention, pos_embed_sincos
+from timm.layers.attention import AttentionRope
+from timm.layers.pos_embed_sincos import (
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    RotaryEmbeddingMRope,
+)
+from timm.models import eva as timm_eva
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from torch import Tensor, nn
+
+from insvp_fast import ops
+from insvp_fast.backbones.family import BlockOptions
+from insvp_fast.backbones.layers import DROP_PATH_OFF, Affine, in_own_dtype, mlp_requirements, norm_requirements
+from insvp_fast.backbones.qkv import BIASES, bias_tensors, norm_heads, project_q_kv, project_qkv, qkv_requirements
+from insvp_fast.backbones.vision_transformer import (
+    add_positions,
+    check_image,
+    embed_patches,
+    patch_embed_requirements,
+    pixel_weight,
+    read_tokens,
+)
+from insvp_fast.backbones.vit_blocks import inactive_dropout, post_norm_block, pre_norm_block, prefixed
+from insvp_fast.coverage import Rule, Table, rule, watch
+from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import Prompts
+
+__all__ = [
+    "check_image",
+    "embed",
+    "final_norm",
+    "forward_block",
+    "pixel_weight",
+    "read_tokens",
+    "requirements",
+    "shared",
+    "takes_padded_prompts",
+]
+
+takes_padded_prompts = True
+
+# What is supported
+
+ROTATIONS = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
+INDEXED_DROPOUT_OFF = (rule(PatchDropoutWithIndices, "prob num_prefix_tokens ordered", dropout_rate="prob"),)
+
+watch("forward __call__", Eva, EvaBlock, EvaBlockPostNorm, EvaAttention, AttentionRope, PatchEmbed)
+watch("forward __call__", PatchDropoutWithIndices)
+watch("_pos_embed pool forward_head", Eva)
+watch("apply_rot_embed_cat", timm_eva, attention)
+watch("apply_rot_embed rot rope_rotate_half", pos_embed_sincos)
+watch("scaled_dot_product_attention", F)
+
+
+def requirements(backbone: Eva, patch_size: int) -> Table:
+    """What the fast path requires of the backbone's modules."""
+    prefix = sum(token.shape[1] for token in (backbone.cls_token, backbone.reg_token) if token is not None)
+    places: dict[str, Any] = {
+        "num_prefix_tokens": prefix,
+        "rope_mixed": isinstance(backbone.rope, RotaryEmbeddingMixed),
+    }
+    table: Table = {
+        # any other attributes: they are read by timm's methods, which both paths call
+        "": (rule(Eva, " ".join(vars(backbone)), optional="cls_token reg_token pos_embed", **places),),
+        **patch_embed_requirements(patch_size, backbone.embed_dim, backbone.dynamic_img_size),
+        "pos_drop": DROPOUT_OFF,
+        "norm_pre": CALLED,
+        "blocks": (rule(nn.ModuleList), rule(nn.Sequential)),
+        "norm": (IDENTITY, *norm_requirements(backbone.embed_dim)),
+        "fc_norm": CALLED,
+        "attn_pool": CALLED,
+        "head_drop": CALLED,
+        "head": CALLED,
+    }
+    if backbone.patch_drop is not None:
+        table["patch_drop"] = INDEXED_DROPOUT_OFF
+    if backbone.rope is not None:
+        table["rope"] = tuple(_rotation_rule(backbone.rope, cls) for cls in ROTATIONS)
+    for j, block in enumerate(backbone.blocks):
+        table |= prefixed(f"blocks.{j}", _block_requirements(block, backbone))
+    return table
+
+
+def _rotation_rule(rope: nn.Module, cls: type[nn.Module]) -> Rule:
+    """Any content: the fast path calls the module as timm does. It may only not be trained, or draw random numbers."""
+    fixed: dict[str, Any] = {"training": False} if getattr(rope, "aug_active", False) else {}
+    return rule(cls, " ".join(vars(rope)), optional="freqs", buffers=" ".join(rope._buffers), **fixed)
+
+
+def _block_requirements(block: nn.Module, backbone: Eva) -> Table:
+    width, attn = backbone.embed_dim, getattr(block, "attn", None)
+    scales: dict[str, Any] = {"free": "init_values gamma_1 gamma_2", "optional": "gamma_1 gamma_2"}
+    return {
+        "": (rule(EvaBlock, **scales), rule(EvaBlockPostNorm)),
+        ".norm1": norm_requirements(width),
+        **prefixed(".attn", _attention_requirements(attn, backbone)),
+        ".drop_path1": DROP_PATH_OFF,
+        ".norm2": norm_requirements(width),
+        **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
+        ".drop_path2": DROP_PATH_OFF,
+    }
+
+
+def _attention_requirements(attn: nn.Module | None, backbone: Eva) -> Table:
+    width, heads = backbone.embed_dim, getattr(attn, "num_heads", 1)
+    head_width = width // max(heads, 1)
+    needed: dict[str, Any] = {
+        "head_dim": head_width,
+        "scale": max(head_width, 1) ** -0.5,
+        "num_prefix_tokens": backbone.num_prefix_tokens,
+        "gate": None,
+        **inactive_dropout(attn),
+    }
+    fused = getattr(attn, "qkv", None) is not None
+    absent: dict[str, Any] = dict.fromkeys(("q_proj", "k_proj", "v_proj") if fused else ("qkv",))
+    free = "num_heads fused_attn rotate_half"
+    parts = bias_tensors(attn)
+    eva_free = free + " qkv_bias_separate" + ("" if parts else " " + " ".join(BIASES))
+    groups = max(getattr(attn, "num_kv_groups", 1), 1)
+    sizes = {"attn_dim": width, "kv_dim": width // groups, "num_kv_heads": heads // groups}
+    return {
+        "": (
+            rule(EvaAttention, eva_free, **parts, **needed, **absent),
+            rule(AttentionRope, free + " num_kv_groups", **needed, **sizes, **absent),
+        ),
+        **qkv_requirements(attn, head_width),
+        ".attn_drop": DROPOUT_OFF,
+        ".norm": (IDENTITY, *norm_requirements(width)),
+        ".proj": LINEAR,
+        ".proj_drop": DROPOUT_OFF,
+    }
+
+
+# How it runs
+
+
+def embed(backbone: Eva, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
+    """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
+    tokens = embed_patches(backbone.patch_embed, patches)
+    embedded: Tensor = backbone.norm_pre(add_positions(tokens, _constants(backbone, tokens, grid)[0]))
+    return embedded
+
+
+def shared(backbone: Eva, grid: tuple[int, int]) -> Tensor | None:
+    """The sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode for each block."""
+    return _constants(backbone, pixel_weight(backbone), grid)[1]
+
+
+def _constants(backbone: Eva, like: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """What does not depend on the image: timm adds positions and prefix tokens to the embedding of zeros."""
+    shape = grid if backbone.dynamic_img_size else (grid[0] * grid[1],)
+    tokens, rotation = backbone._pos_embed(like.new_zeros(1, *shape, backbone.embed_dim))
+    return tokens, rotation
+
+
+def forward_block(
+    backbone: Eva,
+    block: int,
+    residual: Tensor,  # [B, T, D]
+    branch: Tensor | None,  # [B, T, D], not yet added to the residual
+    prompts: Prompts | None,
+    options: BlockOptions,
+    num_queries: int | None = None,
+) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
+    """One block (eq. 11)."""
+    run, rotation, T = backbone.blocks[block], options.shared, residual.shape[1]
+    if rotation is not None and backbone.rope_mixed:
+        rotation = rotation[block]
+
+    inserted, lengths = (None, None) if prompts is None else (prompts.tokens, prompts.lengths)
+    num_keys = None if lengths is None else T + lengths  # prompts stand behind the tokens
+
+    def attend(y: Tensor, affine: Affine) -> Tensor:
+        queries = T if num_queries is None else num_queries
+        return _attention(run.attn, y, affine, rotation, queries, num_keys, options)
+
+    order = post_norm_block if isinstance(run, EvaBlockPostNorm) else pre_norm_block
+    return order(run, attend, residual, branch, inserted, options, num_queries)
+
+
+def _attention(
+    attn: Any,
+    y: Tensor,  # [B, S, D]
+    affine: Affine,
+    rotation: Tensor | None,
+    num_queries: int,
+    num_keys: Tensor | None,
+    options: BlockOptions,
+) -> Tensor:  # [B, num_queries, D]
+    def prepared(packed: Tensor, parts: int) -> Tensor:
+        normed = norm_heads(attn, packed, parts)
+        if rotation is None:
+            return normed
+        return ops.rotate(normed, attn.num_heads, rotation, attn.num_prefix_tokens, half=attn.rotate_half)
+
+    if num_queries <= attn.num_prefix_tokens:  # whose queries are not rotated
+        q, kv = project_q_kv(attn, y, affine, num_queries)
+        q = in_own_dtype(attn.q_norm, q.unflatten(-1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
+        attended = ops.query_attention(q, prepared(kv, 2), attn.num_heads, attn.scale, num_keys=num_keys)
+    else:
+        packed = prepared(project_qkv(attn, y, affine), 3)
+        rest = attn.num_heads, num_queries, attn.scale
+        attended = ops.attention(packed, *rest, num_keys=num_keys, impl=options.attention)
+    attended = in_own_dtype(attn.norm, attended).to(y.dtype)
+    return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
+
+
+def final_norm(backbone: Eva, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The norm after the last block."""
+    normed: Tensor = backbone.norm(tokens)
+    return normed

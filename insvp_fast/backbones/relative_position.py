@@ -1,0 +1,225 @@
+"""timm's ``Beit`` and ``VisionTransformerRelPos``: the scores of two tokens get a bias, those of prompts get none.
+
+All tokens are one window of ``ops.window_attention``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
+from timm.models.beit import Attention, Beit, RelativePositionBias
+from timm.models.beit import Block as BeitBlock
+from timm.models.vision_transformer_relpos import (
+    RelPosAttention,
+    RelPosBlock,
+    ResPostRelPosBlock,
+    VisionTransformerRelPos,
+)
+from torch import Tensor, nn
+
+from insvp_fast import ops
+from insvp_fast.backbones.family import BlockOptions
+from insvp_fast.backbones.layers import DROP_PATH_OFF, LAYER_SCALE, Affine, mlp_requirements, norm_requirements
+from insvp_fast.backbones.qkv import BIASES, bias_tensors, norm_heads, project_qkv, qkv_requirements
+from insvp_fast.backbones.vision_transformer import (
+    add_positions,
+    check_image,
+    embed_patches,
+    patch_embed_requirements,
+    pixel_weight,
+)
+from insvp_fast.backbones.vit_blocks import first_tokens, inactive_dropout, post_norm_block, pre_norm_block, prefixed
+from insvp_fast.coverage import Table, rule, watch
+from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import Prompts
+from insvp_fast.reference.relative_position import attention_bias
+
+__all__ = [
+    "check_image",
+    "embed",
+    "final_norm",
+    "forward_block",
+    "pixel_weight",
+    "read_tokens",
+    "requirements",
+    "shared",
+    "takes_padded_prompts",
+]
+
+takes_padded_prompts = False
+
+# What is supported
+
+watch("forward __call__", Beit, BeitBlock, Attention, RelativePositionBias)
+watch("forward __call__", VisionTransformerRelPos, RelPosBlock, ResPostRelPosBlock, RelPosAttention, PatchEmbed)
+watch("forward_head", Beit, VisionTransformerRelPos)
+watch("_get_rel_pos_bias", Attention)
+watch("get_bias", RelPosBias, RelPosMlp)
+watch("scaled_dot_product_attention", F)
+
+
+def requirements(backbone: Beit | VisionTransformerRelPos, patch_size: int) -> Table:
+    """What the fast path requires of the backbone's modules."""
+    width, any_attributes = backbone.embed_dim, " ".join(vars(backbone))  # timm's methods read them, on both paths
+    norm = CALLED if isinstance(backbone.norm, nn.Identity) else norm_requirements(width)
+    table: Table = {
+        "": (
+            rule(Beit, any_attributes, optional="cls_token pos_embed"),
+            rule(VisionTransformerRelPos, any_attributes, optional="cls_token"),
+        ),
+        **patch_embed_requirements(patch_size, width, dynamic=False),
+        "blocks": (rule(nn.ModuleList), rule(nn.Sequential)),
+        "norm": norm,
+        "fc_norm": CALLED,
+        "head_drop": CALLED,
+        "head": CALLED,
+    }
+    if isinstance(backbone, Beit):
+        table["pos_drop"] = DROPOUT_OFF
+    for name in ("rel_pos_bias", "shared_rel_pos"):
+        if (source := getattr(backbone, name, None)) is not None:
+            table |= prefixed(name, _bias_requirements(source))
+    for j, block in enumerate(backbone.blocks):
+        table |= prefixed(f"blocks.{j}", _block_requirements(block, width))
+    return table
+
+
+def _bias_requirements(source: nn.Module) -> Table:
+    """A module that makes the bias. It is called, so that its numbers may be any, but it must not be trained."""
+    free, buffers = " ".join(vars(source)), "relative_position_index rel_coords_log"
+    table: Table = {
+        "": (
+            rule(RelativePositionBias, free, required="relative_position_bias_table", buffers=buffers),
+            rule(RelPosBias, free, required="relative_position_bias_table", buffers=buffers),
+            rule(RelPosMlp, free, buffers=buffers),
+        )
+    }
+    if isinstance(source, RelPosMlp):
+        relu = rule(nn.ReLU, "inplace")
+        table |= {".bias_act": (IDENTITY, rule(nn.Sigmoid)), **prefixed(".mlp", mlp_requirements(source.mlp))}
+        table[".mlp.act"] = (relu,)
+    return table
+
+
+def _block_requirements(block: nn.Module, width: int) -> Table:
+    attn = getattr(block, "attn", None)
+    scales: Table = {".ls1": LAYER_SCALE, ".ls2": LAYER_SCALE} if isinstance(block, RelPosBlock) else {}
+    return {
+        "": (
+            rule(BeitBlock, "init_values gamma_1 gamma_2", optional="gamma_1 gamma_2"),
+            rule(RelPosBlock),
+            rule(ResPostRelPosBlock, "init_values"),
+        ),
+        ".norm1": norm_requirements(width),
+        **prefixed(".attn", _attention_requirements(attn, width)),
+        ".drop_path1": DROP_PATH_OFF,
+        ".norm2": norm_requirements(width),
+        **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
+        ".drop_path2": DROP_PATH_OFF,
+        **scales,
+    }
+
+
+def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
+    head_width = width // max(getattr(attn, "num_heads", 1), 1)
+    needed: dict[str, Any] = {"scale": max(head_width, 1) ** -0.5, **inactive_dropout(attn)}
+    parts = bias_tensors(attn)
+    of_beit = "num_heads fused_attn qkv_bias_separate window_size num_relative_distance"
+    of_beit += " relative_position_bias_table relative_position_index"  # None where it has no bias of its own
+    required, buffers = parts.get("required", ""), parts.get("buffers", "") + " relative_position_index"
+    no_parts = "" if parts else " ".join(BIASES)
+    layers = qkv_requirements(attn, head_width)
+    if isinstance(attn, Attention):  # which has no norms of queries and keys
+        layers = {path: rules for path, rules in layers.items() if path == ".qkv"}
+    table: Table = {
+        "": (
+            rule(
+                Attention,
+                f"{of_beit} {no_parts}",
+                required=required,
+                optional="relative_position_bias_table",
+                buffers=buffers,
+                **needed,
+            ),
+            rule(RelPosAttention, "num_heads fused_attn rel_pos", head_dim=head_width, **needed),
+        ),
+        **layers,
+        ".attn_drop": DROPOUT_OFF,
+        ".proj": LINEAR,
+        ".proj_drop": DROPOUT_OFF,
+    }
+    source = getattr(attn, "rel_pos", None)
+    return table if source is None else table | prefixed(".rel_pos", _bias_requirements(source))
+
+
+# How it runs
+
+
+def read_tokens(backbone: Beit | VisionTransformerRelPos) -> int | None:
+    """1 where the head reads only the class token, None where it reads all."""
+    return 1 if backbone.global_pool == "token" else None
+
+
+def embed(
+    backbone: Beit | VisionTransformerRelPos, patches: Tensor, grid: tuple[int, int]
+) -> Tensor:  # [B, N, K] -> [B, T, D]
+    """The patch embedding as a product, with class token and position embedding where there are such (eq. 1)."""
+    tokens = embed_patches(backbone.patch_embed, patches)
+    positions = getattr(backbone, "pos_embed", None)
+    constant = tokens.new_zeros(1, *tokens.shape[1:], dtype=pixel_weight(backbone).dtype)
+    if backbone.cls_token is not None:
+        constant = torch.cat([backbone.cls_token, constant], dim=1)
+    return add_positions(tokens, constant if positions is None else constant + positions)
+
+
+def shared(backbone: Beit | VisionTransformerRelPos, grid: tuple[int, int]) -> Tensor | None:
+    """The bias that all blocks have, [heads, T, T] or [1, heads, T, T]."""
+    if isinstance(backbone, VisionTransformerRelPos):
+        return None if backbone.shared_rel_pos is None else backbone.shared_rel_pos.get_bias()
+    return None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
+
+
+def forward_block(
+    backbone: Beit | VisionTransformerRelPos,
+    block: int,
+    residual: Tensor,  # [B, T, D]
+    branch: Tensor | None,  # [B, T, D], not yet added to the residual
+    prompts: Prompts | None,
+    options: BlockOptions,
+    num_queries: int | None = None,
+) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
+    """One block (eq. 11)."""
+    run, T = backbone.blocks[block], residual.shape[1]
+
+    def attend(y: Tensor, affine: Affine) -> Tensor:
+        return first_tokens(_attention(run.attn, y, affine, T, options), num_queries)
+
+    order = post_norm_block if isinstance(run, ResPostRelPosBlock) else pre_norm_block
+    return order(run, attend, residual, branch, None if prompts is None else prompts.tokens, options, num_queries)
+
+
+def _attention(
+    attn: Any, y: Tensor, affine: Affine, num_tokens: int, options: BlockOptions
+) -> Tensor:  # [B, S, D] -> [B, T, D]
+    packed = project_qkv(attn, y, affine)
+    if isinstance(attn, RelPosAttention):
+        packed = norm_heads(attn, packed, 3)
+    bias = attention_bias(attn, options.shared)
+    if bias is None:
+        attended = ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=options.attention)
+    else:
+        window = torch.arange(num_tokens, dtype=torch.int32, device=y.device).unsqueeze(0)
+        attended = ops.window_attention(
+            packed, attn.num_heads, window, bias.flatten(0, -3), None, attn.scale, impl=options.attention
+        )
+    return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
+
+
+def final_norm(backbone: Beit | VisionTransformerRelPos, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The norm after the last block."""
+    normed: Tensor = backbone.norm(tokens)
+    return normed
