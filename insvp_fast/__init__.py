@@ -6,7 +6,6 @@ import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +47,9 @@ class _AfterTimm(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        # transformers asks for a spec of timm without importing it: so this finder stays
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
         if spec is None or spec.loader is None:
             return spec
         import_timm = spec.loader.exec_module

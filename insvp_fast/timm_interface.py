@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -207,18 +208,18 @@ class TimmInterface(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
         if attn_mask is not None or is_causal:
             raise ValueError("a mask of the attention was given: expected attn_mask=None and is_causal=False")
-        options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
         if not self.widths:  # only the image is prompted
-            prompted = self.image_prompt(x).prompted
-            return self.backbone.forward_intermediates(
-                prompted, indices, intermediates_only=intermediates_only, **options
-            )
-        ends, n = self._feature_blocks(), getattr(self.backbone, "num_prefix_tokens", 0)
+            options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
+            asked = {"return_prefix_tokens": return_prefix_tokens, "output_dict": output_dict}
+            options |= {"intermediates_only": intermediates_only} | {name: True for name in asked if asked[name]}
+            return self.backbone.forward_intermediates(self.image_prompt(x).prompted, indices, **options)
+        ends = self._feature_blocks()
         taken, last = feature_take_indices(len(ends), indices)
         last = last if stop_early or intermediates_only else len(ends) - 1
         ran = sorted({*taken, last})
         outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran]), strict=True))
         tokens = {i: self._tokens(h, i, x) for i, h in outputs.items()}
+        n = 0 if self._depths else tokens[last].shape[1] - math.prod(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
         # of several widths, the norm fits only the last
         normed = {i: self.norm(h) for i, h in tokens.items() if i == len(ends) - 1 or self._depths is None}
         features = normed.get(last, tokens[last])

@@ -182,7 +182,8 @@ def forward_block(
     inserted = None if prompts is None else prompts.tokens
     residual, y, affine = norm_insert(blk.norm1, residual, branch, inserted, options)
     qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
-    windows = tokens_of_windows(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
+    find = tokens_of_windows if type(residual) is Tensor else _tokens_of_windows  # a FakeTensor must not be kept
+    windows = find(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
     summands = attn._get_rel_pos_bias()[0], blk.attn_mask
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
     branch = ops.linear(out, FrozenLinear(attn.proj.weight, attn.proj.bias))

@@ -62,10 +62,10 @@ class BackboneRecord:
         return getattr(torch, self.dtype)
 
     def require_same_weights(self, backbone: nn.Module, where: object) -> None:
-        """Check that a backbone has the recorded weights.
+        """Check that a backbone has the recorded weights, and pools its tokens as recorded, for which it needs none.
 
         Raises:
-            CheckpointError: if it has others.
+            CheckpointError: if it has others, or pools otherwise.
         """
         found = backbone_sha256(backbone, self.torch_dtype)
         if found != self.sha256:
@@ -73,6 +73,12 @@ class BackboneRecord:
             remedy = "the one that the adapter was trained with, or allow_backbone_mismatch=True to use this one"
             raise CheckpointError(
                 f"{where}: the backbone has sha256 {found}: expected {expected}. Give as backbone= {remedy}"
+            )
+        recorded = (self.arguments or {}).get("global_pool")
+        pool = get_model_args(backbone).get("global_pool")
+        if recorded is not None and pool != recorded:
+            raise CheckpointError(
+                f"{where}: the backbone has global_pool={pool!r}: expected {recorded!r}, as the adapter was trained"
             )
 
 

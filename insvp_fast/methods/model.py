@@ -74,7 +74,7 @@ class MethodViT(TimmInterface, PromptedViT):
         super().__init__(backbone, num_classes, method=method, pretrained=pretrained, **backbone_kwargs)
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.gelu_in_8_bits = gelu_in_8_bits
-        self._options: dict[str, Any] = method.keywords if isinstance(method, partial) else {}
+        self._options = _options_of(method)
         coverage.covers(self)  # warns now rather than in the first forward pass
 
     def no_weight_decay(self) -> set[str]:
@@ -119,7 +119,8 @@ class MethodViT(TimmInterface, PromptedViT):
             class_names, preprocessing: the attributes' new values; None leaves them unchanged.
 
         Raises:
-            ValueError: if the method is not one of ``METHODS``, or its settings are not JSON.
+            ValueError: if the method is not one of ``METHODS``, or its settings are not JSON, or not known because it
+                was made by another function.
         """
         self.class_names = self.class_names if class_names is None else list(class_names)
         self.preprocessing = self.preprocessing if preprocessing is None else dict(preprocessing)
@@ -127,6 +128,9 @@ class MethodViT(TimmInterface, PromptedViT):
         if not names:
             kind = type(self.method).__name__
             raise ValueError(f"the method is a {kind}: expected one of {sorted(METHODS)}; save the state dict instead")
+        if self._options is None:
+            kind = type(self.method).__name__
+            raise ValueError(f"the settings of the {kind} are not known: expected method={kind}, or a partial of it")
         record = BackboneRecord.of(self.backbone)
         config = _Config(
             method=names[0],
@@ -196,6 +200,13 @@ def create_model(
         raise ValueError(f"method={method!r}: expected one of {sorted(METHODS)}")
     make = partial(METHODS[method], **options)
     return MethodViT(backbone, num_classes, method=make, pretrained=pretrained, **backbone_kwargs or {})
+
+
+def _options_of(method: Callable[[Geometry], PromptMethod]) -> dict[str, Any] | None:
+    """The settings of a method; None for a function of its own, which may have chosen any."""
+    if isinstance(method, partial) and isinstance(method.func, type):
+        return method.keywords
+    return {} if isinstance(method, type) else None
 
 
 def _build(record: BackboneRecord, name: str | None, where: object) -> nn.Module:

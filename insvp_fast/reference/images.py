@@ -9,9 +9,15 @@ __all__ = ["crop_center", "fold", "normalize", "pool_center", "simam", "unfold"]
 
 
 def unfold(image: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, K]
-    """Cut an image into patches, row by row, each flattened as channel, row, column."""
+    """Cut an image into patches, row by row, each flattened as channel, row, column.
+
+    Raises:
+        ValueError: if the patches do not fill it.
+    """
     B, C, H, W = image.shape
     P = patch_size
+    if H % P or W % P:
+        raise ValueError(f"image has {H}x{W} pixels: expected multiples of the patch size {P}")
     return (
         image.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, (H // P) * (W // P), C * P * P)
     )

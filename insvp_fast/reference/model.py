@@ -31,7 +31,7 @@ class InsVPReference(PromptedReference):
 
     Args:
         backbone: a timm model name, or a timm model, which is modified: it gets frozen, and its head becomes the
-            model's. ``STRUCTURES`` lists the classes that can be one.
+            model's. ``STRUCTURES`` lists the classes whose blocks take prompts; others take image prompts alone.
         num_classes: classes of a new head; None keeps the backbone's own head, 0 returns pooled features.
         config: the hyper-parameters; ``InsVPConfig()``, the paper's, if not given.
         pretrained, backbone_kwargs: for ``timm.create_model``, where the backbone is a name.
@@ -43,7 +43,7 @@ class InsVPReference(PromptedReference):
     prompter has a last convolution for each.
 
     Raises:
-        TypeError: if the backbone is of another class, or has more than one head.
+        TypeError: if the backbone is no model of timm, or has more than one head.
         ValueError: if its patches are not square, or the configuration asks for what it does not have.
     """
 

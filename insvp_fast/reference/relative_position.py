@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from timm.models.beit import Attention, Beit
 from timm.models.beit import Block as BeitBlock
-from timm.models.vision_transformer_relpos import RelPosAttention, ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.vision_transformer_relpos import (
+    RelPosAttention,
+    RelPosBlock,
+    ResPostRelPosBlock,
+    VisionTransformerRelPos,
+)
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts
+from insvp_fast.reference.structure import Prompts, require_plain
 from insvp_fast.reference.vision_transformer import patch_size, widths
 
 __all__ = ["Stream", "apply_block", "attention_bias", "embed", "final_norm", "patch_size", "qkv_bias", "widths"]
@@ -43,8 +48,14 @@ def embed(backbone: Beit | VisionTransformerRelPos, image: Tensor) -> Stream:
 def apply_block(
     backbone: Beit | VisionTransformerRelPos, block: int, h: Stream, prompts: Prompts | None
 ) -> tuple[Stream, Tensor | None]:
-    """A block of tokens and prompts, written out: timm's attention takes no other number of tokens (eq. 2 and 11)."""
+    """A block of tokens and prompts, written out: timm's attention takes no other number of tokens (eq. 2 and 11).
+
+    Raises:
+        TypeError: for a block or an attention of another class, with a forward of its own, or with hooks.
+    """
     run, (z, bias), T = backbone.blocks[block], h, h.tokens.shape[1]
+    require_plain(run, BeitBlock, RelPosBlock, ResPostRelPosBlock)
+    require_plain(run.attn, Attention, RelPosAttention)
     bias = attention_bias(run.attn, bias)
     if prompts is not None:  # behind the tokens, where the bias is filled up for them
         z, L = torch.cat([z, prompts.tokens.to(z.dtype)], dim=1), prompts.tokens.shape[1]
@@ -88,7 +99,8 @@ def _block(block: Any, z: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _attention(attn: Attention | RelPosAttention, x: Tensor, bias: Tensor | None) -> Tensor:
-    qkv = F.linear(x, attn.qkv.weight, qkv_bias(attn))
+    biased = isinstance(attn, Attention) and attn.q_bias is not None  # then timm does not call the layer either
+    qkv = F.linear(x, attn.qkv.weight, qkv_bias(attn)) if biased else attn.qkv(x)
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if isinstance(attn, RelPosAttention):
         q, k = attn.q_norm(q), attn.k_norm(k)

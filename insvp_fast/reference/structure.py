@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Prompts", "Structure"]
+__all__ = ["Prompts", "Structure", "require_plain"]
 
 
 class Prompts(NamedTuple):
@@ -25,6 +25,19 @@ class Prompts(NamedTuple):
     tokens: Tensor
     lengths: Tensor | None = None
     keys_values: Tensor | None = None
+
+
+def require_plain(module: nn.Module | None, *expected: type[nn.Module]) -> None:
+    """Check a module whose forward a ``Structure`` writes out, so that it is not called itself.
+
+    Raises:
+        TypeError: if it is of another class than these, or has a forward or hooks of its own.
+    """
+    kinds = " or ".join(cls.__name__ for cls in expected)
+    if module is None or type(module) not in expected:
+        raise TypeError(f"a block has a {type(module).__name__}: expected timm's {kinds}")
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        raise TypeError(f"a {type(module).__name__} has a forward or hooks of its own, which would not run")
 
 
 class Structure(Protocol):

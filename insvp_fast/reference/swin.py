@@ -19,7 +19,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts
+from insvp_fast.reference.structure import Prompts, require_plain
 
 __all__ = ["apply_block", "block_with_prompts", "embed", "final_norm", "locate", "patch_size", "widths"]
 
@@ -74,12 +74,8 @@ def block_with_prompts(block: Any, h: Tensor, prompts: Tensor) -> Tensor:
     Raises:
         TypeError: for a block of another class, with a forward of its own, or with hooks.
     """
-    attn: Any = getattr(block, "attn", None)
-    for module, expected in ((block, SwinTransformerBlock), (attn, WindowAttention)):
-        if type(module) is not expected:
-            raise TypeError(f"a block has a {type(module).__name__}: expected timm's {expected.__name__}")
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-            raise TypeError(f"a {expected.__name__} has a forward or hooks of its own: with prompts it is not called")
+    require_plain(block, SwinTransformerBlock)
+    require_plain(block.attn, WindowAttention)
     normed, inserted = block.norm1(h), block.norm1(prompts.to(h.dtype))
     h = h + block.drop_path1(_attend_in_windows(block, normed, inserted))
     tokens = h.flatten(1, 2)

@@ -10,7 +10,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts
+from insvp_fast.reference.structure import Prompts, require_plain
 
 __all__ = ["apply_block", "embed", "final_norm", "insert", "patch_size", "require_block", "split", "widths"]
 
@@ -76,6 +76,8 @@ def require_block(block: Any) -> None:
 def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
     """timm's ``Block.forward`` with further keys and values."""
     require_block(block)
+    require_plain(block, Block)
+    require_plain(block.attn, Attention)
     x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), keys_values)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 

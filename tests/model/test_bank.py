@@ -194,6 +194,25 @@ def test_adapters_from_folders_added_and_removed(tmp_path):
     assert set(bank.adapters) == {"released"}
 
 
+def test_the_pooling_of_an_adapter_is_that_of_the_backbone(tmp_path):
+    """It belongs to the backbone, and no weight tells of it."""
+    tiny = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
+    backbone = timm.create_model("vit_tiny_patch16_224", **tiny)
+    model = InsVPViT(copy.deepcopy(backbone), 5, InsVPConfig(prompt_length=2))
+    model.reset_classifier(5, "avg")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="the backbone has global_pool='token': expected 'avg'"):
+        InsVPViT.from_pretrained(tmp_path, copy.deepcopy(backbone))
+    with pytest.raises(CheckpointError, match="the backbone has global_pool='token': expected 'avg'"):
+        AdapterBank(backbone).add("mean", model)
+    backbone.reset_classifier(5, "avg")
+    image = torch.randn(2, 3, 32, 32)
+    expected = model.eval()(image)
+    torch.testing.assert_close(InsVPViT.from_pretrained(tmp_path, copy.deepcopy(backbone))(image), expected)
+    bank = AdapterBank.from_pretrained(backbone, {"mean": model})
+    torch.testing.assert_close(bank(image, "mean"), expected)
+
+
 def test_adapters_come_and_go_while_it_runs():
     bank, _ = make_bank(("three", "released", "VPT-Deep"))
     image, names = images(3), ["three", "released", None]

@@ -299,6 +299,30 @@ def test_a_method_of_ones_own():
         fast(image)
 
 
+def test_settings_that_are_not_known_are_not_saved(tmp_path):
+    """Else the model comes back with other settings of the same shapes, and other numbers."""
+    model = MethodViT(NAME, 6, method=lambda geometry: METHODS["vfpt"](geometry, fraction=0.2), **SIZE)
+    with pytest.raises(ValueError, match="the settings of the VFPT are not known: expected method=VFPT, or a partial"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+def test_hooks_that_would_not_run_are_refused():
+    model = create_model("dualprompt", NAME, 6, backbone_kwargs=SIZE, **OPTIONS["dualprompt"])
+    size = {key: value for key, value in SIZE.items() if key != "reg_tokens"}
+    relative = InsVPReference(timm.create_model("vit_relpos_small_patch16_224", **size))
+    image = torch.randn(1, 3, 48, 32)
+    for one, attention in ((model, "Attention"), (relative.eval(), "RelPosAttention")):
+        attn = one.backbone.blocks[-1].attn
+        before = one(image)
+        with attn.qkv.register_forward_hook(lambda module, given, out: 2 * out):
+            assert not torch.equal(one(image), before)
+        handle = attn.register_forward_hook(lambda module, given, out: 2 * out)
+        with handle, pytest.raises(TypeError, match=f"a {attention} has a forward or hooks of its own"):
+            one(image)
+
+
 def test_timms_interface():
     """The tokens after each block are without prompts, and a method learns at the rate of the head."""
     model, fast = make_pair("vpt_shallow", options={"length": 5, "dropout": 0.0})

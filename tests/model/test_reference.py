@@ -28,6 +28,11 @@ def test_unfold_is_that_of_pytorch(shape):
         assert torch.equal(patches, F.unfold(image, P, stride=P).mT)
 
 
+def test_patches_that_do_not_fill_the_image_are_refused():
+    with pytest.raises(ValueError, match="image has 50x48 pixels: expected multiples of the patch size 16"):
+        reference.unfold(torch.zeros(1, 3, 50, 48), 16)
+
+
 def test_simam_is_its_formula_pixel_by_pixel():
     image = double(2, 3, 5, 4)
     result = reference.simam(image)

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
+from torch._subclasses import FakeTensorMode
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
 from insvp_fast.backbones.swin import tokens_of_windows
@@ -83,7 +84,7 @@ def test_the_reference_refuses_other_blocks():
         block_with_prompts(Other(8, (4, 4), 2), *arguments)
     block = SwinTransformerBlock(8, (4, 4), 2)
     block.attn.register_forward_hook(lambda module, args, out: None)
-    with pytest.raises(TypeError, match="a WindowAttention has a forward or hooks of its own: with prompts it is not"):
+    with pytest.raises(TypeError, match="a WindowAttention has a forward or hooks of its own, which would not run"):
         block_with_prompts(block, *arguments)
 
 
@@ -182,6 +183,15 @@ def test_windows_kept_in_inference_serve_in_training():
         fast(image)
     trained_gradients(fast, image)
     assert not tokens_of_windows((8, 8), (4, 4), (2, 2), DEVICE).is_inference()
+
+
+def test_nothing_of_fake_tensors_is_kept():
+    _, fast = pair(img_size=(48, 64), window_size=(3, 4))
+    image = images(fast)
+    for _ in range(2):  # before and after a real image
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            assert fast(mode.from_tensor(image)).shape[0] == len(image)
+        assert fast(image).isfinite().all()
 
 
 def test_whatever_the_buffers_hold_is_used(monkeypatch):

@@ -127,6 +127,27 @@ def test_intermediates_have_gradients_and_take_the_fast_path(monkeypatch):
     assert model.common_prompts.grad[:3].abs().sum() > 0 and model.common_prompts.grad[3].abs().sum() == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+def test_intermediates_where_only_the_image_is_prompted():
+    backbone = timm.create_model("test_resnet", num_classes=3)
+    model = InsVPViT(backbone, config=InsVPConfig(common_prompt=False, specific_prompt=False)).eval()
+    image = torch.randn(2, 3, 32, 32)
+    _, maps = model.forward_intermediates(image)
+    expected = backbone.forward_intermediates(model.image_prompt(image).prompted, intermediates_only=True)
+    torch.testing.assert_close(maps, expected)
+    with pytest.raises(TypeError, match="output_dict"):  # timm's signature of this model has none
+        model.forward_intermediates(image, output_dict=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+def test_intermediates_without_the_class_token_of_the_last_blocks():
+    tiny = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = InsVPViT(timm.create_model("cait_xxs24_224", **tiny), config=InsVPConfig(prompt_length=2)).eval()
+    image = torch.randn(2, 3, 32, 32)
+    features, [one] = model.forward_intermediates(image, 1, return_prefix_tokens=True)
+    assert one.shape == (2, 32, 2, 2) and features.shape == (2, 5, 32)
+
+
 def test_intermediates_refuse_what_they_do_not_know():
     model = make()
     with pytest.raises(ValueError, match="output_fmt='NHWC': expected 'NCHW' or 'NLC'"):
@@ -297,6 +318,7 @@ def test_the_shipped_backbone_has_a_name():
 
 def test_an_import_is_light_and_registers_the_names_when_timm_is_imported():
     light = "import sys, insvp_fast; assert 'torch' not in sys.modules"
-    code = f"{light}; import insvp_fast.timm_interface, timm; assert timm.is_model({NAME!r})"
+    asked = "import importlib.util; assert importlib.util.find_spec('timm')"  # as transformers does
+    code = f"{light}; {asked}; import insvp_fast.timm_interface, timm; assert timm.is_model({NAME!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
