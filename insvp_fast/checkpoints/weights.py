@@ -194,8 +194,9 @@ def _leave_out(
 def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Resized:
     """The tensors that timm's conversion changed in size, with their shapes before and after."""
     pairs = {key: (tuple(value.shape), tuple(after[key].shape)) for key, value in before.items() if key in after}
-    if "register_tokens" in before:  # DINOv2's class token takes its own position out of pos_embed
-        del pairs["pos_embed"]
+    if "register_tokens" in before and "pos_embed" in pairs:  # DINOv2's class token takes its own position out of it
+        old, new = pairs["pos_embed"]
+        pairs["pos_embed"] = (old[0], old[1] - 1, *old[2:]), new
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 

@@ -103,6 +103,14 @@ def test_a_body_that_is_the_image_is_answered(client, expected):
     assert found["classes"] == sorted(expected[content], key=expected[content].get, reverse=True)[:2]
 
 
+def test_a_name_that_no_answer_can_hold_is_shown_without_it(client, expected):
+    """A charset of the client's choice decodes it to half a character."""
+    part = b'--b\r\nContent-Disposition: form-data; name="f"; filename="\\ud800.png"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b; charset=unicode_escape"}
+    answer = client.post("/predict?model=run", content=part + next(iter(expected)) + b"\r\n--b--\r\n", headers=headers)
+    assert [prediction["file"] for prediction in answer.json()["predictions"]] == ["?.png"]
+
+
 def test_an_unreadable_image_spoils_no_other(client, expected):
     good, *_ = expected
     damaged = encoded((40, 40))[:60]
@@ -346,6 +354,9 @@ def test_the_command_hands_its_options_on(run, monkeypatch, capsys):
         assert list(client.get("/models").json()["models"]) == ["birds", "adapter"]
         answer = client.post("/predict?model=birds", files=form(b"x", b"y"))
         assert answer.json()["kind"] == "too_many_images" and "at most 1" in answer.json()["error"]
+    with pytest.raises(SystemExit):
+        cli.main(["serve", str(run), "--port", "65536"])
+    assert "65536: expected a port, 0 to 65535" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["serve", str(run)]) == 1
     assert "pip install 'insvp-fast[serve]'" in capsys.readouterr().err
