@@ -149,6 +149,8 @@ def read_backbone_weights(file: Path, backbone: nn.Module) -> tuple[dict[str, Te
         content = read_weights(file)
         try:
             state, report = _convert(content, backbone, file)
+        except CheckpointError:
+            raise
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]  # of shapes that no such model has
             raise CheckpointError(f"{file}: not weights of this model: {reason}") from error

@@ -445,6 +445,10 @@ WRONG = {
         "not weights of this model: blocks.1.norm1.weight is missing",
     ),
     "a block too many": (lambda m: model_of(depth=3).state_dict(), "unexpected blocks.2.norm1.weight"),
+    "no shape of a ViT": (
+        lambda m: changed(hf_vit(m), **{"vit.embeddings.cls_token": torch.tensor(1.0)}),
+        "not weights of this model: tuple index out of range",
+    ),
     "another width": (lambda m: model_of(embed_dim=64).state_dict(), r"cls_token has shape \(1, 1, 64\)"),
     "a key is missing": (
         lambda m: changed(hf_vit(m), **{"vit.encoder.layer.0.attention.attention.key.weight": None}),
