@@ -259,6 +259,19 @@ def test_a_failure_of_the_model_is_500_and_not_the_end(classifier, expected):
         assert client.post("/predict", content=content, headers=PNG).status_code == 200
 
 
+def test_a_batch_without_all_results_is_an_error_of_its_own():
+    async def main():
+        with ThreadPoolExecutor(1) as pool:
+            batcher = Batcher(lambda items: items[:1], pool, max_batch=2, max_wait=0.01)
+            running = asyncio.create_task(batcher.run())
+            found = await asyncio.gather(batcher.submit(1), batcher.submit(2), return_exceptions=True)
+            assert [type(error) for error in found] == [ValueError, ValueError]
+            assert await batcher.submit(3) == 3
+            running.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
 def test_batches_are_full_or_late_and_errors_stay_in_theirs():
     batches = []
 
