@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def test_links_lead_somewhere(page):
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{name(page)} links to {target}"
         assert not anchor or anchor in anchors(file), f"{name(page)} links to {target}, which has {anchors(file)}"
+
+
+def test_every_page_is_in_the_index():
+    """In its tables for readers and, with the pages of the API, in the site's."""
+    text = (ROOT / "docs/index.md").read_text()
+    trees = re.findall(r"^```{toctree}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    listed = {line for tree in trees for line in tree.splitlines()}
+    for page in ROOT.glob("docs/**/*.md"):
+        path = page.relative_to(ROOT / "docs").with_suffix("")
+        if path.name != "index":
+            assert str(path) in listed, f"{name(page)} is in no toctree of docs/index.md"
+            assert path.parent.name == "api" or f"]({path}.md)" in text, f"{name(page)} is in no table of docs/index.md"
+
+
+def test_every_extra_is_in_the_table():
+    text, project = (ROOT / "docs/index.md").read_text(), tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (table,) = re.findall(r"^\| extra \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    named = [extra for row in table.splitlines() for extra in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(project["project"]["optional-dependencies"])
 
 
 @pytest.mark.slow

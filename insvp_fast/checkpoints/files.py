@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import pickle
 import re
 import threading
 import zipfile
@@ -165,7 +164,9 @@ def read_torch(file: Path) -> Any:
         # timm's train.py saves its options as a Namespace; unpickling one sets attributes and calls nothing
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of many types for broken files
         text = "found a truncated file or one with code, not tensors of torch.save"
         asked = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message is advice to trust the file
         if "TorchScript" in str(error):

@@ -22,6 +22,7 @@ __all__ = [
     "backbone_sha256",
     "check_shapes",
     "expected_shapes",
+    "head_prefixes",
     "other_state_dicts",
     "rename",
     "unwrap_state_dict",
@@ -138,7 +139,7 @@ def backbone_sha256(backbone: nn.Module, dtype: torch.dtype) -> str:
     trained around a bf16 copy recognizes both the copy and the fp32 original, and one that was trained around the
     original rejects the copy, whose weights differ.
     """
-    digest, heads = hashlib.sha256(), _classifiers(backbone)
+    digest, heads = hashlib.sha256(), head_prefixes(backbone)
     for name, tensor in sorted(backbone.state_dict().items()):
         if not name.startswith(heads):
             tensor = tensor.detach().cpu()
@@ -148,7 +149,7 @@ def backbone_sha256(backbone: nn.Module, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def _classifiers(backbone: nn.Module) -> tuple[str, ...]:
+def head_prefixes(backbone: nn.Module) -> tuple[str, ...]:
     """How the names of the head's tensors begin; timm's description of a model names its head."""
     names = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or "head"
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from insvp_fast.checkpoints import huggingface, jax_weights
 from insvp_fast.checkpoints.files import read_weights
-from insvp_fast.checkpoints.state_dict import Resized, Rules, check_shapes, other_state_dicts, rename, unwrap_state_dict
+from insvp_fast.checkpoints.state_dict import (
+    Resized,
+    Rules,
+    check_shapes,
+    head_prefixes,
+    other_state_dicts,
+    rename,
+    unwrap_state_dict,
+)
 from insvp_fast.errors import CheckpointError
 
 __all__ = ["WeightsReport", "read_backbone_weights"]
@@ -138,7 +146,14 @@ def read_backbone_weights(file: Path, backbone: nn.Module) -> tuple[dict[str, Te
         state, left_out, resampled = jax_weights.convert(file, backbone)
         report = WeightsReport("JAX", left_out, resampled)
     else:
-        state, report = _convert(read_weights(file), backbone, file)
+        content = read_weights(file)
+        try:
+            state, report = _convert(content, backbone, file)
+        except CheckpointError:
+            raise
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]  # of shapes that no such model has
+            raise CheckpointError(f"{file}: not weights of this model: {reason}") from error
     return _require_complete(state, backbone, report, file), report
 
 
@@ -154,7 +169,9 @@ def _convert(content: Any, backbone: nn.Module, where: object) -> tuple[dict[str
     converted = _timm_conversion(state, backbone, where)
     report.left_out.update("mask token" for key in state.keys() - converted.keys() if _part(key) == "mask token")
     report.resampled = _resampled(state, converted)
-    fit = {key: value for key, value in converted.items() if key in known or not key.startswith(_heads(backbone))}
+    fit = {
+        key: value for key, value in converted.items() if key in known or not key.startswith(head_prefixes(backbone))
+    }
     report.left_out.update("head" for _ in range(len(converted) - len(fit)))
     converted = _leave_out(fit, known, report)
     if not converted.keys() & known:
@@ -164,12 +181,6 @@ def _convert(content: Any, backbone: nn.Module, where: object) -> tuple[dict[str
     if "head.weight" in converted and "head.bias" in known:  # CLIP's projection has none
         converted.setdefault("head.bias", torch.zeros(len(converted["head.weight"])))
     return converted, report
-
-
-def _heads(backbone: nn.Module) -> tuple[str, ...]:
-    """With what the names of the head's tensors begin."""
-    names = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def _part(key: str) -> str | None:
@@ -194,8 +205,9 @@ def _leave_out(
 def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Resized:
     """The tensors that timm's conversion changed in size, with their shapes before and after."""
     pairs = {key: (tuple(value.shape), tuple(after[key].shape)) for key, value in before.items() if key in after}
-    if "register_tokens" in before:  # DINOv2's class token takes its own position out of pos_embed
-        del pairs["pos_embed"]
+    if "register_tokens" in before and "pos_embed" in pairs:  # DINOv2's class token takes its own position out of it
+        old, new = pairs["pos_embed"]
+        pairs["pos_embed"] = (old[0], old[1] - 1, *old[2:]), new
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
@@ -212,12 +224,8 @@ def _timm_conversion(tensors: dict[str, Tensor], backbone: nn.Module, where: obj
     if "interpolation" in known and "flexi" in str(cfg.get("architecture")):  # as timm itself does for these
         convert = partial(convert, interpolation="bilinear", antialias=False)
     _require_no_lost_bias(tensors, backbone, where)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # that of eva.py prints
-            return convert(dict(tensors), backbone)
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{where}: not weights of this model: {reason}") from error
+    with contextlib.redirect_stdout(io.StringIO()):  # that of eva.py prints
+        return convert(dict(tensors), backbone)
 
 
 def _require_no_lost_bias(tensors: Mapping[str, Tensor], backbone: nn.Module, where: object) -> None:
@@ -236,7 +244,7 @@ def _require_complete(
     """The state dict, if it is the module's; a head of another size is left out."""
     own = backbone.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
-    head = {key for key in expected if key.startswith(_heads(backbone))}
+    head = {key for key in expected if key.startswith(head_prefixes(backbone))}
     if any(key not in state or tuple(state[key].shape) != expected[key] for key in head):
         report.missing_head = True
         report.left_out.update("head" for key in head & state.keys())

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preprocess", action="store_true", help="take 8-bit images: resize, crop and normalize inside"
     )
-    parser.add_argument("--channels-last", action="store_true", help="images are [B, H, W, 3] instead of [B, 3, H, W]")
+    parser.add_argument("--channels-last", action="store_true", help="with --preprocess, images are [B, H, W, 3]")
     parser.add_argument("--standard", action="store_true", help="no operations of this package in torch and aoti")
     parser.add_argument("--int8", action="store_true", help="8-bit weights; tells what they cost in accuracy")
     parser.add_argument(

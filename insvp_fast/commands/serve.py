@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " NAME=FOLDER",
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="the port, 0 for any that is free (default: 8000)")
+    parser.add_argument(
+        "--port", type=port_number, default=8000, help="the port, 0 for any that is free (default: 8000)"
+    )
     for option, default, text in (
         ("--max-batch", 8, "images computed together"),
         ("--max-bytes", 16 * 2**20, "bytes of a request"),
@@ -58,6 +60,13 @@ def milliseconds(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected milliseconds, at least 0")
     return value
+
+
+def port_number(text: str) -> int:
+    """The argparse type of a port."""
+    if not (text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
+    return int(text)
 
 
 def run(

@@ -87,7 +87,8 @@ def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:
         rgb = _to_8_bits(image).convert("RGB")
     else:
         image.info.pop("transparency", None)  # of a palette: Pillow would warn that it is dropped
-        rgb = image.convert(PREMULTIPLIED.get(image.mode, image.mode)).convert("RGB")
+        straight = image.convert(PREMULTIPLIED[image.mode]) if image.mode in PREMULTIPLIED else image
+        rgb = straight.convert("RGB")
     operation = UPRIGHT.get(orientation)
     return rgb if operation is None else rgb.transpose(operation)
 

@@ -77,18 +77,20 @@ def export_model(
         format: one of ``FORMATS``.
         preprocess: take 8-bit images of any size [B, 3, H, W]. Resizing and cropping are inside if the pixels come out
             as in training, else only normalization: ``Export.facts`` says which.
-        channels_last: images are [B, H, W, 3].
+        channels_last: with ``preprocess``, images are [B, H, W, 3].
         batch: the only number of images that the file takes; None for any.
         standard: use PyTorch's own operators alone, also in "torch" and "aoti"; the other formats always do.
         int8: round the weights of the matrix products to 8 bits ("onnx" and "openvino"), after the comparison.
 
     Raises:
-        ExportError: if a package is missing, ``int8`` has no meaning, or the file's logits are not the model's.
+        ExportError: if a package is missing, an option has no meaning, or the file's logits are not the model's.
     """
     how, file, notes = FORMATS[format], Path(file), []
     require_packages(format, int8)
     if file.suffix != how.suffix:
         raise ExportError(f"the file is {file}: expected a name that ends in {how.suffix}")
+    if channels_last and not preprocess:
+        raise ExportError("`channels_last` without `preprocess`: expected both, as it is the order of 8-bit images")
     model = model.cpu().float().eval()
     inside = ALL if preprocess else NOTHING
     if preprocess and model.preprocessing is not None and (reason := _resize_reason(model, format)):
@@ -142,7 +144,7 @@ def require_packages(format: str, int8: bool = False) -> None:
 def load(file: str | Path) -> ExportedModel:
     """Load a file of any format, to run on the CPU; its operations of this package are declared by the import.
 
-    A package of AOTInductor is machine code: load only those that you trust.
+    Loading a .pt2 file can run code that is in it: load only those that you trust.
 
     Raises:
         CheckpointError: if it is no such file.

@@ -27,8 +27,12 @@ def write_torch(graph: Graph, file: Path) -> None:
 
 
 def load_torch(file: Path) -> ExportedModel:
+    """Load a program; torch unpickles parts of it, so it can do whatever this process may do."""
     extra = {FACTS: ""}
-    program = torch.export.load(file, extra_files=extra)
+    try:
+        program = torch.export.load(file, extra_files=extra)
+    except Exception as error:  # of many types for other archives
+        raise CheckpointError(f"{file}: torch.export cannot load it: {error}") from error
     try:
         metadata = json.loads(extra[FACTS])
     except ValueError as error:

@@ -73,7 +73,7 @@ class E2VPT(VPTDeep):
         return super().transform(block, p * self.token_mask[i, :, None] * segments, batch)
 
     def importance(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """|∂loss/∂ρ| [blocks, L] and |∂loss/∂ψ| [blocks, L, R]; ``loss`` runs the model on a batch.
+        """``|∂loss/∂ρ|`` [blocks, L] and ``|∂loss/∂ψ|`` [blocks, L, R]; ``loss`` runs the model on a batch.
 
         The paper's scores are their sums over all batches of the training set.
         """

@@ -51,12 +51,13 @@ class Batcher(Generic[Item, Result]):
             items, futures = await self._collect()
             try:
                 results = await loop.run_in_executor(self._executor, self._compute, items)
+                answered = list(zip(futures, results, strict=True))
             except Exception as error:
                 for future in futures:
                     if not future.done():
                         future.set_exception(error)
                 continue
-            for future, result in zip(futures, results, strict=True):
+            for future, result in answered:
                 if not future.done():  # a request that was given up has canceled it
                     future.set_result(result)
 

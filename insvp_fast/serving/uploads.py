@@ -88,8 +88,13 @@ async def open_uploads(request: Request, limits: Limits) -> AsyncIterator[list[U
 
 def _upload(name: str, value: UploadFile | str) -> Upload:
     if isinstance(value, str):
-        raise Refusal("malformed_upload", f"the field {name} is no file: expected files alone")
-    return Upload(value.filename, value.file)
+        raise Refusal("malformed_upload", f"the field {_encodable(name)} is no file: expected files alone")
+    return Upload(_encodable(value.filename or ""), value.file)
+
+
+def _encodable(text: str) -> str:
+    """Text without lone surrogates, which the charset that a client names may yield, and which no answer can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _limited(receive: Receive, limits: Limits) -> Receive:

@@ -1,5 +1,6 @@
 """Backbone weights in every format: files are written here by other names, and give the outputs that they came from."""
 
+import contextlib
 import json
 import re
 
@@ -11,6 +12,7 @@ from timm import create_model
 from torch import nn
 
 from insvp_fast.checkpoints.backbone import create_backbone, weights_report
+from insvp_fast.checkpoints.files import read_torch
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.commands import cli
 from insvp_fast.errors import CheckpointError
@@ -365,6 +367,14 @@ def test_another_image_size_is_resampled_as_timm_does_and_said(kind, tmp_path):
     assert "pos_embed resampled from (1, 5, 32) to (1, 17, 32)" in weights_report(backbone)
 
 
+def test_resampling_is_told_from_the_position_of_the_class_token(tmp_path):
+    source, arguments = f"{DINOV2}@{tmp_path / 'weights.pth'}", SMALL | {"num_classes": 0}
+    torch.save(dinov2(model_of(DINOV2, img_size=28)), tmp_path / "weights.pth")
+    assert "resampled" not in weights_report(create_backbone(source, **arguments, img_size=28))
+    report = weights_report(create_backbone(source, **arguments, img_size=56))
+    assert "pos_embed resampled from (1, 4, 32) to (1, 16, 32)" in report
+
+
 def overlay(place) -> dict:
     return {"file": str(place), "num_classes": 5, "custom_load": place.suffix == ".npz"}
 
@@ -435,6 +445,10 @@ WRONG = {
         "not weights of this model: blocks.1.norm1.weight is missing",
     ),
     "a block too many": (lambda m: model_of(depth=3).state_dict(), "unexpected blocks.2.norm1.weight"),
+    "no shape of a ViT": (
+        lambda m: changed(hf_vit(m), **{"vit.embeddings.cls_token": torch.tensor(1.0)}),
+        "not weights of this model: tuple index out of range",
+    ),
     "another width": (lambda m: model_of(embed_dim=64).state_dict(), r"cls_token has shape \(1, 1, 64\)"),
     "a key is missing": (
         lambda m: changed(hf_vit(m), **{"vit.encoder.layer.0.attention.attention.key.weight": None}),
@@ -490,6 +504,19 @@ def test_an_npz_file_is_for_models_that_timm_reads_it_into(tmp_path):
         create_backbone(f"swin_tiny_patch4_window7_224@{tmp_path / 'weights.npz'}", **SWIN)
     with pytest.raises(CheckpointError, match="not weights of this model: blocks.0.ls1.gamma is missing"):
         create_backbone(f"{VIT}@{tmp_path / 'weights.npz'}", **SMALL, img_size=32, init_values=1.0)
+
+
+@pytest.mark.parametrize("position", [3, 12, 33, 60, 200])
+def test_a_damaged_file_is_an_error_of_checkpoints(position, tmp_path):
+    """Whichever of its many errors the unpickler raises."""
+    file = tmp_path / "weights.pth"
+    torch.save({"weight": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    content = bytearray(file.read_bytes())
+    for value in range(0, 256, 5):
+        content[position] = value
+        file.write_bytes(content)
+        with contextlib.suppress(CheckpointError):
+            read_torch(file)
 
 
 @pytest.mark.parametrize("file", ["weights.npz", "weights.pth", "weights.bin"])

@@ -103,6 +103,14 @@ def test_a_body_that_is_the_image_is_answered(client, expected):
     assert found["classes"] == sorted(expected[content], key=expected[content].get, reverse=True)[:2]
 
 
+def test_a_name_that_no_answer_can_hold_is_shown_without_it(client, expected):
+    """A charset of the client's choice decodes it to half a character."""
+    part = b'--b\r\nContent-Disposition: form-data; name="f"; filename="\\ud800.png"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b; charset=unicode_escape"}
+    answer = client.post("/predict?model=run", content=part + next(iter(expected)) + b"\r\n--b--\r\n", headers=headers)
+    assert [prediction["file"] for prediction in answer.json()["predictions"]] == ["?.png"]
+
+
 def test_an_unreadable_image_spoils_no_other(client, expected):
     good, *_ = expected
     damaged = encoded((40, 40))[:60]
@@ -251,6 +259,19 @@ def test_a_failure_of_the_model_is_500_and_not_the_end(classifier, expected):
         assert client.post("/predict", content=content, headers=PNG).status_code == 200
 
 
+def test_a_batch_without_all_results_is_an_error_of_its_own():
+    async def main():
+        with ThreadPoolExecutor(1) as pool:
+            batcher = Batcher(lambda items: items[:1], pool, max_batch=2, max_wait=0.01)
+            running = asyncio.create_task(batcher.run())
+            found = await asyncio.gather(batcher.submit(1), batcher.submit(2), return_exceptions=True)
+            assert [type(error) for error in found] == [ValueError, ValueError]
+            assert await batcher.submit(3) == 3
+            running.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
 def test_batches_are_full_or_late_and_errors_stay_in_theirs():
     batches = []
 
@@ -346,6 +367,9 @@ def test_the_command_hands_its_options_on(run, monkeypatch, capsys):
         assert list(client.get("/models").json()["models"]) == ["birds", "adapter"]
         answer = client.post("/predict?model=birds", files=form(b"x", b"y"))
         assert answer.json()["kind"] == "too_many_images" and "at most 1" in answer.json()["error"]
+    with pytest.raises(SystemExit):
+        cli.main(["serve", str(run), "--port", "65536"])
+    assert "65536: expected a port, 0 to 65535" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["serve", str(run)]) == 1
     assert "pip install 'insvp-fast[serve]'" in capsys.readouterr().err

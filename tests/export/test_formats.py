@@ -151,6 +151,8 @@ def test_aoti_without_a_compiler(file, facts):
 def test_what_cannot_be_written(model, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"the file is .*x.bin: expected a name that ends in .pt2"):
         export_model(model, tmp_path / "x.bin", "torch")
+    with pytest.raises(ExportError, match="`channels_last` without `preprocess`: expected both"):
+        export_model(model, tmp_path / "x.pt2", "torch", channels_last=True)
     with pytest.raises(ExportError, match="8-bit weights in the format torch: expected onnx or openvino"):
         export_model(model, tmp_path / "x.pt2", "torch", int8=True)
     monkeypatch.setattr(model, "preprocessing", None)
@@ -163,7 +165,9 @@ def test_what_cannot_be_written(model, tmp_path, monkeypatch):
 
 def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "x.pt2").write_text("text")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pt2")
     for name, message in (
+        ("weights.pt2", "torch.export cannot load it"),
         ("x.pt2", "not a .pt2 file"),
         ("none.pt2", "expected a file of"),
         ("x.bin", r"\.onnx, \.pt2"),
