@@ -3,6 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#ifdef INSVP_FAST_BF16_PAIRS
+#include <immintrin.h>
+#endif
+
 #include "common/bf16.h"
 
 namespace {
@@ -23,11 +27,19 @@ inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
 inline vec load(const bf16* p) {
   bits16 high;
   __builtin_memcpy(&high, p, sizeof high);
+#ifdef INSVP_FAST_BF16_PAIRS
+  return (vec)((bits32)_mm512_cvtepu16_epi32((__m256i)high) << 16);  // gcc makes two halves of __builtin_convertvector
+#else
   return (vec)(__builtin_convertvector(high, bits32) << 16);
+#endif
 }
 
 inline void store(bf16* p, vec v) {
+#ifdef INSVP_FAST_BF16_PAIRS
+  const __m256bh high = _mm512_cvtneps_pbh((__m512)v);  // a denormal number becomes 0, as in products of pairs
+#else
   const bits16 high = __builtin_convertvector(rounded_to_bf16(v, (bits32)v), bits16);
+#endif
   __builtin_memcpy(p, &high, sizeof high);
 }
 
