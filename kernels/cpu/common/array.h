@@ -11,6 +11,12 @@ using namespace insvp_fast;
 template <class T>
 inline vec load_some(const T* from, int64_t n) {
   if (n >= kWidth) return load(from);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const __mmask16 first = n > 0 ? (1u << n) - 1 : 0;
+    return (vec)_mm512_maskz_loadu_ps(first, from);
+  }
+#endif
   T part[kWidth] = {};
   for (int64_t i = 0; i < n; ++i) part[i] = from[i];
   return load(part);

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef INSVP_FAST_BF16_PAIRS
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
