@@ -28,7 +28,8 @@ inline vec load(const bf16* p) {
   bits16 high;
   __builtin_memcpy(&high, p, sizeof high);
 #ifdef INSVP_FAST_BF16_PAIRS
-  return (vec)((bits32)_mm512_cvtepu16_epi32((__m256i)high) << 16);  // gcc makes two halves of __builtin_convertvector
+  // gcc would make two halves of __builtin_convertvector, and warn of the form without a mask
+  return (vec)((bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)high) << 16);
 #else
   return (vec)(__builtin_convertvector(high, bits32) << 16);
 #endif
