@@ -33,13 +33,9 @@ inline vec exp_of_score(vec x) { return exp(x); }
 
 // A vector of scores from column i on; -inf behind the row's `count` columns.
 inline vec scores_from(const float* x, int64_t i, int64_t count) {
-  vec v = load(x + i);
-  if (i + kWidth > count) {
-    bits32 place;
-    for (int n = 0; n < kWidth; ++n) place[n] = n;
-    v = place < static_cast<uint32_t>(count - i) ? v : vec{} - __builtin_inff();
-  }
-  return v;
+  const vec v = load(x + i);
+  if (i + kWidth <= count) return v;
+  return is_one_of_the_first(count - i) ? v : vec{} - __builtin_inff();
 }
 
 // What is added to the scores: rows of `columns` numbers, or null.
@@ -49,6 +45,7 @@ struct Summands {
 
   vec from(int64_t row, int64_t i) const {
     vec v = {};
+    if (i >= columns) return v;
     if (bias) v += load_some(bias + row * columns + i, columns - i);
     if (mask) v += load_some(mask + row * columns + i, columns - i);
     return v;

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -42,6 +42,13 @@ inline void store(bf16* p, vec v) {
   const bits16 high = __builtin_convertvector(rounded_to_bf16(v, (bits32)v), bits16);
 #endif
   __builtin_memcpy(p, &high, sizeof high);
+}
+
+// For each element, all bits if it is one of the first n, else none.
+inline bits32 is_one_of_the_first(int64_t n) {
+  bits32 place;
+  for (int i = 0; i < kWidth; ++i) place[i] = i;
+  return (bits32)(place < static_cast<uint32_t>(n > 0 ? n : 0));
 }
 
 inline float sum(vec v) {
