@@ -209,7 +209,7 @@ class AdapterBank(PromptedViT):
         """The image, which the bare backbone reads as it is."""
         return image, None
 
-    def block_prompts(self, block: int, context: Any, batch: int) -> Prompts | None:
+    def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:
         """The prompts of a block, padded where images have fewer; the bare backbone has none."""
         groups, parts = [], []
         for group in context or ():

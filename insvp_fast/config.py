@@ -149,6 +149,28 @@ class InsVPConfig:
         }
         return cls(**(release | overrides))
 
+    @classmethod
+    def vpt_deep(cls, length: int = 50, **overrides: Any) -> InsVPConfig:
+        """VPT-Deep: common prompts alone, with dropout 0.1; ``overrides`` are fields.
+
+        The prompts begin uniform in (-1, 1), as InsVP's. Those of ``insvp_fast.methods.VPTDeep`` begin as VPT's.
+        """
+        vpt = {"global_prompt": False, "patch_prompt": False, "specific_prompt": False, "prompt_length": length}
+        return cls(**(vpt | {"common_dropout": 0.1} | overrides))
+
+    @classmethod
+    def vpt_shallow(cls, length: int = 50, **overrides: Any) -> InsVPConfig:
+        """VPT-Shallow: as ``vpt_deep``, for the first block, from where the prompts run on through all others.
+
+        ``InsVPViT`` computes it on the general path, ``insvp_fast.methods.VPTShallow`` on the fast path.
+        """
+        return cls.vpt_deep(length, **({"prompted_blocks": 1, "carry_prompts": True} | overrides))
+
+    @classmethod
+    def linear_probe(cls) -> InsVPConfig:
+        """No prompts: the head alone is trained."""
+        return cls(global_prompt=False, patch_prompt=False, common_prompt=False, specific_prompt=False)
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

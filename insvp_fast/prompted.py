@@ -86,7 +86,19 @@ class PromptedViT(Covered, PromptedReference):
         for name in ("forward_features", "forward_head", "block_outputs", "apply_block"):
             if name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast."):
                 return f"the model has a {name} of its own"
-        return None
+        return self._method_reason()
+
+    def _method_reason(self) -> str | None:
+        """Why the fast path of such a backbone does not take the method's prompts."""
+        carries = any(map(self._prompts_run_on, range(len(self.widths))))
+        asked = {
+            "reads_tokens": self.reads_tokens,
+            "gives_keys_values": self.gives_keys_values,
+            "carry_prompts": carries,
+        }
+        supported: frozenset[str] = getattr(family_of(self.backbone), "SUPPORTS", frozenset())
+        missing = next((name for name, needed in asked.items() if needed and name not in supported), None)
+        return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
     def _takes_fast_path(self, image: Tensor) -> bool:
         if image.is_meta or not coverage.covers(self):
@@ -151,6 +163,15 @@ class PromptedViT(Covered, PromptedReference):
             tokens = self._family.embed(self.backbone, patches, grid)
             return self._run_blocks(tokens, context, patches.dtype, grid, blocks, num_queries)
 
+    def _prompts_run_on(self, block: int) -> bool:
+        """Whether the outputs of a block's prompts are the prompts of the next block."""
+        return (
+            self.carry_prompts
+            and block + 1 < len(self.widths)
+            and block + 1 not in self.prompted_blocks
+            and block >= min(self.prompted_blocks, default=block + 1)
+        )
+
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
         """The prompted image unfolded, [B, N, K] in the dtype of the products, and the context of the prompts."""
         dtype, autocast = self._precision(image)
@@ -190,14 +211,14 @@ class PromptedViT(Covered, PromptedReference):
             raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
         options = BlockOptions(dtype, self.fold_norm, self.attention, keeps, grid)
-        backbone, family, depth, batch = self.backbone, self._family, len(self.widths), tokens.shape[0]
+        backbone, family, depth, num_tokens = self.backbone, self._family, len(self.widths), tokens.shape[1]
 
         def run(tokens: Tensor, context: Any, indices: range) -> Tensor:
             residual: Tensor = tokens
             branch: Tensor | None = None
             for j in indices:
                 queries = num_queries if j == depth - 1 else None
-                prompts = self.block_prompts(j, context, batch)
+                residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
                 residual, branch = family.forward_block(backbone, j, residual, branch, prompts, options, queries)
             return residual if branch is None else residual + branch
 
@@ -211,8 +232,29 @@ class PromptedViT(Covered, PromptedReference):
             else:
                 tokens = run(tokens, context, indices)
             if end - 1 in wanted:
-                outputs.append(tokens)
+                outputs.append(tokens[:, :num_tokens] if self.carry_prompts else tokens)
         return outputs
+
+    def _insert_prompts(
+        self, block: int, context: Any, num_tokens: int, residual: Tensor, branch: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Prompts | None]:
+        """A block's input, as residual and branch, and its prompts; those that run on stand behind the tokens."""
+        tokens = None
+        if self.reads_tokens:
+            residual, branch = residual if branch is None else residual + branch, None
+            tokens = residual[:, :num_tokens] if self.carry_prompts else residual
+        prompts, runs_on = self.block_prompts(block, context, len(residual), tokens), self._prompts_run_on(block)
+        carried = self.carry_prompts and residual.shape[1] > num_tokens
+        nothing_moves = runs_on and prompts is None if carried else not runs_on
+        if nothing_moves:
+            return residual, branch, prompts
+        residual = residual if branch is None else residual + branch
+        prompts = Prompts(residual[:, num_tokens:]) if prompts is None else prompts
+        residual = residual[:, :num_tokens]
+        if runs_on:
+            residual = torch.cat([residual, prompts.tokens.to(residual.dtype)], dim=1)
+            prompts = None if prompts.keys_values is None else prompts._replace(tokens=prompts.tokens[:, :0])
+        return residual, None, prompts
 
     # 8-bit images
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from insvp_fast import coverage, ops, reference
-from insvp_fast.coverage import Covered, Requirements, Rule, rule, watch
+from insvp_fast.coverage import Covered, Requirements, Rule, Table, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops.conv import conv_reference
 
@@ -98,12 +98,12 @@ class PyramidPrompter(SpecificPrompter, reference.PyramidPrompter):
 
     def _requirements(self) -> Requirements:
         names = ["conv1", "conv2", *(f"conv3.{i}" for i in range(len(self.widths)))]
-        table = {"": (rule(type(self), "token_channels grid widths"),), "conv3": (rule(nn.ModuleList),)}
+        table: Table = {"": (rule(type(self), "token_channels grid widths"),), "conv3": (rule(nn.ModuleList),)}
         table |= dict.fromkeys(names, _same_convolution(dilation=1)) | {"dropout": DROPOUT}
         return Requirements("specific_prompter", self, table)
 
     def _tokens(self, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        convolutions = zip(self.conv3, self.widths, strict=True)
+        convolutions = zip(self.conv3.children(), self.widths, strict=True)
         return tuple(self._convolve(conv, width, x, dtype) for conv, width in convolutions)
 
 

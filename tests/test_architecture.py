@@ -21,7 +21,7 @@ LAYERS = [
     ["backbones", "prompters"],
     ["checkpoints", "prompted", "timm_interface"],
     ["model"],
-    ["bank", "huggingface"],
+    ["bank", "huggingface", "methods"],
     ["data"],
     ["training"],
     ["serving"],

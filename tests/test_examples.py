@@ -15,6 +15,7 @@ from timm.data import create_transform
 
 from insvp_fast import InsVPViT
 from insvp_fast.config import RELEASED_PREPROCESSING
+from insvp_fast.methods import MethodViT
 from insvp_fast.training.prediction import load_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,12 @@ def test_two_processes_train_one_model(tmp_path):
     assert "of 360 images, 2 processes" in printed
     assert accuracy(printed) > 25
     InsVPViT.from_pretrained(tmp_path)
+
+
+def test_methods_are_compared(tmp_path):
+    printed = run("prompt_methods.py", "--methods", "linear_probe", "--epochs", 1, "--output", tmp_path)
+    assert re.fullmatch(r"linear_probe: test accuracy [\d.]+%, 1,930 trained parameters\n", printed)
+    assert MethodViT.from_pretrained(tmp_path / "linear_probe").class_names == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.slow

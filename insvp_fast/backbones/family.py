@@ -22,13 +22,16 @@ class BlockOptions(NamedTuple):
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
     prompt_lengths: Tensor | None = None  # ``Prompts.lengths`` of the block
+    keys_values: Tensor | None = None  # ``Prompts.keys_values`` of the block
 
 
 class BackboneFamily(Protocol):
     """The functions of a module in this package: one file for each family, listed in ``FAMILIES``.
 
     Blocks are counted as in the backbone's ``Structure``. Tokens are [B, T, D] from block to block, in whatever order
-    the family puts them; T and D may differ from block to block.
+    the family puts them; T and D may differ from block to block. ``SUPPORTS`` of a module is as that of a
+    ``Structure``: it has "reads_tokens" if the tokens stand as in the structure's, and "carry_prompts" if a further
+    token behind them is what a prompt is.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 takes_padded_prompts = True
+SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
 
 # What is supported
 
@@ -143,8 +144,8 @@ def forward_block(
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11); see ``run_block``."""
-    tokens, lengths = (None, None) if prompts is None else prompts
-    options = options._replace(prompt_lengths=lengths)
+    tokens, lengths, keys_values = (None, None, None) if prompts is None else prompts
+    options = options._replace(prompt_lengths=lengths, keys_values=keys_values)
     return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
 
 

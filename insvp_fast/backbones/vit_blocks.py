@@ -34,6 +34,7 @@ from insvp_fast.backbones.layers import (
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference.vision_transformer import require_block
 from insvp_fast.runtime import buffers
 
 __all__ = ["block_requirements", "run_block"]
@@ -163,6 +164,8 @@ def run_block(
 
     With ``num_queries`` only the first tokens go on; the others are keys and values of the attention and end there.
     """
+    if options.keys_values is not None:
+        require_block(block)
     run = {ParallelThingsBlock: _things, ParallelScalingBlock: _scaling, ResPostBlock: _post_norm}
     return run.get(type(block), _pre_norm)(block, residual, branch, prompts, options, num_queries)
 
@@ -262,17 +265,18 @@ def _attend(
     lengths = options.prompt_lengths
     num_keys = None if lengths is None else num_tokens + lengths  # prompts stand behind the tokens
     if num_queries is not None:
-        return _attend_from_first(attn, qkv, y, num_queries, num_keys)
+        return _attend_from_first(attn, qkv, y, num_queries, num_keys, options.keys_values)
     packed = ops.linear(y, qkv)
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = torch.unflatten(packed, -1, (3, attn.num_heads, -1)).unbind(2)
         q, k = in_own_dtype(attn.q_norm, q).to(v.dtype), in_own_dtype(attn.k_norm, k).to(v.dtype)
         packed = torch.stack([q, k, v], dim=2).flatten(2)
+    packed = _append(packed, options.keys_values, num_keys)
     return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, num_keys=num_keys, impl=options.attention)
 
 
 def _attend_from_first(
-    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, num_keys: Tensor | None
+    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, num_keys: Tensor | None, keys_values: Tensor | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
     """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
     q, kv = ops.project_q_kv(y, num_queries, qkv)
@@ -280,7 +284,17 @@ def _attend_from_first(
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
         kv = torch.stack([in_own_dtype(attn.k_norm, k).to(v.dtype), v], dim=2).flatten(2)
+    kv = _append(kv, keys_values, num_keys)
     return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys)
+
+
+def _append(packed: Tensor, keys_values: Tensor | None, num_keys: Tensor | None) -> Tensor:
+    """Keys and values [B, M, 2·D] behind those of [B, S, 2·D or 3·D], whose queries they have none of."""
+    if keys_values is None:
+        return packed
+    if num_keys is not None:
+        raise ValueError("prompts have lengths and keys_values: expected one of them, padding has to stand last")
+    return torch.cat([packed, F.pad(keys_values.to(packed.dtype), (packed.shape[2] - keys_values.shape[2], 0))], dim=1)
 
 
 def _first(x: Tensor, count: int | None) -> Tensor:

@@ -19,7 +19,7 @@ from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
 
-__all__ = ["AdapterConfig", "BackboneRecord"]
+__all__ = ["AdapterConfig", "BackboneRecord", "check_fields"]
 
 PEFT_TYPE, FORMAT_VERSION = "INSVP", 1
 
@@ -127,8 +127,8 @@ class AdapterConfig:
         if isinstance(version, int) and version > FORMAT_VERSION:
             text = f"format_version is {version}: expected at most {FORMAT_VERSION}"
             raise CheckpointError(f"{file}: {text}: it needs insvp_fast {values.get('insvp_fast_version')} or later")
-        _check_fields(cls, values, f"{file}: ")
-        _check_fields(BackboneRecord, values["backbone"], f"{file}: backbone.")
+        check_fields(cls, values, f"{file}: ")
+        check_fields(BackboneRecord, values["backbone"], f"{file}: backbone.")
         backbone = BackboneRecord(**values["backbone"])
         if not isinstance(getattr(torch, backbone.dtype, None), torch.dtype):
             raise CheckpointError(f"{file}: backbone.dtype is {backbone.dtype!r}: expected a dtype of torch")
@@ -138,7 +138,7 @@ class AdapterConfig:
             raise CheckpointError(f"{file}: {error}") from error
 
 
-def _check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
+def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
     """Check that JSON values are the fields of a dataclass, no more and no fewer, and of their types.
 
     Raises:

@@ -10,6 +10,7 @@ J blocks.
 
 from insvp_fast.reference.heads import DistilledHead, take_head
 from insvp_fast.reference.images import crop_center, fold, normalize, pool_center, simam, unfold
+from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.model import ImagePrompt, InsVPReference
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
 from insvp_fast.reference.structure import Prompts, Structure
@@ -18,10 +19,12 @@ from insvp_fast.reference.structures import STRUCTURES, structure_of
 __all__ = [
     "STRUCTURES",
     "DistilledHead",
+    "Geometry",
     "GlobalPrompter",
     "ImagePrompt",
     "InsVPReference",
     "PatchPrompter",
+    "PromptMethod",
     "Prompts",
     "PyramidPrompter",
     "SpecificPrompter",

@@ -13,6 +13,8 @@ from insvp_fast.reference.vision_transformer import insert, patch_size, split, w
 
 __all__ = ["Stream", "apply_block", "embed", "final_norm", "patch_size", "widths"]
 
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
+
 
 class Stream(NamedTuple):
     """Tokens [B, T, D], and the sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode per block."""

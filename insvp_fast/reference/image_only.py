@@ -15,7 +15,7 @@ PATCH_SIZE = 16  # the paper's
 
 def patch_size(backbone: nn.Module) -> int:
     """The side of the patch prompter's patches: that of the backbone where it has square ones, else the paper's."""
-    sides = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    sides: Any = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     square = isinstance(sides, tuple) and len({*sides}) == 1 and sides[0] > 0
     return int(sides[0]) if square else PATCH_SIZE
 

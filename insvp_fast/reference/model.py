@@ -124,7 +124,7 @@ class InsVPReference(PromptedReference):
             return None
         return self.specific_prompter(image if self.config.specific_input == "image" else prompted)
 
-    def block_prompts(self, block: int, context: Any, batch: int) -> Prompts | None:
+    def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:
         """p_j of ``feature_prompt``; ``context`` is p_s."""
         p_j = self.feature_prompt(block, context, batch)
         return None if p_j is None else Prompts(p_j)

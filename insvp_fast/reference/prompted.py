@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from timm import create_model
 from torch import Tensor, nn
 
 from insvp_fast.reference.heads import DistilledHead, take_head
+from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.structure import Prompts, first_convolution
 from insvp_fast.reference.structures import structure_of
 
@@ -16,41 +18,71 @@ __all__ = ["PromptedReference"]
 
 
 class PromptedReference(nn.Module):
-    """A frozen backbone of timm with a trained head and, by the two methods that a subclass gives it, with prompts.
+    """A frozen backbone of timm with a trained head and with the prompts of a ``PromptMethod``.
 
-    ``prompt_image`` makes the image that the backbone reads, ``block_prompts`` what a block attends to besides its
-    tokens.
+    A subclass may be its own method instead, and say itself what ``PromptMethod`` says: so does ``InsVPReference``.
 
-    Args, shapes and errors: see ``InsVPReference``.
+    Args:
+        method: makes the method for a backbone: a subclass of ``PromptMethod``, or ``functools.partial`` of one.
+
+    Other arguments, shapes and errors: see ``InsVPReference``.
+
+    Raises:
+        ValueError: if the method asks for what cannot be done with such a backbone.
     """
 
-    carry_prompts = False  # whether the prompts' outputs are the prompts of a block that has none of its own
+    reads_tokens = PromptMethod.reads_tokens
+    gives_keys_values = PromptMethod.gives_keys_values
+    carry_prompts = PromptMethod.carry_prompts
+    prompted_blocks: tuple[int, ...]
 
     def __init__(
         self,
         backbone: str | nn.Module,
         num_classes: int | None = None,
         *,
+        method: Callable[[Geometry], PromptMethod] | None = None,
         pretrained: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
+        module: Any = backbone
         if isinstance(backbone, str):
-            backbone = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
+            module = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
         elif pretrained or backbone_kwargs:
             raise ValueError(
                 f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
             )
-        structure = structure_of(backbone)
-        self.patch_size = structure.patch_size(backbone)
+        structure = structure_of(module)
+        self.patch_size = structure.patch_size(module)
         if num_classes is not None:
-            backbone.reset_classifier(num_classes)
-        self.num_classes: int = backbone.num_classes
-        self.head = take_head(backbone)
-        self.backbone = backbone.requires_grad_(False).eval()
-        self.widths = tuple(structure.widths(backbone))
-        self.in_channels = first_convolution(backbone).in_channels
+            module.reset_classifier(num_classes)
+        self.num_classes: int = module.num_classes
+        self.head = take_head(module)
+        self.backbone: Any = module.requires_grad_(False).eval()
+        self.widths = tuple(structure.widths(module))
+        self.in_channels = first_convolution(module).in_channels
         self.head.requires_grad_(True)
+        self.method = None if method is None else self._make_method(method)
+
+    def _make_method(self, make: Callable[[Geometry], PromptMethod]) -> PromptMethod:
+        weight = first_convolution(self.backbone).weight
+        with torch.device(weight.device):
+            method = make(Geometry.of(self.backbone, self.widths, self.in_channels, self.patch_size))
+        supported: frozenset[str] = getattr(structure_of(self.backbone), "SUPPORTS", frozenset())
+        for name in ("reads_tokens", "gives_keys_values", "carry_prompts"):
+            if getattr(method, name) and name not in supported:
+                kinds = type(method).__name__, type(self.backbone).__name__
+                raise ValueError(f"{kinds[0]} has {name}=True, which prompts in a {kinds[1]} cannot have")
+            setattr(self, name, getattr(method, name))
+        self.prompted_blocks = method.prompted_blocks
+        return method.to(weight.dtype)
+
+    @property
+    def _own_method(self) -> PromptMethod:
+        if self.method is None:
+            raise NotImplementedError(f"{type(self).__name__} has no method of prompting: expected method=")
+        return self.method
 
     def train(self, mode: bool = True) -> PromptedReference:
         """Set the mode of what is trained; the frozen backbone stays in evaluation mode."""
@@ -59,12 +91,16 @@ class PromptedReference(nn.Module):
         return self
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
-        """The prompted image, [B, C, H, W], and what ``block_prompts`` needs of it."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it prompts an image")
+        """See ``PromptMethod.prompt_image``."""
+        return self._own_method.prompt_image(image)
 
-    def block_prompts(self, block: int, context: Any, batch: int) -> Prompts | None:
-        """The prompts of a block, for ``batch`` images; None for a block without prompts of its own."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it prompts a block")
+    def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:
+        """See ``PromptMethod.block_prompts``."""
+        prompts = self._own_method.block_prompts(block, context, batch, tokens)
+        if prompts is not None and prompts.keys_values is not None and not self.gives_keys_values:
+            kind = type(self.method).__name__
+            raise ValueError(f"the prompts of block {block} have keys_values: expected {kind}.gives_keys_values=True")
+        return prompts
 
     def apply_block(self, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
         """Block number ``block`` of h with prompts (eq. 2 and 11); see ``Structure.apply_block``."""
@@ -80,7 +116,8 @@ class PromptedReference(nn.Module):
         h = structure.embed(self.backbone, prompted)  # (1)
         outputs = [h] if -1 in blocks else []
         for j in range(max(blocks) + 1):
-            prompts = self.block_prompts(j, context, image.shape[0])
+            tokens = getattr(h, "tokens", h) if self.reads_tokens else None
+            prompts = self.block_prompts(j, context, image.shape[0], tokens)
             h, prompt_outputs = self.apply_block(j, h, carried if prompts is None else prompts)
             carried = Prompts(prompt_outputs) if self.carry_prompts and prompt_outputs is not None else None
             if j in blocks:

@@ -97,4 +97,4 @@ class PyramidPrompter(SpecificPrompter):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         x = self.trunk(image)
         shapes = [(image.shape[0], self.conv1.out_channels, width) for width in self.widths]
-        return tuple(conv(x).reshape(shape) for conv, shape in zip(self.conv3, shapes, strict=True))
+        return tuple(conv(x).reshape(shape) for conv, shape in zip(self.conv3.children(), shapes, strict=True))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Attention, Beit
 from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer_relpos import RelPosAttention, ResPostRelPosBlock, VisionTransformerRelPos
-from torch import Tensor, nn
+from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts
 from insvp_fast.reference.vision_transformer import patch_size, widths
 
 __all__ = ["Stream", "apply_block", "attention_bias", "embed", "final_norm", "patch_size", "qkv_bias", "widths"]
+
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
 
 
 class Stream(NamedTuple):
@@ -73,7 +75,7 @@ def qkv_bias(attn: Attention | RelPosAttention) -> Tensor | None:
     return bias
 
 
-def _block(block: nn.Module, z: Tensor, bias: Tensor | None) -> Tensor:
+def _block(block: Any, z: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(block, ResPostRelPosBlock):  # with the norms behind the branches
         z = z + block.drop_path1(block.norm1(_attention(block.attn, z, bias)))
         return z + block.drop_path2(block.norm2(block.mlp(z)))

@@ -14,13 +14,17 @@ class Prompts(NamedTuple):
     """What a block attends to besides the backbone's tokens.
 
     Attributes:
-        tokens: [B, L, D], which pass the norm and the projections of the block like the backbone's own tokens.
+        tokens: [B, L, D], which pass the norm and the projections of the block like the backbone's own tokens; L may
+            be 0.
         lengths: [B], int64: how many of them an image has, if fewer than L; the others are padding, to which nothing
             attends. For the fast path alone: a ``Structure`` takes whole prompts.
+        keys_values: [B, M, 2·D], M further keys and, behind them, their values, with the heads folded into D as in the
+            backbone: nothing is done to them. Only for a structure that ``SUPPORTS`` them, and without ``lengths``.
     """
 
     tokens: Tensor
     lengths: Tensor | None = None
+    keys_values: Tensor | None = None
 
 
 class Structure(Protocol):
@@ -28,6 +32,10 @@ class Structure(Protocol):
 
     A backbone is a sequence of J blocks. What runs from block to block is called h: the tokens [B, T, D], or whatever
     the backbone's own blocks take and return.
+
+    A module may say in ``SUPPORTS`` which attributes of a ``PromptMethod`` may be true: "reads_tokens" if h, or else
+    ``h.tokens``, is [B, T, D] with the prefix tokens first, "gives_keys_values", and "carry_prompts". Without it, none
+    of them.
     """
 
     def patch_size(self, backbone: Any) -> int:

@@ -74,7 +74,8 @@ def block_with_prompts(block: Any, h: Tensor, prompts: Tensor) -> Tensor:
     Raises:
         TypeError: for a block of another class, with a forward of its own, or with hooks.
     """
-    for module, expected in ((block, SwinTransformerBlock), (getattr(block, "attn", None), WindowAttention)):
+    attn: Any = getattr(block, "attn", None)
+    for module, expected in ((block, SwinTransformerBlock), (attn, WindowAttention)):
         if type(module) is not expected:
             raise TypeError(f"a block has a {type(module).__name__}: expected timm's {expected.__name__}")
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:

@@ -10,7 +10,7 @@ from insvp_fast.training.recipe import BUILTIN_BACKBONE, Recipe
 __all__ = ["Candidate", "candidates_of", "insvp_config"]
 
 BUILTIN_PROMPT_LENGTH = 4  # for its 16 patches; the paper's 9 are for 196
-NO_PROMPTS = InsVPConfig(global_prompt=False, patch_prompt=False, common_prompt=False, specific_prompt=False)
+NO_PROMPTS = InsVPConfig.linear_probe()
 
 
 class Candidate(NamedTuple):

@@ -1,0 +1,35 @@
+"""VFPT, visual Fourier prompt tuning (Zeng et al., NeurIPS 2024): a part of the prompts passes a Fourier transform."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from insvp_fast.methods.vpt import VPTDeep
+from insvp_fast.reference import Geometry
+
+__all__ = ["VFPT"]
+
+
+class VFPT(VPTDeep):
+    """VPT-Deep in which Re(F_seq(F_hidden(p))) stands for the first prompts p of each block.
+
+    Args:
+        fraction: of the prompts, which are transformed; rounded down to whole prompts.
+
+    Other arguments and errors: see ``VPTDeep``.
+    """
+
+    def __init__(self, geometry: Geometry, *, length: int = 50, fraction: float = 0.5, dropout: float = 0.1) -> None:
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction={fraction!r}: expected 0 to 1")
+        super().__init__(geometry, length=length, dropout=dropout)
+        self.num_transformed = int(length * fraction)
+
+    def transform(self, block: int, p: Tensor, batch: int) -> Tensor:
+        """The first prompts transformed, over sequence and width, and the others as they are."""
+        n = self.num_transformed
+        if n and len(p):  # there is no transform of nothing
+            wide = p[:, :n].to(torch.promote_types(p.dtype, torch.float32))  # there is no transform in 16 bits
+            p = torch.cat([torch.fft.fft2(wide).real.to(p.dtype), p[:, n:]], dim=1)
+        return super().transform(block, p, batch)
