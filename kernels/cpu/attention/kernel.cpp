@@ -70,18 +70,12 @@ struct Head {
     multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, scale);
   }
 
-  // Adds rows of w numbers to the scores of tokens; those of prompts stay as they are.
-  void add(float* scores, const float* rows, int64_t count) const {
-    for (int64_t j = 0; j < count; ++j, scores += a.stride, rows += a.w)
-      for (int64_t i = 0; i < a.w; ++i) scores[i] += rows[i];
-  }
-
   // The probabilities of `count` queries from the query t on.
   void probabilities(float* p, const float* q, const float* k_columns, int64_t t, int64_t count) const {
     dot_products(p, q + t * words, k_columns, count, a.scale);
-    if (a.bias) add(p, a.bias + (head * a.w + t) * a.w, count);
-    if (a.mask) add(p, a.mask + (window * a.w + t) * a.w, count);
-    softmax(p, count, a.S, a.stride);
+    const Summands summands{a.bias ? a.bias + (head * a.w + t) * a.w : nullptr,
+                            a.mask ? a.mask + (window * a.w + t) * a.w : nullptr, a.w};
+    softmax(p, count, a.S, a.stride, summands);
   }
 };
 

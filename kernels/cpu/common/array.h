@@ -11,6 +11,14 @@ using namespace insvp_fast;
 template <class T>
 inline vec load_some(const T* from, int64_t n) {
   if (n >= kWidth) return load(from);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const __mmask16 first = n > 0 ? (1u << n) - 1 : 0;
+    return (vec)_mm512_maskz_loadu_ps(first, from);
+  }
+#elif defined __AVX2__
+  if constexpr (sizeof(T) == sizeof(float)) return (vec)_mm256_maskload_ps(from, (__m256i)is_one_of_the_first(n));
+#endif
   T part[kWidth] = {};
   for (int64_t i = 0; i < n; ++i) part[i] = from[i];
   return load(part);

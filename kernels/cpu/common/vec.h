@@ -3,6 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "common/bf16.h"
 
 namespace {
@@ -23,12 +27,28 @@ inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
 inline vec load(const bf16* p) {
   bits16 high;
   __builtin_memcpy(&high, p, sizeof high);
+#ifdef INSVP_FAST_BF16_PAIRS
+  // gcc would make two halves of __builtin_convertvector, and warn of the form without a mask
+  return (vec)((bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)high) << 16);
+#else
   return (vec)(__builtin_convertvector(high, bits32) << 16);
+#endif
 }
 
 inline void store(bf16* p, vec v) {
+#ifdef INSVP_FAST_BF16_PAIRS
+  const __m256bh high = _mm512_cvtneps_pbh((__m512)v);  // a denormal number becomes 0, as in products of pairs
+#else
   const bits16 high = __builtin_convertvector(rounded_to_bf16(v, (bits32)v), bits16);
+#endif
   __builtin_memcpy(p, &high, sizeof high);
+}
+
+// For each element, all bits if it is one of the first n, else none.
+inline bits32 is_one_of_the_first(int64_t n) {
+  bits32 place;
+  for (int i = 0; i < kWidth; ++i) place[i] = i;
+  return (bits32)(place < static_cast<uint32_t>(n > 0 ? n : 0));
 }
 
 inline float sum(vec v) {

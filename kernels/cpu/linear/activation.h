@@ -34,10 +34,6 @@ inline Gate normal(vec x) {
 
 // For results in 16 bits: no division and a third of the terms. The relative error of 2e-4 is a tenth of the rounding
 // of such a result. Phi(-t) = 2^p(t).
-inline vec rough_exp2_of_negative(vec y) {
-  return exp2_of_negative(y, 5.517131e-2f, 2.4261113e-1f, 6.9326103e-1f, 9.9992807e-1f);
-}
-
 inline Gate rough_normal(vec x) {
   const vec t = magnitude(x);
   const vec p = polynomial(t, -3.02386766e-4f, 5.66123795e-3f, -4.77063241e-2f, -4.6481004e-1f, -1.14886574f,
@@ -61,8 +57,6 @@ inline Cubic argument(Activation activation) {
          : activation == Activation::quick_gelu ? Cubic{1.702f, 0.0f}
                                                 : Cubic{1.0f, 0.0f};
 }
-
-constexpr float kLog2E = 1.44269504f;
 
 // P of an activation, for results in 16 bits if ROUGH.
 template <bool ROUGH>

@@ -31,50 +31,66 @@ inline vec multiply_add(vec sum, word x, words w) { return sum + x * w; }
 constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kColumns = kVectors * kWidth;
 
 // sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop.
-template <int ROWS>
+template <int ROWS, int VECTORS>
 inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first) {
-  vec acc[ROWS][kVectors];
+  vec acc[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) acc[j][v] = vec{};
+    for (int v = 0; v < VECTORS; ++v) acc[j][v] = vec{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    words wk[kVectors];
+    words wk[VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&wk[v], w + k * kColumns + v * kWidth, sizeof wk[v]);
+    for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&wk[v], w + k * kColumns + v * kWidth, sizeof wk[v]);
 #pragma GCC unroll 8
     for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[j][v] = multiply_add(acc[j][v], x[j * kRowStride + k], wk[v]);
+      for (int v = 0; v < VECTORS; ++v) acc[j][v] = multiply_add(acc[j][v], x[j * kRowStride + k], wk[v]);
   }
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < VECTORS; ++v) {
       float* to = sums + j * kColumns + v * kWidth;
       store(to, first ? acc[j][v] : load(to) + acc[j][v]);
     }
 }
 
+// Makes the results of a row of a tile from its sums: `columns` of them, at `at` in y.
+template <Epilogue EPILOGUE>
+inline void finish_row(const Linear& a, const float* sums, const float* bias, int64_t at, int64_t columns) {
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const int64_t left = columns - i;
+    vec y = load(sums + i);
+    if (bias) y += load_some(bias + i, left);
+    if constexpr (EPILOGUE == Epilogue::activate) {
+      if (a.pre.data) write(a.pre, at + i, y, left);
+      y = y * gate<kRough>(a.activation, y).value;
+    } else if constexpr (EPILOGUE == Epilogue::activate_bwd) {
+      const vec x = read(a.pre, at + i, left);
+      const Gate p = gate<kRough>(a.activation, x);
+      y = y * (p.value + x * p.slope);
+    }
+    write(a.y, at + i, y, left);
+  }
+}
+
+template <Epilogue EPILOGUE>
+inline void finish_rows(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+  const float* bias = a.bias ? a.bias + column : nullptr;
+  const int64_t columns = a.N - column;
+  for (int64_t m = row; m < row + rows; ++m, sums += kColumns) {
+    if (columns >= kColumns) finish_row<EPILOGUE>(a, sums, bias, m * a.N + column, kColumns);
+    else finish_row<EPILOGUE>(a, sums, bias, m * a.N + column, columns);
+  }
+}
+
 // Makes the results of a tile from its sums.
 inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
-  for (int64_t j = 0; j < rows; ++j)
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t n = column + v * kWidth, left = a.N - n, at = (row + j) * a.N + n;
-      if (left <= 0) break;
-      vec y = load(sums + j * kColumns + v * kWidth);
-      if (a.bias) y += load_some(a.bias + n, left);
-      if (a.epilogue == Epilogue::activate) {
-        if (a.pre.data) write(a.pre, at, y, left);
-        y *= gate<kRough>(a.activation, y).value;
-      } else if (a.epilogue == Epilogue::activate_bwd) {
-        const vec x = read(a.pre, at, left);
-        const Gate p = gate<kRough>(a.activation, x);
-        y *= p.value + x * p.slope;
-      }
-      write(a.y, at, y, left);
-    }
+  if (a.epilogue == Epilogue::none) finish_rows<Epilogue::none>(a, sums, row, rows, column);
+  else if (a.epilogue == Epilogue::activate) finish_rows<Epilogue::activate>(a, sums, row, rows, column);
+  else finish_rows<Epilogue::activate_bwd>(a, sums, row, rows, column);
 }
 
 // Copies the words of x from `first` to `end`, in runs.
@@ -106,6 +122,7 @@ inline void expect(Array array, int64_t at) {
 // this one.
 inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, float* sums, const word* x, const word* w,
                       const word* next, int64_t depth, bool first, bool last) {
+  const int64_t vectors = smaller(kVectors, ceil_div(a.N - column, kWidth));
   int64_t share = ceil_div(depth * kColumns, b.rows);  // of `next`, to be prefetched with each row
   if (share * kRows > 96 * 16) share = 0;              // so many requests at a time would delay each other
   for (int64_t j = 0; j < b.rows; j += kRows) {
@@ -116,7 +133,9 @@ inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, flo
       if (a.pre.data) expect(a.pre, m * a.N + column);
     }
     with_constant<kRows>(rows, [&](auto height) {
-      tile<height.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first);
+      with_constant<kVectors>(vectors, [&](auto width) {
+        tile<height.value, width.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first);
+      });
     });
     if (last) finish(a, sums + j * kColumns, b.row + j, rows, column);
   }
