@@ -44,7 +44,9 @@ def take_head(backbone: Any) -> nn.Module:
 def _of_pooled(conv: nn.Conv2d) -> nn.Linear:
     """A convolution of one pixel as a layer of pooled features, [B, C]."""
     weight, bias = conv.weight.detach().flatten(1), conv.bias
-    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    out, width = weight.shape
+    linear = nn.Linear(width, out, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight)
-    linear.bias = None if bias is None else nn.Parameter(bias.detach())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
     return linear
