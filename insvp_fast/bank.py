@@ -114,12 +114,14 @@ class AdapterBank(PromptedViT):
             raise ValueError(f"name={name!r}: expected {self._known()}")
 
     def _known(self) -> str:
-        names = sorted(self._adapters)
+        names = sorted(dict(self._adapters))  # a copy: others may add and remove
+        if not names:
+            return "an adapter that was added, and there is none"
         return f"one of {names[:20]}" + (f" or {len(names) - 20} others" if len(names) > 20 else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for model in self._adapters.values():
+        for model in list(self._adapters.values()):
             model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

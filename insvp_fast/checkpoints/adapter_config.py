@@ -14,7 +14,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from insvp_fast import __version__
-from insvp_fast.checkpoints.backbone import source_of
+from insvp_fast.checkpoints.backbone import require_architecture_only, source_of
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
@@ -55,6 +55,20 @@ class BackboneRecord:
             dtype=str(dtype).removeprefix("torch."),
             sha256=backbone_sha256(backbone, dtype),
         )
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], file: Path) -> Self:
+        """The record in a file of others.
+
+        Raises:
+            CheckpointError: naming the key, if it is not such a record.
+        """
+        check_fields(cls, values, f"{file}: backbone.")
+        record = cls(**values)
+        if not isinstance(getattr(torch, record.dtype, None), torch.dtype):
+            raise CheckpointError(f"{file}: backbone.dtype is {record.dtype!r}: expected a dtype of torch")
+        require_architecture_only(record.arguments or {}, f"{file}: backbone.arguments")
+        return record
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -134,10 +148,7 @@ class AdapterConfig:
             text = f"format_version is {version}: expected at most {FORMAT_VERSION}"
             raise CheckpointError(f"{file}: {text}: it needs insvp_fast {values.get('insvp_fast_version')} or later")
         check_fields(cls, values, f"{file}: ")
-        check_fields(BackboneRecord, values["backbone"], f"{file}: backbone.")
-        backbone = BackboneRecord(**values["backbone"])
-        if not isinstance(getattr(torch, backbone.dtype, None), torch.dtype):
-            raise CheckpointError(f"{file}: backbone.dtype is {backbone.dtype!r}: expected a dtype of torch")
+        backbone = BackboneRecord.read(values["backbone"], file)
         try:
             return cls(**values | {"backbone": backbone, "insvp": InsVPConfig.from_dict(values["insvp"])})
         except (TypeError, ValueError) as error:

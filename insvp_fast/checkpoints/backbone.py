@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "hub_id",
     "is_name",
     "is_shipped",
+    "require_architecture_only",
     "save_backbone",
     "shipped_backbone",
     "source_of",
@@ -35,6 +37,7 @@ __all__ = [
 HUB, FOLDER = ("hf-hub:", "hf_hub:"), "local-dir:"  # timm's prefixes
 ASSETS = files("insvp_fast") / "assets"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
+RUNTIME_ARGUMENTS = ("checkpoint_path", "cache_dir", "pretrained", "scriptable", "exportable", "no_jit")
 TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py, and the arguments they set
 
 
@@ -172,7 +175,20 @@ def _architecture_of(file: Path) -> tuple[str, dict[str, Any]]:
         found = f"the architecture {name!r}, which timm does not know" if name else "no architecture in it"
         raise CheckpointError(f"{file}: found {found}: expected NAME@{file}, or the folder that timm saved")
     given = {to: value for key, to in TRAIN_OPTIONS.items() if (value := getattr(options, key, None)) is not None}
-    return name, dict(facts.get("model_args") or getattr(options, "model_kwargs", None) or {}) | given
+    arguments = dict(facts.get("model_args") or getattr(options, "model_kwargs", None) or {})
+    require_architecture_only(arguments, file)
+    return name, arguments | given
+
+
+def require_architecture_only(arguments: Mapping[str, Any], where: object) -> None:
+    """Check that arguments from a file of others say nothing but the architecture.
+
+    Raises:
+        CheckpointError: for an argument with which timm would read other files, or download.
+    """
+    for name in arguments:
+        if name in RUNTIME_ARGUMENTS or name.startswith("pretrained_"):
+            raise CheckpointError(f"{where}: found the argument {name}: expected those of an architecture alone")
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-batch", 8, "images computed together"),
         ("--max-bytes", 16 * 2**20, "bytes of a request"),
         ("--max-images", 16, "images of a request"),
-        ("--max-pixels", 64_000_000, "pixels of an image, by its header"),
+        ("--max-pixels", 25_000_000, "pixels of an image, by its header"),
         ("--max-requests", 64, "requests answered at once; further ones get status 503"),
         ("--workers", 2, "threads that decode images"),
     ):

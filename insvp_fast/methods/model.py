@@ -238,8 +238,4 @@ class _Config:
             found = values.get("method") if isinstance(values, dict) else values
             raise CheckpointError(f"{file}: method is {found!r}: expected one of {sorted(METHODS)}")
         check_fields(cls, values, f"{file}: ")
-        check_fields(BackboneRecord, values["backbone"], f"{file}: backbone.")
-        backbone = BackboneRecord(**values["backbone"])
-        if not isinstance(getattr(torch, backbone.dtype, None), torch.dtype):
-            raise CheckpointError(f"{file}: backbone.dtype is {backbone.dtype!r}: expected a dtype of torch")
-        return cls(**values | {"backbone": backbone})
+        return cls(**values | {"backbone": BackboneRecord.read(values["backbone"], file)})

@@ -52,7 +52,9 @@ def window_attention(
         RuntimeError: if the implementation asked for cannot run here.
     """
     if impl not in WINDOW_ATTENTION:
-        raise ValueError(f"impl={impl!r}: expected one of {sorted(WINDOW_ATTENTION)}")
+        raise ValueError(
+            f"impl={impl!r}: expected one of {sorted(WINDOW_ATTENTION)} for attention in windows or with a bias"
+        )
     _check(qkv, num_heads, windows, bias, mask)
     bias, mask = (None if x is None else x.to(widened(x.dtype)) for x in (bias, mask))
     operands = _Fwd(qkv, num_heads, windows, bias, mask, scale)

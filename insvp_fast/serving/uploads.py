@@ -33,7 +33,7 @@ class Limits(NamedTuple):
 
     max_bytes: int = 16 * 2**20
     max_images: int = 16
-    max_pixels: int = 64_000_000
+    max_pixels: int = 25_000_000
     max_requests: int = 64
     upload_seconds: float = 30.0
 

@@ -285,6 +285,10 @@ WRONG_DESCRIPTIONS = {
     "a wrong type": (lambda v: v.update(num_classes="3"), "num_classes is '3': expected int"),
     "a wrong value": (lambda v: v["insvp"].update(prompt_length=-1), "prompt_length=-1: expected an integer of at"),
     "a wrong dtype": (lambda v: v["backbone"].update(dtype="Tensor"), r"backbone\.dtype is 'Tensor': expected a dtype"),
+    "a file to read": (
+        lambda v: v["backbone"]["arguments"].update(checkpoint_path="/etc/passwd"),
+        r"backbone\.arguments: found the argument checkpoint_path: expected those of an architecture",
+    ),
     "too few names": (lambda v: v["class_names"].pop(), "class_names has 2 names: expected one for each of the 3"),
     "a wrong list": (lambda v: v.update(class_names="cat"), r"class_names is 'cat': expected list \| None"),
     "too deep": (lambda v: v["insvp"].update(prompted_blocks=[5]), "asks for block 5"),
