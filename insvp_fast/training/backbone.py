@@ -20,15 +20,18 @@ def load_backbone(source: str = BUILTIN_BACKBONE, checkpoint: str | None = None)
     """The backbone that ``create_backbone`` builds, without a head.
 
     Raises:
-        CheckpointError: if there is no such model, its weights cannot be found, or it is of a class that cannot be
-            prompted.
+        CheckpointError: if there is no such model, its weights cannot be found, or it has no blocks that
+            prompts can be put into.
     """
     try:
         backbone = create_backbone(source, checkpoint=checkpoint, num_classes=0)
-        structure_of(backbone)
-        return backbone
-    except (CheckpointError, TypeError) as error:
+        widths = structure_of(backbone).widths(backbone)
+    except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(f"`backbone` is {source}: {error}") from error
+    if not widths:
+        kind = type(backbone).__name__
+        raise CheckpointError(f"`backbone` is {source}: a {kind} takes image prompts alone: expected one with blocks")
+    return backbone
 
 
 def resolve_preprocessing(backbone: nn.Module, preset: str = "timm") -> dict[str, Any]:
