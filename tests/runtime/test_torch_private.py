@@ -29,7 +29,15 @@ ALLOWED = {
     "_fields": "the same",
     "_make": "the same",
     "_replace": "the same",
+    "_field_defaults": "the same",
     "_pos_embed": "timm's, part of every ViT that is understood",
+    "_forward_embeds": "timm's, of NaFlexVit: the only way to the tokens before its blocks",
+    "_get_rel_pos_bias": "timm's, of Swin and BEiT: their bias, which is a sum of tables",
+    "timm.models._features.FeatureGetterNet": "timm exports its other ways to get features",
+    "timm.models._features.feature_take_indices": "timm's models all call it",
+    "torch._inductor.aoti_compile_and_package": "in PyTorch's documentation of AOTInductor",
+    "torch._inductor.aoti_load_package": "the same",
+    "torch._inductor.exc.InductorError": "what the above raises",
     "_file_dict": "torchvision's, of one data set",
     "_samples": "torchvision's, of one data set",
     "_hub_mixin_info": "huggingface_hub's, of the mixin that the model inherits",
@@ -45,7 +53,7 @@ def private(name):
 def own_names(trees):
     """Private names that the package gives itself."""
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
