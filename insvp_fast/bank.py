@@ -185,9 +185,11 @@ class AdapterBank(PromptedViT):
 
     def _mixes(self, image: Tensor, groups: Sequence[_Group]) -> bool:
         """Whether these groups can pass through the backbone together."""
-        if not self._takes_fast_path(image) or any(group.model._own_reason() for group in groups):
+        models = [group.model for group in groups]
+        if not self._takes_fast_path(image) or any(m._own_reason() or m._carries_prompts for m in models):
             return False
-        return self._family.takes_padded_prompts or len({_lengths(group.model) for group in groups}) == 1
+        same = len({_lengths(group.model) for group in groups}) == 1
+        return same or "lengths" in getattr(self._family, "SUPPORTS", ())
 
     def _alone(self, group: _Group, image: Tensor, features: bool = False) -> Tensor:
         """The result of a group by its own model."""

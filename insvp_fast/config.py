@@ -160,10 +160,7 @@ class InsVPConfig:
 
     @classmethod
     def vpt_shallow(cls, length: int = 50, **overrides: Any) -> InsVPConfig:
-        """VPT-Shallow: as ``vpt_deep``, for the first block, from where the prompts run on through all others.
-
-        ``InsVPViT`` computes it on the general path, ``insvp_fast.methods.VPTShallow`` on the fast path.
-        """
+        """VPT-Shallow: as ``vpt_deep``, for the first block, from where the prompts run on through all others."""
         return cls.vpt_deep(length, **({"prompted_blocks": 1, "carry_prompts": True} | overrides))
 
     @classmethod

@@ -69,13 +69,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _own_reason(self) -> str | None:
         if reason := super()._own_reason():
             return reason
-        L, prompted, common = self.config.prompt_length, self.prompted_blocks, self.common_prompts
+        L, common = self.config.prompt_length, self.common_prompts
         for prompts in common if isinstance(common, nn.ParameterList) else () if common is None else (common,):
             if prompts.shape[1] != L:
                 return f"common_prompts has {prompts.shape[1]} prompts: expected prompt_length={L}"
-        # in the fast path prompts end with their block
-        if self.config.carry_prompts and prompted and not {*range(prompted[0], len(self.widths))} <= {*prompted}:
-            return "carry_prompts with blocks that have no prompts of their own"
         return None
 
     def image_prompt(self, image: Tensor) -> reference.ImagePrompt:

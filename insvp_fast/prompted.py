@@ -90,11 +90,10 @@ class PromptedViT(Covered, PromptedReference):
 
     def _method_reason(self) -> str | None:
         """Why the fast path of such a backbone does not take the method's prompts."""
-        carries = any(map(self._prompts_run_on, range(len(self.widths))))
         asked = {
             "reads_tokens": self.reads_tokens,
             "gives_keys_values": self.gives_keys_values,
-            "carry_prompts": carries,
+            "carry_prompts": self._carries_prompts,
         }
         supported: frozenset[str] = getattr(family_of(self.backbone), "SUPPORTS", frozenset())
         missing = next((name for name, needed in asked.items() if needed and name not in supported), None)
@@ -163,6 +162,11 @@ class PromptedViT(Covered, PromptedReference):
         with torch.autocast(patches.device.type, enabled=False):  # the operations choose their own precision
             tokens = self._family.embed(self.backbone, patches, grid)
             return self._run_blocks(tokens, context, patches.dtype, grid, blocks, num_queries)
+
+    @property
+    def _carries_prompts(self) -> bool:
+        """Whether prompts run on from any block to the next."""
+        return any(map(self._prompts_run_on, range(len(self.widths))))
 
     def _prompts_run_on(self, block: int) -> bool:
         """Whether the outputs of a block's prompts are the prompts of the next block."""

@@ -47,10 +47,9 @@ __all__ = [
     "read_tokens",
     "requirements",
     "shared",
-    "takes_padded_prompts",
 ]
 
-takes_padded_prompts = True
+SUPPORTS = frozenset({"lengths"})
 
 # What is supported
 

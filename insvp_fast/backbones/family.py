@@ -32,13 +32,12 @@ class BackboneFamily(Protocol):
     Blocks are counted as in the backbone's ``Structure``. Tokens are [B, T, D] from block to block, in whatever order
     the family puts them; T and D may differ from block to block. ``SUPPORTS`` of a module is as that of a
     ``Structure``: it has "reads_tokens" if the tokens stand as in the structure's, and "carry_prompts" if a further
-    token behind them is what a prompt is.
+    token behind them is what a prompt is; and "lengths" if ``forward_block`` heeds ``Prompts.lengths``, which must be
+    None without it.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """
-
-    takes_padded_prompts: bool  # whether ``forward_block`` heeds ``Prompts.lengths``; if not, they must be None
 
     def requirements(self, backbone: Any, patch_size: int) -> Table:
         """What the fast path requires of the backbone's modules."""

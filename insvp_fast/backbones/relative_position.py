@@ -47,10 +47,7 @@ __all__ = [
     "read_tokens",
     "requirements",
     "shared",
-    "takes_padded_prompts",
 ]
-
-takes_padded_prompts = False
 
 # What is supported
 

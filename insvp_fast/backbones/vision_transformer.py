@@ -38,11 +38,9 @@ __all__ = [
     "read_tokens",
     "requirements",
     "shared",
-    "takes_padded_prompts",
 ]
 
-takes_padded_prompts = True
-SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
+SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts", "lengths"})
 
 # What is supported
 

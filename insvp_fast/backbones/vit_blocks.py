@@ -32,6 +32,7 @@ from insvp_fast.backbones.layers import (
     norm_insert,
     norm_requirements,
 )
+from insvp_fast.backbones.qkv import norm_heads, qkv_requirements
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
@@ -90,12 +91,9 @@ def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
         "scale": max(head_width, 1) ** -0.5,
         "gate": None,
     }
-    head_norm = (IDENTITY, *norm_requirements(head_width))
     return {
         "": (rule(Attention, "num_heads fused_attn", **attention, **inactive_dropout(attn)),),
-        ".qkv": LINEAR,
-        ".q_norm": head_norm,
-        ".k_norm": head_norm,
+        **qkv_requirements(attn, head_width),
         ".attn_drop": DROPOUT_OFF,
         ".norm": (IDENTITY, *norm_requirements(width)),
         ".proj": LINEAR,
@@ -301,11 +299,7 @@ def _attend(
     num_keys = None if lengths is None else num_tokens + lengths  # prompts stand behind the tokens
     if num_queries is not None:
         return _attend_from_first(attn, qkv, y, num_queries, num_keys, options.keys_values)
-    packed = ops.linear(y, qkv)
-    if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
-        q, k, v = torch.unflatten(packed, -1, (3, attn.num_heads, -1)).unbind(2)
-        q, k = in_own_dtype(attn.q_norm, q).to(v.dtype), in_own_dtype(attn.k_norm, k).to(v.dtype)
-        packed = torch.stack([q, k, v], dim=2).flatten(2)
+    packed = norm_heads(attn, ops.linear(y, qkv), 3)
     packed = _append(packed, options.keys_values, num_keys)
     return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, num_keys=num_keys, impl=options.attention)
 
@@ -316,10 +310,7 @@ def _attend_from_first(
     """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
     q, kv = ops.project_q_kv(y, num_queries, qkv)
     q = in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
-    if not isinstance(attn.k_norm, nn.Identity):
-        k, v = torch.unflatten(kv, -1, (2, attn.num_heads, -1)).unbind(2)
-        kv = torch.stack([in_own_dtype(attn.k_norm, k).to(v.dtype), v], dim=2).flatten(2)
-    kv = _append(kv, keys_values, num_keys)
+    kv = _append(norm_heads(attn, kv, 2), keys_values, num_keys)
     return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys)
 
 

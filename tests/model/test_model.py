@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.optim import param_groups_weight_decay
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, prompters
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, prompters, unsupported_reason
 from insvp_fast.ops.attention import cpu_attention
 from insvp_fast.reference import crop_center, pool_center, simam
 from insvp_fast.runtime import native, products
@@ -193,10 +193,11 @@ def test_dropout_under_the_same_masks(config):
     assert torch.equal(fast.eval()(image), fast(image))
 
 
-def test_carried_prompts_take_the_general_path():
-    config = InsVPConfig(prompted_blocks=1, carry_prompts=True, **NO_DROPOUT)
-    with pytest.warns(UserWarning, match="carry_prompts with blocks that have no prompts"):
-        reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
+@pytest.mark.parametrize("blocks", [1, (1,), (0, 1)])
+def test_carried_prompts(blocks):
+    config = InsVPConfig(prompted_blocks=blocks, carry_prompts=True, **NO_DROPOUT)
+    reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY | {"depth": 3})
+    assert unsupported_reason(fast) is None
     assert_equal_numbers(reference, fast, images(fast))
 
 
