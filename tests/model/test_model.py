@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import warnings
@@ -524,9 +523,9 @@ def test_same_seed_same_bits():
 WORKER = """
 import sys, torch, torch.distributed as dist
 from insvp_fast import InsVPConfig, InsVPViT
-rank, port = int(sys.argv[1]), sys.argv[2]
+rank, meeting = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
 torch.manual_seed(0)
 model = InsVPViT("vit_tiny_patch16_224", 10, InsVPConfig(global_dropout=0.0), img_size=32, depth=2)
 image, target = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
@@ -544,13 +543,11 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_make_the_gradients_of_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def test_two_processes_make_the_gradients_of_one(tmp_path):
+    meeting = (tmp_path / "meeting").as_uri()  # a file: a free port may be taken before it is used
     command = [sys.executable, "-c", WORKER]
     workers = [
-        subprocess.Popen([*command, str(rank), port], stderr=subprocess.PIPE, text=True, env=os.environ)
+        subprocess.Popen([*command, str(rank), meeting], stderr=subprocess.PIPE, text=True, env=os.environ)
         for rank in range(2)
     ]
     for worker in workers:
