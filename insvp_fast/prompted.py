@@ -166,7 +166,7 @@ class PromptedViT(Covered, PromptedReference):
     @property
     def _carries_prompts(self) -> bool:
         """Whether prompts run on from any block to the next."""
-        return any(map(self._prompts_run_on, range(len(self.widths))))
+        return self.carry_prompts and any(map(self._prompts_run_on, range(len(self.widths))))
 
     def _prompts_run_on(self, block: int) -> bool:
         """Whether the outputs of a block's prompts are the prompts of the next block."""

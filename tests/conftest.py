@@ -23,14 +23,6 @@ settings.register_profile("insvp_fast", deadline=None, derandomize=True)
 settings.load_profile("insvp_fast")
 
 
-LONGEST = ("test_aot.py", "test_docs.py", "test_packaging.py", "test_bench.py")
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the longest files: with ``--dist loadfile`` a worker would be left with one of them at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

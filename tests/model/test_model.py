@@ -20,6 +20,7 @@ from insvp_fast.ops.attention import cpu_attention
 from insvp_fast.reference import crop_center, pool_center, simam
 from insvp_fast.runtime import native, products
 from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
+from tests.model.parity import assert_equal_numbers
 
 TINY = {"img_size": 32, "depth": 2}
 VARIANTS = {  # of timm's ViT, that have a fast path
@@ -95,16 +96,6 @@ def pooling_margin(model, image):
         x = prompter.conv2(windows(prompter.conv1(x), 3 * prompter.grid + 4))
         windows(crop_center(x, 3 * prompter.grid, 3 * prompter.grid), prompter.grid)
     return min(margins)
-
-
-def assert_equal_numbers(reference, fast, image, tolerance=1e-5):
-    """Errors against double precision are at most the tolerance, or twice those of the reference in fp32."""
-    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-    plain, values = trained_gradients(reference, image), trained_gradients(fast, image)
-    assert values.keys() == exact.keys()
-    for name, value in values.items():
-        allowed = max(tolerance, 2 * relative_error(plain[name], exact[name]))
-        assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

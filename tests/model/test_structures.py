@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
-from insvp_fast.testing import DEVICE, assert_within_budget, relative_error, trained_gradients
+from insvp_fast.testing import DEVICE, relative_error
+from tests.model.parity import assert_bf16_within_budget, assert_equal_numbers
 
 TINY = {"img_size": (24, 40), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
 OFF = {"global_prompt": False, "patch_prompt": False, "common_prompt": False, "specific_prompt": False}
@@ -174,27 +175,10 @@ def pair(kind):
     return reference.to(DEVICE), fast.to(DEVICE), images(3, size)
 
 
-def assert_equal_numbers(reference, fast, image):
-    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-    plain, values = trained_gradients(reference, image), trained_gradients(fast, image)
-    assert values.keys() == exact.keys()
-    for name, value in values.items():
-        allowed = max(1e-5, 2 * relative_error(plain[name], exact[name]))
-        assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
-
-
 @pytest.mark.parametrize("amp", [True, False], ids=["autocast", "bf16"])
 @pytest.mark.parametrize("kind", FAST)
 def test_bf16(kind, amp):
-    reference, fast, image = pair(kind)
-    if not amp:
-        reference, fast, image = (x.bfloat16() for x in (reference, fast, image))
-    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-    autocast = torch.bfloat16 if amp else None
-    plain, values = (trained_gradients(model, image, autocast=autocast) for model in (reference, fast))
-    for name, value in values.items():
-        assert value.dtype == plain[name].dtype
-        assert_within_budget(value, plain[name], exact[name], torch.bfloat16, name)
+    assert_bf16_within_budget(*pair(kind), autocast=amp)
 
 
 @pytest.mark.parametrize("kind", ["EVA-02 with packed layers", "BEiT", "distilled DeiT"])

@@ -13,7 +13,8 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_r
 from insvp_fast.backbones.swin import tokens_of_windows
 from insvp_fast.reference.swin import block_with_prompts
 from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
-from tests.model.test_model import assert_equal_numbers, images
+from tests.model.parity import assert_equal_numbers
+from tests.model.test_model import images
 
 NAME = "swin_tiny_patch4_window7_224"
 TINY = {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}

@@ -1,0 +1,29 @@
+"""What the tests of models share: a fast model against the reference, measured by the reference in double precision."""
+
+import copy
+
+import torch
+
+from insvp_fast.testing import assert_within_budget, relative_error, trained_gradients
+
+
+def assert_equal_numbers(reference, fast, image, tolerance=1e-5):
+    """Errors of logits and gradients are at most the tolerance, or twice those of the reference in fp32."""
+    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+    plain, values = trained_gradients(reference, image), trained_gradients(fast, image)
+    assert values.keys() == exact.keys()
+    for name, value in values.items():
+        allowed = max(tolerance, 2 * relative_error(plain[name], exact[name]))
+        assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
+
+
+def assert_bf16_within_budget(reference, fast, image, autocast):
+    """Errors in bf16, under autocast or of models in bf16, are within the budget of ``assert_within_budget``."""
+    if not autocast:
+        reference, fast, image = (x.bfloat16() for x in (reference, fast, image))
+    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+    dtype = torch.bfloat16 if autocast else None
+    plain, values = (trained_gradients(model, image, autocast=dtype) for model in (reference, fast))
+    for name, value in values.items():
+        assert value.dtype == plain[name].dtype
+        assert_within_budget(value, plain[name], exact[name], torch.bfloat16, name)
