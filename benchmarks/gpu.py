@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_mlp, bench_norm_insert, bench_superpose
 from benchmarks.cuda_graphs import graphed
@@ -29,10 +31,10 @@ from benchmarks.operations import evaluate
 from benchmarks.parity import assert_parity
 from benchmarks.rates import model_flops, peak_bandwidth, peak_flops
 from insvp_fast import ops
-from insvp_fast.bench.jobs import AUTOCAST_DTYPES, forward_backward, training_step
+from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS, forward_backward, training_step
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.models import CONFIGS
-from insvp_fast.bench.timing import Row, alternate, compare, median_and_spread
+from insvp_fast.bench.timing import Row, alternate, clock, compare, median_and_spread
 from insvp_fast.ops.heads import merge_heads, split_packed
 from insvp_fast.testing import DEVICE
 
@@ -182,6 +184,28 @@ def models() -> Iterator[Row]:
                 yield row | {"TFLOP/s": flops * row["images per second"] / 1e12}
 
 
+def launches() -> Iterator[Row]:
+    """Where the time of a step goes: the host's, and the kernels by the time that they take in all."""
+    for job, provider in itertools.product(("training step", "inference"), ("insvp_fast", "bare")):
+        batch = BATCHES[-1]
+        run = JOBS[job](make_model(provider, NAME, **CUT), batch, DTYPE)
+        row: Row = {"job": job, "provider": provider, "batch": batch}
+        for _ in range(3):
+            run()
+        begin = clock()
+        run()
+        launched = time.perf_counter()
+        yield row | {"launched after ms": (launched - begin) * 1e3, "done after ms": (clock() - begin) * 1e3}
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]) as profiler:
+            run()
+            clock()
+        kernels = [k for k in profiler.key_averages() if k.self_device_time_total > 0 and k.device_type != DeviceType.CPU]
+        kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
+        yield row | {"kernels": sum(k.count for k in kernels), "ms": sum(k.self_device_time_total for k in kernels) / 1e3}
+        for kernel in kernels[:30]:
+            yield row | {"ms": kernel.self_device_time_total / 1e3, "calls": kernel.count, "kernel": kernel.key[:100]}
+
+
 def graphs() -> Iterator[Row]:
     """A training step launched kernel by kernel, and as one CUDA graph."""
     if not ON_GPU:
@@ -199,7 +223,7 @@ def graphs() -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
-    section.__name__: section for section in (correctness, peaks, products, sdpa, kernels, models, attention, graphs)
+    section.__name__: section for section in (correctness, peaks, products, sdpa, kernels, launches, models, attention, graphs)
 }
 
 
