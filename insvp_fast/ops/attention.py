@@ -15,6 +15,7 @@ from insvp_fast.ops.heads import (
     check_num_keys,
     keys_exist,
     merge_heads,
+    pack,
     split_heads,
     split_packed,
     without_padding,
@@ -53,9 +54,10 @@ def attention(
         scale: of the scores before the softmax.
         num_keys: [B], int64, T to S and at least 1, on the device of ``qkv``: image b attends to its first
             ``num_keys[b]`` tokens, and not to the padding behind them, which must be finite. None for all S.
-        impl: "auto" lets the device decide: on GPUs "sdpa", on CPUs the fastest of "native", "explicit" (PyTorch's
-            products, image after image) and "flash" (PyTorch's fused kernel for CPUs). One of these, "reference",
-            "triton" or "xformers" insists. The last two and "flash" do without ``num_keys``.
+        impl: "auto" lets the device decide: on GPUs the forward pass of "sdpa" (PyTorch's choice) and, where it covers
+            the operands, the backward pass of "triton", on CPUs the fastest of "native", "explicit" (PyTorch's
+            products, image after image) and "flash" (PyTorch's fused kernel for CPUs). One of these, "reference" or
+            "xformers" insists, in both directions. "xformers", "triton" and "flash" do without ``num_keys``.
 
     Returns:
         [B, T, D] in the dtype of ``qkv``. Kept for backward: ``qkv`` and what the implementation needs of the softmax.
@@ -71,9 +73,9 @@ def attention(
     if not 0 <= num_queries <= qkv.shape[1]:
         raise ValueError(f"num_queries={num_queries}: expected 0 to {qkv.shape[1]}, the number of tokens")
     check_num_keys(num_keys, qkv, num_queries)
-    if impl == "auto" and qkv.device.type != "cpu":
-        impl = "sdpa"
     operands = _Fwd(qkv, num_heads, num_queries, scale, num_keys)
+    if impl == "auto" and qkv.device.type != "cpu" and _triton_reason(operands):
+        impl = "sdpa"
     if impl in _COMPOSED:
         return _COMPOSED[impl](*operands)
     require("attention_fwd", impl, operands)
@@ -106,9 +108,25 @@ def attention_bwd_reference(
 
 
 def _sdpa(qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None) -> Tensor:
-    q, k, v = split_packed(qkv, num_heads)
+    if torch.compiler.is_compiling() or torch_private.transforming(qkv):
+        q, k, v = _Split.forward(None, qkv, num_heads, num_queries)  # PyTorch differentiates it, and fuses the copies
+    else:
+        q, k, v = _Split.apply(qkv, num_heads, num_queries)
     mask = None if num_keys is None else keys_exist(num_keys, qkv.shape[1])
-    return merge_heads(F.scaled_dot_product_attention(q[:, :, :num_queries], k, v, mask, scale=scale))
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
+
+
+class _Split(torch.autograd.Function):
+    """Queries, keys and values as views, whose gradients are each copied once, to where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_packed(qkv, num_heads)
+        return q[:, :, :num_queries], k, v
+
+    @staticmethod
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:
+        return pack(d_q, d_k, d_v), None, None
 
 
 def _xformers(qkv: Tensor, num_heads: int, num_queries: int, scale: float, num_keys: Tensor | None) -> Tensor:
@@ -173,14 +191,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _fwd_auto(a: _Fwd) -> Sequence[str]:
-    if a.qkv.device.type != "cpu":  # on GPUs "auto" is "sdpa", above; a program that was exported on a CPU comes here
-        return []
+    if a.qkv.device.type != "cpu":
+        return ["sdpa"]
     return [*_native_first(), *(["explicit"] if _explicit_wins(a.qkv.dtype) else ["flash", "explicit"])]
 
 
 def _bwd_auto(a: _Bwd) -> Sequence[str]:
     if a.qkv.device.type != "cpu":
-        return []
+        return ["triton"]
     return ["flash"] if a.out is not None else [*_native_first(), "explicit"]
 
 
@@ -289,17 +307,10 @@ def _fwd_flash(a: _Fwd) -> tuple[Tensor, Tensor]:
 def _bwd_flash(a: _Bwd) -> Tensor:
     if a.out is None:  # of an empty batch
         return torch.zeros_like(a.qkv)
-    qkv, T = _multiplied(a.qkv), a.num_queries
-    q, k, v = split_packed(qkv, a.num_heads)
-    d_out, out = (split_heads(t, a.num_heads) for t in (_multiplied(a.grad), a.out.to(qkv.dtype)))
-    d_q, d_k, d_v = torch_private.flash_attention_bwd(d_out, q[:, :, :T], k, v, out, a.logsumexp, a.scale)
-    d_qkv = torch.empty_like(a.qkv)
-    to_q, to_k, to_v = split_packed(d_qkv, a.num_heads)
-    to_q[:, :, :T] = d_q
-    to_q[:, :, T:] = 0
-    to_k.copy_(d_k)
-    to_v.copy_(d_v)
-    return d_qkv
+    q, k, v = split_packed(_multiplied(a.qkv), a.num_heads)
+    d_out, out = (split_heads(t, a.num_heads) for t in (_multiplied(a.grad), a.out.to(q.dtype)))
+    grads = torch_private.flash_attention_bwd(d_out, q[:, :, : a.num_queries], k, v, out, a.logsumexp, a.scale)
+    return pack(*grads).to(a.qkv.dtype)
 
 
 def _flash_reason(a: _Fwd | _Bwd) -> str | None:
@@ -309,6 +320,10 @@ def _flash_reason(a: _Fwd | _Bwd) -> str | None:
 
 def _num_keys_reason(a: _Fwd | _Bwd) -> str | None:
     return None if a.num_keys is None else _TAKES_NO_NUM_KEYS
+
+
+def _fwd_sdpa(a: _Fwd) -> tuple[Tensor, Tensor]:
+    return _sdpa(*a).to(a.qkv.dtype).contiguous(), _nothing(a)
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
@@ -325,13 +340,22 @@ def _bwd_triton(a: _Bwd) -> Tensor:
 
 def _triton_reason(a: _Fwd | _Bwd) -> str | None:
     device, dtype = a.qkv.device, a.qkv.dtype
-    if reason := triton_reason(device, dtype, covered=(torch.bfloat16, torch.float16)) or _num_keys_reason(a):
+    if reason := _device_reason(device, dtype) or _num_keys_reason(a):
         return reason
     from insvp_fast.kernels.gpu import attention as kernel
 
-    S, d = a.qkv.shape[1], a.qkv.shape[2] // (3 * a.num_heads)
-    fits = kernel.covers(device, S, d, dtype)
-    return None if fits else f"does not cover {S} tokens of {d} numbers in {dtype} on {device}"
+    T, S, d = a.num_queries, a.qkv.shape[1], a.qkv.shape[2] // (3 * a.num_heads)
+    fits = 1 <= T <= S <= kernel.MOST_KEYS and 1 <= d <= kernel.WIDEST_HEAD
+    return None if fits else f"does not cover {T} of {S} tokens of {d} numbers in {dtype} on {device}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # no compiler can trace questions to a device
+def _device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := triton_reason(device, dtype, covered=(torch.bfloat16, torch.float16)):
+        return reason
+    from insvp_fast.kernels.gpu import attention as kernel
+
+    return None if kernel.covers(device, 1, 1, dtype) else f"cannot run here: {device} has too little shared memory"
 
 
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
@@ -359,6 +383,7 @@ register(
     native=Implementation(_fwd_native, _native_reason),
     explicit=Implementation(_fwd_explicit, _explicit_reason),
     flash=Implementation(_fwd_flash, _flash_reason, fake=_fwd_flash_fake),
+    sdpa=Implementation(_fwd_sdpa, lambda a: None),
     triton=Implementation(_fwd_triton, _triton_reason),
 )
 register(

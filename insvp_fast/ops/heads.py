@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_num_keys", "keys_exist", "merge_heads", "split_heads", "split_packed", "without_padding"]
+__all__ = ["check_num_keys", "keys_exist", "merge_heads", "pack", "split_heads", "split_packed", "without_padding"]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d]
@@ -23,6 +23,15 @@ def split_packed(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...
     """Queries, keys and values, or keys and values, as views of their packed product."""
     split: Tensor = x.unflatten(-1, (parts, num_heads, -1))
     return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, heads, T or S, d] -> [B, S, 3·D]
+    """The inverse of ``split_packed`` in fresh memory; 0 for the rows behind the T that ``q`` has."""
+    (B, heads, S, d), T = k.shape, q.shape[2]
+    parts = k.new_empty(B, S, 3, heads, d)
+    parts[:, :T, 0], parts[:, T:, 0] = q.transpose(1, 2), 0
+    parts[:, :, 1], parts[:, :, 2] = k.transpose(1, 2), v.transpose(1, 2)
+    return parts.flatten(2)
 
 
 def check_num_keys(num_keys: Tensor | None, tokens: Tensor, num_queries: int) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 SHARED_MEMORY = 110592  # bytes that backward takes on sm_80; sm_86 and sm_89 have only 101376
 
+MOST_KEYS, WIDEST_HEAD = 240, 64  # within the registers of a program
+
 LOG2_E = 1.4426950408889634
 
 
@@ -161,7 +163,7 @@ def covers(device: torch.device, S: int, d: int, dtype: torch.dtype) -> bool:
     With d = 64 and 64, 109, 128, 206 and 240 keys they were compiled ahead of time, without spills on any architecture.
     """
     known = chip.arch(device) is not None and chip.shared_memory(device) >= SHARED_MEMORY
-    return known and 1 <= S <= 240 and 1 <= d <= 64 and dtype in (torch.float16, torch.bfloat16)
+    return known and 1 <= S <= MOST_KEYS and 1 <= d <= WIDEST_HEAD and dtype in (torch.float16, torch.bfloat16)
 
 
 def _check(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int, int | str]:

@@ -6,7 +6,9 @@ import types
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from insvp_fast import ops
 from insvp_fast.ops.attention import _Bwd, _flash_reason, _Fwd, attention_reference
@@ -210,6 +212,51 @@ def test_attention_by_xformers(monkeypatch):
 
 
 @pytest.mark.parametrize("queries", [5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_by_sdpa_differentiates_twice(queries, dtype):
+    """And in a transform of torch.func."""
+    qkv = torch.randn(2, 9, 3 * 8, dtype=dtype, requires_grad=True)
+    function = functools.partial(ops.attention, num_heads=2, num_queries=queries, scale=0.4, impl="sdpa")
+    exact = with_gradients(lambda t: attention_reference(t, 2, queries, 0.4), copies([qkv], torch.float64))
+    for value, expected in zip(with_gradients(function, [qkv]), exact, strict=True):
+        assert relative_error(value, expected) < 1e-6
+    if dtype == torch.float64:
+        with sdpa_kernel(SDPBackend.MATH):  # the only one of PyTorch's that has second derivatives
+            assert torch.autograd.gradgradcheck(function, [qkv])
+    assert torch.func.grad(lambda t: function(t).sum())(qkv).shape == qkv.shape
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors on a GPU that have no numbers."""
+    chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
+    monkeypatch.setattr(chip, "arch", lambda device: 90)
+    monkeypatch.setattr(chip, "shared_memory", lambda device: float("inf"))
+    with FakeTensorMode():
+        yield "cuda"
+
+
+@pytest.mark.parametrize(("dtype", "S", "padded", "covered"), [
+    (torch.bfloat16, 206, False, True),
+    (torch.float16, 240, False, True),
+    (torch.float16, 241, False, False),
+    (torch.float32, 206, False, False),
+    (torch.bfloat16, 206, True, False),
+])  # fmt: skip
+def test_attention_on_gpus(gpu, dtype, S, padded, covered):
+    """PyTorch's forward pass, of which nothing is kept for backward where that is a kernel of this package."""
+    qkv, kept = torch.empty(2, S, 3 * 24, dtype=dtype, device=gpu, requires_grad=True), []
+    num_keys = torch.empty(2, dtype=torch.int64, device=gpu) if padded else None
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        out = ops.attention(qkv, 3, 12, 0.4, num_keys=num_keys)
+    assert out.shape == (2, 12, 24) and out.dtype == dtype and out.device.type == gpu and out.is_contiguous()
+    assert (sum(t.numel() for t in kept) == qkv.numel()) == covered
+    operands = _Bwd(out, qkv, None, torch.empty(0, device=gpu), 3, 12, 0.4, num_keys)
+    assert implementation("attention_fwd", "auto", _Fwd(qkv, 3, 12, 0.4, num_keys)) == "sdpa"
+    assert (implementation("attention_bwd", "auto", operands) == "triton") == covered
+
+
+@pytest.mark.parametrize("queries", [5, 9])
 def test_the_kernels_of_attention_fit_in(queries):
     chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
     if not chip.INTERPRETED:
@@ -220,7 +267,10 @@ def test_the_kernels_of_attention_fit_in(queries):
     values = with_gradients(lambda t: ops.attention(t, 3, queries, 0.4, impl="triton"), [qkv])
     for value, rough, expected in zip(values, plain, exact, strict=True):
         assert_within_budget(value, rough, expected, torch.float16)
+    out, nothing = torch.ops.insvp_fast.attention_fwd(qkv, 3, queries, 0.4, "sdpa")  # as on GPUs
+    assert_within_budget(out, plain[0], exact[0], torch.float16)
+    assert out.is_contiguous() and not nothing.numel()
     with pytest.raises(RuntimeError, match='impl="triton" cannot compute in torch.float32: expected torch.bfloat16 or'):
         ops.attention(qkv.float(), 3, queries, 0.4, impl="triton")
-    with pytest.raises(RuntimeError, match='impl="triton" does not cover 241 tokens of 8 numbers in torch.float16'):
+    with pytest.raises(RuntimeError, match=f'impl="triton" does not cover {queries} of 241 tokens of 8 numbers'):
         ops.attention(torch.zeros(1, 241, 24).half(), 1, queries, 0.4, impl="triton")
