@@ -176,6 +176,7 @@ def test_linear_probe_trains_the_head_only():
 )
 def test_dropout_under_the_same_masks(config):
     reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
+    fast.compile_prompters = False  # compiled, they would draw other masks from the same seed
     image = images(fast)
     values = trained_gradients(fast, image, seed=1)
     assert_equal_numbers(reference, fast, image)
@@ -460,15 +461,14 @@ def test_vit_base_saves_little_per_image(recompute, megabytes):
 
 
 def test_vit_base_in_full():
-    """The paper's configuration on ViT-B/16, random weights, batch 2: within 1e-5 of the reference."""
+    """The paper's configuration on ViT-B/16, random weights, batch 2."""
     torch.manual_seed(0)
     backbone = timm.create_model("vit_base_patch16_224")
     reference, fast = InsVPReference(copy.deepcopy(backbone), 200), InsVPViT(backbone, 200)
+    fast.compile_prompters = False  # compiled, they would draw other dropout masks from the same seed
     fast.load_state_dict(reference.state_dict())
-    reference, fast, image = reference.to(DEVICE), fast.to(DEVICE), torch.randn(2, 3, 224, 224, device=DEVICE)
-    expected, values = trained_gradients(reference, image), trained_gradients(fast, image)
-    errors = {name: relative_error(value, expected[name]) for name, value in values.items()}
-    assert max(errors.values()) < 1e-5, errors
+    reference, fast = reference.to(DEVICE), fast.to(DEVICE)
+    assert_equal_numbers(reference, fast, images(fast, 2))
 
 
 @pytest.fixture(params=["onednn", "plain", "default"])

@@ -181,7 +181,7 @@ def test_superpose_refuses(change, message):
 
 @pytest.mark.parametrize(("impl", "refused"), [("native", torch.float16), ("triton", torch.float64)])
 @pytest.mark.parametrize("which", ["image", "prompt", "weight", "result"])
-def test_a_named_superpose_says_what_it_computes_in(impl, refused, which):
+def test_a_named_superpose_says_what_it_computes_in(impl, refused, which, device):
     if impl == "native" and not native.native_status():
         pytest.skip(str(native.native_status()))
     inputs, P = superpose_inputs(grad=False)
@@ -189,5 +189,6 @@ def test_a_named_superpose_says_what_it_computes_in(impl, refused, which):
         index = {"image": 0, "prompt": 1, "weight": 4}[which]
         inputs[index] = inputs[index].to(refused)
     result = refused if which == "result" else torch.float32
+    inputs = [x.to(device if impl == "triton" else "cpu") for x in inputs]
     with pytest.raises(RuntimeError, match=f'impl="{impl}" cannot compute in {refused}: expected torch.float32'):
         fast(*inputs, P=P, dtype=result, impl=impl)

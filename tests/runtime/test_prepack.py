@@ -382,13 +382,18 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth
 UNSUITED = {"by_transposed_view": "backbone.blocks.0.norm1"}
 
 
+def pair_on_cpu():
+    """The weights that are packed are those on CPUs, and some of these writes reach no others."""
+    return [model.cpu() for model in make_pair("vit_tiny_patch16_224", InsVPConfig(global_dropout=0.0), **TINY)]
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("path", [f"backbone.blocks.{path}" for path in ("0.mlp.fc1", "1.attn.qkv", "0.norm1")])
 @pytest.mark.parametrize("write", WRITES)
 def test_a_model_in_use_sees_a_write(write, path, autocast):
     if UNSUITED.get(write) == path:
         pytest.skip("the weight of a norm has one dimension")
-    models = reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(global_dropout=0.0), **TINY)
+    models = reference, fast = pair_on_cpu()
     image = torch.randn(2, 3, 32, 32)
     trained_gradients(fast, image, autocast=autocast)
     for model in models:
@@ -403,7 +408,7 @@ def test_a_model_in_use_sees_a_write(write, path, autocast):
 
 
 def test_nothing_is_packed_of_a_backbone_that_is_trained():
-    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(global_dropout=0.0), **TINY)
+    reference, fast = pair_on_cpu()
     prepack.clear()
     optimizers = []
     for model in (reference, fast):
