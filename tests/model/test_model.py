@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 
 import pytest
 import timm
@@ -236,19 +237,28 @@ PRECISIONS = [(True, torch.bfloat16), (True, torch.float16), (False, torch.bfloa
 @pytest.mark.parametrize(("amp", "dtype"), PRECISIONS, ids=["bf16 autocast", "fp16 autocast", "bf16"])
 @pytest.mark.parametrize("variant", ["plain", "layer scale", "qk norm", "pre-norm"])
 def test_low_precision(amp, dtype, variant):
+    """Twice the error of the reference, plus one rounding; on GPUs of both the root mean square over several images.
+
+    Rounding decides on which side of a ReLU or of a maximum a few values are. The reference's own error in front of it,
+    0.6 to 2 % in fp16, is a matter of chance there, and the kernels of a GPU do not round as the reference does.
+    """
     reference, fast = make_pair(
         "vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **VARIANTS.get(variant, {"img_size": 32})
     )
-    image = images(fast, 4)
     if not amp:
-        reference, fast, image = reference.to(dtype), fast.to(dtype), image.to(dtype)
-    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-    plain = trained_gradients(reference, image, autocast=dtype if amp else None)
-    values = trained_gradients(fast, image, autocast=dtype if amp else None)
-    assert values["logits"].dtype == plain["logits"].dtype == dtype
-    for name, value in values.items():
-        assert value.dtype == plain[name].dtype
-        assert_within_budget(value, plain[name], exact[name], dtype, name)
+        reference, fast = reference.to(dtype), fast.to(dtype)
+    exactly, autocast, squares = copy.deepcopy(reference).double(), dtype if amp else None, defaultdict(list)
+    for _ in range(8 if DEVICE.type == "cuda" else 1):
+        image = images(fast, 4) if amp else images(fast, 4).to(dtype)
+        exact = trained_gradients(exactly, image.double())
+        plain, values = (trained_gradients(model, image, autocast=autocast) for model in (reference, fast))
+        assert values["logits"].dtype == plain["logits"].dtype == dtype
+        for name, value in values.items():
+            assert value.dtype == plain[name].dtype
+            squares[name].append([relative_error(x, exact[name]) ** 2 for x in (value, plain[name])])
+    for name, pairs in squares.items():
+        error, rough = torch.tensor(pairs).mean(0).sqrt().tolist()
+        assert error <= 2 * rough + torch.finfo(dtype).eps, f"{name}: {error:.2e}, the reference {rough:.2e}"
 
 
 def test_half_without_autocast():
@@ -320,6 +330,13 @@ def test_exports_with_any_batch_size():
         torch.testing.assert_close(program(image := images(fast, batch)), fast(image))
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    """For the convolutions of PyTorch, in the general path and where this package has no kernel: cuDNN adds atomically."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(
     ("path", "recompute", "share"), [("fast", "mlp", 0.8), ("fast", "block", 0.5), ("general", "block", 0.6)]
 )
@@ -448,7 +465,7 @@ def test_saved_for_backward_is_the_minimum(recompute):
     fast.recompute = shallow.recompute = recompute
     image = images(fast, 4)
     T, S, D = 17, 26, 192
-    attended = T * D if DEVICE.type == "cuda" or cpu_attention(torch.bfloat16) == "flash" else 0
+    attended = T * D if DEVICE.type == "cpu" and cpu_attention(torch.bfloat16) == "flash" else 0
     block = 4 * 2 * (S * D + 3 * S * D + attended + T * D + (4 * T * D if recompute == "none" else 0))
     measured = saved_bytes(fast, image, torch.bfloat16) - saved_bytes(shallow, image, torch.bfloat16)
     assert block <= measured < 1.03 * block  # the rest is a few numbers for each token
@@ -505,6 +522,7 @@ def test_deepcopy_is_independent():
     assert not torch.equal(twin(image), expected) and torch.equal(fast(image), expected)
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_same_seed_same_bits():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
     first, second = (trained_gradients(fast, torch.ones(4, 3, 32, 32, device=DEVICE)) for _ in range(2))
