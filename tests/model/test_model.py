@@ -332,7 +332,7 @@ def test_exports_with_any_batch_size():
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """For the convolutions of PyTorch, in the general path and where this package has no kernel: cuDNN adds atomically."""
+    """For convolutions of PyTorch, in the general path and where this package has no kernel: cuDNN adds atomically."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
