@@ -29,6 +29,9 @@ def assert_parity(
 ) -> dict[str, float]:
     """Assert relative errors below 1e-5 in fp32, and in 16 bits at most twice those of the reference in 16 bits.
 
+    On GPUs, where other kernels round otherwise and a window of pooling may so have another maximum, errors in fp32 are
+    also right up to twice those of the reference in fp32.
+
     Args:
         results: of a run of ``insvp_fast.bench.jobs``, without dropout and with the weights of ``make_model``.
 
@@ -42,8 +45,11 @@ def assert_parity(
     assert wanted <= found.keys(), f"{provider} lacks {sorted(wanted - found.keys())}"
     for key in wanted:
         if amp is None:
-            error = relative_error(found[key], exact[key])
-            assert error < 1e-5, f"{provider}, {key}: relative error {error:.1e}"
+            error, allowed = relative_error(found[key], exact[key]), 1e-5
+            if error >= allowed and DEVICE.type == "cuda":
+                plain = expected(kind, torch.float32, None, name, batch, config, **kwargs)[key]
+                allowed = max(allowed, 2 * relative_error(plain, exact[key]))
+            assert error < allowed, f"{provider}, {key}: relative error {error:.1e}, more than {allowed:.1e}"
         else:
             plain = expected(kind, torch.float32, amp, name, batch, config, **kwargs)[key]
             assert_within_budget(found[key], plain, exact[key], amp, f"{provider}, {key}")

@@ -1,5 +1,6 @@
 """``insvp bench``, its package and the scripts in benchmarks/ at tiny sizes, and the determinism of a training step."""
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -87,6 +88,16 @@ def test_parity_sees_a_wrong_value():
         del values[name]
         with pytest.raises(AssertionError, match="lacks"):
             parity.assert_parity(values, *arguments, **TINY)
+
+
+def test_parity_on_a_gpu_is_judged_by_the_references_own_error(monkeypatch):
+    values = {torch.float64: torch.tensor([1.0]), torch.float32: torch.tensor([1.001])}
+    monkeypatch.setattr(parity, "expected", lambda kind, dtype, *rest: {"logits": values[dtype]})
+    arguments = "insvp_fast", None, BASE, 2, InsVPConfig()
+    for device, error, right in (("cuda", 0.0015, True), ("cuda", 0.0025, False), ("cpu", 0.0015, False)):
+        monkeypatch.setattr(parity, "DEVICE", torch.device(device))
+        with contextlib.nullcontext() if right else pytest.raises(AssertionError, match="logits: relative error"):
+            parity.assert_parity({"logits": torch.tensor([1 + error])}, *arguments)
 
 
 def test_the_authors_code_is_an_import(tmp_path, monkeypatch):
