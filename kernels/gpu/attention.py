@@ -179,14 +179,15 @@ def _check(qkv: Tensor, num_heads: int, num_queries: int) -> tuple[int, int, int
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """``x``, copied where its rows are not contiguous, or too far apart for the kernels' 32-bit offsets in an image."""
+    return x if x.stride(2) == 1 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, num_queries: int, scale: float) -> Tensor:
     """Attention of the first ``num_queries`` tokens to all: softmax(scale q k^T) v for every head.
 
     Args:
-        qkv: [B, S, 3*D] in bf16 or fp16; only rows that are not contiguous are copied.
+        qkv: [B, S, 3*D] in bf16 or fp16; copied only where rows are not contiguous or 2^31 elements apart in an image.
 
     Returns:
         [B, num_queries, D], contiguous, in the same dtype.

@@ -89,6 +89,25 @@ def test_noncontiguous_inputs(device, poison):
     check(grad[:1, :1].expand(3, 18, -1), qkv, 2, 0.3)
 
 
+def test_rows_far_apart_are_copied():
+    """Offsets within an image have 32 bits, those of images 64."""
+    for strides, far in (((2**33, 24, 1), False), ((24, 2**28, 1), False), ((24, 2**29, 1), True), ((40, 8, 2), True)):
+        x = torch.empty_strided((2, 5, 24), strides, device="meta")
+        assert (attention._with_contiguous_rows(x) is x) == (not far)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_any_block_of_queries(rows, device, monkeypatch, poison):
+    """Architectures differ in it: on a GPU only its own is right."""
+    if device.type == "cuda":
+        pytest.skip("for the interpreter")
+    config = attention.launch_config
+    monkeypatch.setattr(attention, "launch_config", lambda *args: config(*args) | {"BLOCK_T": rows})
+    for S, T in ((37, 33), (21, 16)):
+        grad, qkv = inputs(2, S, T, 2, 16, torch.float16, device)
+        check(grad, qkv, 2, 0.25)
+
+
 def test_results_are_contiguous(device):
     grad, qkv = inputs(2, 7, 5, 2, 16, torch.float16, device)
     assert attention.attention_fwd(qkv, 2, 5, 1.0).is_contiguous()
