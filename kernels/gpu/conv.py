@@ -104,7 +104,7 @@ def launch_config(kind: str, taps: int, OUT: int, dtype: torch.dtype, arch: int 
     if kind == "map":
         return {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
     BLOCK_T = min(64, max(16, triton.next_power_of_2(taps)))
-    BLOCK_M = 64 if dtype == torch.float32 else 128
+    BLOCK_M = 64 if dtype == torch.float32 or arch == 100 else 128
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_O": max(16, triton.next_power_of_2(OUT)), "BLOCK_M": BLOCK_M}
     return tiles | {"num_warps": 2 if arch == "gfx942" else 4, "num_stages": 1}
 

@@ -230,12 +230,14 @@ def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int 
     """
     BLOCK_O, positions = max(16, triton.next_power_of_2(OUT)), pool * pool
     wide = dtype == torch.float32
-    columns = 128 if wide or arch == 100 or (BLOCK_O > 16 and (kind == "fwd" or arch == 80)) else 256
+    columns = 128 if wide or arch in (80, 100) else 256
+    if kind == "fwd" and BLOCK_O > 16:
+        columns = 64 if arch == "gfx942" else 128
     groups = [2**i for i in range(9) if 2**i <= max(1, min(columns // BLOCK_O, triton.next_power_of_2(positions)))]
     # loading a tile of patches costs about as much as multiplying it with 128 columns
     GROUP = min(reversed(groups), key=lambda group: triton.cdiv(positions, group) * (group * BLOCK_O + 128))
     if kind == "fwd" and not wide:
-        BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32, 4, 2
+        BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32, 8 if arch == 80 else 4, 2
     else:  # twice to three times as fast on an H200 as with loads ahead, for which registers are too few
         BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32 if wide else 64, 8, 1
     if arch == "gfx942":  # 64 lanes in a warp
