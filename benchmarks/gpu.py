@@ -29,7 +29,7 @@ from benchmarks.cuda_graphs import graphed
 from benchmarks.models import RELEASE, make_model, without_dropout
 from benchmarks.operations import evaluate
 from benchmarks.parity import assert_parity
-from benchmarks.rates import model_flops, peak_bandwidth, peak_flops
+from benchmarks.rates import peak_bandwidth, peak_flops
 from insvp_fast import ops
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS, forward_backward, training_step
 from insvp_fast.bench.machine import machine_facts
@@ -179,9 +179,7 @@ def models() -> Iterator[Row]:
                 providers += ["bare compiled", "insvp_fast compiled"]
             rounds = 10 if ON_GPU else 1
             for row in compare(job, "bf16", providers, NAME, batch, rounds, config, make_model, **CUT):
-                kind = "bare" if row["provider"].startswith("bare") else "reference"
-                flops = model_flops(kind, NAME, CONFIGS[config], job != "inference", **CUT)
-                yield row | {"TFLOP/s": flops * row["images per second"] / 1e12}
+                yield row
 
 
 def launches() -> Iterator[Row]:
@@ -199,10 +197,15 @@ def launches() -> Iterator[Row]:
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]) as profiler:
             run()
             clock()
-        kernels = [k for k in profiler.key_averages() if k.self_device_time_total > 0 and k.device_type != DeviceType.CPU]
+        kernels = [
+            k for k in profiler.key_averages() if k.self_device_time_total > 0 and k.device_type != DeviceType.CPU
+        ]
         kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
-        yield row | {"kernels": sum(k.count for k in kernels), "ms": sum(k.self_device_time_total for k in kernels) / 1e3}
-        for kernel in kernels[:30]:
+        yield row | {
+            "kernels": sum(k.count for k in kernels),
+            "ms": sum(k.self_device_time_total for k in kernels) / 1e3,
+        }
+        for kernel in found[:30]:
             yield row | {"ms": kernel.self_device_time_total / 1e3, "calls": kernel.count, "kernel": kernel.key[:100]}
 
 
@@ -223,7 +226,8 @@ def graphs() -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
-    section.__name__: section for section in (correctness, peaks, products, sdpa, kernels, launches, models, attention, graphs)
+    section.__name__: section
+    for section in (correctness, peaks, products, sdpa, kernels, launches, models, attention, graphs)
 }
 
 
