@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import models, results
+from benchmarks.peers import missing
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.tables import format_products, line
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--depth", type=int, help="keep so many blocks of the backbone only, to try this script")
     parser.add_argument("--config", choices=CONFIGS, default="paper", help="of InsVP")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1], help="1 is the latency")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precisions", nargs="+", choices=AUTOCAST_DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=["training step", "inference"])
@@ -41,10 +42,12 @@ def main() -> None:
     for batch in arguments.batch:
         for precision in arguments.precisions:
             for job in arguments.jobs:
-                what = job, precision, arguments.providers, arguments.model, batch, arguments.rounds, arguments.config
+                reasons = {name: missing(name, job, precision) for name in arguments.providers}
+                providers = [name for name, reason in reasons.items() if reason is None]
+                what = job, precision, providers, arguments.model, batch, arguments.rounds, arguments.config
                 rows = compare(*what, make=models.make_model, **cut)
                 print("\n".join(map(line, rows)), flush=True)
-                print(format_products(rows[0]), flush=True)
+                print("\n".join([*filter(None, reasons.values()), format_products(rows[0])]), flush=True)
                 if arguments.save:
                     results.save(rows)
     if arguments.tables:

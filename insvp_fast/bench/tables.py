@@ -68,4 +68,5 @@ def provider_title(provider: str) -> str:
         "insvp_fast": "InsVPViT",
         "released": "the release",
     }
+    more = {"freezing": "compiled, freezing", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}.get(more, more)
     return names.get(kind, kind) + (f", {more}" if more else "")
