@@ -56,6 +56,8 @@ def make_peer(provider: str, name: str, config: Any = None, **kwargs: Any) -> nn
     img_size = getattr(model, "backbone", model).patch_embed.img_size
     if kind == "insvp_fast":
         model = standard_model(model)
+    if by == "freezing":  # now, not in a run: others that were compiled before would be compiled again
+        torch.compiler.reset()
     return Peer(model, BUILD[by], img_size)
 
 
@@ -73,6 +75,8 @@ class Peer(nn.Module):
         if self.infer is None:
             with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
                 self.infer = self.build(self.model, image.clone(), bf16)
+            for _ in range(2):  # a compiler may wait for a second call
+                self.infer(image)
         return self.infer(image)
 
 
@@ -80,7 +84,6 @@ def _freezing(model: nn.Module, image: Tensor, bf16: bool) -> Infer:
     """torch.compile that takes the weights for constants, and packs them."""
     from torch._inductor import config
 
-    torch.compiler.reset()
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
 
     def infer(image: Tensor) -> Tensor:
