@@ -29,7 +29,7 @@ def test_a_peer_is_left_out_in_words(monkeypatch):
     assert peers.missing("bare freezing", "inference", "fp32") is None
 
 
-@pytest.mark.parametrize("provider", [name for name in peers.PEERS if name != "bare freezing"])  # compiles for long
+@pytest.mark.parametrize("provider", ["bare onnxruntime", "insvp_fast openvino"])  # the others take long
 def test_a_peer_computes_the_same(provider):
     if reason := peers.missing(provider, "inference", "fp32"):
         pytest.skip(reason)
