@@ -24,7 +24,7 @@ from insvp_fast.testing import DEVICE
 
 __all__ = ["BlockProducts", "needed_flops"]
 
-PROVIDERS = {
+TITLES = {
     "plain": "F.linear",
     "onednn": "oneDNN packed",
     "native": "native library",
@@ -68,7 +68,7 @@ class BlockProducts:
                 for x, layer in operands:
                     products.linear(x, layer, how)
 
-        self.runs = {PROVIDERS[how]: functools.partial(run, how) for how in _providers(dtype)}
+        self.runs = {TITLES[how]: functools.partial(run, how) for how in _providers(dtype)}
 
     def rates(self, seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """FLOP/s by provider, of the seconds that each of ``runs`` took in each round."""
@@ -163,18 +163,18 @@ def _prompter_flops(model: InsVPReference, image: torch.Tensor) -> tuple[float, 
     """
     H, W = image.shape[-2:]
     terms: list[tuple[nn.Module, int, int, int]] = []  # a layer's outputs forward, backward, gradients of each
-    if (prompter := model.global_prompter) is not None:
-        terms += [(prompter.conv1, H * W, H * W, 1), (prompter.conv2, H * W, H * W, 2)]
-    if (prompter := model.patch_prompter) is not None:
-        N = H * W // prompter.patch_size**2
-        terms += [(prompter.fc1, N, N, 1), (prompter.fc2, N, N, 2)]
-    if (prompter := model.specific_prompter) is not None:
-        grid, size = prompter.grid, 3 * prompter.grid + 4
+    if (g := model.global_prompter) is not None:
+        terms += [(g.conv1, H * W, H * W, 1), (g.conv2, H * W, H * W, 2)]
+    if (p := model.patch_prompter) is not None:
+        N = H * W // p.patch_size**2
+        terms += [(p.fc1, N, N, 1), (p.fc2, N, N, 2)]
+    if (s := model.specific_prompter) is not None:
+        size = 3 * s.grid + 4
         read = math.prod(side // size * size or side for side in (H, W))
-        terms.append((prompter.conv1, read, size**2, 1 if model.config.specific_input == "image" else 2))
-        terms += [(prompter.conv2, 9 * grid**2, grid**2, 2), (prompter.conv3, grid**2, grid**2, 2)]
+        terms.append((s.conv1, read, size**2, 1 if model.config.specific_input == "image" else 2))
+        terms += [(s.conv2, 9 * s.grid**2, s.grid**2, 2), (s.conv3, s.grid**2, s.grid**2, 2)]
     forward = backward = 0.0
     for layer, outputs, followed, gradients in terms:
-        weights = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
+        weights = sum(w.numel() for w in layer.parameters() if w.ndim > 1)
         forward, backward = forward + 2 * weights * outputs, backward + 2 * gradients * weights * followed
     return forward, backward

@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import parity, results, waterfall
+from benchmarks import gpu, parity, results, waterfall
 from benchmarks.models import make_model, without_dropout
 from insvp_fast import InsVPConfig, InsVPReference
 from insvp_fast.bench import models, report
@@ -294,6 +295,23 @@ def test_the_gpu_script_reports_a_failing_section(tmp_path):
     found = json.loads(file.read_text())
     assert ("failed" in found["graphs"]) == (DEVICE.type == "cpu")
     assert len(found["sdpa"]["rows"]) >= 2
+
+
+def test_the_gpu_script_keeps_what_it_has_measured_and_says_what_is_faster():
+    def rows():
+        row = {"operation": "attention", "batch": 64, "direction": "backward"}
+        yield row | {"by": "sdpa", "us": 1600.0}
+        yield row | {"by": "triton", "us": 744.0}
+        yield {"operation": "another", "by": "triton", "us": 1.0}
+        raise RuntimeError("broken")
+
+    section, written = {"rows": []}, []
+    gpu.measure(rows(), section, time.monotonic() + 60, lambda: written.append(len(section["rows"])))
+    assert written == [1, 2, 3, 3] and "broken" in section["failed"]
+    assert section["decisions"] == ["attention, batch 64, backward: triton, 0.744 ms against 1.6 (sdpa)"]
+    late = {"rows": []}
+    gpu.measure(rows(), late, time.monotonic() - 1, lambda: None)
+    assert late["rows"] == [] and "no time left" in late["left out"]
 
 
 def test_the_command_writes_a_report(tmp_path, capsys, monkeypatch):
