@@ -36,7 +36,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         attention: the implementation, one of ``ops.ATTENTION``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
-        compile_prompters: run the convolutional prompters through ``torch.compile``; None does so on GPUs.
+        compile_prompters: run the convolutional prompters through ``torch.compile``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         fold_norm: bool = True,
         attention: str = "auto",
         gelu_in_8_bits: bool = False,
-        compile_prompters: bool | None = None,
+        compile_prompters: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
         if isinstance(backbone, str) and pretrained:
@@ -80,7 +80,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         return super().image_prompt(self._normalize(image) if image.dtype == torch.uint8 else image)
 
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
-        self._compile_prompters(image.device)
+        self._compile_prompters()
         dtype, autocast = self._precision(image)
         with torch.autocast(image.device.type, dtype, enabled=autocast):
             pixels = image
@@ -91,8 +91,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             patches, prompted = self._superpose(image, pixels, dtype)
             return patches, self.specific_prompt(image, prompted)
 
-    def _compile_prompters(self, device: torch.device) -> None:
-        wanted = device.type == "cuda" if self.compile_prompters is None else self.compile_prompters
+    def _compile_prompters(self) -> None:
+        wanted = self.compile_prompters
         if torch.compiler.is_compiling() or wanted == self._prompters_are_compiled:
             return
         for prompter in (self.global_prompter, self.specific_prompter):

@@ -80,12 +80,13 @@ def _conv_bwd_weight_kernel(
     d_bias = tl.zeros((BLOCK_O,), tl.float32)
     for m0 in range(split * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        image, pixel = (m // N).to(tl.int64), m % N
-        r, q = (pixel // CENTER[1])[None, :] + down[:, None], (pixel % CENTER[1])[None, :] + right[:, None]
+        image = (m // N).to(tl.int64)
+        # m % CENTER[1], not m % N % CENTER[1], of which the compiler believes that all are multiples of 4 if N is
+        r, q = (m // CENTER[1] % CENTER[0])[None, :] + down[:, None], (m % CENTER[1])[None, :] + right[:, None]
         inside = known[:, None] & (m < M)[None, :] & (r >= 0) & (r < MAP[0]) & (q >= 0) & (q < MAP[1])
         x = tl.load(x_ptr + (image * X[0])[None, :] + (c[:, None] * X[1] + r * X[2] + q * X[3]), inside, 0.0)
         exists = (o < OUT)[:, None] & (m < M)[None, :]
-        place = (image * (OUT * N) + pixel)[None, :] + o[:, None] * N
+        place = (image * (OUT * N) + m % N)[None, :] + o[:, None] * N
         grad = tl.load(grad_ptr + place, exists, 0.0)
         if y_ptr is not None:
             grad = tl.where(tl.load(y_ptr + place, exists, 1.0) <= 0, 0.0, grad)
@@ -105,7 +106,7 @@ def launch_config(kind: str, taps: int, OUT: int, dtype: torch.dtype, arch: int 
     BLOCK_T = min(64, max(16, triton.next_power_of_2(taps)))
     BLOCK_M = 64 if dtype == torch.float32 else 128
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_O": max(16, triton.next_power_of_2(OUT)), "BLOCK_M": BLOCK_M}
-    return tiles | {"num_warps": 2 if arch == "gfx942" else 4, "num_stages": 2}
+    return tiles | {"num_warps": 2 if arch == "gfx942" else 4, "num_stages": 1}
 
 
 def covers(weight: Tensor) -> bool:
