@@ -10,7 +10,8 @@ import torch
 from benchmarks.models import RELEASE, make_model, without_dropout
 from benchmarks.operations import time_run
 from benchmarks.parity import assert_parity
-from benchmarks.rates import add_rates, model_flops
+from benchmarks.rates import add_rates
+from insvp_fast.bench.floor import needed_flops
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.timing import peak_bytes, saved_mb_per_image
@@ -82,6 +83,6 @@ def bench_model(benchmark, tiny, provider, name, config, precision, batch, job):
     if DEVICE.type == "cuda":
         benchmark.extra_info["peak MB"] = peak_bytes(run) / 1e6
     kind = "bare" if provider.startswith("bare") else "reference"
-    add_rates(benchmark, amp or torch.float32, batch * model_flops(kind, name, still, backward, **depth))
+    add_rates(benchmark, amp or torch.float32, batch * needed_flops(kind, name, still, backward, **depth))
     if benchmark.stats is not None:
         benchmark.extra_info["images/s"] = batch / benchmark.stats.stats.median

@@ -10,13 +10,13 @@ from insvp_fast.testing import DEVICE
 T, L, D = 197, 9, 768
 
 
-def plain(residual, branch, *rest):
-    total, normed = norm_insert_reference(residual, branch, *rest, 1e-6)
+def plain(residual, branch, prompts, weight=None, bias=None):
+    total, normed = norm_insert_reference(residual, branch, prompts, weight, bias, 1e-6)
     return total, normed.to(branch.dtype)
 
 
-def fast(residual, branch, *rest):
-    return ops.norm_insert(residual, branch, *rest, 1e-6, dtype=branch.dtype)
+def fast(residual, branch, prompts, weight=None, bias=None):
+    return ops.norm_insert(residual, branch, prompts, weight, bias, 1e-6, dtype=branch.dtype)
 
 
 def make_operands(batch, dtype):
@@ -25,16 +25,17 @@ def make_operands(batch, dtype):
     return residual, branch, prompts, 1 + 0.1 * torch.randn(D, device=DEVICE), torch.randn(D, device=DEVICE)
 
 
-def operation(batch, itemsize):
+def operation(batch, itemsize, folded=False):
+    """``folded``: without the affine map, which is in the next product, as the model runs it."""
     # forward: residual, branch and prompts in, residual and normalized tokens out; backward: both gradients and the
     # kept tokens in, the gradients of the three operands out
     forward = T * (4 + itemsize + 4 + itemsize) + L * (4 + itemsize)
     backward = T * (4 + itemsize + 4 + 4 + itemsize) + L * (itemsize + 4 + 4)
     return Operation(
-        name=f"norm_insert {batch}x({T}+{L})x{D}",
+        name=f"norm_insert {batch}x({T}+{L})x{D}" + ", folded" * folded,
         plain=plain,
         fast=fast,
-        make=lambda dtype: make_operands(batch, dtype),
+        make=lambda dtype: make_operands(batch, dtype)[: 3 if folded else 5],
         nbytes=(batch * D * forward, batch * D * (forward + backward)),
         matmul=False,
     )

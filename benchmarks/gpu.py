@@ -1,9 +1,12 @@
-"""First measurements on a GPU, within ten minutes: correctness, then the speed of the parts and of whole models.
+"""Measurements on a GPU: correctness, then the speed of the parts and of whole models.
 
-python -m benchmarks.gpu --output gpu.json
+python -m benchmarks.gpu --output gpu.json                      # all that ten minutes allow, in this order
+python -m benchmarks.gpu --output models.json --sections models
 
-Each section prints its rows and stands alone: if one fails, that is reported and the next one runs. Sections for which
-no time is left are named. Without a GPU the sizes are tiny and the figures mean nothing; that is to try the script.
+Each section prints its rows, writes each as it comes, and stands alone: if one fails, that is reported and the next one
+runs. By itself a section fits into ten minutes; where the time is over, what is left out is named. Where rows differ
+only in what computes them, the fastest is named as a decision. Without a GPU the sizes are tiny and the figures mean
+nothing; that is to try the script.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +28,19 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import bench_mlp, bench_norm_insert, bench_superpose
+from benchmarks import bench_gelu, bench_mlp, bench_norm_insert, bench_superpose
 from benchmarks.cuda_graphs import graphed
 from benchmarks.models import RELEASE, make_model, without_dropout
 from benchmarks.operations import evaluate
 from benchmarks.parity import assert_parity
-from benchmarks.rates import model_flops, peak_bandwidth, peak_flops
+from benchmarks.rates import peak_bandwidth, peak_flops
 from insvp_fast import ops
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS, forward_backward, training_step
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.timing import Row, alternate, clock, compare, median_and_spread
 from insvp_fast.ops.heads import merge_heads, split_packed
+from insvp_fast.reference import unfold
 from insvp_fast.testing import DEVICE
 
 ON_GPU = DEVICE.type == "cuda"
@@ -44,37 +49,60 @@ BATCHES = (64, 256) if ON_GPU else (1,)
 DTYPE, SIZE, T, L, D, HEADS = torch.bfloat16, 2, 197, 9, 768, 12
 COPIES = 4 if ON_GPU else 1  # sets of operands used in turn, together larger than the cache
 ROUNDS, RUNS = (20, 10) if ON_GPU else (2, 1)
+CASE = ("operation", "job", "precision", "config", "batch", "direction")  # what a row is about, where it says so
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="gpu.json", help="where the rows go (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10, help="start no section later than this (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10, help="start no row later than this (default: 10)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     arguments = parser.parse_args()
-    begin, found = time.monotonic(), {"machine": machine_facts()}
+    end, file, found = time.monotonic() + 60 * arguments.minutes, Path(arguments.output), {"machine": machine_facts()}
     print(json.dumps(found["machine"], indent=1))
     for name in arguments.sections:
-        print(f"\n{name}")
-        rows: list[Row] = []
-        section: Row = {"rows": rows}
-        if time.monotonic() - begin > 60 * arguments.minutes:
-            section["left out"] = "no time left"
-            print("left out: no time left")
-        else:
-            try:
-                for row in SECTIONS[name]():
-                    rows.append(row)
-                    print("  " + ", ".join(f"{key} {shown(value)}" for key, value in row.items()), flush=True)
-            except Exception as error:  # any: the other sections shall run
-                section["failed"] = traceback.format_exc()
-                print(f"failed: {type(error).__name__}: {error}")
-        section["seconds so far"] = time.monotonic() - begin
-        found[name] = section
-        Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
+        print(f"\n{name}", flush=True)
+        found[name] = section = {"rows": []}
+        measure(SECTIONS[name](), section, end, lambda: file.write_text(json.dumps(found, indent=1) + "\n"))
         if ON_GPU:
             torch.cuda.empty_cache()
-    print(f"\nwritten: {arguments.output}")
+    print(f"\nwritten: {file}")
+
+
+def measure(rows: Iterator[Row], section: Row, end: float, write: Callable[[], object]) -> None:
+    """Collect the rows of a section and ``write`` after each of them, since whatever runs this may be stopped."""
+    begin = time.monotonic()
+    try:
+        while time.monotonic() < end and (row := next(rows, None)) is not None:
+            section["rows"].append(row)
+            print("  " + ", ".join(f"{key} {shown(value)}" for key, value in row.items()), flush=True)
+            write()
+        if time.monotonic() >= end:
+            section["left out"] = "the rest, or all: no time left"
+            print(f"left out: {section['left out']}")
+    except Exception as error:  # any: the other sections shall run
+        section["failed"] = traceback.format_exc()
+        print(f"failed: {type(error).__name__}: {error}")
+    section |= {"seconds": time.monotonic() - begin, "decisions": decisions(section["rows"])}
+    for text in section["decisions"]:
+        print(f"decision: {text}", flush=True)
+    write()
+
+
+def decisions(rows: Sequence[Row]) -> list[str]:
+    """The fastest of the rows that differ in ``by`` and in what was measured alone, and how slow the others are."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "us" in row and "by" in row:
+            what = ", ".join(f"{key} {row[key]}" if key == "batch" else str(row[key]) for key in CASE if key in row)
+            groups.setdefault(what, {})[row["by"]] = row["us"] / 1e3
+    texts = []
+    for what, times in groups.items():
+        (best, ms), *others = sorted(times.items(), key=lambda item: item[1])
+        if others:
+            against = ", ".join(f"{other:.3g} ({by})" for by, other in others)
+            texts.append(f"{what}: {best}, {ms:.3g} ms against {against}")
+    return texts
 
 
 def shown(value: object) -> str:
@@ -127,10 +155,10 @@ def sdpa() -> Iterator[Row]:
 
     backends = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     for batch in BATCHES:
-        yield from attention_rows({"backend": "default", "batch": batch}, attend)
+        yield from attention_rows("default", batch, attend)
         for name in backends:
             with sdpa_kernel(getattr(SDPBackend, name)):
-                rows = list(attention_rows({"backend": name, "batch": batch}, attend))
+                rows = list(attention_rows(name, batch, attend))
             yield from rows
 
 
@@ -140,11 +168,11 @@ def attention() -> Iterator[Row]:
         for impl in ("auto", "sdpa", "triton", "xformers"):
             scale = (D // HEADS) ** -0.5
             attend = functools.partial(ops.attention, num_heads=HEADS, num_queries=T, scale=scale, impl=impl)
-            yield from attention_rows({"impl": impl, "batch": batch}, attend)
+            yield from attention_rows(impl, batch, attend)
 
 
-def attention_rows(row: Row, attend: Callable[[Tensor], Tensor]) -> Iterator[Row]:
-    batch = row["batch"]
+def attention_rows(by: str, batch: int, attend: Callable[[Tensor], Tensor]) -> Iterator[Row]:
+    row: Row = {"operation": "attention", "by": by, "batch": batch}
     qkv, grad = normal(batch, T + L, 3 * D, grad=True), normal(batch, T, D)
     flops, nbytes = 4 * batch * T * (T + L) * D, batch * (3 * (T + L) + T) * D * SIZE
     # backward reads the same again, the result and its gradient, and writes the operands' gradients
@@ -156,12 +184,13 @@ def attention_rows(row: Row, attend: Callable[[Tensor], Tensor]) -> Iterator[Row
 
 
 def kernels() -> Iterator[Row]:
-    """The fused operations and their references, with the least bytes to be moved over the time."""
+    """The fused operations as the model runs them, and their references, with the least bytes over the time."""
     for batch in BATCHES:
         for operation in (
-            bench_norm_insert.operation(batch, SIZE),
+            bench_norm_insert.operation(batch, SIZE, folded=True),
+            bench_gelu.operation(batch * T, SIZE),
             bench_mlp.operation(batch * T, SIZE),
-            bench_superpose.operation(batch, SIZE),
+            bench_superpose.operation(batch, SIZE, autocast=True),
         ):
             sets = [list(operation.make(DTYPE)) for _ in range(COPIES)]
             for by, function in (("reference", operation.plain), ("insvp_fast", operation.fast)):
@@ -170,18 +199,59 @@ def kernels() -> Iterator[Row]:
                 yield from direction_rows(row, function, sets, grads, operation.flops, operation.nbytes)
 
 
+def prompters() -> Iterator[Row]:
+    """All prompters and the patches that they make, as the model runs them under autocast."""
+    for batch, config in itertools.product(BATCHES, CONFIGS):
+        image = torch.randn(batch, 3, 224, 224, device=DEVICE)
+        for by, options in PROMPTERS.items():
+            kind = "insvp_fast" if options else "reference"
+            model: Any = make_model(kind, NAME, CONFIGS[config], options=options, depth=1)
+            run = functools.partial(_prompt, model.train(), bool(options))
+            modules = model.global_prompter, model.patch_prompter, model.specific_prompter
+            operands = [image, *(p for module in modules for p in module.parameters())]
+            row: Row = {"operation": "prompters", "config": config, "by": by, "batch": batch}
+            grads = [torch.randn_like(y) for y in evaluate(run, operands)]
+            yield from direction_rows(row, run, [operands] * COPIES, grads)
+
+
+PROMPTERS: dict[str, Row] = {
+    "reference": {},
+    "insvp_fast eager": {"compile_prompters": False},
+    "insvp_fast compiled": {"compile_prompters": True},
+}
+
+
+def _prompt(model: Any, fast: bool, image: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    """The unfolded prompted image and the specific prompts."""
+    with torch.autocast(DEVICE.type, DTYPE):
+        if fast:
+            return model._prompted_patches(image)
+        prompted, prompts = model.prompt_image(image)
+        return unfold(prompted, model.patch_size), prompts
+
+
 def models() -> Iterator[Row]:
-    """Whole steps of all providers, with memory: as benchmarks/paired.py, with fewer rounds and little compiled."""
-    for batch in BATCHES:
-        for config, job in itertools.product(CONFIGS, ("training step", "inference")):
-            providers = ["bare", *(RELEASE if config == "released" else ()), "reference", "insvp_fast"]
-            if ON_GPU and (config, job, batch) == ("paper", "training step", 64):
-                providers += ["bare compiled", "insvp_fast compiled"]
-            rounds = 10 if ON_GPU else 1
-            for row in compare(job, "bf16", providers, NAME, batch, rounds, config, make_model, **CUT):
-                kind = "bare" if row["provider"].startswith("bare") else "reference"
-                flops = model_flops(kind, NAME, CONFIGS[config], job != "inference", **CUT)
-                yield row | {"TFLOP/s": flops * row["images per second"] / 1e12}
+    """Whole steps: the bare ViT, also compiled, and InsVPViT; the latency of an image by itself."""
+    cases = [(batch, job) for batch in BATCHES[::-1] for job in ("training step", "inference")]
+    for batch, job in [*cases, (1, "inference")]:
+        yield from model_rows(job, batch, "paper", ["bare", *["bare compiled"] * ON_GPU, "insvp_fast"])
+    for batch, job in [*cases, (1, "inference")]:
+        yield from model_rows(job, batch, "released", ["bare", "insvp_fast"])
+
+
+def others() -> Iterator[Row]:
+    """Whole steps of the references, of the release and of InsVPViT compiled, at the smaller batch."""
+    for config, job in itertools.product(CONFIGS, ("training step", "inference")):
+        release = RELEASE if config == "released" else ()
+        yield from model_rows(job, BATCHES[0], config, ["bare", *release, "reference", "insvp_fast"])
+    if ON_GPU:
+        yield from model_rows("training step", BATCHES[0], "paper", ["bare", "insvp_fast", "insvp_fast compiled"])
+
+
+def model_rows(job: str, batch: int, config: str, providers: Sequence[str]) -> Iterator[Row]:
+    rounds = 20 if ON_GPU else 1
+    for row in compare(job, "bf16", providers, NAME, batch, rounds, config, make_model, **CUT):
+        yield row | {"by": row["provider"], "us": 1e6 * row["seconds"]}
 
 
 def launches() -> Iterator[Row]:
@@ -199,15 +269,10 @@ def launches() -> Iterator[Row]:
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]) as profiler:
             run()
             clock()
-        kernels = [
-            k for k in profiler.key_averages() if k.self_device_time_total > 0 and k.device_type != DeviceType.CPU
-        ]
-        kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
-        yield row | {
-            "kernels": sum(k.count for k in kernels),
-            "ms": sum(k.self_device_time_total for k in kernels) / 1e3,
-        }
-        for kernel in kernels[:30]:
+        found = [k for k in profiler.key_averages() if k.self_device_time_total > 0 and k.device_type != DeviceType.CPU]
+        found.sort(key=lambda kernel: -kernel.self_device_time_total)
+        yield row | {"kernels": sum(k.count for k in found), "ms": sum(k.self_device_time_total for k in found) / 1e3}
+        for kernel in found[:30]:
             yield row | {"ms": kernel.self_device_time_total / 1e3, "calls": kernel.count, "kernel": kernel.key[:100]}
 
 
@@ -223,14 +288,12 @@ def graphs() -> Iterator[Row]:
             seconds = alternate({"eager": eager, "graph": graph}, 20, warmup=1.0)
             for launched, values in seconds.items():
                 median, p20, p80 = median_and_spread(values)
-                row: Row = {"provider": provider, "batch": batch, "launched": launched, "ms": median * 1e3}
-                yield row | {"p20": p20 * 1e3, "p80": p80 * 1e3, "images/s": batch / median}
+                row: Row = {"job": f"training step of {provider}", "batch": batch, "by": launched, "us": median * 1e6}
+                yield row | {"p20": p20 * 1e6, "p80": p80 * 1e6, "images/s": batch / median}
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
-    section.__name__: section
-    for section in (correctness, peaks, products, sdpa, kernels, launches, models, attention, graphs)
-}
+IN_ORDER = correctness, peaks, models, launches, kernels, attention, sdpa, prompters, products, graphs, others
+SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {section.__name__: section for section in IN_ORDER}
 
 
 def direction_rows(
@@ -238,14 +301,20 @@ def direction_rows(
     function: Callable[..., object],
     sets: Sequence[Sequence[Tensor]],
     grads: Sequence[Tensor],
-    flops: tuple[float, float],
-    nbytes: tuple[float, float],
+    flops: tuple[float, float] = (0.0, 0.0),
+    nbytes: tuple[float, float] = (0.0, 0.0),
 ) -> Iterator[Row]:
-    """Time forward, and forward + backward, of a function of the operands in ``sets``; flops and bytes of each."""
+    """Time forward, forward + backward, and so backward, of a function of the operands in ``sets``.
+
+    Args:
+        flops, nbytes: of forward, and of forward + backward.
+    """
     with torch.no_grad():
-        yield row | {"direction": "forward"} | timed(lambda i: evaluate(function, sets[i]), flops[0], nbytes[0])
-    rates = timed(lambda i: evaluate(function, sets[i], grads), flops[1], nbytes[1])
-    yield row | {"direction": "forward + backward"} | rates
+        forward = timed(lambda i: evaluate(function, sets[i]), flops[0], nbytes[0])
+    yield row | {"direction": "forward"} | forward
+    both = timed(lambda i: evaluate(function, sets[i], grads), flops[1], nbytes[1])
+    yield row | {"direction": "forward + backward"} | both
+    yield row | {"direction": "backward, by difference", "us": both["us"] - forward["us"]}
 
 
 def timed(run: Callable[[int], object], flops: float = 0.0, nbytes: float = 0.0) -> Row:

@@ -1,4 +1,5 @@
-"""The models that are timed: those of ``insvp_fast.bench.models``, the release's arithmetic, and its authors' own code.
+"""The models that are timed: those of ``insvp_fast.bench.models`` and ``peers``, the release's arithmetic, and its
+authors' own code.
 
 ``INSVP_RELEASE_MODEL=<module>:<factory>``, with a checkout of the authors' code on ``PYTHONPATH``, adds it as the
 provider "authors": ``factory()`` returns their model. This repository has nothing of it, and the tests use a stand-in.
@@ -14,6 +15,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from benchmarks.peers import PEERS, make_peer
 from benchmarks.released import Released
 from insvp_fast import InsVPConfig
 from insvp_fast.bench import models
@@ -23,7 +25,7 @@ from insvp_fast.testing import DEVICE
 __all__ = ["PROVIDERS", "RELEASE", "make_model", "without_dropout"]
 
 RELEASE = ("released", "released frozen", *(["authors"] if "INSVP_RELEASE_MODEL" in os.environ else []))
-PROVIDERS = (*models.PROVIDERS, *RELEASE)
+PROVIDERS = (*models.PROVIDERS, *PEERS, *RELEASE)
 
 
 def make_model(provider: str, name: str, config: InsVPConfig | None = None, **kwargs: Any) -> nn.Module:
@@ -34,6 +36,8 @@ def make_model(provider: str, name: str, config: InsVPConfig | None = None, **kw
     Raises:
         ValueError: for what the release does not have: it is a ViT-B/16 in one configuration.
     """
+    if provider in PEERS:
+        return make_peer(provider, name, config, **kwargs)
     if provider == "authors":
         return _authors().to(DEVICE)
     if not provider.startswith("released"):

@@ -1,6 +1,7 @@
 """Training step and inference against the bare frozen timm model: runs alternate in one process, ratios are medians.
 
-The floor ratio is time over that of the needed operations at the rate of a large product, measured right after.
+The floor ratio is time over that of the needed operations at the best rate of a block's products, timed in the same
+rounds: see insvp_fast/bench/floor.py.
 
 python -m benchmarks.paired                   prints the rows
 python -m benchmarks.paired --save --tables   also writes benchmarks/results/<machine>.json and the tables in Markdown
@@ -9,28 +10,13 @@ python -m benchmarks.paired --save --tables   also writes benchmarks/results/<ma
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-
-import torch
 
 from benchmarks import models, results
-from benchmarks.rates import model_flops, peak_flops
+from benchmarks.peers import missing
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS
 from insvp_fast.bench.models import CONFIGS
-from insvp_fast.bench.tables import line
-from insvp_fast.bench.timing import Row, compare
-
-
-def floor_ratios(rows: Sequence[Row], cut: Mapping[str, int]) -> str:
-    """Each provider's time over that of its needed operations."""
-    peak_flops.cache_clear()  # other processes take their share at other times
-    texts = []
-    for row in rows:
-        kind, config = "bare" if row["provider"].startswith("bare") else "reference", CONFIGS[row["config"]]
-        flops = row["batch"] * model_flops(kind, row["model"], config, row["job"] != "inference", **cut)
-        floor = flops / peak_flops(AUTOCAST_DTYPES[row["precision"]] or torch.float32)
-        texts.append(f"{row['provider']} {row['seconds'] / floor:.2f}")
-    return "floor ratios: " + ", ".join(texts)
+from insvp_fast.bench.tables import format_products, line
+from insvp_fast.bench.timing import compare
 
 
 def main() -> None:
@@ -38,7 +24,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--depth", type=int, help="keep so many blocks of the backbone only, to try this script")
     parser.add_argument("--config", choices=CONFIGS, default="paper", help="of InsVP")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1], help="1 is the latency")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precisions", nargs="+", choices=AUTOCAST_DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=["training step", "inference"])
@@ -56,10 +42,12 @@ def main() -> None:
     for batch in arguments.batch:
         for precision in arguments.precisions:
             for job in arguments.jobs:
-                what = job, precision, arguments.providers, arguments.model, batch, arguments.rounds, arguments.config
+                reasons = {name: missing(name, job, precision) for name in arguments.providers}
+                providers = [name for name, reason in reasons.items() if reason is None]
+                what = job, precision, providers, arguments.model, batch, arguments.rounds, arguments.config
                 rows = compare(*what, make=models.make_model, **cut)
                 print("\n".join(map(line, rows)), flush=True)
-                print(floor_ratios(rows, cut), flush=True)
+                print("\n".join([*filter(None, reasons.values()), format_products(rows[0])]), flush=True)
                 if arguments.save:
                     results.save(rows)
     if arguments.tables:

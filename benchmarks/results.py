@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.bench.machine import machine_facts
-from insvp_fast.bench.tables import format_ratio, table
+from insvp_fast.bench.tables import format_floor_ratio, format_products, format_ratio, join_cells, table
 from insvp_fast.bench.timing import Row
 
 __all__ = ["latest", "read_results", "save", "waterfall_table", "write_tables"]
@@ -67,21 +67,30 @@ def _with_tables(file: Path, tables: str) -> str:
 def short_table(saved: list[dict[str, Any]]) -> str:
     """InsVPViT in the paper's configuration against the bare timm ViT, as last measured on a machine with ``SHOWN``.
 
-    A row for each job and precision, at the largest batch that both were timed at.
+    A row for each job and precision, at the largest batch that both were timed at, and one for an image by itself.
     """
     newest = latest(saved)
     rows = sorted((row for row in newest["rows"] if _group(row)[:2] == ("paper", MODEL)), key=lambda row: row["batch"])
     bare, ours = ({_group(row): row for row in rows if row["provider"] == name} for name in ("bare", "insvp_fast"))
-    pairs = {group[2:4]: (bare[group], ours[group]) for group in bare if group in ours}
-    lines = [_title(newest), "", "| | precision | batch | bare timm ViT | InsVPViT | time ratio |"]
-    lines.append("|---|---|---|---|---|---|")
-    for job, precision in itertools.product(("training step", "inference"), ("fp32", "bf16")):
-        if (job, precision) in pairs:
-            baseline, row = pairs[job, precision]
-            cells = [f"{MODEL}, {job}", precision, str(row["batch"])]
-            cells += [f"{each['images per second']:.2f} images/s" for each in (baseline, row)]
-            lines.append("| " + " | ".join([*cells, format_ratio(row)]) + " |")
-    return "\n".join(lines)
+    both = [group for group in bare if group in ours]  # the batches rise
+    shown: list[tuple[Any, ...]] = []
+    for kind in itertools.product(("training step", "inference"), ("fp32", "bf16")):
+        shown += [group for group in both if group[2:4] == kind][-1:]
+    shown += [group for group in both if group[2] == "inference" and group[4] == 1 and group not in shown]
+    with_floor = any("floor ratio" in ours[group] for group in shown)
+    names = ["", "precision", "batch", "bare timm ViT", "InsVPViT", "time ratio", *["floor ratio"] * with_floor]
+    lines = [_title(newest), "", join_cells(names), "|" + "---|" * len(names)]
+    for group in shown:
+        cells = [f"{MODEL}, {group[2]}", *map(str, group[3:])]
+        cells += [f"{each[group]['images per second']:.2f} images/s" for each in (bare, ours)]
+        lines.append(join_cells([*cells, format_ratio(ours[group]), *[format_floor_ratio(ours[group])] * with_floor]))
+    return "\n\n".join(["\n".join(lines), *_products([ours[group] for group in shown])])
+
+
+def _products(rows: list[Row]) -> list[str]:
+    """A paragraph of the rates that the floor ratios are made of, if there are any."""
+    texts = {(row["precision"], row["batch"]): format_products(row) for row in rows if "products" in row}
+    return ["; ".join(texts.values())] if texts else []
 
 
 def latest(saved: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def full_tables(saved: list[dict[str, Any]]) -> str:
         for row in file["rows"]:
             groups.setdefault(_group(row), []).append(row)
         rows = [row for group in groups.values() for row in sorted(group, key=_rank)]
-        parts += [_title(file), table(rows)]
+        parts += [_title(file), table(rows), *_products([row for row in rows if row["model"] == MODEL])]
         if "waterfall" in file:
             parts.append(waterfall_table(file["waterfall"]))
     return "\n\n".join(parts)

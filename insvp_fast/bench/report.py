@@ -10,7 +10,7 @@ import torch
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.models import PROVIDERS
-from insvp_fast.bench.tables import line, provider_title, table
+from insvp_fast.bench.tables import format_products, line, provider_title, table
 from insvp_fast.bench.timing import Row, compare
 from insvp_fast.runtime import hardware
 from insvp_fast.testing import DEVICE
@@ -36,7 +36,7 @@ def run_benchmark(file: str | None, name: str, batch: int | None, rounds: int) -
             continue
         for job in ("training step", "inference"):
             rows += compare(job, precision, PROVIDERS[:3], name, batch, rounds)
-            print("\n".join(map(line, rows[-3:])), flush=True)
+            print("\n".join(map(line, rows[-3:])), format_products(rows[-1]), sep="\n", flush=True)
     if file is not None:
         _write(Path(file), name, rows)
     return rows

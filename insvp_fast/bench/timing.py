@@ -1,7 +1,7 @@
 """Runs that alternate in one process, and the rows of results that come of them.
 
 Whatever else the machine does falls on all models alike, and a ratio is the median over pairs of runs that followed one
-another.
+another. So is the floor ratio: the products of a block are timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.bench.floor import BlockProducts, needed_flops
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS
 from insvp_fast.bench.models import CONFIGS, make_images, make_model
 from insvp_fast.testing import DEVICE, relative_error, saved_bytes
@@ -92,23 +93,27 @@ def compare(
         kwargs: further arguments of ``make``.
 
     Returns:
-        One row per provider: median seconds, ratio, and for inference the relative error of the logits against
-        float64, for the other jobs the memory that the forward pass saves for backward; on a GPU also its peak memory.
+        One row per provider: median seconds, ratio, the floor ratio and the rates of products that it is made of, and
+        for inference the relative error of the logits against float64, for the other jobs the memory that the forward
+        pass saves for backward; on a GPU also its peak memory.
     """
     amp = AUTOCAST_DTYPES[precision]
     models = {provider: make(provider, name, CONFIGS[config], **kwargs) for provider in providers}
     runs = {provider: JOBS[job](model, batch, amp) for provider, model in models.items()}
-    seconds = alternate(runs, rounds)
+    block = BlockProducts(name, CONFIGS[config], batch, amp or torch.float32, **_of_backbone(kwargs))
+    seconds = alternate({**runs, **block.runs}, rounds)
     exact: dict[str, Tensor] = {}
     rows = []
     for provider, model in models.items():
         row: Row = {"job": job, "precision": precision, "provider": provider, "model": name, "config": config}
         row |= {"batch": batch, "rounds": rounds, **summarize(seconds[provider], seconds[providers[0]])}
         row["images per second"] = batch / row["seconds"]
+        kind = "bare" if provider.startswith("bare") else "reference"
+        flops = batch * needed_flops(kind, name, CONFIGS[config], job != "inference", **_of_backbone(kwargs))
+        row |= {"floor ratio": block.floor_ratio(seconds[provider], flops, seconds), "products": block.rates(seconds)}
         if DEVICE.type == "cuda":
             row["peak MB"] = peak_bytes(runs[provider]) / 1e6
         if job == "inference":
-            kind = "bare" if provider.startswith("bare") else "reference"
             if kind not in exact:
                 exact[kind] = _exact_logits(kind, name, batch, config, **kwargs)
             row["error"] = relative_error(runs[provider]()["logits"], exact[kind])
@@ -116,6 +121,10 @@ def compare(
             row["saved MB per image"] = saved_mb_per_image(provider, model, batch, amp)
         rows.append(row)
     return rows
+
+
+def _of_backbone(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != "options"}  # those are of InsVPViT
 
 
 def _exact_logits(kind: str, name: str, batch: int, config: str, **kwargs: Any) -> Tensor:

@@ -27,9 +27,12 @@ OPTIONAL = ("xformers", "tensorboard", "wandb", "scipy", "h5py", "datasets")  # 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="RUN", help="check a run folder as well")
     parser.add_argument("--adapter", metavar="FOLDER", help="check an adapter folder as well")
+    parser.add_argument(
+        "--products", action="store_true", help="time what can multiply by frozen weights here, for a few seconds"
+    )
 
 
-def run(run: str | None, adapter: str | None) -> int:
+def run(run: str | None, adapter: str | None, products: bool) -> int:
     _print("insvp_fast", f"{__version__} in {Path(__file__).parents[1]}")
     versions = {name: _version(name) for name in (*REQUIRED, *FOR_TRAINING, *OPTIONAL)}
     _print("python", f"{platform.python_version()} on {platform.platform()}")
@@ -39,6 +42,8 @@ def run(run: str | None, adapter: str | None) -> int:
     warnings, failures = list(_package_warnings(versions)), []
     try:
         for label, value in _describe_machine():
+            _print(label, value)
+        for label, value in _time_products() if products else ():
             _print(label, value)
         warnings += _machine_warnings()
         warnings += run_warnings(Path(run)) if run else []
@@ -107,6 +112,20 @@ def _describe_machine() -> Iterator[tuple[str, object]]:
         yield "attention", f"PyTorch's: {backends}"
     else:
         yield "attention", ", ".join(f"{name} {cpu_attention(dtype)}" for name, dtype in dtypes.items())
+
+
+def _time_products() -> Iterator[tuple[str, object]]:
+    """The rates of the products of a ViT-B/16's block with two images, by what multiplies."""
+    import torch
+
+    from insvp_fast import InsVPConfig
+    from insvp_fast.bench.floor import BlockProducts
+    from insvp_fast.bench.timing import alternate
+
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        block = BlockProducts("vit_base_patch16_224", InsVPConfig(), 2, dtype, depth=1)
+        rates = block.rates(alternate(block.runs, rounds=7))
+        yield f"products in {name}", ", ".join(f"{by} {rate / 1e9:.0f}" for by, rate in rates.items()) + " GFLOP/s"
 
 
 def _machine_warnings() -> Iterator[str]:

@@ -5,15 +5,20 @@ import functools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import parity, results, waterfall
+from benchmarks import gpu, parity, results, waterfall
 from benchmarks.models import make_model, without_dropout
-from insvp_fast import InsVPConfig
+from insvp_fast import InsVPConfig, InsVPReference
 from insvp_fast.bench import models, report
+from insvp_fast.bench.floor import BlockProducts, needed_flops
 from insvp_fast.bench.jobs import forward_backward, training_step
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.tables import line
@@ -120,6 +125,49 @@ def test_rows_and_spread():
         assert row["provider"] in line(row)
 
 
+def test_the_floor_is_of_the_best_product_in_the_same_round():
+    block = BlockProducts("test_vit", InsVPConfig(prompt_length=3), 2, torch.float32)
+    T, D, hidden = 101, 64, 192
+    assert block.flops == 2 * 2 * ((T + 3) * 3 * D * D + T * D * D + 2 * T * D * hidden)
+    for run in block.runs.values():
+        run()
+    block.runs = {"slow": None, "fast": None}
+    seconds = {"slow": [2.0, 4.0, 6.0], "fast": [1.0, 2.0, 4.0]}
+    assert block.rates(seconds) == {"slow": block.flops / 4, "fast": block.flops / 2}
+    assert block.floor_ratio([30.0, 40.0, 120.0], 10 * block.flops, seconds) == 3.0  # of 3, 2 and 3
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_the_bare_backbone_needs_what_pytorch_counts(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0).requires_grad_(False)
+        image = torch.empty(1, 3, *model.patch_embed.img_size, requires_grad=True)
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        y = model(image)
+    assert needed_flops("bare", name, InsVPConfig(), False) == forward.get_total_flops()
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    products = backward.get_flop_counts()["Global"][torch.ops.aten.bmm]  # four; the fifth makes the scores again
+    total = forward.get_total_flops() + backward.get_total_flops() + products / 4
+    assert needed_flops("bare", name, InsVPConfig(), True) == total
+
+
+def test_prompts_cost_keys_and_values_and_the_last_block_asks_once():
+    config = InsVPConfig(global_prompt=False, patch_prompt=False, specific_prompt=False, prompt_length=5)
+    (T, D, hidden), L = (101, 64, 192), 5
+    forward = [needed_flops(kind, "test_vit", config, False) for kind in ("bare", "reference")]
+    depth = len(timm.create_model("test_vit").blocks)
+    prompts = depth * L * 2 * D * D + ((depth - 1) * T + 1) * L * 2 * D  # keys and values, scores and sums
+    saved = (T - 1) * (2 * D * (D + hidden) + T * 2 * D)
+    assert forward[1] - forward[0] == 2 * (prompts - saved)
+    whole = InsVPConfig(prompt_length=5)
+    model, image = InsVPReference(timm.create_model("test_vit"), None, whole), torch.randn(1, 3, 160, 160)
+    with FlopCounterMode(display=False) as counter:
+        model.specific_prompt(image, model.image_prompt(image).prompted)
+    prompters = needed_flops("reference", "test_vit", whole, False) - forward[1]
+    assert 0.7 < prompters / counter.get_total_flops() <= 1  # the reference convolves what pooling does not read
+
+
 def saved_row(provider, **values):
     row = {"job": "inference", "precision": "fp32", "provider": provider, "model": BASE, "batch": 8, "ratio": 1.0}
     return row | {"images per second": 2.0} | values  # as the oldest files have it, without configuration and spread
@@ -191,10 +239,28 @@ def test_the_short_table_is_of_the_last_measurement_and_the_largest_batch(tmp_pa
     assert lines[2:-2] == [
         "CPU, AVX512-BF16, torch 2.15.0:",
         "",
-        "| | precision | batch | bare timm ViT | InsVPViT | time ratio |",
+        "|  | precision | batch | bare timm ViT | InsVPViT | time ratio |",
         "|---|---|---|---|---|---|",
         f"| {BASE}, inference | fp32 | 8 | 24.00 images/s | 24.00 images/s | 1.00 |",
     ]
+
+
+def test_the_short_table_shows_latency_and_what_was_compared_with_the_floor(tmp_path, pages):
+    floor = {"floor ratio": 1.234, "products": {"F.linear": 202e9, "native library": 216e9}}
+    rows = [saved_row(name, batch=n) | floor for name in ("bare", "insvp_fast") for n in (8, 1)]
+    rows[-1].pop("floor ratio"), rows[-1].pop("products")  # of an image by itself, as measured long ago
+    write_results(tmp_path, "AVX512-BF16", "2.15.0", rows)
+    results.write_tables(tmp_path, *pages)
+    short, full = (page.read_text().splitlines()[4:-2] for page in pages)
+    assert short == [
+        "|  | precision | batch | bare timm ViT | InsVPViT | time ratio | floor ratio |",
+        "|---|---|---|---|---|---|---|",
+        f"| {BASE}, inference | fp32 | 8 | 2.00 images/s | 2.00 images/s | 1.00 | 1.23 |",
+        f"| {BASE}, inference | fp32 | 1 | 2.00 images/s | 2.00 images/s | 1.00 |  |",
+        "",
+        "products in fp32, batch 8, GFLOP/s: F.linear 202, native library 216",
+    ]
+    assert f"| {BASE}, inference | fp32 | 8 | InsVPViT | 2.00 | 1.00 | 1.23 |  |  |" in full
 
 
 def test_tables_want_markers_and_a_machine_to_show(tmp_path, pages):
@@ -240,6 +306,23 @@ def test_the_gpu_script_reports_a_failing_section(tmp_path):
     found = json.loads(file.read_text())
     assert ("failed" in found["graphs"]) == (DEVICE.type == "cpu")
     assert len(found["sdpa"]["rows"]) >= 2
+
+
+def test_the_gpu_script_keeps_what_it_has_measured_and_says_what_is_faster():
+    def rows():
+        row = {"operation": "attention", "batch": 64, "direction": "backward"}
+        yield row | {"by": "sdpa", "us": 1600.0}
+        yield row | {"by": "triton", "us": 744.0}
+        yield {"operation": "another", "by": "triton", "us": 1.0}
+        raise RuntimeError("broken")
+
+    section, written = {"rows": []}, []
+    gpu.measure(rows(), section, time.monotonic() + 60, lambda: written.append(len(section["rows"])))
+    assert written == [1, 2, 3, 3] and "broken" in section["failed"]
+    assert section["decisions"] == ["attention, batch 64, backward: triton, 0.744 ms against 1.6 (sdpa)"]
+    late = {"rows": []}
+    gpu.measure(rows(), late, time.monotonic() - 1, lambda: None)
+    assert late["rows"] == [] and "no time left" in late["left out"]
 
 
 def test_the_command_writes_a_report(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from insvp_fast import InsVPConfig
+from insvp_fast.bench import timing
 from insvp_fast.commands import cli, diagnostics, doctor
 from insvp_fast.runtime import native
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
@@ -20,6 +22,14 @@ def test_doctor_shows_the_environment(capsys):
     printed = capsys.readouterr().out
     for text in ("torch ", torch.__version__, "native CPU library", "CPU products", "attention", "accelerate"):
         assert text in printed
+
+
+def test_doctor_times_products(monkeypatch, capsys):
+    alternate = timing.alternate
+    monkeypatch.setattr(timing, "alternate", lambda runs, rounds: alternate(runs, 1))
+    assert cli.main(["doctor", "--products"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"products in fp32 +F\.linear \d+.* GFLOP/s\nproducts in bf16 +\S.* \d+.* GFLOP/s\n", printed)
 
 
 @pytest.mark.parametrize(

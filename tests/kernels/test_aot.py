@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton
-from insvp_fast.kernels.gpu import activation, attention, chip, norm_insert, superpose
+from insvp_fast.kernels.gpu import activation, attention, chip, conv, conv_pool, norm_insert, superpose
 
 from tools.aot import SHARED_LIMIT, TARGETS, cases, shortcomings
 from tools.aot_cases import CHECKED, POINTERS
@@ -44,7 +44,7 @@ def test_shared_memory_is_within_the_chips_limit(aot):
 
 
 def test_matrix_units_are_used(aot):
-    assert not failing(aot, lambda fact: fact["kernel"].startswith(("superpose", "attention")) and not fact["matrix"])
+    assert not failing(aot, lambda fact: fact["kernel"].startswith(("superpose", "attention", "conv_pool")) and not fact["matrix"])
 
 
 def test_attention_was_not_compiled_to_a_stub(aot):
@@ -141,7 +141,7 @@ def launches(monkeypatch):
     """The launches of all kernels, in their order; nothing is run."""
     monkeypatch.setattr(chip, "INTERPRETED", True)
     seen = []
-    for module in (superpose, norm_insert, activation, attention):
+    for module in (superpose, norm_insert, activation, attention, conv, conv_pool):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
     return seen
@@ -191,6 +191,21 @@ def test_the_cases_are_what_attention_launches(launches):
     assert_same_as_launched("attention", "H12-T197-S206-bf16", launches)
     # 192 heads for 2 x 132 places: two programs a head; backward needs one
     assert [grid for grid, _, _ in launches] == [(192, 2), (192,)]
+
+
+def test_the_cases_are_what_conv_launches(launches):
+    image, weight = torch.zeros(1, 3, 224, 224), torch.zeros(6, 3, 3, 3)
+    hidden = conv.conv_fwd(image, weight, weight[:, 0, 0, 0], 5, (5, 5), 224, 224, True, torch.bfloat16)
+    conv.conv_bwd(hidden, image, hidden, weight, 5, (5, 5), False)
+    assert_same_as_launched("conv_", "C3-fp32-bf16", launches)
+
+
+def test_the_cases_are_what_conv_pool_launches(launches):
+    x, weight = torch.zeros(1, 9, 52, 52, dtype=torch.bfloat16), torch.zeros(27, 9, 9, 9)
+    y, index = conv_pool.conv_pool_fwd(x, weight, weight[:, 0, 0, 0], (2, 2), 48, 48, 3, 0.01, torch.float32)
+    conv_pool.conv_pool_bwd_weight(y, x, y, index, weight, (2, 2), 3, 0.01)
+    conv_pool.conv_pool_bwd_map(y, x, y, index, weight, (2, 2), 3, 0.01)
+    assert_same_as_launched("conv_pool", "C9-bf16", launches)
 
 
 def test_an_interpreting_process_refuses():

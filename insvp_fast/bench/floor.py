@@ -1,0 +1,180 @@
+"""The floor under the time of a step: its needed operations, at the best rate of products that the machine reaches.
+
+Unlike the ratio to another model, the ratio to this floor says nothing of how good the other model's products are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from insvp_fast.config import InsVPConfig
+from insvp_fast.reference import InsVPReference
+from insvp_fast.runtime import hardware, products
+from insvp_fast.runtime.native import available
+from insvp_fast.testing import DEVICE
+
+__all__ = ["BlockProducts", "needed_flops"]
+
+TITLES = {
+    "plain": "F.linear",
+    "onednn": "oneDNN packed",
+    "native": "native library",
+    "widened": "widened to fp32",
+}  # the names of ``runtime.products``, and ours for readers
+
+
+class Shape(NamedTuple):
+    """A product of one image in a block: its rows, inputs and outputs."""
+
+    rows: int
+    d_in: int
+    d_out: int
+
+
+class BlockProducts:
+    """The four products of a block, by every provider that this machine has.
+
+    Attributes:
+        runs: by the provider's name, all four products once.
+        flops: of a run.
+
+    Args:
+        config: of InsVP, whose prompts are multiplied for keys and values only, as rows of the first product.
+        dtype: of the operands.
+        backbone_kwargs: for ``timm.create_model``.
+    """
+
+    def __init__(self, name: str, config: InsVPConfig, batch: int, dtype: torch.dtype, **backbone_kwargs: Any) -> None:
+        with torch.device("meta"):
+            shapes = _block_shapes(timm.create_model(name, **backbone_kwargs), config.prompt_length)
+        self.flops = sum(2 * batch * math.prod(shape) for shape in shapes)
+        random = functools.partial(torch.randn, device=DEVICE)  # zeros would be faster on a GPU
+        operands = [
+            (random(batch * rows, d_in).to(dtype), products.FrozenLinear(random(d_out, d_in).to(dtype)))
+            for rows, d_in, d_out in shapes
+        ]
+
+        def run(how: str) -> None:
+            with torch.inference_mode():
+                for x, layer in operands:
+                    products.linear(x, layer, how)
+
+        self.runs = {TITLES[how]: functools.partial(run, how) for how in _providers(dtype)}
+
+    def rates(self, seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """FLOP/s by provider, of the seconds that each of ``runs`` took in each round."""
+        return {by: self.flops / statistics.median(seconds[by]) for by in self.runs}
+
+    def floor_ratio(self, step: Sequence[float], flops: float, seconds: Mapping[str, Sequence[float]]) -> float:
+        """The median ratio of a step's time to that of its operations at the best rate, both of the same round.
+
+        Args:
+            step: its seconds in each round.
+            flops: what it needs (``needed_flops``).
+            seconds: as of ``rates``.
+        """
+        rates = self.rates(seconds)
+        best = seconds[max(rates, key=lambda by: rates[by])]
+        return statistics.median(mine * self.flops / (flops * each) for mine, each in zip(step, best, strict=True))
+
+
+def _providers(dtype: torch.dtype) -> list[str]:
+    if DEVICE.type != "cpu":
+        return ["plain"]
+    if not hardware.has_products(dtype):
+        return [products.cpu_provider(dtype)]  # the others take minutes
+    return ["plain"] + ["onednn"] * products.onednn_works(dtype) + ["native"] * available(dtype)
+
+
+def _block_shapes(backbone: Any, L: int) -> list[Shape]:
+    """Those of a ViT's block, or of the stage of a Swin Transformer with the most blocks."""
+    if isinstance(backbone, SwinTransformer):
+        stage = max(backbone.layers, key=lambda stage: len(stage.blocks))
+        T, block = math.prod(stage.output_resolution), stage.blocks[0]
+    else:
+        T, block = backbone.patch_embed.num_patches + backbone.num_prefix_tokens, backbone.blocks[0]
+    D, hidden = block.norm1.normalized_shape[0], block.mlp.fc1.out_features
+    return [Shape(T + L, D, 3 * D), Shape(T, D, D), Shape(T, D, hidden), Shape(T, hidden, D)]
+
+
+@functools.cache
+def needed_flops(kind: str, name: str, config: InsVPConfig, backward: bool, **backbone_kwargs: Any) -> float:
+    """The least floating-point operations that a model needs for one image.
+
+    The bare backbone needs all of its own. With prompts, these are the operations left by the exact savings: prompts
+    give keys and values only, and the last block of a ViT has one query. Backward adds each frozen product once,
+    attention two and a half times, and of the prompters what ``_prompter_flops`` says.
+
+    Args:
+        kind: "bare", or anything else for InsVP.
+    """
+    with torch.device("meta"):
+        backbone = timm.create_model(name, **backbone_kwargs)
+        model = None if kind == "bare" else InsVPReference(backbone, None, config)
+        image = torch.empty(1, 3, *backbone.patch_embed.img_size)
+    L = 0 if model is None else config.prompt_length
+    terms = _swin_terms if isinstance(backbone, SwinTransformer) else _vit_terms
+    matrices, scores = terms(backbone, L, model is not None)
+    prompters, prompters_too = (0.0, 0.0) if model is None else _prompter_flops(model, image)
+    return 2 * (matrices + scores) + prompters + (2 * matrices + 5 * scores + prompters_too) * backward
+
+
+def _vit_terms(backbone: Any, L: int, saves: bool) -> tuple[float, float]:
+    """The multiplications of a ViT's frozen products and of its attention; ``saves``: one query in the last block."""
+    D, J, N = backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.num_patches
+    T, hidden = N + backbone.num_prefix_tokens, backbone.blocks[0].mlp.fc1.out_features
+    queries = (J - 1) * T + (1 if saves else T)
+    matrices = _patch_embedding(backbone) + queries * 2 * D * (D + hidden) + J * (T + L) * 2 * D * D
+    return matrices, queries * (T + L) * 2 * D
+
+
+def _swin_terms(backbone: Any, L: int, saves: bool) -> tuple[float, float]:
+    """As ``_vit_terms``; there is no query to save."""
+    matrices, scores = _patch_embedding(backbone), 0.0
+    for stage in backbone.layers:
+        T = math.prod(stage.output_resolution)
+        if stage.downsample is not backbone.layers[0].downsample:
+            matrices += T * stage.downsample.reduction.weight.numel()
+        for block in stage.blocks:
+            D, hidden = block.dim, block.mlp.fc1.out_features
+            matrices += T * 2 * D * (D + hidden) + (T + L) * 2 * D * D
+            scores += T * (block.window_area + L) * 2 * D
+    return matrices, scores
+
+
+def _patch_embedding(backbone: Any) -> float:
+    return float(backbone.patch_embed.num_patches * backbone.patch_embed.proj.weight.numel())
+
+
+def _prompter_flops(model: InsVPReference, image: torch.Tensor) -> tuple[float, float]:
+    """The operations of the prompters, forward and backward.
+
+    Forward convolves what pooling reads. Backward makes the gradients that anything needs: none of the image, and
+    behind max-pooling those of the one pixel of a window that was chosen.
+    """
+    H, W = image.shape[-2:]
+    terms: list[tuple[nn.Module, int, int, int]] = []  # a layer's outputs forward, backward, gradients of each
+    if (g := model.global_prompter) is not None:
+        terms += [(g.conv1, H * W, H * W, 1), (g.conv2, H * W, H * W, 2)]
+    if (p := model.patch_prompter) is not None:
+        N = H * W // p.patch_size**2
+        terms += [(p.fc1, N, N, 1), (p.fc2, N, N, 2)]
+    if (s := model.specific_prompter) is not None:
+        size = 3 * s.grid + 4
+        read = math.prod(side // size * size or side for side in (H, W))
+        terms.append((s.conv1, read, size**2, 1 if model.config.specific_input == "image" else 2))
+        terms += [(s.conv2, 9 * s.grid**2, s.grid**2, 2), (s.conv3, s.grid**2, s.grid**2, 2)]
+    forward = backward = 0.0
+    for layer, outputs, followed, gradients in terms:
+        weights = sum(w.numel() for w in layer.parameters() if w.ndim > 1)
+        forward, backward = forward + 2 * weights * outputs, backward + 2 * gradients * weights * followed
+    return forward, backward
