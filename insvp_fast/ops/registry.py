@@ -105,10 +105,14 @@ def register(
 
     def kernel(*arguments: Any) -> Any:
         given = operands(*arguments[:at], *arguments[at + 1 :])
-        return table[implementation(name, arguments[at], given)].run(given)
+        run = table[implementation(name, arguments[at], given)].run
+        if not torch.is_grad_enabled():
+            return run(given)
+        with torch.no_grad():
+            return run(given)
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
-    LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
 
 
 def _preferred(operands: Sequence[Any]) -> Sequence[str]:
