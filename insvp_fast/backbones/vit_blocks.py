@@ -209,8 +209,8 @@ def pre_norm_block(
 
 def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
     """The block's layer scale: a module in most classes of timm, a parameter or None in others."""
-    if hasattr(block, f"ls{number}"):
-        scaled: Tensor = getattr(block, f"ls{number}")(branch)
+    if (scale := getattr(block, f"ls{number}", None)) is not None:
+        scaled: Tensor = branch if isinstance(scale, nn.Identity) else scale(branch)
         return scaled
     gamma = getattr(block, f"gamma_{number}")
     return branch if gamma is None else gamma * branch
