@@ -142,7 +142,12 @@ class DeviceFingerprint:
 
     def rows(self) -> list[tuple[int, int]]:
         """The address and the number of whole words of 4 bytes of each region that is still there."""
-        return [(address, r.nbytes // 4) for r in self.regions if (address := r.address()) is not None]
+        rows = []
+        for reference, offset, nbytes in self.regions:  # ``Region.address`` in fewer steps: this is done for every pass
+            storage = reference()
+            if storage is not None and offset + nbytes <= storage.nbytes():
+                rows.append((storage.data_ptr() + offset, nbytes // 4))
+        return rows
 
     def broken(self) -> bool:
         self._watch.asked(self)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,11 @@ class FrozenLinear(NamedTuple):
     shift: Tensor | None = None
     first: int = 0
     last: int | None = None
+
+    @classmethod
+    def of(cls, layer: Any, gain: Tensor | None = None, shift: Tensor | None = None) -> FrozenLinear:
+        """All outputs of an ``nn.Linear``, or of a convolution without overlap."""
+        return cls(layer.weight, layer.bias, gain, shift)
 
     @property
     def sources(self) -> tuple[Tensor | None, ...]:
