@@ -118,19 +118,20 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
         Their gradients by the common and the specific prompts are sums over the blocks, in whatever order.
         """
-        (w_c, w_s), common, prompts = self.config.blend_feature, self.common_prompts, {}
+        (w_c, w_s), prompts = self.config.blend_feature, dict[int, Tensor]()
         for i, width in enumerate(self.prompt_widths):
             blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
-            own_p_s, own = (p_s[i] if isinstance(p_s, tuple) else p_s), common
-            if isinstance(common, nn.ParameterList):
-                own = common[i]
+            common = (
+                self.common_prompts[i] if isinstance(self.common_prompts, nn.ParameterList) else self.common_prompts
+            )
+            own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
             specific = None if own_p_s is None else w_s * own_p_s  # [B, L, D]
-            if own is None:
-                prompts |= {} if specific is None else dict.fromkeys(blocks, specific)
-                continue
-            blended = (w_c * own).unsqueeze(1)  # [J, 1, L, D]
-            blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + specific
-            prompts |= dict(zip(blocks, blended.unbind(0), strict=True))
+            if common is not None:
+                blended = torch.mul(common, w_c).unsqueeze(1)  # [J, 1, L, D]
+                blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + specific
+                prompts |= zip(blocks, blended.unbind(0), strict=True)
+            elif specific is not None:
+                prompts |= dict.fromkeys(blocks, specific)
         return prompts
 
     def _compile_prompters(self, device: torch.device) -> None:

@@ -69,7 +69,8 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     Raises:
         ValueError: if a weight is trained, or a layer does not fit x or the layer before.
     """
-    features, sources = x.shape[-1], []
+    sources: list[Tensor | None] = []
+    features = x.shape[-1]
     for layer in layers:
         _check(layer, features)
         features = layer.out_features
