@@ -14,7 +14,8 @@ have changed. Two things are compared before each forward product:
 
 A backward pass relies on the check of the forward pass. ``verify()`` compares everything, ``clear()`` drops everything.
 A CUDA graph reads the packed weights that it was captured with, so these live as long as the weights that they were
-made of: capture a graph after a warm-up, and again when weights have changed.
+made of: capture a graph after a warm-up, and again when weights have changed. Outside of graphs, a stream waits for
+what another has packed.
 """
 
 from __future__ import annotations
