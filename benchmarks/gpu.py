@@ -199,9 +199,14 @@ def launches() -> Iterator[Row]:
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]) as profiler:
             run()
             clock()
-        kernels = [k for k in profiler.key_averages() if k.self_device_time_total > 0 and k.device_type != DeviceType.CPU]
+        kernels = [
+            k for k in profiler.key_averages() if k.self_device_time_total > 0 and k.device_type != DeviceType.CPU
+        ]
         kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
-        yield row | {"kernels": sum(k.count for k in kernels), "ms": sum(k.self_device_time_total for k in kernels) / 1e3}
+        yield row | {
+            "kernels": sum(k.count for k in kernels),
+            "ms": sum(k.self_device_time_total for k in kernels) / 1e3,
+        }
         for kernel in kernels[:30]:
             yield row | {"ms": kernel.self_device_time_total / 1e3, "calls": kernel.count, "kernel": kernel.key[:100]}
 
@@ -223,7 +228,8 @@ def graphs() -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
-    section.__name__: section for section in (correctness, peaks, products, sdpa, kernels, launches, models, attention, graphs)
+    section.__name__: section
+    for section in (correctness, peaks, products, sdpa, kernels, launches, models, attention, graphs)
 }
 
 

@@ -37,7 +37,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         attention: the implementation, one of ``ops.ATTENTION``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
-        compile_prompters: run the convolutional prompters through ``torch.compile``; None does so on GPUs.
+        compile_prompters: run the convolutional prompters through ``torch.compile``.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         fold_norm: bool = True,
         attention: str = "auto",
         gelu_in_8_bits: bool = False,
-        compile_prompters: bool | None = None,
+        compile_prompters: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
         if isinstance(backbone, str) and pretrained:
@@ -81,7 +81,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         return super().image_prompt(self._normalize(image) if image.dtype == torch.uint8 else image)
 
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
-        self._compile_prompters(image.device)
+        self._compile_prompters()
         dtype, autocast = self._precision(image)
         with torch.autocast(image.device.type, dtype, enabled=autocast):
             pixels = image
@@ -121,9 +121,9 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         (w_c, w_s), prompts = self.config.blend_feature, dict[int, Tensor]()
         for i, width in enumerate(self.prompt_widths):
             blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
-            common = (
-                self.common_prompts[i] if isinstance(self.common_prompts, nn.ParameterList) else self.common_prompts
-            )
+            common = self.common_prompts
+            if isinstance(common, nn.ParameterList):
+                common = common[i]
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
             specific = None if own_p_s is None else w_s * own_p_s  # [B, L, D]
             if common is not None:
@@ -134,8 +134,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
                 prompts |= dict.fromkeys(blocks, specific)
         return prompts
 
-    def _compile_prompters(self, device: torch.device) -> None:
-        wanted = device.type == "cuda" if self.compile_prompters is None else self.compile_prompters
+    def _compile_prompters(self) -> None:
+        wanted = self.compile_prompters
         if torch.compiler.is_compiling() or wanted == self._prompters_are_compiled:
             return
         for prompter in (self.global_prompter, self.specific_prompter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from insvp_fast import coverage, ops, reference
 from insvp_fast.coverage import Covered, Requirements, Rule, Table, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
-from insvp_fast.ops.conv import conv_reference
+from insvp_fast.ops.conv import conv_reference, conv_triton_reason
+from insvp_fast.ops.conv_pool import conv_pool_triton_reason
+from insvp_fast.ops.registry import FLOATS
 
 __all__ = ["GlobalPrompter", "PatchPrompter", "PyramidPrompter", "SpecificPrompter", "make_fast"]
 
@@ -33,10 +36,10 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
 
     def forward(self, image: Tensor) -> Tensor:
         dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if coverage.covers(self) else None
-        if dtype is None:
+        if dtype is None or not _on_cpu_or(conv_triton_reason, image, self.conv1, self.conv2):
             return super().forward(image)
         (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
-        with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
+        with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
             x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
             x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)
         prompt: Tensor = self.dropout(x)
@@ -72,16 +75,21 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
         size, grid = 3 * self.grid + 4, self.grid
         H, W = (side // size * size or side for side in image.shape[-2:])
         pool = H // size
-        if dtype is None or not 1 <= pool <= 16 or W // size != pool:  # windows overlap, are large or not square
+        square = 1 <= pool <= 16 and W // size == pool  # else windows overlap, are large or not square
+        if dtype is None or not square or not _on_cpu_or(conv_pool_triton_reason, image, self.conv1, self.conv2):
             x = reference.pool_center(_conv(self.conv1, image, H, W), size)
             x = _conv(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
             return self._tokens(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))), None)
         (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
-        with torch.autocast("cpu", enabled=False):  # the operations choose their own precision
+        operands = dtype if image.is_cuda else torch.float32  # of products: 16 bits are for matrix units
+        with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
             # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest
-            x = self.dropout(ops.conv_pool(image, w1, b1, H, W, pool, dtype=torch.float32))
-            x = self.dropout(ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3))
-            return self._tokens(x, dtype)
+            x = ops.conv_pool(image.to(operands) if image.is_cuda else image, w1, b1, H, W, pool, dtype=torch.float32)
+            x = ops.conv_pool(self.dropout(x).to(operands), w2, b2, 3 * grid, 3 * grid, 3, dtype=torch.float32)
+            x = self.dropout(x)
+            if not image.is_cuda:
+                return self._tokens(x, dtype)
+        return self._tokens(x, None)
 
     def _tokens(self, x: Tensor, dtype: torch.dtype | None) -> Any:
         """The last convolution, with that of PyTorch where ``dtype``, of the result, is None."""
@@ -137,20 +145,27 @@ def _dilation(conv: object) -> int:
 def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torch.dtype | None:
     """The dtype of these convolutions' result, or None where PyTorch's own have to run.
 
-    Those run on GPUs, where the compiler fuses them, and in fp16 and fp64. They also run before an active dropout if
-    the image is not contiguous: they would keep its layout, and the mask is drawn in the order of memory.
+    Those run in fp64, and on CPUs in fp16. They also run before an active dropout if the image is not contiguous: they
+    would keep its layout, and the mask is drawn in the order of memory.
     """
-    if image.device.type != "cpu" or image.shape[1] != convs[0].weight.shape[1]:
+    device = image.device.type
+    if device not in ("cpu", "cuda") or image.shape[1] != convs[0].weight.shape[1]:
         return None
     if dropout.training and not image.is_contiguous():
         return None
-    autocast = torch.is_autocast_enabled("cpu")
     if any(w.dtype != torch.float32 for conv in convs for w in _weights(conv)):
         return None
-    if image.dtype not in ((torch.float32, torch.bfloat16) if autocast else (torch.float32,)):
+    autocast = torch.is_autocast_enabled(device)
+    dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else FLOATS
+    if image.dtype not in (dtypes if autocast else (torch.float32,)):
         return None
-    dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
-    return dtype if dtype in (torch.float32, torch.bfloat16) else None
+    dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
+    return dtype if dtype in dtypes else None
+
+
+def _on_cpu_or(triton_reason: Callable[..., str | None], image: Tensor, *convs: nn.Conv2d) -> bool:
+    """Whether the operations beat PyTorch's convolutions: on GPUs only with the kernels of this package."""
+    return image.device.type == "cpu" or all(triton_reason(image, conv.weight) is None for conv in convs)
 
 
 def _weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from insvp_fast.kernels.gpu import activation, attention, fingerprint, norm_insert, superpose
+from insvp_fast.kernels.gpu import activation, attention, conv, conv_pool, fingerprint, norm_insert, superpose
 
 # versions of triton that compile every shape without shortcomings (`python -m tools.aot --all`)
 CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
@@ -175,6 +175,64 @@ def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case
         )
 
 
+def conv_cases(arch: int | str) -> Iterator[Case]:
+    """The global prompter's two convolutions of images of 224x224 under bf16 autocast, the first also in fp32."""
+    bf16, fp32, side = "*bf16", "*fp32", 224
+    variants = [(3, 6, 5, fp32, bf16), (6, 3, 12, bf16, bf16)] + [(3, 6, 5, fp32, fp32)] * (arch == 90)
+    for C, OUT, dilation, x, y in variants:
+        label, relu = f"C{C}-{x[1:]}-{y[1:]}", C == 3
+        narrow = torch.bfloat16 if y == bf16 else torch.float32
+        same = {"MAP": (side, side), "CENTER": (side, side), "TAPS": (3, 3), "DILATION": dilation}
+        same |= {"MARGIN": (dilation, dilation), "X": (C * side**2, side**2, side, 1)}
+        yield case(
+            f"conv_fwd-{label}",
+            conv._conv_kernel,
+            pointers(x, "x") | pointers(fp32, "weight", "bias") | pointers(y, "y"),
+            same
+            | {"C": C, "OUT": OUT, "WEIGHT": (9 * C, 9, 3, 1), "RELU": relu}
+            | conv.launch_config("map", 0, OUT, narrow, arch),
+        )
+        yield case(
+            f"conv_bwd_weight-{label}",
+            conv._conv_bwd_weight_kernel,
+            pointers(y, "grad", *(["y"] if relu else [])) | pointers(x, "x") | pointers(fp32, "d_weight", "d_bias")
+            | {"M": "i32"},
+            same | {"C": C, "OUT": OUT} | conv.compute(narrow, arch)
+            | conv.launch_config("weight", 9 * C, OUT, narrow, arch),
+        )  # fmt: skip
+
+
+def conv_pool_cases(arch: int | str) -> Iterator[Case]:
+    """The specific prompter's two convolutions of images of 224x224, in bf16, the first also in fp32."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    variants = [(3, 9, 224, 52, 4, 7, -5, bf16), (9, 27, 52, 16, 3, 9, 2, bf16)]
+    for C, OUT, side, grid, pool, taps, margin, dtype in variants + [(*variants[0][:7], fp32)] * (arch == 90):
+        x, scalars, label = POINTERS[dtype], {"M": "i32", "slope": "fp32"}, f"C{C}-{POINTERS[dtype][1:]}"
+        same = {"C": C, "OUT": OUT, "MAP": (side, side), "GRID": (grid, grid), "POOL": pool, "TAPS": (taps, taps)}
+        same |= {"OFFSET": conv_pool.tl.int32} | conv.compute(dtype, arch)
+        patches = {"MARGIN": (margin, margin), "X": (C * side**2, side**2, side, 1)}
+        result = pointers("*fp32", "y") | pointers("*u8", "index")
+        yield case(
+            f"conv_pool_fwd-{label}",
+            conv_pool._conv_pool_fwd_kernel,
+            pointers(x, "x", "moved") | pointers("*fp32", "weight", "bias") | result | scalars,
+            same | patches | conv_pool.launch_config("fwd", OUT, pool, dtype, arch),
+        )
+        yield case(
+            f"conv_pool_bwd_weight-{label}",
+            conv_pool._conv_pool_bwd_weight_kernel,
+            pointers("*fp32", "grad", "d_moved", "d_bias") | pointers(x, "x") | result | scalars,
+            same | patches | conv_pool.launch_config("bwd_weight", OUT, pool, dtype, arch),
+        )
+        config = conv_pool.launch_config("bwd_map", C, conv_pool.SIDE, dtype, arch)
+        yield case(
+            f"conv_pool_bwd_map-{label}",
+            conv_pool._conv_pool_bwd_map_kernel,
+            pointers("*fp32", "grad", "weight") | pointers(x, "moved", "d_x") | result | scalars,
+            same | {"MARGIN": (taps - 1 - margin,) * 2, "SIDE": conv_pool.SIDE} | config,
+        )
+
+
 def fingerprint_cases() -> Iterator[Case]:
     """The checksums of packed weights."""
     signature = {"table_ptr": "*i64", "sums_ptr": "*i64", "first_line": "i32"}
@@ -190,5 +248,7 @@ def cases(target: str, every_shape: bool = False) -> list[Case]:
         *norm_insert_cases(arch),
         *activation_cases(arch),
         *attentions,
+        *conv_cases(arch),
+        *conv_pool_cases(arch),
         *fingerprint_cases(),
     ]

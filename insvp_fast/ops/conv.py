@@ -10,10 +10,18 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from insvp_fast.ops.autograd import apply, first_order, only_needed
-from insvp_fast.ops.registry import Implementation, Size, native_reason, register, require, widened
+from insvp_fast.ops.registry import (
+    Implementation,
+    Size,
+    native_reason,
+    register,
+    require,
+    triton_reason,
+    widened,
+)
 from insvp_fast.runtime import native
 
-__all__ = ["conv", "conv_bwd_reference", "conv_reference"]
+__all__ = ["conv", "conv_bwd_reference", "conv_reference", "conv_triton_reason"]
 
 
 def conv(
@@ -36,8 +44,9 @@ def conv(
         dilation: of the kernel.
         height, width: of the result, at most H and W.
         relu: whether to end in a ReLU.
-        dtype: of the result; that of x if not given. Arithmetic is fp32.
-        impl: "auto" lets the device decide; "reference" or "native" insists.
+        dtype: of the result; that of x if not given. Arithmetic is fp32, but for the gradient of the weight on GPUs,
+            whose operands have 16 bits if x or the result has.
+        impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
         [B, O, height, width]
@@ -190,6 +199,43 @@ def _bwd_native_reason(a: _Bwd) -> str | None:
     return reason or not_finite_reason(a.grad, a.x)
 
 
+def margin(x: Tensor, weight: Tensor, dilation: int, height: Size, width: Size) -> tuple[int, int]:
+    """Rows and columns by which the first tap of the center's first pixel lies outside of the map."""
+    left, _, top, _ = same_margins(x, weight, dilation, height, width)
+    return top, left
+
+
+def _fwd_triton(a: _Fwd) -> Tensor:
+    from insvp_fast.kernels.gpu import conv as kernel
+
+    first = margin(a.x, a.weight, a.dilation, a.height, a.width)
+    return kernel.conv_fwd(a.x, a.weight, a.bias, a.dilation, first, a.height, a.width, a.relu, a.dtype)
+
+
+def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    from insvp_fast.kernels.gpu import conv as kernel
+
+    first = margin(a.x, a.weight, a.dilation, a.height, a.width)
+    return kernel.conv_bwd(a.grad, a.x, a.y, a.weight, a.dilation, first, a.need_x)
+
+
+def _fwd_triton_reason(a: _Fwd) -> str | None:
+    return conv_triton_reason(a.x, a.weight, a.bias.dtype, a.dtype)
+
+
+def _bwd_triton_reason(a: _Bwd) -> str | None:
+    return conv_triton_reason(a.x, a.weight, a.grad.dtype)
+
+
+def conv_triton_reason(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot convolve x."""
+    if reason := triton_reason(x.device, x.dtype, weight.dtype, *dtypes):
+        return reason
+    from insvp_fast.kernels.gpu import conv as kernel
+
+    return None if kernel.covers(weight) else f"does not cover a weight of shape {tuple(weight.shape)}"
+
+
 def _fwd_fake(a: _Fwd) -> Tensor:
     return a.x.new_empty(a.x.shape[0], a.weight.shape[0], a.height, a.width, dtype=a.dtype)
 
@@ -211,6 +257,7 @@ register(
     fake=_fwd_fake,
     reference=_fwd_reference,
     native=Implementation(_fwd_native, _fwd_native_reason),
+    triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
     "conv_bwd",
@@ -219,4 +266,5 @@ register(
     fake=_bwd_fake,
     reference=_bwd_reference,
     native=Implementation(_bwd_native, _bwd_native_reason),
+    triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -14,13 +14,22 @@ from insvp_fast.ops.conv import (
     conv_bwd_reference,
     conv_reference,
     fake_grads,
+    margin,
     narrow_grads,
     not_finite_reason,
 )
-from insvp_fast.ops.registry import Implementation, Size, native_reason, register, require, widened
+from insvp_fast.ops.registry import (
+    Implementation,
+    Size,
+    native_reason,
+    register,
+    require,
+    triton_reason,
+    widened,
+)
 from insvp_fast.runtime import native
 
-__all__ = ["conv_pool", "conv_pool_bwd_reference", "conv_pool_reference"]
+__all__ = ["conv_pool", "conv_pool_bwd_reference", "conv_pool_reference", "conv_pool_triton_reason"]
 
 
 def conv_pool(
@@ -38,7 +47,7 @@ def conv_pool(
     """``conv`` without dilation, then max-pooling in windows of ``pool`` x ``pool``, then LeakyReLU.
 
     Args:
-        x, weight, bias, dtype, impl: as in ``conv``.
+        x, weight, bias, dtype, impl: as in ``conv``, but on GPUs the operands of all products have the dtype of x.
         height, width: of the center that is convolved, at most H and W.
         pool: at most 16, and a divisor of height and width.
         negative_slope: of the LeakyReLU; not negative.
@@ -167,6 +176,39 @@ def _bwd_native_reason(a: _Bwd) -> str | None:
     return reason or not_finite_reason(a.grad, a.x)
 
 
+def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
+    from insvp_fast.kernels.gpu import conv_pool as kernel
+
+    first = margin(a.x, a.weight, 1, a.height, a.width)
+    return kernel.conv_pool_fwd(a.x, a.weight, a.bias, first, a.height, a.width, a.pool, a.negative_slope, a.dtype)
+
+
+def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
+    from insvp_fast.kernels.gpu import conv_pool as kernel
+
+    first = margin(a.x, a.weight, 1, a.height, a.width)
+    operands = a.grad, a.x, a.y, a.indices, a.weight, first, a.pool, a.negative_slope
+    d_x = kernel.conv_pool_bwd_map(*operands) if a.need_x else a.x.new_empty(0)
+    return d_x, *kernel.conv_pool_bwd_weight(*operands)
+
+
+def _fwd_triton_reason(a: _Fwd) -> str | None:
+    return conv_pool_triton_reason(a.x, a.weight, a.bias.dtype, a.dtype)
+
+
+def _bwd_triton_reason(a: _Bwd) -> str | None:
+    return conv_pool_triton_reason(a.x, a.weight, a.grad.dtype, a.y.dtype)
+
+
+def conv_pool_triton_reason(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot convolve and pool x."""
+    if reason := triton_reason(x.device, x.dtype, weight.dtype, *dtypes):
+        return reason
+    from insvp_fast.kernels.gpu import conv_pool as kernel
+
+    return None if kernel.covers(weight) else f"does not cover a weight of shape {tuple(weight.shape)}"
+
+
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
     shape = a.x.shape[0], a.weight.shape[0], a.height // a.pool, a.width // a.pool
     return a.x.new_empty(shape, dtype=a.dtype), a.x.new_empty(shape, dtype=torch.uint8)
@@ -183,6 +225,7 @@ register(
     fake=_fwd_fake,
     reference=_fwd_reference,
     native=Implementation(_fwd_native, _fwd_native_reason),
+    triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
     "conv_pool_bwd",
@@ -191,4 +234,5 @@ register(
     fake=_bwd_fake,
     reference=_bwd_reference,
     native=Implementation(_bwd_native, _bwd_native_reason),
+    triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -101,7 +101,7 @@ def test_wrong_arguments_are_refused(run, message):
 def test_an_implementation_is_honored_or_refused(run):
     inputs = operands()
     plain = with_gradients(lambda *t: run(*t, impl="reference"), inputs)
-    with pytest.raises(ValueError, match=r"impl='fast': expected one of \['auto', 'native', 'reference'\]"):
+    with pytest.raises(ValueError, match=r"impl='fast': expected one of \['auto', 'native', 'reference', 'triton'\]"):
         run(*inputs, impl="fast")
     with pytest.raises(RuntimeError, match='impl="native" cannot'):
         run(*operands(torch.float16), impl="native")

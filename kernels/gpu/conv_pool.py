@@ -1,0 +1,364 @@
+"""A convolution, max-pooling and LeakyReLU in one pass over a map: Triton kernels and launchers.
+
+Letters: B images, C channels in, OUT channels out, TAPS = (KH, KW) of the weight, windows of POOL x POOL pixels, GRID =
+(rows, columns) of windows in an image, M windows of all images, MARGIN as in conv.py. The patch of a window has all
+pixels that its convolution reads, SIDES = (POOL + KH - 1, POOL + KW - 1) of each channel, K in all.
+
+With few channels a convolution is no good matrix product; all positions of a window together are. The patches, [M, K],
+are multiplied by the weight moved to every position, [K, POOL·POOL·OUT], of which one to two thirds are zeros. A
+program has the sums of all positions of a window in registers, so that only maxima leave it. Backward to the weight
+multiplies the same patches by the gradients, each at the position of its maximum, and adds up what belongs to the same
+weight. Backward to the map is a convolution again, of these gradients and with windows of its own.
+
+A zero times an infinity would give NaN to positions whose taps do not reach that pixel. A program that sees sums that
+are not finite therefore computes its windows again, tap by tap.
+
+Arithmetic: sums are in fp32; the operands of the matrix products have the dtype of the map, COMPUTE.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from insvp_fast.kernels.gpu import chip
+from insvp_fast.kernels.gpu.conv import compute
+from torch import Tensor
+
+
+@triton.jit
+def _larger(a, i, b, j):
+    """The larger of two values and its index: as PyTorch, the first among equals, and the last NaN if there is one."""
+    nan_a, nan_b = a != a, b != b
+    second = (nan_b & (~nan_a | (j > i))) | (~nan_a & ((b > a) | ((b == a) & (j < i))))
+    return tl.where(second, b, a), tl.where(second, j, i)
+
+
+@triton.jit
+def _any_odd(x, SIZE: tl.constexpr):
+    """1 if x has an infinity or NaN, else 0. In one dimension: triton 3.6 fails to reduce two on sm_100."""
+    return tl.max(tl.reshape((x - x != 0).to(tl.int32), (SIZE,)), 0)
+
+
+@triton.jit
+def _windows(m, GRID: tl.constexpr, SIDE: tl.constexpr, MARGIN: tl.constexpr, OFFSET: tl.constexpr):
+    """The images of windows of SIDE x SIDE, and row and column in the map where their patches begin."""
+    row, column = m // GRID[1] % GRID[0] * SIDE - MARGIN[0], m % GRID[1] * SIDE - MARGIN[1]
+    return (m // (GRID[0] * GRID[1])).to(OFFSET), row, column
+
+
+@triton.jit
+def _patches(x_ptr, image, row, column, exists, k, C: tl.constexpr, MAP: tl.constexpr, SIDES: tl.constexpr,
+             X: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """Values k = (channel, row, column) of the patches that begin at row and column, [BLOCK_M, BLOCK_K]."""
+    c, r, q = k // (SIDES[0] * SIDES[1]), k // SIDES[1] % SIDES[0], k % SIDES[1]
+    rows, columns = row[:, None] + r[None, :], column[:, None] + q[None, :]
+    inside = exists[:, None] & (c < C)[None, :] & (rows >= 0) & (rows < MAP[0]) & (columns >= 0) & (columns < MAP[1])
+    start = image * X[0] + (row * X[2] + column * X[3])
+    return tl.load(x_ptr + start[:, None] + (c * X[1] + r * X[2] + q * X[3])[None, :], inside, 0.0).to(COMPUTE)
+
+
+@triton.jit
+def _cells(image, m, o, OUT: tl.constexpr, GRID: tl.constexpr):
+    """Places of the channels o of windows m in maps [B, OUT, rows, columns], [BLOCK_M, BLOCK_O]."""
+    N: tl.constexpr = GRID[0] * GRID[1]
+    return (image * (OUT * N) + m % N)[:, None] + o[None, :] * N
+
+
+@triton.jit
+def _chosen(grad_ptr, y_ptr, index_ptr, image, o, row, column, exists, slope,
+            OUT: tl.constexpr, GRID: tl.constexpr, POOL: tl.constexpr):  # fmt: skip
+    """The gradient of the convolution's result at channels o, rows and columns: 0 beside the maxima."""
+    inside = exists & (row >= 0) & (row < GRID[0] * POOL) & (column >= 0) & (column < GRID[1] * POOL)
+    place = image * (OUT * GRID[0] * GRID[1]) + (o * (GRID[0] * GRID[1]) + row // POOL * GRID[1] + column // POOL)
+    at = tl.load(index_ptr + place, inside, 255).to(tl.int32)
+    chosen = inside & (at == row % POOL * POOL + column % POOL)
+    grad = tl.load(grad_ptr + place, chosen, 0.0).to(tl.float32)
+    return tl.where(tl.load(y_ptr + place, chosen, 1.0) > 0, grad, slope * grad)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _conv_pool_fwd_kernel(
+    x_ptr, moved_ptr, weight_ptr, bias_ptr, y_ptr, index_ptr, M, slope,
+    C: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr, POOL: tl.constexpr, TAPS: tl.constexpr,
+    MARGIN: tl.constexpr, X: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """``moved_ptr`` has the weight at every position, [K, POOL·POOL, BLOCK_O]; GROUP positions are computed at once."""
+    SIDES: tl.constexpr = (POOL + TAPS[0] - 1, POOL + TAPS[1] - 1)
+    K: tl.constexpr = C * SIDES[0] * SIDES[1]
+    N: tl.constexpr = POOL * POOL * BLOCK_O
+    m, o, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O), tl.arange(0, GROUP * BLOCK_O)
+    exists = m < M
+    image, row, column = _windows(m, GRID, POOL, MARGIN, OFFSET)
+
+    top = tl.full((BLOCK_M, BLOCK_O), float("-inf"), tl.float32)
+    at = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for first in range(0, POOL * POOL, GROUP):
+        sums = tl.zeros((BLOCK_M, GROUP * BLOCK_O), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            x = _patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
+            moved = first * BLOCK_O + n
+            w = tl.load(moved_ptr + k[:, None] * N + moved[None, :], (k < K)[:, None] & (moved < N)[None, :], 0.0)
+            sums = tl.dot(x, w.to(COMPUTE), sums, input_precision=PRECISION)
+        values = tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O))
+        position = (first + tl.arange(0, GROUP))[None, :, None]
+        total += tl.sum(values, 1)
+        values = tl.where(position < POOL * POOL, values, float("-inf"))
+        value = tl.max(values, 1)
+        place = tl.min(tl.where(values == value[:, None, :], position, POOL * POOL), 1)
+        top, at = _larger(top, at, value, place)
+
+    again = _any_odd(total, BLOCK_M * BLOCK_O)
+    top, at = tl.where(again > 0, float("-inf"), top), tl.where(again > 0, 0, at)
+    for position in range(again * POOL * POOL):
+        value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        for tap in range(C * TAPS[0] * TAPS[1]):
+            r = row + (position // POOL + tap // TAPS[1] % TAPS[0])
+            q = column + (position % POOL + tap % TAPS[1])
+            inside = exists & (r >= 0) & (r < MAP[0]) & (q >= 0) & (q < MAP[1])
+            place = image * X[0] + (tap // (TAPS[0] * TAPS[1]) * X[1] + r * X[2] + q * X[3])
+            w = tl.load(weight_ptr + o * (C * TAPS[0] * TAPS[1]) + tap, o < OUT, 0.0).to(tl.float32)
+            value += tl.load(x_ptr + place, inside, 0.0).to(tl.float32)[:, None] * w[None, :]
+        top, at = _larger(top, at, value, position)
+
+    top += tl.load(bias_ptr + o, o < OUT, 0.0).to(tl.float32)[None, :]
+    top = tl.where(top > 0, top, slope * top)
+    written = exists[:, None] & (o < OUT)[None, :]
+    place = _cells(image, m, o, OUT, GRID)
+    tl.store(y_ptr + place, top.to(y_ptr.dtype.element_ty), written)
+    tl.store(index_ptr + place, at.to(tl.uint8), written)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _conv_pool_bwd_weight_kernel(
+    grad_ptr, y_ptr, index_ptr, x_ptr, d_moved_ptr, d_bias_ptr, M, slope,
+    C: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr, POOL: tl.constexpr, TAPS: tl.constexpr,
+    MARGIN: tl.constexpr, X: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the moved weight: sums of split s of S, over every S-th block of windows."""
+    SIDES: tl.constexpr = (POOL + TAPS[0] - 1, POOL + TAPS[1] - 1)
+    K: tl.constexpr = C * SIDES[0] * SIDES[1]
+    N: tl.constexpr = POOL * POOL * BLOCK_O
+    split, o = tl.program_id(2), tl.arange(0, BLOCK_O)
+    k, n = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.program_id(1) * GROUP * BLOCK_O
+    position = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[None, :, None]
+
+    d_moved = tl.zeros((BLOCK_K, GROUP * BLOCK_O), tl.float32)
+    d_bias = tl.zeros((BLOCK_O,), tl.float32)
+    for m0 in range(split * BLOCK_M, M, tl.num_programs(2) * BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        exists = m < M
+        image, row, column = _windows(m, GRID, POOL, MARGIN, OFFSET)
+        x = _patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
+        known = exists[:, None] & (o < OUT)[None, :]
+        place = _cells(image, m, o, OUT, GRID)
+        grad, y = tl.load(grad_ptr + place, known, 0.0).to(tl.float32), tl.load(y_ptr + place, known, 1.0)
+        grad = tl.where(y > 0, grad, slope * grad)
+        at = tl.load(index_ptr + place, known, 0).to(tl.int32)
+        spread = tl.where(at[:, None, :] == position, grad[:, None, :], 0.0).to(COMPUTE)
+        spread = tl.reshape(spread, (BLOCK_M, GROUP * BLOCK_O))
+        d_moved = tl.dot(tl.trans(x), spread, d_moved, input_precision=PRECISION)
+        d_bias += tl.sum(grad, 0)
+
+    columns = n + tl.arange(0, GROUP * BLOCK_O)
+    place = (split * K + k[:, None]).to(tl.int64) * N + columns[None, :]
+    tl.store(d_moved_ptr + place, d_moved, (k < K)[:, None] & (columns < N)[None, :])
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(d_bias_ptr + split * OUT + o, d_bias, o < OUT)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _conv_pool_bwd_map_kernel(
+    grad_ptr, y_ptr, index_ptr, moved_ptr, weight_ptr, d_x_ptr, M, slope,
+    C: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr, POOL: tl.constexpr, TAPS: tl.constexpr,
+    MARGIN: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """A convolution with the weight turned around; here windows, of SIDE x SIDE, divide the gradient of the map.
+
+    ``moved_ptr`` has the turned weight at every position, [K, SIDE·SIDE, BLOCK_O]; ``weight_ptr`` has the weight.
+    """
+    TILES: tl.constexpr = ((MAP[0] + SIDE - 1) // SIDE, (MAP[1] + SIDE - 1) // SIDE)
+    SIDES: tl.constexpr = (SIDE + TAPS[0] - 1, SIDE + TAPS[1] - 1)
+    K: tl.constexpr = OUT * SIDES[0] * SIDES[1]
+    N: tl.constexpr = SIDE * SIDE * BLOCK_O
+    m, c, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O), tl.arange(0, GROUP * BLOCK_O)
+    exists = m < M
+    image, row, column = _windows(m, TILES, SIDE, MARGIN, OFFSET)
+    first = tl.program_id(1) * GROUP
+
+    sums = tl.zeros((BLOCK_M, GROUP * BLOCK_O), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        r, q = row[:, None] + (k // SIDES[1] % SIDES[0])[None, :], column[:, None] + (k % SIDES[1])[None, :]
+        within, channels = exists[:, None] & (k < K)[None, :], (k // (SIDES[0] * SIDES[1]))[None, :]
+        grads = _chosen(grad_ptr, y_ptr, index_ptr, image[:, None], channels, r, q, within, slope, OUT, GRID, POOL)
+        moved = first * BLOCK_O + n
+        w = tl.load(moved_ptr + k[:, None] * N + moved[None, :], (k < K)[:, None] & (moved < N)[None, :], 0.0)
+        sums = tl.dot(grads.to(COMPUTE), w.to(COMPUTE), sums, input_precision=PRECISION)
+
+    position, channel = first + n // BLOCK_O, n % BLOCK_O
+    known = exists[:, None] & ((position < SIDE * SIDE) & (channel < C))[None, :]
+    rows = (row + MARGIN[0])[:, None] + (position // SIDE)[None, :]
+    columns = (column + MARGIN[1])[:, None] + (position % SIDE)[None, :]
+    place = (image * (C * MAP[0] * MAP[1]))[:, None] + (channel[None, :] * (MAP[0] * MAP[1]) + rows * MAP[1] + columns)
+    known &= (rows < MAP[0]) & (columns < MAP[1])
+    tl.store(d_x_ptr + place, sums.to(d_x_ptr.dtype.element_ty), known)
+
+    total = tl.sum(tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O)), 1)
+    again = _any_odd(total, BLOCK_M * BLOCK_O)
+    for one in range(first, first + again * min(GROUP, SIDE * SIDE)):
+        value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        down, right = row + one // SIDE, column + one % SIDE
+        for tap in range(OUT * TAPS[0] * TAPS[1]):
+            o, i, j = tap // (TAPS[0] * TAPS[1]), tap // TAPS[1] % TAPS[0], tap % TAPS[1]
+            grad = _chosen(grad_ptr, y_ptr, index_ptr, image, o, down + i, right + j, exists, slope, OUT, GRID, POOL)
+            turned = (o * C + c) * (TAPS[0] * TAPS[1]) + (TAPS[0] - 1 - i) * TAPS[1] + TAPS[1] - 1 - j
+            value += grad[:, None] * tl.load(weight_ptr + turned, c < C, 0.0).to(tl.float32)[None, :]
+        down, right = down + MARGIN[0], right + MARGIN[1]
+        pixel = (image * (C * MAP[0] * MAP[1]) + (down * MAP[1] + right))[:, None] + c[None, :] * (MAP[0] * MAP[1])
+        inside = (exists & (one < SIDE * SIDE) & (down < MAP[0]) & (right < MAP[1]))[:, None] & (c < C)[None, :]
+        tl.store(d_x_ptr + pixel, value.to(d_x_ptr.dtype.element_ty), inside)
+
+
+def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
+    """Tiles, warps and stages of kernel ``kind`` ("fwd", "bwd_weight" or "bwd_map"); ``dtype`` is that of COMPUTE.
+
+    Of "bwd_map", OUT and pool are the channels and the side of windows of the result, as for the others.
+    """
+    BLOCK_O, positions = max(16, triton.next_power_of_2(OUT)), pool * pool
+    wide = dtype == torch.float32
+    columns = 128 if wide or arch in (80, 100) else 256
+    if kind == "fwd" and BLOCK_O > 16:
+        columns = 64 if arch == "gfx942" else 128
+    groups = [2**i for i in range(9) if 2**i <= max(1, min(columns // BLOCK_O, triton.next_power_of_2(positions)))]
+    # loading a tile of patches costs about as much as multiplying it with 128 columns
+    GROUP = min(reversed(groups), key=lambda group: triton.cdiv(positions, group) * (group * BLOCK_O + 128))
+    if kind == "fwd" and not wide:
+        BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32, 8 if arch == 80 else 4, 2
+    else:  # twice to three times as fast on an H200 as with loads ahead, for which registers are too few
+        BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32 if wide else 64, 8, 1
+    if arch == "gfx942":  # 64 lanes in a warp
+        num_warps //= 2
+    tiles = {"GROUP": GROUP, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_O": BLOCK_O}
+    return tiles | {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def covers(weight: Tensor) -> bool:
+    """Whether the kernels compute with a weight [OUT, C, KH, KW] of this shape."""
+    OUT, C, *_ = weight.shape
+    return 0 < OUT <= 64 and 0 < C <= 64 and weight.numel() > 0
+
+
+def _at_every_position(moved: Tensor, weight: Tensor, pool: int) -> Tensor:
+    """Where each weight stands in [..., K, POOL·POOL, BLOCK_O], as a view [..., POOL, POOL, OUT, C, KH, KW] of it."""
+    (OUT, C, KH, KW), BLOCK_O, ahead = weight.shape, moved.shape[-1], moved.ndim - 3
+    column = pool * pool * BLOCK_O  # from one value of a patch to the next
+    row, channel = (pool + KW - 1) * column, (pool + KH - 1) * (pool + KW - 1) * column
+    strides = row + pool * BLOCK_O, column + BLOCK_O, 1, channel, row, column
+    return moved.as_strided((*moved.shape[:ahead], pool, pool, OUT, C, KH, KW), (*moved.stride()[:ahead], *strides))
+
+
+SIDE = 4  # of the windows that divide the gradient of a map
+
+
+def _offset(*maps: Tensor) -> tl.dtype:
+    """The dtype of places in maps, and of places up to 16 rows outside of them."""
+    return tl.int32 if max(x.numel() for x in maps) < 2**31 - 2**24 else tl.int64
+
+
+def _sizes(weight: Tensor, pool: int, BLOCK_O: int) -> tuple[int, int, int]:
+    _, C, KH, KW = weight.shape
+    return C * (pool + KH - 1) * (pool + KW - 1), pool * pool, BLOCK_O
+
+
+def conv_pool_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, margin: tuple[int, int], height: int, width: int, pool: int,
+    negative_slope: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The central ``height`` x ``width`` of a convolution, max-pooled in windows of ``pool`` x ``pool``, and LeakyReLU.
+
+    Args:
+        x, weight, bias, margin, dtype: as in ``conv.conv_fwd``; the weight is rounded to the dtype of x.
+
+    Returns:
+        [B, OUT, height / pool, width / pool] in ``dtype``, and in uint8 the index of each maximum in its window.
+
+    Raises:
+        RuntimeError: for a CPU tensor outside of the interpreter.
+    """
+    arch, (OUT, C, *taps) = chip.require_arch("conv_pool", x), weight.shape
+    grid = height // pool, width // pool
+    y = torch.empty(len(x), OUT, *grid, dtype=dtype, device=x.device)
+    index = torch.empty_like(y, dtype=torch.uint8)
+    config = launch_config("fwd", OUT, pool, x.dtype, arch)
+    if M := len(x) * grid[0] * grid[1]:
+        weight = weight.contiguous()
+        moved = torch.zeros(_sizes(weight, pool, config["BLOCK_O"]), dtype=x.dtype, device=x.device)
+        _at_every_position(moved, weight, pool).copy_(weight)
+        with torch.cuda.device_of(x):
+            _conv_pool_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
+                x, moved, weight, bias, y, index, M, negative_slope, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=grid,
+                POOL=pool, TAPS=tuple(taps), MARGIN=margin, X=x.stride(), OFFSET=_offset(x, y),
+                **compute(x.dtype, arch), **config,
+            )  # fmt: skip
+    return y, index
+
+
+def conv_pool_bwd_weight(
+    grad: Tensor, x: Tensor, y: Tensor, index: Tensor, weight: Tensor, margin: tuple[int, int], pool: int,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of ``conv_pool_fwd`` by weight and bias, deterministic, without atomics.
+
+    Args:
+        grad, y, index: [B, OUT, height / pool, width / pool]; the rest as in forward.
+
+    Returns:
+        d_weight and d_bias in the dtype of the weight.
+
+    Raises:
+        RuntimeError: as forward does.
+    """
+    arch, (OUT, C, *taps), grid = chip.require_arch("conv_pool", grad), weight.shape, tuple(grad.shape[2:])
+    config = launch_config("bwd_weight", OUT, pool, x.dtype, arch)
+    K, positions, BLOCK_O = _sizes(weight, pool, config["BLOCK_O"])
+    blocks = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(positions, config["GROUP"])
+    M = len(x) * grid[0] * grid[1]
+    S = max(1, min(triton.cdiv(M, config["BLOCK_M"]), 2 * chip.MULTIPROCESSORS[arch] // (blocks[0] * blocks[1])))
+    if not M:
+        return torch.zeros_like(weight), weight.new_zeros(OUT)
+    d_moved = torch.empty(S, K, positions, BLOCK_O, dtype=torch.float32, device=x.device)
+    d_bias = torch.empty(S, OUT, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(grad):
+        _conv_pool_bwd_weight_kernel[(*blocks, S)](
+            grad.contiguous(), y, index, x, d_moved, d_bias, M, negative_slope, C=C, OUT=OUT, MAP=tuple(x.shape[2:]),
+            GRID=grid, POOL=pool, TAPS=tuple(taps), MARGIN=margin, X=x.stride(), OFFSET=_offset(x, y),
+            **compute(x.dtype, arch), **config,
+        )  # fmt: skip
+    d_weight = _at_every_position(d_moved.sum(0), weight, pool).sum((0, 1))
+    return d_weight.to(weight.dtype), d_bias.sum(0).to(weight.dtype)
+
+
+def conv_pool_bwd_map(
+    grad: Tensor, x: Tensor, y: Tensor, index: Tensor, weight: Tensor, margin: tuple[int, int], pool: int,
+    negative_slope: float,
+) -> Tensor:  # fmt: skip
+    """The gradient of ``conv_pool_fwd`` by x, contiguous, in its dtype; arguments and errors as the other one's."""
+    arch, (OUT, C, *taps), weight = chip.require_arch("conv_pool", grad), weight.shape, weight.contiguous()
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    config = launch_config("bwd_map", C, SIDE, x.dtype, arch)
+    if M := len(x) * triton.cdiv(x.shape[2], SIDE) * triton.cdiv(x.shape[3], SIDE):
+        turned = weight.transpose(0, 1).flip(2, 3)
+        moved = torch.zeros(_sizes(turned, SIDE, config["BLOCK_O"]), dtype=x.dtype, device=x.device)
+        _at_every_position(moved, turned, SIDE).copy_(turned)
+        with torch.cuda.device_of(grad):
+            _conv_pool_bwd_map_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(SIDE**2, config["GROUP"]))](
+                grad.contiguous(), y, index, moved, weight, d_x, M, negative_slope, C=C, OUT=OUT,
+                MAP=tuple(x.shape[2:]), GRID=tuple(grad.shape[2:]), POOL=pool, TAPS=tuple(taps),
+                MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE, OFFSET=_offset(x, y),
+                **compute(x.dtype, arch), **config,
+            )  # fmt: skip
+    return d_x

@@ -1,0 +1,159 @@
+"""The Triton convolutions, through the operations, against PyTorch's in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+from insvp_fast.kernels.gpu import chip
+from insvp_fast.kernels.gpu import conv_pool as kernel
+
+from insvp_fast import ops
+from insvp_fast.reference import crop_center
+from insvp_fast.testing import assert_within_budget, relative_error
+from tests.gradients import copies, with_gradients
+
+SLOPE = 0.01
+
+
+def outcome(operation, tensors, geometry):
+    return with_gradients(lambda *t: operation(*t, *geometry), tensors)
+
+
+def conv_formula(x, weight, bias, dilation, height, width, relu):
+    y = crop_center(F.conv2d(x, weight, bias, padding="same", dilation=dilation), height, width)
+    return y.relu() if relu else y
+
+
+def conv_pool_formula(x, weight, bias, height, width, pool):
+    y = F.conv2d(x, weight, bias, padding="same")
+    return F.leaky_relu(F.max_pool2d(crop_center(y, height, width), pool), SLOPE)
+
+
+def inputs(B, C, H, W, out, kh, kw, dtype, device):
+    """Map, weight and bias; the weight has values of ``dtype``, so that rounding it does not move a maximum."""
+    weight = (torch.randn(out, C, kh, kw, device=device) / (C * kh * kw) ** 0.5).to(dtype).float()
+    tensors = torch.randn(B, C, H, W, device=device).to(dtype), weight, torch.randn(out, device=device)
+    return [t.requires_grad_() for t in tensors]
+
+
+def check(operation, formula, tensors, geometry):
+    dtype = tensors[0].dtype
+    exact = outcome(formula, copies(tensors, torch.float64), geometry)
+    rough = outcome(formula, copies(tensors, dtype), geometry)
+    got = outcome(operation, tensors, geometry)
+    for name, value, plain, want in zip(("y", "d_x", "d_weight", "d_bias"), got, rough, exact, strict=True):
+        assert value.shape == want.shape
+        if dtype == torch.float32:
+            assert relative_error(value, want) < 2e-6, name
+        else:
+            assert_within_budget(value, plain, want, dtype, name)
+
+
+def run_conv(x, weight, bias, *geometry):
+    return ops.conv(x, weight, bias, *geometry, impl="triton")
+
+
+def run_conv_pool(x, weight, bias, *geometry):
+    return ops.conv_pool(x, weight, bias, *geometry, impl="triton")
+
+
+# B, C, H, W, channels out, kh, kw; dilation, height, width
+CONV = [
+    ((3, 3, 20, 17, 6, 3, 3), (5, 20, 17)),  # the paper's first
+    ((1, 6, 15, 26, 3, 3, 3), (12, 15, 26)),  # its second: most taps lie outside of the map
+    ((2, 2, 9, 12, 11, 4, 2), (1, 7, 12)),  # even sides, a center
+    ((1, 1, 3, 2, 5, 9, 7), (2, 3, 2)),  # a map smaller than the kernel
+    ((1, 1, 5, 4, 1, 1, 1), (1, 5, 4)),
+]
+
+
+def in_16_bits(cases):
+    """Every case in fp32, and some in 16 bits, which the interpreter does not round."""
+    return [(*case, torch.float32) for case in cases] + [
+        (*case, dtype) for case in cases[: 2 if chip.INTERPRETED else None] for dtype in (torch.bfloat16, torch.float16)
+    ]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("sizes", "geometry", "dtype"), in_16_bits(CONV), ids=str)
+def test_conv_parity(device, poison, sizes, geometry, relu, dtype):
+    check(run_conv, conv_formula, inputs(*sizes, dtype, device), (*geometry, relu))
+
+
+# B, C, H, W, channels out, kh, kw; height, width, pool
+CONV_POOL = [
+    ((2, 3, 22, 26, 9, 7, 7), (16, 20, 4)),  # the paper's first: the center of an image
+    ((1, 2, 7, 8, 27, 9, 9), (6, 6, 3)),  # its second: positions in several groups, padding on all sides
+    ((1, 2, 16, 15, 3, 4, 2), (14, 14, 7)),  # even sides
+    ((3, 1, 9, 6, 17, 3, 1), (9, 6, 1)),  # windows of one pixel, more channels than a tile of 16
+    ((1, 1, 4, 5, 2, 9, 7), (4, 4, 2)),  # a map smaller than the kernel
+]
+
+
+@pytest.mark.parametrize(("sizes", "geometry", "dtype"), in_16_bits(CONV_POOL), ids=str)
+def test_conv_pool_parity(device, poison, sizes, geometry, dtype):
+    check(run_conv_pool, conv_pool_formula, inputs(*sizes, dtype, device), geometry)
+
+
+@pytest.mark.parametrize("layout", ["channels last", "every second column", "wide offsets"])
+def test_other_layouts_give_the_same_bits(device, monkeypatch, layout):
+    x, weight, bias = (t.detach() for t in inputs(2, 3, 12, 14, 5, 3, 3, torch.float32, device))
+    same = x.clone()
+    if layout == "channels last":
+        same = x.to(memory_format=torch.channels_last)
+    elif layout == "every second column":
+        same = x.repeat_interleave(2, dim=3)[..., ::2]
+    else:
+        monkeypatch.setattr(kernel, "_offset", lambda *maps: kernel.tl.int64)
+    for run, geometry in ((run_conv, (2, 12, 14)), (run_conv_pool, (12, 12, 4))):
+        one, other = (
+            outcome(run, [t.requires_grad_() for t in (first, weight, bias)], geometry) for first in (x, same)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_no_image(device):
+    tensors = inputs(0, 3, 8, 8, 2, 3, 3, torch.float32, device)
+    for run, geometry in ((run_conv, (1, 8, 8)), (run_conv_pool, (8, 8, 4))):
+        y, *gradients = outcome(run, tensors, geometry)
+        assert len(y) == 0 and all(not g.any() for g in gradients)
+
+
+def test_the_same_maximum_as_torch_among_equals_and_nans(device):
+    x = torch.randint(0, 3, (2, 1, 12, 36), device=device).float()
+    x[torch.rand(x.shape, device=device) < 0.1] = float("nan")
+    x[0, 0, :4] = -torch.inf
+    weight, bias = torch.ones(1, 1, 1, 1, device=device), torch.zeros(1, device=device)
+    y, indices = kernel.conv_pool_fwd(x, weight, bias, (0, 0), 12, 36, 4, 1.0, torch.float32)
+    values, places = F.max_pool2d(x, 4, return_indices=True)
+    torch.testing.assert_close(y, values, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(indices.long(), places // 36 % 4 * 4 + places % 36 % 4)
+
+
+def test_a_bad_pixel_reaches_only_what_reads_it(device):
+    """In forward and in the gradient of the map, infinities and NaN are where PyTorch has them."""
+    x, weight, bias = (t.detach() for t in inputs(1, 2, 12, 13, 3, 3, 3, torch.float32, device))
+    x[0, 0, 5, 5], x[0, 1, 9, 1] = torch.inf, torch.nan
+    y, indices = kernel.conv_pool_fwd(x, weight, bias, (1, 1), 12, 12, 4, SLOPE, torch.float32)
+    want = conv_pool_formula(x.double(), weight.double(), bias.double(), 12, 12, 4)
+    torch.testing.assert_close(y, want.float(), equal_nan=True)
+    grad = torch.randn_like(y)
+    grad[0, 0, 1, 1], grad[0, 2, 0, 2] = -torch.inf, torch.nan
+    finite = torch.randn(x.shape, device=device)
+    y, indices = kernel.conv_pool_fwd(finite, weight, bias, (1, 1), 12, 12, 4, SLOPE, torch.float32)
+    d_x = kernel.conv_pool_bwd_map(grad, finite, y, indices, weight, (1, 1), 4, SLOPE)
+    leaf = finite.double().requires_grad_()
+    (want,) = torch.autograd.grad(
+        conv_pool_formula(leaf, weight.double(), bias.double(), 12, 12, 4), leaf, grad.double()
+    )
+    beside = ~(want.isnan() & d_x.isfinite())  # PyTorch also multiplies infinities by the zeros beside the maxima
+    torch.testing.assert_close(d_x[beside], want.float()[beside], equal_nan=True)
+    assert d_x.isfinite().sum() > d_x.numel() / 2
+
+
+def test_the_same_bits_twice(device):
+    tensors = inputs(3, 3, 20, 20, 9, 3, 3, torch.bfloat16, device)
+    for run, geometry in ((run_conv, (1, 20, 20)), (run_conv_pool, (20, 20, 4))):
+        once, twice = (outcome(run, tensors, geometry) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
