@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -90,6 +91,48 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             pixels = pixels if pixels.is_cuda and not self.config.simam else image
             patches, prompted = self._superpose(image, pixels, dtype)
             return patches, self.specific_prompt(image, prompted)
+
+    def _embed_and_run(
+        self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None
+    ) -> list[Tensor]:
+        if patches.is_cuda and self._blends_at_once():
+            context = self._feature_prompts(context, len(patches))
+        return super()._embed_and_run(patches, context, grid, blocks, num_queries)
+
+    def feature_prompt(self, block: int, p_s: Any, batch: int) -> Tensor | None:
+        """As ``InsVPReference.feature_prompt``; ``p_s`` may be what ``_feature_prompts`` made of it."""
+        return p_s.get(block) if isinstance(p_s, dict) else super().feature_prompt(block, p_s, batch)
+
+    def _blends_at_once(self) -> bool:
+        """Whether the prompts of all blocks may be made together: none of them is dropped, overridden or made again."""
+        dropped = self.training and self.config.common_dropout > 0  # block by block, in the order of the reference
+        made_again = torch.compiler.is_compiling() or (self.recompute == "block" and torch.is_grad_enabled())
+        own = any(
+            name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast.")
+            for name in ("feature_prompt", "block_prompts")
+        )
+        return not (dropped or made_again or own)
+
+    def _feature_prompts(self, p_s: Any, batch: int) -> dict[int, Tensor]:
+        """``feature_prompt`` of every block, bit for bit: few launches, and few more in backward.
+
+        Their gradients by the common and the specific prompts are sums over the blocks, in whatever order.
+        """
+        (w_c, w_s), prompts = self.config.blend_feature, dict[int, Tensor]()
+        for i, width in enumerate(self.prompt_widths):
+            blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
+            common = self.common_prompts
+            if isinstance(common, nn.ParameterList):
+                common = common[i]
+            own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
+            specific = None if own_p_s is None else w_s * own_p_s  # [B, L, D]
+            if common is not None:
+                blended = torch.mul(common, w_c).unsqueeze(1)  # [J, 1, L, D]
+                blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + specific
+                prompts |= zip(blocks, blended.unbind(0), strict=True)
+            elif specific is not None:
+                prompts |= dict.fromkeys(blocks, specific)
+        return prompts
 
     def _compile_prompters(self) -> None:
         wanted = self.compile_prompters

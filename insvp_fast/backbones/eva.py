@@ -214,7 +214,7 @@ def _attention(
         rest = attn.num_heads, num_queries, attn.scale
         attended = ops.attention(packed, *rest, num_keys=num_keys, impl=options.attention)
     attended = in_own_dtype(attn.norm, attended).to(y.dtype)
-    return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
+    return ops.linear(attended, FrozenLinear.of(attn.proj))
 
 
 def final_norm(backbone: Eva, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

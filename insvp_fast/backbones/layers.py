@@ -123,17 +123,16 @@ def in_own_dtype(norm: Any, x: Tensor) -> Tensor:
 
 def forward_mlp(mlp: Mlp | GluMlp | SwiGLU, x: Tensor, affine: Affine, keep: str) -> Tensor:
     """The MLP of what ``norm_insert`` returned, [..., D] -> [..., D]."""
-    activation, hidden_norm = activation_name(mlp.act), mlp.norm
+    activation, hidden_norm, fc2 = activation_name(mlp.act), mlp.norm, FrozenLinear.of(mlp.fc2)
     if isinstance(mlp, Mlp):
-        gate, value = FrozenLinear(mlp.fc1.weight, mlp.fc1.bias, *affine), None
+        gate, value = FrozenLinear.of(mlp.fc1, *affine), None
     else:
         gate, value = (FrozenLinear(*layer, *affine) for layer in _gate_and_value(mlp))
     if isinstance(hidden_norm, nn.Identity):
-        fc2 = FrozenLinear(mlp.fc2.weight, mlp.fc2.bias)
         if value is None:
             return ops.mlp(x, gate, fc2, activation=activation, keep=keep)
         return ops.gated_mlp(x, gate, value, fc2, activation=activation, keep=keep)
-    fc2 = FrozenLinear(mlp.fc2.weight, mlp.fc2.bias, *_affine(hidden_norm))
+    fc2 = FrozenLinear.of(mlp.fc2, *_affine(hidden_norm))
     return ops.gated_mlp(x, gate, value, fc2, activation=activation, eps=hidden_norm.eps, keep=keep)
 
 

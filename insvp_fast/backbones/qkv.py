@@ -69,9 +69,9 @@ def _layers(attn: Any, affine: Affine) -> list[FrozenLinear]:
     packed with it each time.
     """
     if attn.qkv is None:
-        return [FrozenLinear(layer.weight, layer.bias, *affine) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        return [FrozenLinear.of(layer, *affine) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
     if getattr(attn, "q_bias", None) is None:
-        return [FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine)]
+        return [FrozenLinear.of(attn.qkv, *affine)]
     weights, biases = attn.qkv.weight.chunk(3), (attn.q_bias, attn.k_bias, attn.v_bias)
     return [FrozenLinear(*layer, *affine) for layer in zip(weights, biases, strict=True)]
 

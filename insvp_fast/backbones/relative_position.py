@@ -213,7 +213,7 @@ def _attention(
         attended = ops.window_attention(
             packed, attn.num_heads, window, bias.flatten(0, -3), None, attn.scale, impl=options.attention
         )
-    return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
+    return ops.linear(attended, FrozenLinear.of(attn.proj))
 
 
 def final_norm(backbone: Beit | VisionTransformerRelPos, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

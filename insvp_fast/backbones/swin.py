@@ -154,7 +154,7 @@ def shared(backbone: SwinTransformer, grid: tuple[int, int]) -> None:
 def embed(backbone: SwinTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, N, D]
     """The patch embedding as a product, and its norm (eq. 1)."""
     projection, norm = backbone.patch_embed.proj, backbone.patch_embed.norm
-    tokens = ops.linear(patches, FrozenLinear(projection.weight, projection.bias))
+    tokens = ops.linear(patches, FrozenLinear.of(projection))
     embedded: Tensor = norm(tokens if isinstance(norm, nn.Identity) else tokens.to(projection.weight.dtype))
     return embedded
 
@@ -178,12 +178,12 @@ def forward_block(
     attn, mlp = blk.attn, blk.mlp
     inserted = None if prompts is None else prompts.tokens
     residual, y, affine = norm_insert(blk.norm1, residual, branch, inserted, options)
-    qkv = ops.linear(y, FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine))
+    qkv = ops.linear(y, FrozenLinear.of(attn.qkv, *affine))
     find = tokens_of_windows if type(residual) is Tensor else _tokens_of_windows  # a FakeTensor must not be kept
     windows = find(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
     summands = attn._get_rel_pos_bias()[0], blk.attn_mask
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
-    branch = ops.linear(out, FrozenLinear(attn.proj.weight, attn.proj.bias))
+    branch = ops.linear(out, FrozenLinear.of(attn.proj))
     residual, y, affine = norm_insert(blk.norm2, residual, branch, None, options)
     return residual, forward_mlp(mlp, y, affine, options.mlp_keeps)
 
@@ -195,7 +195,7 @@ def _merge(
     x = residual if branch is None else residual + branch
     squares = x.unflatten(1, (grid[0], 2, grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
     _, y, affine = norm_insert(merging.norm, squares, None, None, options)
-    return ops.linear(y, FrozenLinear(merging.reduction.weight, merging.reduction.bias, *affine))
+    return ops.linear(y, FrozenLinear.of(merging.reduction, *affine))
 
 
 def tokens_of_windows(

@@ -141,7 +141,7 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
 def embed_patches(patch_embed: PatchEmbed, patches: Tensor) -> Tensor:  # [B, N, K] -> [B, N, D]
     """The patch embedding as a product, and its norm."""
     projection = patch_embed.proj
-    return in_own_dtype(patch_embed.norm, ops.linear(patches, FrozenLinear(projection.weight, projection.bias)))
+    return in_own_dtype(patch_embed.norm, ops.linear(patches, FrozenLinear.of(projection)))
 
 
 def add_positions(tokens: Tensor, constant: Tensor) -> Tensor:

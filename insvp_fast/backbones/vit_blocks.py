@@ -209,8 +209,8 @@ def pre_norm_block(
 
 def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
     """The block's layer scale: a module in most classes of timm, a parameter or None in others."""
-    if hasattr(block, f"ls{number}"):
-        scaled: Tensor = getattr(block, f"ls{number}")(branch)
+    if (scale := getattr(block, f"ls{number}", None)) is not None:
+        scaled: Tensor = branch if isinstance(scale, nn.Identity) else scale(branch)
         return scaled
     gamma = getattr(block, f"gamma_{number}")
     return branch if gamma is None else gamma * branch
@@ -273,7 +273,7 @@ def _scaling(
     residual = first_tokens(residual, num_queries)
     up = FrozenLinear(weight[:M], block.mlp_bias if bias is None else bias[:M], *affine)
     if block.out_proj is None:
-        proj, down = (FrozenLinear(layer.weight, layer.bias) for layer in (block.attn_out_proj, block.mlp_out_proj))
+        proj, down = map(FrozenLinear.of, (block.attn_out_proj, block.mlp_out_proj))
     else:
         weight, D = block.out_proj.weight, residual.shape[2]
         proj, down = FrozenLinear(weight[:, :D], block.out_proj.bias), FrozenLinear(weight[:, D:])
@@ -285,10 +285,10 @@ def _scaling(
 def _attention(
     attn: Attention, y: Tensor, affine: Affine, num_tokens: int, options: BlockOptions, num_queries: int | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
-    qkv = FrozenLinear(attn.qkv.weight, attn.qkv.bias, *affine)
+    qkv = FrozenLinear.of(attn.qkv, *affine)
     attended = _attend(attn, qkv, y, num_tokens, options, num_queries)
     attended = in_own_dtype(attn.norm, attended).to(y.dtype)
-    return ops.linear(attended, FrozenLinear(attn.proj.weight, attn.proj.bias))
+    return ops.linear(attended, FrozenLinear.of(attn.proj))
 
 
 def _attend(

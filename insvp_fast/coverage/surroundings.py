@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from itertools import starmap
 from typing import Any
 
 from insvp_fast.runtime import torch_private
@@ -30,9 +32,10 @@ def surroundings_reason() -> str | None:
     """Why no fast path may run now, or None."""
     if torch_private.global_hooks():
         return "there is a hook for all modules"
-    for (owner, name), function in _WATCHED.items():
-        if getattr(owner, name) is not function:
-            return f"{owner.__name__}.{name} has been replaced"
+    functions = starmap(getattr, _WATCHED)
+    if not all(map(operator.is_, functions, _WATCHED.values())):
+        owner, name = next(place for place, function in _WATCHED.items() if getattr(*place) is not function)
+        return f"{owner.__name__}.{name} has been replaced"
     if torch_private.function_modes():
         return "a torch function mode is active"
     if torch_private.transforming():

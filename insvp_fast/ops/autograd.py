@@ -59,10 +59,30 @@ class _Once(Function):
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply``, refused where PyTorch would ask for derivatives that a ``first_order`` function has not."""
-    if not torch.compiler.is_compiling() and torch_private.transforming(*arguments):
+    """``function.apply``, refused where PyTorch would ask for derivatives that a ``first_order`` function has not.
+
+    Where there will be no gradient it is only ``function.forward``, as a node of the graph costs more time than the
+    launch of a small kernel.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    if torch_private.transforming(*arguments):
         raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
-    return function.apply(*arguments)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        return function.apply(*arguments)
+    return function.forward(_NoBackward(), *arguments)
+
+
+class _NoBackward:
+    """Takes what ``forward`` leaves to ``backward``, and keeps no tensor that it is asked to save."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
 
 
 def only_needed(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

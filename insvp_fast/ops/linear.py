@@ -69,18 +69,20 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     Raises:
         ValueError: if a weight is trained, or a layer does not fit x or the layer before.
     """
+    sources: list[Tensor | None] = []
     features = x.shape[-1]
     for layer in layers:
         _check(layer, features)
         features = layer.out_features
-    if any(w is not None and w.requires_grad for layer in layers for w in layer.sources):
-        raise ValueError(
-            "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
-            " use torch.nn.functional.linear"
-        )
+        sources += layer.sources
+    for w in sources:
+        if w is not None and w.requires_grad:
+            raise ValueError(
+                "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
+                " use torch.nn.functional.linear"
+            )
     layer = layers[-1]
-    last = layer.weight.shape[0] if layer.last is None else layer.last
-    return *(w for layer in layers for w in layer.sources), layer.first, last
+    return *sources, layer.first, layer.first + features
 
 
 def _check(layer: FrozenLinear, features: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ def _check(
         )
     if prompts is not None and (prompts.ndim != 3 or prompts.shape != (B, prompts.shape[1], D)):
         raise ValueError(f"prompts have shape {tuple(prompts.shape)}: expected [{B}, L, {D}]")
+    if weight is None and bias is None:
+        return
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.shape != (D,):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {(D,)}")
@@ -234,19 +237,20 @@ def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fwd_triton_reason(a: _Fwd) -> str | None:
-    return _triton_reason(a.residual, a.residual.dtype, a.dtype)
+    return _triton_reason(a.residual.device, a.residual.shape[-1], a.residual.dtype, a.dtype)
 
 
 def _bwd_triton_reason(a: _Bwd) -> str | None:
-    return _triton_reason(a.xhat, a.stream_dtype, a.xhat.dtype)
+    return _triton_reason(a.xhat.device, a.xhat.shape[-1], a.stream_dtype, a.xhat.dtype)
 
 
-def _triton_reason(x: Tensor, *dtypes: torch.dtype) -> str | None:
-    if reason := triton_reason(x.device, *dtypes):
+@cache
+def _triton_reason(device: torch.device, D: int, *dtypes: torch.dtype) -> str | None:
+    if reason := triton_reason(device, *dtypes):
         return reason
     from insvp_fast.kernels.gpu import norm_insert as kernel
 
-    return None if kernel.covers(x.device, x.shape[-1], *dtypes) else f"does not cover rows of {x.shape[-1]} numbers"
+    return None if kernel.covers(device, D, *dtypes) else f"does not cover rows of {D} numbers"
 
 
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:

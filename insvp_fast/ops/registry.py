@@ -11,6 +11,7 @@ the user's wish, so an operator has one kernel for all devices, which looks into
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
@@ -105,15 +106,21 @@ def register(
 
     def kernel(*arguments: Any) -> Any:
         given = operands(*arguments[:at], *arguments[at + 1 :])
-        return table[implementation(name, arguments[at], given)].run(given)
+        run = table[implementation(name, arguments[at], given)].run
+        if not torch.is_grad_enabled():
+            return run(given)
+        with torch.no_grad():
+            return run(given)
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
-    LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
 
 
 def _preferred(operands: Sequence[Any]) -> Sequence[str]:
-    device = next(x.device.type for x in operands if isinstance(x, Tensor))
-    return [PREFERRED[device]] if device in PREFERRED else []
+    for x in operands:
+        if isinstance(x, Tensor):
+            return [PREFERRED[x.device.type]] if x.device.type in PREFERRED else []
+    return []
 
 
 def implementation(name: str, impl: str, operands: Any) -> str:
@@ -181,12 +188,15 @@ def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[
 
 def triton_reason(device: torch.device, *dtypes: torch.dtype, covered: Sequence[torch.dtype] = FLOATS) -> str | None:
     """Why Triton kernels for the covered dtypes cannot compute in these on this device."""
+    return _no_triton(device) or dtype_reason(covered, *dtypes)
+
+
+@cache
+def _no_triton(device: torch.device) -> str | None:
     try:
         from insvp_fast.kernels.gpu import chip
     except ImportError as error:
         return f"cannot run here: {error}"
     if device.type != "cuda" and not chip.INTERPRETED:
         return f"cannot run here: it computes on CUDA and ROCm devices, not on {device}"
-    if chip.arch(device) is None:
-        return f"cannot run here: its kernels are not made for {device}"
-    return dtype_reason(covered, *dtypes)
+    return f"cannot run here: its kernels are not made for {device}" if chip.arch(device) is None else None

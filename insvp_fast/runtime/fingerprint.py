@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 
-from insvp_fast.runtime import native
+from insvp_fast.runtime import native, torch_private
 
 __all__ = ["Fingerprint", "Region", "fingerprint"]
 
@@ -142,7 +142,12 @@ class DeviceFingerprint:
 
     def rows(self) -> list[tuple[int, int]]:
         """The address and the number of whole words of 4 bytes of each region that is still there."""
-        return [(address, r.nbytes // 4) for r in self.regions if (address := r.address()) is not None]
+        rows = []
+        for reference, offset, nbytes in self.regions:  # ``Region.address`` in fewer steps: this is done for every pass
+            storage = reference()
+            if storage is not None and offset + nbytes <= storage.nbytes():
+                rows.append((storage.data_ptr() + offset, nbytes // 4))
+        return rows
 
     def broken(self) -> bool:
         self._watch.asked(self)
@@ -153,12 +158,15 @@ class DeviceFingerprint:
         return None in held or not torch.equal(self._watch.sums(self.rows()), self.sums)
 
 
-class _Look(NamedTuple):
-    """One launch: whose memory was looked at, and once ``done``, what had changed."""
+class _Pass(NamedTuple):
+    """The fingerprints of a forward pass together, which are the same ones in the next."""
 
-    owners: list[DeviceFingerprint]
-    changed: Tensor
-    done: torch.cuda.Event
+    held: list[DeviceFingerprint]
+    rows: list[tuple[int, int]]
+    stream: int | None
+    table: Tensor  # the rows, on the device
+    sums: Tensor  # [n, LINES]
+    changed: Tensor  # [n], on the host
 
 
 class _Watch:
@@ -167,37 +175,64 @@ class _Watch:
     def __init__(self, device: torch.device) -> None:
         self._device, self._line = device, 0
         self._asked: dict[DeviceFingerprint, None] = {}  # in this pass, in their order
-        self._look: _Look | None = None
+        self._last: DeviceFingerprint | None = None
+        self._pass: _Pass | None = None
+        self._looking: torch.cuda.Event | None = None  # reached when the host knows what has changed
 
     def asked(self, one: DeviceFingerprint) -> None:
         """Note that a forward product asks; where that begins a new pass, see what the last look has found and look."""
+        if one is self._last:  # once more, as the products with two parts of a weight do
+            self._last = None
+            return
         if one in self._asked:
-            if self._look is not None and self._look.done.query():
-                for owner, changed in zip(self._look.owners, self._look.changed.tolist(), strict=True):
-                    owner.found |= changed
-                self._look = None
-            if self._look is None:
-                self._look = self._begin([held for held in self._asked if len(held.rows()) == len(held.sums)])
+            if self._pass is not None and self._looking is not None and self._looking.query():
+                self._looking = None
+                if self._pass.changed.any():
+                    self._find(self._pass)
+            if self._looking is None:
+                self._look()
             self._asked.clear()
-        self._asked[one] = None
+        self._asked[one], self._last = None, one
 
-    def _begin(self, all_held: list[DeviceFingerprint]) -> _Look:
+    def _find(self, seen: _Pass) -> None:
+        owners = [held for held in seen.held for _ in held.regions]
+        for owner, changed in zip(owners, seen.changed.tolist(), strict=True):
+            owner.found |= changed
+
+    def _look(self) -> None:
         self._line = (self._line + 1) % native.LINES
-        sums = self.sums([row for held in all_held for row in held.rows()], self._line, 1)
-        changed = sums[:, 0] != torch.cat([held.sums[:, self._line] for held in all_held])
-        on_host = torch.empty(len(changed), dtype=torch.bool, pin_memory=self._device.type == "cuda")
-        on_host.copy_(changed, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return _Look([held for held in all_held for _ in held.regions], on_host, done)
+        own = self._pass = self._gather()
+        changed = self._checksums(own.table, self._line, 1)[:, 0] != own.sums[:, self._line]
+        own.changed.copy_(changed, non_blocking=True)
+        self._looking = torch.cuda.Event()
+        self._looking.record()
 
-    def sums(self, rows: list[tuple[int, int]], first_line: int = 0, num_lines: int = native.LINES) -> Tensor:
-        """The checksums of lines of pieces of memory, [n, num_lines]."""
+    def _gather(self) -> _Pass:
+        held, rows, cuda = [], [], self._device.type == "cuda"
+        for one in self._asked:
+            own_rows = one.rows()
+            if len(own_rows) == len(one.sums):
+                held.append(one)
+                rows += own_rows
+        stream = torch_private.current_stream(self._device) if cuda else None  # which wrote the table
+        if self._pass is not None and self._pass[:3] == (held, rows, stream):
+            return self._pass
+        sums = torch.cat([one.sums for one in held]) if held else torch.empty(0, native.LINES, dtype=torch.int64)
+        on_host = torch.empty(len(rows), dtype=torch.bool, pin_memory=cuda)
+        return _Pass(held, rows, stream, self._table(rows), sums.to(self._device), on_host)
+
+    def sums(self, rows: list[tuple[int, int]]) -> Tensor:
+        """The checksums of all lines of pieces of memory, [n, LINES]."""
+        return self._checksums(self._table(rows), 0, native.LINES)
+
+    def _table(self, rows: list[tuple[int, int]]) -> Tensor:
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+        # pinned: a copy from other memory would wait for the GPU
+        return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
+
+    def _checksums(self, table: Tensor, first_line: int, num_lines: int) -> Tensor:
         from insvp_fast.kernels.gpu import fingerprint as kernel
 
-        table = torch.tensor(rows, dtype=torch.int64).view(-1, 2)
-        if self._device.type == "cuda":  # pinned: a copy from other memory would wait for the GPU
-            table = table.pin_memory().to(self._device, non_blocking=True)
         return kernel.fingerprint(table, first_line, num_lines)
 
 

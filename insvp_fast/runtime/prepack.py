@@ -14,7 +14,8 @@ have changed. Two things are compared before each forward product:
 
 A backward pass relies on the check of the forward pass. ``verify()`` compares everything, ``clear()`` drops everything.
 A CUDA graph reads the packed weights that it was captured with, so these live as long as the weights that they were
-made of: capture a graph after a warm-up, and again when weights have changed.
+made of: capture a graph after a warm-up, and again when weights have changed. Outside of graphs, a stream waits for
+what another has packed.
 """
 
 from __future__ import annotations
@@ -27,11 +28,35 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, UntypedStorage
 
+from insvp_fast.runtime import torch_private
 from insvp_fast.runtime.fingerprint import Fingerprint, Region, fingerprint
 
 __all__ = ["clear", "packed", "verify"]
 
 T = TypeVar("T")
+
+
+class _Form:
+    """Something made of weights. What a stream of a GPU has written, others wait for before they read it."""
+
+    def __init__(self, value: Any, device: torch.device) -> None:
+        self.value, self._device = value, device
+        self._streams: set[int] | None = None  # that read it in order
+        if device.type == "cuda":
+            self._streams = {torch_private.current_stream(device)}
+            self._made = torch.cuda.Event()
+            self._made.record(torch.cuda.current_stream(device))
+
+    def in_order(self) -> Any:
+        """What was made, for the current stream."""
+        if self._streams is not None and torch_private.current_stream(self._device) not in self._streams:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._made)
+            for x in self.value if isinstance(self.value, tuple) else (self.value,):
+                if x is not None:
+                    x.record_stream(stream)  # its memory is not used again before this stream has read it
+            self._streams.add(torch_private.current_stream(self._device))
+        return self.value
 
 
 @dataclass
@@ -41,7 +66,7 @@ class _Record:
     storages: tuple[weakref.ref[UntypedStorage], ...]
     state: tuple[object, ...]
     fingerprint: Fingerprint
-    made: dict[object, Any] = field(default_factory=dict)
+    made: dict[object, _Form] = field(default_factory=dict)
 
 
 _records: dict[object, _Record] = {}  # by where the weights are; without those whose weights are gone
@@ -49,29 +74,35 @@ _captured: dict[object, list[Any]] = {}  # by the same: what CUDA graphs read, u
 
 
 def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T], *, look: bool = True) -> T:
-    """What ``make()`` makes of ``sources``, kept under ``name`` until one of them changes.
+    """What ``make()`` makes of ``sources``, tensors or a tuple of them, kept under ``name`` until one of them changes.
 
     Args:
         sources: all weights that ``make`` reads.
         look: compare their contents too, as forward products do.
     """
     weights = [w for w in sources if w is not None]
-    if any(w.is_inference() for w in weights):  # they have no version counter
-        return make()
-    key = tuple(None if w is None else _place(w) for w in sources)
+    for w in weights:
+        if w.is_inference():  # it has no version counter
+            return make()
+    storages = [w.untyped_storage() for w in weights]
+    key = tuple([None if w is None else _place(w) for w in sources])
+    capturing = weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
     record = _records.get(key)
-    if record is not None and not _is_current(record, weights, look):
+    # a look is no part of a graph, and a capture allows none
+    if record is not None and not _is_current(record, weights, storages, look and not capturing):
         record = None
-    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing:
         if record is None or name not in record.made:  # memory taken during a capture belongs to the graph
             return make()
-        _keep_for_graphs(key, weights, record.made[name])
+        _keep_for_graphs(key, weights, record.made[name].value)
+        return cast(T, record.made[name].value)  # ``torch.cuda.graph`` has waited for all streams
     if record is None:
         record = _records[key] = _new_record(key, weights)
-    if name not in record.made:
+    form = record.made.get(name)
+    if form is None:
         with torch.no_grad():
-            record.made[name] = make()
-    return cast(T, record.made[name])
+            form = record.made[name] = _Form(make(), weights[0].device)
+    return cast(T, form.in_order())
 
 
 def _keep_for_graphs(key: object, weights: Sequence[Tensor], made: Any) -> None:
@@ -98,12 +129,11 @@ def verify() -> int:
     return len(stale)
 
 
-def _is_current(record: _Record, weights: Sequence[Tensor], look: bool) -> bool:
-    return (
-        all(storage() is w.untyped_storage() for storage, w in zip(record.storages, weights, strict=True))
-        and record.state == _state(weights)
-        and not (look and record.fingerprint.broken())
-    )
+def _is_current(record: _Record, weights: Sequence[Tensor], storages: Sequence[UntypedStorage], look: bool) -> bool:
+    for known, storage in zip(record.storages, storages, strict=True):
+        if known() is not storage:
+            return False
+    return record.state == _state(weights) and not (look and record.fingerprint.broken())
 
 
 def _new_record(key: object, weights: Sequence[Tensor]) -> _Record:
@@ -126,4 +156,4 @@ def _place(weight: Tensor) -> tuple[object, ...]:
 
 def _state(weights: Sequence[Tensor]) -> tuple[object, ...]:
     """What PyTorch knows of writes to weights, and of moves of their storage."""
-    return tuple((w._version, w.data_ptr()) for w in weights)
+    return tuple([(w._version, w.data_ptr()) for w in weights])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,11 @@ class FrozenLinear(NamedTuple):
     first: int = 0
     last: int | None = None
 
+    @classmethod
+    def of(cls, layer: Any, gain: Tensor | None = None, shift: Tensor | None = None) -> FrozenLinear:
+        """All outputs of an ``nn.Linear``, or of a convolution without overlap."""
+        return cls(layer.weight, layer.bias, gain, shift)
+
     @property
     def sources(self) -> tuple[Tensor | None, ...]:
         """All that the operands of a product are made of."""
@@ -77,6 +82,8 @@ class FrozenLinear(NamedTuple):
             made = packed(self.sources, ("plain", dtype), make, look=direction == "forward")
             matrix = matrix if made[0] is None else made[0]
             constant = constant if own_constant else made[1]
+        if self.first == 0 and self.last in (None, matrix.shape[0]):
+            return matrix, constant
         rows = slice(self.first, self.last)
         return matrix[rows], None if constant is None else constant[rows]
 
@@ -123,9 +130,8 @@ def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [.
         return y.view(*x.shape[:-1], w.out_features)
     if how == "onednn" and x.numel():
         matrix, constant = w.operands(how, dtype, "forward")
-        return _by_rows(lambda rows: _onednn(rows, matrix, constant), x)
-    matrix, constant = w.plain(dtype, "forward")
-    return _by_rows(lambda rows: F.linear(rows, matrix, constant), x)
+        return _by_rows(_onednn, x, matrix, constant)
+    return _by_rows(F.linear, x, *w.plain(dtype, "forward"))
 
 
 def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -> [..., D_in]
@@ -138,9 +144,9 @@ def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -
         return y.view(*grad.shape[:-1], w.in_features)
     if how == "onednn" and grad.numel():
         matrix, _ = w.operands(how, dtype, "backward")
-        return _by_rows(lambda rows: _onednn(rows, matrix, None), grad)
+        return _by_rows(_onednn, grad, matrix, None)
     matrix, _ = w.plain(dtype, "backward")
-    return _by_rows(lambda rows: F.linear(rows, matrix.T), grad)
+    return _by_rows(F.linear, grad, matrix.T, None)
 
 
 def linear_activation(
@@ -166,10 +172,14 @@ def linear_activation_bwd(grad: Tensor, w: FrozenLinear, pre: Tensor, activation
     return activate_bwd(linear_bwd(grad, w, how), pre, activation)
 
 
-def _by_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _by_rows(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, matrix: Tensor, constant: Tensor | None
+) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # the dtype of x is that of the product
+            return _by_rows(product, x, matrix, constant)
     # two dimensions, or PyTorch may take a batched product for one with a transposed weight
-    with torch.autocast(x.device.type, enabled=False):  # the dtype of x is that of the product
-        y = product(x.reshape(-1, x.shape[-1]))
+    y = product(x.reshape(-1, x.shape[-1]), matrix, constant)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -630,3 +630,46 @@ def test_dynamic_backbone_refuses_a_cut_patch():
     model = InsVPViT("vit_tiny_patch16_224", 10, depth=1, dynamic_img_size=True)
     with pytest.raises(ValueError, match="40x32 pixels: expected multiples of the patch size 16"):
         model(torch.zeros(1, 3, 40, 32))
+
+
+PROMPTED = {
+    "all blocks": InsVPConfig(),
+    "some blocks": InsVPConfig(prompted_blocks=(1, 3), carry_prompts=True),
+    "common prompts alone": InsVPConfig(specific_prompt=False),
+    "specific prompts alone": InsVPConfig(common_prompt=False),
+    "none": InsVPConfig(common_prompt=False, specific_prompt=False),
+}
+
+
+@pytest.mark.parametrize("config", PROMPTED.values(), ids=PROMPTED)
+def test_prompts_made_together_are_those_of_each_block(config):
+    check_prompts_made_together(make_pair("vit_tiny_patch16_224", config, **TINY | {"depth": 5})[1])
+
+
+def test_prompts_of_several_widths_made_together_are_those_of_each_block():
+    sizes = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2)}
+    check_prompts_made_together(make_pair("swin_tiny_patch4_window7_224", **sizes)[1])
+
+
+def check_prompts_made_together(model):
+    """Bit for bit, with gradients that are the same sums in another order."""
+    p_s, batch = model.specific_prompt(*[torch.randn(3, 3, *model.backbone.patch_embed.img_size)] * 2), 3
+    made = model._feature_prompts(p_s, batch)
+    alone = {j: p for j in range(len(model.widths)) if (p := model.feature_prompt(j, p_s, batch)) is not None}
+    assert made.keys() == alone.keys() and all(torch.equal(made[j], alone[j]) for j in alone)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = {j: torch.randn_like(p) for j, p in alone.items()}
+    sums = [sum((p[j] * weights[j]).sum() for j in p) for p in (made, alone)]
+    if weights:
+        gradients = [torch.autograd.grad(x, trained, retain_graph=True, allow_unused=True) for x in sums]
+        for one, other in zip(*gradients, strict=True):
+            assert (one is None) == (other is None)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert model._blends_at_once()
+    model.recompute = "block"
+    assert not model._blends_at_once()
+
+
+def test_prompts_that_are_dropped_are_made_block_by_block():
+    _, model = make_pair("vit_tiny_patch16_224", InsVPConfig(common_dropout=0.1), **TINY)
+    assert not model._blends_at_once() and model.eval()._blends_at_once()

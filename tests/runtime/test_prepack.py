@@ -296,6 +296,31 @@ def test_what_a_graph_has_captured_lives_as_long_as_the_weights(monkeypatch):
     assert alive() is None and not prepack._captured
 
 
+def test_a_stream_waits_once_for_what_another_has_made(monkeypatch):
+    log, current = [], ["first"]
+
+    class Stream:
+        def wait_event(self, event):
+            log.append((current[0], "waits"))
+
+    class Event:
+        def record(self, stream):
+            log.append((current[0], "made"))
+
+    class Packed:
+        def record_stream(self, stream):
+            log.append((current[0], "reads"))
+
+    monkeypatch.setattr(prepack.torch_private, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    form = prepack._Form((Packed(), None), torch.device("cuda", 0))
+    for current[0] in ("first", "second", "second", "first", "third"):
+        form.in_order()
+    waited = [(stream, step) for stream in ("second", "third") for step in ("waits", "reads")]
+    assert log == [("first", "made"), *waited]
+
+
 def test_packed_weights_follow_a_parameter_made_again_on_the_same_memory(product):
     """Its version counter starts anew, so that of the old one says nothing."""
     layer, weight = nn.Linear(48, 33).requires_grad_(False), torch.randn(33, 48)
