@@ -49,6 +49,11 @@ def _store(ptr, value, start, count: tl.constexpr, d: tl.constexpr, STRIDE: tl.c
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _attention_fwd_kernel(
     qkv_ptr, out_ptr, log2_scale,
     H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, d: tl.constexpr, QKV: tl.constexpr, KEYS: tl.constexpr,
@@ -110,12 +115,15 @@ def _attention_bwd_kernel(
     for t0 in range(0, T, BLOCK_T):
         q = _load(q_ptr, t0, T, d, QKV[1], BLOCK_T, BLOCK_D, COMPUTE)
         grad = _load(grad_ptr, t0, T, d, GRAD[1], BLOCK_T, BLOCK_D, COMPUTE)
-        s = tl.where(exists, tl.dot(k, tl.trans(q)) * log2_scale, float("-inf"))
-        e = tl.exp2(s - tl.max(s, 0)[None, :])
-        p = e * (1 / tl.sum(e, 0))[None, :]
-        d_v = tl.dot(p.to(COMPUTE), grad, d_v)
+        s = tl.dot(k, tl.trans(q))
         d_p = tl.dot(v, tl.trans(grad))
-        d_s = (p * (d_p - tl.sum(p * d_p, 0)[None, :])).to(COMPUTE)
+        s = tl.where(exists, s * log2_scale, float("-inf"))
+        e = tl.exp2(s - tl.max(s, 0)[None, :])
+        total, weighted = tl.reduce((e, e * d_p), 0, _add_pairs)  # one exchange between warps, not two
+        inverse = 1 / total
+        p = e * inverse[None, :]
+        d_v = tl.dot(p.to(COMPUTE), grad, d_v)
+        d_s = (p * (d_p - (weighted * inverse)[None, :])).to(COMPUTE)
         d_k = tl.dot(d_s, q, d_k)
         d_q = scale * tl.trans(tl.dot(k_t, d_s))
         _store(d_q_ptr, d_q, t0, S, d, 3 * D, BLOCK_T, BLOCK_D)  # zero for rows from T on, where grad is loaded as zero
@@ -138,7 +146,8 @@ def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str
     if arch == "gfx942":
         num_warps //= 2  # 64 lanes in a warp
     BLOCK_T = 16 if few_registers else 32
-    return {"BLOCK_T": BLOCK_T, "BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D, "num_warps": num_warps, "num_stages": 2}
+    tiles = {"BLOCK_T": BLOCK_T, "BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D}
+    return tiles | {"num_warps": num_warps, "num_stages": {90: 3, 100: 1}.get(arch, 2)}
 
 
 def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
