@@ -35,7 +35,7 @@ from benchmarks.operations import evaluate
 from benchmarks.parity import assert_parity
 from benchmarks.rates import peak_bandwidth, peak_flops
 from insvp_fast import ops
-from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS, forward_backward, training_step
+from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS, forward_backward
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.timing import Row, alternate, clock, compare, median_and_spread
@@ -277,19 +277,19 @@ def launches() -> Iterator[Row]:
 
 
 def graphs() -> Iterator[Row]:
-    """A training step launched kernel by kernel, and as one CUDA graph."""
+    """Inference and training steps launched kernel by kernel, and as one CUDA graph."""
     if not ON_GPU:
         raise NotImplementedError("CUDA graphs need a GPU")
-    for batch in (8, 16, 64):
-        for provider in ("bare", "insvp_fast"):
-            eager = training_step(make_model(provider, NAME), batch, DTYPE)
-            capturable = {} if provider == "bare" else {"capturable": True}
-            graph = graphed(training_step(make_model(provider, NAME), batch, DTYPE, **capturable))
-            seconds = alternate({"eager": eager, "graph": graph}, 20, warmup=1.0)
-            for launched, values in seconds.items():
-                median, p20, p80 = median_and_spread(values)
-                row: Row = {"job": f"training step of {provider}", "batch": batch, "by": launched, "us": median * 1e6}
-                yield row | {"p20": p20 * 1e6, "p80": p80 * 1e6, "images/s": batch / median}
+    cases = ("inference", 1), ("inference", 64), ("training step", 8), ("training step", 64)
+    for (job, batch), provider in itertools.product(cases, ("bare", "insvp_fast")):
+        capturable = {"capturable": True} if (job, provider) == ("training step", "insvp_fast") else {}
+        eager = JOBS[job](make_model(provider, NAME), batch, DTYPE)
+        graph = graphed(JOBS[job](make_model(provider, NAME), batch, DTYPE, **capturable))
+        seconds = alternate({"eager": eager, "graph": graph}, 20, warmup=1.0)
+        for launched, values in seconds.items():
+            median, p20, p80 = median_and_spread(values)
+            row: Row = {"job": f"{job} of {provider}", "batch": batch, "by": launched, "us": median * 1e6}
+            yield row | {"p20": p20 * 1e6, "p80": p80 * 1e6, "images/s": batch / median}
 
 
 IN_ORDER = correctness, peaks, models, launches, kernels, attention, sdpa, prompters, products, graphs, others

@@ -99,14 +99,13 @@ def _conv_bwd_weight_kernel(
         tl.store(d_bias_ptr + split * OUT + o, d_bias, o < OUT)
 
 
-def launch_config(kind: str, taps: int, OUT: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
-    """Tiles, warps and stages of kernel ``kind`` ("map" or "weight"); ``taps`` of all channels, ``dtype`` COMPUTE."""
+def launch_config(kind: str, taps: int, OUT: int, arch: int | str) -> dict[str, int]:
+    """Tiles, warps and stages of kernel ``kind`` ("map" or "weight"); ``taps`` are those of all channels."""
     if kind == "map":
         return {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
-    BLOCK_T = min(64, max(16, triton.next_power_of_2(taps)))
-    BLOCK_M = 64 if dtype == torch.float32 or arch == 100 else 128
-    tiles = {"BLOCK_T": BLOCK_T, "BLOCK_O": max(16, triton.next_power_of_2(OUT)), "BLOCK_M": BLOCK_M}
-    return tiles | {"num_warps": 2 if arch == "gfx942" else 4, "num_stages": 1}
+    BLOCK_T, BLOCK_O = min(64, max(16, triton.next_power_of_2(taps))), max(16, triton.next_power_of_2(OUT))
+    tiles = {"BLOCK_T": BLOCK_T, "BLOCK_O": BLOCK_O, "BLOCK_M": 64}
+    return tiles | {"num_warps": 1 if arch == "gfx942" else 2, "num_stages": 1}  # 64 lanes in a warp on AMD
 
 
 def covers(weight: Tensor) -> bool:
@@ -127,7 +126,7 @@ def _convolve(
 ) -> None:  # fmt: skip
     """Write to ``y``; the weight may have any strides."""
     (OUT, C, *taps), (*_, height, width), arch = weight.shape, y.shape, chip.require_arch("conv", x)
-    config = launch_config("map", 0, OUT, y.dtype, arch)
+    config = launch_config("map", 0, OUT, arch)
     if y.numel():
         with torch.cuda.device_of(x):
             _conv_kernel[(len(x) * triton.cdiv(height * width, config["BLOCK"]),)](
@@ -184,7 +183,7 @@ def conv_bwd(
         _convolve(grad, y, turned, None, d_x, dilation, back, False)
     taps, M, narrow = C * KH * KW, len(x) * height * width, {x.dtype, grad.dtype} - {torch.float32}
     dtype = narrow.pop() if len(narrow) == 1 else torch.float32  # 16 bits if one of them has, as under autocast
-    config = launch_config("weight", taps, OUT, dtype, arch)
+    config = launch_config("weight", taps, OUT, arch)
     blocks = triton.cdiv(taps, config["BLOCK_T"])
     S = max(1, min(triton.cdiv(M, config["BLOCK_M"]), 4 * chip.MULTIPROCESSORS[arch] // blocks))
     partial = [torch.empty((S, *size), dtype=torch.float32, device=x.device) for size in (weight.shape, (OUT,))]

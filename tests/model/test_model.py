@@ -653,7 +653,7 @@ def test_prompts_of_several_widths_made_together_are_those_of_each_block():
 
 def check_prompts_made_together(model):
     """Bit for bit, with gradients that are the same sums in another order."""
-    p_s, batch = model.specific_prompt(*[torch.randn(3, 3, *model.backbone.patch_embed.img_size)] * 2), 3
+    p_s, batch = model.specific_prompt(*[torch.randn(3, 3, *model.backbone.patch_embed.img_size, device=DEVICE)] * 2), 3
     made = model._feature_prompts(p_s, batch)
     alone = {j: p for j in range(len(model.widths)) if (p := model.feature_prompt(j, p_s, batch)) is not None}
     assert made.keys() == alone.keys() and all(torch.equal(made[j], alone[j]) for j in alone)
