@@ -45,13 +45,14 @@ def _identity(row: Row) -> tuple[Any, ...]:
 
 
 def write_tables(folder: Path = FOLDER, readme: Path = README, performance: Path = PERFORMANCE) -> None:
-    """Write a short table into the README and all tables into the page on performance, between their markers.
+    """Write short tables into the README and all tables into the page on performance, between their markers.
 
     Raises:
         ValueError: for a file without the markers, or if no machine has what the short table shows.
     """
     saved = read_results(folder)
-    pages = {readme: short_table(saved), performance: full_tables(saved)}
+    short = "\n\n".join([short_table(saved), *gpu_tables(saved)])
+    pages = {readme: short, performance: full_tables(saved)}
     for file, text in {file: _with_tables(file, tables) for file, tables in pages.items()}.items():
         file.write_text(text)
 
@@ -85,6 +86,34 @@ def short_table(saved: list[dict[str, Any]]) -> str:
         cells += [f"{each[group]['images per second']:.2f} images/s" for each in (bare, ours)]
         lines.append(join_cells([*cells, format_ratio(ours[group]), *[format_floor_ratio(ours[group])] * with_floor]))
     return "\n\n".join(["\n".join(lines), *_products([ours[group] for group in shown])])
+
+
+def gpu_tables(saved: list[dict[str, Any]]) -> list[str]:
+    """InsVPViT in the paper's configuration on every GPU, against the bare timm ViT, eager and compiled."""
+    tables = []
+    for file in (file for file in saved if file["machine"].get("cuda")):
+        groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for row in file["rows"]:
+            if _group(row)[:2] == ("paper", MODEL):
+                groups.setdefault(_group(row), {})[row["provider"]] = row
+        names = [
+            "",
+            "precision",
+            "batch",
+            "bare timm ViT",
+            "compiled",
+            "InsVPViT",
+            "time to the bare",
+            "to the compiled",
+        ]
+        lines = [_title(file), "", join_cells(names), "|" + "---|" * len(names)]
+        for (*_, job, precision, batch), rows in groups.items():
+            bare, compiled, ours = (rows[name] for name in ("bare", "bare compiled", "insvp_fast"))
+            cells = [f"{MODEL}, {job}", precision, str(batch)]
+            cells += [f"{row['images per second']:.0f} images/s" for row in (bare, compiled, ours)]
+            lines.append(join_cells([*cells, format_ratio(ours), f"{ours['seconds'] / compiled['seconds']:.2f}"]))
+        tables.append("\n".join(lines))
+    return tables
 
 
 def _products(rows: list[Row]) -> list[str]:
