@@ -307,7 +307,11 @@ def _attend(
 def _attend_from_first(
     attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, num_keys: Tensor | None, keys_values: Tensor | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
-    """As ``_attend``, for few queries: the products of the other tokens with the query weights are not computed."""
+    """As ``_attend``, for few queries, and without keys and values where these would be more work."""
+    S, D, H = y.shape[1], qkv.out_features // 3, attn.num_heads
+    plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity) and keys_values is None
+    if plain and H * num_queries * (D + S) < S * D:
+        return ops.absorbed_attention(y, num_queries, qkv, H, attn.scale, num_keys=num_keys)
     q, kv = ops.project_q_kv(y, num_queries, qkv)
     q = in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
     kv = _append(norm_heads(attn, kv, 2), keys_values, num_keys)

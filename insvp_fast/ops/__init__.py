@@ -3,11 +3,10 @@
 One file per operation, all alike: the public function, which checks its arguments; the formula, ``<op>_reference``, and
 its gradient written out, ``<op>_bwd_reference``; the operands of the operators as named tuples; the autograd function;
 the implementations, each with the reason why it may not compute some operands; and their registration
-(``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, and ``query_attention`` one
-implementation. Gradients are first-order only.
+(``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, ``query_attention`` and
+``absorbed_attention`` one implementation. Gradients are first-order only.
 
-The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.rotate import rotate
-from insvp_fast.ops.superpose import
+The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
 superpose_reference``.
 
 Letters as in ``insvp_fast/reference``.
@@ -20,7 +19,7 @@ from insvp_fast.ops.gated_mlp import gated_mlp
 from insvp_fast.ops.linear import linear, project_q_kv
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
-from insvp_fast.ops.query_attention import query_attention
+from insvp_fast.ops.query_attention import absorbed_attention, query_attention
 from insvp_fast.ops.rotate import rotate
 from insvp_fast.ops.superpose import Blend, PatchWeights, superpose
 from insvp_fast.ops.window_attention import WINDOW_ATTENTION, window_attention
@@ -32,6 +31,7 @@ __all__ = [
     "Blend",
     "FrozenLinear",
     "PatchWeights",
+    "absorbed_attention",
     "attention",
     "conv",
     "conv_pool",
