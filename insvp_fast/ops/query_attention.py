@@ -103,7 +103,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         *weights, H, scale, num_keys = rest
         D = weights[0].shape[0] // 3
         rows = _turned(_by_head(_product(x[:, :T], weights, 0, D), H), weights, D, 2 * D)  # [B, H·T, E]
-        scores = (scale * rows @ x.mT).unflatten(1, (H, T))
+        scores = torch.unflatten(scale * rows @ x.mT, 1, (H, T))
         p = without_padding(scores, num_keys).softmax(dim=-1).flatten(1, 2)
         ctx.save_for_backward(x, rows, p, *weights)
         ctx.shape = T, H, scale
@@ -133,12 +133,11 @@ def _turned(x: Tensor, weights: Any, first: int, last: int) -> Tensor:
 
 def _by_head(x: Tensor, H: int) -> Tensor:  # [B, T, D] -> [B, H·T, D]
     """Each row once for each head, with zeros for all other heads."""
-    heads = x.unflatten(-1, (H, -1))
-    own = torch.eye(H, dtype=x.dtype, device=x.device)
+    heads, own = torch.unflatten(x, -1, (H, -1)), torch.eye(H, dtype=x.dtype, device=x.device)
     return (heads.unsqueeze(1) * own[:, None, :, None]).flatten(3).flatten(1, 2)
 
 
 def _own_heads(x: Tensor, H: int) -> Tensor:  # [B, H·T, D] -> [B, T, D]
     """Of each row the columns of its head."""
-    rows = x.unflatten(-1, (H, -1)).unflatten(1, (H, -1))  # [B, H, T, H, d]
+    rows = torch.unflatten(torch.unflatten(x, -1, (H, -1)), 1, (H, -1))  # [B, H, T, H, d]
     return rows.diagonal(dim1=1, dim2=3).transpose(2, 3).flatten(2)

@@ -147,7 +147,7 @@ def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str
         num_warps //= 2  # 64 lanes in a warp
     BLOCK_T = 16 if few_registers else 32
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D}
-    return tiles | {"num_warps": num_warps, "num_stages": {90: 3, 100: 1}.get(arch, 2)}
+    return tiles | {"num_warps": num_warps, "num_stages": 3 if arch == 90 else 1 if arch == 100 else 2}
 
 
 def key_tiles(S: int) -> tuple[tuple[int, int], ...]:

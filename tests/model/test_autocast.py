@@ -31,8 +31,8 @@ def numbers(model, image, amp):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_dtypes_of_modules_and_images(config, amp):
     original, _ = pair = make_pair("vit_tiny_patch16_224", CONFIGS[config], **TINY)
-    # Of 850 gradients of random pixels in fp32, 3 have more than twice the reference's error, and the median has less
-    # than the reference's: each of the many cases here is one draw, and these pixels are a draw without such a gradient.
+    # Of 850 gradients of random pixels in fp32, 3 have more than twice the reference's error, while the median has less
+    # than the reference's. Each of the many cases is one draw, and these pixels are a draw without such a gradient.
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     exact = numbers(copy.deepcopy(original).double(), pixels.double(), None)
     for modules, image in itertools.product(DTYPES, DTYPES):
