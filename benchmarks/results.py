@@ -103,8 +103,8 @@ def gpu_tables(saved: list[dict[str, Any]]) -> list[str]:
             "bare timm ViT",
             "compiled",
             "InsVPViT",
-            "time to the bare",
-            "to the compiled",
+            "ratio to bare",
+            "to compiled",
         ]
         lines = [_title(file), "", join_cells(names), "|" + "---|" * len(names)]
         for (*_, job, precision, batch), rows in groups.items():
