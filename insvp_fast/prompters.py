@@ -36,7 +36,7 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
 
     def forward(self, image: Tensor) -> Tensor:
         dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if coverage.covers(self) else None
-        if dtype is None or not _on_cpu_or(conv_triton_reason, image, self.conv1, self.conv2):
+        if dtype is None or not _on_cpu_or(conv_triton_reason, image, (self.conv1,), (self.conv2,)):
             return super().forward(image)
         (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
@@ -76,7 +76,11 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
         H, W = (side // size * size or side for side in image.shape[-2:])
         pool = H // size
         square = 1 <= pool <= 16 and W // size == pool  # else windows overlap, are large or not square
-        if dtype is None or not square or not _on_cpu_or(conv_pool_triton_reason, image, self.conv1, self.conv2):
+        if (
+            dtype is None
+            or not square
+            or not _on_cpu_or(conv_pool_triton_reason, image, (self.conv1, pool), (self.conv2, 3))
+        ):
             x = reference.pool_center(_conv(self.conv1, image, H, W), size)
             x = _conv(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
             return self._tokens(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))), None)
@@ -163,9 +167,12 @@ def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torc
     return dtype if dtype in dtypes else None
 
 
-def _on_cpu_or(triton_reason: Callable[..., str | None], image: Tensor, *convs: nn.Conv2d) -> bool:
-    """Whether the operations beat PyTorch's convolutions: on GPUs only with the kernels of this package."""
-    return image.device.type == "cpu" or all(triton_reason(image, conv.weight) is None for conv in convs)
+def _on_cpu_or(triton_reason: Callable[..., str | None], image: Tensor, *cases: tuple[Any, ...]) -> bool:
+    """Whether the operations beat PyTorch's convolutions: on GPUs only with the kernels of this package.
+
+    A case is a convolution, and what else the kernels are asked about.
+    """
+    return image.device.type == "cpu" or all(triton_reason(image, conv.weight, *rest) is None for conv, *rest in cases)
 
 
 def _weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:

@@ -193,20 +193,21 @@ def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fwd_triton_reason(a: _Fwd) -> str | None:
-    return conv_pool_triton_reason(a.x, a.weight, a.bias.dtype, a.dtype)
+    return conv_pool_triton_reason(a.x, a.weight, a.pool, a.bias.dtype, a.dtype)
 
 
 def _bwd_triton_reason(a: _Bwd) -> str | None:
-    return conv_pool_triton_reason(a.x, a.weight, a.grad.dtype, a.y.dtype)
+    return conv_pool_triton_reason(a.x, a.weight, a.pool, a.grad.dtype, a.y.dtype)
 
 
-def conv_pool_triton_reason(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> str | None:
+def conv_pool_triton_reason(x: Tensor, weight: Tensor, pool: Size, *dtypes: torch.dtype) -> str | None:
     """Why the Triton kernels cannot convolve and pool x."""
     if reason := triton_reason(x.device, x.dtype, weight.dtype, *dtypes):
         return reason
     from insvp_fast.kernels.gpu import conv_pool as kernel
 
-    return None if kernel.covers(weight) else f"does not cover a weight of shape {tuple(weight.shape)}"
+    what = f"a weight of shape {tuple(weight.shape)} and windows of {pool}x{pool}"
+    return None if kernel.covers(weight, pool) else f"does not cover {what}"
 
 
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,18 @@ class DeviceFingerprint:
     def __init__(self, regions: Sequence[Region], device: torch.device) -> None:
         self.regions, self.found, self._watch = regions, False, _watch(device)
         self.sums = self._watch.sums(self.rows())
+        self._made: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._made = torch.cuda.Event()
+            self._made.record(torch.cuda.current_stream(device))
+
+    def sums_in_order(self) -> Tensor:
+        """The checksums, for the current stream, which may be another than the one that wrote them."""
+        if self._made is not None:
+            stream = torch.cuda.current_stream(self.sums.device)
+            stream.wait_event(self._made)
+            self.sums.record_stream(stream)
+        return self.sums
 
     def rows(self) -> list[tuple[int, int]]:
         """The address and the number of whole words of 4 bytes of each region that is still there."""
@@ -217,7 +229,11 @@ class _Watch:
         stream = torch_private.current_stream(self._device) if cuda else None  # which wrote the table
         if self._pass is not None and self._pass[:3] == (held, rows, stream):
             return self._pass
-        sums = torch.cat([one.sums for one in held]) if held else torch.empty(0, native.LINES, dtype=torch.int64)
+        sums = (
+            torch.cat([one.sums_in_order() for one in held])
+            if held
+            else torch.empty(0, native.LINES, dtype=torch.int64)
+        )
         on_host = torch.empty(len(rows), dtype=torch.bool, pin_memory=cuda)
         return _Pass(held, rows, stream, self._table(rows), sums.to(self._device), on_host)
 

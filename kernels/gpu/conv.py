@@ -19,6 +19,7 @@ from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
 MAX_PRODUCTS = 1024  # C·OUT·KH·KW multiplications of a pixel, which are all unrolled
+MAX_CHANNELS = 16  # whose sums are in registers
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def launch_config(kind: str, taps: int, OUT: int, arch: int | str) -> dict[str, 
 
 def covers(weight: Tensor) -> bool:
     """Whether the kernels compute with a weight [OUT, C, KH, KW] of this shape."""
-    return 0 < weight.numel() <= MAX_PRODUCTS
+    return 0 < weight.numel() <= MAX_PRODUCTS and max(weight.shape[:2]) <= MAX_CHANNELS
 
 
 def compute(dtype: torch.dtype, arch: int | str) -> dict[str, object]:
@@ -155,7 +156,7 @@ def conv_fwd(
         RuntimeError: for a CPU tensor outside of the interpreter.
     """
     y = torch.empty(len(x), len(weight), height, width, dtype=dtype, device=x.device)
-    _convolve(x, None, weight, bias, y, dilation, margin, relu)
+    _convolve(x, None, weight, bias.contiguous(), y, dilation, margin, relu)
     return y
 
 

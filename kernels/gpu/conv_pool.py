@@ -4,8 +4,8 @@ Letters: B images, C channels in, OUT channels out, TAPS = (KH, KW) of the weigh
 (rows, columns) of windows in an image, M windows of all images, MARGIN as in conv.py. The patch of a window has all
 pixels that its convolution reads, SIDES = (POOL + KH - 1, POOL + KW - 1) of each channel, K in all.
 
-With few channels a convolution is no good matrix product; all positions of a window together are. The patches, [M, K],
-are multiplied by the weight moved to every position, [K, POOL·POOL·OUT], of which one to two thirds are zeros. A
+A convolution with few channels is too narrow a matrix product, so all positions of a window are computed in one. The
+patches, [M, K], are multiplied by the weight moved to every position, [K, POOL·POOL·OUT], which has zeros between. A
 program has the sums of all positions of a window in registers, so that only maxima leave it. Backward to the weight
 multiplies the same patches by the gradients, each at the position of its maximum, and adds up what belongs to the same
 weight. Backward to the map is a convolution again, of these gradients and with windows of its own.
@@ -118,7 +118,7 @@ def _conv_pool_fwd_kernel(
             q = column + (position % POOL + tap % TAPS[1])
             inside = exists & (r >= 0) & (r < MAP[0]) & (q >= 0) & (q < MAP[1])
             place = image * X[0] + (tap // (TAPS[0] * TAPS[1]) * X[1] + r * X[2] + q * X[3])
-            w = tl.load(weight_ptr + o * (C * TAPS[0] * TAPS[1]) + tap, o < OUT, 0.0).to(tl.float32)
+            w = tl.load(weight_ptr + o * (C * TAPS[0] * TAPS[1]) + tap, o < OUT, 0.0).to(COMPUTE).to(tl.float32)
             value += tl.load(x_ptr + place, inside, 0.0).to(tl.float32)[:, None] * w[None, :]
         top, at = _larger(top, at, value, position)
 
@@ -216,7 +216,8 @@ def _conv_pool_bwd_map_kernel(
             o, i, j = tap // (TAPS[0] * TAPS[1]), tap // TAPS[1] % TAPS[0], tap % TAPS[1]
             grad = _chosen(grad_ptr, y_ptr, index_ptr, image, o, down + i, right + j, exists, slope, OUT, GRID, POOL)
             turned = (o * C + c) * (TAPS[0] * TAPS[1]) + (TAPS[0] - 1 - i) * TAPS[1] + TAPS[1] - 1 - j
-            value += grad[:, None] * tl.load(weight_ptr + turned, c < C, 0.0).to(tl.float32)[None, :]
+            w = tl.load(weight_ptr + turned, c < C, 0.0).to(COMPUTE).to(tl.float32)
+            value += grad.to(COMPUTE).to(tl.float32)[:, None] * w[None, :]
         down, right = down + MARGIN[0], right + MARGIN[1]
         pixel = (image * (C * MAP[0] * MAP[1]) + (down * MAP[1] + right))[:, None] + c[None, :] * (MAP[0] * MAP[1])
         inside = (exists & (one < SIDE * SIDE) & (down < MAP[0]) & (right < MAP[1]))[:, None] & (c < C)[None, :]
@@ -246,10 +247,14 @@ def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int 
     return tiles | {"num_warps": num_warps, "num_stages": num_stages}
 
 
-def covers(weight: Tensor) -> bool:
-    """Whether the kernels compute with a weight [OUT, C, KH, KW] of this shape."""
-    OUT, C, *_ = weight.shape
-    return 0 < OUT <= 64 and 0 < C <= 64 and weight.numel() > 0
+def covers(weight: Tensor, pool: int) -> bool:
+    """Whether the kernels compute with a weight [OUT, C, KH, KW], in windows of ``pool`` x ``pool``.
+
+    They do where at most three of four products are by zeros, and the moved weight is small.
+    """
+    (OUT, C, KH, KW), patch = weight.shape, (pool + weight.shape[2] - 1) * (pool + weight.shape[3] - 1)
+    few = 0 < OUT <= 64 and 0 < C <= 64 and weight.numel() > 0
+    return few and patch <= 4 * KH * KW and C * patch * pool**2 * max(16, triton.next_power_of_2(OUT)) <= 2**24
 
 
 def _at_every_position(moved: Tensor, weight: Tensor, pool: int) -> Tensor:
@@ -265,8 +270,9 @@ SIDE = 4  # of the windows that divide the gradient of a map
 
 
 def _offset(*maps: Tensor) -> tl.dtype:
-    """The dtype of places in maps, and of places up to 16 rows outside of them."""
-    return tl.int32 if max(x.numel() for x in maps) < 2**31 - 2**24 else tl.int64
+    """The dtype of places in maps, whatever their strides, and of places some rows outside of them."""
+    spans = (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) for x in maps)
+    return tl.int32 if max(spans) < 2**31 - 2**24 else tl.int64
 
 
 def _sizes(weight: Tensor, pool: int, BLOCK_O: int) -> tuple[int, int, int]:
@@ -295,7 +301,7 @@ def conv_pool_fwd(
     index = torch.empty_like(y, dtype=torch.uint8)
     config = launch_config("fwd", OUT, pool, x.dtype, arch)
     if M := len(x) * grid[0] * grid[1]:
-        weight = weight.contiguous()
+        weight, bias = weight.contiguous(), bias.contiguous()
         moved = torch.zeros(_sizes(weight, pool, config["BLOCK_O"]), dtype=x.dtype, device=x.device)
         _at_every_position(moved, weight, pool).copy_(weight)
         with torch.cuda.device_of(x):
@@ -334,9 +340,9 @@ def conv_pool_bwd_weight(
     d_bias = torch.empty(S, OUT, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(grad):
         _conv_pool_bwd_weight_kernel[(*blocks, S)](
-            grad.contiguous(), y, index, x, d_moved, d_bias, M, negative_slope, C=C, OUT=OUT, MAP=tuple(x.shape[2:]),
-            GRID=grid, POOL=pool, TAPS=tuple(taps), MARGIN=margin, X=x.stride(), OFFSET=_offset(x, y),
-            **compute(x.dtype, arch), **config,
+            grad.contiguous(), y.contiguous(), index.contiguous(), x, d_moved, d_bias, M, negative_slope,
+            C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=grid, POOL=pool, TAPS=tuple(taps), MARGIN=margin,
+            X=x.stride(), OFFSET=_offset(x, y), **compute(x.dtype, arch), **config,
         )  # fmt: skip
     d_weight = _at_every_position(d_moved.sum(0), weight, pool).sum((0, 1))
     return d_weight.to(weight.dtype), d_bias.sum(0).to(weight.dtype)
@@ -356,8 +362,8 @@ def conv_pool_bwd_map(
         _at_every_position(moved, turned, SIDE).copy_(turned)
         with torch.cuda.device_of(grad):
             _conv_pool_bwd_map_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(SIDE**2, config["GROUP"]))](
-                grad.contiguous(), y, index, moved, weight, d_x, M, negative_slope, C=C, OUT=OUT,
-                MAP=tuple(x.shape[2:]), GRID=tuple(grad.shape[2:]), POOL=pool, TAPS=tuple(taps),
+                grad.contiguous(), y.contiguous(), index.contiguous(), moved, weight, d_x, M, negative_slope,
+                C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=tuple(grad.shape[2:]), POOL=pool, TAPS=tuple(taps),
                 MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE, OFFSET=_offset(x, y),
                 **compute(x.dtype, arch), **config,
             )  # fmt: skip

@@ -85,10 +85,18 @@ def test_conv_parity(device, poison, sizes, geometry, relu, dtype):
 CONV_POOL = [
     ((2, 3, 22, 26, 9, 7, 7), (16, 20, 4)),  # the paper's first: the center of an image
     ((1, 2, 7, 8, 27, 9, 9), (6, 6, 3)),  # its second: positions in several groups, padding on all sides
-    ((1, 2, 16, 15, 3, 4, 2), (14, 14, 7)),  # even sides
+    ((1, 2, 16, 15, 3, 4, 2), (14, 14, 2)),  # even sides
     ((3, 1, 9, 6, 17, 3, 1), (9, 6, 1)),  # windows of one pixel, more channels than a tile of 16
     ((1, 1, 4, 5, 2, 9, 7), (4, 4, 2)),  # a map smaller than the kernel
 ]
+
+
+def test_what_would_waste_products_is_refused(device):
+    x, weight, bias = (t.detach() for t in inputs(1, 1, 16, 16, 1, 3, 3, torch.float32, device))
+    with pytest.raises(RuntimeError, match=r"does not cover a weight of shape \(1, 1, 3, 3\) and windows of 16x16"):
+        ops.conv_pool(x, weight, bias, 16, 16, 16, impl="triton")
+    with pytest.raises(RuntimeError, match=r"does not cover a weight of shape \(17, 1, 3, 3\)"):
+        ops.conv(x, weight.expand(17, -1, -1, -1), bias.expand(17), 1, 16, 16, impl="triton")
 
 
 @pytest.mark.parametrize(("sizes", "geometry", "dtype"), in_16_bits(CONV_POOL), ids=str)
@@ -110,6 +118,25 @@ def test_other_layouts_give_the_same_bits(device, monkeypatch, layout):
         one, other = (
             outcome(run, [t.requires_grad_() for t in (first, weight, bias)], geometry) for first in (x, same)
         )
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_offsets_are_wide_where_strides_are():
+    frames = torch.empty(300, 64, 3, 224, 224, device="meta")
+    assert kernel._offset(frames[:200, 0, :, :4]) is kernel.tl.int32
+    assert frames[:, 0].numel() < 2**31 and kernel._offset(frames[:, 0]) is kernel.tl.int64
+
+
+def test_operands_with_any_strides(device):
+    """The bias, and what backward gets, as views of larger tensors."""
+    x, weight, bias = (t.detach() for t in inputs(1, 2, 8, 8, 3, 3, 3, torch.float32, device))
+    strided = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]
+    for run, geometry in ((run_conv, (1, 8, 8)), (run_conv_pool, (8, 8, 4))):
+        assert torch.equal(run(x, weight, strided, *geometry), run(x, weight, bias, *geometry))
+    y, indices = kernel.conv_pool_fwd(x, weight, bias, (1, 1), 8, 8, 4, SLOPE, torch.float32)
+    views = [t.mT.contiguous().mT for t in (y, y, indices)]
+    for backward in (kernel.conv_pool_bwd_weight, kernel.conv_pool_bwd_map):
+        one, other = (backward(g, x, v, i, weight, (1, 1), 4, SLOPE) for g, v, i in ((y, y, indices), views))
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
