@@ -145,9 +145,9 @@ def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str
     num_warps = 8 if BLOCK_S >= 128 else 4  # so that d_k and d_v take at most half of a thread's registers
     if arch == "gfx942":
         num_warps //= 2  # 64 lanes in a warp
-    BLOCK_T = 16 if few_registers else 32
+    BLOCK_T = 32 if arch == 90 else 16  # elsewhere 32 need more registers than there are
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D}
-    return tiles | {"num_warps": num_warps, "num_stages": 3 if arch == 90 else 1 if arch == 100 else 2}
+    return tiles | {"num_warps": num_warps, "num_stages": 3 if arch == 90 else 2}
 
 
 def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
