@@ -176,9 +176,9 @@ def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case
 
 
 def conv_cases(arch: int | str) -> Iterator[Case]:
-    """The global prompter's two convolutions of images of 224x224 under bf16 autocast, the first also in fp32."""
+    """The global prompter's convolutions of images of 224x224 under bf16 autocast."""
     bf16, fp32, side = "*bf16", "*fp32", 224
-    variants = [(3, 6, 5, fp32, bf16)] + [(6, 3, 12, bf16, bf16), (3, 6, 5, fp32, fp32)] * (arch == 90)
+    variants = [(3, 6, 5, fp32, bf16)] + [(6, 3, 12, bf16, bf16)] * (arch == 90)
     for C, OUT, dilation, x, y in variants:
         label, relu = f"C{C}-{x[1:]}-{y[1:]}", C == 3
         narrow = torch.bfloat16 if y == bf16 else torch.float32
@@ -203,10 +203,10 @@ def conv_cases(arch: int | str) -> Iterator[Case]:
 
 
 def conv_pool_cases(arch: int | str) -> Iterator[Case]:
-    """The specific prompter's two convolutions of images of 224x224, in bf16, the first also in fp32."""
+    """The specific prompter's convolutions of images of 224x224, in bf16, the first also in fp32."""
     bf16, fp32 = torch.bfloat16, torch.float32
     first, second = (3, 9, 224, 52, 4, 7, -5), (9, 27, 52, 16, 3, 9, 2)
-    variants = [(*second, bf16)] + [(*first, bf16)] * (arch in (80, 90)) + [(*first, fp32)] * (arch == 90)
+    variants = [(*second, bf16)] + [(*first, bf16), (*first, fp32)] * (arch == 90)
     for C, OUT, side, grid, pool, taps, margin, dtype in variants:
         x, scalars, label = POINTERS[dtype], {"M": "i32", "slope": "fp32"}, f"C{C}-{POINTERS[dtype][1:]}"
         same = {"C": C, "OUT": OUT, "MAP": (side, side), "GRID": (grid, grid), "POOL": pool, "TAPS": (taps, taps)}
