@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from insvp_fast.kernels.gpu import activation, attention, conv, conv_pool, fingerprint, norm_insert, superpose
+from insvp_fast.kernels.gpu import activation, attention, chip, conv, conv_pool, fingerprint, norm_insert, superpose
 
 # versions of triton that compile every shape without shortcomings (`python -m tools.aot --all`)
 CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
@@ -197,7 +197,7 @@ def conv_cases(arch: int | str) -> Iterator[Case]:
             conv._conv_bwd_weight_kernel,
             pointers(y, "grad", *(["y"] if relu else [])) | pointers(x, "x") | pointers(fp32, "d_weight", "d_bias")
             | {"M": "i32"},
-            same | {"C": C, "OUT": OUT} | conv.compute(narrow, arch)
+            same | {"C": C, "OUT": OUT} | chip.operands(narrow, arch)
             | conv.launch_config("weight", 9 * C, OUT, arch),
         )  # fmt: skip
 
@@ -210,7 +210,7 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
     for C, OUT, side, grid, pool, taps, margin, dtype in variants:
         x, scalars, label = POINTERS[dtype], {"M": "i32", "slope": "fp32"}, f"C{C}-{POINTERS[dtype][1:]}"
         same = {"C": C, "OUT": OUT, "MAP": (side, side), "GRID": (grid, grid), "POOL": pool, "TAPS": (taps, taps)}
-        same |= {"OFFSET": conv_pool.tl.int32} | conv.compute(dtype, arch)
+        same |= {"OFFSET": conv_pool.tl.int32} | chip.operands(dtype, arch)
         patches = {"MARGIN": (margin, margin), "X": (C * side**2, side**2, side, 1)}
         result = pointers("*fp32", "y") | pointers("*u8", "index")
         yield case(

@@ -4,6 +4,7 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}  # of A100, H100, B200 and MI300X
@@ -39,3 +40,9 @@ def require_arch(operation: str, x: Tensor) -> int | str:
     if found is None:
         raise RuntimeError(f"{operation}: the Triton kernels do not know the {torch.cuda.get_device_name(x.device)}")
     return found
+
+
+def operands(dtype: torch.dtype, arch: int | str) -> dict[str, object]:
+    """The dtype of operands of matrix products, and how they are multiplied where it is fp32: to its full accuracy."""
+    compute = tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
+    return {"COMPUTE": compute, "PRECISION": "ieee" if isinstance(arch, str) else "tf32x3"}

@@ -114,13 +114,6 @@ def covers(weight: Tensor) -> bool:
     return 0 < weight.numel() <= MAX_PRODUCTS and max(weight.shape[:2]) <= MAX_CHANNELS
 
 
-def compute(dtype: torch.dtype, arch: int | str) -> dict[str, object]:
-    """The dtype of operands of matrix products, and how they are multiplied where it is fp32."""
-    exact = "ieee" if isinstance(arch, str) else "tf32x3"
-    compute = tl.float32 if chip.INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
-    return {"COMPUTE": compute, "PRECISION": exact}
-
-
 def _convolve(
     x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, y: Tensor,
     dilation: int, margin: tuple[int, int], relu: bool,
@@ -192,7 +185,7 @@ def conv_bwd(
         with torch.cuda.device_of(grad):
             _conv_bwd_weight_kernel[(blocks, S)](
                 grad, y, x, *partial, M, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), CENTER=(height, width), TAPS=(KH, KW),
-                DILATION=dilation, MARGIN=margin, X=x.stride(), **compute(dtype, arch), **config,
+                DILATION=dilation, MARGIN=margin, X=x.stride(), **chip.operands(dtype, arch), **config,
             )  # fmt: skip
     d_weight, d_bias = (part.sum(0) if M else torch.zeros_like(part[0]) for part in partial)
     return d_x, d_weight.to(weight.dtype), d_bias.to(weight.dtype)

@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from insvp_fast.kernels.gpu import chip
-from insvp_fast.kernels.gpu.conv import compute
 from torch import Tensor
 
 
@@ -308,7 +307,7 @@ def conv_pool_fwd(
             _conv_pool_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
                 x, moved, weight, bias, y, index, M, negative_slope, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=grid,
                 POOL=pool, TAPS=tuple(taps), MARGIN=margin, X=x.stride(), OFFSET=_offset(x, y),
-                **compute(x.dtype, arch), **config,
+                **chip.operands(x.dtype, arch), **config,
             )  # fmt: skip
     return y, index
 
@@ -342,7 +341,7 @@ def conv_pool_bwd_weight(
         _conv_pool_bwd_weight_kernel[(*blocks, S)](
             grad.contiguous(), y.contiguous(), index.contiguous(), x, d_moved, d_bias, M, negative_slope,
             C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=grid, POOL=pool, TAPS=tuple(taps), MARGIN=margin,
-            X=x.stride(), OFFSET=_offset(x, y), **compute(x.dtype, arch), **config,
+            X=x.stride(), OFFSET=_offset(x, y), **chip.operands(x.dtype, arch), **config,
         )  # fmt: skip
     d_weight = _at_every_position(d_moved.sum(0), weight, pool).sum((0, 1))
     return d_weight.to(weight.dtype), d_bias.sum(0).to(weight.dtype)
@@ -365,6 +364,6 @@ def conv_pool_bwd_map(
                 grad.contiguous(), y.contiguous(), index.contiguous(), moved, weight, d_x, M, negative_slope,
                 C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=tuple(grad.shape[2:]), POOL=pool, TAPS=tuple(taps),
                 MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE, OFFSET=_offset(x, y),
-                **compute(x.dtype, arch), **config,
+                **chip.operands(x.dtype, arch), **config,
             )  # fmt: skip
     return d_x

@@ -254,11 +254,9 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
     """
     _, C, H, W = shape
     compute = torch.promote_types(*(torch.float32 if dtype == torch.uint8 else dtype for dtype in dtypes))
-    exact = "ieee" if isinstance(arch, str) else "tf32x3"
-    compute_tl = tl.float32 if chip.INTERPRETED else getattr(tl, str(compute).removeprefix("torch."))
     config = launch_config(kind, P, C * P * P, R, compute, arch)
-    fixed = {"K": C * P * P, "P": P, "R": R, "GRID": (H // P, W // P), "COMPUTE": compute_tl, "PRECISION": exact}
-    return fixed | config
+    fixed = {"K": C * P * P, "P": P, "R": R, "GRID": (H // P, W // P)}
+    return fixed | chip.operands(compute, arch) | config
 
 
 def covers(device: torch.device, R: int, *dtypes: torch.dtype) -> bool:
