@@ -18,9 +18,9 @@ from insvp_fast.training.run_logger import RunLogger
 
 __all__ = ["Features", "LinearFit", "fit_linear", "read_features", "set_head", "train_linear_probe"]
 
-WEIGHT_DECAYS = tuple(10.0**-i for i in range(7))
+WEIGHT_DECAYS = tuple(10.0**-i for i in range(6))
 MAX_STEPS = 1000  # of L-BFGS, for each of them
-CONVERGED = 1e-6  # the largest element of the gradient
+CONVERGED = 1e-5  # the largest element of the gradient
 
 
 class Features(NamedTuple):
@@ -41,7 +41,7 @@ class LinearFit(NamedTuple):
     Attributes:
         score: on the held-out images, see ``fit_linear``.
         loss: the mean loss on the training images, without the weight decay.
-        converged: whether the gradient of this fit became zero to within 1e-6.
+        converged: whether the gradient of this fit became zero to within 1e-5.
     """
 
     weight: Tensor
@@ -125,7 +125,7 @@ def fit_linear(
     """Minimize the mean cross-entropy plus ``weight_decay / 2 · |W|²`` by L-BFGS, on inputs scaled to unit variance.
 
     With several classes an image the loss is the binary cross-entropy of each class. The bias does not decay. Of the
-    weight decays 1 to 1e-6 the one with the best score on ``held_out`` is returned: the accuracy, or where images have
+    weight decays 1 to 1e-5 the one with the best score on ``held_out`` is returned: the accuracy, or where images have
     several classes, minus the loss; of equally good ones, the first.
 
     Args:
