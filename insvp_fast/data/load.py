@@ -35,6 +35,7 @@ class Data(NamedTuple):
     tested_on: str  # the split that ``test`` is: "val" where there is no "test"
     protocol: str = "paper"  # which splits these are, in words
     train_and_val: Dataset | None = None  # both, transformed as for training
+    plain_train: Dataset | None = None  # train, transformed as for evaluation
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
 
 
@@ -68,22 +69,23 @@ def load_data(
         DataError: saying what is missing or wrong, and what was expected where.
     """
     _check_protocol(protocol, source)
-    asked = {name: value for name, value in (("augmentation", augmentation), ("hflip", hflip)) if value is not None}
-    preprocessing = _adapted(preprocessing, source) | asked
+    preprocessing = _adapted(preprocessing, source, augmentation=augmentation, hflip=hflip)
     transforms = {training: transform_for(preprocessing, training) for training in (True, False)}
     splits, class_names = read_source(source, seed, root)
     for images in splits.values():
         images.exif_rotation = exif_rotation
     division, words = _division(source, splits, seed, protocol)
-    view = _views(splits, transforms, division is not None, cache, Path(source).resolve().name)
+    view = _views(splits, transforms, cache, Path(source).resolve().name)
 
-    train, val = view("train", True), view("val" if division is None else "train", False)
+    train, plain_train = view("train", True), view("train", False)
+    val = view("val", False) if division is None else plain_train
     if "train_and_val" in splits:
         both = view("train_and_val", True)
     else:
         both = train if division is not None else ConcatDataset([train, view("val", True)])
     if division is not None:
-        train, val = Subset(train, division[0]), Subset(val, division[1])
+        train, plain_train = Subset(train, division[0]), Subset(plain_train, division[0])
+        val = Subset(val, division[1])
     tested_on = "test" if "test" in splits else "val"
     added = used_augmentation(preprocessing)
     return Data(
@@ -94,6 +96,7 @@ def load_data(
         tested_on=tested_on,
         protocol=words,
         train_and_val=both,
+        plain_train=plain_train,
         preprocessing={name: value for name, value in preprocessing.items() if name not in added},
         augmentation=added | {"steps": [repr(step) for step in steps_of(transforms[True])]},
     )
@@ -132,11 +135,13 @@ def _check_protocol(protocol: str, source: str) -> None:
         raise DataError(f"`protocol` is released: {reason}")
 
 
-def _adapted(preprocessing: dict[str, Any], source: str) -> dict[str, Any]:
-    """The preprocessing with what a source prescribes: no crop for VTAB, no augmentation for the digits."""
-    if source.startswith("vtab/"):
-        return preprocessing | SQUASHED
-    return preprocessing | {"augmentation": "none"} if source == DIGITS else preprocessing
+def _adapted(preprocessing: dict[str, Any], source: str, **asked: Any) -> dict[str, Any]:
+    """The preprocessing with what a source prescribes, no crop for VTAB, no augmentation for the digits, and ``asked``.
+
+    A value of None is not asked for.
+    """
+    prescribed = SQUASHED if source.startswith("vtab/") else {"augmentation": "none"} if source == DIGITS else {}
+    return preprocessing | prescribed | {name: value for name, value in asked.items() if value is not None}
 
 
 def _division(
@@ -165,25 +170,21 @@ def _division(
 
 
 def _views(
-    splits: dict[str, Images], transforms: dict[bool, Transform], divided: bool, cache: str | None, name: str
-) -> Callable[[str, bool], Images]:
+    splits: dict[str, Images], transforms: dict[bool, Transform], cache: str | None, name: str
+) -> Callable[[str, bool], Dataset]:
     """A function that gives a split as seen in training (True) or in evaluation (False).
 
-    With a cache, the steps that come before the first random one, and that both share where both are used, are done
-    once and for all.
-
-    Args:
-        divided: whether val is a part of the split train.
+    With a cache, the steps before the first random one are done once and for all; in a split that is seen in both ways,
+    those of them that both share.
     """
     if cache is None:
         return lambda split, training: splits[split].with_transform(transforms[training])
-    uses = {"train": [True, False] if divided else [True], "val": [True, False], "train_and_val": [True]}
     done, stored = {}, {}
     for split, images in splits.items():
-        done[split] = repeatable_steps(*(transforms[training] for training in uses.get(split, [False])))
+        done[split] = repeatable_steps(*([transforms[False]] if split == "test" else transforms.values()))
         stored[split] = cache_images(images, done[split], cache, f"{name}-{split}")
 
-    def view(split: str, training: bool) -> Images:
+    def view(split: str, training: bool) -> Dataset:
         return stored[split].with_transform(Compose(steps_of(transforms[training])[len(done[split]) :]))
 
     return view

@@ -28,7 +28,7 @@ def load_backbone(
         CheckpointError: if there is no such model, its weights cannot be found, it has no blocks that prompts can be
             put into, or its patches do not divide ``img_size``.
     """
-    size = {} if img_size is None else {"img_size": img_size}
+    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         backbone = create_backbone(source, checkpoint=checkpoint, num_classes=0, **size)
         structure = structure_of(backbone)
