@@ -15,7 +15,7 @@ from insvp_fast.data.lists import class_indices
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
 from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source
 from insvp_fast.data.splits import describe, divide, stratified_split
-from insvp_fast.data.transforms import Transform, repeatable_steps, steps_of, transform_for, used_augmentation
+from insvp_fast.data.transforms import Transform, describe_augmentation, repeatable_steps, steps_of, transform_for
 from insvp_fast.errors import DataError
 
 __all__ = ["Data", "load_data", "load_test_data"]
@@ -87,7 +87,6 @@ def load_data(
         train, plain_train = Subset(train, division[0]), Subset(plain_train, division[0])
         val = Subset(val, division[1])
     tested_on = "test" if "test" in splits else "val"
-    added = used_augmentation(preprocessing)
     return Data(
         train,
         val,
@@ -97,8 +96,8 @@ def load_data(
         protocol=words,
         train_and_val=both,
         plain_train=plain_train,
-        preprocessing={name: value for name, value in preprocessing.items() if name not in added},
-        augmentation=added | {"steps": [repr(step) for step in steps_of(transforms[True])]},
+        preprocessing={name: value for name, value in preprocessing.items() if name not in ("augmentation", "hflip")},
+        augmentation=describe_augmentation(preprocessing),
     )
 
 

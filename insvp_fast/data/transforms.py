@@ -15,7 +15,14 @@ from insvp_fast.config import RELEASED_PREPROCESSING
 from insvp_fast.data.sets import AUGMENTATIONS
 from insvp_fast.errors import DataError
 
-__all__ = ["Transform", "insvp_preprocessing", "repeatable_steps", "steps_of", "transform_for", "used_augmentation"]
+__all__ = [
+    "Transform",
+    "describe_augmentation",
+    "insvp_preprocessing",
+    "repeatable_steps",
+    "steps_of",
+    "transform_for",
+]
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -58,17 +65,17 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
             "`augmentation` is crop: images are resized to the size of the model (crop_pct 1), which leaves nothing to"
             " crop: expected insvp, timm or none"
         )
-    hflip = used_augmentation(preprocessing)["hflip"]
+    hflip = _hflip(preprocessing)
     flip = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
     return transforms.Compose(
         [resize, crop if augmentation == "none" else transforms.RandomCrop(crop.size), *flip, *rest]
     )
 
 
-def used_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
-    """What training adds, with its defaults: ``augmentation`` and ``hflip``."""
-    name = preprocessing.get("augmentation", "timm")
-    return {"augmentation": name, "hflip": preprocessing.get("hflip", 0.0 if name == "none" else 0.5)}
+def describe_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """What training adds, ready for JSON: its ``augmentation`` and ``hflip``, and the ``steps`` of the transform."""
+    steps = [repr(step) for step in steps_of(transform_for(preprocessing, training=True))]
+    return {"augmentation": preprocessing.get("augmentation", "timm"), "hflip": _hflip(preprocessing), "steps": steps}
 
 
 def steps_of(transform: Any) -> list[Any]:
@@ -93,6 +100,10 @@ def _is_repeatable(step: Any) -> bool:
     if isinstance(step, ResizeKeepRatio):
         return not step.random_scale_prob and not step.random_aspect_prob
     return type(step) in (transforms.Resize, transforms.CenterCrop)
+
+
+def _hflip(preprocessing: dict[str, Any]) -> float:
+    return preprocessing.get("hflip", 0.0 if preprocessing.get("augmentation") == "none" else 0.5)
 
 
 def _timm_transform(preprocessing: dict[str, Any], is_training: bool = False) -> Any:
