@@ -64,10 +64,8 @@ def train_linear_probe(name: str, model: nn.Module, data: Data, logger: RunLogge
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.say(f"\n{name}: {parameters:,} trained parameters, logistic regression to convergence")
     model = accelerator.prepare(model)
-    on_device = data.on_device[1] if data.on_device else None
     train_loader, val_loader, test_loader = (
-        create_loader(images, recipe, accelerator, transform=on_device)
-        for images in (data.plain_train, data.val, data.test)
+        create_loader(images, recipe, accelerator) for images in (data.plain_train, data.val, data.test)
     )
     train, val = (read_features(model, loader, accelerator) for loader in (train_loader, val_loader))
     selects = val if recipe.selection_split != "test" else read_features(model, test_loader, accelerator)

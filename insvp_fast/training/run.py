@@ -48,7 +48,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     """
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint)
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
     build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
     data, preprocessing = _load_data(recipe, backbone, accelerator)
     wanted = recipe.batch_size
@@ -140,6 +140,8 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
             recipe.seed,
             root=recipe.root,
             protocol=recipe.protocol,
+            augmentation=recipe.augmentation,
+            hflip=recipe.hflip,
             cache=str(CACHE) if recipe.cache else None,
             exif_rotation=recipe.exif_rotation,
         )
@@ -148,8 +150,7 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
 
 def _images_to_plot(data: Data, device: torch.device) -> torch.Tensor:
     count = min(PLOTTED_IMAGES, len(data.test))  # type: ignore[arg-type]  # torch does not declare the length
-    images = torch.stack([data.test[i][0] for i in range(count)]).to(device)
-    return data.on_device[1](images) if data.on_device else images
+    return torch.stack([data.test[i][0] for i in range(count)]).to(device)
 
 
 def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:

@@ -52,12 +52,10 @@ class Trainer:
         self.recipe, self.accelerator = recipe, accelerator = logger.recipe, logger.accelerator
         self.name, self.logger, self.folder = candidate.name, logger, logger.folder
         self.lr = scale_lr(recipe.lr, recipe, accelerator.num_processes)
-        train_transform, eval_transform = data.on_device or (None, None)
         images = data.train_and_val if recipe.retrain and data.train_and_val else data.train
-        self.train_loader = create_loader(images, recipe, accelerator, shuffle=True, transform=train_transform)
+        self.train_loader = create_loader(images, recipe, accelerator, shuffle=True)
         self.eval_loaders = {
-            split: create_loader(getattr(data, split), recipe, accelerator, transform=eval_transform)
-            for split in ("val", "test")
+            split: create_loader(getattr(data, split), recipe, accelerator) for split in ("val", "test")
         }
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
         self.mixup = _create_mixup(recipe, len(data.class_names))
