@@ -27,20 +27,21 @@ CHUNK = 256  # images decoded before they are written
 
 
 class CachedImages(Dataset):
-    """Images from a cache; an item is (uint8 tensor [3, h, w], class index).
+    """Images from a cache; an item is (uint8 tensor [3, h, w], class index or row of 0 and 1).
 
     The tensor maps the file; writing to it changes a private copy of its pages.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.classes: list[int] = json.loads(file.with_suffix(".json").read_text())["classes"]
+        classes = json.loads(file.with_suffix(".json").read_text())["classes"]
+        self.classes: list[int] | Tensor = torch.tensor(classes) if isinstance(classes[0], list) else classes
         self.pixels = np.load(file, mmap_mode="c")
 
     def __len__(self) -> int:
         return len(self.classes)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
         return torch.from_numpy(self.pixels[index]), self.classes[index]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,12 +84,13 @@ def _write(images: Images, file: Path) -> None:
             for i, (image, _) in enumerate(threads.map(images.__getitem__, chunk)):
                 pixels[i] = image
             stream.write(pixels[: len(chunk)].data)
-    facts = {"images": len(images), "shape": shape, "classes": [int(index) for index in images.classes]}
+    facts = {"images": len(images), "shape": shape, "classes": np.asarray(images.classes).tolist()}
     write_file(file.with_suffix(".json"), json.dumps(facts).encode())
 
 
 def _hash(images: Images, transform: Transform) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {transform} {images.exif_rotation} {list(images.classes)}".encode())
+    classes = np.asarray(images.classes).tolist()
+    digest = hashlib.sha256(f"{FORMAT} {transform} {images.exif_rotation} {classes}".encode())
     for item in images.items:
         digest.update(_identity(item))
     return digest.hexdigest()[:16]

@@ -133,7 +133,10 @@ class Recipe:
         "recompute in backward, to save memory: the hidden layers of the MLPs, whole blocks, or nothing",
         _one_of("none", "mlp", "block"),
     )
-    seed: int = _setting(0, "random seed of splits, weights, order of images, augmentation and dropout", SEED)
+    seed: int = _setting(0, "random seed of weights, order of images, augmentation and dropout", SEED)
+    split_seed: int = _setting(
+        0, "random seed of the splits where there are no official ones; `seed` leaves them as they are", SEED
+    )
     prompt_length: int | None = _setting(
         None,
         f"prompt tokens per block, L (default: 4 with {BUILTIN_BACKBONE}, 9 as in the paper with others, 16 with"

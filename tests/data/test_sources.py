@@ -110,7 +110,9 @@ def test_a_list_its_siblings_and_the_root_of_its_images(suffix, tmp_path):
     assert data.train.classes == [1, 0, 1] and data.val.classes == [0] and data.test.classes == [1, 0]
     alone = load_test_data(str(tmp_path / "lists" / f"animals_test.{suffix}"), SMALL, 0, ["elk", "owl"], root=root)
     assert torch.equal(alone[1][0], data.test[1][0]) and alone.classes == [1, 0]
-    with pytest.raises(DataError, match=f"animals_test.{suffix}: found the class elk: expected some of .*: owl"):
+    with pytest.raises(
+        DataError, match=rf"animals_test.{suffix} \(test\): found the class elk: expected .*: owl"
+    ):
         load_test_data(source, SMALL, 0, ["owl"], root=root)
     with pytest.raises(DataError, match="3 of the images that .* names .* are missing, the first is .*lists/0.png"):
         load_data(source, SMALL, 0)
