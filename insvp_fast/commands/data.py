@@ -29,9 +29,9 @@ def _list() -> int:
     for name, known in SETS.items():
         print(f"{name:26} {known.classes:4} classes, {sum(known.counts.values()):7,} images  {known.origin}")
     print(
-        "Also: digits, which comes with scikit-learn; any folder with train and val or test, one folder per class each;"
+        "Also: digits, which comes with scikit-learn; a folder of images per class, or of such folders train, val, test;"
     )
-    print("lists of `path label` lines; and timm's readers hfds/..., wds/... and tfds/....")
+    print("lists of `path label` lines, CSV and tab-separated tables; and hfds/..., wds/... and tfds/....")
     return 0
 
 
