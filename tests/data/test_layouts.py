@@ -49,10 +49,8 @@ def test_a_folder_of_classes_is_divided_in_three(tmp_path):
         5,
         2,
         1,
-    ]  # as near as 8 images can be to 8/36 of each class
-    assert (
-        data.protocol == "paper: no val and no test were found, so these are 70/10/20 of every class of train, seed 0"
-    )
+    ]  # 8/36 of each class, rounded
+    assert data.protocol == f"paper: {DIVIDED} 0"
     assert parts_of(again) == [train, val, test] != parts_of(other)
     assert len(data.train_and_val) == 28 and not {str(i) for i in data.train_and_val.indices} & test
     # a run is tested on the same images later, and on all images of data it was not trained on
