@@ -29,7 +29,7 @@ def _list() -> int:
     for name, known in SETS.items():
         print(f"{name:26} {known.classes:4} classes, {sum(known.counts.values()):7,} images  {known.origin}")
     print(
-        "Also: digits, which comes with scikit-learn; a folder of images per class, or of such folders train, val, test;"
+        "Also: digits, which comes with scikit-learn; folders of images per class, in train, val and test or alone;"
     )
     print("lists of `path label` lines, CSV and tab-separated tables; and hfds/..., wds/... and tfds/....")
     return 0

@@ -98,11 +98,12 @@ def _read_lists(files: dict[str, Path], root: str | None, class_names: Sequence[
     """Read lists; with the ``class_names`` of a model only what it is tested on."""
     lists = read_lists(files)
     splits, classes = lists.splits, class_names
-    if class_names is not None:
+    if classes is not None:
         splits = {split: splits[split] for split in (_tested(splits),)}
-    elif "train" not in splits:
+    elif "train" in splits:
+        classes = lists.classes or sorted_labels(label for image in splits["train"][1] for label in image.labels)
+    else:
         raise DataError(f"{next(iter(files.values()))}: found {', '.join(splits)} alone: expected train as well")
-    classes = class_names or lists.classes or sorted_labels(c for image in splits["train"][1] for c in image.labels)
     images = {
         split: _listed_images(f"{file} ({split})", listed, classes, Path(root or file.parent), lists.multi_label)
         for split, (file, listed) in splits.items()

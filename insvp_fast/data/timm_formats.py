@@ -65,8 +65,10 @@ def _open(source: str, root: str | None, split: str) -> Any:
             return create_dataset(f"hfds/{source.partition('/')[2]}", root, name).reader
         except ImportError as error:
             raise DataError(f"`data` is {source}, which needs a package: pip install datasets") from error
-        except Exception as error:  # the library raises errors of many types where a split does not exist
+        except ValueError as error:  # the library's for a split that does not exist
             reason = error
+        except Exception as error:  # out of reach, say; without this split, another would be divided instead
+            raise DataError(f"`data` is {source}: {split} cannot be opened ({error})") from error
     if split == "train":
         raise DataError(f"`data` is {source}: train cannot be opened ({reason})") from reason
     return None

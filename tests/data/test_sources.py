@@ -252,6 +252,8 @@ def test_a_class_that_only_test_has_is_named(names, test, unknown, monkeypatch):
     labels = {"train": [0, 1, 0, 1], "validation": [1], "test": test}
 
     def create_dataset(name, root, split):
+        if split not in labels:
+            raise ValueError(f"unknown split {split}")
         return SimpleNamespace(reader=Reader(labels[split], names))
 
     monkeypatch.setattr(timm_formats, "create_dataset", create_dataset)
