@@ -43,6 +43,7 @@ class Data(NamedTuple):
     protocol: str = "paper"  # which splits these are, in words
     on_device: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None  # for training, evaluation
     train_and_val: Dataset | None = None  # both, transformed as for training
+    plain_train: Dataset | None = None  # train, transformed as for evaluation
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
     augmentation: str = "timm"  # what training adds to it: "timm", "crop" or "none"
     multi_label: bool = False  # whether an image may have several labels, or none
@@ -100,6 +101,7 @@ def load_data(
         protocol=words,
         on_device=on_device,
         train_and_val=both,
+        plain_train=part("train", False),
         preprocessing=used,
         augmentation=augmentation,
         multi_label=isinstance(splits["train"].classes, Tensor),
