@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import sys
 from importlib.util import find_spec
 
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -46,6 +46,10 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that tensors held on a GPU, or that this process held in RAM, so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Unix alone has it
+
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
 

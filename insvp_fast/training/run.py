@@ -137,7 +137,7 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
         data = load_data(
             recipe.data,
             preprocessing,
-            recipe.seed,
+            recipe.split_seed,
             root=recipe.root,
             protocol=recipe.protocol,
             augmentation=recipe.augmentation,
