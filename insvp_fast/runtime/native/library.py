@@ -143,5 +143,21 @@ def call(name: str, argtypes: Sequence[type], *args: object) -> None:
     Arguments are not checked: ``require`` does that for tensors. Raises RuntimeError where the library is not in use,
     MemoryError where there is no memory for its workspace.
     """
-    if function(name, [*argtypes, i32])(*args, torch.get_num_threads()):
+    global _computed_in_threads
+    threads = torch.get_num_threads()
+    _computed_in_threads |= threads > 1
+    if function(name, [*argtypes, i32])(*args, threads):
         raise MemoryError(f"{name}: no memory for the workspace")
+
+
+_computed_in_threads = False
+
+
+def _after_fork() -> None:
+    """GNU's OpenMP would wait forever for the threads that the parent has started and a forked process has not."""
+    if _computed_in_threads:
+        torch.set_num_threads(1)  # PyTorch's own operations would wait as well
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,99 @@
+"""Threads: any number of them gives the same bits, models may run side by side, and a forked process does not hang."""
+
+import faulthandler
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from insvp_fast import InsVPConfig, InsVPViT
+from insvp_fast.runtime import native
+from insvp_fast.testing import relative_error, trained_gradients
+
+pytestmark = pytest.mark.usefixtures("no_hang")
+
+
+@pytest.fixture
+def no_hang():
+    """Ends the tests with the stack of each thread where one waits in C code, which no exception can end."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    config = InsVPConfig(global_dropout=0.0)
+    return InsVPViT("vit_tiny_patch16_224", 10, config, img_size=64, patch_size=8, depth=2)
+
+
+def bits_of(model, image, autocast=None):
+    return [value.clone() for value in trained_gradients(model, image, autocast=autocast).values()]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_threads_may_change_between_calls(autocast, threads):
+    """The numbers of the threads before never show; PyTorch's own sums differ in their last bits with the number."""
+    model, image = make_model(), torch.randn(3, 3, 64, 64)
+    results = {}
+    for n in (1, 2, 3, 2, 1, 3):
+        threads(n)
+        bits = bits_of(model, image, autocast)
+        assert same(results.setdefault(n, bits), bits)
+    for n in (2, 3):
+        for one, several in zip(results[1], results[n], strict=True):
+            assert relative_error(several, one.double()) < 1e-6
+
+
+def test_models_in_two_python_threads(threads):
+    """Each has as many threads of its own as PyTorch gives it, more than there are cores."""
+    image, expected, found = torch.randn(3, 3, 64, 64), {}, {}
+    models = [make_model(seed) for seed in range(2)]
+    threads(2)
+    for model in models:
+        expected[model] = bits_of(model, image)
+    barrier = threading.Barrier(len(models))
+
+    def train(model):
+        torch.set_num_threads(2)  # OpenMP's number belongs to a thread
+        barrier.wait()
+        found[model] = [bits_of(model, image) for _ in range(5)]
+
+    workers = [threading.Thread(target=train, args=(model,)) for model in models]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for model in models:
+        assert all(same(bits, expected[model]) for bits in found[model])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not native.available(), reason="needs the native library")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_computes(threads):
+    """In one thread: it has none of those that its parent has started, and GNU's OpenMP waits for them."""
+    model, image = make_model(), torch.randn(3, 3, 64, 64)
+    threads(1)
+    expected = bits_of(model, image)
+    threads(2)
+    bits_of(model, image)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        status = 1
+        try:
+            status = 0 if torch.get_num_threads() == 1 and same(bits_of(model, image), expected) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert torch.get_num_threads() == 2
+    workers = {"num_workers": 1, "multiprocessing_context": "fork", "timeout": 30}
+    (logits,) = torch.utils.data.DataLoader([image], batch_size=None, collate_fn=torch.no_grad()(model), **workers)
+    assert torch.equal(logits, expected[0])
