@@ -154,6 +154,22 @@ def test_the_processor_tells_what_onednn_does_not(without, replacement):
         assert known == changed.HAS_PRODUCTS
 
 
+@pytest.mark.parametrize(
+    ("instructions", "has_bf16"),
+    [
+        (["avx2"], False),
+        (["avx2", "avx512_bw", "avx512_vl", "avx512_dq"], False),  # where oneDNN emulates them, and says yes
+        (["avx2", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"], True),
+        (["avx2", "avx512_bw", "avx512_vl", "avx512_dq", "amx_tile", "amx_bf16"], True),
+    ],
+)
+def test_bf16_products_need_instructions(without, instructions, has_bf16):
+    found = {"architecture": "x86_64", **dict.fromkeys(instructions, True)}
+    without(torch.cpu, "get_capabilities", lambda: found)
+    changed = without(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert changed.HAS_PRODUCTS[torch.bfloat16] == hardware.has_products(torch.bfloat16) == has_bf16
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_gradient_of_a_softmax_without_pytorchs(dtype):
     scores = torch.randn(3, 4, 31, dtype=torch.float64)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from insvp_fast.runtime import torch_private
 from insvp_fast.training import run as run_module
 from insvp_fast.training.accelerator import create_accelerator, resolve_amp
 from insvp_fast.training.run import train
@@ -33,6 +34,15 @@ def test_auto_is_the_fast_16_bits_of_the_gpu(capability, has_bf16, expected, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert resolve_amp("auto") == expected
     assert [resolve_amp(amp) for amp in ("bf16", "fp16", "off")] == ["bf16", "fp16", "off"]
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "off")])
+def test_auto_is_what_the_cpu_multiplies_fast(has_bf16, expected, monkeypatch):
+    """tests/runtime/test_torch_private.py has the instructions that decide about it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch_private, "HAS_PRODUCTS", {torch.bfloat16: has_bf16, torch.float16: True})
+    assert resolve_amp("auto") == expected
 
 
 @pytest.fixture
