@@ -14,7 +14,7 @@ from timm.optim import param_groups_layer_decay
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
 from insvp_fast.errors import CheckpointError
 from insvp_fast.methods import (
-    METHODS,
+    CLASSES,
     MethodViT,
     PromptMethod,
     Prompts,
@@ -27,7 +27,7 @@ from insvp_fast.testing import DEVICE, assert_within_budget, relative_error, tra
 NAME = "vit_tiny_patch16_224"
 SIZE = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 4, "reg_tokens": 1}
 OPTIONS = {
-    "linear_probe": {},
+    "linear": {},
     "vpt_deep": {"length": 5, "projection": 7, "blocks": [0, 1, 3]},
     "vpt_shallow": {"length": 5},
     "vp": {"padding": 5},
@@ -41,7 +41,7 @@ OPTIONS = {
 def make_pair(name, options=None, **kwargs):
     """The reference and the fast model with the same random weights; what begins as zeros or ones is random too."""
     backbone = timm.create_model(NAME, **SIZE | kwargs)
-    method = partial(METHODS[name], **OPTIONS[name] if options is None else options)
+    method = partial(CLASSES[name], **OPTIONS[name] if options is None else options)
     model = PromptedReference(copy.deepcopy(backbone), 6, method=method).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -149,7 +149,7 @@ def dualprompt(method, j, x):
 RESTATED = {f.__name__: f for f in (vpt_deep, vpt_shallow, e2vpt, vapt, vfpt, dualprompt)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_reference_says_what_the_equations_say(name):
     model = make_pair(name)[0].double().cpu().eval()
     image = torch.randn(2, 3, 48, 32, dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_reference_says_what_the_equations_say(name):
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_fast_path_has_the_numbers_of_the_reference(name, pool):
     """In training, under the same dropout masks, for odd batches; gradients of all that is trained."""
     model, fast = make_pair(name, global_pool=pool)
@@ -257,7 +257,7 @@ def test_scores_of_masks_are_the_derivatives_and_the_lowest_are_pruned():
         method.prune((tokens, segments), tokens=2, segments=0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_an_adapter_comes_back(name, tmp_path):
     model = create_model(name, NAME, 6, backbone_kwargs=SIZE, **OPTIONS[name]).eval()
     if name == "e2vpt":
@@ -301,7 +301,7 @@ def test_a_method_of_ones_own():
 
 def test_settings_that_are_not_known_are_not_saved(tmp_path):
     """Else the model comes back with other settings of the same shapes, and other numbers."""
-    model = MethodViT(NAME, 6, method=lambda geometry: METHODS["vfpt"](geometry, fraction=0.2), **SIZE)
+    model = MethodViT(NAME, 6, method=lambda geometry: CLASSES["vfpt"](geometry, fraction=0.2), **SIZE)
     with pytest.raises(ValueError, match="the settings of the VFPT are not known: expected method=VFPT, or a partial"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
