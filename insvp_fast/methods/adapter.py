@@ -65,7 +65,7 @@ class Adapter(Tuning):
 
 
 class AdaptFormer(Tuning):
-    """A bottleneck beside the MLP of each block (Chen et al., NeurIPS 2022, eq. 5 and 6), which reads the same tokens.
+    """A bottleneck beside the MLP of each block (Chen et al., NeurIPS 2022); both read the same tokens.
 
         block(x) = x + MLP(LN(x)) + s·(W_up ReLU(W_down LN(x) + b_down) + b_up)
 

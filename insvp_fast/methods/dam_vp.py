@@ -99,8 +99,9 @@ class DAMVP(PromptMethod):
         """
         if not self.is_fitted:
             raise TrainingError("DAM-VP has no clusters yet: expected model.method.fit(batches of training images)")
-        frames = torch.stack([frame.canvas(image) for frame in self.frames])
-        return image + frames[self.nearest(self.features(image))], None
+        frames: list[Any] = [*self.frames]
+        canvases = torch.stack([frame.canvas(image) for frame in frames])
+        return image + canvases[self.nearest(self.features(image))], None
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

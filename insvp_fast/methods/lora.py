@@ -39,7 +39,7 @@ class LowRank(Branch):
 
 
 class LoRA(Tuning):
-    """Low-rank changes of the projections to queries and values: W x + (α/r) B A x (eq. 3).
+    """Low-rank changes of the projections to queries and values: W x + (α/r) B A x.
 
     timm makes queries, keys and values by one layer. The paper changes two of these three, each with an A and a B of
     its own, so that one A for the whole layer, as PEFT would have it, is another method. A begins as a linear layer
@@ -57,11 +57,12 @@ class LoRA(Tuning):
         super().__init__(backbone)
         if rank < 1:
             raise ValueError(f"rank={rank}: expected at least 1")
-        layers = [module for module in backbone.modules() if isinstance(getattr(module, "qkv", None), nn.Linear)]
-        unknown = [module for module in layers if type(module) not in (Attention, WindowAttention)]
-        if unknown or not layers:  # some read the weights of their layer without calling it
+        attentions: list[Any] = [m for m in backbone.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
+        unknown = [attention for attention in attentions if type(attention) not in (Attention, WindowAttention)]
+        if unknown or not attentions:  # some read the weights of their layer without calling it
             kind = type(unknown[0] if unknown else backbone).__name__
             raise ValueError(f"lora in a {kind}: expected timm's Attention or Swin's WindowAttention")
-        self.branches = nn.ModuleList(LowRank(module.qkv, rank, alpha / rank) for module in layers)
-        for module, branch in zip(layers, self.branches, strict=True):
-            module.qkv.register_forward_hook(branch)
+        self.branches = nn.ModuleList()
+        for attention in attentions:
+            self.branches.append(LowRank(attention.qkv, rank, alpha / rank))
+            attention.qkv.register_forward_hook(self.branches[-1])

@@ -34,6 +34,5 @@ class MLPHead(Tuning):
             raise ValueError(f"mlp_3 instead of a {type(head).__name__}: expected a linear head, with num_classes")
         width = self.hidden or head.in_features
         widths = [head.in_features, *[width] * (self.layers - 1), head.out_features]
-        factory = {"device": head.weight.device, "dtype": head.weight.dtype}
-        first, *others = (nn.Linear(*pair, **factory) for pair in itertools.pairwise(widths))
+        first, *others = (nn.Linear(*pair) for pair in itertools.pairwise(widths))
         return nn.Sequential(first, *itertools.chain.from_iterable((nn.ReLU(), layer) for layer in others))

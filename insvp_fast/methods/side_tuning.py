@@ -43,3 +43,11 @@ class SideTuning(Tuning):
         """The blend, [B, D]."""
         alpha = self.alpha.sigmoid()
         return alpha * features + (1 - alpha) * self.side(image)
+
+    def merged(self, backbone: nn.Module) -> nn.Module:
+        """Not for this method.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a side network cannot be folded into the weights of a backbone")

@@ -36,9 +36,9 @@ class ScaleShift(Branch):
 
 
 class SSF(Tuning):
-    """A scale and a shift behind each operation of the backbone: y = γ ⊙ x + β (eq. 4).
+    """A scale and a shift behind each operation of the backbone: y = γ ⊙ x + β.
 
-    The operations are all linear layers, norms and the embedding of patches. Folded into their weights (eq. 5), the
+    The operations are all linear layers, norms and the embedding of patches. Folded into their weights, the
     method costs nothing when it is used: see ``Tuning.merged``.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from insvp_fast.checkpoints.adapter_config import BackboneRecord
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
-from insvp_fast.methods.tuning import Tuning
+from insvp_fast.methods.tuning import Branch, Tuning
 from insvp_fast.reference import structure_of, take_head
 from insvp_fast.reference.heads import DistilledHead
 from insvp_fast.reference.structure import pixel_layer
@@ -34,7 +34,8 @@ class TunedViT(MethodCheckpoint):
 
     Raises:
         TypeError: if the backbone is not a model of timm.
-        ValueError: if the method cannot be used with such a backbone, or the backbone has two heads.
+        ValueError: if the method cannot be used with such a backbone, or the backbone has two heads, or belongs to
+            another ``TunedViT``, whose trained modules would run here as well.
     """
 
     KIND = Tuning
@@ -57,6 +58,8 @@ class TunedViT(MethodCheckpoint):
                 f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
             )
         structure_of(module)
+        if any(isinstance(hook, Branch) for part in module.modules() for hook in part._forward_hooks.values()):
+            raise ValueError("the backbone has the branches of another model: expected a copy of its own")
         self._record, weight = BackboneRecord.of(module), pixel_layer(module).weight
         if num_classes is not None:
             module.reset_classifier(num_classes)
@@ -67,7 +70,7 @@ class TunedViT(MethodCheckpoint):
         self.backbone = module.requires_grad_(False).eval()
         with torch.device(weight.device):
             self.method = method(module).to(weight.dtype)
-        self.head = self.method.make_head(head).requires_grad_(True)
+            self.head = self.method.make_head(head).to(weight.dtype).requires_grad_(True)
         self._options = options_of(method)
         for trained in self.method.trained_modules(module):
             trained.requires_grad_(True)
@@ -102,6 +105,15 @@ class TunedViT(MethodCheckpoint):
         """[B, C, H, W] -> [B, num_classes]."""
         features = self.backbone.forward_head(self.backbone.forward_features(image), pre_logits=True)
         return self.head(self.method.combine(image, features))
+
+    def no_weight_decay(self) -> set[str]:
+        """The names that the backbone's authors do not let decay, for timm's optimizer factory."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks of the backbone again in backward, instead of keeping what is in them."""
+        self.backbone.set_grad_checkpointing(enable)
 
     get_nb_trainable_parameters = TimmInterface.get_nb_trainable_parameters
     print_trainable_parameters = TimmInterface.print_trainable_parameters

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
-from insvp_fast.errors import CheckpointError
 from insvp_fast.methods import (
     CLASSES,
     MethodViT,
@@ -255,25 +254,6 @@ def test_scores_of_masks_are_the_derivatives_and_the_lowest_are_pruned():
     assert tokens[method.token_mask == 0].max() <= tokens[method.token_mask == 1].min()
     with pytest.raises(ValueError, match="tokens=2: expected 0 to 1"):
         method.prune((tokens, segments), tokens=2, segments=0)
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_an_adapter_comes_back(name, tmp_path):
-    model = create_model(name, NAME, 6, backbone_kwargs=SIZE, **OPTIONS[name]).eval()
-    if name == "e2vpt":
-        model.method.token_mask[0, 0] = 0
-    model.save_pretrained(tmp_path, class_names=list("abcdef"), preprocessing={"mean": [0.5] * 3, "std": (1, 1, 2)})
-    backbone = copy.deepcopy(model.backbone)
-    loaded = MethodViT.from_pretrained(tmp_path, backbone)
-    image = torch.randn(2, 3, 48, 32)
-    assert torch.equal(loaded(image), model(image)) and not loaded.training
-    assert loaded.class_names == list("abcdef") and loaded.preprocessing["std"] == [1, 1, 2]
-    with torch.no_grad():
-        backbone.blocks[0].attn.qkv.bias.add_(1)
-    with pytest.raises(CheckpointError, match="sha256"):
-        MethodViT.from_pretrained(tmp_path, backbone)
-    with pytest.raises(CheckpointError, match="not an InsVP adapter"):
-        InsVPViT.from_pretrained(tmp_path)
 
 
 def test_a_method_of_ones_own():
