@@ -374,7 +374,11 @@ def test_other_backbones():
         ("vfpt", {"fraction": 1.5}, "fraction=1.5: expected 0 to 1"),
         ("e2vpt", {"segments": 7}, "segments=7: expected a divisor of the width, 48"),
         ("vapt", {"kernel": 5}, "kernel=5: expected 1 to 4"),
-        ("dualprompt", {"general_blocks": [2]}, "block 2 is in general_blocks and in expert_blocks"),
+        (
+            "dualprompt",
+            {"general_blocks": [2], "expert_blocks": [2, 3]},
+            "block 2 is in general_blocks and in expert_blocks",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_at_once(name, options, message):
@@ -387,3 +391,10 @@ def test_image_sizes_that_the_parameters_do_not_fit():
         model = create_model(name, NAME, 6, backbone_kwargs=SIZE | {"dynamic_img_size": True}, **OPTIONS[name])
         with pytest.raises(ValueError, match="expected 48x32|expected 24, those of a fixed size"):
             model(torch.randn(1, 3, 32, 32))
+
+
+def test_dualprompt_takes_the_blocks_of_the_paper_that_there_are():
+    for depth, blocks in {2: (0, 1), 4: (0, 1, 2, 3), 6: (0, 1, 2, 3, 4)}.items():
+        model = create_model("dualprompt", timm.create_model(NAME, **SIZE | {"depth": depth}), 6)
+        assert model.method.prompted_blocks == blocks
+        assert [len(pairs) for pairs in model.method.keys_values] == [5, 5, 20, 20, 20][: len(blocks)]
