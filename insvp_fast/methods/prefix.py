@@ -21,8 +21,8 @@ class DualPrompt(PromptMethod):
 
     Args:
         general_length, general_blocks: the number of keys and values in a block, and the blocks that have them.
-        expert_length, expert_blocks: of the expert prompts; None for the paper's blocks 2, 3 and 4, or those of them that
-            the backbone has.
+        expert_length, expert_blocks: of the expert prompts; None for the paper's blocks 2, 3 and 4, as far as the backbone
+            has them.
 
     Raises:
         ValueError: for blocks that the backbone does not have, or that were chosen twice.
@@ -41,7 +41,7 @@ class DualPrompt(PromptMethod):
     ) -> None:
         super().__init__(geometry)
         if expert_blocks is None:
-            expert_blocks = [j for j in range(2, min(5, len(geometry.widths))) if j not in general_blocks]
+            expert_blocks = range(2, min(5, len(geometry.widths)))
         if twice := {*general_blocks} & {*expert_blocks}:
             raise ValueError(f"block {min(twice)} is in general_blocks and in expert_blocks: expected one of them")
         self.prompted_blocks = geometry.blocks([*general_blocks, *expert_blocks])
