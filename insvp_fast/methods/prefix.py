@@ -21,8 +21,8 @@ class DualPrompt(PromptMethod):
 
     Args:
         general_length, general_blocks: the number of keys and values in a block, and the blocks that have them.
-        expert_length, expert_blocks: of the expert prompts; None for the paper's blocks 2, 3 and 4, as far as the backbone
-            has them.
+        expert_length, expert_blocks: of the expert prompts; None for the paper's blocks 2, 3 and 4, as far as there
+            are such.
 
     Raises:
         ValueError: for blocks that the backbone does not have, or that were chosen twice.
