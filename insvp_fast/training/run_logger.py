@@ -55,6 +55,7 @@ class RunLogger:
             "recipe": self.recipe.to_dict(),
             "insvp": config and config.to_dict(),
             "preprocessing": preprocessing,
+            "augmentation": data.augmentation,
             "class_names": data.class_names,
             "images": images,
             "tested_on": data.tested_on,
@@ -70,10 +71,12 @@ class RunLogger:
         self._start_trackers()
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
+        self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
         kept = "the last epoch" if split is None else f"the best epoch on {split}"
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
-        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), protocol {data.protocol}: keeps {kept}")
+        augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
+        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
 
     def restore(self, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
         """Take over the records of a model from before an interruption; metrics.jsonl is cut off after them."""
