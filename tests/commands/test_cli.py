@@ -90,6 +90,7 @@ EVERYTHING = Recipe(
     compile="prompters",
     recompute="mlp",
     seed=5,
+    split_seed=6,
     prompt_length=6,
     released=True,
     global_prompt=False,

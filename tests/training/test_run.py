@@ -21,8 +21,7 @@ from insvp_fast.training.load import load_run
 from insvp_fast.training.prediction import predict
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train, train_candidate
-from tests.training.killed_runs import outcome
-from tests.training.killed_runs import TIMES
+from tests.training.killed_runs import TIMES, outcome
 from tests.training.small_runs import SMALL, make_folder, read_records, use_few_digits
 
 
