@@ -23,6 +23,7 @@ LAYERS = [
     ["model"],
     ["bank", "huggingface", "methods"],
     ["data"],
+    ["figures"],
     ["training"],
     ["serving"],
     ["recipes"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from insvp_fast.checkpoints.backbone import weights_report
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
+from insvp_fast.figures.prompts import explain, plot_prompts
+from insvp_fast.figures.runs import plot_curves
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import Candidate, candidates_of
-from insvp_fast.training.plots import plot_curves, plot_prompts
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 from insvp_fast.training.run_logger import RunLogger
@@ -32,7 +34,7 @@ from insvp_fast.training.trainer import Trainer
 __all__ = ["train", "train_candidate"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "insvp_fast"
-PLOTTED_IMAGES = 8  # of the test images, in prompts.png
+PLOTTED_CLASSES = 10  # in prompts.png, with a test image each
 
 
 def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Path:
@@ -98,8 +100,7 @@ def train_candidate(
             trainer.save_adapter("adapter")
             if accelerator.is_main_process:
                 trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-                images = _images_to_plot(data, accelerator.device)
-                plot_prompts(trained, images, preprocessing, logger.folder / "prompts.png")
+                _plot_prompts(trained, data, logger, preprocessing)
         logger.log_result(result)
         trainer.save()
     accelerator.free_memory()
@@ -147,10 +148,19 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
     return data, data.preprocessing or preprocessing  # VTAB has its own
 
 
-def _images_to_plot(data: Data, device: torch.device) -> torch.Tensor:
-    count = min(PLOTTED_IMAGES, len(data.test))  # type: ignore[arg-type]  # torch does not declare the length
-    images = torch.stack([data.test[i][0] for i in range(count)]).to(device)
-    return data.on_device[1](images) if data.on_device else images
+def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
+    """Draw prompts.png: the first test image of each class; of many classes, of some that lie evenly among them."""
+    first: dict[int, int] = {}
+    for index, label in enumerate(data.test.classes):  # type: ignore[attr-defined]
+        first.setdefault(int(label), index)
+    classes = sorted(first)
+    classes = classes[:: math.ceil(len(classes) / PLOTTED_CLASSES)]
+    images = torch.stack([data.test[first[label]][0] for label in classes]).to(logger.accelerator.device)
+    images = data.on_device[1](images) if data.on_device else images
+    shown, reason = explain(model, images)
+    if reason is not None:
+        logger.say(f"prompts.png: {reason}")
+    plot_prompts(shown, data.class_names, preprocessing, logger.folder / "prompts.png", classes=classes)
 
 
 def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:

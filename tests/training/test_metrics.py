@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from insvp_fast.figures.runs import plot_confusion
 from insvp_fast.training.metrics import metrics_from_confusion
-from insvp_fast.training.plots import plot_confusion
 
 
 def test_classes_without_images_do_not_count():
