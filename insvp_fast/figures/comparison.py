@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.text import Annotation
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
@@ -16,7 +16,7 @@ from insvp_fast.figures.style import COLORS, HIGHLIGHT, drawing
 __all__ = ["plot_parameters", "plot_sensitivity"]
 
 OWN = "InsVP"  # the method that is set off from the others
-STEPS = 7  # up to how many times its own height away from its point a label may be
+NEAR = 12  # points between a name and its point, above which a line joins them
 
 
 def plot_parameters(rows: Sequence[tuple[str, int, float, float]], file: str | Path, title: str = "") -> None:
@@ -36,7 +36,7 @@ def plot_parameters(rows: Sequence[tuple[str, int, float, float]], file: str | P
         axes.margins(0.08)
         figure.draw_without_rendering()  # places the axes, which the sizes of the labels depend on
         figure.set_layout_engine("none")
-        _label_points(axes, [(name, parameters, mean) for name, parameters, mean, _ in rows])
+        _label_points(axes, rows)
 
 
 def plot_sensitivity(panels: Mapping[str, Sequence[tuple[float, float, float]]], file: str | Path) -> None:
@@ -64,41 +64,33 @@ def plot_sensitivity(panels: Mapping[str, Sequence[tuple[float, float, float]]],
         figure.supylabel("accuracy, mean and standard deviation over seeds", fontsize=9)
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write a name beside each point, at the nearest place where it covers no point and no other name."""
-    places = [axes.transData.transform((x, y)) for _, x, y in points]
-    taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in places]
-    for (name, x, y), own in zip(points, list(taken), strict=True):
-        label = _best_place(axes, name, (x, y), [box for box in taken if box is not own])
-        taken.append(label.get_window_extent())
-
-
-def _best_place(axes: Axes, name: str, point: tuple[float, float], taken: Sequence[Bbox]) -> Annotation:
-    own = name.startswith(OWN)
-    label = axes.annotate(
-        name,
-        point,
-        textcoords="offset points",
-        fontsize=8,
-        va="center",
-        color=HIGHLIGHT if own else "black",
-        weight="bold" if own else "normal",
-        arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
-    )
-    inside = axes.get_window_extent()
-    for offset, alignment in _offsets():
-        label.set(position=offset, horizontalalignment=alignment)
-        box = label.get_window_extent()
-        if inside.containsx(box.x0) and inside.containsx(box.x1) and inside.containsy(box.y0):
-            if not any(box.overlaps(other) for other in taken) and inside.containsy(box.y1):
-                return label
-    label.set(position=(7, 0), horizontalalignment="left")
-    return label
+def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float]]) -> None:
+    """Write a name beside each point, at the nearest place where it covers no point, error bar or other name."""
+    to_pixels, radius = axes.transData.transform, 8
+    points = [
+        Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius)
+        for x, y in map(to_pixels, (r[1:3] for r in rows))
+    ]
+    bars = [Bbox([to_pixels((x, y - deviation)), to_pixels((x, y + deviation))]) for _, x, y, deviation in rows]
+    names: list[Bbox] = []
+    for i, (name, x, y, _) in enumerate(rows):
+        color, weight = (HIGHLIGHT, "bold") if name.startswith(OWN) else ("black", "normal")
+        label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", va="center", color=color, weight=weight)
+        taken = [*points[:i], *points[i + 1 :], *(bar.padded(2) for bar in bars), *names]
+        for offset, alignment in _offsets():
+            label.set(position=offset, horizontalalignment=alignment, fontsize=8)
+            box = label.get_window_extent()
+            if axes.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+                break
+        names.append(box)
+        if offset[0] and math.hypot(*offset) > NEAR:
+            line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", (x, y), offset, textcoords="offset points", arrowprops=line)
 
 
 def _offsets() -> Iterator[tuple[tuple[float, float], str]]:
     """Offsets of a label from its point, in points, with its alignment, the nearest first."""
-    steps = range(-STEPS, STEPS + 1)
-    offsets = [(9.0 * right, 9.0 * up) for right, up in product((-4, -2, -1, 0, 1, 2, 4), steps) if right or abs(up) > 0]
-    for right, up in sorted(offsets, key=lambda offset: (abs(offset[0]) + abs(offset[1]), -offset[0])):
-        yield (right, up), "left" if right > 0 else "right" if right < 0 else "center"
+    columns, rows = (-24, -16, -8, 0, 8, 16, 24), range(-72, 73, 6)
+    for right, up in sorted(product(columns, rows), key=lambda offset: (math.hypot(*offset), -offset[0])):
+        if right or abs(up) > 6:
+            yield (right, up), "left" if right > 0 else "right" if right < 0 else "center"

@@ -67,7 +67,11 @@ def specific_prompts(model: InsVPReference, images: Tensor) -> Tensor | None:
 
 
 def plot_tsne(
-    panels: Mapping[str, np.ndarray], classes: Sequence[int], class_names: Sequence[str], file: str | Path, seed: int = 0
+    panels: Mapping[str, np.ndarray],
+    classes: Sequence[int],
+    class_names: Sequence[str],
+    file: str | Path,
+    seed: int = 0,
 ) -> dict[str, float]:
     """t-SNE of the vectors [N, width] of each panel, colored by class.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,10 @@ class PromptedImages(NamedTuple):
     grad_cam: Tensor | None
     grad_cam_without_prompts: Tensor | None
     probabilities: Tensor
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of what there is."""
+        return ((name, part) for name, part in self._asdict().items() if part is not None)
 
 
 def explain(model: InsVPReference, images: Tensor) -> tuple[PromptedImages, str | None]:
@@ -102,9 +106,7 @@ def plot_prompts(
         figure.supxlabel(CAPTION, fontsize=7, color="0.35")
 
 
-def _columns(
-    shown: PromptedImages, preprocessing: Mapping[str, Any]
-) -> dict[str, tuple[Tensor, Sequence[str] | None]]:
+def _columns(shown: PromptedImages, preprocessing: Mapping[str, Any]) -> dict[str, tuple[Tensor, Sequence[str] | None]]:
     """Pictures [B, 3, H, W] in [0, 1], and what to write below each, by their title."""
     image = denormalize(shown.image, preprocessing)
     columns: dict[str, tuple[Tensor, Sequence[str] | None]] = {"image": (image, None)}

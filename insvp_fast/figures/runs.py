@@ -37,7 +37,9 @@ def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
     panels = {title: curves for title, curves in held.items() if curves}
     models = list(dict.fromkeys(record["model"] for record in records))
     with drawing(file, 4.2 * len(panels), 3.2) as figure:
-        for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for axes, (title, curves) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
             for key, (split, line) in curves.items():
                 for model, color in zip(models, _cycle(len(models)), strict=True):
                     own = [r for r in records if r["model"] == model and r.get(key) is not None]
