@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Annotation
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
@@ -17,6 +20,11 @@ __all__ = ["plot_parameters", "plot_sensitivity"]
 
 OWN = "InsVP"  # the method that is set off from the others
 NEAR = 12  # points between a name and its point, above which a line joins them
+COLUMNS, LINES = (-48, -32, -16, -8, 0, 8, 16, 32, 48), range(-72, 73, 6)
+OFFSETS = sorted(  # of a name from its point, in points, the nearest first
+    (place for place in product(COLUMNS, LINES) if place[0] or abs(place[1]) > 6),
+    key=lambda place: (math.hypot(*place), -place[0]),
+)
 
 
 def plot_parameters(rows: Sequence[tuple[str, int, float, float]], file: str | Path, title: str = "") -> None:
@@ -34,7 +42,7 @@ def plot_parameters(rows: Sequence[tuple[str, int, float, float]], file: str | P
             color, marker = (HIGHLIGHT, "D") if own else (COLORS[0], "o")
             axes.errorbar(parameters, mean, deviation, color=color, marker=marker, ms=7 if own else 5, capsize=2, lw=1)
         axes.margins(0.08)
-        figure.draw_without_rendering()  # places the axes, which the sizes of the labels depend on
+        figure.draw_without_rendering()  # places the axes, and with them the points
         figure.set_layout_engine("none")
         _label_points(axes, rows)
 
@@ -65,32 +73,37 @@ def plot_sensitivity(panels: Mapping[str, Sequence[tuple[float, float, float]]],
 
 
 def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float]]) -> None:
-    """Write a name beside each point, at the nearest place where it covers no point, error bar or other name."""
-    to_pixels, radius = axes.transData.transform, 8
-    points = [
-        Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius)
-        for x, y in map(to_pixels, (r[1:3] for r in rows))
-    ]
+    """Write a name beside each point, where it covers no point, other name or, if there is such a place, error bar."""
+    to_pixels, size = axes.transData.transform, 16
+    points = [Bbox.from_bounds(*(to_pixels((x, y)) - size / 2), size, size) for _, x, y, _ in rows]
     bars = [Bbox([to_pixels((x, y - deviation)), to_pixels((x, y + deviation))]) for _, x, y, deviation in rows]
-    names: list[Bbox] = []
+    names, renderer = list[Bbox](), FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()
     for i, (name, x, y, _) in enumerate(rows):
         color, weight = (HIGHLIGHT, "bold") if name.startswith(OWN) else ("black", "normal")
-        label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", va="center", color=color, weight=weight)
-        taken = [*points[:i], *points[i + 1 :], *(bar.padded(2) for bar in bars), *names]
-        for offset, alignment in _offsets():
-            label.set(position=offset, horizontalalignment=alignment, fontsize=8)
-            box = label.get_window_extent()
-            if axes.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
-                break
-        names.append(box)
+        label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", color=color, weight=weight)
+        label.set(va="center", fontsize=8)
+        offset = _place(label, axes.bbox, [*points[:i], *points[i + 1 :], *names], bars, renderer)
+        names.append(label.get_window_extent(renderer))
         if offset[0] and math.hypot(*offset) > NEAR:
             line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
             axes.annotate("", (x, y), offset, textcoords="offset points", arrowprops=line)
 
 
-def _offsets() -> Iterator[tuple[tuple[float, float], str]]:
-    """Offsets of a label from its point, in points, with its alignment, the nearest first."""
-    columns, rows = (-24, -16, -8, 0, 8, 16, 24), range(-72, 73, 6)
-    for right, up in sorted(product(columns, rows), key=lambda offset: (math.hypot(*offset), -offset[0])):
-        if right or abs(up) > 6:
-            yield (right, up), "left" if right > 0 else "right" if right < 0 else "center"
+def _place(
+    label: Annotation, inside: Bbox, free: Sequence[Bbox], bars: Sequence[Bbox], renderer: Any
+) -> tuple[float, float]:
+    """Move a label to the nearest of its best places; returns the offset from its point, in points."""
+
+    def move(offset: tuple[float, float]) -> None:
+        right = offset[0]
+        label.set(position=offset, ha="left" if right > 0 else "right" if right < 0 else "center")
+
+    def faults(offset: tuple[float, float]) -> tuple[int, int]:
+        move(offset)
+        box = label.get_window_extent(renderer)
+        outside = 4 - inside.count_contains(box.corners())
+        return outside + box.count_overlaps(free), box.count_overlaps(bars)
+
+    best = min(OFFSETS, key=faults)
+    move(best)
+    return best

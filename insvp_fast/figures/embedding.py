@@ -41,18 +41,17 @@ def choose_images(classes: Sequence[int], count: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def collect_vectors(model: InsVPReference, batches: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    """What t-SNE is to show of images, by a title each, fp32 [N, width].
+    """What t-SNE is to show of images, fp32 [N, width] by title.
 
-    The specific prompts p_s, if there are any; what the head reads with prompts; and the same of the bare frozen
-    backbone.
+    These are the specific prompts p_s, if there are any, and what the head reads, from the bare frozen backbone and
+    with prompts.
     """
     found: dict[str, list[Tensor]] = {}
     for images in batches:
         prompts = specific_prompts(model.eval(), images)
         own = {} if prompts is None else {"specific prompts": prompts}
-        own["features with prompts"] = model.forward_head(model.forward_features(images), pre_logits=True)
-        bare = model.backbone.forward_features(images)
-        own["features without prompts"] = model.forward_head(bare, pre_logits=True)
+        for word, part in (("without", model.backbone), ("with", model)):
+            own[f"features {word} prompts"] = model.forward_head(part.forward_features(images), pre_logits=True)
         for title, vectors in own.items():
             found.setdefault(title, []).append(vectors.float().cpu())
     return {title: torch.cat(vectors).numpy() for title, vectors in found.items()}
@@ -81,7 +80,8 @@ def plot_tsne(
     """
     labels = np.asarray(classes)
     scores = {title: float(silhouette_score(vectors, labels)) for title, vectors in panels.items()}
-    with drawing(file, 3.1 * len(panels) + 1.3, 3.4) as figure:
+    with drawing(file, 3.1 * len(panels) + 1.3, 3.7) as figure:
+        figure.suptitle(f"t-SNE of {len(labels)} images")
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, vectors) in zip(row, panels.items(), strict=True):
             points = _tsne(vectors, seed)

@@ -46,11 +46,11 @@ def _grad_cam(model: PromptedReference, image: Tensor, index: int, prompts: bool
     with torch.enable_grad():
         features, logits = (_of_block if model.widths else _of_map)(model, image, prompts)
         (gradient,) = torch.autograd.grad(logits[0, index], features, allow_unused=True)
-    if gradient is None or not gradient.any():
+    patches = None if gradient is None else _as_map(model, gradient, image)
+    if patches is None or not patches.any():
         kind = type(model.backbone).__name__
-        raise InsVPError(f"no Grad-CAM of a {kind}: its head does not read what the patches are in the last block")
-    features, gradient = (_as_map(model, tensor.detach(), image) for tensor in (features, gradient))
-    cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu()
+        raise InsVPError(f"no Grad-CAM of a {kind}: its head does not read the patches from its last norm1")
+    cam = (patches.mean((2, 3), keepdim=True) * _as_map(model, features.detach(), image)).sum(1, keepdim=True).relu()
     return F.interpolate(cam.float(), image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 

@@ -17,7 +17,7 @@ from insvp_fast.figures.grad_cam import grad_cam
 from insvp_fast.figures.style import HIGHLIGHT, SEQUENTIAL, drawing
 from insvp_fast.reference import InsVPReference
 
-__all__ = ["PromptedImages", "denormalize", "explain", "plot_prompts", "to_gray_range"]
+__all__ = ["PromptedImages", "denormalize", "explain", "one_per_class", "plot_prompts", "to_gray_range"]
 
 LABEL_WIDTH = 20  # characters in a line beside an image
 CAPTION = (
@@ -73,6 +73,16 @@ def explain(model: InsVPReference, images: Tensor) -> tuple[PromptedImages, str 
     return PromptedImages(*(None if part is None else part.detach().float().cpu() for part in parts)), reason
 
 
+def one_per_class(classes: Sequence[int], most: int) -> list[int]:
+    """The index of the first image of each class; of more classes than ``most``, of some evenly among them."""
+    first: dict[int, int] = {}
+    for index, label in enumerate(classes):
+        first.setdefault(int(label), index)
+    present = sorted(first)
+    step = max(1, -(-len(present) // most))
+    return [first[label] for label in present[::step]]
+
+
 def plot_prompts(
     shown: PromptedImages,
     class_names: Sequence[str],
@@ -118,7 +128,7 @@ def _columns(shown: PromptedImages, preprocessing: Mapping[str, Any]) -> dict[st
     if shown.heat_map is not None:
         colors = _colored(shown.heat_map / shown.heat_map.max().clamp(min=1e-12))
         columns["its\nheat map"] = colors, [f"mean {value:.2g}" for value in shown.heat_map.mean((1, 2))]
-    columns["prompted\nimage"] = denormalize(shown.prompted_image, preprocessing), None
+        columns["prompted\nimage"] = denormalize(shown.prompted_image, preprocessing), None
     for word, cam in {"with": shown.grad_cam, "without": shown.grad_cam_without_prompts}.items():
         if cam is not None:
             columns[f"Grad-CAM\n{word} prompts"] = _overlay(image, cam), None

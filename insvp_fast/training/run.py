@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from insvp_fast.checkpoints.backbone import weights_report
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
-from insvp_fast.figures.prompts import explain, plot_prompts
+from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
 from insvp_fast.figures.runs import plot_curves
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
@@ -34,7 +33,7 @@ from insvp_fast.training.trainer import Trainer
 __all__ = ["train", "train_candidate"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "insvp_fast"
-PLOTTED_CLASSES = 10  # in prompts.png, with a test image each
+PLOTTED_CLASSES = 10  # in prompts.png at most
 
 
 def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Path:
@@ -149,17 +148,15 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
 
 
 def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
-    """Draw prompts.png: the first test image of each class; of many classes, of some that lie evenly among them."""
-    first: dict[int, int] = {}
-    for index, label in enumerate(data.test.classes):  # type: ignore[attr-defined]
-        first.setdefault(int(label), index)
-    classes = sorted(first)
-    classes = classes[:: math.ceil(len(classes) / PLOTTED_CLASSES)]
-    images = torch.stack([data.test[first[label]][0] for label in classes]).to(logger.accelerator.device)
+    """Draw prompts.png: an image of each class of the test data."""
+    labels = data.test.classes  # type: ignore[attr-defined]  # which all data sets of images have
+    chosen = one_per_class(labels, PLOTTED_CLASSES)
+    images = torch.stack([data.test[index][0] for index in chosen]).to(logger.accelerator.device)
     images = data.on_device[1](images) if data.on_device else images
     shown, reason = explain(model, images)
     if reason is not None:
         logger.say(f"prompts.png: {reason}")
+    classes = [labels[index] for index in chosen]
     plot_prompts(shown, data.class_names, preprocessing, logger.folder / "prompts.png", classes=classes)
 
 
