@@ -6,11 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Annotation
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
@@ -77,33 +74,32 @@ def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float]]) -> 
     to_pixels, size = axes.transData.transform, 16
     points = [Bbox.from_bounds(*(to_pixels((x, y)) - size / 2), size, size) for _, x, y, _ in rows]
     bars = [Bbox([to_pixels((x, y - deviation)), to_pixels((x, y + deviation))]) for _, x, y, deviation in rows]
-    names, renderer = list[Bbox](), FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()
+    names: list[Bbox] = []
     for i, (name, x, y, _) in enumerate(rows):
         color, weight = (HIGHLIGHT, "bold") if name.startswith(OWN) else ("black", "normal")
         label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", color=color, weight=weight)
-        label.set(va="center", fontsize=8)
-        offset = _place(label, axes.bbox, [*points[:i], *points[i + 1 :], *names], bars, renderer)
-        names.append(label.get_window_extent(renderer))
+        label.set(ha="center", va="center", fontsize=8)
+        free = [*points[:i], *points[i + 1 :], *names]
+        offset, box = _best_place(label.get_window_extent(), axes, free, bars)
+        label.set(position=offset, ha="left" if offset[0] > 0 else "right" if offset[0] < 0 else "center")
+        names.append(box)
         if offset[0] and math.hypot(*offset) > NEAR:
             line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
             axes.annotate("", (x, y), offset, textcoords="offset points", arrowprops=line)
 
 
-def _place(
-    label: Annotation, inside: Bbox, free: Sequence[Bbox], bars: Sequence[Bbox], renderer: Any
-) -> tuple[float, float]:
-    """Move a label to the nearest of its best places; returns the offset from its point, in points."""
+def _best_place(box: Bbox, axes: Axes, free: Sequence[Bbox], bars: Sequence[Bbox]) -> tuple[tuple[float, float], Bbox]:
+    """The best offset, in points, of a box that lies on its point, and the box there; of equal ones the nearest."""
+    pixels = axes.get_figure(root=True).dpi / 72
 
-    def move(offset: tuple[float, float]) -> None:
-        right = offset[0]
-        label.set(position=offset, ha="left" if right > 0 else "right" if right < 0 else "center")
+    def moved(offset: tuple[float, float]) -> Bbox:
+        right, up = offset
+        return box.translated(pixels * right + math.copysign(box.width / 2, right) * (right != 0), pixels * up)
 
     def faults(offset: tuple[float, float]) -> tuple[int, int]:
-        move(offset)
-        box = label.get_window_extent(renderer)
-        outside = 4 - inside.count_contains(box.corners())
-        return outside + box.count_overlaps(free), box.count_overlaps(bars)
+        there = moved(offset)
+        outside = 4 - axes.bbox.count_contains(there.corners())
+        return outside + there.count_overlaps(free), there.count_overlaps(bars)
 
     best = min(OFFSETS, key=faults)
-    move(best)
-    return best
+    return best, moved(best)
