@@ -78,6 +78,6 @@ def plot_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) ->
             for row, column in confusion.nonzero().tolist():
                 color = "black" if fractions[row, column] > 0.6 else "white"
                 count = str(int(confusion[row, column]))
-                axes.text(column, row, count, ha="center", va="center", fontsize=6, color=color)
+                axes.text(column, row, count, ha="center", va="center", fontsize=7, color=color)
         bar = figure.colorbar(image, shrink=0.8, format=PercentFormatter(1))
         bar.set_label("of the true class's images")
