@@ -22,6 +22,8 @@ COMMANDS = (
     "train",
     "eval",
     "predict",
+    "prompts",
+    "tsne",
     "serve",
     "export",
     "recipes",
