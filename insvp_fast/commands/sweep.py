@@ -129,7 +129,12 @@ def _has_settings(run: Path, recipe: Recipe) -> bool:
     # and what a run resolves itself and records
     resolved |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
     resolved |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}
-    return dataclasses.replace(recipe, **resolved) == recorded
+    wanted = dataclasses.replace(recipe, **resolved)
+    if wanted == recorded:
+        return True
+    from insvp_fast.training.paths import absolute_paths  # which loads torch
+
+    return absolute_paths(wanted) == absolute_paths(recorded)
 
 
 def _train(arguments: Sequence[str], launcher: Sequence[str]) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DIGITS", "HTA", "PROTOCOLS", "SETS", "SPLITS", "VTAB", "NamedSet"]
+__all__ = ["DIGITS", "HTA", "PREFIXES", "PROTOCOLS", "SETS", "SPLITS", "VTAB", "NamedSet"]
 
 DIGITS = "digits"  # comes with scikit-learn
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("paper", "released")
+PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")  # of sources in formats that timm reads
 
 # rules by which an official training split is divided into train and val, see splits.py
 NINETY, EIGHTY, FIRST_EIGHTY = "90/10", "80/20", "first 80 %"

@@ -18,9 +18,8 @@ from insvp_fast.data.images import Images, Splits, TarMember
 from insvp_fast.data.lists import class_indices, sorted_labels
 from insvp_fast.errors import DataError
 
-__all__ = ["PREFIXES", "read_timm_format"]
+__all__ = ["read_timm_format"]
 
-PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
 NAMES = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}  # of each split, in the order tried
 
 

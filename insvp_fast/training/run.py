@@ -23,6 +23,7 @@ from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import Candidate, candidates_of
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.plots import plot_curves, plot_prompts
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
@@ -124,7 +125,7 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     """The recipe, or the one of the run to resume, with the precision of this machine."""
     if resume is not None:
         recorded = read_config(resume)[0]
-        if recipe not in (None, recorded):
+        if recipe is not None and absolute_paths(recipe) != absolute_paths(recorded):
             raise TrainingError(f"`resume` is {resume}: expected no other settings than the run's own")
         recipe = recorded
     recipe = recipe or Recipe()

@@ -11,6 +11,7 @@ import pytest
 
 from insvp_fast.commands import cli, sweep
 from insvp_fast.recipes import read_recipe
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import finish
 
@@ -49,7 +50,7 @@ class Trainer:
             recipe = Recipe(**options | {"amp": "bf16"})  # what `auto` stands for
             run = self.folder / f"{recipe.data}-{len(list(self.folder.glob('*/'))) + 1}"
             run.mkdir(parents=True)
-            (run / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+            (run / "config.json").write_text(json.dumps({"recipe": absolute_paths(recipe).to_dict()}))
         status = self.stops_at.get(len(self.commands), 0)
         if status == 130:
             raise KeyboardInterrupt
