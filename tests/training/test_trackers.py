@@ -1,7 +1,10 @@
 """What TensorBoard and Weights & Biases get, read from the files that they write."""
 
 import json
+import struct
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -36,22 +39,33 @@ def test_tensorboard_gets_every_epoch_and_the_result(pictures, tmp_path):
     }
 
 
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """The records of a .wandb file, a log as LevelDB's: blocks of 32 KiB, which long records span in several parts."""
+    content, position, record = file.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
 def test_wandb_gets_every_epoch_of_every_model_and_the_result(pictures, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = train(quick(pictures, tmp_path, trackers=("wandb",), epochs=2, probe=True))
     (file,) = run.rglob("*.wandb")
-    store, found, metrics, ids = DataStore(), defaultdict(list), set(), set()
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    found, metrics, ids = defaultdict(list), set(), set()
+    for record in map(Record.FromString, wandb_records(file)):
         ids |= {record.run.run_id} - {""}
         metrics |= {(record.metric.glob_name, record.metric.step_metric)} - {("", "")}
-        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for key, value in row.items():
             model = key.partition("/")[0]
             if not key.startswith("_") and not key.endswith("/epoch"):
