@@ -55,11 +55,12 @@ def wandb_records(file: Path) -> Iterator[bytes]:
 
 
 def test_wandb_gets_every_epoch_of_every_model_and_the_result(pictures, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = train(quick(pictures, tmp_path, trackers=("wandb",), epochs=2, probe=True))
+    wandb.teardown()  # ends the process that writes the file
     (file,) = run.rglob("*.wandb")
     found, metrics, ids = defaultdict(list), set(), set()
     for record in map(Record.FromString, wandb_records(file)):

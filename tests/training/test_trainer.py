@@ -166,3 +166,23 @@ def test_a_tracker_that_is_not_installed_is_named(pictures, tmp_path, monkeypatc
     monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
     with pytest.raises(InsVPError, match="`trackers` has wandb: it is not installed; pip install wandb"):
         train(quick(pictures, tmp_path, trackers=("wandb",)))
+
+
+def test_the_final_accuracy_is_measured_in_fp32(pictures, tmp_path, monkeypatch):
+    """As `insvp eval` does, and the release, whatever the precision of training."""
+    precisions, evaluate = [], trainer.evaluate_accuracy
+
+    def spied(model, *arguments):
+        def note(module, inputs):
+            found[0] |= {torch.is_autocast_enabled("cpu")}
+
+        found = [set()]
+        handle = model.head.register_forward_pre_hook(note)
+        accuracy = evaluate(model, *arguments)
+        handle.remove()
+        precisions.append(found[0])
+        return accuracy
+
+    monkeypatch.setattr(trainer, "evaluate_accuracy", spied)
+    train(quick(pictures, tmp_path, amp="bf16"))
+    assert precisions == [{True}, {False}]  # of the epoch, of the result
