@@ -88,4 +88,5 @@ def test_training_is_what_its_settings_say(pictures, tmp_path, monkeypatch, sett
     before = {name: p.detach().double() for name, p in model.named_parameters()}
     for name, p in restate(model, batches, recipe).items():
         moved = (p - before[name]).norm()
-        assert moved > 0 and (found[name].double() - p).norm() < 1e-4 * moved, name
+        # Adam divides a gradient by its size: where it is near 0, fp32's rounding of it moves the weight as far
+        assert moved > 0 and (found[name].double() - p).norm() < 2e-3 * moved, name
