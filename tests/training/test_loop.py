@@ -7,8 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from insvp_fast import InsVPConfig
-from insvp_fast.training import candidates
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
 from tests.training.small_runs import quick
@@ -82,8 +80,8 @@ def restate(model, batches, recipe) -> dict[str, torch.Tensor]:
 )
 def test_training_is_what_its_settings_say(pictures, tmp_path, monkeypatch, settings):
     # without dropout, which a restatement would draw anew
-    monkeypatch.setattr(candidates, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
-    recipe = quick(pictures, tmp_path, epochs=2, lr=1e-2, retrain=True, **settings)
+    dropouts = {f"{prompt}_dropout": 0.0 for prompt in ("global", "patch", "common", "specific")}
+    recipe = quick(pictures, tmp_path, epochs=2, lr=1e-2, retrain=True, **dropouts, **settings)
     model, batches, found = recorded(monkeypatch, recipe)
     before = {name: p.detach().double() for name, p in model.named_parameters()}
     for name, p in restate(model, batches, recipe).items():
