@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from insvp_fast.config import InsVPConfig
 from insvp_fast.training.recipe import BUILTIN_BACKBONE, PROMPT_SETTINGS, Recipe
 
-__all__ = ["Candidate", "candidates_of", "insvp_config"]
+__all__ = ["LINEAR", "PROBE", "Candidate", "candidates_of", "insvp_config"]
 
 BUILTIN_PROMPT_LENGTH = 4  # for its 16 patches; the paper's 9 are for 196
 LINEAR = "linear"  # the method without prompts
+PROBE = "linear probe"  # its name in the metrics
 
 
 class Candidate(NamedTuple):
@@ -29,7 +30,7 @@ class Candidate(NamedTuple):
 
 def candidates_of(recipe: Recipe) -> list[Candidate]:
     """The models to train in their order; the last one is the adapter."""
-    probe = Candidate("linear probe", LINEAR)
+    probe = Candidate(PROBE, LINEAR)
     if recipe.method == LINEAR:
         return [probe._replace(is_adapter=True)]
     adapter = Candidate("InsVP" if recipe.method == "insvp" else recipe.method, recipe.method, is_adapter=True)

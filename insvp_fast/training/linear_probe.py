@@ -18,9 +18,9 @@ from insvp_fast.training.run_logger import RunLogger
 
 __all__ = ["Features", "LinearFit", "fit_linear", "read_features", "set_head", "train_linear_probe"]
 
-WEIGHT_DECAYS = tuple(10.0**-i for i in range(7))
+WEIGHT_DECAYS = tuple(10.0**-i for i in range(6))
 MAX_STEPS = 1000  # of L-BFGS, for each of them
-CONVERGED = 1e-6  # the largest element of the gradient
+CONVERGED = 1e-5  # the largest element of the gradient
 
 
 class Features(NamedTuple):
@@ -41,7 +41,7 @@ class LinearFit(NamedTuple):
     Attributes:
         score: on the held-out images, see ``fit_linear``.
         loss: the mean loss on the training images, without the weight decay.
-        converged: whether the gradient of this fit became zero to within 1e-6.
+        converged: whether the gradient of this fit became zero to within 1e-5.
     """
 
     weight: Tensor
@@ -64,10 +64,8 @@ def train_linear_probe(name: str, model: nn.Module, data: Data, logger: RunLogge
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.say(f"\n{name}: {parameters:,} trained parameters, logistic regression to convergence")
     model = accelerator.prepare(model)
-    on_device = data.on_device[1] if data.on_device else None
     train_loader, val_loader, test_loader = (
-        create_loader(images, recipe, accelerator, transform=on_device)
-        for images in (data.plain_train, data.val, data.test)
+        create_loader(images, recipe, accelerator) for images in (data.plain_train, data.val, data.test)
     )
     train, val = (read_features(model, loader, accelerator) for loader in (train_loader, val_loader))
     selects = val if recipe.selection_split != "test" else read_features(model, test_loader, accelerator)
@@ -125,7 +123,7 @@ def fit_linear(
     """Minimize the mean cross-entropy plus ``weight_decay / 2 · |W|²`` by L-BFGS, on inputs scaled to unit variance.
 
     With several classes an image the loss is the binary cross-entropy of each class. The bias does not decay. Of the
-    weight decays 1 to 1e-6 the one with the best score on ``held_out`` is returned: the accuracy, or where images have
+    weight decays 1 to 1e-5 the one with the best score on ``held_out`` is returned: the accuracy, or where images have
     several classes, minus the loss; of equally good ones, the first.
 
     Args:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
-from insvp_fast.checkpoints.backbone import is_name
 from insvp_fast.data.sets import DIGITS, PREFIXES, SETS
 from insvp_fast.training.recipe import Recipe
 
 __all__ = ["absolute_paths"]
 
 
-def absolute_paths(recipe: Recipe) -> Recipe:
+def absolute_paths(recipe: Recipe, is_name: Callable[[str], bool] = lambda source: False) -> Recipe:
     """The recipe with an absolute path wherever the value of a setting is a path; names stay what they are.
 
     What is a name and what a path is decided as where the value is read. Links are kept.
+
+    Args:
+        is_name: whether a backbone of this name comes before a folder of the same name. To compare recipes it is not
+            needed, which keeps torch and timm away.
     """
     values = {}
     for field in dataclasses.fields(recipe):
@@ -24,7 +28,9 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             values[field.name] = str(Path(value).absolute())
         elif value is not None and kind == "NAME|PATH":
             values[field.name] = _absolute_if_there(value)
-    return dataclasses.replace(recipe, **values | {"data": _data(recipe), "backbone": _backbone(recipe.backbone)})
+    return dataclasses.replace(
+        recipe, **values | {"data": _data(recipe), "backbone": _backbone(recipe.backbone, is_name)}
+    )
 
 
 def _data(recipe: Recipe) -> str:
@@ -39,7 +45,7 @@ def _data(recipe: Recipe) -> str:
     return prefix + str(Path(place).absolute())
 
 
-def _backbone(source: str) -> str:
+def _backbone(source: str, is_name: Callable[[str], bool]) -> str:
     if source.startswith(("hf-hub:", "hf_hub:")):
         return source
     if source.startswith("local-dir:"):

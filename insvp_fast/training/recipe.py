@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from insvp_fast.config import InsVPConfig
-from insvp_fast.data.sets import DIGITS, PROTOCOLS
+from insvp_fast.data.sets import AUGMENTATIONS, DIGITS, PROTOCOLS
 from insvp_fast.errors import TrainingError
 
 __all__ = ["BUILTIN_BACKBONE", "METHODS", "PROMPT_SETTINGS", "Limits", "Recipe", "check_names", "setting_names"]
@@ -90,6 +90,12 @@ class Recipe:
         metavar="NAME|PATH",
     )
     checkpoint: str | None = _setting(None, "weights for the backbone: .safetensors, .pth or .npz", metavar="FILE")
+    img_size: int | None = _setting(
+        None,
+        "side of the images that the backbone sees, a multiple of its patches'; position embeddings are resampled"
+        " (default: as in its pretraining)",
+        _at_least(1),
+    )
     data: str = _setting(
         DIGITS,
         "digits, the name of a data set, an image folder, a list file, or a timm reader such as hfds/NAME",
@@ -103,6 +109,19 @@ class Recipe:
         "timm: resize, crop and normalize as in the backbone's pretraining; insvp: as the paper's authors do, with the"
         " mean and standard deviation of ImageNet",
         _one_of("timm", "insvp"),
+    )
+    augmentation: str | None = _setting(
+        None,
+        "timm: random area, aspect ratio and colors; insvp: random crops of images of 8/7 of the size, as the paper's"
+        " authors do; crop: random crops of images as evaluation resizes them; none (default: none for the digits and"
+        " VTAB, else that of `preprocessing`)",
+        _one_of(*AUGMENTATIONS),
+    )
+    hflip: float | None = _setting(
+        None,
+        "probability that a training image is flipped, left to right; 0 where a flip changes the class, as with letters"
+        " (default: 0.5, without augmentation 0)",
+        PROBABILITY,
     )
     exif_rotation: bool = _setting(
         True, "turn photographs upright as their EXIF data says; TIFF files are always turned"
@@ -137,7 +156,8 @@ class Recipe:
     )
     amp: str = _setting(
         "auto",
-        "bf16 or fp16: mixed precision; off: fp32; auto: bf16 where the hardware supports it",
+        "bf16 or fp16: mixed precision; off: fp32; auto: bf16 where the hardware supports it, fp16 on other GPUs with"
+        " tensor cores, else off",
         _one_of("auto", "bf16", "fp16", "off"),
     )
     compile: str = _setting(
@@ -150,7 +170,10 @@ class Recipe:
         "recompute in backward, to save memory: the hidden layers of the MLPs, whole blocks, or nothing",
         _one_of("none", "mlp", "block"),
     )
-    seed: int = _setting(0, "random seed of splits, weights, order of images, augmentation and dropout", SEED)
+    seed: int = _setting(0, "random seed of weights, order of images, augmentation and dropout", SEED)
+    split_seed: int = _setting(
+        0, "random seed of the splits where there are no official ones; `seed` leaves them as they are", SEED
+    )
     method: str = _setting(
         "insvp", "what is trained: InsVP, or one of the methods to compare it with", _one_of(*METHODS)
     )
@@ -203,7 +226,7 @@ class Recipe:
     simam: bool | None = _prompt_setting("weight the input image by SimAM (default: off)")
     probe: bool = _setting(True, "fit a linear probe as well, for comparison: logistic regression to convergence")
     workers: int = _setting(0, "processes that load images; 0 loads them in the training process", _at_least(0))
-    cache: bool = _setting(False, "decode all images once into a memory-mapped file, and augment on the device")
+    cache: bool = _setting(False, "decode all images once, into a memory-mapped file; no number changes")
     trackers: tuple[str, ...] = _setting(
         (), "experiment trackers to log to, besides the files of the run", _some_of("tensorboard", "wandb")
     )

@@ -15,10 +15,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from insvp_fast.atomic_files import replace_folder
-from insvp_fast.checkpoints.backbone import weights_report
+from insvp_fast.checkpoints.backbone import is_name, weights_report
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
-from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
+from insvp_fast.training.accelerator import create_accelerator, find_batch_size, peak_memory, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
 from insvp_fast.training.linear_probe import train_linear_probe
@@ -49,7 +49,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     """
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint)
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
     build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
     data, preprocessing = _load_data(recipe, backbone, accelerator)
     wanted = recipe.batch_size
@@ -110,7 +110,7 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     if trainer.result is not None:
         return
     trainer.fit()
-    result = trainer.test()
+    result = trainer.test() | {"peak_memory_mib": peak_memory(accelerator.device) / 2**20}
     trainer.save_adapter("adapter")
     if accelerator.is_main_process and candidate.method == "insvp":
         trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -124,7 +124,7 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     """The recipe, or the one of the run to resume, with the precision of this machine."""
     if resume is not None:
         recorded = read_config(resume)[0]
-        if recipe is not None and absolute_paths(recipe) != absolute_paths(recorded):
+        if recipe is not None and absolute_paths(recipe, is_name) != absolute_paths(recorded, is_name):
             raise TrainingError(f"`resume` is {resume}: expected no other settings than the run's own")
         recipe = recorded
     recipe = recipe or Recipe()
@@ -138,9 +138,11 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
         data = load_data(
             recipe.data,
             preprocessing,
-            recipe.seed,
+            recipe.split_seed,
             root=recipe.root,
             protocol=recipe.protocol,
+            augmentation=recipe.augmentation,
+            hflip=recipe.hflip,
             cache=str(CACHE) if recipe.cache else None,
             exif_rotation=recipe.exif_rotation,
         )
@@ -149,8 +151,7 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
 
 def _images_to_plot(data: Data, device: torch.device) -> torch.Tensor:
     count = min(PLOTTED_IMAGES, len(data.test))  # type: ignore[arg-type]  # torch does not declare the length
-    images = torch.stack([data.test[i][0] for i in range(count)]).to(device)
-    return data.on_device[1](images) if data.on_device else images
+    return torch.stack([data.test[i][0] for i in range(count)]).to(device)
 
 
 def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:

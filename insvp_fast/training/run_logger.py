@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from insvp_fast import __version__
 from insvp_fast.atomic_files import write_file
+from insvp_fast.checkpoints.backbone import is_name
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
@@ -67,7 +68,7 @@ class RunLogger:
         images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         content = {
             "id": secrets.token_hex(8),
-            "recipe": absolute_paths(self.recipe).to_dict(),
+            "recipe": absolute_paths(self.recipe, is_name).to_dict(),
             "insvp": config and config.to_dict(),
             "preprocessing": preprocessing,
             "augmentation": data.augmentation,
@@ -94,10 +95,12 @@ class RunLogger:
         start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
+        self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
         kept = "the last epoch" if split is None else f"the best epoch on {split}"
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
-        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), protocol {data.protocol}: keeps {kept}")
+        augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
+        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
         if data.tested_on == "val":
             self.say(f"warning: {TESTED_ON_VAL}")
 

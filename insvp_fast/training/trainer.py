@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 import torch
@@ -52,12 +53,10 @@ class Trainer:
         self.recipe, self.accelerator = recipe, accelerator = logger.recipe, logger.accelerator
         self.name, self.logger, self.folder = candidate.name, logger, logger.folder
         self.lr = scale_lr(recipe.lr, recipe, accelerator.num_processes)
-        train_transform, eval_transform = data.on_device or (None, None)
         images = data.train_and_val if recipe.retrain and data.train_and_val else data.train
-        self.train_loader = create_loader(images, recipe, accelerator, shuffle=True, transform=train_transform)
+        self.train_loader = create_loader(images, recipe, accelerator, shuffle=True)
         self.eval_loaders = {
-            split: create_loader(getattr(data, split), recipe, accelerator, transform=eval_transform)
-            for split in ("val", "test")
+            split: create_loader(getattr(data, split), recipe, accelerator) for split in ("val", "test")
         }
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
         self.mixup = _create_mixup(recipe, len(data.class_names))
@@ -106,6 +105,7 @@ class Trainer:
             "model": self.name,
             "test_accuracy": accuracy,
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
+            "images_per_s": median(record["images_per_s"] for record in self.records),
             "kept_epoch": self.best["epoch"] if self.recipe.selection_split else self.epoch,
             "selected_on": self.recipe.selection_split,
             "protocol": self.recipe.protocol,

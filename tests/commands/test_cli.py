@@ -11,8 +11,9 @@ import pytest
 from insvp_fast import recipes
 from insvp_fast.commands import cli
 from insvp_fast.commands.cli import COMMANDS
-from insvp_fast.commands.settings import show_options, to_arguments, to_option
+from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import CheckpointError, DataError, InsVPError
+from insvp_fast.studies.arguments import to_arguments, to_option
 from insvp_fast.training import run as run_module
 from insvp_fast.training.recipe import Recipe, setting_names
 
@@ -65,7 +66,10 @@ EVERYTHING = Recipe(
     backbone="a@b",
     data="c",
     root="r",
+    img_size=224,
     preprocessing="insvp",
+    augmentation="timm",
+    hflip=0.25,
     exif_rotation=False,
     protocol="released",
     select_on="test",

@@ -2,6 +2,7 @@
 
 import pytest
 
+from insvp_fast.checkpoints.backbone import is_name
 from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
@@ -35,11 +36,11 @@ def test_paths_are_absolute_and_names_stay(settings, expected, tmp_path, monkeyp
     for name in ("sets", "digits", "vit_tiny_patch16_224"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    recipe = absolute_paths(Recipe(**settings))
+    recipe = absolute_paths(Recipe(**settings), is_name)
     assert {name: getattr(recipe, name) for name in expected} == {
         name: value.format(here=tmp_path) for name, value in expected.items()
     }
-    assert absolute_paths(recipe) == recipe
+    assert absolute_paths(recipe, is_name) == recipe
 
 
 def test_a_run_is_resumed_and_tested_from_another_folder(tmp_path, monkeypatch):

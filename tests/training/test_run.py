@@ -26,6 +26,7 @@ from insvp_fast.training.load import load_run
 from insvp_fast.training.prediction import predict
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train, train_candidate
+from tests.training.killed_runs import outcome
 from tests.training.small_runs import SMALL, make_folder, read_records, use_few_digits
 
 
@@ -71,7 +72,7 @@ def test_same_seed_same_metrics_in_another_folder(digits_run):
 def test_config_is_resolved(digits_run):
     config = json.loads((digits_run.folder / "config.json").read_text())
     assert Recipe(**config["recipe"]) == digits_run.recipe
-    assert config["augmentation"] == "none"
+    assert config["augmentation"]["augmentation"] == "none"
     versions = {"insvp_fast": __version__, "torch": torch.__version__, "timm": timm.__version__}
     assert config["versions"] == versions | {"python": platform.python_version()}
     assert shlex.split(config["command"]) == sys.orig_argv
@@ -174,7 +175,7 @@ def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
     assert done.stdout.endswith(f"run folder: {tmp_path / 'runs' / 'pictures-1'}\n")
     config = json.loads((tmp_path / "runs" / "pictures-1" / "config.json").read_text())
     assert config["insvp"]["image_weights"] == [2.0, 1.0]
-    assert config["tested_on"] == "val"  # there is no test
+    assert config["protocol"].startswith("paper: no test was found, so val is only tested on")
 
 
 def test_eval_refuses_data_with_other_classes(digits_run, tmp_path):
@@ -188,3 +189,29 @@ def test_the_output_must_be_a_folder(few_digits, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InsVPError, match="`output` is .*file: no folder can be made there"):
         train(Recipe(output=str(tmp_path / "file"), **SMALL))
+
+
+def test_a_cache_changes_no_number_and_config_says_what_training_adds(pictures, tmp_path, monkeypatch):
+    """In another size of images too, in which the finished run is loaded again."""
+    monkeypatch.setattr(run_module, "CACHE", tmp_path / "cache")
+    for name in ("plot_curves", "plot_prompts"):  # which take longer than the training
+        monkeypatch.setattr(run_module, name, lambda *_, **__: None)
+    settings = {"data": str(pictures), "img_size": 40, "augmentation": "timm", "hflip": 0.0, "epochs": 2, "amp": "off"}
+    plain, fast = (
+        train(Recipe(output=str(tmp_path), batch_size=8, probe=False, cache=cache, **settings))
+        for cache in (False, True)
+    )
+    assert len(list((tmp_path / "cache").glob("*.pixels"))) == 3
+    assert outcome(plain) == outcome(fast)
+    config = json.loads((fast / "config.json").read_text())
+    augmentation = config["augmentation"]
+    assert (augmentation["augmentation"], augmentation["hflip"]) == ("timm", 0.0)
+    assert [step.partition("(")[0] for step in augmentation["steps"]] == [
+        "RandomResizedCropAndInterpolation",
+        "ColorJitter",
+        "MaybeToTensor",
+        "Normalize",
+    ]
+    assert config["preprocessing"]["input_size"] == [3, 40, 40] and "augmentation" not in config["preprocessing"]
+    assert load_run(fast).model.backbone.patch_embed.img_size == (40, 40)
+    assert evaluate_run(fast)[1].top1 == read_records(fast)[-1]["test_accuracy"]
