@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, set_seed
 from torch import nn
 
 from insvp_fast.atomic_files import replace_folder
-from insvp_fast.checkpoints.backbone import weights_report
+from insvp_fast.checkpoints.backbone import is_name, weights_report
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
@@ -27,6 +27,7 @@ from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, ins
 from insvp_fast.training.linear_probe import train_linear_probe
 from insvp_fast.training.loader import create_loader
 from insvp_fast.training.models import build_model
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 from insvp_fast.training.run_logger import RunLogger
@@ -128,7 +129,7 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     """The recipe, or the one of the run to resume, with the precision of this machine."""
     if resume is not None:
         recorded = read_config(resume)[0]
-        if recipe not in (None, recorded):
+        if recipe is not None and absolute_paths(recipe, is_name) != absolute_paths(recorded, is_name):
             raise TrainingError(f"`resume` is {resume}: expected no other settings than the run's own")
         recipe = recorded
     recipe = recipe or Recipe()
