@@ -41,6 +41,7 @@ class Data(NamedTuple):
     train_and_val: Dataset | None = None  # both, transformed as for training
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
     augmentation: str = "timm"  # what training adds to it: "timm", "crop" or "none"
+    multi_label: bool = False  # whether an image has any number of labels: items are then (image, fp32 [classes])
 
 
 def load_data(

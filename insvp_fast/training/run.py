@@ -23,6 +23,7 @@ from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import Candidate, candidates_of
+from insvp_fast.training.lr_finder import range_test
 from insvp_fast.training.plots import plot_curves, plot_prompts
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
@@ -48,13 +49,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     """
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint)
-    data, preprocessing = _load_data(recipe, backbone, accelerator)
     candidates, wanted = candidates_of(recipe), recipe.batch_size
-    if recipe.auto_batch:
-        model = build_model(candidates[0].config, recipe, backbone, len(data.class_names))
-        recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
-        del model
+    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
         logger.start(candidates[0].config, preprocessing, data)
@@ -79,12 +75,7 @@ def train_candidate(
 ) -> InsVPViT:
     """Train a model around a copy of the backbone. All candidates see the same images in the same order."""
     recipe, accelerator = logger.recipe, logger.accelerator
-    set_seed(recipe.seed)
-    model = build_model(candidate.config, recipe, backbone, len(data.class_names))
-    if accelerator.num_processes > 1:
-        set_seed(recipe.seed, device_specific=True)  # each process needs other dropout masks
-    model.class_names, model.preprocessing = list(data.class_names), preprocessing
-    trainer = Trainer(candidate, model, data, logger)
+    trainer = _create_trainer(candidate, backbone, data, logger, preprocessing)
     parameters = sum(p.numel() for p in trainer.trained.values())
     logger.restore(trainer.records, trainer.result)
     steps = _describe_steps(recipe, accelerator)
@@ -106,6 +97,27 @@ def train_candidate(
     return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
+def find_lr(recipe: Recipe) -> float:
+    """A learning rate for ``recipe.lr``, by a range test of its first model.
+
+    The test is written as lr.csv and lr.png into the folder ``<output>/<data>-lr``.
+
+    Raises:
+        InsVPError: as ``train``, or if the loss falls at no rate.
+    """
+    recipe = _resolve(recipe, None)
+    accelerator = create_accelerator(recipe.amp)
+    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
+    folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
+    logger = RunLogger(recipe, accelerator, folder)
+    trainer = _create_trainer(candidates_of(recipe)[0], backbone, data, logger, preprocessing)
+    found = range_test(trainer)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.write(folder)
+    return found.suggestion()
+
+
 def build_model(config: InsVPConfig, recipe: Recipe, backbone: nn.Module, num_classes: int) -> InsVPViT:
     """A model with these prompts, around a copy of the backbone."""
     model = InsVPViT(
@@ -120,6 +132,19 @@ def build_model(config: InsVPConfig, recipe: Recipe, backbone: nn.Module, num_cl
     return model
 
 
+def _create_trainer(
+    candidate: Candidate, backbone: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]
+) -> Trainer:
+    """The trainer of a candidate, with a model around a copy of the backbone."""
+    recipe, accelerator = logger.recipe, logger.accelerator
+    set_seed(recipe.seed)
+    model = build_model(candidate.config, recipe, backbone, len(data.class_names))
+    if accelerator.num_processes > 1:
+        set_seed(recipe.seed, device_specific=True)  # each process needs other dropout masks
+    model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    return Trainer(candidate, model, data, logger)
+
+
 def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     """The recipe, or the one of the run to resume, with the precision of this machine."""
     if resume is not None:
@@ -129,6 +154,16 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
         recipe = recorded
     recipe = recipe or Recipe()
     return dataclasses.replace(recipe, amp=resolve_amp(recipe.amp))
+
+
+def _prepare(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, nn.Module, Data, dict[str, Any]]:
+    """The recipe with a batch size that fits, the backbone, the data, and how its images are prepared."""
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint)
+    data, preprocessing = _load_data(recipe, backbone, accelerator)
+    if recipe.auto_batch:
+        model = build_model(candidates_of(recipe)[0].config, recipe, backbone, len(data.class_names))
+        recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
+    return recipe, backbone, data, preprocessing
 
 
 def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:

@@ -16,10 +16,12 @@ from insvp_fast.atomic_files import write_file
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER
 
 __all__ = ["RunLogger"]
+
+WORDS = {"mean_per_class": "per class ", "f1": "F1 ", "map": "mAP "}  # for scores that are not the accuracy
 
 
 class RunLogger:
@@ -37,7 +39,7 @@ class RunLogger:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path | None = None) -> None:
         self.recipe, self.accelerator, self.active = recipe, accelerator, accelerator.is_main_process
-        self.tested_on = "test"
+        self.tested_on, self.shown = "test", ["accuracy"]
         self.epochs: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
         self.warned = False
@@ -48,12 +50,15 @@ class RunLogger:
     def start(self, config: InsVPConfig, preprocessing: dict[str, Any], data: Data) -> None:
         """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
         self.tested_on = data.tested_on
+        metric = score_name(self.recipe.metric_for(data.multi_label))
+        self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
         images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         content = {
             "recipe": self.recipe.to_dict(),
             "insvp": config.to_dict(),
             "preprocessing": preprocessing,
             "class_names": data.class_names,
+            "multi_label": data.multi_label,
             "images": images,
             "tested_on": data.tested_on,
             "protocol": data.protocol,
@@ -69,7 +74,8 @@ class RunLogger:
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
         split = self.recipe.selection_split
-        kept = "the last epoch" if split is None else f"the best epoch on {split}"
+        best = "the best epoch" + (f" by {WORDS[metric].strip()}" if metric in WORDS else "")
+        kept = "the last epoch" if split is None else f"{best} on {split}"
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
         self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), protocol {data.protocol}: keeps {kept}")
 
@@ -86,13 +92,14 @@ class RunLogger:
         """Write and print the record of an epoch."""
         self.epochs.append(record)
         self._write(record)
-        accuracies = "  ".join(
-            f"{key.removesuffix('_accuracy')} {value:6.1%}"
-            for key, value in record.items()
-            if key.endswith("_accuracy") and value is not None
+        scores = "  ".join(
+            f"{split} {WORDS.get(name, '')}{value:6.1%}"
+            for split in ("val", "test")
+            for name in self.shown
+            if (value := record.get(f"{split}_{name}")) is not None
         )
         epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
-        self.say(f"{epoch}  loss {record['loss']:.4f}  {accuracies}  {record['images_per_s']:.0f} images/s")
+        self.say(f"{epoch}  loss {record['loss']:.4f}  {scores}  {record['images_per_s']:.0f} images/s")
         values = {f"{record['model']}/{key}": value for key, value in record.items() if isinstance(value, float)}
         self.accelerator.log(values, step=record["epoch"])
         if record["data_wait"] > SLOW_LOADER and not (
@@ -112,12 +119,14 @@ class RunLogger:
 
     def finish(self) -> None:
         """Print the final records."""
-        column = f"{self.tested_on} accuracy"  # val where an image folder has no test
-        self.say(f"\n{'':12}{column:>15}{'trained parameters':>20}{'kept':>12}")
+        # val where an image folder has no test
+        columns = "".join(f"{f'{self.tested_on} {WORDS.get(name, name).strip()}':>15}" for name in self.shown)
+        self.say(f"\n{'':12}{columns}{'trained parameters':>20}{'kept':>12}")
         for record in self.results:
             kept = f"epoch {record['kept_epoch']}"
-            accuracy, parameters = f"{record['test_accuracy']:.1%}", f"{record['trained_parameters']:,}"
-            self.say(f"{record['model']:12}{accuracy:>15}{parameters:>20}{kept:>12}")
+            scores = "".join(f"{record[f'test_{name}']:>15.1%}" for name in self.shown)
+            parameters = f"{record['trained_parameters']:,}"
+            self.say(f"{record['model']:12}{scores}{parameters:>20}{kept:>12}")
         split = self.recipe.selection_split
         selection = f"epoch selected on {split}" if split else "trained on train and val, last epoch"
         self.say(f"protocol {self.recipe.protocol}, {selection}, tested on {self.tested_on}")

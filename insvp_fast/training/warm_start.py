@@ -1,0 +1,42 @@
+"""Beginning a training with the weights of another adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from insvp_fast.checkpoints.adapter_config import AdapterConfig
+from insvp_fast.checkpoints.files import find_file, read_safetensors
+from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
+from insvp_fast.checkpoints.state_dict import check_shapes
+from insvp_fast.errors import CheckpointError
+from insvp_fast.model import InsVPViT
+
+__all__ = ["warm_start"]
+
+
+def warm_start(model: InsVPViT, source: str) -> str:
+    """Copy the weights of an adapter into a model; a head of other classes stays as it is. Returns what was done.
+
+    Args:
+        source: an adapter's folder, that of a run, or the name of a repository on the Hub.
+
+    Raises:
+        CheckpointError: if there is no such adapter, or it has other prompts, or is of another backbone.
+    """
+    in_run = Path(source) / "adapter"
+    place = str(in_run) if (in_run / ADAPTER_FILE).is_file() else source
+    config = AdapterConfig.read(find_file(place, ADAPTER_FILE, {}))
+    file = find_file(place, WEIGHTS_FILE, {})
+    weights = read_safetensors(file)
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    has_our_head = config.num_classes == model.num_classes and model.class_names in (None, config.class_names)
+    head = set() if has_our_head else {key for key in own if key.startswith("head.")}
+    try:
+        kept = {key: value for key, value in weights.items() if has_our_head or not key.startswith("head.")}
+        check_shapes(kept, {key: tuple(value.shape) for key, value in own.items() if key not in head}, file)
+        config.backbone.require_same_weights(model.backbone, file)
+    except CheckpointError as error:
+        raise CheckpointError(f"`init_from` is {source}: {error}") from error
+    model.load_state_dict(kept, strict=False)
+    drawn = "" if has_our_head else f"; its head is of {config.num_classes} other classes, a new one is drawn"
+    return f"begins with the weights of {source}{drawn}"
