@@ -88,7 +88,6 @@ class MultiLabelMetrics(NamedTuple):
         return "   ".join(f"{name} {share:.2%}" for name, share in shares.items())
 
 
-@torch.inference_mode()
 def compute_metrics(
     model: nn.Module, loader: Loader, num_classes: int, accelerator: Accelerator, multi_label: bool = False
 ) -> Metrics | MultiLabelMetrics:
@@ -99,27 +98,36 @@ def compute_metrics(
     """
     # DDP's forward would wait for the processes that have fewer batches
     model = accelerator.unwrap_model(model).to(accelerator.device).eval()
+    gathered = gather_object([_evaluate_own(model, loader, num_classes, multi_label)])
+    found = torch.from_numpy(np.concatenate([part for part, *_ in gathered], 1))
+    loss = sum(loss for _, loss, _ in gathered) / max(1, found.shape[1])
+    if multi_label:
+        return metrics_of_labels(found[0], found[1], loss)
+    return metrics_of_pairs(found, num_classes, sum(hits for *_, hits in gathered), loss)
+
+
+@torch.inference_mode()
+def _evaluate_own(
+    model: nn.Module, loader: Loader, num_classes: int, multi_label: bool
+) -> tuple[np.ndarray, float, int]:
+    """Of this process's images: targets and what was found, [2, N] or [2, N, classes]; summed loss; hits in the top 5.
+
+    What is found is the likeliest class, or with several labels the logits.
+    """
     found: list[Tensor] = []
-    loss, top5_hits = (torch.zeros((), dtype=torch.float64, device=accelerator.device) for _ in range(2))
+    loss, top5_hits = (torch.zeros((), dtype=torch.float64, device=loader.device) for _ in range(2))
     for images, targets in loader:
         logits = model(images).float()
         loss += plain_loss(logits, targets)
         if multi_label:
-            found.append(torch.stack([targets, logits]).cpu())
+            found.append(torch.stack([targets, logits]).cpu())  # too much for a device's memory
         else:
             ranking = logits.topk(min(5, num_classes)).indices
             found.append(torch.stack([targets, ranking[:, 0]]))
             top5_hits += (ranking == targets[:, None]).any(1).sum()
-    empty = torch.zeros(
-        (2, 0, num_classes) if multi_label else (2, 0), dtype=torch.float32 if multi_label else torch.int64
-    )
-    own = torch.cat(found, 1).cpu() if found else empty
-    gathered = gather_object([(own, loss.item(), int(top5_hits))])
-    everything = torch.cat([part for part, *_ in gathered], 1)
-    mean_loss = sum(loss for _, loss, _ in gathered) / max(1, everything.shape[1])
-    if multi_label:
-        return metrics_of_labels(everything[0], everything[1], mean_loss)
-    return metrics_of_pairs(everything, num_classes, sum(hits for *_, hits in gathered), mean_loss)
+    if not found:
+        found = [torch.zeros(2, 0, num_classes) if multi_label else torch.zeros(2, 0, dtype=torch.int64)]
+    return torch.cat(found, 1).cpu().numpy(), loss.item(), int(top5_hits)
 
 
 def metrics_of_pairs(pairs: Tensor, num_classes: int, top5_hits: int, loss: float = 0.0) -> Metrics:

@@ -25,18 +25,17 @@ def warm_start(model: InsVPViT, source: str) -> str:
     """
     in_run = Path(source) / "adapter"
     place = str(in_run) if (in_run / ADAPTER_FILE).is_file() else source
-    config = AdapterConfig.read(find_file(place, ADAPTER_FILE, {}))
-    file = find_file(place, WEIGHTS_FILE, {})
-    weights = read_safetensors(file)
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    has_our_head = config.num_classes == model.num_classes and model.class_names in (None, config.class_names)
-    head = set() if has_our_head else {key for key in own if key.startswith("head.")}
     try:
-        kept = {key: value for key, value in weights.items() if has_our_head or not key.startswith("head.")}
-        check_shapes(kept, {key: tuple(value.shape) for key, value in own.items() if key not in head}, file)
+        config = AdapterConfig.read(find_file(place, ADAPTER_FILE, {}))
+        file = find_file(place, WEIGHTS_FILE, {})
+        same_classes = config.num_classes == model.num_classes and config.class_names in (None, model.class_names)
+        left = ("backbone.",) if same_classes else ("backbone.", "head.")
+        expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(left)}
+        weights = {key: value for key, value in read_safetensors(file).items() if not key.startswith(left)}
+        check_shapes(weights, expected, file)
         config.backbone.require_same_weights(model.backbone, file)
     except CheckpointError as error:
         raise CheckpointError(f"`init_from` is {source}: {error}") from error
-    model.load_state_dict(kept, strict=False)
-    drawn = "" if has_our_head else f"; its head is of {config.num_classes} other classes, a new one is drawn"
+    model.load_state_dict(weights, strict=False)
+    drawn = "" if same_classes else f"; its head is of {config.num_classes} other classes, a new one is drawn"
     return f"begins with the weights of {source}{drawn}"
