@@ -24,7 +24,7 @@ def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
     titles = {"loss": "training loss", "val_accuracy": "validation accuracy"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for model in dict.fromkeys(record["model"] for record in records):
-            own = [record for record in records if record["model"] == model and record[key] is not None]
+            own = [record for record in records if record["model"] == model and record.get(key) is not None]
             axes.plot([r["epoch"] for r in own], [r[key] for r in own], marker=".", label=model)
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
