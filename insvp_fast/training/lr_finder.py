@@ -24,7 +24,7 @@ from insvp_fast.training.trainer import Trainer
 __all__ = ["RangeTest", "range_test"]
 
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100
-SMOOTHING = 0.95  # decay of the moving average of the loss
+SMOOTHING = 0.9  # decay of the moving average of the loss
 DIVERGED = 4.0  # times the least smoothed loss: the test ends
 
 
@@ -38,14 +38,18 @@ class RangeTest(NamedTuple):
     def suggestion(self) -> float:
         """The rate at which the smoothed loss falls most steeply over the logarithm of the rate.
 
+        The first tenth of the steps does not count: an average of few losses follows their noise.
+
         Raises:
             TrainingError: if the loss never falls.
         """
-        slopes = np.gradient(self.smoothed, np.log(self.rates)) if len(self.rates) > 1 else np.zeros(1)
-        steepest = int(slopes[: int(np.argmin(self.smoothed)) + 1].argmin())
-        if not slopes[steepest] < 0:
-            raise TrainingError(f"the loss fell at no learning rate from {LOWEST:g} to {self.rates[-1]:.3g}")
-        return self.rates[steepest]
+        first, least = len(self.rates) // 10, int(np.argmin(self.smoothed))
+        slopes = np.diff(self.smoothed)[first:least]  # the rates are equally far apart in their logarithms
+        if not len(slopes):
+            raise TrainingError(
+                f"the loss fell at no learning rate from {self.rates[first]:.3g} to {self.rates[-1]:.3g}"
+            )
+        return self.rates[first + int(slopes.argmin()) + 1]
 
     def write(self, folder: Path) -> None:
         """Write lr.csv and lr.png into a folder."""
@@ -57,7 +61,9 @@ class RangeTest(NamedTuple):
         axes.plot(self.rates, self.losses, color="0.75", label="loss of a step")
         axes.plot(self.rates, self.smoothed, label="smoothed")
         axes.axvline(self.suggestion(), linestyle="--", color="black", label=f"steepest, {self.suggestion():.2g}")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="learning-rate range test")
+        before = self.smoothed[: int(np.argmin(self.smoothed)) + 1]  # it diverges; how far is of no interest
+        axes.set(xscale="log", ylim=(0.8 * min(before), 1.2 * max(before)))
+        axes.set(xlabel="learning rate", ylabel="training loss", title="learning-rate range test")
         axes.legend()
         figure.savefig(folder / "lr.png", dpi=120)
 
