@@ -26,12 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--find-lr",
         action="store_true",
+        default=argparse.SUPPRESS,
         help="do not train, but suggest a value for --lr: 100 steps with rising rates, drawn in OUTPUT/DATA-lr/lr.png",
     )
     add_settings(parser)
 
 
-def run(recipe: str | None, resume: str | None, find_lr: bool, **given: Any) -> int:
+def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: Any) -> int:
     try:
         settings = _resolve(recipe, resume, given)
         if resume and find_lr:

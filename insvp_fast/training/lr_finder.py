@@ -61,8 +61,8 @@ class RangeTest(NamedTuple):
         axes.plot(self.rates, self.losses, color="0.75", label="loss of a step")
         axes.plot(self.rates, self.smoothed, label="smoothed")
         axes.axvline(self.suggestion(), linestyle="--", color="black", label=f"steepest, {self.suggestion():.2g}")
-        before = self.smoothed[: int(np.argmin(self.smoothed)) + 1]  # it diverges; how far is of no interest
-        axes.set(xscale="log", ylim=(0.8 * min(before), 1.2 * max(before)))
+        limits = 0.9 * min(self.losses), 1.2 * max(self.smoothed[: int(np.argmin(self.smoothed)) + 1])
+        axes.set(xscale="log", ylim=limits)  # it diverges; how far is of no interest
         axes.set(xlabel="learning rate", ylabel="training loss", title="learning-rate range test")
         axes.legend()
         figure.savefig(folder / "lr.png", dpi=120)

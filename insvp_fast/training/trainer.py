@@ -238,10 +238,13 @@ class Trainer:
 
     def _evaluate_epoch(self) -> dict[str, float | None]:
         """The scores of an epoch; val's are None where val is trained on."""
-        unknown = dict.fromkeys((f"val_{score_name(self.metric)}", "val_loss")) if self.recipe.retrain else {}
+        scores: dict[str, float | None] = {}
+        if self.recipe.retrain:
+            scores = dict.fromkeys((f"val_{score_name(self.metric)}", "val_loss"))
         wanted = {"val": not self.recipe.retrain, "test": self.recipe.selection_split == "test"}
-        scores = [self._evaluate(split) for split, want in wanted.items() if want]
-        return {key: value for part in (unknown, *scores) for key, value in part.items()}
+        for split in (split for split, want in wanted.items() if want):
+            scores |= self._evaluate(split)
+        return scores
 
     def _evaluate(self, split: str) -> dict[str, float]:
         loader = self.eval_loaders[split]
