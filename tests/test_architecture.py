@@ -28,6 +28,7 @@ LAYERS = [
     ["recipes"],
     ["testing"],
     ["bench"],
+    ["studies"],
     ["export"],
     ["commands"],
     ["__main__", "timm_script"],

@@ -11,9 +11,10 @@ import argparse
 import sys
 from typing import Any
 
-from insvp_fast.commands.settings import add_settings, show_options, to_option
+from insvp_fast.commands.settings import add_settings, show_options
 from insvp_fast.errors import CommandError, InsVPError
 from insvp_fast.recipes import read_recipe
+from insvp_fast.studies.arguments import to_option
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,9 @@ class Images(Dataset):
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> Images:
         """The same images with another transform."""
-        return Images(self.items, self.classes, transform, self.exif_rotation, self.max_pixels)
+        images = copy.copy(self)
+        images.transform = transform
+        return images
 
 
 class TarMember(NamedTuple):

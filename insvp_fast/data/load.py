@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchvision.transforms import Compose
 
 from insvp_fast.data.cache import cache_images
 from insvp_fast.data.images import Images
@@ -15,7 +15,7 @@ from insvp_fast.data.lists import class_indices
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
 from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source
 from insvp_fast.data.splits import describe, divide, stratified_split
-from insvp_fast.data.transforms import EvalBatchTransform, TrainBatchTransform, transform_for
+from insvp_fast.data.transforms import Transform, describe_augmentation, repeatable_steps, steps_of, transform_for
 from insvp_fast.errors import DataError
 
 __all__ = ["Data", "load_data", "load_test_data"]
@@ -25,22 +25,18 @@ SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash", "augmentation": "none"}
 
 
 class Data(NamedTuple):
-    """The data of a run.
-
-    Items are (image [3, H, W], class index). With a cache the image is uint8 [3, h, w], and ``on_device`` holds the
-    transforms that batches of them still need.
-    """
+    """The data of a run; items are (image [3, H, W], class index)."""
 
     train: Dataset
     val: Dataset
     test: Dataset
     class_names: list[str]
+    augmentation: dict[str, Any]  # of training: its name, the probability of flips, and all steps in words
     tested_on: str  # the split that ``test`` is: "val" where there is no "test"
     protocol: str = "paper"  # which splits these are, in words
-    on_device: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None  # for training, evaluation
     train_and_val: Dataset | None = None  # both, transformed as for training
+    plain_train: Dataset | None = None  # train, transformed as for evaluation
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
-    augmentation: str = "timm"  # what training adds to it: "timm", "crop" or "none"
     multi_label: bool = False  # whether an image has any number of labels: items are then (image, fp32 [classes])
 
 
@@ -51,6 +47,8 @@ def load_data(
     *,
     root: str | None = None,
     protocol: str = "paper",
+    augmentation: str | None = None,
+    hflip: float | None = None,
     cache: str | None = None,
     exif_rotation: bool = True,
 ) -> Data:
@@ -63,32 +61,33 @@ def load_data(
         seed: of the random division, where there is no official one.
         root: the folder of a named set, or of the images that a list names.
         protocol: ``paper``, or ``released`` for the splits of the authors' code.
-        cache: a folder to keep decoded images in.
+        augmentation, hflip: as ``transform_for`` takes them; None for none where the source prescribes that (VTAB and
+            the digits), else for those of ``preprocessing``.
+        cache: a folder to keep decoded images in; items are the same to the bit.
         exif_rotation: rotate and flip images as their EXIF orientation says.
 
     Raises:
         DataError: saying what is missing or wrong, and what was expected where.
     """
     _check_protocol(protocol, source)
-    preprocessing = _adapted(preprocessing, source)
-    if cache is not None and preprocessing.get("augmentation", "timm") == "timm":
-        preprocessing = preprocessing | {"augmentation": "crop"}  # timm's needs more than a cached center
+    preprocessing = _adapted(preprocessing, source, augmentation=augmentation, hflip=hflip)
+    transforms = {training: transform_for(preprocessing, training) for training in (True, False)}
     splits, class_names = read_source(source, seed, root)
     for images in splits.values():
         images.exif_rotation = exif_rotation
     division, words = _division(source, splits, seed, protocol)
-    view, on_device = _views(splits, preprocessing, cache, Path(source).resolve().name)
+    view = _views(splits, transforms, cache, Path(source).resolve().name)
 
-    train, val = view("train", True), view("val" if division is None else "train", False)
+    train, plain_train = view("train", True), view("train", False)
+    val = view("val", False) if division is None else plain_train
     if "train_and_val" in splits:
         both = view("train_and_val", True)
     else:
         both = train if division is not None else ConcatDataset([train, view("val", True)])
     if division is not None:
-        train, val = Subset(train, division[0]), Subset(val, division[1])
+        train, plain_train = Subset(train, division[0]), Subset(plain_train, division[0])
+        val = Subset(val, division[1])
     tested_on = "test" if "test" in splits else "val"
-    used = dict(preprocessing)
-    augmentation = used.pop("augmentation", "timm")
     return Data(
         train,
         val,
@@ -96,10 +95,10 @@ def load_data(
         class_names=class_names,
         tested_on=tested_on,
         protocol=words,
-        on_device=on_device,
         train_and_val=both,
-        preprocessing=used,
-        augmentation=augmentation,
+        plain_train=plain_train,
+        preprocessing={name: value for name, value in preprocessing.items() if name not in ("augmentation", "hflip")},
+        augmentation=describe_augmentation(preprocessing),
     )
 
 
@@ -136,11 +135,13 @@ def _check_protocol(protocol: str, source: str) -> None:
         raise DataError(f"`protocol` is released: {reason}")
 
 
-def _adapted(preprocessing: dict[str, Any], source: str) -> dict[str, Any]:
-    """The preprocessing with what a source prescribes: no crop for VTAB, no augmentation for the digits."""
-    if source.startswith("vtab/"):
-        return preprocessing | SQUASHED
-    return preprocessing | {"augmentation": "none"} if source == DIGITS else preprocessing
+def _adapted(preprocessing: dict[str, Any], source: str, **asked: Any) -> dict[str, Any]:
+    """The preprocessing with what a source prescribes, no crop for VTAB, no augmentation for the digits, and ``asked``.
+
+    A value of None is not asked for.
+    """
+    prescribed = SQUASHED if source.startswith("vtab/") else {"augmentation": "none"} if source == DIGITS else {}
+    return preprocessing | prescribed | {name: value for name, value in asked.items() if value is not None}
 
 
 def _division(
@@ -169,12 +170,21 @@ def _division(
 
 
 def _views(
-    splits: dict[str, Images], preprocessing: dict[str, Any], cache: str | None, name: str
-) -> tuple[Callable[[str, bool], Dataset], tuple[EvalBatchTransform, EvalBatchTransform] | None]:
-    """A function that gives a split as seen in training or in evaluation, and the value of ``Data.on_device``."""
+    splits: dict[str, Images], transforms: dict[bool, Transform], cache: str | None, name: str
+) -> Callable[[str, bool], Dataset]:
+    """A function that gives a split as seen in training (True) or in evaluation (False).
+
+    With a cache, the steps before the first random one are done once and for all; in a split that is seen in both ways,
+    those of them that both share.
+    """
     if cache is None:
-        return lambda split, training: splits[split].with_transform(transform_for(preprocessing, training)), None
-    stored = {split: cache_images(images, preprocessing, cache, f"{name}-{split}") for split, images in splits.items()}
-    evaluation = EvalBatchTransform(preprocessing)
-    training = TrainBatchTransform(preprocessing) if preprocessing["augmentation"] == "crop" else evaluation
-    return lambda split, _: stored[split], (training, evaluation)
+        return lambda split, training: splits[split].with_transform(transforms[training])
+    done, stored = {}, {}
+    for split, images in splits.items():
+        done[split] = repeatable_steps(*([transforms[False]] if split == "test" else transforms.values()))
+        stored[split] = cache_images(images, done[split], cache, f"{name}-{split}")
+
+    def view(split: str, training: bool) -> Dataset:
+        return stored[split].with_transform(Compose(steps_of(transforms[training])[len(done[split]) :]))
+
+    return view

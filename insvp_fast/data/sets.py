@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DIGITS", "HTA", "PROTOCOLS", "SETS", "SPLITS", "VTAB", "NamedSet"]
+__all__ = ["AUGMENTATIONS", "DIGITS", "HTA", "PROTOCOLS", "SETS", "SPLITS", "VTAB", "NamedSet"]
 
 DIGITS = "digits"  # comes with scikit-learn
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("paper", "released")
+AUGMENTATIONS = ("none", "crop", "timm", "insvp")  # what each is: transform_for in transforms.py
 
 # rules by which an official training split is divided into train and val, see splits.py
 NINETY, EIGHTY, FIRST_EIGHTY = "90/10", "80/20", "first 80 %"

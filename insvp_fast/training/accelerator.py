@@ -18,6 +18,8 @@ from insvp_fast.training.recipe import Recipe
 
 __all__ = ["create_accelerator", "find_batch_size", "resolve_amp"]
 
+TENSOR_CORES = (7, 0)  # the compute capability of the first GPUs with them; before, fp16 may be slower than fp32
+
 
 def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Accelerator:
     """An accelerator of this precision, even if an earlier run of this process had another one.
@@ -39,11 +41,13 @@ def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Acce
 
 
 def resolve_amp(amp: str) -> str:
-    """What ``auto`` stands for on this machine: bf16 where the hardware has products in it, else off."""
+    """What ``auto`` stands for: the 16 bits that this machine multiplies fast, bf16 before fp16, or off."""
     if amp != "auto":
         return amp
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability() >= TENSOR_CORES else "off"
     return "bf16" if not torch.accelerator.is_available() and hardware.has_products(torch.bfloat16) else "off"
 
 

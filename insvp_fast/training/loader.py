@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,25 +26,15 @@ class Loader:
 
     Targets are class indices [B], or multi-hot, fp32 [B, classes].
 
-    Args:
-        transform: turns the images of a batch, on the device, into the model's input; None if they are it already.
-
     Raises:
         DataError: naming an image that cannot be read.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        sampler: BatchSampler,
-        workers: int,
-        device: torch.device,
-        transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.sampler, self.device, self.transform = sampler, device, transform
+    def __init__(self, dataset: Dataset, sampler: BatchSampler, workers: int, device: torch.device) -> None:
+        self.sampler, self.device = sampler, device
         self.timer = DataTimer(device)
         self.loader = DataLoader(
-            SeededDataset(dataset, sampler.seed if transform is None else None),
+            SeededDataset(dataset, sampler.seed),
             batch_sampler=sampler,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -64,21 +54,15 @@ class Loader:
                 if batch is None:
                     return
                 images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-                yield (images if self.transform is None else self.transform(images)), targets
+                yield images, targets
         except DataError as error:  # a worker puts its traceback before the message
             raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
 
 
-def create_loader(
-    dataset: Dataset,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    shuffle: bool = False,
-    transform: Callable[[Tensor], Tensor] | None = None,
-) -> Loader:
+def create_loader(dataset: Dataset, recipe: Recipe, accelerator: Accelerator, shuffle: bool = False) -> Loader:
     """This process's batches on the accelerator's device, for training (``shuffle``) or evaluation.
 
-    All models of a run see the images in the same order. ``transform`` as in ``Loader``.
+    All models of a run see the images in the same order.
     """
     sampler = BatchSampler(
         len(dataset),  # type: ignore[arg-type]  # torch does not declare that data sets have a length
@@ -90,7 +74,7 @@ def create_loader(
         fill_empty=shuffle,
         balance=targets_of(dataset) if shuffle and recipe.sampling == "balanced" else None,
     )
-    return Loader(dataset, sampler, recipe.workers, accelerator.device, transform)
+    return Loader(dataset, sampler, recipe.workers, accelerator.device)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -15,15 +14,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from insvp_fast.atomic_files import replace_folder
 from insvp_fast.checkpoints.backbone import weights_report
-from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
-from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
-from insvp_fast.training.candidates import Candidate, candidates_of
+from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
+from insvp_fast.training.linear_probe import train_linear_probe
 from insvp_fast.training.lr_finder import range_test
+from insvp_fast.training.models import build_model
 from insvp_fast.training.plots import plot_curves, plot_prompts
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
@@ -37,7 +37,7 @@ PLOTTED_IMAGES = 8  # of the test images, in prompts.png
 
 
 def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Path:
-    """Train InsVP on a data set, and a linear probe for comparison; return the run folder.
+    """Train InsVP or another method on a data set, and a linear probe for comparison; return the run folder.
 
     Args:
         recipe: the settings; None for the defaults, or for those of the run to resume.
@@ -49,16 +49,16 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     """
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
-    candidates, wanted = candidates_of(recipe), recipe.batch_size
+    wanted = recipe.batch_size
     recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
-        logger.start(candidates[0].config, preprocessing, data)
+        logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data)
         if report := weights_report(backbone):
             logger.say(f"backbone: {report}")
         if recipe.batch_size != wanted:
             logger.say(f"batch size {recipe.batch_size}: the largest up to {wanted} that fits into memory")
-        for candidate in candidates:
+        for candidate in candidates_of(recipe):
             train_candidate(candidate, backbone, data, logger, preprocessing)
         if accelerator.is_main_process:
             plot_curves(logger.epochs, logger.folder / "curve.png")
@@ -72,77 +72,77 @@ def train_candidate(
     data: Data,
     logger: RunLogger,
     preprocessing: dict[str, Any],
-) -> InsVPViT:
-    """Train a model around a copy of the backbone. All candidates see the same images in the same order."""
+) -> nn.Module:
+    """Train a model around a copy of the backbone."""
     recipe, accelerator = logger.recipe, logger.accelerator
-    trainer = _create_trainer(candidate, backbone, data, logger, preprocessing)
-    parameters = sum(p.numel() for p in trainer.trained.values())
-    logger.restore(trainer.records, trainer.result)
-    steps = _describe_steps(recipe, accelerator)
-    logger.say(f"\n{candidate.name}: {parameters:,} trained parameters, learning rate {trainer.lr:g}, {steps}")
-    if trainer.epoch or trainer.batch:
-        logger.say(f"goes on after {trainer.epoch} epochs and {trainer.batch} batches")
-    if trainer.result is None:
-        trainer.fit()
-        result = trainer.test()
-        if candidate.is_adapter:
-            trainer.save_adapter("adapter")
-            if accelerator.is_main_process:
-                trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-                images = _images_to_plot(data, accelerator.device)
-                plot_prompts(trained, images, preprocessing, logger.folder / "prompts.png")
-        logger.log_result(result)
-        trainer.save()
+    set_seed(recipe.seed)
+    model = _build_model(candidate, recipe, backbone, data, preprocessing)
+    if candidate.method == LINEAR:
+        train_linear_probe(candidate.name, model, data, logger)
+        if candidate.is_adapter and accelerator.is_main_process:
+            with replace_folder(logger.folder / "adapter") as new:
+                model.save_pretrained(new)
+    else:
+        _fit(candidate, model, data, logger, preprocessing)
     accelerator.free_memory()
-    return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return model
 
 
 def find_lr(recipe: Recipe) -> float:
-    """A learning rate for ``recipe.lr``, by a range test of its first model.
+    """A learning rate for ``recipe.lr``, by a range test.
 
     The test is written as lr.csv and lr.png into the folder ``<output>/<data>-lr``.
 
     Raises:
-        InsVPError: as ``train``, or if the loss falls at no rate.
+        InsVPError: as ``train``, if the method has no learning rate, or if the loss falls at no rate.
     """
+    if recipe.method == LINEAR:
+        raise TrainingError(f"`method` is {LINEAR}: it is fitted to convergence, without a learning rate")
     recipe = _resolve(recipe, None)
     accelerator = create_accelerator(recipe.amp)
     recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
     folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
-    logger = RunLogger(recipe, accelerator, folder)
-    trainer = _create_trainer(candidates_of(recipe)[0], backbone, data, logger, preprocessing)
-    found = range_test(trainer)
+    candidate, logger = candidates_of(recipe)[-1], RunLogger(recipe, accelerator, folder)
+    set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
+    model = _build_model(candidate, recipe, backbone, data, preprocessing)
+    found = range_test(Trainer(candidate, model, data, logger))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         found.write(folder)
     return found.suggestion()
 
 
-def build_model(config: InsVPConfig, recipe: Recipe, backbone: nn.Module, num_classes: int) -> InsVPViT:
-    """A model with these prompts, around a copy of the backbone."""
-    model = InsVPViT(
-        copy.deepcopy(backbone),
-        num_classes,
-        config,
-        recompute=recipe.recompute,
-        compile_prompters=recipe.compile == "prompters",
-    )
-    if recipe.compile == "model":
-        model.compile()
+def _build_model(
+    candidate: Candidate, recipe: Recipe, backbone: nn.Module, data: Data, preprocessing: dict[str, Any]
+) -> Any:
+    model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
+    model.class_names, model.preprocessing = list(data.class_names), preprocessing
     return model
 
 
-def _create_trainer(
-    candidate: Candidate, backbone: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]
-) -> Trainer:
-    """The trainer of a candidate, with a model around a copy of the backbone."""
+def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
+    """Train by gradient descent; write the adapter and the plot of its prompts."""
     recipe, accelerator = logger.recipe, logger.accelerator
-    set_seed(recipe.seed)
-    model = build_model(candidate.config, recipe, backbone, len(data.class_names))
     if accelerator.num_processes > 1:
         set_seed(recipe.seed, device_specific=True)  # each process needs other dropout masks
-    model.class_names, model.preprocessing = list(data.class_names), preprocessing
-    return Trainer(candidate, model, data, logger)
+    trainer = Trainer(candidate, model, data, logger)
+    parameters = sum(p.numel() for p in trainer.trained.values())
+    logger.restore(trainer.records, trainer.result)
+    steps = _describe_steps(recipe, accelerator)
+    logger.say(f"\n{candidate.name}: {parameters:,} trained parameters, learning rate {trainer.lr:g}, {steps}")
+    if trainer.epoch or trainer.batch:
+        logger.say(f"goes on after {trainer.epoch} epochs and {trainer.batch} batches")
+    if trainer.result is not None:
+        return
+    trainer.fit()
+    result = trainer.test()
+    trainer.save_adapter("adapter")
+    if accelerator.is_main_process and candidate.method == "insvp":
+        trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        images = _images_to_plot(data, accelerator.device)
+        plot_prompts(trained, images, preprocessing, logger.folder / "prompts.png")
+    logger.log_result(result)
+    trainer.save()
 
 
 def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
@@ -158,10 +158,11 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
 
 def _prepare(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, nn.Module, Data, dict[str, Any]]:
     """The recipe with a batch size that fits, the backbone, the data, and how its images are prepared."""
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint)
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
+    build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
     data, preprocessing = _load_data(recipe, backbone, accelerator)
     if recipe.auto_batch:
-        model = build_model(candidates_of(recipe)[0].config, recipe, backbone, len(data.class_names))
+        model = build_model(recipe.method, recipe, backbone, len(data.class_names))
         recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
     return recipe, backbone, data, preprocessing
 
@@ -176,6 +177,8 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
             recipe.seed,
             root=recipe.root,
             protocol=recipe.protocol,
+            augmentation=recipe.augmentation,
+            hflip=recipe.hflip,
             cache=str(CACHE) if recipe.cache else None,
             exif_rotation=recipe.exif_rotation,
         )
@@ -184,8 +187,7 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
 
 def _images_to_plot(data: Data, device: torch.device) -> torch.Tensor:
     count = min(PLOTTED_IMAGES, len(data.test))  # type: ignore[arg-type]  # torch does not declare the length
-    images = torch.stack([data.test[i][0] for i in range(count)]).to(device)
-    return data.on_device[1](images) if data.on_device else images
+    return torch.stack([data.test[i][0] for i in range(count)]).to(device)
 
 
 def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:

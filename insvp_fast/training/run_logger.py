@@ -47,16 +47,19 @@ class RunLogger:
         if self.active and folder is None:
             self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
 
-    def start(self, config: InsVPConfig, preprocessing: dict[str, Any], data: Data) -> None:
+    def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data) -> None:
         """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
         self.tested_on = data.tested_on
         metric = score_name(self.recipe.metric_for(data.multi_label))
         self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
+        for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         content = {
             "recipe": self.recipe.to_dict(),
-            "insvp": config.to_dict(),
+            "insvp": config and config.to_dict(),
             "preprocessing": preprocessing,
+            "augmentation": data.augmentation,
             "class_names": data.class_names,
             "multi_label": data.multi_label,
             "images": images,
@@ -77,7 +80,9 @@ class RunLogger:
         best = "the best epoch" + (f" by {WORDS[metric].strip()}" if metric in WORDS else "")
         kept = "the last epoch" if split is None else f"{best} on {split}"
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
-        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), protocol {data.protocol}: keeps {kept}")
+        augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
+        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}")
+        self.say(f"protocol {data.protocol}: keeps {kept}")
 
     def restore(self, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
         """Take over the records of a model from before an interruption; metrics.jsonl is cut off after them."""
@@ -98,13 +103,17 @@ class RunLogger:
             for name in self.shown
             if (value := record.get(f"{split}_{name}")) is not None
         )
-        epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
-        self.say(f"{epoch}  loss {record['loss']:.4f}  {scores}  {record['images_per_s']:.0f} images/s")
+        if "images_per_s" in record:
+            epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
+            self.say(f"{epoch}  loss {record['loss']:.4f}  {scores}  {record['images_per_s']:.0f} images/s")
+            self._warn_of_waiting(record)
+        else:  # of a linear probe, which is fitted at once
+            self.say(f"fitted  loss {record['loss']:.4f}  {scores}")
         values = {f"{record['model']}/{key}": value for key, value in record.items() if isinstance(value, float)}
         self.accelerator.log(values, step=record["epoch"])
-        if record["data_wait"] > SLOW_LOADER and not (
-            self.warned or self.results
-        ):  # a linear probe leaves a device idle anyway
+
+    def _warn_of_waiting(self, record: dict[str, Any]) -> None:
+        if record["data_wait"] > SLOW_LOADER and not self.warned:
             self.warned = True
             self.say(
                 f"warning: {record['data_wait']:.0%} of the epoch was spent waiting for images: the loader is the"
@@ -123,7 +132,7 @@ class RunLogger:
         columns = "".join(f"{f'{self.tested_on} {WORDS.get(name, name).strip()}':>15}" for name in self.shown)
         self.say(f"\n{'':12}{columns}{'trained parameters':>20}{'kept':>12}")
         for record in self.results:
-            kept = f"epoch {record['kept_epoch']}"
+            kept = f"epoch {record['kept_epoch']}" if record["kept_epoch"] else "converged"
             scores = "".join(f"{record[f'test_{name}']:>15.1%}" for name in self.shown)
             parameters = f"{record['trained_parameters']:,}"
             self.say(f"{record['model']:12}{scores}{parameters:>20}{kept:>12}")

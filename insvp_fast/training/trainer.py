@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 
 from insvp_fast.atomic_files import recover, replace_folder
 from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.checkpoints.names import WEIGHTS_FILE
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
-from insvp_fast.model import InsVPViT
 from insvp_fast.training.average import WeightAverage, copy_weights
 from insvp_fast.training.balance import class_weights, targets_of
 from insvp_fast.training.candidates import Candidate
@@ -52,16 +51,14 @@ class Trainer:
             the data.
     """
 
-    def __init__(self, candidate: Candidate, model: InsVPViT, data: Data, logger: RunLogger) -> None:
+    def __init__(self, candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger) -> None:
         self.recipe, self.accelerator = recipe, accelerator = logger.recipe, logger.accelerator
-        self.name, self.logger, self.folder = candidate.name, logger, logger.folder / candidate.subfolder
-        self.lr = scale_lr(candidate.lr, recipe, accelerator.num_processes)
-        train_transform, eval_transform = data.on_device or (None, None)
+        self.name, self.logger, self.folder = candidate.name, logger, logger.folder
+        self.lr = scale_lr(recipe.lr, recipe, accelerator.num_processes)
         images = data.train_and_val if recipe.retrain and data.train_and_val else data.train
-        self.train_loader = create_loader(images, recipe, accelerator, shuffle=True, transform=train_transform)
+        self.train_loader = create_loader(images, recipe, accelerator, shuffle=True)
         self.eval_loaders = {
-            split: create_loader(getattr(data, split), recipe, accelerator, transform=eval_transform)
-            for split in ("val", "test")
+            split: create_loader(getattr(data, split), recipe, accelerator) for split in ("val", "test")
         }
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
         self.num_classes, self.multi_label = len(data.class_names), data.multi_label

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from insvp_fast.checkpoints.adapter_config import AdapterConfig
 from insvp_fast.checkpoints.files import find_file, read_safetensors
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.state_dict import check_shapes
 from insvp_fast.errors import CheckpointError
-from insvp_fast.model import InsVPViT
 
 __all__ = ["warm_start"]
 
 
-def warm_start(model: InsVPViT, source: str) -> str:
+def warm_start(model: Any, source: str) -> str:
     """Copy the weights of an adapter into a model; a head of other classes stays as it is. Returns what was done.
 
     Args:

@@ -171,7 +171,7 @@ def test_vtab_sees_the_whole_image(fakes):
     for split in (data.train, data.train_and_val):
         assert torch.equal(split[3][0], (pixels.float() / 255 - mean) / std)
     assert items_of(data.train_and_val)[0].parts[-2] == "train800val200"
-    assert data.augmentation == "none"
+    assert data.augmentation["augmentation"] == "none"
     tested = load_test_data("vtab/eurosat", data.preprocessing, 0, data.class_names, root=root)
     assert torch.equal(tested[5][0], data.test[5][0])
 
