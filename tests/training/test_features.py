@@ -27,6 +27,12 @@ from tests.training.small_runs import make_folder, quick, read_records
 from tests.training.test_trainer import give_scores
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    for name in ("plot_curves", "plot_prompts"):  # which take longer than the training
+        monkeypatch.setattr(run_module, name, lambda *_, **__: None)
+
+
 def command(data, tmp_path, *options):
     """Train on a folder from the command line; returns the exit status."""
     common = ["--epochs", "1", "--batch-size", "8", "--no-probe", "--amp", "off", "--prompt-length", "2"]
@@ -71,15 +77,17 @@ class TestSeveralLabels:
         pixels[..., 0] += 30 * labels[:, 2].numpy().astype(int)[:, None, None]
         preprocessing = resolve_preprocessing(load_backbone())
         images = Images(pixels.astype(np.uint8), list(labels)).with_transform(transform_for(preprocessing))
-        data = Data(images, images, images, ["dark", "light", "red"], "test", multi_label=True)
+        names, augmentation = ["dark", "light", "red"], {"augmentation": "none", "hflip": 0.0}
+        data = Data(images, images, images, names, augmentation, "test", plain_train=images, multi_label=True)
         monkeypatch.setattr(run_module, "load_data", lambda *_, **__: data)
         monkeypatch.setattr(evaluation, "load_test_data", lambda *_, **__: images)
 
     def test_training_and_eval(self, tmp_path, capsys):
         mixing = ["--mixup", "0.5", "--label-smoothing", "0.1", "--class-weights", "auto"]
-        assert command("scenes", tmp_path, *mixing, "--epochs", "2") == 0
+        assert command("scenes", tmp_path, *mixing, "--epochs", "2", "--probe") == 0
         run = tmp_path / "scenes-1"
-        *epochs, result = read_records(run)
+        _, probe, *epochs, result = read_records(run)
+        assert (probe["test_map"], probe["metric"]) == (1, "map")  # its training images
         assert result["metric"] == "map" and "test_accuracy" not in result
         assert all({"val_map", "val_f1", "val_f1_micro", "val_loss"} <= epoch.keys() for epoch in epochs)
         assert result["test_map"] > 0.6  # chance is 0.5
