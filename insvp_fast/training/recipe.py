@@ -350,9 +350,9 @@ def setting_names() -> list[str]:
     return [field.name for field in dataclasses.fields(Recipe) if field.name != "recipe"]
 
 
-def score_name(metric: str) -> str:
+def score_name(metric: str | None) -> str:
     """What a value of ``Recipe.metric`` is called in the records of a run, after the split: ``val_accuracy``."""
-    return "accuracy" if metric == "top1" else metric
+    return "accuracy" if metric in ("top1", None) else metric
 
 
 def check_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
