@@ -48,7 +48,7 @@ def main() -> None:
 def draw_prompts(figure: SubFigure, run: str) -> None:
     """One column per class: a test image, the two parts of its prompt, and the prompted image."""
     recipe, model, preprocessing, class_names = load_run(run)
-    test = load_data(recipe.data, preprocessing, recipe.seed).test
+    test = load_data(recipe.data, preprocessing, recipe.split_seed).test
     first: dict[str, Tensor] = {}
     for index in range(len(test)):  # type: ignore[arg-type]
         image, label = test[index]

@@ -16,7 +16,7 @@ __all__ = ["Entry", "Found", "Score", "find_run", "read_runs", "scores_of", "set
 
 # what a linear probe depends on: besides these, its runs would be repetitions to the bit
 PROBE_SETTINGS = ("backbone", "checkpoint", "data", "root", "preprocessing", "exif_rotation", "protocol")
-PROBE_SETTINGS += ("select_on", "retrain", "amp", "seed")
+PROBE_SETTINGS += ("img_size", "select_on", "retrain", "amp", "split_seed")
 
 
 class Entry(NamedTuple):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from importlib.util import find_spec
 
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -16,7 +18,7 @@ from insvp_fast.errors import TrainingError
 from insvp_fast.runtime import hardware
 from insvp_fast.training.recipe import Recipe
 
-__all__ = ["create_accelerator", "find_batch_size", "resolve_amp"]
+__all__ = ["create_accelerator", "find_batch_size", "peak_memory", "resolve_amp"]
 
 TENSOR_CORES = (7, 0)  # the compute capability of the first GPUs with them; before, fp16 may be slower than fp32
 
@@ -38,6 +40,18 @@ def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Acce
         log_with=list(trackers) or None,
         project_dir="." if trackers else None,  # until there is a run folder
     )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors held on a GPU, or that this process held in RAM, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Unix alone has it
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def resolve_amp(amp: str) -> str:

@@ -18,7 +18,7 @@ def targets_of(dataset: Dataset) -> Tensor:
     if isinstance(dataset, ConcatDataset):
         return torch.cat([targets_of(part) for part in dataset.datasets])
     classes = dataset.classes  # type: ignore[attr-defined]  # all data sets of insvp_fast.data have them
-    return torch.stack([torch.as_tensor(target) for target in classes])
+    return classes if isinstance(classes, Tensor) else torch.as_tensor(classes)
 
 
 def class_weights(targets: Tensor, num_classes: int) -> Tensor:

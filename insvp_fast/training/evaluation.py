@@ -50,7 +50,8 @@ def evaluate_run(
     accelerator = create_accelerator()
     recipe, model, preprocessing, names = load_run(run)
     source, root = data or recipe.data, root or (recipe.root if data in (None, recipe.data) else None)
-    images = load_test_data(source, preprocessing, recipe.seed, names, root=root, exif_rotation=recipe.exif_rotation)
+    seed = recipe.split_seed if Path(source).resolve() == Path(recipe.data).resolve() else None
+    images = load_test_data(source, preprocessing, seed, names, root=root, exif_rotation=recipe.exif_rotation)
     workers = recipe.workers if workers is None else workers
     loading = dataclasses.replace(recipe, batch_size=batch_size or recipe.batch_size, workers=workers)
     multi_label = read_config(run)[1].get("multi_label", False)

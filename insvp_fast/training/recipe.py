@@ -202,7 +202,10 @@ class Recipe:
         "recompute in backward, to save memory: the hidden layers of the MLPs, whole blocks, or nothing",
         _one_of("none", "mlp", "block"),
     )
-    seed: int = _setting(0, "random seed of splits, weights, order of images, augmentation and dropout", SEED)
+    seed: int = _setting(0, "random seed of weights, order of images, augmentation and dropout", SEED)
+    split_seed: int = _setting(
+        0, "random seed of the splits where there are no official ones; `seed` leaves them as they are", SEED
+    )
     method: str = _setting(
         "insvp", "what is trained: InsVP, or one of the methods to compare it with", _one_of(*METHODS)
     )

@@ -18,7 +18,7 @@ from insvp_fast.atomic_files import replace_folder
 from insvp_fast.checkpoints.backbone import weights_report
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
-from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
+from insvp_fast.training.accelerator import create_accelerator, find_batch_size, peak_memory, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
 from insvp_fast.training.linear_probe import train_linear_probe
@@ -135,7 +135,7 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     if trainer.result is not None:
         return
     trainer.fit()
-    result = trainer.test()
+    result = trainer.test() | {"peak_memory_mib": peak_memory(accelerator.device) / 2**20}
     trainer.save_adapter("adapter")
     if accelerator.is_main_process and candidate.method == "insvp":
         trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -174,7 +174,7 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
         data = load_data(
             recipe.data,
             preprocessing,
-            recipe.seed,
+            recipe.split_seed,
             root=recipe.root,
             protocol=recipe.protocol,
             augmentation=recipe.augmentation,

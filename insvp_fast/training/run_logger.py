@@ -76,13 +76,13 @@ class RunLogger:
         self._start_trackers()
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
+        self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
         best = "the best epoch" + (f" by {WORDS[metric].strip()}" if metric in WORDS else "")
         kept = "the last epoch" if split is None else f"{best} on {split}"
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
         augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
-        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}")
-        self.say(f"protocol {data.protocol}: keeps {kept}")
+        self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
 
     def restore(self, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
         """Take over the records of a model from before an interruption; metrics.jsonl is cut off after them."""

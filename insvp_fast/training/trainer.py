@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class Trainer:
             "metric": self.metric,
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
             "trained_epochs": self.epoch,
+            "images_per_s": median(record["images_per_s"] for record in self.records),
             "kept_epoch": self.best["epoch"] if self.recipe.selection_split else self.epoch,
             "selected_on": self.recipe.selection_split,
             "protocol": self.recipe.protocol,

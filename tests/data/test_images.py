@@ -14,8 +14,8 @@ from torchvision.datasets import ImageFolder
 
 from insvp_fast.data import check, load_data, load_test_data, transform_for
 from insvp_fast.data.cache import cache_images
-from insvp_fast.data.decode import UPRIGHT, read_image, to_rgb
-from insvp_fast.data.folders import SUFFIXES, image_files, read_class_folders
+from insvp_fast.data.decode import SUFFIXES, UPRIGHT, read_image, to_rgb
+from insvp_fast.data.folders import image_files, read_class_folders
 from insvp_fast.data.images import Images
 from insvp_fast.data.sets import SPLITS
 from insvp_fast.errors import DataError

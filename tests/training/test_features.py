@@ -76,7 +76,7 @@ class TestSeveralLabels:
         pixels = noise.integers(0, 60, (12, 36, 33, 3)) + 160 * labels[:, 1].numpy().astype(int)[:, None, None, None]
         pixels[..., 0] += 30 * labels[:, 2].numpy().astype(int)[:, None, None]
         preprocessing = resolve_preprocessing(load_backbone())
-        images = Images(pixels.astype(np.uint8), list(labels)).with_transform(transform_for(preprocessing))
+        images = Images(pixels.astype(np.uint8), labels).with_transform(transform_for(preprocessing))
         names, augmentation = ["dark", "light", "red"], {"augmentation": "none", "hflip": 0.0}
         data = Data(images, images, images, names, augmentation, "test", plain_train=images, multi_label=True)
         monkeypatch.setattr(run_module, "load_data", lambda *_, **__: data)

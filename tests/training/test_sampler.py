@@ -87,5 +87,5 @@ def test_class_weights_are_the_inverse_frequency_with_a_mean_of_one(counts):
 def test_targets_are_found_in_every_data_set():
     images = Images(["a", "b", "c"], [2, 0, 1])
     assert targets_of(ConcatDataset([Subset(images, [2, 0]), images])).tolist() == [1, 2, 2, 0, 1]
-    several = Images(["a", "b"], [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])])
+    several = Images(["a", "b"], torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert targets_of(Subset(several, [1])).tolist() == [[1, 1]]
