@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,10 @@ class Metrics(NamedTuple):
 
 
 @torch.inference_mode()
-def compute_metrics(model: nn.Module, loader: Loader, num_classes: int, accelerator: Accelerator) -> Metrics:
-    """Evaluate a model on all images; each is evaluated in one of the processes."""
+def compute_metrics(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_classes: int, accelerator: Accelerator
+) -> Metrics:
+    """Evaluate a model on all batches (images, classes) of a loader; each is evaluated in one of the processes."""
     model = model.to(accelerator.device).eval()
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=accelerator.device)
     top5_hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
