@@ -107,12 +107,12 @@ class PredictionFile:
         else:
             self.skipped += 1
 
-    def commit(self, seconds: float = COMMIT_SECONDS) -> None:
-        """Record what was added, unless that was done in the last ``seconds``.
+    def commit(self) -> None:
+        """Record what was added, unless that was done a moment ago.
 
-        Called after whole batches alone, so that what follows is computed in the same batches.
+        To be called after whole batches alone, so that what follows is computed in the same batches.
         """
-        if time.monotonic() - self.last_commit < seconds:
+        if time.monotonic() - self.last_commit < COMMIT_SECONDS:
             return
         self.stream.flush()
         os.fsync(self.stream.fileno())
