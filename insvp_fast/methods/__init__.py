@@ -7,6 +7,7 @@ reference and for the fast path alike; what the two do apart is the backbone.
 from __future__ import annotations
 
 from insvp_fast.methods.e2vpt import E2VPT
+from insvp_fast.methods.load import load_model
 from insvp_fast.methods.model import MethodViT, create_model
 from insvp_fast.methods.prefix import DualPrompt
 from insvp_fast.methods.table import METHODS
@@ -30,4 +31,5 @@ __all__ = [
     "VPTDeep",
     "VPTShallow",
     "create_model",
+    "load_model",
 ]
