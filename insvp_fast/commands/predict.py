@@ -96,8 +96,8 @@ def run(
     if output is None:
         skipped = _print_rows(classify, images, format, top_k)
     else:
-        settings = {"adapter": adapter_sha256(run), "class_names": _sha256(names), "tta": tta, "batch_size": batch_size}
-        skipped = _write_rows(classify, images, Path(output), format, top_k, settings)
+        settings = {"adapter": adapter_sha256(run), "class_names": _sha256(names), "tta": tta}
+        skipped = _write_rows(classify, images, Path(output), format, top_k, batch_size, settings)
     if skipped:
         print(f"insvp: skipped {skipped} of {len(images)} files", file=sys.stderr)
     return 0
@@ -140,22 +140,20 @@ def _print_rows(classify: Classify, images: Any, format: str, top_k: int) -> int
 
 
 def _write_rows(
-    classify: Classify, images: Any, file: Path, format: str, top_k: int, settings: dict[str, str | int]
+    classify: Classify, images: Any, file: Path, format: str, top_k: int, batch_size: int, settings: dict[str, str]
 ) -> int:
     """Write the file, or go on with it. Returns the number of images that were skipped."""
     from insvp_fast.training.counter import Counter
     from insvp_fast.training.prediction_file import PredictionFile
 
     try:
-        with PredictionFile(file, images, format, top_k, settings) as predictions:
+        with PredictionFile(file, images, format, top_k, batch_size, settings) as predictions:
             if predictions.images:
                 print(f"insvp: goes on after {predictions.images:,} of {len(images):,} images", file=sys.stderr)
             with Counter("predict", len(images), predictions.images) as counter:
                 for prediction in classify(predictions.remaining):
                     predictions.add(prediction)
                     counter.add(1)
-                    if predictions.images % settings["batch_size"] == 0:
-                        predictions.commit()
             predictions.finish()
     except OSError as error:
         raise CommandError(f"--output is {file}: cannot be written ({error})") from error

@@ -57,13 +57,15 @@ def _json(prediction: Prediction) -> str:
 class PredictionFile:
     """A file that is in place once it is complete; until then its rows are in FILE.part, and FILE.part.json says which.
 
-    ``commit`` waits until the rows are on the disk, then records the length of FILE.part and a digest of the images in
-    it. Made again with the same arguments, the file goes on there: what is behind is cut off, to be written again.
+    Every few seconds the rows are made safe on the disk, then the length of FILE.part and a digest of the images in it
+    are recorded. Made again with the same arguments, the file goes on there: what is behind is cut off, to be written
+    again.
 
     Args:
         images: what the rows are for, in order.
         form: ``csv``, ``jsonl`` or ``parquet``.
         top_k: the number of classes in each row.
+        batch_size: of the batches that images are computed in, which must not change: it goes on after a whole one.
         settings: all else that the rows depend on.
 
     Attributes:
@@ -76,14 +78,17 @@ class PredictionFile:
     """
 
     def __init__(
-        self, file: Path, images: Iterable[str], form: str, top_k: int, settings: Mapping[str, str | int]
+        self, file: Path, images: Iterable[str], form: str, top_k: int, batch_size: int, settings: Mapping[str, str]
     ) -> None:
-        self.file, self.form, self.settings = file, form, {"format": form, "top_k": top_k} | dict(settings)
+        self.file, self.form, self.batch_size = file, form, batch_size
+        self.settings = {"format": form, "top_k": top_k, "batch_size": batch_size, **settings}
         self.part, self.record = (file.with_name(file.name + ending) for ending in (".part", ".part.json"))
         self.remaining, self.images, self.skipped, self.names = iter(images), 0, 0, hashlib.sha256()
         resumed = self.part.exists() and self.record.exists()
         if resumed:
             self._resume(json.loads(self.record.read_text()))
+        else:
+            self.record.unlink(missing_ok=True)  # of a file that was put in its place
         self.last_commit = time.monotonic()
         # file names that are not UTF-8 are escaped
         self.stream = open(  # noqa: SIM115
@@ -106,20 +111,8 @@ class PredictionFile:
             self.write_row(prediction)
         else:
             self.skipped += 1
-
-    def commit(self) -> None:
-        """Record what was added, unless that was done a moment ago.
-
-        To be called after whole batches alone, so that what follows is computed in the same batches.
-        """
-        if time.monotonic() - self.last_commit < COMMIT_SECONDS:
-            return
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        facts = {"settings": self.settings, "images": self.images, "skipped": self.skipped}
-        facts |= {"sha256": self.names.hexdigest(), "bytes": os.fstat(self.stream.fileno()).st_size}
-        write_file(self.record, json.dumps(facts).encode())
-        self.last_commit = time.monotonic()
+        if self.images % self.batch_size == 0 and time.monotonic() - self.last_commit >= COMMIT_SECONDS:
+            self._commit()
 
     def finish(self) -> None:
         """Put the file in its place."""
@@ -131,6 +124,14 @@ class PredictionFile:
         else:
             os.replace(self.part, self.file)
         self.record.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        facts = {"settings": self.settings, "images": self.images, "skipped": self.skipped}
+        facts |= {"sha256": self.names.hexdigest(), "bytes": os.fstat(self.stream.fileno()).st_size}
+        write_file(self.record, json.dumps(facts).encode())
+        self.last_commit = time.monotonic()
 
     def _count(self, image: str) -> None:
         self.images += 1
@@ -166,6 +167,6 @@ def _write_parquet(source: Path, file: Path) -> None:
         pyarrow.csv.ParseOptions(newlines_in_values=True),
         pyarrow.csv.ConvertOptions(column_types=types),
     )
-    with replace_file(file) as stream, pyarrow.parquet.ParquetWriter(stream, reader.schema) as writer:
+    with replace_file(file) as output, pyarrow.parquet.ParquetWriter(output, reader.schema) as writer:
         for rows in reader:
             writer.write_batch(rows)
