@@ -13,7 +13,7 @@ from insvp_fast.reference import PromptMethod
 __all__ = ["METHODS"]
 
 METHODS: dict[str, type[PromptMethod]] = {
-    "linear_probe": PromptMethod,
+    "linear": PromptMethod,
     "vpt_deep": VPTDeep,
     "vpt_shallow": VPTShallow,
     "vp": VP,

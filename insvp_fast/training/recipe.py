@@ -10,12 +10,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from insvp_fast.config import InsVPConfig
 from insvp_fast.data.sets import DIGITS, PROTOCOLS
 from insvp_fast.errors import TrainingError
 
-__all__ = ["BUILTIN_BACKBONE", "Limits", "Recipe", "check_names", "setting_names"]
+__all__ = ["BUILTIN_BACKBONE", "METHODS", "PROMPT_SETTINGS", "Limits", "Recipe", "check_names", "setting_names"]
 
 BUILTIN_BACKBONE = "vit_shapes_32"
+METHODS = (  # insvp, and the names in insvp_fast.methods, which would load torch
+    "insvp",
+    "linear",
+    "vpt_shallow",
+    "vpt_deep",
+    "vp",
+    "e2vpt",
+    "vapt",
+    "vfpt",
+    "dualprompt",
+)
+PROMPT_SETTINGS = {field.name: field for field in dataclasses.fields(InsVPConfig)}  # settings of the same names
 TYPES: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 
@@ -44,15 +57,20 @@ NOT_NEGATIVE = Limits(lambda value: 0 <= value < math.inf, "a number of at least
 BELOW_ONE = Limits(lambda value: 0 <= value < 1, "a number in [0, 1)")
 PROBABILITY = Limits(lambda value: 0 <= value <= 1, "a number in [0, 1]")
 SEED = Limits(lambda value: 0 <= value < 2**32, "an integer from 0 to 2^32-1")
-THREE_ODD = Limits(
-    lambda sides: len(sides) == 3 and all(isinstance(side, int) and side > 0 and side % 2 for side in sides),
-    "three odd positive integers",
+NAMED_VALUES = Limits(
+    lambda values: all(name.isidentifier() and value for name, _, value in (v.partition("=") for v in values)),
+    "NAME=VALUE, such as rank=8",
 )
 
 
 def _setting(default: Any, help: str, limits: Limits | None = None, metavar: str | None = None) -> Any:
     """A field with metadata for the command line and for checks; ``metavar`` stands for the value in the help."""
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "metavar": metavar})
+
+
+def _prompt_setting(help: str, metavar: str | None = None) -> Any:
+    """A field of the name of a field of ``InsVPConfig``, which knows its values; None for the configuration's own."""
+    return _setting(None, help, metavar=metavar)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +118,7 @@ class Recipe:
     batch_size: int = _setting(32, "images per batch and device; with `auto_batch`, the upper limit", _at_least(1))
     auto_batch: bool = _setting(False, "reduce the batch size until a batch fits into memory")
     accumulate: int = _setting(1, "batches per optimizer step, to accumulate gradients", _at_least(1))
-    lr: float = _setting(3e-3, "peak learning rate of InsVP: linear warm-up, then cosine decay to 0", POSITIVE)
-    probe_lr: float = _setting(1e-1, "peak learning rate of the linear probe", POSITIVE)
+    lr: float = _setting(3e-3, "peak learning rate: linear warm-up, then cosine decay to 0", POSITIVE)
     lr_scale: str = _setting(
         "none",
         "multiply the learning rates by (images per step / 64), by its square root, or by nothing",
@@ -134,18 +151,57 @@ class Recipe:
         _one_of("none", "mlp", "block"),
     )
     seed: int = _setting(0, "random seed of splits, weights, order of images, augmentation and dropout", SEED)
-    prompt_length: int | None = _setting(
-        None,
-        f"prompt tokens per block, L (default: 4 with {BUILTIN_BACKBONE}, 9 as in the paper with others, 16 with"
-        " `released`)",
-        _at_least(0),
+    method: str = _setting(
+        "insvp", "what is trained: InsVP, or one of the methods to compare it with", _one_of(*METHODS)
+    )
+    method_options: tuple[str, ...] = _setting(
+        (), "settings of another method than InsVP, such as rank=8", NAMED_VALUES, metavar="NAME=VALUE"
     )
     released: bool = _setting(False, "train the model of the authors' released code instead of the paper's")
-    specific_kernels: tuple[int, int, int] | None = _setting(
-        None, "kernel sizes of the specific prompter (default: those of the paper or of the released code)", THREE_ODD
+    prompt_length: int | None = _prompt_setting(
+        f"prompt tokens per block, L (default: 4 with {BUILTIN_BACKBONE}, 9 as in the paper with others, 16 with"
+        " `released`)"
     )
-    simam: bool = _setting(False, "weight the input image by SimAM")
-    probe: bool = _setting(True, "train a linear probe as well, for comparison")
+    global_prompt: bool | None = _prompt_setting("the global prompt, p_g (default: on)")
+    patch_prompt: bool | None = _prompt_setting("the patch prompt, p_l (default: on)")
+    common_prompt: bool | None = _prompt_setting("the common prompts, c_j (default: on)")
+    specific_prompt: bool | None = _prompt_setting("the specific prompt, p_s (default: on)")
+    image_weights: tuple[float, ...] | None = _prompt_setting(
+        "weights of global and patch prompt, or one number beta_I for (beta_I, 1 - beta_I) (default: 0.7; 2 1 with"
+        " `released`)"
+    )
+    feature_weights: tuple[float, ...] | None = _prompt_setting(
+        "weights of common and specific prompt, or one number beta_F for (beta_F, 1 - beta_F) (default: 0.5; 1 1 with"
+        " `released`)"
+    )
+    prompted_blocks: int | None = _setting(
+        None, "number of blocks that get prompts, from the first (default: all)", _at_least(0)
+    )
+    carry_prompts: bool | None = _prompt_setting(
+        "keep the outputs of the last prompts as tokens of the blocks without prompts (default: on with `released`)"
+    )
+    patch_hidden: int | None = _prompt_setting("hidden width of the patch prompter (default: 16)")
+    global_hidden: int | None = _prompt_setting("hidden channels of the global prompter (default: 6)")
+    global_kernels: tuple[int, int] | None = _prompt_setting(
+        "kernel sizes of the global prompter (default: 3 3; 11 25 with `released`)"
+    )
+    global_dilations: tuple[int, int] | None = _prompt_setting(
+        "dilations of the global prompter (default: 5 12; 1 1 with `released`)"
+    )
+    specific_kernels: tuple[int, int, int] | None = _prompt_setting(
+        "kernel sizes of the specific prompter (default: 7 9 3)"
+    )
+    specific_input: str | None = _prompt_setting(
+        "what the specific prompter reads: image, or prompted, the image with its prompt (default: image; prompted"
+        " with `released`)",
+        metavar="{image,prompted}",
+    )
+    global_dropout: float | None = _prompt_setting("dropout on the global prompt (default: 0.1)")
+    patch_dropout: float | None = _prompt_setting("dropout on the patch prompt (default: 0; 0.1 with `released`)")
+    common_dropout: float | None = _prompt_setting("dropout on the common prompts (default: 0; 0.1 with `released`)")
+    specific_dropout: float | None = _prompt_setting("dropout on the specific prompt (default: 0; 0.1 with `released`)")
+    simam: bool | None = _prompt_setting("weight the input image by SimAM (default: off)")
+    probe: bool = _setting(True, "fit a linear probe as well, for comparison: logistic regression to convergence")
     workers: int = _setting(0, "processes that load images; 0 loads them in the training process", _at_least(0))
     cache: bool = _setting(False, "decode all images once into a memory-mapped file, and augment on the device")
     trackers: tuple[str, ...] = _setting(
@@ -158,6 +214,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._check_field(field)
+        if self.method != "insvp":
+            for name in ("released", *PROMPT_SETTINGS):
+                default = getattr(type(self), name)
+                expected = f"none with the method {self.method}, which has `method_options`"
+                self._check(name, getattr(self, name) == default, expected)
+        self._check("method_options", self.method != "insvp" or not self.method_options, "none with the method insvp")
         both = self.checkpoint is not None and "@" in self.backbone.partition(":")[0]  # hf-hub:NAME@REVISION is fine
         self._check("backbone", not both, "a name without @FILE where `checkpoint` is given")
 
@@ -179,11 +241,17 @@ class Recipe:
             return
         if type_name in TYPES:
             self._check(name, isinstance(value, TYPES[type_name]), f"a value of type {type_name}")
-        else:
-            self._check(name, isinstance(value, (list, tuple)), limits.expected)
-            object.__setattr__(self, name, value := tuple(value))  # JSON and TOML have no tuples
+        elif isinstance(value, (list, tuple)):
+            value = tuple(value)  # JSON and TOML have no tuples
+            value = value[0] if "float" in type_name and len(value) == 1 else value
+            object.__setattr__(self, name, value)
+        elif name not in PROMPT_SETTINGS:
+            self._check(name, False, limits.expected)
         if limits is not None:
             self._check(name, limits.accepts(value), limits.expected)
+        if name in PROMPT_SETTINGS:
+            metadata = PROMPT_SETTINGS[name].metadata
+            self._check(name, metadata["is_valid"](value), metadata["expected"])
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -15,14 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from insvp_fast.atomic_files import replace_folder
 from insvp_fast.checkpoints.backbone import weights_report
-from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
-from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
-from insvp_fast.training.candidates import Candidate, candidates_of
+from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
+from insvp_fast.training.linear_probe import train_linear_probe
+from insvp_fast.training.models import build_model
 from insvp_fast.training.plots import plot_curves, plot_prompts
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
@@ -36,7 +36,7 @@ PLOTTED_IMAGES = 8  # of the test images, in prompts.png
 
 
 def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Path:
-    """Train InsVP on a data set, and a linear probe for comparison; return the run folder.
+    """Train InsVP or another method on a data set, and a linear probe for comparison; return the run folder.
 
     Args:
         recipe: the settings; None for the defaults, or for those of the run to resume.
@@ -49,20 +49,21 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
     backbone = load_backbone(recipe.backbone, recipe.checkpoint)
+    build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
     data, preprocessing = _load_data(recipe, backbone, accelerator)
-    candidates, wanted = candidates_of(recipe), recipe.batch_size
+    wanted = recipe.batch_size
     if recipe.auto_batch:
-        model = build_model(candidates[0].config, recipe, backbone, len(data.class_names))
+        model = build_model(recipe.method, recipe, backbone, len(data.class_names))
         recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
         del model
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
-        logger.start(candidates[0].config, preprocessing, data)
+        logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data)
         if report := weights_report(backbone):
             logger.say(f"backbone: {report}")
         if recipe.batch_size != wanted:
             logger.say(f"batch size {recipe.batch_size}: the largest up to {wanted} that fits into memory")
-        for candidate in candidates:
+        for candidate in candidates_of(recipe):
             train_candidate(candidate, backbone, data, logger, preprocessing)
         if accelerator.is_main_process:
             plot_curves(logger.epochs, logger.folder / "curve.png")
@@ -76,14 +77,28 @@ def train_candidate(
     data: Data,
     logger: RunLogger,
     preprocessing: dict[str, Any],
-) -> InsVPViT:
-    """Train a model around a copy of the backbone. All candidates see the same images in the same order."""
+) -> nn.Module:
+    """Train a model around a copy of the backbone."""
     recipe, accelerator = logger.recipe, logger.accelerator
     set_seed(recipe.seed)
-    model = build_model(candidate.config, recipe, backbone, len(data.class_names))
+    model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
+    model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    if candidate.method == LINEAR:
+        train_linear_probe(candidate.name, model, data, logger)
+        if candidate.is_adapter and accelerator.is_main_process:
+            with replace_folder(logger.folder / "adapter") as new:
+                model.save_pretrained(new)
+    else:
+        _fit(candidate, model, data, logger, preprocessing)
+    accelerator.free_memory()
+    return model
+
+
+def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
+    """Train by gradient descent; write the adapter and the plot of its prompts."""
+    recipe, accelerator = logger.recipe, logger.accelerator
     if accelerator.num_processes > 1:
         set_seed(recipe.seed, device_specific=True)  # each process needs other dropout masks
-    model.class_names, model.preprocessing = list(data.class_names), preprocessing
     trainer = Trainer(candidate, model, data, logger)
     parameters = sum(p.numel() for p in trainer.trained.values())
     logger.restore(trainer.records, trainer.result)
@@ -91,33 +106,17 @@ def train_candidate(
     logger.say(f"\n{candidate.name}: {parameters:,} trained parameters, learning rate {trainer.lr:g}, {steps}")
     if trainer.epoch or trainer.batch:
         logger.say(f"goes on after {trainer.epoch} epochs and {trainer.batch} batches")
-    if trainer.result is None:
-        trainer.fit()
-        result = trainer.test()
-        if candidate.is_adapter:
-            trainer.save_adapter("adapter")
-            if accelerator.is_main_process:
-                trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-                images = _images_to_plot(data, accelerator.device)
-                plot_prompts(trained, images, preprocessing, logger.folder / "prompts.png")
-        logger.log_result(result)
-        trainer.save()
-    accelerator.free_memory()
-    return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-
-
-def build_model(config: InsVPConfig, recipe: Recipe, backbone: nn.Module, num_classes: int) -> InsVPViT:
-    """A model with these prompts, around a copy of the backbone."""
-    model = InsVPViT(
-        copy.deepcopy(backbone),
-        num_classes,
-        config,
-        recompute=recipe.recompute,
-        compile_prompters=recipe.compile == "prompters",
-    )
-    if recipe.compile == "model":
-        model.compile()
-    return model
+    if trainer.result is not None:
+        return
+    trainer.fit()
+    result = trainer.test()
+    trainer.save_adapter("adapter")
+    if accelerator.is_main_process and candidate.method == "insvp":
+        trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        images = _images_to_plot(data, accelerator.device)
+        plot_prompts(trained, images, preprocessing, logger.folder / "prompts.png")
+    logger.log_result(result)
+    trainer.save()
 
 
 def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:

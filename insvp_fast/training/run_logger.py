@@ -45,13 +45,15 @@ class RunLogger:
         if self.active and folder is None:
             self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
 
-    def start(self, config: InsVPConfig, preprocessing: dict[str, Any], data: Data) -> None:
+    def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data) -> None:
         """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
         self.tested_on = data.tested_on
+        for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         content = {
             "recipe": self.recipe.to_dict(),
-            "insvp": config.to_dict(),
+            "insvp": config and config.to_dict(),
             "preprocessing": preprocessing,
             "class_names": data.class_names,
             "images": images,
@@ -91,13 +93,17 @@ class RunLogger:
             for key, value in record.items()
             if key.endswith("_accuracy") and value is not None
         )
-        epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
-        self.say(f"{epoch}  loss {record['loss']:.4f}  {accuracies}  {record['images_per_s']:.0f} images/s")
+        if "images_per_s" in record:
+            epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
+            self.say(f"{epoch}  loss {record['loss']:.4f}  {accuracies}  {record['images_per_s']:.0f} images/s")
+            self._warn_of_waiting(record)
+        else:  # of a linear probe, which is fitted at once
+            self.say(f"fitted  loss {record['loss']:.4f}  {accuracies}")
         values = {f"{record['model']}/{key}": value for key, value in record.items() if isinstance(value, float)}
         self.accelerator.log(values, step=record["epoch"])
-        if record["data_wait"] > SLOW_LOADER and not (
-            self.warned or self.results
-        ):  # a linear probe leaves a device idle anyway
+
+    def _warn_of_waiting(self, record: dict[str, Any]) -> None:
+        if record["data_wait"] > SLOW_LOADER and not self.warned:
             self.warned = True
             self.say(
                 f"warning: {record['data_wait']:.0%} of the epoch was spent waiting for images: the loader is the"
@@ -115,7 +121,7 @@ class RunLogger:
         column = f"{self.tested_on} accuracy"  # val where an image folder has no test
         self.say(f"\n{'':12}{column:>15}{'trained parameters':>20}{'kept':>12}")
         for record in self.results:
-            kept = f"epoch {record['kept_epoch']}"
+            kept = f"epoch {record['kept_epoch']}" if record["kept_epoch"] else "converged"
             accuracy, parameters = f"{record['test_accuracy']:.1%}", f"{record['trained_parameters']:,}"
             self.say(f"{record['model']:12}{accuracy:>15}{parameters:>20}{kept:>12}")
         split = self.recipe.selection_split

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 
 from insvp_fast.atomic_files import recover, replace_folder
 from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.checkpoints.names import WEIGHTS_FILE
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
-from insvp_fast.model import InsVPViT
 from insvp_fast.training.average import WeightAverage, copy_weights
 from insvp_fast.training.candidates import Candidate
 from insvp_fast.training.loader import create_loader
@@ -49,10 +48,10 @@ class Trainer:
         TrainingError: if ``last`` is damaged, or was written by another number of processes.
     """
 
-    def __init__(self, candidate: Candidate, model: InsVPViT, data: Data, logger: RunLogger) -> None:
+    def __init__(self, candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger) -> None:
         self.recipe, self.accelerator = recipe, accelerator = logger.recipe, logger.accelerator
-        self.name, self.logger, self.folder = candidate.name, logger, logger.folder / candidate.subfolder
-        self.lr = scale_lr(candidate.lr, recipe, accelerator.num_processes)
+        self.name, self.logger, self.folder = candidate.name, logger, logger.folder
+        self.lr = scale_lr(recipe.lr, recipe, accelerator.num_processes)
         train_transform, eval_transform = data.on_device or (None, None)
         images = data.train_and_val if recipe.retrain and data.train_and_val else data.train
         self.train_loader = create_loader(images, recipe, accelerator, shuffle=True, transform=train_transform)

@@ -114,7 +114,7 @@ def test_a_sweep_may_grow_and_start_from_recipes(tmp_path):
     file = tmp_path / "grid.toml"
     file.write_text('[recipe]\nroot = "r"\n[grid]\nrecipe = ["cub", "svhn"]\nreleased = [false, true]')
     entries = list(sweep.read_grid(file, tmp_path))
-    assert [entry.recipe.prompt_length for entry in entries] == [9, 9, 9, 16]
+    assert [entry.recipe.prompt_length for entry in entries] == [None, 9, None, 16]
     assert entries[3].recipe == replace(Recipe(**read_recipe("svhn", released=True)), root="r", output=str(tmp_path))
     assert entries[3].arguments == ["--recipe", "svhn", "--root", "r", "--released", "--output", str(tmp_path)]
 

@@ -27,7 +27,7 @@ from insvp_fast.testing import DEVICE, assert_within_budget, relative_error, tra
 NAME = "vit_tiny_patch16_224"
 SIZE = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 4, "reg_tokens": 1}
 OPTIONS = {
-    "linear_probe": {},
+    "linear": {},
     "vpt_deep": {"length": 5, "projection": 7, "blocks": [0, 1, 3]},
     "vpt_shallow": {"length": 5},
     "vp": {"padding": 5},

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 from insvp_fast import InsVPConfig
 from insvp_fast.errors import InsVPError
-from insvp_fast.training import accelerator, candidates, run_logger, trainer
-from insvp_fast.training import run as run_module
+from insvp_fast.training import accelerator, models, run_logger, trainer
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
@@ -118,7 +117,7 @@ def test_mixing_smooths_targets_and_drops_an_odd_image(pictures, tmp_path, monke
 )
 def test_how_it_is_computed_changes_nothing(pictures, tmp_path, monkeypatch, settings):
     # without dropout, for which compiled code draws other masks
-    monkeypatch.setattr(candidates, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
+    monkeypatch.setattr(models, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
     plain, other = (train(quick(pictures, tmp_path, **more)) for more in ({}, settings))
     for one, two in zip(read_records(plain), read_records(other), strict=True):
         assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-4)
@@ -126,14 +125,14 @@ def test_how_it_is_computed_changes_nothing(pictures, tmp_path, monkeypatch, set
 
 
 def test_the_largest_batch_that_fits_is_found(pictures, tmp_path, monkeypatch, capsys):
-    forward = run_module.InsVPViT.forward
+    forward = models.InsVPViT.forward
 
     def small(self, images):
         if len(images) > 5:
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         return forward(self, images)
 
-    monkeypatch.setattr(run_module.InsVPViT, "forward", small)
+    monkeypatch.setattr(models.InsVPViT, "forward", small)
     run = train(quick(pictures, tmp_path, auto_batch=True))
     recipe = json.loads((run / "config.json").read_text())["recipe"]
     assert (recipe["batch_size"], recipe["auto_batch"]) == (5, False)

@@ -1,0 +1,59 @@
+"""The linear probe: logistic regression to convergence on what the head reads."""
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from sklearn.linear_model import LogisticRegression
+from torch.utils.data import TensorDataset
+
+from insvp_fast.methods import create_model
+from insvp_fast.training.linear_probe import WEIGHT_DECAYS, Features, fit_linear, read_features, set_head
+from insvp_fast.training.loader import create_loader
+from insvp_fast.training.recipe import Recipe
+
+
+@pytest.fixture
+def noisy() -> Features:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(120, 7, dtype=torch.float64, generator=generator)
+    scores = inputs @ torch.randn(7, 5, dtype=torch.float64, generator=generator)
+    targets = (scores + 2 * torch.randn(120, 5, dtype=torch.float64, generator=generator)).argmax(1)
+    return Features(3 * inputs + 1, targets)
+
+
+def test_it_is_scikit_learns_minimum(noisy):
+    fit = fit_linear(noisy, noisy, 5, [1e-2])
+    scaled = (noisy.inputs - noisy.inputs.mean(0)) / noisy.inputs.std(0, correction=0)
+    # scikit-learn minimizes C times the sum of the losses plus half the squared norm
+    theirs = LogisticRegression(C=1 / (1e-2 * len(scaled)), tol=1e-10, max_iter=10000).fit(scaled, noisy.targets)
+    assert fit.converged
+    found = (noisy.inputs @ fit.weight.T + fit.bias).log_softmax(1)
+    torch.testing.assert_close(found, torch.from_numpy(theirs.predict_log_proba(scaled)), rtol=0, atol=1e-3)
+
+
+def test_the_weight_decay_is_chosen_on_held_out_images(noisy):
+    shifted = Features(noisy.inputs, noisy.targets.roll(1))  # nothing can be learned
+    scores = [fit_linear(shifted, noisy, 5, [decay]).score for decay in WEIGHT_DECAYS]
+    assert fit_linear(shifted, noisy, 5).score == max(scores) > min(scores)
+
+
+def test_where_an_image_may_have_several_classes_each_is_fitted_by_itself(noisy):
+    targets = torch.stack([noisy.targets % 2, noisy.targets == 0], dim=1).double()
+    both, first = (Features(noisy.inputs, part) for part in (targets, targets[:, :1]))
+    # the mean over two classes halves each loss
+    halved, whole = fit_linear(both, both, 2, [1e-2]), fit_linear(first, first, 1, [2e-2])
+    torch.testing.assert_close(halved.weight[:1], whole.weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])  # one head, two heads
+def test_a_head_gives_the_logits_of_the_fit(name):
+    model = create_model("linear", timm.create_model(name, depth=1, img_size=32), 3).eval()
+    images, accelerator = torch.randn(9, 3, 32, 32), Accelerator(cpu=True)
+    loader = create_loader(TensorDataset(images, torch.arange(9) % 3), Recipe(batch_size=4), accelerator)
+    features = read_features(model, loader, accelerator)
+    fit = fit_linear(features, features, 3, [1e-1])
+    set_head(model, fit)
+    with torch.inference_mode():
+        logits = model(images).double()
+    torch.testing.assert_close(logits, features.inputs @ fit.weight.T + fit.bias, rtol=0, atol=1e-5)
