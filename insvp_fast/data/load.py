@@ -39,6 +39,7 @@ class Data(NamedTuple):
     protocol: str = "paper"  # which splits these are, in words
     on_device: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None  # for training, evaluation
     train_and_val: Dataset | None = None  # both, transformed as for training
+    plain_train: Dataset | None = None  # train, transformed as for evaluation
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
     augmentation: str = "timm"  # what training adds to it: "timm", "crop" or "none"
 
@@ -79,12 +80,14 @@ def load_data(
     view, on_device = _views(splits, preprocessing, cache, Path(source).resolve().name)
 
     train, val = view("train", True), view("val" if division is None else "train", False)
+    plain_train = view("train", False)
     if "train_and_val" in splits:
         both = view("train_and_val", True)
     else:
         both = train if division is not None else ConcatDataset([train, view("val", True)])
     if division is not None:
         train, val = Subset(train, division[0]), Subset(val, division[1])
+        plain_train = Subset(plain_train, division[0])
     tested_on = "test" if "test" in splits else "val"
     used = dict(preprocessing)
     augmentation = used.pop("augmentation", "timm")
@@ -97,6 +100,7 @@ def load_data(
         protocol=words,
         on_device=on_device,
         train_and_val=both,
+        plain_train=plain_train,
         preprocessing=used,
         augmentation=augmentation,
     )

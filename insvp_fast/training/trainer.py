@@ -22,6 +22,7 @@ from insvp_fast.errors import TrainingError
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.average import WeightAverage, copy_weights
 from insvp_fast.training.candidates import Candidate
+from insvp_fast.training.linear_probe import fit_head
 from insvp_fast.training.loader import create_loader
 from insvp_fast.training.metrics import evaluate_accuracy
 from insvp_fast.training.progress import Progress
@@ -60,6 +61,10 @@ class Trainer:
             split: create_loader(getattr(data, split), recipe, accelerator, transform=eval_transform)
             for split in ("val", "test")
         }
+        if recipe.head_init == "probe" and not self._read_on_main(lambda: (self.folder / "last").exists()):
+            plain_train = create_loader(data.plain_train or data.train, recipe, accelerator, transform=eval_transform)
+            if probe := fit_head(model, plain_train, self.eval_loaders["val"], accelerator):
+                logger.say(f"the head begins as a linear probe, C {probe.C:g}: {probe.val_accuracy:.1%} on val")
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
         self.mixup = _create_mixup(recipe, len(data.class_names))
         # of a model, timm does not decay biases and what it takes for embeddings; the release decays all that it trains
@@ -81,6 +86,8 @@ class Trainer:
         Raises:
             TrainingError: if the loss becomes infinite or not a number.
         """
+        if self.recipe.head_init == "probe" and self.recipe.selection_split and self.epoch == self.batch == 0:
+            self._keep_best({"epoch": 0} | self._evaluate_epoch())
         while self.epoch < self.recipe.epochs:
             record = {"model": self.name, "epoch": self.epoch + 1} | self._train_epoch()
             with self.average.in_place():
