@@ -1,10 +1,8 @@
 """Softmax regression on frozen features, and heads that begin as one."""
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
 
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import trainer
@@ -27,11 +25,7 @@ def test_it_is_the_minimum_of_the_penalized_loss(classes, strength):
     weight, bias = probe.weight.requires_grad_(), probe.bias.requires_grad_()
     loss = torch.nn.functional.cross_entropy(train[0].double() @ weight.T + bias, train[1], reduction="sum")
     gradients = torch.autograd.grad(strength * loss + weight.square().sum() / 2, [weight, bias])
-    assert all(gradient.abs().max() < 1e-4 * strength * len(train[0]) for gradient in gradients)
-    if classes > 2:  # with two, scikit-learn has one row of weights, another penalty
-        peer = LogisticRegression(C=strength, solver="newton-cg", tol=1e-9).fit(train[0].double().numpy(), train[1])
-        np.testing.assert_allclose(probe.weight.detach(), peer.coef_, atol=1e-6)
-        assert probe.val_accuracy == peer.score(*val)
+    assert all(gradient.abs().max() < 1e-6 * strength * len(train[0]) for gradient in gradients)  # convex: one minimum
 
 
 def test_the_penalty_is_chosen_on_val_and_of_equals_the_strongest():
@@ -67,9 +61,10 @@ def test_a_resumed_run_does_not_begin_again(pictures, tmp_path, monkeypatch):
         save(self)
         raise InsVPError("stopped")
 
-    with monkeypatch.context() as patch, pytest.raises(InsVPError, match="stopped"):
+    with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "save", save_and_stop)
-        train(quick(pictures, tmp_path / "stopped", **settings))
+        with pytest.raises(InsVPError, match="stopped"):
+            train(quick(pictures, tmp_path / "stopped", **settings))
     part = next((tmp_path / "stopped").iterdir())
     monkeypatch.setattr(trainer, "fit_head", None)
     resumed = train(resume=part)
