@@ -34,12 +34,12 @@ class Data(NamedTuple):
     train: Dataset
     val: Dataset
     test: Dataset
+    plain_train: Dataset  # train, transformed as for evaluation
     class_names: list[str]
     tested_on: str  # the split that ``test`` is: "val" where there is no "test"
     protocol: str = "paper"  # which splits these are, in words
     on_device: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None  # for training, evaluation
     train_and_val: Dataset | None = None  # both, transformed as for training
-    plain_train: Dataset | None = None  # train, transformed as for evaluation
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
     augmentation: str = "timm"  # what training adds to it: "timm", "crop" or "none"
 
@@ -95,12 +95,12 @@ def load_data(
         train,
         val,
         test=view(tested_on, False),
+        plain_train=plain_train,
         class_names=class_names,
         tested_on=tested_on,
         protocol=words,
         on_device=on_device,
         train_and_val=both,
-        plain_train=plain_train,
         preprocessing=used,
         augmentation=augmentation,
     )

@@ -17,7 +17,7 @@ from insvp_fast.training.loader import Loader
 
 __all__ = ["LinearProbe", "fit_head", "fit_linear_probe"]
 
-STRENGTHS = tuple(10.0**k for k in range(-3, 4))  # C of scikit-learn's LogisticRegression, whose default is 1
+STRENGTHS = tuple(10.0**k for k in range(-3, 5))  # C of scikit-learn's LogisticRegression, whose default is 1
 MAX_STEPS = 500  # L-BFGS has converged long before, unless nearly nothing is penalized
 
 
@@ -47,29 +47,29 @@ def fit_linear_probe(
     features = (features - shift) / scale  # the same minimum, reached in fewer steps
     weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
     bias = features.new_zeros(num_classes, requires_grad=True)
-    best: LinearProbe | None = None
+    probes = []
     for C in strengths:
-        penalty = 0.5 / (C * len(features) * scale**2)
-        optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=MAX_STEPS, tolerance_grad=1e-8, tolerance_change=0.0, line_search_fn="strong_wolfe"
-        )
+        _minimize(features, classes, weight, bias, 0.5 / (C * len(features) * scale.item() ** 2))
+        own_weight = (weight / scale).detach()
+        own_bias = bias.detach() - own_weight @ shift
+        hits = F.linear(val[0].double(), own_weight, own_bias).argmax(1) == val[1]
+        probes.append(LinearProbe(own_weight, own_bias, C, hits.double().mean().item()))
+    return max(probes, key=lambda probe: probe.val_accuracy)  # the first of equals
 
-        def loss(penalty: Tensor = penalty, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
-            optimizer.zero_grad()
-            value = F.cross_entropy(F.linear(features, weight, bias), classes) + penalty * weight.square().sum()
-            value.backward()
-            return value
 
-        optimizer.step(loss)
-        with torch.no_grad():
-            own_weight = weight / scale
-            own_bias = bias - own_weight @ shift
-            hits = F.linear(val[0].double(), own_weight, own_bias).argmax(1) == val[1]
-        accuracy = hits.double().mean().item() if len(hits) else 0.0
-        if best is None or accuracy > best.val_accuracy:
-            best = LinearProbe(own_weight, own_bias, C, accuracy)
-    assert best is not None
-    return best
+def _minimize(features: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> None:
+    """Change weight and bias to the minimum of the mean cross entropy + penalty·|W|²."""
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=MAX_STEPS, tolerance_grad=1e-8, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(features, weight, bias), classes) + penalty * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
 
 
 def fit_head(model: InsVPViT, train: Loader, val: Loader, accelerator: Accelerator) -> LinearProbe | None:

@@ -62,7 +62,7 @@ class Trainer:
             for split in ("val", "test")
         }
         if recipe.head_init == "probe" and not self._read_on_main(lambda: (self.folder / "last").exists()):
-            plain_train = create_loader(data.plain_train or data.train, recipe, accelerator, transform=eval_transform)
+            plain_train = create_loader(data.plain_train, recipe, accelerator, transform=eval_transform)
             if probe := fit_head(model, plain_train, self.eval_loaders["val"], accelerator):
                 logger.say(f"the head begins as a linear probe, C {probe.C:g}: {probe.val_accuracy:.1%} on val")
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
