@@ -125,9 +125,9 @@ def test_two_processes_train_one_model(tmp_path):
 
 
 def test_methods_are_compared(tmp_path):
-    printed = run("prompt_methods.py", "--methods", "linear_probe", "--epochs", 1, "--output", tmp_path)
-    assert re.fullmatch(r"linear_probe: test accuracy [\d.]+%, 1,930 trained parameters\n", printed)
-    assert MethodViT.from_pretrained(tmp_path / "linear_probe").class_names == [str(digit) for digit in range(10)]
+    printed = run("prompt_methods.py", "--methods", "linear", "--epochs", 1, "--output", tmp_path)
+    assert re.fullmatch(r"linear: test accuracy [\d.]+%, 1,930 trained parameters\n", printed)
+    assert MethodViT.from_pretrained(tmp_path / "linear").class_names == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def create_backbone(
         pretrained: False for random weights, without looking for any; the shipped backbone always has its own.
         checkpoint: a file whose weights are used instead: .safetensors, the .safetensors.index.json of several, .npz,
             or of ``torch.save``, in timm's names or others' (``weights_report`` says whose, and what was left out).
-        arguments: for ``timm.create_model``.
+        arguments: for ``timm.create_model``; ``img_size`` resamples the position embeddings.
 
     Raises:
         CheckpointError: if there is no such model, or its weights cannot be found, read or loaded.
@@ -69,14 +69,19 @@ def create_backbone(
     if file is not None and pretrained:
         _load(backbone, file)
         record_file(backbone, file)
+    if size := arguments.get("img_size"):  # timm leaves that of the pretraining
+        channels = _cfg(backbone).get("input_size", (3,))[0]
+        _record(backbone, input_size=(channels, *((size, size) if isinstance(size, int) else size)))
     return backbone
 
 
 def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:
     """A backbone of the package: ``vit_shapes_32``, 32x32 pixels, D = 192, pretrained on drawn shapes and textures."""
-    facts = json.loads((ASSETS / f"{name}.json").read_text())
+    facts, wanted = json.loads((ASSETS / f"{name}.json").read_text()), arguments.pop("img_size", None)
     backbone = VisionTransformer(**facts["architecture"] | arguments)
     backbone.load_state_dict(load((ASSETS / f"{name}.safetensors").read_bytes()))  # fp16 in the file
+    if wanted:
+        backbone.set_input_size((wanted, wanted) if isinstance(wanted, int) else tuple(wanted))
     size = facts["architecture"]["img_size"]
     cfg = {"architecture": name, "input_size": (3, size, size), "crop_pct": 1.0}
     backbone.pretrained_cfg = cfg | {"mean": facts["mean"], "std": facts["std"]}

@@ -28,10 +28,8 @@ def run(action: Any, **options: Any) -> int:
 def _list() -> int:
     for name, known in SETS.items():
         print(f"{name:26} {known.classes:4} classes, {sum(known.counts.values()):7,} images  {known.origin}")
-    print(
-        "Also: digits, which comes with scikit-learn; any folder with train and val or test, one folder per class each;"
-    )
-    print("lists of `path label` lines; and timm's readers hfds/..., wds/... and tfds/....")
+    print("Also: digits, which comes with scikit-learn; folders of images per class, in train, val and test or alone;")
+    print("lists of `path label` lines, CSV and tab-separated tables; and hfds/..., wds/... and tfds/....")
     return 0
 
 

@@ -107,7 +107,7 @@ def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tu
         return model, Images(files, [-1] * len(files), exif_rotation=not is_run or recipe.exif_rotation)
     names, exif = model.class_names or [], recipe.exif_rotation
     return model, load_test_data(
-        recipe.data, model.preprocessing, recipe.seed, names, root=recipe.root, exif_rotation=exif
+        recipe.data, model.preprocessing, recipe.split_seed, names, root=recipe.root, exif_rotation=exif
     )
 
 

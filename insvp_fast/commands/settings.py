@@ -7,12 +7,12 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any
 
+from insvp_fast.studies.arguments import to_option
 from insvp_fast.training.recipe import Recipe, setting_names
 
-__all__ = ["add_settings", "show_options", "to_arguments", "to_option"]
+__all__ = ["add_settings", "show_options"]
 
 METAVARS = {int: "N", float: "X"}
 GROUPS = {  # the headings of the help, each above the options from this setting on
@@ -23,11 +23,6 @@ GROUPS = {  # the headings of the help, each above the options from this setting
     "probe": "run",
 }
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
-
-
-def to_option(name: str) -> str:
-    """The option of a setting: ``--batch-size`` for ``batch_size``."""
-    return "--" + name.replace("_", "-")
 
 
 def show_options(message: str) -> str:
@@ -54,18 +49,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             choices = metadata["limits"].choices if metadata["limits"] else ()  # which Recipe checks, for files too
             metavar = f"{{{','.join(choices)}}}" if choices else metadata["metavar"] or METAVARS[kind]
             group.add_argument(to_option(name), type=kind, nargs=nargs, metavar=metavar, **common)
-
-
-def to_arguments(values: Mapping[str, Any]) -> list[str]:
-    """The command-line arguments that give these values."""
-    arguments = []
-    for name, value in values.items():
-        option = to_option(name)
-        if isinstance(value, bool):
-            arguments.append(option if value else f"--no-{option[2:]}")
-        else:
-            arguments += [option, *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return arguments
 
 
 def _split_type(hint: Any) -> tuple[Any, Any]:

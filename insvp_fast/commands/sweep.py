@@ -12,178 +12,103 @@ list of values for each setting to vary. "{data}" in `root` stands for the name 
   seed = [0, 1, 2]
 
 Every run is a process of its own, with its own run folder. Started again, a sweep goes on where it stopped: it skips
-finished runs and resumes interrupted ones. results.md and results.csv have the mean and the standard deviation over the
-seeds.
+finished runs and resumes interrupted ones. A linear probe is trained once for all runs that share it. results.md and
+results.csv have the means over the seeds, of the validation images to choose by, and of the test images.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
-import io
-import itertools
 import shlex
-import statistics
-import subprocess
-import sys
-import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from insvp_fast.commands.cli import INTERRUPTED
-from insvp_fast.commands.settings import to_arguments
-from insvp_fast.errors import CommandError, TrainingError
-from insvp_fast.recipes import read_recipe
-from insvp_fast.training.recipe import Recipe, check_names
-from insvp_fast.training.run_folder import read_config, read_results
+from insvp_fast.commands.options import positive
+from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of, settings_of_probe, with_one_probe
+from insvp_fast.studies.grid import read_grid
+from insvp_fast.studies.tables import format_percent, markdown, mean_and_std, write_table
+from insvp_fast.training.candidates import PROBE
 
 SUMMARY = "train a grid of settings, and collect the results in a table"
-
-
-class Entry(NamedTuple):
-    """One run of a sweep."""
-
-    grid_values: dict[str, Any]
-    arguments: list[str]  # of `insvp train`
-    recipe: Recipe  # what the arguments resolve to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", metavar="FILE", help="the grid, in TOML")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the runs (default: sweeps/NAME for NAME.toml)")
-    parser.add_argument(
-        "--launcher",
-        metavar="COMMAND",
-        default=shlex.quote(sys.executable),
-        help="command that starts a run, such as 'torchrun --nproc-per-node 8' (default: this Python)",
-    )
+    add_running(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
 
 
-def run(file: str, output: str | None, launcher: str, dry_run: bool) -> int:
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how runs are started."""
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help="command that starts a run, such as 'torchrun --nproc-per-node 8' (default: this Python)",
+    )
+
+
+def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run: bool) -> int:
+    from insvp_fast.studies.runner import train_entries
+
     folder = Path(output or Path("sweeps", Path(file).stem))
-    entries, failed = list(read_grid(Path(file), folder)), 0
-    for number, entry in enumerate(entries, 1):
-        found = find_run(folder, entry.recipe)
-        if found and read_results(found):
-            print(f"[{number}/{len(entries)}] finished: {found}", flush=True)
-            continue
-        arguments = ["--resume", str(found)] if found else entry.arguments
-        print(f"[{number}/{len(entries)}] insvp train {shlex.join(arguments)}", flush=True)
-        if dry_run:
-            continue
-        failed += _train(arguments, shlex.split(launcher)) != 0
-        write_table(folder, entries)
-    if not dry_run:
-        print(f"\n{write_table(folder, entries)}\nwritten: {folder / 'results.md'}, results.csv")
-    if failed:
-        raise CommandError(f"{failed} of {len(entries)} runs failed; the same command tries them again")
+    entries = with_one_probe(list(read_grid(Path(file), folder)))
+    if dry_run:
+        for entry in entries:
+            print(f"insvp train {shlex.join(entry.arguments)}")
+        return 0
+    try:
+        train_entries(entries, folder, jobs, shlex.split(launcher or ""), after=lambda: collect(folder, entries))
+    finally:
+        print(f"\n{collect(folder, entries)}\nwritten: {folder / 'results.md'}, results.csv")
     return 0
 
 
-def read_grid(file: Path, output: Path) -> Iterator[Entry]:
-    """The runs of a grid file; the last setting of the grid varies fastest.
+def collect(folder: Path, entries: Sequence[Entry]) -> str:
+    """Write results.csv and results.md; returns the text of the latter.
 
-    Raises:
-        CommandError: if the file is not a grid.
-        TrainingError: if it has a name that is no setting, or an invalid value.
+    A row for each combination of the varied settings but the seed, and model. Of the rows with the same data, protocol
+    and model the one with the best mean on val is marked.
     """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot read {file} ({error})") from error
-    fixed, grid = content.pop("recipe", {}), content.pop("grid", {})
-    if content or not isinstance(fixed, dict) or not isinstance(grid, dict):
-        found = f", found {', '.join(content)}" if content else ""
-        raise CommandError(f"{file}: expected the tables [recipe] and [grid]{found}")
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise CommandError(f"{file}: [grid] {name} is {values!r}: expected a list of values")
-    for combination in itertools.product(*grid.values()):
-        grid_values = dict(zip(grid, combination, strict=True))
-        values = fixed | grid_values
-        name = values.pop("recipe", None)
-        values = check_names(values, str(file)) | {"output": str(output)}
-        settings = (read_recipe(name, values.get("released", False)) if name else {}) | values
-        if "{data}" in (root := settings.get("root") or ""):
-            values["root"] = settings["root"] = root.replace("{data}", settings.get("data", Recipe.data))
-        yield Entry(grid_values, (["--recipe", name] if name else []) + to_arguments(values), Recipe(**settings))
-
-
-def find_run(folder: Path, recipe: Recipe) -> Path | None:
-    """The run with these settings, preferably a finished one."""
-    found = [run for run in sorted(folder.glob("*/")) if _has_settings(run, recipe)]
-    return next(filter(read_results, found), found[-1] if found else None)
-
-
-def _has_settings(run: Path, recipe: Recipe) -> bool:
-    try:
-        recorded, _ = read_config(run)
-    except TrainingError:
-        return False  # not a run, or killed before it wrote its settings
-    resolved: dict[str, Any] = {"output": recorded.output}  # the sweep's folder may have been moved since
-    # and what a run resolves itself and records
-    resolved |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
-    resolved |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}
-    return dataclasses.replace(recipe, **resolved) == recorded
-
-
-def _train(arguments: Sequence[str], launcher: Sequence[str]) -> int:
-    """Run ``insvp train`` in a process of its own, so that neither memory nor a crash reaches the next run."""
-    with subprocess.Popen([*launcher, "-m", "insvp_fast", "train", *arguments]) as child:
-        try:
-            status = child.wait()
-        except KeyboardInterrupt:  # the child gets it as well
-            status = INTERRUPTED
-            child.wait()  # until it has printed how to resume
-    if status == INTERRUPTED:
-        raise KeyboardInterrupt("the same command goes on with the sweep")
-    return status
-
-
-def write_table(folder: Path, entries: Sequence[Entry]) -> str:
-    """Write results.csv and results.md with the rows of ``_collect_results``; returns the text of the latter."""
-    varied = [name for name in entries[0].grid_values if name != "seed"]
-    rows = _collect_results(folder, entries, varied)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = io.StringIO()
-    header = [*varied, "protocol", "model", "runs", "planned", "mean", "std"]
-    csv.writer(content, lineterminator="\n").writerows([header, *([*key, *numbers] for key, numbers in rows)])
-    (folder / "results.csv").write_text(content.getvalue(), encoding="utf-8")
-
-    header = [*varied, "protocol", "model", "runs", "test accuracy"]
-    lines = [header, ["---"] * len(header)]
-    for key, (runs, planned, mean, std) in rows:
-        spread = "" if std is None else f" ± {100 * std:.2f}"
-        lines.append([*key, f"{runs} of {planned}", f"{100 * mean:.2f}{spread}"])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    varied = [name for name in entries[0].values if name != "seed"]
+    runs, planned = read_runs(folder), Counter[tuple[str, ...]]()
+    scores: dict[tuple[str, ...], list[tuple[float | None, float]]] = {}
+    for entry in entries:
+        planned[_key(entry.values, varied)] += 1
+        for score in scores_of(find_run(runs, entry.recipe)):
+            own = settings_of_probe(entry.values) if score.model == PROBE else entry.values
+            key = *_key(own, varied), entry.recipe.data, entry.recipe.protocol, score.model
+            scores.setdefault(key, []).append((score.val, score.test))
+    rows = []
+    for (*key, data, protocol, model), pairs in scores.items():
+        vals = [val for val, _ in pairs if val is not None]
+        val, test = mean_and_std(vals) if vals else (None, None), mean_and_std([test for _, test in pairs])
+        runs_planned = planned.get(tuple(key), len(pairs))
+        rows.append(((data, protocol, model), [*key, protocol, model, len(pairs), runs_planned, *val, *test]))
+    best: dict[tuple[str, ...], float] = {}
+    for group, row in rows:
+        best[group] = max(best.get(group, -1.0), -1.0 if row[-4] is None else row[-4])
+    text = markdown(
+        [*varied, "protocol", "model", "runs", "validation accuracy", "test accuracy"],
+        [
+            [
+                *row[:-6],
+                f"{row[-6]} of {row[-5]}",
+                format_percent(*row[-4:-2]) + (" (best)" if row[-4] == best[group] else ""),
+                format_percent(*row[-2:]),
+            ]
+            for group, row in rows
+        ],
+    )
+    header = [*varied, "protocol", "model", "runs", "planned", "val_mean", "val_std", "test_mean", "test_std"]
+    write_table(folder, "results", header, [row for _, row in rows], text)
     return text
 
 
-def _collect_results(
-    folder: Path, entries: Sequence[Entry], varied: Sequence[str]
-) -> list[tuple[tuple[str, ...], tuple[int, int, float, float | None]]]:
-    """The test accuracies over the seeds.
-
-    Returns:
-        For each combination of the varied settings, protocol and model: the finished and the planned runs, and the mean
-        and sample standard deviation, None for a single run.
-    """
-    accuracies: dict[tuple[str, ...], list[float]] = {}
-    planned: Counter[tuple[str, ...]] = Counter()
-    for entry in entries:
-        combination = *(str(entry.grid_values[name]) for name in varied), entry.recipe.protocol
-        planned[combination] += 1
-        found = find_run(folder, entry.recipe)
-        for model, result in (read_results(found) if found else {}).items():
-            accuracies.setdefault((*combination, model), []).append(result["test_accuracy"])
-    rows = []
-    for key, values in accuracies.items():
-        std = statistics.stdev(values) if len(values) > 1 else None
-        rows.append((key, (len(values), planned[key[:-1]], statistics.mean(values), std)))
-    return rows
+def _key(values: dict[str, Any], varied: Sequence[str]) -> tuple[str, ...]:
+    """The values as text; a dash for what a linear probe does not depend on."""
+    return tuple(str(values[name]) if name in values else "–" for name in varied)

@@ -11,9 +11,10 @@ import argparse
 import sys
 from typing import Any
 
-from insvp_fast.commands.settings import add_settings, show_options, to_option
+from insvp_fast.commands.settings import add_settings, show_options
 from insvp_fast.errors import CommandError, InsVPError
 from insvp_fast.recipes import read_recipe
+from insvp_fast.studies.arguments import to_option
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 
@@ -23,18 +24,29 @@ SUMMARY = "train InsVP on a data set"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from (see `insvp recipes`)")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, with its own settings")
+    parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="do not train, but suggest a value for --lr: 100 steps with rising rates, drawn in OUTPUT/DATA-lr/lr.png",
+    )
     add_settings(parser)
 
 
-def run(recipe: str | None, resume: str | None, **given: Any) -> int:
+def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: Any) -> int:
     try:
         settings = _resolve(recipe, resume, given)
+        if resume and find_lr:
+            raise CommandError("--resume goes on with a run: expected no --find-lr")
     except InsVPError as error:
         print(f"insvp train: error: {show_options(str(error))}", file=sys.stderr)
         return 2
-    from insvp_fast.training.run import train
+    from insvp_fast.training import run
 
-    train(settings, resume=resume)
+    if find_lr:
+        print(f"suggested: --lr {run.find_lr(settings):.2g}")
+    else:
+        run.train(settings, resume=resume)
     return 0
 
 

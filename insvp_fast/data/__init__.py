@@ -1,9 +1,9 @@
 """Images and their classes, from named data sets, folders, lists or timm's formats; needs the extra ``train``.
 
 load.py gives a run its data. sources.py reads a data set from wherever it is: readers.py the named sets of the table
-sets.py, folders.py class folders, lists.py list files, timm_formats.py what timm reads. images.py is a data set of
-images, decode.py opens one image, splits.py divides train into train and val, transforms.py prepares images, cache.py
-keeps them decoded, verify.py checks a data set.
+sets.py, folders.py class folders, lists.py list files and tables.py tables among them, timm_formats.py and tfds.py
+formats that timm reads too. images.py is a data set of images, decode.py opens one image, splits.py divides train,
+transforms.py prepares images, cache.py keeps them decoded, verify.py checks a data set.
 """
 
 from __future__ import annotations

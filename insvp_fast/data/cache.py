@@ -1,94 +1,98 @@
-"""A cache of decoded images: a memory-mapped file of pixels, uint8 [N, 3, h, w], that all processes share."""
+"""A cache of decoded images: a memory-mapped file of pixels that all processes share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from PIL import Image
+from torchvision.transforms import Compose
 from tqdm import tqdm
 
 from insvp_fast.atomic_files import replace_file, write_file
 from insvp_fast.data.images import Images, TarMember
-from insvp_fast.data.transforms import Transform, cache_transform
 from insvp_fast.errors import DataError
 
 __all__ = ["CachedImages", "cache_images"]
 
-FORMAT = 2  # raised whenever the file's format or the way images are read changes
-CHUNK = 256  # images decoded before they are written
+FORMAT = 3  # raised whenever the file's format or the way images are read changes
+CHUNK = 32  # images decoded before they are written
 
 
-class CachedImages(Dataset):
-    """Images from a cache; an item is (uint8 tensor [3, h, w], class index).
+class CachedImages(Images):
+    """Images whose pixels come from a cache; an untransformed one is as the cache's steps left it.
 
-    The tensor maps the file; writing to it changes a private copy of its pages.
+    Args:
+        images: the same images, not cached.
+        file: the pixels, uint8 [h, w, 3], of one image after the other; a JSON file beside it holds the sizes.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, images: Images, file: Path) -> None:
+        super().__init__(images.items, images.classes, None, images.exif_rotation, images.max_pixels)
         self.file = file
-        self.classes: list[int] = json.loads(file.with_suffix(".json").read_text())["classes"]
-        self.pixels = np.load(file, mmap_mode="c")
+        self.sizes = np.array(json.loads(file.with_suffix(".json").read_text())["sizes"], np.int64).reshape(-1, 2)
+        self.ends = (self.sizes.prod(1) * 3).cumsum()
+        self._map()
 
-    def __len__(self) -> int:
-        return len(self.classes)
+    def decode(self, index: int) -> Image.Image:
+        """The stored image, RGB."""
+        (height, width), end = self.sizes[index], self.ends[index]
+        return Image.fromarray(self.pixels[end - height * width * 3 : end].reshape(height, width, 3))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.pixels[index]), self.classes[index]
+    def _map(self) -> None:
+        self.pixels = np.memmap(self.file, np.uint8, "r") if len(self.sizes) else np.empty(0, np.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file}  # a data loader's worker maps the file itself; pickling the mapping would copy it
+        return self.__dict__ | {"pixels": None}  # a data loader's worker maps the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["file"])  # type: ignore[misc]
+        self.__dict__.update(state)
+        self._map()
 
 
-def cache_images(images: Images, preprocessing: dict[str, Any], folder: str | Path, name: str) -> CachedImages:
-    """Images as ``cache_transform`` gives them: decoded and written to ``folder`` the first time, read from it later.
+def cache_images(images: Images, steps: Sequence[Any], folder: str | Path, name: str) -> CachedImages:
+    """Images after some steps: decoded and written to ``folder`` the first time, read from it later.
 
-    The file's name holds a hash of the images' paths, sizes, times and classes, of the preprocessing and of how images
-    are read: if any of these changes, another file is written. Files appear under their name only when complete; of two
-    processes that write the same one, the last wins.
+    The file's name holds a hash of the images' paths, sizes and times, of the steps and of how images are read: if any
+    of these changes, another file is written. Files appear under their name only when complete; of two processes that
+    write the same one, the last wins.
+
+    Args:
+        steps: as from ``repeatable_steps``.
 
     Raises:
         DataError: if an image cannot be read, or the folder cannot be written to.
     """
-    transform = cache_transform(preprocessing)
-    file = Path(folder) / f"{name}-{_hash(images, transform)}.npy"
+    file = Path(folder) / f"{name}-{_hash(images, steps)}.pixels"
     if not file.with_suffix(".json").is_file():  # written last: if it exists, the pixels are complete
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _write(images.with_transform(transform), file)
+            _write(images.with_transform(Compose(steps)), file)
         except OSError as error:
             raise DataError(f"{file}: the cache of decoded images cannot be written ({error})") from error
-    return CachedImages(file)
+    return CachedImages(images, file)
 
 
 def _write(images: Images, file: Path) -> None:
-    shape = (len(images), *images[0][0].shape)
-    pixels = np.empty((CHUNK, *shape[1:]), np.uint8)
+    sizes = []
     # written, not mapped: a full disk is then an error instead of a crash
     with replace_file(file) as stream, ThreadPoolExecutor(os.cpu_count()) as threads:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(stream, header)
         for start in tqdm(range(0, len(images), CHUNK), f"decoding {file.name}", leave=False, disable=None):
             chunk = range(start, min(start + CHUNK, len(images)))
-            for i, (image, _) in enumerate(threads.map(images.__getitem__, chunk)):
-                pixels[i] = image
-            stream.write(pixels[: len(chunk)].data)
-    facts = {"images": len(images), "shape": shape, "classes": [int(index) for index in images.classes]}
-    write_file(file.with_suffix(".json"), json.dumps(facts).encode())
+            for image, _ in threads.map(images.__getitem__, chunk):
+                sizes.append((image.height, image.width))
+                stream.write(image.tobytes())
+    write_file(file.with_suffix(".json"), json.dumps({"images": len(images), "sizes": sizes}).encode())
 
 
-def _hash(images: Images, transform: Transform) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {transform} {images.exif_rotation} {list(images.classes)}".encode())
+def _hash(images: Images, steps: Iterable[Any]) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {list(steps)} {images.exif_rotation}".encode())
     for item in images.items:
         digest.update(_identity(item))
     return digest.hexdigest()[:16]

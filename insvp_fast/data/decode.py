@@ -8,10 +8,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from insvp_fast.errors import DataError
 
-__all__ = ["read_image", "to_rgb"]
+__all__ = ["SUFFIXES", "read_image", "to_rgb"]
 
 UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -24,6 +25,7 @@ UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
 }
 # Pillow's names of the formats that are read. Its others stay closed: for EPS, say, it starts Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second

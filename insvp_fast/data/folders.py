@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
+from insvp_fast.data.decode import SUFFIXES
 from insvp_fast.data.lists import abbreviated
+from insvp_fast.data.sets import split_of
 from insvp_fast.errors import DataError
 
-__all__ = ["SUFFIXES", "image_files", "is_ignored", "listing", "read_class_folders"]
+__all__ = ["image_files", "is_ignored", "listing", "read_class_folders", "require_class_folders", "split_folders"]
 
-SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 LEFTOVERS = {
     "__macosx",
     "$recycle.bin",
@@ -65,8 +64,7 @@ def read_class_folders(folder: Path) -> dict[str, list[str]]:
     Raises:
         DataError: if there is no class folder, or one without images.
     """
-    _, folders, _ = next(os.walk(folder, onerror=_raise_unlistable))
-    names = sorted(name for name in folders if not is_ignored(name))
+    names = _folders_in(folder)
     if not names:
         raise DataError(f"{folder}: found {listing(folder)}: expected one folder of images per class")
     found = {name: image_files(folder / name) for name in names}
@@ -75,6 +73,44 @@ def read_class_folders(folder: Path) -> dict[str, list[str]]:
         expected = f"expected a file that ends in {', '.join(sorted(SUFFIXES))}, or no such folder"
         raise DataError(f"{folder}: found no image in the class folder {abbreviated(empty)}: {expected}")
     return found
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split that ``root`` holds.
+
+    Raises:
+        DataError: if two folders are the same split.
+    """
+    found: dict[str, Path] = {}
+    for name in _folders_in(root):
+        split = split_of(name)
+        if split in found:
+            raise DataError(f"{root}: found {found[split].name} and {name}: expected one folder for {split}")
+        if split is not None:
+            found[split] = root / name
+    return found
+
+
+def require_class_folders(root: Path) -> None:
+    """Check that the folders in ``root``, none of which is a split, can only be classes.
+
+    Raises:
+        DataError: if there are fewer than two, images lie beside them, or all hold folders of the same names.
+    """
+    names, expected = _folders_in(root), "expected train, val and test, or one folder of images per class"
+    if len(names) < 2:
+        raise DataError(f"{root}: found {listing(root)}: {expected}")
+    loose = sorted(entry.name for entry in root.iterdir() if entry.name.lower().endswith(SUFFIXES))
+    if loose:
+        raise DataError(f"{root}: found {loose[0]} beside the folders {abbreviated(names)}: {expected}")
+    inner = [_folders_in(root / name) for name in names]
+    if inner[0] and all(below == inner[0] for below in inner):
+        raise DataError(f"{root}: found {abbreviated(inner[0])} in each of {abbreviated(names)}: {expected}")
+
+
+def _folders_in(folder: Path) -> list[str]:
+    _, folders, _ = next(os.walk(folder, onerror=_raise_unlistable))
+    return sorted(name for name in folders if not is_ignored(name))
 
 
 def listing(folder: Path) -> str:

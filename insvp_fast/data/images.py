@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from insvp_fast.data.decode import read_image
 from insvp_fast.data.lists import class_indices
 from insvp_fast.errors import DataError
 
-__all__ = ["Images", "Splits", "TarMember", "images_of_classes", "require_files"]
+__all__ = ["Images", "Part", "Splits", "TarMember", "images_of_classes", "require_files"]
 
 
 class Images(Dataset):
@@ -23,7 +25,8 @@ class Images(Dataset):
 
     Args:
         items: each a path, a ``TarMember``, an open file, or pixels, uint8 [h, w, 3].
-        classes: a class index for each item.
+        classes: a class index for each item; or, where an image may have several labels, float32 [N, classes] of 0
+            and 1, of which an item gets its row.
         exif_rotation: rotate and flip images as their EXIF orientation says.
         max_pixels: as in ``read_image``, for images of unknown origin.
     """
@@ -31,7 +34,7 @@ class Images(Dataset):
     def __init__(
         self,
         items: Sequence[Any] | np.ndarray,
-        classes: Sequence[int],
+        classes: Sequence[int] | Tensor,
         transform: Callable[[Image.Image], Any] | None = None,
         exif_rotation: bool = True,
         max_pixels: int | None = None,
@@ -42,7 +45,7 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int | Tensor]:
         image = self.decode(index)
         return image if self.transform is None else self.transform(image), self.classes[index]
 
@@ -56,16 +59,35 @@ class Images(Dataset):
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
         file = io.BytesIO(item.read()) if isinstance(item, TarMember) else item
-        return read_image(file, self.name(index), self.exif_rotation, self.max_pixels)
+        return read_image(file, _name(item, index), self.exif_rotation, self.max_pixels)
 
     def name(self, index: int) -> str:
         """What messages call an image."""
-        item = self.items[index]
-        return str(item) if isinstance(item, str | Path | TarMember) else f"image {index}"
+        return _name(self.items[index], index)
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> Images:
         """The same images with another transform."""
-        return Images(self.items, self.classes, transform, self.exif_rotation, self.max_pixels)
+        images = copy.copy(self)
+        images.transform = transform
+        return images
+
+
+def _name(item: Any, index: int) -> str:
+    return str(item) if isinstance(item, str | Path | TarMember) else f"image {index}"
+
+
+class Part(Subset):
+    """Some of a data set's images, with their classes."""
+
+    @property
+    def classes(self) -> Sequence[int] | Tensor:
+        """As those of ``Images``."""
+        classes = self.dataset.classes  # type: ignore[attr-defined]
+        return classes[self.indices] if isinstance(classes, Tensor) else [classes[index] for index in self.indices]
+
+    def decode(self, index: int) -> Image.Image:
+        """As ``Images`` does."""
+        return self.dataset.decode(self.indices[index])  # type: ignore[attr-defined]
 
 
 class TarMember(NamedTuple):

@@ -1,37 +1,101 @@
-"""Lists of images and labels: text files of ``path label`` lines, or JSON."""
+"""Lists of images and labels: text files of ``path label`` lines, JSON, or tables."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from insvp_fast.data.sets import SPLITS
+from insvp_fast.data.sets import SPLIT_NAMES, SPLITS, split_of
+from insvp_fast.data.tables import Listed, delimiter_of, parse_table
 from insvp_fast.errors import DataError
 
-__all__ = ["Pairs", "abbreviated", "class_indices", "find_lists", "read_list", "sorted_labels"]
+__all__ = [
+    "Lists",
+    "Pairs",
+    "abbreviated",
+    "class_indices",
+    "find_lists",
+    "read_list",
+    "read_lists",
+    "sorted_labels",
+]
 
 Pairs = list[tuple[str, str]]  # (path, label) of each image
+LIST_SUFFIXES = (".txt", ".json", ".csv", ".tsv")
+
+
+class Lists(NamedTuple):
+    """What the lists of a data set hold."""
+
+    splits: dict[str, tuple[Path, list[Listed]]]  # the file of each split, and its images
+    classes: list[str] | None  # the names of the classes, if a table has a column for each
+    multi_label: bool  # whether an image may have several labels
+
+
+def read_lists(files: Mapping[str, Path]) -> Lists:
+    """Read the list of each split, or divide a single table by its column of splits; labels are text, as in the file.
+
+    Raises:
+        DataError: naming the file and what is wrong in it, or if the labels are measurements instead of classes.
+    """
+    found = {split: (file, *_read(file)) for split, file in files.items()}
+    images = [image for _, listed, _ in found.values() for image in listed]
+    classes = next((names for _, _, names in found.values() if names), None)
+    multi_label = classes is not None or any(len(image.labels) > 1 for image in images)
+    source = next(iter(files.values()))
+    if not multi_label:
+        _check_labels(source, images)
+    splits = {split: (file, listed) for split, (file, listed, _) in found.items()}
+    named = {image.split for image in images} - {None}
+    if named and len(files) > 1:
+        raise DataError(f"{source}: found a column of splits in one of {len(files)} lists: expected one list then")
+    if named:
+        splits = {s: (source, [image for image in images if image.split == s]) for s in SPLITS if s in named}
+    return Lists(splits, classes, multi_label)
+
+
+def _read(file: Path) -> tuple[list[Listed], list[str] | None]:
+    """The images of a list file, and the names of the classes if it has a column for each."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        delimiter = None if file.suffix == ".json" else delimiter_of(text, file.suffix.lower())
+        if delimiter is not None:
+            images, classes = parse_table(text, delimiter)
+        else:
+            pairs = _from_json(json.loads(text)) if file.suffix == ".json" else _from_lines(text)
+            images, classes = [Listed(path, (label,)) for path, label in pairs], None
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{file}: not a list of images that can be read ({error})") from error
+    if not images:
+        raise DataError(f"{file}: found an empty list: expected images and labels")
+    return images, classes
+
+
+def _check_labels(file: Path, images: Sequence[Listed]) -> None:
+    """Check that each image has a label, and that these are classes, not measurements."""
+    without = [image.path for image in images if not image.labels]
+    if without:
+        raise DataError(f"{file}: found no label of {abbreviated(without)}: expected one for each image")
+    labels = {label for image in images for label in image.labels}
+    if all(re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", label, re.IGNORECASE) for label in labels):
+        measured = sorted(label for label in labels if not float(label).is_integer())
+        if measured:
+            reason = "predicting numbers (regression) is not supported"
+            raise DataError(f"{file}: found the labels {abbreviated(measured)}: expected classes; {reason}")
 
 
 def read_list(file: Path) -> Pairs:
-    """Read the (path, label) of each image in a list file; labels are text, as the file has them.
+    """Read the (path, label) of each image in a list file where each has one label; errors are those of ``read_lists``.
 
-    The file holds ``path label`` lines, or JSON: an object path -> label, or an array of [path, label, ...], of which
-    the first label counts.
-
-    Raises:
-        DataError: naming the file and what is wrong in it.
+    The file holds ``path label`` lines; a table, as ``parse_table`` takes it; or JSON: an object path -> label, or an
+    array of [path, label, ...], of which the first label counts.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-        pairs = _from_json(json.loads(text)) if file.suffix == ".json" else _from_lines(text)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not a list of images that can be read ({error})") from error
-    if not pairs:
-        raise DataError(f"{file}: found an empty list: expected images and labels")
-    return pairs
+    _, images = read_lists({"train": file}).splits["train"]
+    return [(image.path, image.labels[0]) for image in images]
 
 
 def _from_lines(text: str) -> Pairs:
@@ -49,7 +113,7 @@ def _from_json(content: Any) -> Pairs:
     entries = list(content.items()) if isinstance(content, dict) else content
     for entry in entries if isinstance(entries, list) else [entries]:
         is_pair = isinstance(entry, list | tuple) and len(entry) >= 2
-        if not (is_pair and isinstance(entry[0], str) and isinstance(entry[1], int | str)):
+        if not (is_pair and isinstance(entry[0], str) and isinstance(entry[1], int | float | str)):
             raise ValueError(f"found {str(entry)[:60]}: expected an object path -> label, or an array of [path, label]")
     return [(entry[0], str(entry[1])) for entry in entries]
 
@@ -64,10 +128,10 @@ def class_indices(labels: Sequence[str], classes: Sequence[str], where: object) 
     """The class index of each label.
 
     Args:
-        where: what messages name as the place of the labels.
+        where: what messages name as the place of the labels, such as a file or a split.
 
     Raises:
-        DataError: if a label is not one of the classes.
+        DataError: naming the labels that are none of the classes.
     """
     index = {label: i for i, label in enumerate(classes)}
     unknown = sorted_labels(set(labels) - set(index))
@@ -80,15 +144,33 @@ def class_indices(labels: Sequence[str], classes: Sequence[str], where: object) 
 def find_lists(source: Path) -> dict[str, Path]:
     """Find the list file of each split, given one of them or their folder.
 
-    Beside ``a/train_1.txt`` these are ``a/val_1.txt`` and ``a/test_1.txt``; in a folder ``train``, ``val`` and ``test``
-    with .txt or .json. A list without "train" in its name stands alone, as test.
+    Beside ``a/train_1.txt`` these are ``a/val_1.txt`` (or ``valid_1``, ``validation_1``) and ``a/test_1.txt``; in a
+    folder ``train``, ``val`` and ``test`` with any suffix of a list. A list without "train" in its name stands alone:
+    as test if a word of its name says so, as val likewise, else as train.
+
+    Raises:
+        DataError: if two files are the same split.
     """
-    names = {split: source.with_name(source.name.replace("train", split)) for split in SPLITS}
     if source.is_dir():
-        names = {s: file for suffix in (".txt", ".json") for s in SPLITS if (file := source / (s + suffix)).is_file()}
-    elif "train" not in source.name:
-        return {"test": source}
-    return {split: file for split, file in names.items() if file.is_file()}
+        candidates = [(split, source / (name + suffix)) for split, name in _names() for suffix in LIST_SUFFIXES]
+    elif "train" in source.name:
+        candidates = [(split, source.with_name(source.name.replace("train", name))) for split, name in _names("train")]
+    else:
+        words = re.split("[^a-z]+", source.stem.lower())
+        return {next(filter(None, map(split_of, words)), "train"): source}
+    found: dict[str, Path] = {}
+    for split, file in candidates:
+        if file.is_file():
+            if split in found:
+                raise DataError(f"{source}: found {found[split].name} and {file.name}: expected one list for {split}")
+            found[split] = file
+    return found
+
+
+def _names(train: str | None = None) -> list[tuple[str, str]]:
+    """(split, name) of all names that splits have; ``train`` may be the only one of that split."""
+    pairs = [(split, name) for split, names in SPLIT_NAMES.items() for name in names]
+    return [(split, name) for split, name in pairs if train in (None, name) or split != "train"]
 
 
 def abbreviated(names: Sequence[str]) -> str:

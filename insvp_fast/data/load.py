@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
+from torchvision.transforms import Compose
 
 from insvp_fast.data.cache import cache_images
-from insvp_fast.data.images import Images
-from insvp_fast.data.lists import class_indices
+from insvp_fast.data.images import Images, Part
+from insvp_fast.data.lists import abbreviated, class_indices
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
 from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source
-from insvp_fast.data.splits import describe, divide, stratified_split
-from insvp_fast.data.transforms import EvalBatchTransform, TrainBatchTransform, transform_for
+from insvp_fast.data.splits import describe, divide, stratified_split, three_way_split
+from insvp_fast.data.transforms import Transform, describe_augmentation, repeatable_steps, steps_of, transform_for
 from insvp_fast.errors import DataError
 
 __all__ = ["Data", "load_data", "load_test_data"]
@@ -23,25 +25,26 @@ __all__ = ["Data", "load_data", "load_test_data"]
 # VTAB images are resized straight to the input size, without crops or flips
 SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash", "augmentation": "none"}
 
+# by the name of what is trained, validated or tested on: the stored split, and which of its images, or all
+Parts = dict[str, tuple[str, list[int] | None]]
+
 
 class Data(NamedTuple):
     """The data of a run.
 
-    Items are (image [3, H, W], class index). With a cache the image is uint8 [3, h, w], and ``on_device`` holds the
-    transforms that batches of them still need.
+    Items are (image [3, H, W], class index), or with ``multi_label`` (image, float32 [classes] of 0 and 1).
     """
 
     train: Dataset
     val: Dataset
     test: Dataset
-    plain_train: Dataset  # train, transformed as for evaluation
     class_names: list[str]
-    tested_on: str  # the split that ``test`` is: "val" where there is no "test"
+    augmentation: dict[str, Any]  # of training: its name, the probability of flips, and all steps in words
     protocol: str = "paper"  # which splits these are, in words
-    on_device: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None  # for training, evaluation
     train_and_val: Dataset | None = None  # both, transformed as for training
+    plain_train: Dataset | None = None  # train, transformed as for evaluation
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
-    augmentation: str = "timm"  # what training adds to it: "timm", "crop" or "none"
+    multi_label: bool = False  # whether an image may have several labels, or none
 
 
 def load_data(
@@ -51,84 +54,88 @@ def load_data(
     *,
     root: str | None = None,
     protocol: str = "paper",
+    augmentation: str | None = None,
+    hflip: float | None = None,
     cache: str | None = None,
     exif_rotation: bool = True,
 ) -> Data:
     """Read a data set and divide it into train, val and test.
 
     Args:
-        source: ``digits``; a name from ``insvp_fast.data.sets``; a folder with train and val and/or test, each a folder
-            of images per class or a list train.txt or .json; such a list itself; or ``hfds/``, ``wds/``, ``tfds/``.
+        source: ``digits``; a name from ``insvp_fast.data.sets``; a folder of images per class; a folder of such folders
+            train, val and test, or of lists train.txt, .json, .csv or .tsv; a list itself; or ``hfds/``, ``wds/``,
+            ``tfds/``. Where val or test is missing, train is divided.
         preprocessing: as ``transform_for`` takes it.
         seed: of the random division, where there is no official one.
         root: the folder of a named set, or of the images that a list names.
         protocol: ``paper``, or ``released`` for the splits of the authors' code.
-        cache: a folder to keep decoded images in.
+        augmentation, hflip: as ``transform_for`` takes them; None for none where the source prescribes that (VTAB and
+            the digits), else for those of ``preprocessing``.
+        cache: a folder to keep decoded images in; items are the same to the bit.
         exif_rotation: rotate and flip images as their EXIF orientation says.
 
     Raises:
         DataError: saying what is missing or wrong, and what was expected where.
     """
     _check_protocol(protocol, source)
-    preprocessing = _adapted(preprocessing, source)
-    if cache is not None and preprocessing.get("augmentation", "timm") == "timm":
-        preprocessing = preprocessing | {"augmentation": "crop"}  # timm's needs more than a cached center
+    preprocessing = _adapted(preprocessing, source, augmentation=augmentation, hflip=hflip)
+    transforms = {training: transform_for(preprocessing, training) for training in (True, False)}
     splits, class_names = read_source(source, seed, root)
     for images in splits.values():
         images.exif_rotation = exif_rotation
-    division, words = _division(source, splits, seed, protocol)
-    view, on_device = _views(splits, preprocessing, cache, Path(source).resolve().name)
+    parts, words = _divide(source, splits, class_names, seed, protocol)
+    view = _views(splits, transforms, cache, Path(source).resolve().name)
 
-    train, val = view("train", True), view("val" if division is None else "train", False)
-    plain_train = view("train", False)
-    if "train_and_val" in splits:
-        both = view("train_and_val", True)
-    else:
-        both = train if division is not None else ConcatDataset([train, view("val", True)])
-    if division is not None:
-        train, val = Subset(train, division[0]), Subset(val, division[1])
-        plain_train = Subset(plain_train, division[0])
-    tested_on = "test" if "test" in splits else "val"
-    used = dict(preprocessing)
-    augmentation = used.pop("augmentation", "timm")
+    def part(name: str, training: bool) -> Dataset:
+        stored, rows = parts[name]
+        return view(stored, training) if rows is None else Part(view(stored, training), rows)
+
+    train, val = part("train", True), part("val", False)
+    both = part("train_and_val", True) if "train_and_val" in parts else ConcatDataset([train, part("val", True)])
     return Data(
         train,
         val,
-        test=view(tested_on, False),
-        plain_train=plain_train,
+        test=part("test", False),
         class_names=class_names,
-        tested_on=tested_on,
         protocol=words,
-        on_device=on_device,
         train_and_val=both,
-        preprocessing=used,
-        augmentation=augmentation,
+        plain_train=part("train", False),
+        preprocessing={name: value for name, value in preprocessing.items() if name not in ("augmentation", "hflip")},
+        augmentation=describe_augmentation(preprocessing),
+        multi_label=isinstance(splits["train"].classes, Tensor),
     )
 
 
 def load_test_data(
     source: str,
     preprocessing: dict[str, Any],
-    seed: int,
+    seed: int | None,
     class_names: Sequence[str],
     *,
     root: str | None = None,
     exif_rotation: bool = True,
-) -> Dataset:
+) -> Images | Part:
     """Load what a trained model is tested on: the test split of ``source``, or else val; the same for every protocol.
 
     Args:
+        seed: with which the model's own data were divided: where they have neither split, their part for testing is
+            loaded. None for other data, of which all images are loaded then.
         class_names: the classes of the model. The images' classes are matched by name: the data may have fewer, and
             number them otherwise.
 
     Raises:
-        DataError: if there is no such split, or an image has another class.
+        DataError: if an image has another class, or the data cannot be read.
     """
-    splits, names = read_test_source(source, class_names, seed, root)
-    images = splits["test" if "test" in splits else "val"]
-    indices = class_indices([names[index] for index in images.classes], class_names, f"`data` is {source}")
-    images = Images(images.items, indices, exif_rotation=exif_rotation)
-    return images.with_transform(transform_for(_adapted(preprocessing, source)))
+    splits, names = read_test_source(source, class_names, seed or 0, root)
+    split = next(split for split in ("test", "val", "train") if split in splits)
+    images = splits[split]
+    classes = images.classes
+    if names != list(class_names):
+        classes = class_indices([names[index] for index in classes], class_names, f"`data` is {source}")
+    images = Images(images.items, classes, transform_for(_adapted(preprocessing, source)), exif_rotation)
+    if split != "train" or seed is None:
+        return images
+    return Part(images, _in_three(source, splits["train"], names, seed)[2])
 
 
 def _check_protocol(protocol: str, source: str) -> None:
@@ -139,45 +146,83 @@ def _check_protocol(protocol: str, source: str) -> None:
         raise DataError(f"`protocol` is released: {reason}")
 
 
-def _adapted(preprocessing: dict[str, Any], source: str) -> dict[str, Any]:
-    """The preprocessing with what a source prescribes: no crop for VTAB, no augmentation for the digits."""
-    if source.startswith("vtab/"):
-        return preprocessing | SQUASHED
-    return preprocessing | {"augmentation": "none"} if source == DIGITS else preprocessing
+def _adapted(preprocessing: dict[str, Any], source: str, **asked: Any) -> dict[str, Any]:
+    """The preprocessing with what a source prescribes, no crop for VTAB, no augmentation for the digits, and ``asked``.
 
-
-def _division(
-    source: str, splits: dict[str, Images], seed: int, protocol: str
-) -> tuple[tuple[list[int], list[int]] | None, str]:
-    """How the split train is divided into train and val, and the splits in words.
-
-    The division is the indices of each, or None if val is a split of its own.
+    A value of None is not asked for.
     """
+    prescribed = SQUASHED if source.startswith("vtab/") else {"augmentation": "none"} if source == DIGITS else {}
+    return preprocessing | prescribed | {name: value for name, value in asked.items() if value is not None}
+
+
+def _divide(
+    source: str, splits: dict[str, Images], class_names: Sequence[str], seed: int, protocol: str
+) -> tuple[Parts, str]:
+    """How the stored splits are divided, and the splits in words."""
+    parts: Parts = {split: (split, None) for split in splits}
     if source == DIGITS:
-        return None, f"{protocol}: 70 % train, 10 % val, 20 % test of every class, seed {seed}"
+        return parts, f"{protocol}: 70 % train, 10 % val, 20 % test of every class, seed {seed}"
     if source in SETS:
         rule = SETS[source].released if protocol == "released" else SETS[source].paper
         if "val" not in splits:
-            return divide(rule, len(splits["train"]), seed), describe(protocol, rule, seed)
+            return parts | _in_two(*divide(rule, len(splits["train"]), seed)), describe(protocol, rule, seed)
         if rule == "official":
-            return None, describe(protocol, rule, seed)
-        return None, f"{protocol}: the lists train.json, val.json and test.json"
-    if "val" in splits:
-        return None, f"{protocol}: the splits as they are"
-    try:
-        division = stratified_split(range(len(splits["train"])), splits["train"].classes, 0.1, seed)
-    except ValueError as error:  # a class with one image
-        raise DataError(f"`data` is {source}: found no val, and train cannot be split 90/10 ({error})") from error
-    return division, f"{protocol}: train/val 90/10 of every class of train, seed {seed}"
+            return parts, describe(protocol, rule, seed)
+        return parts, f"{protocol}: the lists train.json, val.json and test.json"
+    if splits.keys() >= {"val", "test"}:
+        return parts, f"{protocol}: the splits as they are"
+    of_what = "of train at random" if isinstance(splits["train"].classes, Tensor) else "of every class of train"
+    if splits.keys() == {"train"}:
+        train, val, test = _in_three(source, splits["train"], class_names, seed)
+        parts = _in_two(train, val) | {"test": ("train", test), "train_and_val": ("train", sorted(train + val))}
+        return parts, f"{protocol}: no val and no test were found, so these are 70/10/20 {of_what}, seed {seed}"
+    _require(2, source, splits["train"], class_names)
+    train, val = stratified_split(range(len(splits["train"])), splits["train"].classes, 0.1, seed)
+    words = f"train/val 90/10 {of_what}, seed {seed}"
+    if "val" in splits:  # a test set must not select the epoch, and what the data call val is often used to compare
+        parts["test"] = parts["val"]
+        words = f"no test was found, so val is only tested on; {words}"
+    return parts | _in_two(train, val), f"{protocol}: {words}"
+
+
+def _in_two(train: list[int], val: list[int]) -> Parts:
+    return {"train": ("train", train), "val": ("train", val), "train_and_val": ("train", None)}
+
+
+def _in_three(
+    source: str, images: Images, class_names: Sequence[str], seed: int
+) -> tuple[list[int], list[int], list[int]]:
+    _require(3, source, images, class_names)
+    return three_way_split(images.classes, seed)
+
+
+def _require(count: int, source: str, images: Images, class_names: Sequence[str]) -> None:
+    """Check that every class has enough images to be divided."""
+    if isinstance(images.classes, Tensor):
+        return
+    found = Counter(images.classes)
+    few = [class_names[index] for index in sorted(found) if found[index] < count]
+    if few:
+        problem = f"the class {abbreviated(few)} has fewer than {count} images"
+        raise DataError(f"`data` is {source}: found no val or no test, and train cannot be divided: {problem}")
 
 
 def _views(
-    splits: dict[str, Images], preprocessing: dict[str, Any], cache: str | None, name: str
-) -> tuple[Callable[[str, bool], Dataset], tuple[EvalBatchTransform, EvalBatchTransform] | None]:
-    """A function that gives a split as seen in training or in evaluation, and the value of ``Data.on_device``."""
+    splits: dict[str, Images], transforms: dict[bool, Transform], cache: str | None, name: str
+) -> Callable[[str, bool], Dataset]:
+    """A function that gives a split as seen in training (True) or in evaluation (False).
+
+    With a cache, the steps before the first random one are done once and for all; in a split that is seen in both ways,
+    those of them that both share.
+    """
     if cache is None:
-        return lambda split, training: splits[split].with_transform(transform_for(preprocessing, training)), None
-    stored = {split: cache_images(images, preprocessing, cache, f"{name}-{split}") for split, images in splits.items()}
-    evaluation = EvalBatchTransform(preprocessing)
-    training = TrainBatchTransform(preprocessing) if preprocessing["augmentation"] == "crop" else evaluation
-    return lambda split, _: stored[split], (training, evaluation)
+        return lambda split, training: splits[split].with_transform(transforms[training])
+    done, stored = {}, {}
+    for split, images in splits.items():
+        done[split] = repeatable_steps(*([transforms[False]] if split == "test" else transforms.values()))
+        stored[split] = cache_images(images, done[split], cache, f"{name}-{split}")
+
+    def view(split: str, training: bool) -> Dataset:
+        return stored[split].with_transform(Compose(steps_of(transforms[training])[len(done[split]) :]))
+
+    return view

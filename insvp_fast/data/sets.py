@@ -4,15 +4,39 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DIGITS", "HTA", "PROTOCOLS", "SETS", "SPLITS", "VTAB", "NamedSet"]
+__all__ = [
+    "AUGMENTATIONS",
+    "DIGITS",
+    "HTA",
+    "PREFIXES",
+    "PROTOCOLS",
+    "SETS",
+    "SPLITS",
+    "SPLIT_NAMES",
+    "VTAB",
+    "NamedSet",
+    "split_of",
+]
 
 DIGITS = "digits"  # comes with scikit-learn
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {  # what folders, lists and formats call each split
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 PROTOCOLS = ("paper", "released")
+PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")  # of sources in formats that timm reads
+AUGMENTATIONS = ("none", "crop", "timm", "insvp")  # what each is: transform_for in transforms.py
 
 # rules by which an official training split is divided into train and val, see splits.py
 NINETY, EIGHTY, FIRST_EIGHTY = "90/10", "80/20", "first 80 %"
 OFFICIAL_VAL = {"paper": "official", "released": "official"}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder or a value of a table names, in any case; None if it names none."""
+    return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 class NamedSet(NamedTuple):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from sklearn.datasets import load_digits
 
-from insvp_fast.data.folders import listing, read_class_folders
+from insvp_fast.data.folders import listing, read_class_folders, require_class_folders, split_folders
 from insvp_fast.data.images import Images, Splits, images_of_classes, require_files
-from insvp_fast.data.lists import Pairs, class_indices, find_lists, read_list, sorted_labels
+from insvp_fast.data.lists import class_indices, find_lists, read_lists, sorted_labels
 from insvp_fast.data.readers import read_set
-from insvp_fast.data.sets import DIGITS, HTA, SETS, SPLITS, VTAB
-from insvp_fast.data.splits import stratified_split
-from insvp_fast.data.timm_formats import PREFIXES, read_timm_format
+from insvp_fast.data.sets import DIGITS, HTA, PREFIXES, SETS, SPLITS, VTAB
+from insvp_fast.data.splits import three_way_split
+from insvp_fast.data.tables import Listed
+from insvp_fast.data.timm_formats import read_timm_format
 from insvp_fast.errors import DataError
 
 __all__ = ["SETS_IN_WORDS", "read_source", "read_test_source"]
@@ -37,31 +39,49 @@ def read_source(source: str, seed: int = 0, root: str | None = None) -> Splits:
     if not path.exists():
         names = ", ".join(VTAB) if source.startswith("vtab/") else f"{DIGITS}, {SETS_IN_WORDS}"
         raise DataError(f"`data` is {source}: no such folder or list; the names known are {names}")
-    lists = find_lists(path)
-    return _read_lists(path, lists, root) if path.is_file() or "train" in lists else _read_image_folder(path)
+    lists, folders = _locate(path)
+    if lists:
+        return _read_lists(lists, root)
+    if "train" not in folders:
+        raise DataError(f"{path}: found {listing(path)}: expected a folder train as well")
+    files = {split: read_class_folders(folder) for split, folder in folders.items()}
+    classes = list(files["train"])
+    return Splits({split: images_of_classes(files[split], classes, folders[split]) for split in files}, classes)
 
 
 def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, root: str | None = None) -> Splits:
-    """Read the splits of a data set for testing alone: of a folder or list, only test, or else val.
+    """Read the splits of a data set for testing alone: of a folder or list, only test, or else val, or else train.
 
     Args:
         class_names: the classes of the training set, which number the images of a folder or list.
 
     Raises:
-        DataError: if there is no such data set or split, it cannot be read, or an image has another class.
+        DataError: if there is no such data set, it cannot be read, or an image has another class.
     """
-    if source in (DIGITS, *SETS) or source.startswith(PREFIXES):
-        return read_source(source, seed, root)
     path = Path(source)
-    lists = find_lists(path) if path.is_file() or path.is_dir() else {}
-    file = lists.get("test", lists.get("val"))
-    if file is not None:
-        images = _listed_images(file, read_list(file), class_names, root)
-        return Splits({"test": images}, list(class_names))
-    folder = next((path / split for split in ("test", "val") if (path / split).is_dir()), None)
-    if folder is None:
-        raise DataError(f"`data` is {source}: found {listing(path)}: expected a folder test or val")
-    return Splits({"test": images_of_classes(read_class_folders(folder), class_names, folder)}, list(class_names))
+    if source in (DIGITS, *SETS) or source.startswith(PREFIXES) or not path.exists():
+        return read_source(source, seed, root)
+    lists, folders = _locate(path)
+    if lists:
+        return _read_lists(lists, root, class_names)
+    split = _tested(folders)
+    images = images_of_classes(read_class_folders(folders[split]), class_names, folders[split])
+    return Splits({split: images}, list(class_names))
+
+
+def _locate(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The list file of each split, or else its folder of class folders; what is not divided is train."""
+    lists, folders = find_lists(path), split_folders(path) if path.is_dir() else {}
+    if "train" in lists or (lists and not folders):
+        return lists, {}
+    if not folders:
+        require_class_folders(path)
+    return {}, folders or {"train": path}
+
+
+def _tested(splits: Container[str]) -> str:
+    """The split that a model is tested on."""
+    return next(split for split in ("test", "val", "train") if split in splits)
 
 
 def _read_digits(seed: int) -> Splits:
@@ -69,36 +89,38 @@ def _read_digits(seed: int) -> Splits:
     digits = load_digits()
     gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     pixels = np.repeat(gray[..., None], 3, axis=-1)
-    rest, test = stratified_split(range(len(pixels)), digits.target, 0.2, seed)
-    train, val = stratified_split(rest, digits.target, 0.125, seed)
-    indices = {"train": train, "val": val, "test": test}
-    splits = {split: Images(pixels[rows], digits.target[rows].tolist()) for split, rows in indices.items()}
+    indices = zip(SPLITS, three_way_split(digits.target, seed), strict=True)
+    splits = {split: Images(pixels[rows], digits.target[rows].tolist()) for split, rows in indices}
     return Splits(splits, [str(name) for name in digits.target_names])
 
 
-def _read_image_folder(root: Path) -> Splits:
-    names = [split for split in SPLITS if (root / split).is_dir()]
-    if "train" not in names or len(names) < 2:
-        raise DataError(f"`data` is {root}: found {listing(root)}: expected the folders train and val and/or test")
-    folders = {split: read_class_folders(root / split) for split in names}
-    classes = list(folders["train"])
-    splits = {split: images_of_classes(files, classes, root / split) for split, files in folders.items()}
-    return Splits(splits, classes)
+def _read_lists(files: dict[str, Path], root: str | None, class_names: Sequence[str] | None = None) -> Splits:
+    """Read lists; with the ``class_names`` of a model only what it is tested on."""
+    lists = read_lists(files)
+    splits, classes = lists.splits, class_names
+    if classes is not None:
+        splits = {split: splits[split] for split in (_tested(splits),)}
+    elif "train" in splits:
+        classes = lists.classes or sorted_labels(label for image in splits["train"][1] for label in image.labels)
+    else:
+        raise DataError(f"{next(iter(files.values()))}: found {', '.join(splits)} alone: expected train as well")
+    images = {
+        split: _listed_images(f"{file} ({split})", listed, classes, Path(root or file.parent), lists.multi_label)
+        for split, (file, listed) in splits.items()
+    }
+    return Splits(images, list(classes))
 
 
-def _read_lists(source: Path, lists: dict[str, Path], root: str | None) -> Splits:
-    if "train" not in lists or len(lists) < 2:
-        found = ", ".join(file.name for file in lists.values() if file.is_file()) or "nothing"
-        raise DataError(f"`data` is {source}: found {found}: expected lists train and val and/or test, .txt or .json")
-    pairs = {split: read_list(file) for split, file in lists.items()}
-    classes = sorted_labels(label for _, label in pairs["train"])
-    splits = {split: _listed_images(lists[split], rows, classes, root) for split, rows in pairs.items()}
-    return Splits(splits, classes)
-
-
-def _listed_images(file: Path, pairs: Pairs, classes: Sequence[str], root: str | None) -> Images:
-    """The images of a list file, whose paths are relative to ``root``, or else to the file's folder."""
-    folder = Path(root) if root is not None else file.parent
-    images = Images([folder / path for path, _ in pairs], class_indices([label for _, label in pairs], classes, file))
-    require_files(images.items, f"the images that {file} names")
+def _listed_images(
+    where: str, listed: Sequence[Listed], classes: Sequence[str], folder: Path, multi_label: bool
+) -> Images:
+    """The images of a list, whose paths are relative to ``folder``."""
+    targets: list[int] | torch.Tensor
+    targets = indices = class_indices([label for image in listed for label in image.labels], classes, where)
+    if multi_label:
+        rows = [row for row, image in enumerate(listed) for _ in image.labels]
+        targets = torch.zeros(len(listed), len(classes))
+        targets[rows, indices] = 1
+    images = Images([folder / image.path for image in listed], targets)
+    require_files(images.items, f"the images that {where} names")
     return images

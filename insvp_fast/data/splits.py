@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-__all__ = ["describe", "divide", "stratified_split"]
+__all__ = ["describe", "divide", "stratified_split", "three_way_split"]
 
 KEPT = {"90/10": (9, 10), "80/20": (4, 5), "first 80 %": (4, 5)}  # the fraction that stays in train, rounded down
 
@@ -44,10 +45,22 @@ def stratified_split(
     """Divide ``indices`` into the rest and a ``fraction`` of them, with the same fraction of every class.
 
     Args:
-        classes: of all images, those that ``indices`` leave out too.
+        classes: of all images, those that ``indices`` leave out too. Images with several labels, [N, classes], are
+            divided at random.
 
     Raises:
         ValueError: if a class has too few images.
     """
     labels = np.asarray(classes)[list(indices)]
-    return train_test_split(list(indices), test_size=fraction, stratify=labels, random_state=seed)
+    if labels.ndim > 1:
+        return train_test_split(list(indices), test_size=fraction, random_state=seed)
+    # at least one image per class on average, without which scikit-learn refuses: there are sets of five per class
+    count = max(math.ceil(fraction * len(labels)), len(np.unique(labels)))
+    return train_test_split(list(indices), test_size=count, stratify=labels, random_state=seed)
+
+
+def three_way_split(classes: Sequence[int] | np.ndarray, seed: int) -> tuple[list[int], list[int], list[int]]:
+    """Divide images into train, val and test: 70 %, 10 % and 20 % of every class; errors as in ``stratified_split``."""
+    rest, test = stratified_split(range(len(classes)), classes, 0.2, seed)
+    train, val = stratified_split(rest, classes, 0.125, seed)
+    return train, val, test

@@ -1,79 +1,76 @@
-"""Data sets in the formats that timm reads: ``wds/`` tar files, and those that ``timm.data.create_dataset`` opens."""
+"""Data sets in formats that timm reads too: ``wds/`` tar files, Hugging Face datasets and TensorFlow Datasets."""
 
 from __future__ import annotations
 
 import json
 import tarfile
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import create_dataset
 
-from insvp_fast.data.decode import to_rgb
-from insvp_fast.data.folders import SUFFIXES, is_ignored
+from insvp_fast.data.decode import SUFFIXES
+from insvp_fast.data.folders import is_ignored
 from insvp_fast.data.images import Images, Splits, TarMember
 from insvp_fast.data.lists import class_indices, sorted_labels
+from insvp_fast.data.sets import SPLIT_NAMES, SPLITS
+from insvp_fast.data.tfds import read_tfds
 from insvp_fast.errors import DataError
 
-__all__ = ["PREFIXES", "read_timm_format"]
+__all__ = ["read_timm_format"]
 
-PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
-NAMES = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}  # of each split, in the order tried
+CLASS_NAMES = ("classnames.txt", "class_names.txt", "classes.txt")  # files of names in the order of class indices
 
 
 def read_timm_format(source: str, root: str | None) -> Splits:
-    """Read ``wds/FOLDER``, or ``hfds/NAME``, ``hfids/NAME`` or ``tfds/NAME`` through timm.
+    """Read ``wds/FOLDER``, ``tfds/NAME``, or ``hfds/NAME`` through timm; each image is read when it is asked for.
 
-    Tar files are indexed once, and their images read in any order. What timm gives only as a stream (hfids, tfds) is
-    kept in memory, and EXIF orientation is applied or not as the library decodes it.
+    ``hfids/NAME`` is the same as ``hfds/NAME``: training needs the images in any order, which a stream does not have.
 
     Raises:
-        DataError: if there is no train, or neither validation nor test, or a package is missing.
+        DataError: if there is no train, a package is missing, or a split has a class that train does not have.
     """
-    folder = Path(root) if root else Path(source.removeprefix("wds/"))
-    found = _read_tars(folder) if source.startswith("wds/") else _read_with_timm(source, root)
-    if len(found.splits) < 2:
-        raise DataError(f"`data` is {source}: found only train: expected validation and/or test as well")
-    return found
+    kind, _, name = source.partition("/")
+    if kind == "wds":
+        return _read_tars(Path(root or name))
+    if kind == "tfds":
+        images, names = read_tfds(source, root)
+        labels = {split: found.labels() for split, found in images.items()}
+    else:
+        images, labels, names = _read_hugging_face(source, root)
+    texts = {split: [_name(names, label) for label in found] for split, found in labels.items()}
+    if "train" not in texts:
+        raise DataError(f"`data` is {source}: found {', '.join(texts) or 'no split'}: expected train as well")
+    classes = names or sorted_labels(texts["train"])
+    indices = {split: class_indices(found, classes, f"{source}, {split}") for split, found in texts.items()}
+    return Splits({split: Images(images[split], indices[split]) for split in images}, classes)
 
 
-def _read_with_timm(source: str, root: str | None) -> Splits:
-    found = {split: dataset for split in NAMES if (dataset := _open(source, root, split)) is not None}
-    splits = {split: _images(dataset) for split, dataset in found.items()}
-    indices: dict[str, int] = getattr(found["train"].reader, "class_to_idx", {})
-    classes = sorted(indices, key=indices.__getitem__) or [str(i) for i in range(max(splits["train"].classes) + 1)]
-    return Splits(splits, classes)
+def _read_hugging_face(source: str, root: str | None) -> tuple[dict[str, Sequence], dict[str, list[Any]], list[str]]:
+    """The images and labels of each split, and the names of the classes, empty if they have none."""
+    readers = {split: reader for split in SPLITS if (reader := _open(source, root, split)) is not None}
+    images = {split: _Files(reader) for split, reader in readers.items()}
+    labels = {split: list(reader.iter_targets()) for split, reader in readers.items()}
+    indices: dict[str, int] = readers["train"].class_to_idx
+    return images, labels, sorted(indices, key=indices.__getitem__)
 
 
 def _open(source: str, root: str | None, split: str) -> Any:
-    """timm's data set for a split, or None if there is no such split."""
-    for name in NAMES[split]:
+    """timm's reader of a split, or None if there is no such split."""
+    for name in SPLIT_NAMES[split]:
         try:
-            return create_dataset(source, root, name, input_img_mode=None)  # unconverted: `to_rgb` does it
+            return create_dataset(f"hfds/{source.partition('/')[2]}", root, name).reader
         except ImportError as error:
-            package = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}[source.split("/")[0]]
-            raise DataError(f"`data` is {source}, which needs a package: pip install {package}") from error
-        except Exception as error:  # each library raises its own error where a split does not exist
+            raise DataError(f"`data` is {source}, which needs a package: pip install datasets") from error
+        except ValueError as error:  # the library's for a split that does not exist
             reason = error
+        except Exception as error:  # out of reach, say; without this split, another would be divided instead
+            raise DataError(f"`data` is {source}: {split} cannot be opened ({error})") from error
     if split == "train":
         raise DataError(f"`data` is {source}: train cannot be opened ({reason})") from reason
     return None
-
-
-def _images(dataset: Any) -> Images:
-    if isinstance(dataset, ImageDataset):
-        reader = dataset.reader
-        return Images(_Files(reader), [int(label) for label in reader.iter_targets()])
-    pairs = [(_pixels(image), int(label)) for image, label in dataset]
-    return Images([pixels for pixels, _ in pairs], [label for _, label in pairs])
-
-
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3] of a decoded image: an RGB array from TensorFlow, an image of any mode from other libraries."""
-    return image if isinstance(image, np.ndarray) else np.asarray(to_rgb(image))
 
 
 class _Files(Sequence):
@@ -89,23 +86,35 @@ class _Files(Sequence):
         return self.reader[index][0]
 
 
+def _name(classes: Sequence[str], label: Any) -> str:
+    """A label as text: the name of a class index, if the classes have names."""
+    return classes[label] if isinstance(label, Integral) and 0 <= label < len(classes) else str(label)
+
+
 def _read_tars(folder: Path) -> Splits:
-    tars = {split: _tars_of(folder, split) for split in NAMES}
+    tars = {split: _tars_of(folder, split) for split in SPLITS}
     if not tars["train"]:
         expected = "expected train*.tar, or an _info.json that lists the files of train"
         raise DataError(f"`data` is wds/{folder}: {expected}; likewise validation and/or test")
+    names = _class_names(folder)
     samples = {split: [row for file in files for row in _members(file)] for split, files in tars.items() if files}
-    classes = sorted_labels(label for _, label in samples["train"])
+    classes = names or sorted_labels(label for _, label in samples["train"])
     splits = {}
     for split, rows in samples.items():
-        indices = class_indices([label for _, label in rows], classes, f"wds/{folder}, {split}")
-        splits[split] = Images([member for member, _ in rows], indices)
+        labels = [_name(names, int(label)) if label.isdecimal() else label for _, label in rows]
+        splits[split] = Images([member for member, _ in rows], class_indices(labels, classes, f"wds/{folder}, {split}"))
     return Splits(splits, classes)
+
+
+def _class_names(folder: Path) -> list[str]:
+    """The names of the class indices, one in each line of a file, if there is one."""
+    file = next((file for name in CLASS_NAMES if (file := folder / name).is_file()), None)
+    return [] if file is None else [name.strip() for name in file.read_text("utf-8-sig").splitlines() if name.strip()]
 
 
 def _tars_of(folder: Path, split: str) -> list[Path]:
     listed = _tars_in_index(folder)
-    for name in NAMES[split]:
+    for name in SPLIT_NAMES[split]:
         files = [folder / file for file in listed.get(name, ())] or sorted(folder.glob(f"{name}*.tar"))
         if files:
             return files
@@ -123,8 +132,16 @@ def _tars_in_index(folder: Path) -> dict[str, list[str]]:
         raise DataError(f"{file}: expected splits, each with its filenames ({error!r})") from error
 
 
+def _label(content: bytes) -> str:
+    """A class index without leading zeros, or a name."""
+    label = content.decode().strip()
+    if not label or "\n" in label:
+        raise ValueError(f"a .cls file holds {label[:60]!r}: expected a class index or name")
+    return str(int(label)) if label.isdecimal() else label
+
+
 def _members(file: Path) -> list[tuple[TarMember, str]]:
-    """(image, label) of each sample: two files of one name, the image and a .cls with the class index."""
+    """(image, label) of each sample: two files of one name, the image and a .cls with its class."""
     images: dict[str, TarMember] = {}
     labels: dict[str, str] = {}
     try:
@@ -138,7 +155,7 @@ def _members(file: Path) -> list[tuple[TarMember, str]]:
                 if f".{suffix.lower()}" in SUFFIXES:
                     images[key] = member
                 elif suffix == "cls":
-                    labels[key] = str(int(member.read()))
+                    labels[key] = _label(member.read())
     except (OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{file}: not a tar file of images and .cls labels that can be read ({error})") from error
     unpaired = sorted(images.keys() ^ labels.keys())

@@ -1,24 +1,26 @@
-"""From an image to the model's input: one by one on the CPU, or from cached pixels in batches on the device."""
+"""From an image to the model's input: timm's transforms, and the steps of them that are the same every time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
 
 from insvp_fast.config import RELEASED_PREPROCESSING
+from insvp_fast.data.sets import AUGMENTATIONS
+from insvp_fast.errors import DataError
 
 __all__ = [
-    "EvalBatchTransform",
-    "TrainBatchTransform",
     "Transform",
-    "cache_transform",
+    "describe_augmentation",
     "insvp_preprocessing",
+    "repeatable_steps",
+    "steps_of",
     "transform_for",
 ]
 
@@ -32,7 +34,7 @@ def insvp_preprocessing(size: int | Sequence[int] = 224) -> dict[str, Any]:
         size: the side, or (height, width); 224 means resize to 256 and crop 224.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    return RELEASED_PREPROCESSING | {"input_size": [3, height, width], "augmentation": "crop"}
+    return RELEASED_PREPROCESSING | {"input_size": [3, height, width], "augmentation": "insvp"}
 
 
 def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Transform:
@@ -40,72 +42,68 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
 
     Args:
         preprocessing: arguments of ``timm.data.create_transform``, and ``augmentation``, which training adds: ``timm``
-            for timm's usual crops, flips and colors (the default), ``crop`` for random crops and flips, or ``none``.
+            (the default) for timm's crops of random area and aspect ratio, flips and colors; ``insvp`` for random crops
+            of the image at 8/7 of the size, and flips; ``crop`` for random crops of the image as evaluation resizes it,
+            and flips; ``none`` for evaluation's transform. Images are flipped with the probability ``hflip``, by
+            default 0.5, with ``none`` 0.
+
+    Raises:
+        DataError: if there is no such augmentation, or ``crop`` has nothing to crop from.
     """
     augmentation = preprocessing.get("augmentation", "timm")
-    if training and augmentation == "timm":
+    if augmentation not in AUGMENTATIONS:
+        raise DataError(f"`augmentation` is {augmentation}: expected one of {', '.join(AUGMENTATIONS)}")
+    if not training:
+        return _timm_transform(preprocessing)
+    if augmentation == "timm":
         return _timm_transform(preprocessing, is_training=True)
-    plain = _timm_transform(preprocessing)
-    if not training or augmentation == "none":
-        return plain
-    resize, crop, *rest = plain.transforms
+    if augmentation == "insvp":
+        preprocessing = preprocessing | {"crop_pct": RELEASED_PREPROCESSING["crop_pct"], "crop_mode": "center"}
+    resize, crop, *rest = steps_of(_timm_transform(preprocessing))
+    if augmentation == "crop" and preprocessing.get("crop_pct") == 1:
+        raise DataError(
+            "`augmentation` is crop: images are resized to the size of the model (crop_pct 1), which leaves nothing to"
+            " crop: expected insvp, timm or none"
+        )
+    hflip = _hflip(preprocessing)
+    flip = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
     return transforms.Compose(
-        [resize, transforms.RandomCrop(crop.size), transforms.RandomHorizontalFlip(), *rest],
+        [resize, crop if augmentation == "none" else transforms.RandomCrop(crop.size), *flip, *rest]
     )
 
 
-def cache_transform(preprocessing: dict[str, Any]) -> Transform:
-    """The transform from a PIL image to the uint8 tensor [3, h, w] that a cache stores and later crops are taken from.
+def describe_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """What training adds, ready for JSON: its ``augmentation`` and ``hflip``, and the ``steps`` of the transform."""
+    steps = [repr(step) for step in steps_of(transform_for(preprocessing, training=True))]
+    return {"augmentation": preprocessing.get("augmentation", "timm"), "hflip": _hflip(preprocessing), "steps": steps}
 
-    It resizes and crops the center. The margin h - H is a multiple of 4, so that the center crop of the stored pixels
-    is exactly that of the whole image.
+
+def steps_of(transform: Any) -> list[Any]:
+    """The steps of a transform of ``transform_for``."""
+    return list(transform.transforms)
+
+
+def repeatable_steps(*of_images: Transform) -> list[Any]:
+    """The first steps, which all these transforms share, that turn a PIL image into another, the same every time.
+
+    A step that is not known to be such a one ends them.
     """
-    height, width = preprocessing["input_size"][-2:]
-    resize, crop, *_ = _timm_transform(preprocessing).transforms
-    steps = [resize, crop]
-    if isinstance(crop, transforms.CenterCrop) and preprocessing.get("augmentation", "timm") != "none":
-        fraction = preprocessing.get("crop_pct", 1.0)
-        larger = [side + 4 * int((side / fraction - side) // 4) for side in (height, width)]
-        steps = [resize, transforms.CenterCrop(larger)]
-    return transforms.Compose([*steps, transforms.PILToTensor()])
+    shared = []
+    for first, *others in zip(*map(steps_of, of_images), strict=False):
+        if not _is_repeatable(first) or any(repr(other) != repr(first) for other in others):
+            break
+        shared.append(first)
+    return shared
 
 
-class EvalBatchTransform:
-    """The center crop of cached images, normalized: uint8 [B, 3, h, w] on any device -> fp32 [B, 3, H, W].
-
-    The result is bit for bit that of ``transform_for``.
-    """
-
-    def __init__(self, preprocessing: dict[str, Any]) -> None:
-        self.size = tuple(preprocessing["input_size"][-2:])
-        self.mean, self.std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        top, left = ((stored - side) // 2 for stored, side in zip(images.shape[-2:], self.size, strict=True))
-        return self.normalize(images[..., top : top + self.size[0], left : left + self.size[1]])
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Scale by 255, mean and std, in the order of torchvision's ToTensor and Normalize, so that no bit differs."""
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        return images.float().div_(255).sub_(mean).div_(std)
+def _is_repeatable(step: Any) -> bool:
+    if isinstance(step, ResizeKeepRatio):
+        return not step.random_scale_prob and not step.random_aspect_prob
+    return type(step) in (transforms.Resize, transforms.CenterCrop)
 
 
-class TrainBatchTransform(EvalBatchTransform):
-    """Random crops and flips of cached images, normalized: uint8 [B, 3, h, w] on any device -> fp32 [B, 3, H, W].
-
-    Each image has its own crop. The random numbers are the CPU generator's, whatever the device, so that a seed gives
-    the same crops everywhere.
-    """
-
-    def __call__(self, images: Tensor) -> Tensor:
-        batch, (height, width) = len(images), self.size
-        places = [stored - side + 1 for stored, side in zip(images.shape[-2:], self.size, strict=True)]
-        corners = zip(*(torch.randint(count, (batch,)).tolist() for count in places), strict=True)
-        flipped = (torch.rand(batch) < 0.5).nonzero().flatten().to(images.device)
-        # slices and one copy, because indexing by tensors is slower and waits for the device
-        crops = [image[:, y : y + height, x : x + width] for image, (y, x) in zip(images, corners, strict=True)]
-        crop = torch.stack(crops) if crops else images[..., :height, :width]
-        return self.normalize(crop.index_copy(0, flipped, crop.index_select(0, flipped).flip(3)))
+def _hflip(preprocessing: dict[str, Any]) -> float:
+    return preprocessing.get("hflip", 0.0 if preprocessing.get("augmentation") == "none" else 0.5)
 
 
 def _timm_transform(preprocessing: dict[str, Any], is_training: bool = False) -> Any:

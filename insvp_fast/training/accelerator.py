@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from importlib.util import find_spec
 
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -12,11 +14,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import find_executable_batch_size, gather_object
 from torch import nn
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
 from insvp_fast.errors import TrainingError
 from insvp_fast.runtime import hardware
 from insvp_fast.training.recipe import Recipe
 
-__all__ = ["create_accelerator", "find_batch_size", "resolve_amp"]
+__all__ = ["create_accelerator", "find_batch_size", "peak_memory", "resolve_amp"]
+
+TENSOR_CORES = (7, 0)  # the compute capability of the first GPUs with them; before, fp16 may be slower than fp32
 
 
 def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Accelerator:
@@ -38,12 +47,24 @@ def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Acce
     )
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors held on a GPU, or that this process held in RAM, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
 def resolve_amp(amp: str) -> str:
-    """What ``auto`` stands for on this machine: bf16 where the hardware has products in it, else off."""
+    """What ``auto`` stands for: the 16 bits that this machine multiplies fast, bf16 before fp16, or off."""
     if amp != "auto":
         return amp
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability() >= TENSOR_CORES else "off"
     return "bf16" if not torch.accelerator.is_available() and hardware.has_products(torch.bfloat16) else "off"
 
 

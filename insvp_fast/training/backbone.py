@@ -16,21 +16,31 @@ from insvp_fast.training.recipe import BUILTIN_BACKBONE
 __all__ = ["load_backbone", "resolve_preprocessing"]
 
 
-def load_backbone(source: str = BUILTIN_BACKBONE, checkpoint: str | None = None) -> nn.Module:
+def load_backbone(
+    source: str = BUILTIN_BACKBONE, checkpoint: str | None = None, img_size: int | None = None
+) -> nn.Module:
     """The backbone that ``create_backbone`` builds, without a head.
 
+    Args:
+        img_size: the side of its images; None for that of the pretraining.
+
     Raises:
-        CheckpointError: if there is no such model, its weights cannot be found, or it has no blocks that
-            prompts can be put into.
+        CheckpointError: if there is no such model, its weights cannot be found, it has no blocks that prompts can be
+            put into, or its patches do not divide ``img_size``.
     """
+    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
-        backbone = create_backbone(source, checkpoint=checkpoint, num_classes=0)
-        widths = structure_of(backbone).widths(backbone)
+        backbone = create_backbone(source, checkpoint=checkpoint, num_classes=0, **size)
+        structure = structure_of(backbone)
+        widths = structure.widths(backbone)
+        patch_size = structure.patch_size(backbone) if widths else 1
     except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(f"`backbone` is {source}: {error}") from error
     if not widths:
         kind = type(backbone).__name__
         raise CheckpointError(f"`backbone` is {source}: a {kind} takes image prompts alone: expected one with blocks")
+    if img_size is not None and img_size % patch_size:
+        raise CheckpointError(f"`img_size` is {img_size}: expected a multiple of {patch_size}, the side of a patch")
     return backbone
 
 
@@ -42,6 +52,6 @@ def resolve_preprocessing(backbone: nn.Module, preset: str = "timm") -> dict[str
     """
     resolved = resolve_data_config(model=backbone)
     if preset == "insvp":
-        return insvp_preprocessing(resolved["input_size"][-1])
-    names = ("input_size", "interpolation", "mean", "std", "crop_pct")
+        return insvp_preprocessing(resolved["input_size"][-2:])
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return {name: list(value) if isinstance(value := resolved[name], tuple) else value for name in names}

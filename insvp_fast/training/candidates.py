@@ -1,16 +1,17 @@
-"""The models that a run trains: InsVP, and a linear probe for comparison."""
+"""The models that a run trains: InsVP or another method, and a linear probe for comparison."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from insvp_fast.config import InsVPConfig
-from insvp_fast.training.recipe import BUILTIN_BACKBONE, Recipe
+from insvp_fast.training.recipe import BUILTIN_BACKBONE, PROMPT_SETTINGS, Recipe
 
-__all__ = ["Candidate", "candidates_of", "insvp_config"]
+__all__ = ["LINEAR", "PROBE", "Candidate", "candidates_of", "insvp_config"]
 
 BUILTIN_PROMPT_LENGTH = 4  # for its 16 patches; the paper's 9 are for 196
-NO_PROMPTS = InsVPConfig.linear_probe()
+LINEAR = "linear"  # the method without prompts
+PROBE = "linear probe"  # its name in the metrics
 
 
 class Candidate(NamedTuple):
@@ -18,31 +19,27 @@ class Candidate(NamedTuple):
 
     Attributes:
         name: in the metrics and in what is printed.
-        config: its prompts; a linear probe has none.
-        lr: the peak learning rate, not yet scaled with the number of images per step.
-        subfolder: of the run folder, for its training state and its best epoch.
+        method: a value of ``Recipe.method``.
         is_adapter: whether it is the run's result, of which the adapter and the plot of the prompts are written.
     """
 
     name: str
-    config: InsVPConfig
-    lr: float
-    subfolder: str = ""
+    method: str
     is_adapter: bool = False
 
 
 def candidates_of(recipe: Recipe) -> list[Candidate]:
-    """The models to train in their order; the first one is the adapter."""
-    adapter = Candidate("InsVP", insvp_config(recipe), recipe.lr, is_adapter=True)
-    probe = Candidate("linear probe", NO_PROMPTS, recipe.probe_lr, "linear-probe")
-    return [adapter, probe] if recipe.probe else [adapter]
+    """The models to train in their order; the last one is the adapter."""
+    probe = Candidate(PROBE, LINEAR)
+    if recipe.method == LINEAR:
+        return [probe._replace(is_adapter=True)]
+    adapter = Candidate("InsVP" if recipe.method == "insvp" else recipe.method, recipe.method, is_adapter=True)
+    return [probe, adapter] if recipe.probe else [adapter]
 
 
 def insvp_config(recipe: Recipe) -> InsVPConfig:
     """The configuration of the paper or of the released code, with the changes that the recipe makes."""
-    length = recipe.prompt_length
-    if length is None and recipe.backbone == BUILTIN_BACKBONE and not recipe.released:
-        length = BUILTIN_PROMPT_LENGTH
-    settings = {"prompt_length": length, "specific_kernels": recipe.specific_kernels, "simam": recipe.simam}
-    changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name in PROMPT_SETTINGS if (value := getattr(recipe, name)) is not None}
+    if recipe.backbone == BUILTIN_BACKBONE and not recipe.released:
+        changes = {"prompt_length": BUILTIN_PROMPT_LENGTH} | changes
     return InsVPConfig.released(**changes) if recipe.released else InsVPConfig(**changes)

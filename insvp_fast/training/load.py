@@ -31,7 +31,7 @@ def load_run(folder: str | Path) -> Run:
         TrainingError: if it is not the folder of a finished run.
     """
     recipe, config = read_config(folder)
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint)
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
     try:
         model = InsVPViT.from_pretrained(Path(folder) / "adapter", backbone=backbone, local_files_only=True)
     except (CheckpointError, OSError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from insvp_fast.errors import DataError
+from insvp_fast.training.balance import targets_of
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.sampler import BatchSampler, SeededDataset
 from insvp_fast.training.timer import DataTimer
@@ -21,27 +22,19 @@ __all__ = ["Loader", "create_loader"]
 
 
 class Loader:
-    """Batches (images [B, C, H, W], classes [B]) on a device; ``timer`` measures how long the device waited for them.
+    """Batches (images [B, C, H, W], targets) on a device; ``timer`` measures how long the device waited for them.
 
-    Args:
-        transform: turns the images of a batch, on the device, into the model's input; None if they are it already.
+    Targets are class indices [B], or multi-hot, fp32 [B, classes].
 
     Raises:
         DataError: naming an image that cannot be read.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        sampler: BatchSampler,
-        workers: int,
-        device: torch.device,
-        transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.sampler, self.device, self.transform = sampler, device, transform
+    def __init__(self, dataset: Dataset, sampler: BatchSampler, workers: int, device: torch.device) -> None:
+        self.sampler, self.device = sampler, device
         self.timer = DataTimer(device)
         self.loader = DataLoader(
-            SeededDataset(dataset, sampler.seed if transform is None else None),
+            SeededDataset(dataset, sampler.seed),
             batch_sampler=sampler,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -60,22 +53,16 @@ class Loader:
                     batch = next(batches, None)
                 if batch is None:
                     return
-                images, classes = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-                yield (images if self.transform is None else self.transform(images)), classes
+                images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+                yield images, targets
         except DataError as error:  # a worker puts its traceback before the message
             raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
 
 
-def create_loader(
-    dataset: Dataset,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    shuffle: bool = False,
-    transform: Callable[[Tensor], Tensor] | None = None,
-) -> Loader:
+def create_loader(dataset: Dataset, recipe: Recipe, accelerator: Accelerator, shuffle: bool = False) -> Loader:
     """This process's batches on the accelerator's device, for training (``shuffle``) or evaluation.
 
-    All models of a run see the images in the same order. ``transform`` as in ``Loader``.
+    All models of a run see the images in the same order.
     """
     sampler = BatchSampler(
         len(dataset),  # type: ignore[arg-type]  # torch does not declare that data sets have a length
@@ -85,8 +72,9 @@ def create_loader(
         accelerator.num_processes,
         even=shuffle and (recipe.mixup > 0 or recipe.cutmix > 0),
         fill_empty=shuffle,
+        balance=targets_of(dataset) if shuffle and recipe.sampling == "balanced" else None,
     )
-    return Loader(dataset, sampler, recipe.workers, accelerator.device, transform)
+    return Loader(dataset, sampler, recipe.workers, accelerator.device)
 
 
 @contextmanager

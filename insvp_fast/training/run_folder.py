@@ -14,6 +14,7 @@ __all__ = [
     "CONFIG_FILE",
     "METRICS_FILE",
     "SLOW_LOADER",
+    "TESTED_ON_VAL",
     "read_config",
     "read_json",
     "read_metrics",
@@ -21,6 +22,10 @@ __all__ = [
 ]
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # of a run
+TESTED_ON_VAL = (
+    "there are no test images: the final accuracy is that of val, which also selects the epoch to keep, so it is"
+    " optimistic; split off test images to measure it"
+)
 SLOW_LOADER = 0.3  # the share of the time spent waiting for images from which on it is reported
 
 
@@ -47,7 +52,9 @@ def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """
     try:
         config = read_json(Path(run) / CONFIG_FILE)
-        return Recipe(**config["recipe"]), config
+        settings = config["recipe"]
+        # a run from before `split_seed` divided its data by `seed`
+        return Recipe(**{"split_seed": settings.get("seed", 0)} | settings), config
     except (TrainingError, KeyError, TypeError) as error:
         raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
 

@@ -11,8 +11,9 @@ import pytest
 from insvp_fast import recipes
 from insvp_fast.commands import cli
 from insvp_fast.commands.cli import COMMANDS
-from insvp_fast.commands.settings import show_options, to_arguments, to_option
+from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import CheckpointError, DataError, InsVPError
+from insvp_fast.studies.arguments import to_arguments, to_option
 from insvp_fast.training import run as run_module
 from insvp_fast.training.recipe import Recipe, setting_names
 
@@ -65,16 +66,20 @@ EVERYTHING = Recipe(
     backbone="a@b",
     data="c",
     root="r",
+    img_size=224,
     preprocessing="insvp",
+    augmentation="timm",
+    hflip=0.25,
     exif_rotation=False,
     protocol="released",
     select_on="test",
+    metric="f1",
+    patience=3,
     epochs=2,
     batch_size=3,
     auto_batch=True,
     accumulate=2,
     lr=0.1,
-    probe_lr=0.2,
     lr_scale="sqrt",
     weight_decay=0.3,
     warmup=0.4,
@@ -82,14 +87,35 @@ EVERYTHING = Recipe(
     cutmix=0.6,
     mix_prob=0.7,
     label_smoothing=0.1,
+    class_weights="auto",
+    sampling="balanced",
     ema=0.9,
     amp="bf16",
     compile="prompters",
     recompute="mlp",
     seed=5,
+    split_seed=6,
     prompt_length=6,
+    init_from="f",
     released=True,
+    global_prompt=False,
+    patch_prompt=False,
+    common_prompt=False,
+    specific_prompt=False,
+    image_weights=0.3,
+    feature_weights=(2.0, 3.0),
+    prompted_blocks=2,
+    carry_prompts=True,
+    patch_hidden=3,
+    global_hidden=5,
+    global_kernels=(5, 7),
+    global_dilations=(2, 3),
     specific_kernels=(9, 5, 3),
+    specific_input="prompted",
+    global_dropout=0.2,
+    patch_dropout=0.3,
+    common_dropout=0.4,
+    specific_dropout=0.5,
     simam=True,
     probe=False,
     workers=7,
@@ -104,12 +130,15 @@ EVERYTHING = Recipe(
 def test_every_setting_has_an_option(trained):
     values = EVERYTHING.to_dict()
     untouched = {field.name for field in dataclasses.fields(Recipe) if values[field.name] == field.default}
-    assert untouched <= {"recipe", "checkpoint", "retrain"}  # the last two exclude others
+    exclude_others = {"checkpoint", "retrain", "method", "method_options"}
+    assert untouched <= {"recipe"} | exclude_others
     given = {name: value for name, value in values.items() if name not in untouched}
     assert cli.main(["train", *to_arguments(given)]) == 0
     assert cli.main(["train", "--checkpoint", "e", "--retrain"]) == 0
+    assert cli.main(["train", "--method", "vp", "--method-options", "size=3"]) == 0
     assert cli.main(["train"]) == 0
-    assert trained == [(EVERYTHING, None), (Recipe(checkpoint="e", retrain=True), None), (Recipe(), None)]
+    others = [Recipe(checkpoint="e", retrain=True), Recipe(method="vp", method_options=("size=3",)), Recipe()]
+    assert trained == [(recipe, None) for recipe in (EVERYTHING, *others)]
 
 
 def test_the_shipped_recipes_are_those_of_the_ten_sets():
@@ -117,7 +146,7 @@ def test_the_shipped_recipes_are_those_of_the_ten_sets():
     for name in HTA:
         paper, released = Recipe(**recipes.read_recipe(name)), Recipe(**recipes.read_recipe(name, released=True))
         assert paper.data == released.data == paper.recipe == name
-        assert (paper.epochs, paper.prompt_length, paper.released, paper.protocol) == (100, 9, False, "paper")
+        assert (paper.epochs, paper.prompt_length, paper.released, paper.protocol) == (100, None, False, "paper")
         assert (released.released, released.protocol, released.select_on) == (True, "released", "test")
         same = ("lr", "weight_decay", "batch_size", "warmup", "mixup", "cutmix", "mix_prob", "label_smoothing", "seed")
         assert all(getattr(paper, field) == getattr(released, field) for field in same)
@@ -141,7 +170,7 @@ def test_the_shipped_recipes_are_those_of_the_ten_sets():
 )
 def test_released_recipes_are_those_of_the_authors_scripts(name, expected):
     recipe = Recipe(**recipes.read_recipe(name, released=True))
-    found = recipe.lr, recipe.weight_decay, recipe.prompt_length, recipe.specific_kernels, recipe.simam
+    found = recipe.lr, recipe.weight_decay, recipe.prompt_length, recipe.specific_kernels, bool(recipe.simam)
     assert found == expected
 
 
@@ -205,12 +234,16 @@ def test_a_recipe_is_not_its_own_base(tmp_path):
         (["--epochs", "0"], "--epochs is 0: expected at least 1"),
         (["--batch-size", "-4"], "--batch-size is -4: expected at least 1"),
         (["--lr", "nan"], "--lr is nan: expected a positive number"),
-        (["--probe-lr", "0"], "--probe-lr is 0.0: expected a positive number"),
+        (["--image-weights", "1", "2", "3"], "--image-weights is (1.0, 2.0, 3.0): expected a number or two numbers"),
+        (["--global-dropout", "1"], "--global-dropout is 1.0: expected a probability in [0, 1)"),
+        (["--method", "vp", "--prompt-length", "3"], "--prompt-length is 3: expected none with the method vp"),
+        (["--method-options", "size=3"], "--method-options is ('size=3',): expected none with the method insvp"),
+        (["--method", "vp", "--method-options", "3"], "--method-options is ('3',): expected NAME=VALUE"),
         (["--weight-decay", "-1"], "--weight-decay is -1.0"),
         (["--warmup", "1"], "--warmup is 1.0"),
         (["--amp", "int8"], "--amp is int8: expected one of "),
         (["--seed", "-1"], "--seed is -1"),
-        (["--prompt-length", "-1"], "--prompt-length is -1: expected at least 0"),
+        (["--prompt-length", "-1"], "--prompt-length is -1: expected an integer of at least 0"),
         (["--backbone", "a@b", "--checkpoint", "c"], "--backbone is a@b: expected a name without @FILE"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--color", "red"], "unrecognized arguments: --color red"),

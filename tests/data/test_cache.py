@@ -1,5 +1,6 @@
-"""Decoded images: the pixels of the uncached path, never a stale or half-written file, augmentation on the device."""
+"""Decoded images: the items of the uncached path to the bit, augmented or not; never a stale or half-written file."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,15 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, PILToTensor
 
 from insvp_fast.data import cache as cache_module
-from insvp_fast.data import insvp_preprocessing, load_data
+from insvp_fast.data import insvp_preprocessing, load_data, transform_for
 from insvp_fast.data.cache import cache_images
 from insvp_fast.data.readers import read_set
-from insvp_fast.data.transforms import TrainBatchTransform
+from insvp_fast.data.sets import AUGMENTATIONS
+from insvp_fast.data.transforms import repeatable_steps
 from insvp_fast.errors import DataError
-from insvp_fast.testing import DEVICE, make_fake_dataset
+from insvp_fast.testing import make_fake_dataset
+from insvp_fast.training.sampler import SeededDataset
 
 SMALL = insvp_preprocessing(28)
 TIMM = {"input_size": [3, 24, 24], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
@@ -39,125 +44,160 @@ def food(tmp_path):
     return lambda: read_set("food101", tmp_path / "data").splits["train"]
 
 
-def batch_of(dataset) -> tuple[torch.Tensor, list[int]]:
-    pairs = [dataset[i] for i in range(len(dataset))]
-    return torch.stack([image for image, _ in pairs]), [label for _, label in pairs]
+RESIZED = repeatable_steps(transform_for(SMALL))  # and cropped
+
+
+def content_of(dataset) -> list[tuple[bytes, int]]:
+    return [(image.tobytes(), label) for image, label in (dataset[i] for i in range(len(dataset)))]
 
 
 def files_in(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("preprocessing", [SMALL, TIMM, insvp_preprocessing((20, 32)), insvp_preprocessing(384)])
-@pytest.mark.parametrize("source", ["food101", "flowers", "cifar10", "vtab/kitti", "digits", "wds"])
-def test_evaluation_sees_the_same_pixels(source, preprocessing, root, tmp_path):
-    """Bit for bit, whatever the shape, and for a val that was taken from train too."""
-    source, where = (f"wds/{root / 'wds'}" if source == "wds" else source), str(root)
-    if source.startswith("wds"):
-        where = None
-    if source == "digits" and preprocessing["input_size"][1] == 384:
-        pytest.skip("many images")
-    plain = load_data(source, preprocessing, 0, root=where)
-    fast = load_data(source, preprocessing, 0, root=where, cache=str(tmp_path))
-    assert plain.on_device is None and fast.class_names == plain.class_names
-    for split in ("val", "test"):
-        (images, labels), (pixels, same) = batch_of(getattr(plain, split)), batch_of(getattr(fast, split))
-        assert pixels.dtype == torch.uint8 and labels == same
-        assert torch.equal(fast.on_device[1](pixels), images)
-    assert fast.on_device[1](pixels[:0]).shape[0] == 0
+def mixed_pictures(folder: Path) -> Path:
+    """Two classes of pictures of many shapes and modes, one of them to be turned by its EXIF orientation."""
+    noise = np.random.default_rng(0)
+    shapes = {"RGB": (61, 40), "L": (33, 90), "P": (50, 50), "RGBA": (24, 24), "1": (70, 45), "CMYK": (41, 37)}
+    for split in ("train", "test"):
+        for name in ("elk", "owl"):
+            (folder / split / name).mkdir(parents=True)
+            for number, (mode, (height, width)) in enumerate(shapes.items()):
+                small = noise.integers(0, 256, (6, 5, 3), np.uint8)
+                picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+                exif = Image.Exif()
+                exif[0x0112] = 6 if mode in ("RGB", "L") else 1
+                form = "png" if mode in ("P", "RGBA", "1") else "jpg"
+                picture.save(folder / split / name / f"{number}.{form}", exif=exif)
+    return folder
 
 
-@pytest.mark.parametrize("source", ["vtab/kitti", "digits"])
-def test_training_sees_the_same_pixels_where_it_does_not_augment(source, root, tmp_path):
-    plain, fast = (load_data(source, SMALL, 0, root=str(root), cache=c) for c in (None, str(tmp_path)))
-    assert fast.augmentation == plain.augmentation == "none"
-    assert torch.equal(fast.on_device[0](batch_of(fast.train)[0]), batch_of(plain.train)[0])
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return mixed_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def test_the_augmentation_is_named(root, tmp_path):
-    assert load_data("food101", TIMM, 0, root=str(root)).augmentation == "timm"
-    fast = load_data("food101", TIMM, 0, root=str(root), cache=str(tmp_path))
-    assert fast.augmentation == "crop" and fast.preprocessing == TIMM
+def assert_same_items(plain, fast):
+    """To the bit, in training of three epochs with the same seeds, and in evaluation."""
+    assert fast.class_names == plain.class_names and fast.augmentation == plain.augmentation
+    for split, epochs in (("train", 3), ("train_and_val", 1), ("val", 1), ("test", 1)):
+        one, two = (SeededDataset(getattr(data, split), seed=7) for data in (plain, fast))
+        for sample in itertools.product(range(epochs), range(len(one.dataset))):
+            (expected, label), (found, same) = one[sample], two[sample]
+            assert found.dtype == torch.float32 and torch.equal(found, expected) and label == same
 
 
-# On the device
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("shape", [{"crop_pct": 1.0}, {"crop_pct": 0.875}, {"crop_pct": 0.9, "crop_mode": "squash"}])
+@pytest.mark.parametrize("val", [False, True])
+def test_no_item_changes(val, shape, augmentation, pictures, tmp_path):
+    preprocessing = TIMM | shape
+    if augmentation == "crop" and shape["crop_pct"] == 1:
+        with pytest.raises(DataError, match="`augmentation` is crop: .*nothing to crop: expected insvp, timm or none"):
+            load_data(str(pictures), preprocessing, 0, augmentation=augmentation)
+        return
+    if val:
+        for split, there in (("train", "train"), ("test", "test"), ("val", "test")):
+            (tmp_path / "data").mkdir(exist_ok=True)
+            (tmp_path / "data" / split).symlink_to(pictures / there)
+        pictures = tmp_path / "data"
+    plain, fast = (
+        load_data(str(pictures), preprocessing, 0, augmentation=augmentation, cache=cache)
+        for cache in (None, str(tmp_path / "cache"))
+    )
+    assert_same_items(plain, fast)
+    seen = {SeededDataset(fast.train, 7)[epoch, 0][0].numpy().tobytes() for epoch in range(8)}
+    assert (len(seen) == 1) == (augmentation == "none")
 
 
-def test_crops_and_flips_come_from_the_image():
-    """Every result is one of the 5·9·2 crops of its image, each about as often."""
-    preprocessing = insvp_preprocessing((6, 4)) | {"mean": [0.0] * 3, "std": [1 / 255] * 3}
-    images = torch.arange(2 * 3 * 10 * 12, dtype=torch.int64).remainder(251).to(torch.uint8).view(2, 3, 10, 12)
-    possible = {}
-    for b in range(2):
-        for top in range(5):
-            for left in range(9):
-                crop = images[b, :, top : top + 6, left : left + 4]
-                possible[b, crop.numpy().tobytes()] = (top, left, 0)
-                possible[b, crop.flip(-1).contiguous().numpy().tobytes()] = (top, left, 1)
-    transform, seen = TrainBatchTransform(preprocessing), []
-    for _ in range(600):
-        result = transform(images.to(DEVICE)).round().to(torch.uint8).cpu()
-        seen += [possible[b, result[b].numpy().tobytes()] for b in range(2)]
-    assert len(set(seen)) == 90
-    assert 0.4 < np.mean([flip for *_, flip in seen]) < 0.6
-    assert len({a == b for a, b in zip(seen[::2], seen[1::2], strict=True)}) == 2  # each image has its own crop
+@pytest.mark.parametrize("preprocessing", [SMALL, TIMM, insvp_preprocessing((20, 32)), TIMM | {"crop_mode": "border"}])
+@pytest.mark.parametrize("source", ["food101", "flowers", "cifar10", "vtab/kitti", "wds"])
+def test_no_item_of_a_named_set_changes(source, preprocessing, root, tmp_path):
+    source, where = (f"wds/{root / 'wds'}", None) if source == "wds" else (source, str(root))
+    plain, fast = (load_data(source, preprocessing, 0, root=where, cache=cache) for cache in (None, str(tmp_path)))
+    assert_same_items(plain, fast)
 
 
-def test_a_seed_gives_the_same_crops():
-    images, transform = torch.randint(0, 256, (5, 3, 40, 36), dtype=torch.uint8), TrainBatchTransform(SMALL)
-    first, again = (torch.manual_seed(seed) and transform(images.to(DEVICE)) for seed in (1, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, transform(images.to(DEVICE)))
-    torch.manual_seed(1)
-    assert torch.allclose(first.cpu(), transform(images), atol=1e-6)
+def test_what_comes_before_the_first_random_step_is_done_once(pictures, tmp_path):
+    """Evaluated images are stored as the model sees them, images for random crops resized, those for timm whole."""
+    for augmentation, expected in (("none", {(24, 24)}), ("insvp", None), ("timm", None)):
+        data = load_data(
+            str(pictures), TIMM | {"crop_pct": 0.875}, 0, augmentation=augmentation, cache=str(tmp_path / augmentation)
+        )
+        stored = {tuple(size) for size in data.train.dataset.sizes.tolist()}
+        whole = {(40, 61), (90, 33), (50, 50), (24, 24), (70, 45), (41, 37)}
+        expected = expected or (whole if augmentation == "timm" else {(27, 41), (73, 27), (27, 27), (42, 27), (29, 27)})
+        assert stored == expected
+        assert {tuple(size) for size in data.test.sizes.tolist()} == {(24, 24)}
 
 
-@pytest.mark.parametrize("batch", [0, 1, 3])
-def test_a_batch_of_any_size(batch):
-    images = torch.randint(0, 256, (batch, 3, 28, 28), dtype=torch.uint8)  # no margin: only flips are left
-    assert TrainBatchTransform(SMALL)(images).shape == (batch, 3, 28, 28)
+def test_an_augmentation_that_is_asked_for_is_the_one_that_is_used(root):
+    for source in ("vtab/kitti", "digits"):
+        data = load_data(source, TIMM, 0, root=str(root))
+        assert (data.augmentation["augmentation"], data.augmentation["hflip"]) == ("none", 0.0)
+        data = load_data(source, TIMM, 0, root=str(root), augmentation="timm", hflip=0.25)
+        assert (data.augmentation["augmentation"], data.augmentation["hflip"]) == ("timm", 0.25)
+        assert "RandomHorizontalFlip(p=0.25)" in data.augmentation["steps"]
+        assert data.preprocessing.keys() <= {*TIMM, "crop_mode"}
+    with pytest.raises(DataError, match="`augmentation` is rand: expected one of none, crop, timm, insvp"):
+        load_data("digits", TIMM, 0, augmentation="rand")
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_flips_are_a_choice_of_their_own(hflip, augmentation):
+    """The left half is dark and the right one bright: 0 never turns that around, and 1 always does."""
+    pixels = np.zeros((30, 30, 3), np.uint8)
+    pixels[:, 15:] = 200
+    transform = transform_for(SMALL | {"augmentation": augmentation, "hflip": hflip}, training=True)
+    brighter = [
+        bool(image[:, :, :9].mean() > image[:, :, -9:].mean())
+        for image in (transform(Image.fromarray(pixels)) for _ in range(40))
+        if abs(image[:, :, :9].mean() - image[:, :, -9:].mean()) > 0.1
+    ]
+    assert len(brighter) > 10 and set(brighter) == {bool(hflip)}
 
 
 # The file
 
 
 def test_a_second_time_nothing_is_decoded(food, tmp_path, monkeypatch):
-    first = batch_of(cache_images(food(), SMALL, tmp_path / "cache", "food"))
+    first = content_of(cache_images(food(), RESIZED, tmp_path / "cache", "food"))
     before = {name: (tmp_path / "cache" / name).stat().st_mtime_ns for name in files_in(tmp_path / "cache")}
     assert len(before) == 2
     monkeypatch.setattr(cache_module, "_write", None)
-    again = batch_of(cache_images(food(), SMALL, tmp_path / "cache", "food"))
-    assert torch.equal(first[0], again[0]) and first[1] == again[1]
+    again = content_of(cache_images(food(), RESIZED, tmp_path / "cache", "food"))
+    assert first == again
     assert before == {name: (tmp_path / "cache" / name).stat().st_mtime_ns for name in before}
 
 
 def test_a_change_of_anything_makes_another_file(food, tmp_path):
     folder, images = tmp_path / "cache", food()
-    files = {cache_images(images, SMALL, folder, "food").file}
-    files.add(cache_images(images, insvp_preprocessing(32), folder, "food").file)
-    files.add(cache_images(images, SMALL | {"interpolation": "bicubic"}, folder, "food").file)
-    images.classes = [*images.classes[1:], images.classes[0]]
-    files.add(cache_images(images, SMALL, folder, "food").file)
+    files = {cache_images(images, RESIZED, folder, "food").file}
+    for steps in (RESIZED[:1], [], repeatable_steps(transform_for(SMALL | {"interpolation": "bicubic"}))):
+        files.add(cache_images(images, steps, folder, "food").file)
     fewer = food()
     fewer.items, fewer.classes = fewer.items[:-1], fewer.classes[:-1]
-    files.add(cache_images(fewer, SMALL, folder, "food").file)
+    files.add(cache_images(fewer, RESIZED, folder, "food").file)
     changed = food()
     changed.items[0].write_bytes(changed.items[-1].read_bytes())
-    files.add(cache_images(changed, SMALL, folder, "food").file)
+    files.add(cache_images(changed, RESIZED, folder, "food").file)
     assert len(files) == 6
-    expected = batch_of(changed.with_transform(cache_module.cache_transform(SMALL)))
-    assert torch.equal(batch_of(cache_images(changed, SMALL, folder, "food"))[0], expected[0])
-    # mean and std do not matter, because pixels are stored before they are normalized
-    assert cache_images(changed, SMALL | {"mean": [0.0] * 3}, folder, "food").file in files
+    expected = content_of(changed.with_transform(Compose(RESIZED)))
+    assert content_of(cache_images(changed, RESIZED, folder, "food")) == expected
+    # classes do not matter, because the file holds pixels alone
+    changed.classes = [*changed.classes[1:], changed.classes[0]]
+    again = cache_images(changed, RESIZED, folder, "food")
+    assert again.file in files and [label for _, label in content_of(again)] == changed.classes
 
 
 def test_pixels_in_memory_are_compared_by_value(root, tmp_path):
     images = read_set("cifar10", root).splits["train"]
-    first = cache_images(images, SMALL, tmp_path, "cifar10").file
+    first = cache_images(images, RESIZED, tmp_path, "cifar10").file
     images.items = images.items.copy()
-    assert cache_images(images, SMALL, tmp_path, "cifar10").file == first
+    assert cache_images(images, RESIZED, tmp_path, "cifar10").file == first
     images.items[3, 5, 7, 1] ^= 1
-    assert cache_images(images, SMALL, tmp_path, "cifar10").file != first
+    assert cache_images(images, RESIZED, tmp_path, "cifar10").file != first
 
 
 @pytest.mark.parametrize("images_before_the_end", [0, 5])
@@ -176,20 +216,20 @@ def test_a_half_written_cache_is_not_used(images_before_the_end, food, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(type(images), "decode", end)
         with pytest.raises(KeyboardInterrupt):
-            cache_images(images, SMALL, folder, "food")
+            cache_images(images, RESIZED, folder, "food")
     assert files_in(folder) == []
-    expected = batch_of(images.with_transform(cache_module.cache_transform(SMALL)))
-    assert torch.equal(batch_of(cache_images(images, SMALL, folder, "food"))[0], expected[0])
+    expected = content_of(images.with_transform(Compose(RESIZED)))
+    assert content_of(cache_images(images, RESIZED, folder, "food")) == expected
 
 
 def test_pixels_without_their_description_are_written_again(food, tmp_path):
     """A process killed between the two files, and one killed while it wrote: what it left is not taken for finished."""
-    whole = cache_images(food(), SMALL, tmp_path / "cache", "food")
-    expected = batch_of(whole)
+    whole = cache_images(food(), RESIZED, tmp_path / "cache", "food")
+    expected = content_of(whole)
     whole.file.with_suffix(".json").unlink()
     whole.file.write_bytes(whole.file.read_bytes()[:1000])
     whole.file.with_name(whole.file.name + ".1.tmp").write_bytes(b"half")
-    assert torch.equal(batch_of(cache_images(food(), SMALL, tmp_path / "cache", "food"))[0], expected[0])
+    assert content_of(cache_images(food(), RESIZED, tmp_path / "cache", "food")) == expected
 
 
 def test_a_broken_image_and_a_full_disk_are_told(food, tmp_path, monkeypatch):
@@ -197,7 +237,7 @@ def test_a_broken_image_and_a_full_disk_are_told(food, tmp_path, monkeypatch):
     content = images.items[7].read_bytes()
     images.items[7].write_bytes(content[:100])
     with pytest.raises(DataError, match=f"{images.items[7]}: not an image that can be read"):
-        cache_images(images, SMALL, tmp_path / "cache", "food")
+        cache_images(images, RESIZED, tmp_path / "cache", "food")
     images.items[7].write_bytes(content)
 
     def full(descriptor):
@@ -205,19 +245,19 @@ def test_a_broken_image_and_a_full_disk_are_told(food, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        expected = r"npy: the cache of decoded images cannot be written \(.*No space left on device"
+        expected = r"pixels: the cache of decoded images cannot be written \(.*No space left on device"
         with pytest.raises(DataError, match=expected):
-            cache_images(images, SMALL, tmp_path / "cache", "food")
+            cache_images(images, RESIZED, tmp_path / "cache", "food")
     assert files_in(tmp_path / "cache") == []
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="food-.*npy: the cache of decoded images cannot be written"):
-        cache_images(images, SMALL, tmp_path / "file", "food")
+    with pytest.raises(DataError, match="food-.*pixels: the cache of decoded images cannot be written"):
+        cache_images(images, RESIZED, tmp_path / "file", "food")
 
 
 def _build(arguments: tuple[str, str]) -> tuple[str, bytes]:
     torch.set_num_threads(1)  # in a forked process the parent's OpenMP threads are gone
     root, folder = arguments
-    found = cache_images(read_set("food101", root).splits["train"], SMALL, folder, "food")
+    found = cache_images(read_set("food101", root).splits["train"], RESIZED, folder, "food")
     return str(found.file), found.pixels.tobytes()
 
 
@@ -232,18 +272,19 @@ def test_processes_that_write_and_read_at_once(food, tmp_path):
 
 
 def test_workers_map_the_file_themselves(food, tmp_path):
-    whole = cache_images(food(), SMALL, tmp_path / "cache", "food")
+    whole = cache_images(food(), RESIZED, tmp_path / "cache", "food").with_transform(PILToTensor())
     content = pickle.dumps(whole)  # as it is sent to a worker that is not forked
-    assert len(content) < 1000
+    assert len(content) < 5000 < whole.file.stat().st_size
     assert isinstance(pickle.loads(content).pixels, np.memmap)
     images = torch.cat([batch for batch, _ in DataLoader(pickle.loads(content), 5, num_workers=2)])
-    assert torch.equal(images, batch_of(whole)[0])
+    assert torch.equal(images, torch.stack([image for image, _ in (whole[i] for i in range(len(whole)))]))
 
 
 def test_writing_to_an_item_does_not_reach_the_file(food, tmp_path):
-    whole = cache_images(food(), SMALL, tmp_path / "cache", "food")
+    whole = cache_images(food(), [], tmp_path / "cache", "food")
     before = whole.file.read_bytes()
-    whole[0][0].zero_()
+    whole[0][0].paste((1, 2, 3), (0, 0, 9, 9))
     assert whole.file.read_bytes() == before
     facts = json.loads(whole.file.with_suffix(".json").read_text())
-    assert facts["images"] == len(whole) == 12 and facts["shape"] == [12, 3, 32, 32]
+    assert facts["images"] == len(whole) == 12 and facts["sizes"][0] == [whole[0][0].height, whole[0][0].width]
+    assert whole.name(0) == str(whole.items[0])  # messages still name the file

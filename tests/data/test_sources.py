@@ -1,19 +1,23 @@
 """Data without a name: folders, lists, tar files and what timm reads; and the digits."""
 
 import json
+import pickle
+import struct
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader
 
 from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, timm_formats, transform_for
 from insvp_fast.data.lists import read_list, sorted_labels
+from insvp_fast.data.tfds import TFRecords
 from insvp_fast.errors import DataError
 from insvp_fast.testing import make_fake_dataset
 
@@ -32,7 +36,7 @@ def test_each_format(name, tmp_path):
     data = load_data(source, SMALL, 0)
     assert [len(split) for split in (data.train, data.val, data.test)] == [9, 9, 9]
     assert data.class_names == (["class_0", "class_1", "class_2"] if name == "folder" else ["0", "1", "2"])
-    assert data.protocol == "paper: the splits as they are" and data.tested_on == "test"
+    assert data.protocol == "paper: the splits as they are"
     assert isinstance(data.train_and_val, ConcatDataset) and len(data.train_and_val) == 18
     colors = np.array([np.random.RandomState(label).randint(0, 200, 3) + 27.5 for label in range(3)])
     for split in (data.train, data.val, data.test):
@@ -110,7 +114,7 @@ def test_a_list_its_siblings_and_the_root_of_its_images(suffix, tmp_path):
     assert data.train.classes == [1, 0, 1] and data.val.classes == [0] and data.test.classes == [1, 0]
     alone = load_test_data(str(tmp_path / "lists" / f"animals_test.{suffix}"), SMALL, 0, ["elk", "owl"], root=root)
     assert torch.equal(alone[1][0], data.test[1][0]) and alone.classes == [1, 0]
-    with pytest.raises(DataError, match=f"animals_test.{suffix}: found the class elk: expected some of .*: owl"):
+    with pytest.raises(DataError, match=rf"animals_test.{suffix} \(test\): found the class elk: expected .*: owl"):
         load_test_data(source, SMALL, 0, ["owl"], root=root)
     with pytest.raises(DataError, match="3 of the images that .* names .* are missing, the first is .*lists/0.png"):
         load_data(source, SMALL, 0)
@@ -124,14 +128,6 @@ def test_a_list_without_val_is_divided_by_seed(tmp_path):
     assert first.val.indices == again.val.indices != other.val.indices
     assert not set(first.train.indices) & set(first.val.indices)
     assert first.protocol == "paper: train/val 90/10 of every class of train, seed 0"
-
-
-def test_a_list_needs_a_split_to_test_on(tmp_path):
-    make_fake_dataset("list", tmp_path)
-    (tmp_path / "val.txt").unlink()
-    (tmp_path / "test.txt").unlink()
-    with pytest.raises(DataError, match="found train.txt: expected lists train and val and/or test"):
-        load_data(str(tmp_path), SMALL, 0)
 
 
 def test_a_name_that_is_nothing_is_told_what_there_is():
@@ -191,12 +187,26 @@ def test_wrong_tar_files_are_refused(tmp_path):
             load_data(f"wds/{tmp_path}", SMALL, 0)
 
 
-def test_train_alone_is_not_enough(tmp_path):
-    make_fake_dataset("wds", tmp_path)
-    for split in ("val", "test"):
-        (tmp_path / f"{split}-0000.tar").unlink()
-    with pytest.raises(DataError, match="found only train: expected validation and/or test as well"):
+def test_tar_files_have_class_names(tmp_path):
+    """In the .cls files, or in a file of names; a class that is only in test is named."""
+    write_images(tmp_path, ["0.png"])
+    for split, labels in (("train", ["owl", "elk"]), ("valid", ["elk"]), ("test", ["owl", "yak"])):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for n, label in enumerate(labels):
+                (tmp_path / "0.cls").write_text(label)
+                tar.add(tmp_path / "0.cls", f"{n}.cls")
+                tar.add(tmp_path / "0.png", f"{n}.png")
+    with pytest.raises(DataError, match="test: found the class yak: expected some of the 2 classes of train: elk, owl"):
         load_data(f"wds/{tmp_path}", SMALL, 0)
+    (tmp_path / "classnames.txt").write_text("elk\nyak\nowl\n")
+    data = load_data(f"wds/{tmp_path}", SMALL, 0)
+    assert data.class_names == ["elk", "yak", "owl"] and data.train.classes == [2, 0] and data.test.classes == [2, 1]
+    make_fake_dataset("wds", tmp_path / "indices")
+    (tmp_path / "indices" / "classes.txt").write_text("red\ngreen\nblue\n")
+    assert load_data(f"wds/{tmp_path / 'indices'}", SMALL, 0).class_names == ["red", "green", "blue"]
+    (tmp_path / "indices" / "classes.txt").write_text("red\ngreen\n")
+    with pytest.raises(DataError, match="train: found the class 2: expected some of the 2 classes of train: red"):
+        load_data(f"wds/{tmp_path / 'indices'}", SMALL, 0)
 
 
 def test_webdataset_reads_what_is_made(tmp_path):
@@ -211,41 +221,121 @@ def test_webdataset_reads_what_is_made(tmp_path):
     assert all(np.array_equal(image, found.decode(i)) for i, (image, _) in enumerate(expected))
 
 
-def test_hugging_face_data_sets_from_a_local_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reader", ["hfds", "hfids"])
+def test_hugging_face_data_sets_from_a_local_folder(reader, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     make_fake_dataset("folder", tmp_path / "images", images_per_class=2)
-    data = load_data(f"hfds/{tmp_path / 'images'}", SMALL, 0, root=str(tmp_path / "hf"))
+    data = load_data(f"{reader}/{tmp_path / 'images'}", SMALL, 0, root=str(tmp_path / "hf"))
     folder = load_data(str(tmp_path / "images"), SMALL, 0)
     assert data.class_names == folder.class_names and data.test.classes == folder.test.classes
     assert all(torch.equal(data.test[i][0], folder.test[i][0]) for i in range(6))
 
 
-def test_what_timm_only_streams_is_kept(monkeypatch):
-    """A stand-in for tfds/, whose package is large: an iterable data set with a train and a validation split."""
-    images = [Image.new("RGB", (40, 32), (n * 20, 0, 0)) for n in range(4)]
+class Reader:
+    """A stand-in for timm's reader of Hugging Face datasets: integer labels, with or without names."""
 
-    class Stream(IterableDataset):
-        reader = type("Reader", (), {"class_to_idx": {"owl": 1, "elk": 0}})
+    def __init__(self, labels, class_to_idx):
+        self.labels, self.class_to_idx = labels, class_to_idx
 
-        def __iter__(self):
-            return iter([(image, n % 2) for n, image in enumerate(images)])
+    def __len__(self):
+        return len(self.labels)
 
-    def create_dataset(name, root, split, input_img_mode):
-        if split not in ("train", "validation"):
+    def iter_targets(self):
+        return iter(self.labels)
+
+
+@pytest.mark.parametrize(
+    ("names", "test", "unknown"), [({"elk": 0, "owl": 1}, [1, -1], "-1"), ({}, [1, 7], "7"), ({}, ["1", "yak"], "yak")]
+)
+def test_a_class_that_only_test_has_is_named(names, test, unknown, monkeypatch):
+    labels = {"train": [0, 1, 0, 1], "validation": [1], "test": test}
+
+    def create_dataset(name, root, split):
+        if split not in labels:
             raise ValueError(f"unknown split {split}")
-        return Stream()
+        return SimpleNamespace(reader=Reader(labels[split], names))
 
     monkeypatch.setattr(timm_formats, "create_dataset", create_dataset)
-    data = load_data("tfds/animals", SMALL, 0)
-    assert data.class_names == ["elk", "owl"] and data.tested_on == "val"
-    assert data.val.classes == [0, 1, 0, 1]
-    assert torch.equal(data.test[3][0], transform_for(SMALL)(images[3]))
+    with pytest.raises(
+        DataError, match=f"hfds/animals, test: found the class {unknown}: expected .* 2 classes of train"
+    ):
+        load_data("hfds/animals", SMALL, 0)
+
+
+FEATURES = {
+    "image": {
+        "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
+        "image": {"dtype": "uint8", "shape": {"dimensions": ["-1", "-1", "3"]}, "encodingFormat": "png"},
+    },
+    "label": {
+        "pythonClassName": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
+        "classLabel": {"numClasses": "2"},
+    },
+}
+
+
+def write_tfrecords(file: Path, records: list[bytes]) -> None:
+    """The format without its checksums, which nobody reads here."""
+    file.write_bytes(b"".join(struct.pack("<QI", len(record), 0) + record + bytes(4) for record in records))
+
+
+def test_tensorflow_data_sets_prepared_on_disk(tmp_path):
+    """As the library lays them out, in two files per split; read in any order, in worker processes too."""
+    pytest.importorskip("tensorflow_datasets")
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder, splits = tmp_path / "animals" / "1.0.0", {"train": 6, "validation": 4}
+    write_images(tmp_path, [f"{n}.png" for n in range(6)])
+    folder.mkdir(parents=True)
+    for split, count in splits.items():
+        records = []
+        for n in range(count):
+            example = tf_example_pb2.Example()
+            example.features.feature["image"].bytes_list.value.append((tmp_path / f"{n}.png").read_bytes())
+            example.features.feature["label"].int64_list.value.append(n % 2)
+            records.append(example.SerializeToString())
+        for shard, part in enumerate((records[:1], records[1:])):
+            write_tfrecords(folder / f"animals-{split}.tfrecord-0000{shard}-of-00002", part)
+    info = [
+        {
+            "name": split,
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "shardLengths": ["1", str(count - 1)],
+        }
+        for split, count in splits.items()
+    ]
+    about = {"name": "animals", "version": "1.0.0", "fileFormat": "tfrecord", "splits": info}
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+    name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    (folder / "features.json").write_text(json.dumps({"pythonClassName": name, "featuresDict": {"features": FEATURES}}))
+    (folder / "label.labels.txt").write_text("elk\nowl\n")
+    data = load_data("tfds/animals", SMALL, 0, root=str(tmp_path))
+    assert data.class_names == ["elk", "owl"] and data.test.classes == [0, 1, 0, 1]
+    for n, (image, label) in reversed(list(enumerate(DataLoader(data.test, None, num_workers=1)))):
+        with Image.open(tmp_path / f"{n}.png") as expected:
+            assert torch.equal(image, transform_for(SMALL)(expected)) and label == n % 2
+    with pytest.raises(DataError, match="`data` is tfds/yaks: cannot be opened in .*not found"):
+        load_data("tfds/yaks", SMALL, 0, root=str(tmp_path))
+
+
+def test_tfrecords_are_read_in_any_order_and_held_by_none(tmp_path):
+    """Memory stays bounded: what is kept of 1000 records of 10 kB is 24 bytes each."""
+    for name, records in (("a", [b"one", b""]), ("b", [b"x" * 10_000] * 1000)):
+        write_tfrecords(tmp_path / name, records)
+    records = TFRecords([tmp_path / "a", tmp_path / "b"])
+    assert len(records) == 1002 and records[1001] == b"x" * 10_000 and records[1] == b"" and records[0] == b"one"
+    assert len(pickle.dumps(records)) < 26_000
+    content = (tmp_path / "b").read_bytes()
+    for kept in (5, 12, len(content) - 1):
+        (tmp_path / "b").write_bytes(content[:kept])
+        with pytest.raises(DataError, match="/b: ends within a record"):
+            TFRecords([tmp_path / "b"])
 
 
 def test_a_reader_that_is_not_installed_or_finds_nothing(monkeypatch):
     def fail(error):
-        def create_dataset(name, root, split, input_img_mode):
+        def create_dataset(name, root, split):
             raise error
 
         monkeypatch.setattr(timm_formats, "create_dataset", create_dataset)
@@ -256,6 +346,9 @@ def test_a_reader_that_is_not_installed_or_finds_nothing(monkeypatch):
     fail(RuntimeError("not within reach"))
     with pytest.raises(DataError, match=r"`data` is hfds/a/b: train cannot be opened \(not within reach\)"):
         load_data("hfds/a/b", SMALL, 0)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(DataError, match="`data` is tfds/a, which needs a package: pip install tensorflow-datasets"):
+        load_data("tfds/a", SMALL, 0)
 
 
 # Folders, digits

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["insvp_fast.training.run", "insvp_fast.data.load"])
 
-TIMES = ("images_per_s", "data_wait")
+TIMES = ("images_per_s", "data_wait", "peak_memory_mib")
 
 
 def make_digits(root: Path, train: int = 150, held_out: int = 30) -> Path:
@@ -60,7 +60,7 @@ def _train(
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # a fork server for the workers would outlive this process
     from insvp_fast import InsVPConfig
-    from insvp_fast.training import candidates, run
+    from insvp_fast.training import models, run
     from insvp_fast.training.recipe import Recipe
 
     torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def _train(
     if die:
         _die_before(*die)
     if environment:  # dropout masks depend on the number of processes
-        candidates.insvp_config = lambda recipe: InsVPConfig(prompt_length=2, global_dropout=0.0)
+        models.insvp_config = lambda recipe: InsVPConfig(prompt_length=2, global_dropout=0.0)
     run.train(None if resume else Recipe(**settings), resume)
 
 

@@ -1,78 +1,59 @@
-"""Softmax regression on frozen features, and heads that begin as one."""
+"""The linear probe: logistic regression to convergence on what the head reads."""
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from sklearn.linear_model import LogisticRegression
+from torch.utils.data import TensorDataset
 
-from insvp_fast.errors import InsVPError
-from insvp_fast.training import trainer
-from insvp_fast.training.linear_probe import fit_linear_probe
-from insvp_fast.training.run import train
-from tests.training.small_runs import quick, read_records
-
-
-def _features(images: int, classes: int, width: int = 13) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(images)
-    labels = torch.arange(images) % classes
-    means = 40 * torch.randn(classes, width, generator=torch.Generator().manual_seed(1))
-    return 7 + means[labels] + 50 * torch.randn(images, width, generator=generator), labels
+from insvp_fast.methods import create_model
+from insvp_fast.training.linear_probe import WEIGHT_DECAYS, Features, fit_linear, read_features, set_head
+from insvp_fast.training.loader import create_loader
+from insvp_fast.training.recipe import Recipe
 
 
-@pytest.mark.parametrize(("classes", "strength"), [(2, 1e-3), (3, 1e-3), (5, 1.0)])
-def test_it_is_the_minimum_of_the_penalized_loss(classes, strength):
-    train, val = _features(61, classes), _features(23, classes)
-    probe = fit_linear_probe(train, val, classes, [strength])
-    weight, bias = probe.weight.requires_grad_(), probe.bias.requires_grad_()
-    loss = torch.nn.functional.cross_entropy(train[0].double() @ weight.T + bias, train[1], reduction="sum")
-    gradients = torch.autograd.grad(strength * loss + weight.square().sum() / 2, [weight, bias])
-    assert all(gradient.abs().max() < 1e-6 * strength * len(train[0]) for gradient in gradients)  # convex: one minimum
+@pytest.fixture
+def noisy() -> Features:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(120, 7, dtype=torch.float64, generator=generator)
+    scores = inputs @ torch.randn(7, 5, dtype=torch.float64, generator=generator)
+    targets = (scores + 2 * torch.randn(120, 5, dtype=torch.float64, generator=generator)).argmax(1)
+    return Features(3 * inputs + 1, targets)
 
 
-def test_the_penalty_is_chosen_on_val_and_of_equals_the_strongest():
-    train, val = _features(40, 4), _features(200, 4)
-    strengths = [1e-9, 1e-4, 1e-3, 1e1]
-    each = [fit_linear_probe(train, val, 4, [C]).val_accuracy for C in strengths]
-    assert len(set(each)) > 1
-    best = fit_linear_probe(train, val, 4, strengths)
-    assert (best.C, best.val_accuracy) == (strengths[each.index(max(each))], max(each))
-    assert fit_linear_probe(train, train, 4, [1e1, 1e2, 1e3]).C == 1e1 or max(each) < 1
+def test_it_is_scikit_learns_minimum(noisy):
+    fit = fit_linear(noisy, noisy, 5, [1e-2])
+    scaled = (noisy.inputs - noisy.inputs.mean(0)) / noisy.inputs.std(0, correction=0)
+    # scikit-learn minimizes C times the sum of the losses plus half the squared norm
+    theirs = LogisticRegression(C=1 / (1e-2 * len(scaled)), tol=1e-10, max_iter=10000).fit(scaled, noisy.targets)
+    assert fit.converged
+    found = (noisy.inputs @ fit.weight.T + fit.bias).log_softmax(1)
+    torch.testing.assert_close(found, torch.from_numpy(theirs.predict_log_proba(scaled)), rtol=0, atol=1e-3)
 
 
-def test_a_class_without_images_is_never_predicted():
-    features, classes = _features(40, 3)
-    probe = fit_linear_probe((features, classes + 1), (features, classes + 1), 5)
-    predicted = (features.double() @ probe.weight.T + probe.bias).argmax(1)
-    assert set(predicted.tolist()) == {1, 2, 3}
+def test_the_weight_decay_is_chosen_on_held_out_images(noisy):
+    shifted = Features(noisy.inputs, noisy.targets.roll(1))  # nothing can be learned
+    scores = [fit_linear(shifted, noisy, 5, [decay]).score for decay in WEIGHT_DECAYS]
+    assert fit_linear(shifted, noisy, 5).score == max(scores) > min(scores)
 
 
-def test_a_run_is_never_worse_on_val_than_the_probe_it_begins_with(pictures, tmp_path, monkeypatch):
-    accuracies = iter([0.75, 0.5, 0.25, 1.0])  # of epoch 0, of both epochs on val, and of the kept one on test
-    monkeypatch.setattr(trainer, "evaluate_accuracy", lambda *_: next(accuracies))
-    run = train(quick(pictures, tmp_path, epochs=2, head_init="probe"))
-    assert read_records(run)[-1]["kept_epoch"] == 0
+def test_where_an_image_may_have_several_classes_each_is_fitted_by_itself(noisy):
+    targets = torch.stack([noisy.targets % 2, noisy.targets == 0], dim=1).double()
+    both, first = (Features(noisy.inputs, part) for part in (targets, targets[:, :1]))
+    # the mean over two classes halves each loss
+    halved, whole = fit_linear(both, both, 2, [1e-2]), fit_linear(first, first, 1, [2e-2])
+    torch.testing.assert_close(halved.weight[:1], whole.weight, rtol=0, atol=1e-4)
 
 
-def test_a_resumed_run_does_not_begin_again(pictures, tmp_path, monkeypatch):
-    settings = {"epochs": 2, "head_init": "probe"}
-    whole = train(quick(pictures, tmp_path / "whole", **settings))
-    save = trainer.Trainer.save
-
-    def save_and_stop(self):
-        save(self)
-        raise InsVPError("stopped")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "save", save_and_stop)
-        with pytest.raises(InsVPError, match="stopped"):
-            train(quick(pictures, tmp_path / "stopped", **settings))
-    part = next((tmp_path / "stopped").iterdir())
-    monkeypatch.setattr(trainer, "fit_head", None)
-    resumed = train(resume=part)
-    ends = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
-def test_a_head_of_several_layers_is_refused(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.InsVPViT, "get_classifier", lambda _: torch.nn.Identity())
-    with pytest.raises(InsVPError, match="`head_init` is probe: expected a head that is one linear layer"):
-        train(quick(pictures, tmp_path, head_init="probe"))
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])  # one head, two heads
+def test_a_head_gives_the_logits_of_the_fit(name):
+    model = create_model("linear", timm.create_model(name, depth=1, img_size=32), 3).eval()
+    images, accelerator = torch.randn(9, 3, 32, 32), Accelerator(cpu=True)
+    loader = create_loader(TensorDataset(images, torch.arange(9) % 3), Recipe(batch_size=4), accelerator)
+    features = read_features(model, loader, accelerator)
+    fit = fit_linear(features, features, 3, [1e-1])
+    set_head(model, fit)
+    with torch.inference_mode():
+        logits = model(images).double()
+    torch.testing.assert_close(logits, features.inputs @ fit.weight.T + fit.bias, rtol=0, atol=1e-5)

@@ -1,0 +1,142 @@
+"""Train the comparisons of the paper, each with one protocol for all models, and write its table or figure.
+
+  table1   methods on ten data sets            table4   methods on a ViT trained by MoCo v3
+  table2   methods on VTAB-1k                  table5   the four prompts of InsVP, cumulative and alone
+  table3   methods on a Swin Transformer       figure5  accuracy against trained parameters, from the runs of table1
+  figure7  prompt length, number of prompted blocks, and the weights beta_I and beta_F
+
+Without --data and --recipe: the digits, with the small backbone of the package. With `--recipe paper --root FOLDER`,
+the paper's data sets and protocol; "{data}" in the root stands for the name of the data set, and sets whose files are
+missing are left out. The learning rate of each model is picked on the validation images, unless --lr gives it. All
+options of `insvp train` apply. Started again, the command goes on; finished runs are not repeated.
+
+Figures 1, 3 and 4 are `insvp prompts RUN IMAGE...`, figures 6 and 8 `insvp tsne RUN`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from insvp_fast.commands.options import positive
+from insvp_fast.commands.settings import add_settings
+from insvp_fast.commands.sweep import add_running
+from insvp_fast.data.sets import DIGITS, SETS
+from insvp_fast.errors import CommandError
+from insvp_fast.recipes import list_shipped
+from insvp_fast.studies.entries import Protocol, Row
+from insvp_fast.studies.grid import make_entry
+from insvp_fast.studies.paper import SENSITIVITY, STUDIES, PaperStudy, method_rows
+from insvp_fast.training.recipe import METHODS
+
+SUMMARY = "train the comparisons of the paper"
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+NAMES = (*STUDIES, "figure5", "figure7")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", metavar="TABLE|FIGURE", choices=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from; paper: those of each data set")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these (tables 1 to 4)")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="X", help="learning rates to try")
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="number of seeds (default: 5)")
+    add_running(parser)
+    add_settings(parser)
+
+
+def run(
+    what: str,
+    recipe: str | None,
+    methods: Sequence[str] | None,
+    rates: Sequence[float],
+    seeds: int,
+    jobs: int,
+    launcher: str | None,
+    **given: Any,
+) -> int:
+    from insvp_fast.studies.comparison import compare
+    from insvp_fast.studies.report import report
+
+    study = STUDIES["table1" if what == "figure5" else "table5" if what == "figure7" else what]
+    if methods:
+        study = study._replace(rows=method_rows(tuple(methods)))
+    folder = Path(given.pop("output", Path("paper", "table1" if what == "figure5" else what)))
+    sets = _data_sets(study, recipe, given)
+    launch, rates = shlex.split(launcher or ""), [given["lr"]] if "lr" in given else rates
+
+    def protocol(data: str) -> Protocol:
+        base = {"recipe": data if recipe == "paper" and data in list_shipped() else recipe} if recipe else {}
+        settings = {"save_every": 10**6} | base | study.settings | given | {"data": data}
+        return Protocol(settings, rates, range(seeds))
+
+    if what == "figure7":
+        return _sensitivity(protocol(sets[0]), folder, jobs, launch)
+    results = {data: compare(study.rows, protocol(data), folder / data, jobs, launch) for data in sets}
+    print(f"\n{report(what if what != 'figure5' else 'table1', study, results, protocol(sets[0]), folder)}")
+    if what == "figure5":
+        from insvp_fast.figures.comparison import plot_parameters
+
+        for data, rows in results.items():
+            points = [
+                (row.row.label, next(iter(row.scores.values())).facts["trained_parameters"], *_mean_and_spread(row))
+                for row in rows
+                if row.scores
+            ]
+            plot_parameters(points, folder / f"figure5-{data.replace('/', '-')}.png", title=data)
+    print(f"written: {folder}")
+    return 0
+
+
+def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> Sequence[str]:
+    """The data sets to run: the given one, those of the study that are there, or the digits.
+
+    Raises:
+        CommandError: if none of the study's sets is there.
+    """
+    if "data" in given or not recipe:
+        return [given.get("data", DIGITS)]
+    root = given.get("root", ".")
+    there = [
+        name
+        for name in study.sets
+        if all(Path(root.replace("{data}", name), file).exists() for file in SETS[name].files)
+    ]
+    for name in set(study.sets) - set(there):
+        print(f"left out: {name}, whose files are not in {root.replace('{data}', name)} (see `insvp data {name}`)")
+    if not there:
+        raise CommandError(f"`root` is {root}: expected the files of some of {', '.join(study.sets)}")
+    return there
+
+
+def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> int:
+    """Figure 7, at the learning rate of the recipe: what is varied is the setting alone."""
+    from insvp_fast.figures.comparison import plot_sensitivity
+    from insvp_fast.studies.comparison import compare
+    from insvp_fast.studies.report import report
+
+    rows = [
+        Row(f"{name}={value}", {name: [value] if "weights" in name else value})
+        for name, values in SENSITIVITY.values()
+        for value in values
+    ]
+    protocol = protocol._replace(rates=[make_entry({}, protocol.settings, folder, "figure7").recipe.lr])
+    results = compare(rows, protocol, folder, jobs, launcher)
+    found = {compared.row.label: compared for compared in results}
+    panels = {
+        title: [(float(value), *_mean_and_spread(found[f"{name}={value}"])) for value in values]
+        for title, (name, values) in SENSITIVITY.items()
+    }
+    study = PaperStudy("hyper-parameters of InsVP", rows, (), rows[0].label, {})
+    print(f"\n{report('figure7', study, {str(protocol.settings['data']): results}, protocol, folder)}")
+    plot_sensitivity(panels, folder / "figure7.png")
+    print(f"written: {folder}")
+    return 0
+
+
+def _mean_and_spread(compared: Any) -> tuple[float, float]:
+    mean, std = compared.test()
+    return mean, std or 0.0

@@ -1,0 +1,92 @@
+"""Comparing models under one protocol: a learning rate picked on val for each, then runs over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from insvp_fast.studies.entries import Entry, Protocol, Row, Score, find_run, read_runs, scores_of
+from insvp_fast.studies.grid import make_entry
+from insvp_fast.studies.runner import train_entries
+from insvp_fast.studies.tables import mean_and_std, paired_difference
+from insvp_fast.training.candidates import LINEAR
+from insvp_fast.training.recipe import Recipe
+
+__all__ = ["Compared", "compare"]
+
+
+class Compared(NamedTuple):
+    """What became of a row.
+
+    Attributes:
+        rate: the learning rate that was picked; None where there is none.
+        at_edge: whether it is the smallest or largest of several, so that a better one may lie outside.
+        scores: one for each seed whose run is finished.
+    """
+
+    row: Row
+    rate: float | None
+    at_edge: bool
+    scores: dict[int, Score]
+
+    def test(self) -> tuple[float | None, float | None]:
+        """The mean and standard deviation of the test accuracy; None where there are none."""
+        return mean_and_std([score.test for score in self.scores.values()]) if self.scores else (None, None)
+
+    def against(self, other: Compared) -> tuple[float | None, float | None]:
+        """The mean difference of the test accuracies, paired by seed, and half the width of its 95 % interval."""
+        seeds = [seed for seed in self.scores if seed in other.scores]
+        if not seeds or other is self:
+            return None, None
+        mine, others = ([compared.scores[seed].test for seed in seeds] for compared in (self, other))
+        return paired_difference(mine, others)
+
+
+def compare(
+    rows: Sequence[Row], protocol: Protocol, folder: Path, jobs: int = 1, launcher: Sequence[str] = ()
+) -> list[Compared]:
+    """Train all rows; runs that are finished already are not repeated.
+
+    Raises:
+        CommandError: if runs failed.
+    """
+    first, rest = protocol.seeds[0], protocol.seeds[1:]
+    searched = [_entry(row, protocol, folder, rate, first) for row in rows for rate in _rates(row, protocol)]
+    train_entries(searched, folder, jobs, launcher)
+    picked = {row.label: _pick(row, protocol, folder) for row in rows}
+    repeated = [_entry(row, protocol, folder, picked[row.label], seed) for row in rows for seed in rest]
+    train_entries(repeated, folder, jobs, launcher)
+    runs = read_runs(folder)
+    compared = []
+    for row in rows:
+        rate = picked[row.label]
+        entries = {seed: _entry(row, protocol, folder, rate, seed) for seed in protocol.seeds}
+        scores = {seed: scores_of(find_run(runs, entry.recipe)) for seed, entry in entries.items()}
+        at_edge = len(protocol.rates) > 1 and rate in (min(protocol.rates), max(protocol.rates))
+        compared.append(Compared(row, rate, at_edge, {seed: found[-1] for seed, found in scores.items() if found}))
+    return compared
+
+
+def _rates(row: Row, protocol: Protocol) -> Sequence[float | None]:
+    """A linear probe is fitted, not trained at a rate."""
+    return (None,) if row.settings.get("method") == LINEAR else protocol.rates
+
+
+def _entry(row: Row, protocol: Protocol, folder: Path, rate: float | None, seed: int) -> Entry:
+    settings: Mapping[str, Any] = protocol.settings | row.settings | {"seed": seed, "split_seed": seed, "probe": False}
+    settings |= {} if rate is None else {"lr": rate}
+    return make_entry({"row": row.label, "lr": rate, "seed": seed}, settings, folder, row.label)
+
+
+def _pick(row: Row, protocol: Protocol, folder: Path) -> float | None:
+    """The rate with the best accuracy on val; of equally good ones, the smallest."""
+    rates, runs = _rates(row, protocol), read_runs(folder)
+    if len(rates) == 1:
+        return rates[0]
+    vals: dict[float, float] = {}
+    for rate in sorted(rate for rate in rates if rate is not None):
+        recipe: Recipe = _entry(row, protocol, folder, rate, protocol.seeds[0]).recipe
+        for score in scores_of(find_run(runs, recipe)):
+            vals[rate] = -1.0 if score.val is None else score.val
+    return max(vals, key=lambda rate: vals[rate]) if vals else rates[0]

@@ -1,0 +1,152 @@
+"""One run of a study, and what became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from insvp_fast.errors import TrainingError
+from insvp_fast.training.candidates import LINEAR, candidates_of
+from insvp_fast.training.paths import absolute_paths
+from insvp_fast.training.recipe import Recipe, score_name
+from insvp_fast.training.run_folder import read_config, read_metrics, read_results
+
+__all__ = [
+    "Entry",
+    "Found",
+    "Protocol",
+    "Row",
+    "Score",
+    "find_run",
+    "read_runs",
+    "scores_of",
+    "settings_of_probe",
+    "with_one_probe",
+]
+
+# what a linear probe depends on: besides these, its runs would be repetitions to the bit
+PROBE_SETTINGS = ("backbone", "checkpoint", "data", "root", "preprocessing", "exif_rotation", "protocol")
+PROBE_SETTINGS += ("img_size", "select_on", "retrain", "amp", "split_seed")
+
+
+class Entry(NamedTuple):
+    """One run of a study.
+
+    Attributes:
+        values: what tells it from the others.
+        recipe: its settings.
+        arguments: of ``insvp train``, for the same settings.
+    """
+
+    values: dict[str, Any]
+    recipe: Recipe
+    arguments: list[str]
+
+
+class Row(NamedTuple):
+    """A model to compare: its name in the table, and its settings over those that all share."""
+
+    label: str
+    settings: dict[str, Any]
+
+
+class Protocol(NamedTuple):
+    """How all rows are trained.
+
+    Attributes:
+        settings: that all rows share.
+        rates: the learning rates to choose from, by the accuracy on val with the first seed.
+        seeds: of the splits, weights and batches of a run: the runs of one seed see the same images in the same order.
+    """
+
+    settings: dict[str, Any]
+    rates: Sequence[float]
+    seeds: Sequence[int]
+
+
+class Found(NamedTuple):
+    """A run folder with its settings."""
+
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its models are trained and tested."""
+        return bool(read_results(self.folder))
+
+
+class Score(NamedTuple):
+    """How well a model of a finished run did; accuracies in [0, 1].
+
+    Attributes:
+        val: of the kept epoch; None where val was trained on.
+        facts: the final record of the model.
+    """
+
+    model: str
+    val: float | None
+    test: float
+    facts: dict[str, Any]
+
+
+def read_runs(folder: Path) -> list[Found]:
+    """The runs in a folder."""
+    found = []
+    for run in sorted(folder.glob("*/")):
+        try:
+            found.append(Found(run, read_config(run)[0]))
+        except TrainingError:
+            continue  # not a run, or killed before it wrote its settings
+    return found
+
+
+def find_run(runs: Iterable[Found], recipe: Recipe) -> Found | None:
+    """The run with these settings, preferably a finished one."""
+    same = [run for run in runs if _has_settings(run.recipe, recipe)]
+    return next((run for run in same if run.finished), same[-1] if same else None)
+
+
+def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
+    resolved: dict[str, Any] = {"output": recorded.output}  # the study's folder may have been moved since
+    # and what a run resolves itself and records
+    resolved |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
+    resolved |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}
+    return absolute_paths(dataclasses.replace(recipe, **resolved)) == absolute_paths(recorded)
+
+
+def scores_of(run: Found | None) -> list[Score]:
+    """The models of a run; none while it is not finished."""
+    if run is None:
+        return []
+    results, epochs = read_results(run.folder), read_metrics(run.folder)
+    scores = []
+    for name, facts in results.items():
+        own = [record for record in epochs if record["model"] == name and "epoch" in record]
+        kept = [record for record in own if record["epoch"] == facts.get("kept_epoch")] or own[-1:]
+        metric = score_name(facts.get("metric"))
+        val = kept[-1].get(f"val_{metric}") if kept else None
+        scores.append(Score(name, val, facts[f"test_{metric}"], facts))
+    return scores
+
+
+def with_one_probe(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, of which only the first of those with the same linear probe trains it."""
+    seen: set[tuple[Any, ...]] = set()
+    changed = []
+    for entry in entries:
+        key = tuple(getattr(entry.recipe, name) for name in PROBE_SETTINGS)
+        if key in seen and entry.recipe.probe and entry.recipe.method != LINEAR:
+            recipe = dataclasses.replace(entry.recipe, probe=False)
+            entry = entry._replace(recipe=recipe, arguments=[*entry.arguments, "--no-probe"])
+        if any(candidate.method == LINEAR for candidate in candidates_of(entry.recipe)):
+            seen.add(key)
+        changed.append(entry)
+    return changed
+
+
+def settings_of_probe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the varied settings that a linear probe depends on."""
+    return {name: value for name, value in values.items() if name in PROBE_SETTINGS}

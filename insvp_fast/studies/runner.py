@@ -1,0 +1,134 @@
+"""Training the runs of a study, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import torch
+
+from insvp_fast.errors import CommandError, InsVPError
+from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.run import train
+
+__all__ = ["INTERRUPTED", "train_entries"]
+
+INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
+
+
+def train_entries(
+    entries: Sequence[Entry],
+    folder: Path,
+    jobs: int = 1,
+    launcher: Sequence[str] = (),
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Train what is not yet finished, and resume what was interrupted, in processes of their own.
+
+    Neither memory nor a crash of one reaches the next. With one job at a time the output of the runs is shown,
+    otherwise it goes to ``logs/`` in the folder.
+
+    Args:
+        folder: of the runs.
+        jobs: runs at a time; the cores are divided among them.
+        launcher: a command that starts a run, such as ``torchrun``; empty for a process that is forked from a server
+            which has already loaded torch.
+        after: called after each run.
+
+    Raises:
+        CommandError: at the end, if runs failed.
+        KeyboardInterrupt: if a run was interrupted.
+    """
+    known, interrupted = read_runs(folder), Event()
+
+    def train_one(number: int) -> int:
+        if interrupted.is_set():
+            return INTERRUPTED
+        entry, where = entries[number - 1], f"[{number}/{len(entries)}]"
+        found = find_run(known, entry.recipe)
+        if found and found.finished:
+            print(f"{where} finished: {found.folder}", flush=True)
+            return 0
+        arguments = ["--resume", str(found.folder)] if found else entry.arguments
+        print(f"{where} insvp train {shlex.join(arguments)}", flush=True)
+        log = folder / "logs" / _log_name(entry) if jobs > 1 else None
+        start, resumed = time.perf_counter(), found.folder if found else None
+        status = _launch(launcher, arguments, log) if launcher else _fork(entry.recipe, resumed, log, jobs)
+        if log and status not in (0, INTERRUPTED):
+            print(f"{where} failed, see {log}", flush=True)
+        elif log:
+            told = ", ".join(
+                f"{score.model} {score.test:.1%}" for score in scores_of(find_run(read_runs(folder), entry.recipe))
+            )
+            print(f"{where} {time.perf_counter() - start:.0f} s: {told}", flush=True)
+        after()
+        if status == INTERRUPTED:
+            interrupted.set()
+        return status
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            failed = sum(status != 0 for status in pool.map(train_one, range(1, len(entries) + 1)))
+        except KeyboardInterrupt:  # the runs get it as well
+            interrupted.set()
+    if interrupted.is_set():
+        raise KeyboardInterrupt("the same command goes on")
+    if failed:
+        raise CommandError(f"{failed} of {len(entries)} runs failed; the same command tries them again")
+
+
+def _log_name(entry: Entry) -> str:
+    return re.sub(r"[^\w.=-]+", "_", " ".join(f"{name}={value}" for name, value in entry.values.items())) + ".log"
+
+
+def _launch(launcher: Sequence[str], arguments: Sequence[str], log: Path | None) -> int:
+    stream = None if log is None else _open(log)
+    with subprocess.Popen([*launcher, "-m", "insvp_fast", "train", *arguments], stdout=stream, stderr=stream) as child:
+        return child.wait()  # after Ctrl-C, until it has printed how to resume
+
+
+def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int) -> int:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["insvp_fast.training.run"])
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    child = context.Process(target=_train, args=(recipe, resume, log, threads))
+    child.start()
+    child.join()
+    return child.exitcode or 0
+
+
+def _train(recipe: Recipe, resume: Path | None, log: Path | None, threads: int | None) -> None:
+    """In the forked process."""
+    if log is not None:
+        stream = _open(log)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        train(None if resume else recipe, resume)
+    except InsVPError as error:
+        print(f"insvp train: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _open(log: Path) -> int:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
