@@ -114,7 +114,8 @@ def start_as_probe(model: nn.Module, data: Data, logger: RunLogger) -> None:
     """
     recipe, accelerator = logger.recipe, logger.accelerator
     if not isinstance(model.head, nn.Linear | DistilledHead):
-        raise TrainingError(f"`head_init` is probe: expected a head that is one linear layer, found {type(model.head).__name__}")
+        kind = type(model.head).__name__
+        raise TrainingError(f"`head_init` is probe: expected a head that is one linear layer, found a {kind}")
     model.to(accelerator.device)
     with accelerator.autocast():
         loaders = (create_loader(images, recipe, accelerator) for images in (data.plain_train, data.val))

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import trainer
+from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
 from tests.training.small_runs import quick, read_records
@@ -46,4 +47,4 @@ def test_a_resumed_run_does_not_begin_again(pictures, tmp_path, monkeypatch):
 
 def test_a_head_of_several_layers_is_refused(pictures, tmp_path):
     with pytest.raises(InsVPError, match="`head_init` is probe: expected a head that is one linear layer"):
-        train(quick(pictures, tmp_path, head_init="probe", method="mlp_3"))
+        train(Recipe(data=str(pictures), output=str(tmp_path), probe=False, head_init="probe", method="mlp_3"))
