@@ -12,7 +12,7 @@ from insvp_fast.training.trainer import Trainer
 from tests.training.small_runs import quick, read_records
 
 
-def test_a_run_is_never_worse_on_val_than_the_probe_it_begins_with(pictures, tmp_path, monkeypatch):
+def test_a_run_is_never_worse_on_val_than_the_probe_it_begins_with(pictures, tmp_path, monkeypatch, capsys):
     evaluate, seen, scores = Trainer._evaluate_epoch, [], iter([0.75, 0.5, 0.25])
 
     def evaluate_and_pretend(self):
@@ -22,6 +22,7 @@ def test_a_run_is_never_worse_on_val_than_the_probe_it_begins_with(pictures, tmp
     monkeypatch.setattr(Trainer, "_evaluate_epoch", evaluate_and_pretend)
     run = train(quick(pictures, tmp_path, epochs=2, head_init="probe"))
     assert read_records(run)[-1]["kept_epoch"] == 0
+    assert "epoch 0" in capsys.readouterr().out
     assert seen[0] == 1  # the classes differ in brightness, and nothing is trained yet but the head
 
 
