@@ -155,6 +155,12 @@ class Recipe:
         "multiply the learning rates by (images per step / 64), by its square root, or by nothing",
         _one_of("none", "linear", "sqrt"),
     )
+    head_init: str = _setting(
+        "random",
+        "random: the head that timm draws; probe: a linear probe on the features before training, fitted to"
+        " convergence, which counts as epoch 0 when the epoch to keep is selected",
+        _one_of("random", "probe"),
+    )
     weight_decay: float = _setting(1e-2, "weight decay of AdamW", NOT_NEGATIVE)
     warmup: float = _setting(0.1, "fraction of all steps in which the learning rate rises", BELOW_ONE)
     mixup: float = _setting(0.0, "alpha of mixup; 0 switches it off", NOT_NEGATIVE)
