@@ -7,8 +7,9 @@
 
 Without --data and --recipe: the digits, with the small backbone of the package. With `--recipe paper --root FOLDER`,
 the paper's data sets and protocol; "{data}" in the root stands for the name of the data set, and sets whose files are
-missing are left out. The learning rate of each model is picked on the validation images, unless --lr gives it. All
-options of `insvp train` apply. Started again, the command goes on; finished runs are not repeated.
+missing are left out. The learning rate of each model is picked on the validation images, unless --lr gives it. The
+options of `insvp train` apply too, which --help-all shows. Started again, the command goes on; finished runs are not
+repeated.
 
 Figures 1, 3 and 4 are `insvp prompts RUN IMAGE...`, figures 6 and 8 `insvp tsne RUN`.
 """
@@ -39,14 +40,14 @@ NAMES = (*STUDIES, "figure5", "figure7")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", metavar="TABLE|FIGURE", choices=NAMES, help=", ".join(NAMES))
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from; paper: those of each data set")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these (tables 1 to 4)")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="X", help="learning rates to try")
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="number of seeds (default: 5)")
     add_running(parser)
-    add_settings(parser)
+    add_settings(parser, show_common=False)
+    parser.usage = f"{parser.prog} TABLE|FIGURE [OPTION ...]"
 
 
 def run(

@@ -1,8 +1,7 @@
 """Train InsVP on a data set around a frozen backbone, and a linear probe for comparison.
 
---recipe takes a shipped recipe or a TOML file; every setting in it can be overridden by an option. A run makes a new
-folder with the adapter, all settings, metrics and plots. On several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast
-train ...` or `accelerate launch -m insvp_fast train ...`.
+A run makes a new folder with the adapter, all settings, metrics and plots. Options override the settings of --recipe.
+On several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast train ...`.
 """
 
 from __future__ import annotations

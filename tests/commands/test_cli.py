@@ -1,6 +1,7 @@
 """The command line: quick help, options and recipes, one-line errors, exit statuses."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import CheckpointError, DataError, InsVPError
 from insvp_fast.studies.arguments import to_arguments, to_option
 from insvp_fast.training import run as run_module
-from insvp_fast.training.recipe import Recipe, setting_names
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.setting import GROUPS, setting
 
 HTA = ("cifar10", "cifar100", "cub", "dogs", "dtd", "flowers", "food101", "gtsrb", "nabirds", "svhn")
 
@@ -53,13 +55,29 @@ def test_help_is_quick_and_does_without_torch(arguments):
     assert done.stdout.startswith(" ".join(["usage: insvp", *arguments]))
 
 
-def test_every_setting_says_what_it_is(capsys):
-    assert status_of(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"{to_option(name)} " in text for name in setting_names())
+def test_every_setting_says_what_it_is():
     assert [field.name for field in dataclasses.fields(Recipe) if not field.metadata["help"]] == []
     assert all(f"\n    {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
     assert Recipe.__doc__.index("Args:") < Recipe.__doc__.index("Raises:")
+
+
+def test_the_help_is_one_screen_of_common_settings_in_groups(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    sections = []
+    for option in ("--help", "--help-all"):
+        assert status_of(["train", option]) == 0
+        sections.append(re.split(r"\n\n(?=\w+:\n)", capsys.readouterr().out))
+    short, long = ({part.partition(":")[0]: part for part in parts[1:]} for parts in sections)
+    assert 24 <= len("\n\n".join(sections[0]).splitlines()) <= 40
+    assert list(long) == ["options", *GROUPS] and list(short) == [name for name in long if name != "prompts"]
+    for field in (field for field in dataclasses.fields(Recipe) if field.name != "recipe"):
+        group, option = field.metadata["group"], f"  {to_option(field.name)}"
+        assert re.search(rf"^{option}\b(?!-)", long[group], re.MULTILINE), field.name
+        shown = re.search(rf"^{option}\b(?!-)", short.get(group, ""), re.MULTILINE)
+        assert bool(shown) == (field.metadata["brief"] is not None), field.name
+    assert "number of epochs (default: 10)" in short["training"] and "(default: digits)" in short["data"]
+    with pytest.raises(ValueError, match="group='date': expected one of data, model, prompts, training, speed, output"):
+        setting("date", 0, "")
 
 
 EVERYTHING = Recipe(
@@ -90,6 +108,7 @@ EVERYTHING = Recipe(
     compile="prompters",
     recompute="mlp",
     seed=5,
+    split_seed=6,
     prompt_length=6,
     released=True,
     global_prompt=False,
