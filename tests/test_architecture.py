@@ -12,7 +12,7 @@ OURS = [*SHIPPED, *(path for name in ("benchmarks", "tools", "examples") for pat
 
 # Each may import what stands before it; those of one line are not to import each other.
 LAYERS = [
-    ["errors", "config", "atomic_files"],
+    ["errors", "config", "method_names", "atomic_files"],
     ["reference", "timm_models"],
     ["kernels"],
     ["runtime"],

@@ -27,6 +27,7 @@ COMMANDS = (
     "recipes",
     "data",
     "sweep",
+    "paper",
     "info",
     "convert",
     "doctor",

@@ -28,10 +28,9 @@ from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
 from insvp_fast.errors import CommandError
 from insvp_fast.recipes import list_shipped
-from insvp_fast.studies.comparison import Protocol, Row, compare
+from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.paper import SENSITIVITY, STUDIES, PaperStudy, method_rows
-from insvp_fast.studies.report import report
 from insvp_fast.training.recipe import METHODS
 
 SUMMARY = "train the comparisons of the paper"
@@ -60,6 +59,9 @@ def run(
     launcher: str | None,
     **given: Any,
 ) -> int:
+    from insvp_fast.studies.comparison import compare
+    from insvp_fast.studies.report import report
+
     study = STUDIES["table1" if what == "figure5" else "table5" if what == "figure7" else what]
     if methods:
         study = study._replace(rows=method_rows(tuple(methods)))
@@ -114,6 +116,8 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
 def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> int:
     """Figure 7, at the learning rate of the recipe: what is varied is the setting alone."""
     from insvp_fast.figures.comparison import plot_sensitivity
+    from insvp_fast.studies.comparison import compare
+    from insvp_fast.studies.report import report
 
     rows = [
         Row(f"{name}={value}", {name: [value] if "weights" in name else value})

@@ -28,7 +28,6 @@ from typing import Any
 from insvp_fast.commands.options import positive
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of, settings_of_probe, with_one_probe
 from insvp_fast.studies.grid import read_grid
-from insvp_fast.studies.runner import train_entries
 from insvp_fast.studies.tables import format_percent, markdown, mean_and_std, write_table
 from insvp_fast.training.candidates import PROBE
 
@@ -54,6 +53,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run: bool) -> int:
+    from insvp_fast.studies.runner import train_entries
+
     folder = Path(output or Path("sweeps", Path(file).stem))
     entries = with_one_probe(list(read_grid(Path(file), folder)))
     if dry_run:

@@ -12,7 +12,18 @@ from insvp_fast.training.candidates import LINEAR, candidates_of
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config, read_metrics, read_results
 
-__all__ = ["Entry", "Found", "Score", "find_run", "read_runs", "scores_of", "settings_of_probe", "with_one_probe"]
+__all__ = [
+    "Entry",
+    "Found",
+    "Protocol",
+    "Row",
+    "Score",
+    "find_run",
+    "read_runs",
+    "scores_of",
+    "settings_of_probe",
+    "with_one_probe",
+]
 
 # what a linear probe depends on: besides these, its runs would be repetitions to the bit
 PROBE_SETTINGS = ("backbone", "checkpoint", "data", "root", "preprocessing", "exif_rotation", "protocol")
@@ -31,6 +42,27 @@ class Entry(NamedTuple):
     values: dict[str, Any]
     recipe: Recipe
     arguments: list[str]
+
+
+class Row(NamedTuple):
+    """A model to compare: its name in the table, and its settings over those that all share."""
+
+    label: str
+    settings: dict[str, Any]
+
+
+class Protocol(NamedTuple):
+    """How all rows are trained.
+
+    Attributes:
+        settings: that all rows share.
+        rates: the learning rates to choose from, by the accuracy on val with the first seed.
+        seeds: of the splits, weights and batches of a run: the runs of one seed see the same images in the same order.
+    """
+
+    settings: dict[str, Any]
+    rates: Sequence[float]
+    seeds: Sequence[int]
 
 
 class Found(NamedTuple):

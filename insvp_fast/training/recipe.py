@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from insvp_fast import method_names
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data.sets import AUGMENTATIONS, DIGITS, PROTOCOLS
 from insvp_fast.errors import TrainingError
@@ -30,17 +31,7 @@ from insvp_fast.training.setting import (
 __all__ = ["BUILTIN_BACKBONE", "METHODS", "PROMPT_SETTINGS", "Recipe", "check_names", "setting_names"]
 
 BUILTIN_BACKBONE = "vit_shapes_32"
-METHODS = (  # insvp, and the names in insvp_fast.methods, which would load torch
-    "insvp",
-    "linear",
-    "vpt_shallow",
-    "vpt_deep",
-    "vp",
-    "e2vpt",
-    "vapt",
-    "vfpt",
-    "dualprompt",
-)
+METHODS = ("insvp", *method_names.METHODS)
 PROMPT_SETTINGS = {field.name: field for field in dataclasses.fields(InsVPConfig)}  # settings of the same names
 TYPES: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import nn
 
 from insvp_fast.atomic_files import replace_folder
@@ -22,6 +22,7 @@ from insvp_fast.training.accelerator import create_accelerator, find_batch_size,
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
 from insvp_fast.training.linear_probe import train_linear_probe
+from insvp_fast.training.loader import create_loader
 from insvp_fast.training.models import build_model
 from insvp_fast.training.plots import plot_curves, plot_prompts
 from insvp_fast.training.recipe import Recipe
@@ -99,6 +100,9 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     recipe, accelerator = logger.recipe, logger.accelerator
     if accelerator.num_processes > 1:
         set_seed(recipe.seed, device_specific=True)  # each process needs other dropout masks
+    if hasattr(model, "method") and hasattr(model.method, "fit"):  # DAM-VP
+        model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
+        broadcast(list(model.method.buffers()))  # each process saw other images
     trainer = Trainer(candidate, model, data, logger)
     parameters = sum(p.numel() for p in trainer.trained.values())
     logger.restore(trainer.records, trainer.result)

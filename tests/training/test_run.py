@@ -22,6 +22,7 @@ from insvp_fast.training.prediction import predict
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train, train_candidate
 from tests.training.killed_runs import outcome
+from tests.training.killed_runs import TIMES
 from tests.training.small_runs import SMALL, make_folder, read_records, use_few_digits
 
 
@@ -53,10 +54,7 @@ def test_metrics_are_complete_and_better_than_chance(digits_run):
 def test_same_seed_same_metrics_in_another_folder(digits_run):
     assert (digits_run.folder.name, digits_run.again.name) == ("digits-1", "digits-2")
     first, again = (
-        [
-            {key: value for key, value in record.items() if key not in ("images_per_s", "data_wait")}
-            for record in read_records(folder)
-        ]
+        [{key: value for key, value in record.items() if key not in TIMES} for record in read_records(folder)]
         for folder in (digits_run.folder, digits_run.again)
     )
     assert first == again
