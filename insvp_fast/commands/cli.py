@@ -6,9 +6,11 @@ torch is imported only when a command runs, so that help and mistakes are answer
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from typing import NoReturn
 
@@ -25,6 +27,7 @@ COMMANDS = (
     "serve",
     "export",
     "recipes",
+    "methods",
     "data",
     "sweep",
     "paper",
@@ -53,9 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP reads it when torch is loaded: threads that spin while they wait slow training down on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = vars(_parser().parse_args(arguments))
-    command = options.pop("command")
+    command, as_json = options.pop("command"), options.pop("json", False)
     try:
-        return command(**options)
+        with _everything_to_stderr() if as_json else nullcontext():
+            result = command(**options)
+        if as_json and result is not None:
+            print(json.dumps(result, default=str))
+        errors = (result or {}).get("errors", ())
+        for error in errors:
+            print(f"insvp: error: {error}", file=sys.stderr)
+        return 1 if errors else 0
     except InsVPError as error:
         message = " ".join(line.strip() for line in str(error).splitlines())
         print(f"insvp: error: {show_options(message)}", file=sys.stderr)
@@ -73,6 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = f"insvp-fast[{EXTRAS[error.name]}]"
         print(f"insvp: error: {error.name} is not installed: pip install '{extra}'", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _everything_to_stderr() -> Iterator[None]:
+    """Send what is printed to standard error, also by native code and by processes that are started."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _parser() -> Parser:

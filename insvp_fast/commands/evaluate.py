@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.commands.options import add_loading
+from insvp_fast.commands.options import add_json, add_loading
 
 SUMMARY = "test a trained model: accuracies and confusion matrix"
 
@@ -24,17 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="FOLDER", help="folder of a named data set (default: as in training)")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: the run folder)")
     add_loading(parser)
+    add_json(parser)
 
 
 def run(
     run: str, data: str | None, root: str | None, output: str | None, batch_size: int | None, workers: int | None
-) -> int:
+) -> dict[str, Any] | None:
     from insvp_fast.training.evaluation import evaluate_run
     from insvp_fast.training.plots import plot_confusion
 
     facts, metrics, is_main_process = evaluate_run(run, data, root, batch_size, workers)
     if not is_main_process:
-        return 0
+        return None
     names = facts["class_names"]
     named = {"per_class": dict(zip(names, metrics.per_class, strict=True)), "confusion": metrics.confusion.tolist()}
     content = facts | metrics._asdict() | {"images": metrics.images} | named
@@ -49,4 +51,4 @@ def run(
     print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes, protocol {facts['protocol']}")
     print(f"top-1 {metrics.top1:.2%}   top-5 {metrics.top5:.2%}   mean per class {metrics.mean_per_class:.2%}")
     print(f"written: {file}, {file.with_suffix('.png').name}")
-    return 0
+    return content | {"written": [str(file), str(file.with_suffix(".png"))]}

@@ -24,23 +24,22 @@ SUMMARY = "describe a run, an adapter or a backbone"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="RUN|ADAPTER|BACKBONE", help="a folder, or the name of a backbone")
+    add_json(parser)
 
 
-def run(what: str) -> int:
+def run(what: str) -> dict[str, Any]:
     folder = Path(what)
     content = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
     if content is not None and "architecture" not in content:  # timm's config.json of a backbone has it
-        _describe_run(folder)
-    elif (folder / ADAPTER_FILE).is_file():
-        _describe_adapter(folder)
-    elif folder.is_dir() and content is None:
+        return _describe_run(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        return {"adapter": _describe_adapter(folder)}
+    if folder.is_dir() and content is None:
         raise CommandError(f"{what}: neither a run ({CONFIG_FILE}), an adapter ({ADAPTER_FILE}) nor a backbone")
-    else:
-        _describe_backbone(what)
-    return 0
+    return {"backbone": _describe_backbone(what)}
 
 
-def _describe_run(folder: Path) -> None:
+def _describe_run(folder: Path) -> dict[str, Any]:
     (recipe, config), results = read_config(folder), read_results(folder)
     _print("run", f"{folder}, {'finished' if results else 'not finished'}")
     _print("recipe", f"{recipe.recipe or 'none'}, protocol {recipe.protocol}")
@@ -50,12 +49,14 @@ def _describe_run(folder: Path) -> None:
     for name, value in recipe.to_dict().items():
         if name not in ("recipe", "protocol", "data") and value is not None:
             _print(f"  {name}", value)
+    facts = {"folder": str(folder), "finished": bool(results), "results": results} | config
     if (folder / "adapter" / ADAPTER_FILE).is_file():
         print()
-        _describe_adapter(folder / "adapter")
+        facts["adapter"] = _describe_adapter(folder / "adapter")
+    return {"run": facts}
 
 
-def _describe_adapter(folder: Path) -> None:
+def _describe_adapter(folder: Path) -> dict[str, Any]:
     config, sizes = read_json(folder / ADAPTER_FILE), _count_parameters(folder / WEIGHTS_FILE)
     backbone, names = config.get("backbone") or {}, config.get("class_names")
     _print("adapter", f"{folder}, {(folder / WEIGHTS_FILE).stat().st_size / 2**20:.2f} MiB")
@@ -70,9 +71,10 @@ def _describe_adapter(folder: Path) -> None:
     _print("configuration", "")
     for name, value in (config.get("insvp") or {}).items():
         _print(f"  {name}", value)
+    return {"folder": str(folder), "trained_parameters": sizes.total(), "parameters": sizes} | config
 
 
-def _describe_backbone(name: str) -> None:
+def _describe_backbone(name: str) -> dict[str, Any]:
     import timm
     import torch
 

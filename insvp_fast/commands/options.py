@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["add_loading", "positive"]
+__all__ = ["add_json", "add_loading", "positive"]
 
 
 def positive(text: str) -> int:
@@ -12,6 +12,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return int(text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, for which the command line prints what the command returns."""
+    text = "print the result as one JSON object, and all else to standard error"
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

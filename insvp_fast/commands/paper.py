@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import positive
+from insvp_fast.commands.options import add_json, positive
 from insvp_fast.commands.settings import add_settings
 from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="X", help="learning rates to try")
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="number of seeds (default: 5)")
     add_running(parser)
+    add_json(parser)
     add_settings(parser, show_common=False)
     parser.usage = f"{parser.prog} TABLE|FIGURE [OPTION ...]"
 
@@ -58,7 +59,7 @@ def run(
     jobs: int,
     launcher: str | None,
     **given: Any,
-) -> int:
+) -> dict[str, Any]:
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import report
 
@@ -89,7 +90,7 @@ def run(
             ]
             plot_parameters(points, folder / f"figure5-{data.replace('/', '-')}.png", title=data)
     print(f"written: {folder}")
-    return 0
+    return {"folder": str(folder), "results": {data: _records(rows) for data, rows in results.items()}}
 
 
 def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> Sequence[str]:
@@ -113,7 +114,7 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     return there
 
 
-def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> int:
+def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> dict[str, Any]:
     """Figure 7, at the learning rate of the recipe: what is varied is the setting alone."""
     from insvp_fast.figures.comparison import plot_sensitivity
     from insvp_fast.studies.comparison import compare
@@ -135,7 +136,20 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     print(f"\n{report('figure7', study, {str(protocol.settings['data']): results}, protocol, folder)}")
     plot_sensitivity(panels, folder / "figure7.png")
     print(f"written: {folder}")
-    return 0
+    return {"folder": str(folder), "results": {str(protocol.settings["data"]): _records(results)}}
+
+
+def _records(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": compared.row.label,
+            "rate": compared.rate,
+            "runs": [
+                score.facts | {"seed": seed, "val_accuracy": score.val} for seed, score in compared.scores.items()
+            ],
+        }
+        for compared in rows
+    ]
 
 
 def _mean_and_spread(compared: Any) -> tuple[float, float]:

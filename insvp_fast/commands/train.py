@@ -10,12 +10,13 @@ import argparse
 import sys
 from typing import Any
 
+from insvp_fast.commands.options import add_json
 from insvp_fast.commands.settings import add_settings, show_options
 from insvp_fast.errors import CommandError, InsVPError
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies.arguments import to_option
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import read_config
+from insvp_fast.training.run_folder import read_config, read_results
 
 SUMMARY = "train InsVP on a data set"
 
@@ -23,19 +24,22 @@ SUMMARY = "train InsVP on a data set"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from (see `insvp recipes`)")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, with its own settings")
+    add_json(parser)
     add_settings(parser)
 
 
-def run(recipe: str | None, resume: str | None, **given: Any) -> int:
+def run(recipe: str | None, resume: str | None, **given: Any) -> dict[str, Any] | None:
     try:
         settings = _resolve(recipe, resume, given)
     except InsVPError as error:
         print(f"insvp train: error: {show_options(str(error))}", file=sys.stderr)
-        return 2
+        sys.exit(2)
+    from accelerate import PartialState
+
     from insvp_fast.training.run import train
 
-    train(settings, resume=resume)
-    return 0
+    folder = train(settings, resume=resume)
+    return {"run": str(folder), "results": read_results(folder)} if PartialState().is_main_process else None
 
 
 def _resolve(recipe: str | None, resume: str | None, given: dict[str, Any]) -> Recipe:
