@@ -24,6 +24,8 @@ COMMANDS = (
     "train",
     "eval",
     "predict",
+    "prompts",
+    "tsne",
     "serve",
     "export",
     "recipes",

@@ -32,9 +32,7 @@ def _list() -> dict[str, Any]:
         print(f"{name:26} {known.classes:4} classes, {sum(known.counts.values()):7,} images  {known.origin}")
     print("Also: digits, which comes with scikit-learn; folders of images per class, in train, val and test or alone;")
     print("lists of `path label` lines, CSV and tab-separated tables; and hfds/..., wds/... and tfds/....")
-    return {
-        name: {"classes": known.classes, "images": known.counts, "origin": known.origin} for name, known in SETS.items()
-    }
+    return {name: known._asdict() for name, known in SETS.items()}
 
 
 def _check(name: str, root: str | None) -> dict[str, Any]:

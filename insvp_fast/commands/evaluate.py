@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     run: str, data: str | None, root: str | None, output: str | None, batch_size: int | None, workers: int | None
 ) -> dict[str, Any] | None:
+    from insvp_fast.figures.runs import plot_confusion
     from insvp_fast.training.evaluation import evaluate_run
-    from insvp_fast.training.plots import plot_confusion
 
     facts, metrics, is_main_process = evaluate_run(run, data, root, batch_size, workers)
     if not is_main_process:

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
+from insvp_fast.commands.options import add_json
 from insvp_fast.errors import CommandError
 from insvp_fast.training.run_folder import CONFIG_FILE, read_config, read_json, read_results
 
@@ -84,12 +85,14 @@ def _describe_backbone(name: str) -> dict[str, Any]:
     from insvp_fast.reference import structure_of
     from insvp_fast.training.backbone import resolve_preprocessing
 
+    sha256 = None
     if is_name(name) and not is_shipped(name):
         with torch.device("meta"):  # only the shapes are needed
             backbone: Any = timm.create_model(name, num_classes=0)
     else:
         backbone = create_backbone(name, num_classes=0)
-        _print("sha256", backbone_sha256(backbone, torch.float32))
+        sha256 = backbone_sha256(backbone, torch.float32)
+        _print("sha256", sha256)
     try:
         structure = structure_of(backbone)
         patch_size, widths = structure.patch_size(backbone), structure.widths(backbone)
@@ -100,10 +103,11 @@ def _describe_backbone(name: str) -> dict[str, Any]:
         _print("weights", report)
     counts = ", ".join(f"{count} of width {width}" for width, count in Counter(widths).items())
     _print("blocks", counts or "none that prompts can be put into: it takes image prompts alone")
-    size = backbone.pretrained_cfg["input_size"]
+    size, preprocessing = backbone.pretrained_cfg["input_size"], resolve_preprocessing(backbone)
     _print("images", f"{size[1]}x{size[2]} in patches of {patch_size}x{patch_size}")
-    _print("preprocessing", _join(resolve_preprocessing(backbone)) + " (timm's for these weights)")
-    _print("parameters", f"{sum(p.numel() for p in backbone.parameters()):,} frozen")
+    _print("preprocessing", _join(preprocessing) + " (timm's for these weights)")
+    parameters = sum(p.numel() for p in backbone.parameters())
+    _print("parameters", f"{parameters:,} frozen")
     with warnings.catch_warnings(action="ignore"):  # of the general path, which is told below
         config = InsVPConfig() if widths else InsVPConfig(common_prompt=False, specific_prompt=False)
         model = InsVPViT(backbone.to("meta"), 0, config)
@@ -112,6 +116,18 @@ def _describe_backbone(name: str) -> dict[str, Any]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "the paper's configuration" if widths else "the paper's image prompts"
     _print("InsVP adds", f"{trained:,} trained parameters ({what}) and a head")
+    return {
+        "name": name,
+        "architecture": type(backbone).__name__,
+        "sha256": sha256,
+        "weights": report,
+        "blocks": widths,
+        "patch_size": patch_size,
+        "preprocessing": preprocessing,
+        "parameters": parameters,
+        "unsupported_reason": reason,
+        "trained_parameters": trained,
+    }
 
 
 def _count_parameters(file: Path) -> Counter[str]:

@@ -140,16 +140,12 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
 
 
 def _records(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "model": compared.row.label,
-            "rate": compared.rate,
-            "runs": [
-                score.facts | {"seed": seed, "val_accuracy": score.val} for seed, score in compared.scores.items()
-            ],
-        }
-        for compared in rows
-    ]
+    """For each row its rate, and the final record and seed of each run."""
+    records = []
+    for row, rate, _, scores in rows:
+        runs = [{"seed": seed, "val_accuracy": score.val} | score.facts for seed, score in scores.items()]
+        records.append({"row": row.label, "rate": rate, "runs": runs})
+    return records
 
 
 def _mean_and_spread(compared: Any) -> tuple[float, float]:

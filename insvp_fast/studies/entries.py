@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from insvp_fast.errors import TrainingError
 from insvp_fast.training.candidates import LINEAR, candidates_of
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config, read_metrics, read_results
 
@@ -113,7 +114,7 @@ def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
     # and what a run resolves itself and records
     resolved |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
     resolved |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}
-    return dataclasses.replace(recipe, **resolved) == recorded
+    return absolute_paths(dataclasses.replace(recipe, **resolved)) == absolute_paths(recorded)
 
 
 def scores_of(run: Found | None) -> list[Score]:

@@ -15,16 +15,19 @@ from accelerate.utils import broadcast, set_seed
 from torch import nn
 
 from insvp_fast.atomic_files import replace_folder
-from insvp_fast.checkpoints.backbone import weights_report
+from insvp_fast.checkpoints.backbone import is_name, weights_report
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
+from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
+from insvp_fast.figures.runs import plot_curves
+from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, peak_memory, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
 from insvp_fast.training.linear_probe import train_linear_probe
 from insvp_fast.training.loader import create_loader
 from insvp_fast.training.models import build_model
-from insvp_fast.training.plots import plot_curves, plot_prompts
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 from insvp_fast.training.run_logger import RunLogger
@@ -33,7 +36,7 @@ from insvp_fast.training.trainer import Trainer
 __all__ = ["train", "train_candidate"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "insvp_fast"
-PLOTTED_IMAGES = 8  # of the test images, in prompts.png
+PLOTTED_CLASSES = 10  # in prompts.png at most
 
 
 def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Path:
@@ -117,8 +120,7 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     trainer.save_adapter("adapter")
     if accelerator.is_main_process and candidate.method == "insvp":
         trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        images = _images_to_plot(data, accelerator.device)
-        plot_prompts(trained, images, preprocessing, logger.folder / "prompts.png")
+        _plot_prompts(trained, data, logger, preprocessing)
     logger.log_result(result)
     trainer.save()
 
@@ -127,7 +129,7 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     """The recipe, or the one of the run to resume, with the precision of this machine."""
     if resume is not None:
         recorded = read_config(resume)[0]
-        if recipe not in (None, recorded):
+        if recipe is not None and absolute_paths(recipe, is_name) != absolute_paths(recorded, is_name):
             raise TrainingError(f"`resume` is {resume}: expected no other settings than the run's own")
         recipe = recorded
     recipe = recipe or Recipe()
@@ -152,9 +154,16 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
     return data, data.preprocessing or preprocessing  # VTAB has its own
 
 
-def _images_to_plot(data: Data, device: torch.device) -> torch.Tensor:
-    count = min(PLOTTED_IMAGES, len(data.test))  # type: ignore[arg-type]  # torch does not declare the length
-    return torch.stack([data.test[i][0] for i in range(count)]).to(device)
+def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
+    """Draw prompts.png: an image of each class of the test data."""
+    labels = data.test.classes  # type: ignore[attr-defined]  # which all data sets of images have
+    chosen = one_per_class(labels, PLOTTED_CLASSES)
+    images = torch.stack([data.test[index][0] for index in chosen]).to(logger.accelerator.device)
+    shown, reason = explain(model, images)
+    if reason is not None:
+        logger.say(f"prompts.png: {reason}")
+    classes = [labels[index] for index in chosen]
+    plot_prompts(shown, data.class_names, preprocessing, logger.folder / "prompts.png", classes=classes)
 
 
 def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:

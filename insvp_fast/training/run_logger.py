@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 
 from insvp_fast import __version__
 from insvp_fast.atomic_files import write_file
+from insvp_fast.checkpoints.backbone import is_name
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
+from insvp_fast.training.candidates import candidates_of
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER
+from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER, TESTED_ON_VAL, read_json
+from insvp_fast.training.trackers import log_to_trackers, start_trackers
 
 __all__ = ["RunLogger"]
 
@@ -46,13 +54,21 @@ class RunLogger:
             self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
 
     def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data) -> None:
-        """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
+        """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers.
+
+        Raises:
+            TrainingError: if the run would be tested on images that it is trained on.
+        """
         self.tested_on = data.tested_on
+        if self.recipe.retrain and data.tested_on == "val":
+            where = f"`data` is {self.recipe.data}: found train and val, but no test"
+            raise TrainingError(f"{where}: `retrain` would train on all images and leave none to test on")
         for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
             leftover.unlink(missing_ok=True)
         images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         content = {
-            "recipe": self.recipe.to_dict(),
+            "id": secrets.token_hex(8),
+            "recipe": absolute_paths(self.recipe, is_name).to_dict(),
             "insvp": config and config.to_dict(),
             "preprocessing": preprocessing,
             "augmentation": data.augmentation,
@@ -63,12 +79,20 @@ class RunLogger:
             "selected_on": self.recipe.selection_split,
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
-            "versions": {"insvp_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "insvp_fast": __version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "python": platform.python_version(),
+            },
+            "command": shlex.join(sys.orig_argv),
+            "working_folder": str(Path.cwd()),
         }
         file = self.folder / CONFIG_FILE
         if self.active and not file.exists():
             write_file(file, (json.dumps(content, indent=2) + "\n").encode())
-        self._start_trackers()
+        names = [candidate.name for candidate in candidates_of(self.recipe)]
+        start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
         self.say(f"splits: {data.protocol}")
@@ -77,6 +101,8 @@ class RunLogger:
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
         augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
         self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
+        if data.tested_on == "val":
+            self.say(f"warning: {TESTED_ON_VAL}")
 
     def restore(self, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
         """Take over the records of a model from before an interruption; metrics.jsonl is cut off after them."""
@@ -102,8 +128,7 @@ class RunLogger:
             self._warn_of_waiting(record)
         else:  # of a linear probe, which is fitted at once
             self.say(f"fitted  loss {record['loss']:.4f}  {accuracies}")
-        values = {f"{record['model']}/{key}": value for key, value in record.items() if isinstance(value, float)}
-        self.accelerator.log(values, step=record["epoch"])
+        log_to_trackers(self.accelerator, record["model"], record["epoch"], record)
 
     def _warn_of_waiting(self, record: dict[str, Any]) -> None:
         if record["data_wait"] > SLOW_LOADER and not self.warned:
@@ -118,6 +143,8 @@ class RunLogger:
         """Write the final record of a model."""
         self.results.append(record)
         self._write(record)
+        score = {f"final_{self.tested_on}_accuracy": record["test_accuracy"]}
+        log_to_trackers(self.accelerator, record["model"], self.recipe.epochs, score)
 
     def finish(self) -> None:
         """Print the final records."""
@@ -130,6 +157,8 @@ class RunLogger:
         split = self.recipe.selection_split
         selection = f"epoch selected on {split}" if split else "trained on train and val, last epoch"
         self.say(f"protocol {self.recipe.protocol}, {selection}, tested on {self.tested_on}")
+        if self.tested_on == "val":
+            self.say(f"warning: {TESTED_ON_VAL}")
         self.say(f"\nrun folder: {self.folder}")
         self.accelerator.end_training()
 
@@ -143,15 +172,9 @@ class RunLogger:
             with (self.folder / METRICS_FILE).open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def _start_trackers(self) -> None:
-        """Begin to log into the run folder, and to Weights & Biases as a run with the folder's name."""
-        if self.recipe.trackers:
-            self.accelerator.project_configuration.logging_dir = str(self.folder)
-            settings = {
-                key: value for key, value in self.recipe.to_dict().items() if isinstance(value, str | float | int)
-            }
-            wandb = {"name": self.folder.name, "dir": str(self.folder)}
-            self.accelerator.init_trackers("insvp_fast", settings, {"wandb": wandb})
+    def _run_id(self) -> str:
+        """What distinguishes this run from all others; a resumed run has its own again."""
+        return str(read_json(self.folder / CONFIG_FILE).get("id", "")) if self.active else ""
 
 
 def _new_folder(parent: Path, name: str) -> Path:

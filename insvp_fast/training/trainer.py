@@ -98,7 +98,9 @@ class Trainer:
             copy_weights(self.trained.values(), [best[key] for key in self.trained])
         else:
             self.average.apply()
-        accuracy = evaluate_accuracy(self.model, self.eval_loaders["test"], self.accelerator)
+        # in fp32, as `evaluate_run` does; this takes autocast off the model, whose training is over
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        accuracy = evaluate_accuracy(model, self.eval_loaders["test"], self.accelerator)
         self.result = {
             "model": self.name,
             "test_accuracy": accuracy,

@@ -12,6 +12,7 @@ from insvp_fast.commands import cli
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies import runner
 from insvp_fast.studies.grid import read_grid
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import finish
 
@@ -51,7 +52,7 @@ class Trainer:
             recipe = Recipe(**options | {"amp": "bf16"})  # what `auto` stands for
             run = self.folder / f"{recipe.data}-{len(list(self.folder.glob('*/'))) + 1}"
             run.mkdir(parents=True)
-            (run / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+            (run / "config.json").write_text(json.dumps({"recipe": absolute_paths(recipe).to_dict()}))
         status = self.stops_at.get(len(self.commands), 0)
         if status == 0:
             accuracy = recipe.lr + 0.1 * recipe.seed + 0.5 * (recipe.data == "dtd")

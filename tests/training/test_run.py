@@ -1,6 +1,9 @@
 """Training end to end on small data, the run folder it leaves, and what reads that folder."""
 
 import json
+import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,10 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from insvp_fast import __version__
 from insvp_fast.data import transform_for
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import run as run_module
@@ -21,8 +26,7 @@ from insvp_fast.training.load import load_run
 from insvp_fast.training.prediction import predict
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train, train_candidate
-from tests.training.killed_runs import outcome
-from tests.training.killed_runs import TIMES
+from tests.training.killed_runs import TIMES, outcome
 from tests.training.small_runs import SMALL, make_folder, read_records, use_few_digits
 
 
@@ -65,6 +69,11 @@ def test_same_seed_same_metrics_in_another_folder(digits_run):
 def test_config_is_resolved(digits_run):
     config = json.loads((digits_run.folder / "config.json").read_text())
     assert Recipe(**config["recipe"]) == digits_run.recipe
+    assert config["augmentation"]["augmentation"] == "none"
+    versions = {"insvp_fast": __version__, "torch": torch.__version__, "timm": timm.__version__}
+    assert config["versions"] == versions | {"python": platform.python_version()}
+    assert shlex.split(config["command"]) == sys.orig_argv
+    assert config["working_folder"] == os.getcwd()
     assert config["insvp"] == digits_run.insvp.config.to_dict()
     assert config["images"] == {"train": 210, "val": 30, "test": 60}
     assert config["class_names"] == list("0123456789")

@@ -61,6 +61,20 @@ def test_selection_on_the_test_images_is_named(pictures, tmp_path, capsys):
     assert "protocol paper, epoch selected on test, tested on test" in capsys.readouterr().out
 
 
+def test_a_run_without_test_images_says_so_and_keeps_some(pictures, tmp_path, capsys):
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for split in ("train", "val"):
+        (data / split).symlink_to(pictures / split)
+    train(quick(data, tmp_path / "runs"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[2][:25] for line in lines if line.startswith("warning: ")] == [
+        " there are no test images"
+    ] * 2  # at the beginning, and beside the result
+    with pytest.raises(InsVPError, match="found train and val, but no test: `retrain` would train on all images"):
+        train(quick(data, tmp_path / "runs", retrain=True))
+
+
 def test_retraining_takes_train_and_val_and_the_last_epoch(pictures, tmp_path, capsys):
     run = train(quick(pictures, tmp_path, retrain=True, epochs=2))
     *epochs, result = read_records(run)
@@ -153,7 +167,21 @@ def test_a_tracker_that_is_not_installed_is_named(pictures, tmp_path, monkeypatc
         train(quick(pictures, tmp_path, trackers=("wandb",)))
 
 
-def test_trackers_log_into_the_run_folder(pictures, tmp_path):
-    pytest.importorskip("tensorboard")
-    run = train(quick(pictures, tmp_path, trackers=("tensorboard",)))
-    assert list((run / "insvp_fast").glob("events.*"))
+def test_the_final_accuracy_is_measured_in_fp32(pictures, tmp_path, monkeypatch):
+    """As `insvp eval` does, and the release, whatever the precision of training."""
+    precisions, evaluate = [], trainer.evaluate_accuracy
+
+    def spied(model, *arguments):
+        def note(module, inputs):
+            found[0] |= {torch.is_autocast_enabled("cpu")}
+
+        found = [set()]
+        handle = model.head.register_forward_pre_hook(note)
+        accuracy = evaluate(model, *arguments)
+        handle.remove()
+        precisions.append(found[0])
+        return accuracy
+
+    monkeypatch.setattr(trainer, "evaluate_accuracy", spied)
+    train(quick(pictures, tmp_path, amp="bf16"))
+    assert precisions == [{True}, {False}]  # of the epoch, of the result
