@@ -1,6 +1,7 @@
-"""Test a trained model: top-1, top-5 and mean per-class accuracy, and the confusion matrix.
+"""Test a trained model: top-1, top-5 and mean per-class accuracy, F1, and the confusion matrix.
 
-The accuracies are printed. All results are written as eval.json, and the confusion matrix as eval.png, into the run
+Of a model for several labels per image: mean average precision, macro and micro F1, and no confusion matrix. They are
+printed. All results are written as eval.json, and the confusion matrix as eval.png, into the run
 folder or into --output; for other data (--data), as eval-NAME.json and eval-NAME.png.
 """
 
@@ -33,22 +34,25 @@ def run(
 ) -> dict[str, Any] | None:
     from insvp_fast.figures.runs import plot_confusion
     from insvp_fast.training.evaluation import evaluate_run
+    from insvp_fast.training.metrics import Metrics
 
     facts, metrics, is_main_process = evaluate_run(run, data, root, batch_size, workers)
     if not is_main_process:
         return None
     names = facts["class_names"]
-    named = {"per_class": dict(zip(names, metrics.per_class, strict=True)), "confusion": metrics.confusion.tolist()}
-    content = facts | metrics._asdict() | {"images": metrics.images} | named
+    content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
     folder = Path(output or run)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (f"eval-{Path(data).name}.json" if data else "eval.json")
     lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
     write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace"))
-    plot_confusion(metrics.confusion, names, file.with_suffix(".png"))
+    picture = file.with_suffix(".png")
+    if isinstance(metrics, Metrics):
+        plot_confusion(metrics.confusion, names, picture)
 
     print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes, protocol {facts['protocol']}")
-    print(f"top-1 {metrics.top1:.2%}   top-5 {metrics.top5:.2%}   mean per class {metrics.mean_per_class:.2%}")
-    print(f"written: {file}, {file.with_suffix('.png').name}")
-    return content | {"written": [str(file), str(file.with_suffix(".png"))]}
+    print(metrics)
+    written = [file, picture] if isinstance(metrics, Metrics) else [file]
+    print(f"written: {', '.join([str(file), *(other.name for other in written[1:])])}")
+    return content | {"written": written}

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.commands.options import add_json
 from insvp_fast.errors import CommandError
+from insvp_fast.training.recipe import score_name
 from insvp_fast.training.run_folder import CONFIG_FILE, read_config, read_json, read_results
 
 SUMMARY = "describe a run, an adapter or a backbone"
@@ -46,7 +47,9 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     _print("recipe", f"{recipe.recipe or 'none'}, protocol {recipe.protocol}")
     _print("data", f"{recipe.data}: {_join(config.get('images', {}))}")
     for name, result in results.items():
-        _print(name, f"{result['test_accuracy']:.2%} on {config.get('tested_on', 'test')}")
+        score = score_name(result.get("metric"))
+        words = "" if score == "accuracy" else f"{score} "
+        _print(name, f"{words}{result[f'test_{score}']:.2%} on {config.get('tested_on', 'test')}")
     for name, value in recipe.to_dict().items():
         if name not in ("recipe", "protocol", "data") and value is not None:
             _print(f"  {name}", value)

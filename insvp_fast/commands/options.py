@@ -19,7 +19,7 @@ def positive(text: str) -> int:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``, for which the command line prints what the command returns."""
-    text = "print the result as one JSON object, and all else to standard error"
+    text = "print the result as a JSON object, all else to standard error"
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
 

@@ -24,22 +24,36 @@ SUMMARY = "train InsVP on a data set"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from (see `insvp recipes`)")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, with its own settings")
+    find = parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="do not train, but suggest a value for --lr: 100 steps with rising rates, drawn in OUTPUT/DATA-lr/lr.png",
+    )
+    find.brief = "do not train, but suggest a value for --lr"  # type: ignore[attr-defined]
     add_json(parser)
     add_settings(parser)
 
 
-def run(recipe: str | None, resume: str | None, **given: Any) -> dict[str, Any] | None:
+def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: Any) -> dict[str, Any] | None:
     try:
         settings = _resolve(recipe, resume, given)
+        if resume and find_lr:
+            raise CommandError("--resume goes on with a run: expected no --find-lr")
     except InsVPError as error:
         print(f"insvp train: error: {show_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     from accelerate import PartialState
 
-    from insvp_fast.training.run import train
+    from insvp_fast.training import run
 
-    folder = train(settings, resume=resume)
-    return {"run": str(folder), "results": read_results(folder)} if PartialState().is_main_process else None
+    if find_lr:
+        result: dict[str, Any] = {"lr": run.find_lr(settings)}
+        print(f"suggested: --lr {result['lr']:.2g}")
+    else:
+        folder = run.train(settings, resume=resume)
+        result = {"run": folder, "results": read_results(folder)}
+    return result if PartialState().is_main_process else None
 
 
 def _resolve(recipe: str | None, resume: str | None, given: dict[str, Any]) -> Recipe:

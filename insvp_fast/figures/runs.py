@@ -19,6 +19,7 @@ MAX_NAMED = 40  # with more classes, their names beside a confusion matrix could
 CURVES = {
     "loss": {"loss": ("training", "-"), "val_loss": ("validation", "--")},
     "accuracy": {"val_accuracy": ("validation", "-"), "test_accuracy": ("test", "--")},
+    "mean average precision": {"val_map": ("validation", "-"), "test_map": ("test", "--")},
 }
 
 
@@ -46,7 +47,7 @@ def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
                     _draw_curve(axes, own, key, color=color, linestyle=line, label=f"{model}, {split}")
             axes.set(xlabel="epoch", title=title)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            if title == "accuracy":
+            if title != "loss":
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
             axes.legend()
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from insvp_fast.errors import TrainingError
 from insvp_fast.training.candidates import LINEAR, candidates_of
 from insvp_fast.training.paths import absolute_paths
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_folder import read_config, read_metrics, read_results
 
 __all__ = [
@@ -126,8 +126,9 @@ def scores_of(run: Found | None) -> list[Score]:
     for name, facts in results.items():
         own = [record for record in epochs if record["model"] == name and "epoch" in record]
         kept = [record for record in own if record["epoch"] == facts.get("kept_epoch")] or own[-1:]
-        val = kept[-1].get("val_accuracy") if kept else None
-        scores.append(Score(name, val, facts["test_accuracy"], facts))
+        metric = score_name(facts.get("metric"))
+        val = kept[-1].get(f"val_{metric}") if kept else None
+        scores.append(Score(name, val, facts[f"test_{metric}"], facts))
     return scores
 
 

@@ -10,7 +10,7 @@ from insvp_fast.data import load_test_data
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.load import load_run
 from insvp_fast.training.loader import create_loader
-from insvp_fast.training.metrics import Metrics, compute_metrics
+from insvp_fast.training.metrics import Metrics, MultiLabelMetrics, compute_metrics
 from insvp_fast.training.run_folder import read_config
 
 __all__ = ["Evaluation", "evaluate_run"]
@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
     """
 
     facts: dict[str, Any]
-    metrics: Metrics
+    metrics: Metrics | MultiLabelMetrics
     is_main_process: bool
 
 
@@ -54,7 +54,8 @@ def evaluate_run(
     images = load_test_data(source, preprocessing, seed, names, root=root, exif_rotation=recipe.exif_rotation)
     workers = recipe.workers if workers is None else workers
     loading = dataclasses.replace(recipe, batch_size=batch_size or recipe.batch_size, workers=workers)
-    metrics = compute_metrics(model, create_loader(images, loading, accelerator), len(names), accelerator)
+    multi_label = read_config(run)[1].get("multi_label", False)
+    loader = create_loader(images, loading, accelerator)
+    metrics = compute_metrics(model, loader, len(names), accelerator, multi_label)
     facts = {"run": str(run), "data": source, "root": root, "protocol": recipe.protocol, "class_names": names}
-    facts |= {"tested_on": read_config(run)[1]["tested_on"]} if data is None else {}
     return Evaluation(facts, metrics, accelerator.is_main_process)

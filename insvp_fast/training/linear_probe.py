@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from insvp_fast.data import Data
 from insvp_fast.training.loader import Loader, create_loader
-from insvp_fast.training.metrics import evaluate_accuracy
+from insvp_fast.training.metrics import compute_metrics
+from insvp_fast.training.recipe import score_name
 from insvp_fast.training.run_logger import RunLogger
 
 __all__ = ["Features", "LinearFit", "fit_linear", "read_features", "set_head", "train_linear_probe"]
@@ -77,14 +78,20 @@ def train_linear_probe(name: str, model: nn.Module, data: Data, logger: RunLogge
     if not fit.converged:
         logger.say(f"warning: the {name} did not converge in {MAX_STEPS} steps of L-BFGS")
     set_head(accelerator.unwrap_model(model, keep_fp32_wrapper=False), fit)
-    record = {"model": name, "epoch": 1, "loss": fit.loss, "val_accuracy": None}
-    if not recipe.retrain:
-        record["val_accuracy"] = evaluate_accuracy(model, val_loader, accelerator)
-    logger.log_epoch(record)
+    metric = recipe.metric_for(data.multi_label)
+
+    def evaluate(split: str, loader: Loader) -> dict[str, float]:
+        metrics = compute_metrics(model, loader, classes, accelerator, data.multi_label)
+        return {f"{split}_{key}": value for key, value in metrics.scores().items()}
+
+    unknown = dict.fromkeys((f"val_{score_name(metric)}", "val_loss"))
+    scores = unknown if recipe.retrain else evaluate("val", val_loader)
+    logger.log_epoch({"model": name, "epoch": 1, "loss": fit.loss} | scores)
     logger.log_result(
-        {
-            "model": name,
-            "test_accuracy": evaluate_accuracy(model, test_loader, accelerator),
+        {"model": name}
+        | evaluate("test", test_loader)
+        | {
+            "metric": metric,
             "trained_parameters": parameters,
             "kept_epoch": None,
             "weight_decay": fit.weight_decay,

@@ -28,7 +28,15 @@ from insvp_fast.training.setting import (
     some_of,
 )
 
-__all__ = ["BUILTIN_BACKBONE", "METHODS", "PROMPT_SETTINGS", "Recipe", "check_names", "setting_names"]
+__all__ = [
+    "BUILTIN_BACKBONE",
+    "METHODS",
+    "PROMPT_SETTINGS",
+    "Recipe",
+    "check_names",
+    "score_name",
+    "setting_names",
+]
 
 BUILTIN_BACKBONE = "vit_shapes_32"
 METHODS = ("insvp", *method_names.METHODS)
@@ -58,7 +66,7 @@ class Recipe:
         " hf-hub:OWNER/NAME, local-dir:FOLDER, a folder saved by timm, or a file of weights that names its"
         " architecture",
         metavar="NAME|PATH",
-        brief="Vision Transformer: timm's name, file or folder",
+        brief="name in timm, file or folder",
     )
     checkpoint: str | None = _model(None, "weights for the backbone: .safetensors, .pth or .npz", metavar="FILE")
     img_size: int | None = _model(
@@ -106,6 +114,18 @@ class Recipe:
         one_of(*PROTOCOLS),
     )
     select_on: str = _training("val", "split whose accuracy selects the epoch to keep", one_of("val", "test"))
+    metric: str | None = _training(
+        None,
+        "what selects the epoch to keep: top-1 accuracy, its mean over the classes, macro F1, or for several labels per"
+        " image the mean average precision (default: top1, or map for several labels)",
+        one_of("top1", "mean_per_class", "f1", "map"),
+    )
+    patience: int = _training(
+        0,
+        "stop after this many epochs without a better `metric`; 0 never stops early; the learning rates are those of"
+        " all `epochs` either way",
+        at_least(0),
+    )
     retrain: bool = _training(False, "train on the train and val images together, and keep the last epoch")
     epochs: int = _training(10, "number of epochs", at_least(1), brief="number of epochs")
     batch_size: int = _training(
@@ -130,6 +150,17 @@ class Recipe:
     cutmix: float = _training(0.0, "alpha of CutMix; 0 switches it off", NOT_NEGATIVE)
     mix_prob: float = _training(0.5, "probability that a batch is mixed by `mixup` or `cutmix`", PROBABILITY)
     label_smoothing: float = _training(0.0, "fraction of the target that is spread over all classes", BELOW_ONE)
+    class_weights: str = _training(
+        "none",
+        "weights of the classes in the loss; auto: N / (C n) for each of C classes, with n of the N images, which is 1"
+        " in the mean over the images; for several labels per image, N labels are counted, and positive terms weighted",
+        one_of("none", "auto"),
+    )
+    sampling: str = _training(
+        "shuffle",
+        "shuffle: an epoch has every image once; balanced: as many images, equally many of every class",
+        one_of("shuffle", "balanced"),
+    )
     ema: float = _training(
         0.0,
         "decay of a moving average of the trained weights, which is tested and saved instead; 0 switches it off",
@@ -167,6 +198,12 @@ class Recipe:
     )
     method_options: tuple[str, ...] = _model(
         (), "settings of another method than InsVP, such as rank=8", NAMED_VALUES, metavar="NAME=VALUE"
+    )
+    init_from: str | None = _model(
+        None,
+        "begin with the weights of an adapter: its folder, that of a run, or its name on the Hub; a head of other"
+        " classes is drawn anew",
+        metavar="NAME|PATH",
     )
     released: bool = _model(False, "train the model of the authors' released code instead of the paper's")
     prompt_length: int | None = _prompt_setting(
@@ -249,6 +286,7 @@ class Recipe:
         self._check("method_options", self.method != "insvp" or not self.method_options, "none with the method insvp")
         both = self.checkpoint is not None and "@" in self.backbone.partition(":")[0]  # hf-hub:NAME@REVISION is fine
         self._check("backbone", not both, "a name without @FILE where `checkpoint` is given")
+        self._check("patience", not (self.patience and self.retrain), "0 with `retrain`, which keeps the last epoch")
 
     @property
     def selection_split(self) -> str | None:
@@ -256,6 +294,18 @@ class Recipe:
         if self.retrain:
             return None
         return "test" if self.protocol == "released" else self.select_on
+
+    def metric_for(self, multi_label: bool) -> str:
+        """The metric that selects the epoch to keep.
+
+        Raises:
+            TrainingError: if ``metric`` is not defined for this number of labels per image.
+        """
+        metric = self.metric or ("map" if multi_label else "top1")
+        defined = ("f1", "map") if multi_label else ("top1", "mean_per_class", "f1")
+        labels = "with several labels per image" if multi_label else "with one label per image"
+        self._check("metric", metric in defined, f"one of {', '.join(defined)} {labels}")
+        return metric
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON; ``Recipe(**values)`` is the inverse."""
@@ -304,6 +354,11 @@ Recipe.__doc__ = _add_arguments(Recipe.__doc__)
 def setting_names() -> list[str]:
     """The names of all settings: of all fields but ``recipe``, which says where they come from."""
     return [field.name for field in dataclasses.fields(Recipe) if field.name != "recipe"]
+
+
+def score_name(metric: str | None) -> str:
+    """What a value of ``Recipe.metric`` is called in the records of a run, after the split: ``val_accuracy``."""
+    return "accuracy" if metric in ("top1", None) else metric
 
 
 def check_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
 from insvp_fast.training.linear_probe import train_linear_probe
 from insvp_fast.training.loader import create_loader
+from insvp_fast.training.lr_finder import range_test
 from insvp_fast.training.models import build_model
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
@@ -52,14 +53,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     """
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
-    build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
-    data, preprocessing = _load_data(recipe, backbone, accelerator)
     wanted = recipe.batch_size
-    if recipe.auto_batch:
-        model = build_model(recipe.method, recipe, backbone, len(data.class_names))
-        recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
-        del model
+    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
         logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data)
@@ -85,8 +80,7 @@ def train_candidate(
     """Train a model around a copy of the backbone."""
     recipe, accelerator = logger.recipe, logger.accelerator
     set_seed(recipe.seed)
-    model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
-    model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    model = _build_model(candidate, backbone, data, logger, preprocessing)
     if candidate.method == LINEAR:
         train_linear_probe(candidate.name, model, data, logger)
         if candidate.is_adapter and accelerator.is_main_process:
@@ -98,14 +92,47 @@ def train_candidate(
     return model
 
 
+def find_lr(recipe: Recipe) -> float:
+    """A learning rate for ``recipe.lr``, by a range test.
+
+    The test is written as lr.csv and lr.png into the folder ``<output>/<data>-lr``.
+
+    Raises:
+        InsVPError: as ``train``, if the method has no learning rate, or if the loss falls at no rate.
+    """
+    if recipe.method == LINEAR:
+        raise TrainingError(f"`method` is {LINEAR}: it is fitted to convergence, without a learning rate")
+    recipe = _resolve(recipe, None)
+    accelerator = create_accelerator(recipe.amp)
+    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
+    folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
+    candidate, logger = candidates_of(recipe)[-1], RunLogger(recipe, accelerator, folder)
+    set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
+    model = _build_model(candidate, backbone, data, logger, preprocessing)
+    found = range_test(Trainer(candidate, model, data, logger))
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.write(folder)
+    return found.suggestion()
+
+
+def _build_model(
+    candidate: Candidate, backbone: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]
+) -> Any:
+    recipe, accelerator = logger.recipe, logger.accelerator
+    model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
+    model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    if hasattr(model, "method") and hasattr(model.method, "fit"):  # DAM-VP's clusters
+        model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
+        broadcast(list(model.method.buffers()))  # each process saw other images
+    return model
+
+
 def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
     """Train by gradient descent; write the adapter and the plot of its prompts."""
     recipe, accelerator = logger.recipe, logger.accelerator
     if accelerator.num_processes > 1:
         set_seed(recipe.seed, device_specific=True)  # each process needs other dropout masks
-    if hasattr(model, "method") and hasattr(model.method, "fit"):  # DAM-VP
-        model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
-        broadcast(list(model.method.buffers()))  # each process saw other images
     trainer = Trainer(candidate, model, data, logger)
     parameters = sum(p.numel() for p in trainer.trained.values())
     logger.restore(trainer.records, trainer.result)
@@ -134,6 +161,17 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
         recipe = recorded
     recipe = recipe or Recipe()
     return dataclasses.replace(recipe, amp=resolve_amp(recipe.amp))
+
+
+def _prepare(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, nn.Module, Data, dict[str, Any]]:
+    """The recipe with a batch size that fits, the backbone, the data, and how its images are prepared."""
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
+    build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
+    data, preprocessing = _load_data(recipe, backbone, accelerator)
+    if recipe.auto_batch:
+        model = build_model(recipe.method, recipe, backbone, len(data.class_names))
+        recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
+    return recipe, backbone, data, preprocessing
 
 
 def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:

@@ -23,11 +23,13 @@ from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
 from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.paths import absolute_paths
-from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER, TESTED_ON_VAL, read_json
+from insvp_fast.training.recipe import Recipe, score_name
+from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER, read_json
 from insvp_fast.training.trackers import log_to_trackers, start_trackers
 
 __all__ = ["RunLogger"]
+
+WORDS = {"mean_per_class": "per class ", "f1": "F1 ", "map": "mAP "}  # for scores that are not the accuracy
 
 
 class RunLogger:
@@ -45,7 +47,7 @@ class RunLogger:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path | None = None) -> None:
         self.recipe, self.accelerator, self.active = recipe, accelerator, accelerator.is_main_process
-        self.tested_on = "test"
+        self.shown = ["accuracy"]
         self.epochs: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
         self.warned = False
@@ -54,15 +56,9 @@ class RunLogger:
             self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
 
     def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data) -> None:
-        """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers.
-
-        Raises:
-            TrainingError: if the run would be tested on images that it is trained on.
-        """
-        self.tested_on = data.tested_on
-        if self.recipe.retrain and data.tested_on == "val":
-            where = f"`data` is {self.recipe.data}: found train and val, but no test"
-            raise TrainingError(f"{where}: `retrain` would train on all images and leave none to test on")
+        """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
+        metric = score_name(self.recipe.metric_for(data.multi_label))
+        self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
         for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
             leftover.unlink(missing_ok=True)
         images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
@@ -73,8 +69,8 @@ class RunLogger:
             "preprocessing": preprocessing,
             "augmentation": data.augmentation,
             "class_names": data.class_names,
+            "multi_label": data.multi_label,
             "images": images,
-            "tested_on": data.tested_on,
             "protocol": data.protocol,
             "selected_on": self.recipe.selection_split,
             "processes": self.accelerator.num_processes,
@@ -97,12 +93,11 @@ class RunLogger:
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
         self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
-        kept = "the last epoch" if split is None else f"the best epoch on {split}"
+        best = "the best epoch" + (f" by {WORDS[metric].strip()}" if metric in WORDS else "")
+        kept = "the last epoch" if split is None else f"{best} on {split}"
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
         augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
         self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
-        if data.tested_on == "val":
-            self.say(f"warning: {TESTED_ON_VAL}")
 
     def restore(self, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
         """Take over the records of a model from before an interruption; metrics.jsonl is cut off after them."""
@@ -117,17 +112,18 @@ class RunLogger:
         """Write and print the record of an epoch."""
         self.epochs.append(record)
         self._write(record)
-        accuracies = "  ".join(
-            f"{key.removesuffix('_accuracy')} {value:6.1%}"
-            for key, value in record.items()
-            if key.endswith("_accuracy") and value is not None
+        scores = "  ".join(
+            f"{split} {WORDS.get(name, '')}{value:6.1%}"
+            for split in ("val", "test")
+            for name in self.shown
+            if (value := record.get(f"{split}_{name}")) is not None
         )
         if "images_per_s" in record:
             epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
-            self.say(f"{epoch}  loss {record['loss']:.4f}  {accuracies}  {record['images_per_s']:.0f} images/s")
+            self.say(f"{epoch}  loss {record['loss']:.4f}  {scores}  {record['images_per_s']:.0f} images/s")
             self._warn_of_waiting(record)
         else:  # of a linear probe, which is fitted at once
-            self.say(f"fitted  loss {record['loss']:.4f}  {accuracies}")
+            self.say(f"fitted  loss {record['loss']:.4f}  {scores}")
         log_to_trackers(self.accelerator, record["model"], record["epoch"], record)
 
     def _warn_of_waiting(self, record: dict[str, Any]) -> None:
@@ -143,22 +139,21 @@ class RunLogger:
         """Write the final record of a model."""
         self.results.append(record)
         self._write(record)
-        score = {f"final_{self.tested_on}_accuracy": record["test_accuracy"]}
-        log_to_trackers(self.accelerator, record["model"], self.recipe.epochs, score)
+        scores = {f"final_test_{name}": record[f"test_{name}"] for name in self.shown}
+        log_to_trackers(self.accelerator, record["model"], self.recipe.epochs, scores)
 
     def finish(self) -> None:
         """Print the final records."""
-        column = f"{self.tested_on} accuracy"  # val where an image folder has no test
-        self.say(f"\n{'':12}{column:>15}{'trained parameters':>20}{'kept':>12}")
+        columns = "".join(f"{f'test {WORDS.get(name, name).strip()}':>15}" for name in self.shown)
+        self.say(f"\n{'':12}{columns}{'trained parameters':>20}{'kept':>12}")
         for record in self.results:
             kept = f"epoch {record['kept_epoch']}" if record["kept_epoch"] else "converged"
-            accuracy, parameters = f"{record['test_accuracy']:.1%}", f"{record['trained_parameters']:,}"
-            self.say(f"{record['model']:12}{accuracy:>15}{parameters:>20}{kept:>12}")
+            scores = "".join(f"{record[f'test_{name}']:>15.1%}" for name in self.shown)
+            parameters = f"{record['trained_parameters']:,}"
+            self.say(f"{record['model']:12}{scores}{parameters:>20}{kept:>12}")
         split = self.recipe.selection_split
         selection = f"epoch selected on {split}" if split else "trained on train and val, last epoch"
-        self.say(f"protocol {self.recipe.protocol}, {selection}, tested on {self.tested_on}")
-        if self.tested_on == "val":
-            self.say(f"warning: {TESTED_ON_VAL}")
+        self.say(f"protocol {self.recipe.protocol}, {selection}, tested on test")
         self.say(f"\nrun folder: {self.folder}")
         self.accelerator.end_training()
 

@@ -11,6 +11,7 @@ import pytest
 
 from insvp_fast import recipes
 from insvp_fast.commands import cli
+from insvp_fast.commands import train as train_command
 from insvp_fast.commands.cli import COMMANDS
 from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import CheckpointError, DataError, InsVPError
@@ -26,6 +27,7 @@ HTA = ("cifar10", "cifar100", "cub", "dogs", "dtd", "flowers", "food101", "gtsrb
 def trained(monkeypatch):
     """What ``insvp train`` hands on: recipes and runs to resume, instead of training."""
     calls = []
+    monkeypatch.setattr(train_command, "read_results", lambda folder: {})
     monkeypatch.setattr(run_module, "train", lambda recipe, resume=None: calls.append((recipe, resume)))
     return calls
 
@@ -91,6 +93,8 @@ EVERYTHING = Recipe(
     exif_rotation=False,
     protocol="released",
     select_on="test",
+    metric="f1",
+    patience=3,
     epochs=2,
     batch_size=3,
     auto_batch=True,
@@ -103,6 +107,8 @@ EVERYTHING = Recipe(
     cutmix=0.6,
     mix_prob=0.7,
     label_smoothing=0.1,
+    class_weights="auto",
+    sampling="balanced",
     ema=0.9,
     amp="bf16",
     compile="prompters",
@@ -110,6 +116,7 @@ EVERYTHING = Recipe(
     seed=5,
     split_seed=6,
     prompt_length=6,
+    init_from="f",
     released=True,
     global_prompt=False,
     patch_prompt=False,

@@ -67,7 +67,6 @@ def items_of(dataset) -> list:
 def test_every_set_through_its_reader(name, fakes):
     data = load_data(name, SMALL, 0, root=str(fakes(name)))
     assert len(data.class_names) == len(set(data.class_names)) == SETS[name].classes
-    assert data.tested_on == "test"
     for split in (data.train, data.val, data.test):
         image, label = split[len(split) - 1]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
