@@ -41,6 +41,7 @@ COMMANDS = (
 MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
 EXTRAS = {  # which one installs a package, by the name of its import
     **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "rich", "shtab"), "train"),
+    "pyarrow": "parquet",
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention

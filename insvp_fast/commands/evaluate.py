@@ -1,8 +1,9 @@
 """Test a trained model: top-1, top-5 and mean per-class accuracy, F1, and the confusion matrix.
 
 Of a model for several labels per image: mean average precision, macro and micro F1, and no confusion matrix. They are
-printed. All results are written as eval.json, and the confusion matrix as eval.png, into the run
-folder or into --output; for other data (--data), as eval-NAME.json and eval-NAME.png.
+printed. All results are written as eval.json, and the confusion matrix as eval.png, into the folder of the run or
+adapter or into --output; for other data (--data), as eval-NAME.json and eval-NAME.png. An adapter needs --data, whose
+classes number its own if it does not name them.
 """
 
 from __future__ import annotations
@@ -13,36 +14,50 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.commands.options import add_json, add_loading
+from insvp_fast.commands.options import add_json, add_loading, add_model, read_class_names
 
 SUMMARY = "test a trained model: accuracies and confusion matrix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`")
+    add_model(parser)
     parser.add_argument(
         "--data", metavar="NAME|PATH", help="other data with the same classes (default: the run's test data)"
     )
     parser.add_argument("--root", metavar="FOLDER", help="folder of a named data set (default: as in training)")
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: the run folder)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder for the results (default: RUN or ADAPTER; for a name, this one)"
+    )
     add_loading(parser)
     add_json(parser)
 
 
 def run(
-    run: str, data: str | None, root: str | None, output: str | None, batch_size: int | None, workers: int | None
+    run: str,
+    backbone: str | None,
+    class_names: str | None,
+    tta: str,
+    data: str | None,
+    root: str | None,
+    output: str | None,
+    batch_size: int | None,
+    workers: int | None,
 ) -> dict[str, Any] | None:
+    given = read_class_names(class_names)
+
     from insvp_fast.figures.runs import plot_confusion
     from insvp_fast.training.evaluation import evaluate_run
     from insvp_fast.training.metrics import Metrics
 
-    facts, metrics, is_main_process = evaluate_run(run, data, root, batch_size, workers)
+    facts, metrics, is_main_process = evaluate_run(
+        run, data, root, batch_size, workers, backbone=backbone, class_names=given, tta=tta
+    )
     if not is_main_process:
         return None
     names = facts["class_names"]
     content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
-    folder = Path(output or run)
+    folder = Path(output or (run if Path(run).is_dir() else "."))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (f"eval-{Path(data).name}.json" if data else "eval.json")
     lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
@@ -51,7 +66,8 @@ def run(
     if isinstance(metrics, Metrics):
         plot_confusion(metrics.confusion, names, picture)
 
-    print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes, protocol {facts['protocol']}")
+    protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
+    print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")
     print(metrics)
     written = [file, picture] if isinstance(metrics, Metrics) else [file]
     print(f"written: {', '.join([str(file), *(other.name for other in written[1:])])}")

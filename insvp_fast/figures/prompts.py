@@ -61,7 +61,8 @@ def explain(model: InsVPReference, images: Tensor) -> tuple[PromptedImages, str 
     """
     with torch.inference_mode():
         prompt = model.eval().image_prompt(images)
-        probabilities = model(images).float().softmax(1)
+        logits = model(images).float()
+        probabilities = logits.sigmoid() if getattr(model, "multi_label", False) else logits.softmax(1)
     heat_map = None if prompt.prompt is None else prompt.prompt.abs().mean(1)
     cams: list[Tensor | None] = [None, None]
     reason, classes = None, probabilities.argmax(1).tolist()

@@ -38,6 +38,7 @@ class MethodConfig:
     num_classes: int
     backbone: BackboneRecord
     class_names: list | None
+    multi_label: bool
     preprocessing: dict | None
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class MethodConfig:
         values = read_json(file)
         if values.get("method") not in CLASSES:
             raise CheckpointError(f"{file}: method is {values.get('method')!r}: expected one of {sorted(CLASSES)}")
+        values.setdefault("multi_label", False)  # earlier versions knew one label per image alone
         check_fields(cls, values, f"{file}: ")
         try:
             return cls(**values | {"backbone": BackboneRecord.read(values["backbone"], file)})
@@ -81,7 +83,7 @@ class MethodCheckpoint(nn.Module):
     """Saving and loading, for a class with a constructor (backbone, num_classes, method=...).
 
     Attributes:
-        class_names, preprocessing: as those of an ``InsVPViT``; saved with the adapter.
+        class_names, multi_label, preprocessing: as those of an ``InsVPViT``; saved with the adapter.
     """
 
     KIND: ClassVar[type[nn.Module]]  # of which its methods are
@@ -90,6 +92,7 @@ class MethodCheckpoint(nn.Module):
     method: Any
     num_classes: int
     class_names: list[str] | None = None
+    multi_label: bool = False
     preprocessing: dict[str, Any] | None = None
     _options: dict[str, Any] | None
 
@@ -129,6 +132,7 @@ class MethodCheckpoint(nn.Module):
             num_classes=self.num_classes,
             backbone=self._backbone_record(),
             class_names=self.class_names,
+            multi_label=self.multi_label,
             preprocessing=self.preprocessing,
         )
         try:
@@ -177,6 +181,7 @@ class MethodCheckpoint(nn.Module):
         check_shapes(weights, {key: tuple(value.shape) for key, value in model._adapter().items()}, folder)
         model.load_state_dict(weights, strict=False)
         model.class_names, model.preprocessing = config.class_names, config.preprocessing
+        model.multi_label = config.multi_label
         return model.eval()
 
 

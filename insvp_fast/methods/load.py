@@ -11,6 +11,7 @@ from torch import nn
 
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE
+from insvp_fast.errors import CheckpointError
 from insvp_fast.methods.checkpoint import MethodConfig, read_json
 from insvp_fast.methods.model import MethodViT
 from insvp_fast.methods.table import CLASSES
@@ -65,7 +66,11 @@ def load_model(
     """
     file = find_file(str(folder), ADAPTER_FILE, {"local_files_only": local_files_only})
     cls: Any = InsVPViT
-    if "method" in read_json(file):
+    content = read_json(file)
+    record = content.get("backbone")
+    if backbone is None and isinstance(record, dict) and record.get("name", "") is None:
+        raise CheckpointError(f"{folder} does not say where its backbone is from: expected it as `backbone`")
+    if "method" in content:
         cls = _model_of(MethodConfig.read(file).method)
     return cls.from_pretrained(folder, backbone, local_files_only=local_files_only)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from insvp_fast.errors import TrainingError
-from insvp_fast.training.loader import Loader
 from insvp_fast.training.loss import plain_loss
 from insvp_fast.training.probabilities import decide
 
@@ -89,16 +89,20 @@ class MultiLabelMetrics(NamedTuple):
 
 
 def compute_metrics(
-    model: nn.Module, loader: Loader, num_classes: int, accelerator: Accelerator, multi_label: bool = False
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    accelerator: Accelerator,
+    multi_label: bool = False,
 ) -> Metrics | MultiLabelMetrics:
-    """Evaluate a model on all images; each is evaluated in one of the processes.
+    """Evaluate a model on all batches (images, targets); each is evaluated in one of the processes.
 
     Raises:
         TrainingError: if the logits for several labels are infinite or not a number.
     """
     # DDP's forward would wait for the processes that have fewer batches
     model = accelerator.unwrap_model(model).to(accelerator.device).eval()
-    gathered = gather_object([_evaluate_own(model, loader, num_classes, multi_label)])
+    gathered = gather_object([_evaluate_own(model, batches, num_classes, multi_label)])
     found = torch.from_numpy(np.concatenate([part for part, *_ in gathered], 1))
     loss = sum(loss for _, loss, _ in gathered) / max(1, found.shape[1])
     if multi_label:
@@ -108,15 +112,15 @@ def compute_metrics(
 
 @torch.inference_mode()
 def _evaluate_own(
-    model: nn.Module, loader: Loader, num_classes: int, multi_label: bool
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, multi_label: bool
 ) -> tuple[np.ndarray, float, int]:
     """Of this process's images: targets and what was found, [2, N] or [2, N, classes]; summed loss; hits in the top 5.
 
     What is found is the likeliest class, or with several labels the logits.
     """
     found: list[Tensor] = []
-    loss, top5_hits = (torch.zeros((), dtype=torch.float64, device=loader.device) for _ in range(2))
-    for images, targets in loader:
+    loss = top5_hits = 0.0
+    for images, targets in batches:
         logits = model(images).float()
         loss += plain_loss(logits, targets)
         if multi_label:
@@ -127,7 +131,7 @@ def _evaluate_own(
             top5_hits += (ranking == targets[:, None]).any(1).sum()
     if not found:
         found = [torch.zeros(2, 0, num_classes) if multi_label else torch.zeros(2, 0, dtype=torch.int64)]
-    return torch.cat(found, 1).cpu().numpy(), loss.item(), int(top5_hits)
+    return torch.cat(found, 1).cpu().numpy(), float(loss), int(top5_hits)
 
 
 def metrics_of_pairs(pairs: Tensor, num_classes: int, top5_hits: int, loss: float = 0.0) -> Metrics:

@@ -122,6 +122,7 @@ def _build_model(
     recipe, accelerator = logger.recipe, logger.accelerator
     model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
     model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    model.multi_label = data.multi_label
     if hasattr(model, "method") and hasattr(model.method, "fit"):  # DAM-VP's clusters
         model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
         broadcast(list(model.method.buffers()))  # each process saw other images
@@ -195,12 +196,13 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
 def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
     """Draw prompts.png: an image of each class of the test data."""
     labels = data.test.classes  # type: ignore[attr-defined]  # which all data sets of images have
-    chosen = one_per_class(labels, PLOTTED_CLASSES)
+    several = data.multi_label
+    chosen = range(min(PLOTTED_CLASSES, len(labels))) if several else one_per_class(labels, PLOTTED_CLASSES)
     images = torch.stack([data.test[index][0] for index in chosen]).to(logger.accelerator.device)
     shown, reason = explain(model, images)
     if reason is not None:
         logger.say(f"prompts.png: {reason}")
-    classes = [labels[index] for index in chosen]
+    classes = None if several else [labels[index] for index in chosen]
     plot_prompts(shown, data.class_names, preprocessing, logger.folder / "prompts.png", classes=classes)
 
 

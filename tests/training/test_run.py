@@ -23,7 +23,7 @@ from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.load import load_run
-from insvp_fast.training.prediction import predict
+from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train, train_candidate
 from tests.training.killed_runs import TIMES, outcome
@@ -105,7 +105,7 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.inference_mode():
         chances = digits_run.insvp.eval()(images).softmax(1)
-    for row, file, chance in zip(predict(digits_run.folder, files), files, chances, strict=True):
+    for row, file, chance in zip(predict(load_classifier(digits_run.folder), files), files, chances, strict=True):
         ((name, share),) = row.ranking
         assert (row.file, name) == (file, str(chance.argmax().item()))
         assert share == pytest.approx(chance.max().item(), abs=1e-5)
@@ -113,7 +113,7 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
 
 def test_predict_names_the_file_that_is_no_image(digits_run, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
-    (row,) = predict(digits_run.folder, [str(tmp_path / "text.png")])
+    (row,) = predict(load_classifier(digits_run.folder), [str(tmp_path / "text.png")])
     assert not row.ranking and "text.png: not an image" in row.error
 
 
@@ -150,7 +150,7 @@ def test_training_on_an_image_folder(tmp_path, capsys):
     assert read_records(run)[-1]["test_accuracy"] > 0.9
     assert evaluate_run(run, str(folder))[1].top1 == read_records(run)[-1]["test_accuracy"]
     files = [str(folder / "test" / name / "0.png") for name in ("dark", "light")]
-    assert [row.ranking[0][0] for row in predict(run, files)] == ["dark", "light"]
+    assert [row.ranking[0][0] for row in predict(load_classifier(run), files)] == ["dark", "light"]
 
 
 def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
