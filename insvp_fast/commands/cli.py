@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from insvp_fast import __version__
+from insvp_fast.commands.completion import PrintCompletion
 from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import InsVPError
 
@@ -109,6 +110,7 @@ def _parser() -> Parser:
         epilog="`insvp COMMAND --help` explains a command; without options, `insvp train` fits a small model to digits",
     )
     parser.add_argument("--version", action="version", version=f"insvp {__version__}")
+    parser.add_argument("--print-completion", action=PrintCompletion)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = import_module(f"insvp_fast.commands.{MODULES.get(name, name)}")

@@ -62,6 +62,7 @@ def run(
 ) -> dict[str, Any]:
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import report
+    from insvp_fast.training.terminal import print_markdown
 
     study = STUDIES["table1" if what == "figure5" else "table5" if what == "figure7" else what]
     if methods:
@@ -78,7 +79,8 @@ def run(
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
     results = {data: compare(study.rows, protocol(data), folder / data, jobs, launch) for data in sets}
-    print(f"\n{report(what if what != 'figure5' else 'table1', study, results, protocol(sets[0]), folder)}")
+    print()
+    print_markdown(report(what if what != "figure5" else "table1", study, results, protocol(sets[0]), folder))
     if what == "figure5":
         from insvp_fast.figures.comparison import plot_parameters
 
@@ -119,6 +121,7 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     from insvp_fast.figures.comparison import plot_sensitivity
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import report
+    from insvp_fast.training.terminal import print_markdown
 
     rows = [
         Row(f"{name}={value}", {name: [value] if "weights" in name else value})
@@ -133,7 +136,8 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
         for title, (name, values) in SENSITIVITY.items()
     }
     study = PaperStudy("hyper-parameters of InsVP", rows, (), rows[0].label, {})
-    print(f"\n{report('figure7', study, {str(protocol.settings['data']): results}, protocol, folder)}")
+    print()
+    print_markdown(report("figure7", study, {str(protocol.settings["data"]): results}, protocol, folder))
     plot_sensitivity(panels, folder / "figure7.png")
     print(f"written: {folder}")
     return {"folder": str(folder), "results": {str(protocol.settings["data"]): _records(results)}}

@@ -55,6 +55,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run: bool) -> dict[str, Any]:
     from insvp_fast.studies.runner import train_entries
+    from insvp_fast.training.terminal import print_markdown
 
     folder = Path(output or Path("sweeps", Path(file).stem))
     entries = with_one_probe(list(read_grid(Path(file), folder)))
@@ -66,7 +67,9 @@ def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run:
         train_entries(entries, folder, jobs, shlex.split(launcher or ""), after=lambda: collect(folder, entries))
     finally:
         text, rows = collect(folder, entries)
-        print(f"\n{text}\nwritten: {folder / 'results.md'}, results.csv")
+        print()
+        print_markdown(text)
+        print(f"written: {folder / 'results.md'}, results.csv")
     return {"folder": str(folder), "results": rows}
 
 

@@ -40,13 +40,13 @@ class Counter:
         if not images:
             return
         self.done += images
-        self.bar.advance(images)
         now = time.perf_counter()
         speed = (self.done - self.before) / (now - self.start)
         text = f"{self.done:,} of {self.total:,} images, {speed:,.0f} images/s"
         if self.bar.shown:
             remaining = timedelta(seconds=round((self.total - self.done) / speed))
-            self.bar.show(f"{text}, [cyan]{remaining} left[/]")
+            self.bar.show(f"[cyan]{str(remaining).removeprefix('0:')} left[/]  {text}")
         elif not self.silent and now - self.last_line > SECONDS_PER_LINE:
             self.last_line = now
             print(f"insvp: {self.name}: {text}", file=sys.stderr, flush=True)
+        self.bar.advance(images)

@@ -55,7 +55,8 @@ class Progress:
         text = f"loss {loss:.3f}  {images_per_s}  {wait}  {remaining} left"
         if self.bar.shown:
             wait = f"[yellow]{wait}[/]" if speed["data_wait"] > SLOW_LOADER else wait
-            facts = [f"loss {loss:.3f}", self.logger.scores(), images_per_s, wait, f"[cyan]{remaining} left[/]"]
+            left = f"[cyan]{str(remaining).removeprefix('0:')} left[/]"
+            facts = [left, f"loss {loss:.3f}", self.logger.scores(), images_per_s, wait]
             self.bar.show("  ".join(filter(None, facts)))
         elif now - self.last_line > SECONDS_PER_LINE:
             self.last_line = now

@@ -124,7 +124,8 @@ class RunLogger:
 
     def scores(self) -> str:
         """The scores of the last epoch that was trained, of this model; nothing before its first."""
-        return self._scores(self.epochs[-1]) if self.epochs and "images_per_s" in self.epochs[-1] else ""
+        record = self.epochs[-1] if self.epochs else {}
+        return " ".join(self._scores(record).split()) if "images_per_s" in record else ""
 
     def _scores(self, record: dict[str, Any]) -> str:
         return "  ".join(

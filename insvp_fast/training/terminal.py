@@ -43,7 +43,7 @@ class Bar:
         whole = {"no_wrap": True}
         self.progress = Progress(
             TextColumn("{task.description}", table_column=Column(**whole)),
-            BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan", table_column=Column(min_width=8)),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan", table_column=Column(min_width=4)),
             TaskProgressColumn("{task.percentage:>3.0f}%", table_column=Column(**whole)),
             TextColumn("{task.fields[facts]}", table_column=Column(**whole)),
             console=Console(stderr=True, highlight=False),
