@@ -79,7 +79,7 @@ def test_counting_says_what_is_left(on_terminal, monkeypatch):
     with on_terminal() as screen:
         count()
     frames = ESCAPES.sub("", screen.getvalue())
-    assert re.search(r"eval ━+╸?━* +60% 00:00 left  24 of 40 images, [\d,]+ images/s", frames)
+    assert re.search(r"eval [━╸╺]+ +60% 00:00 left  24 of 40 images, [\d,]+ images/s", frames)
     assert "a line meanwhile\n" in frames and "100% 00:00 left  40 of 40 images" in frames
     assert COLORS.search(screen.getvalue())
     monkeypatch.setenv("NO_COLOR", "1")
