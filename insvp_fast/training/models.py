@@ -19,7 +19,13 @@ from insvp_fast.training.recipe import Recipe
 __all__ = ["build_model"]
 
 # of the settings of methods, by their annotations
-KINDS = {"int": [int], "float": [int, float], "bool": [bool], "str": [str], "Sequence[int]": [list]}
+KINDS: dict[str, list[type]] = {
+    "int": [int],
+    "float": [int, float],
+    "bool": [bool],
+    "str": [str],
+    "Sequence[int]": [list],
+}
 
 
 def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: int) -> nn.Module:
