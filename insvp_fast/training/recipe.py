@@ -97,9 +97,9 @@ class Recipe:
         None,
         "timm: random area, aspect ratio and colors; insvp: random crops of images of 8/7 of the size, as the paper's"
         " authors do; crop: random crops of images as evaluation resizes them; none (default: none for the digits and"
-        " VTAB, else that of `preprocessing`)",
+        " VTAB, else insvp)",
         one_of(*AUGMENTATIONS),
-        brief="random changes of training images (default: as `preprocessing`)",
+        brief="random changes of training images (default: insvp; digits, VTAB: none)",
     )
     hflip: float | None = _data(
         None,
@@ -143,6 +143,13 @@ class Recipe:
         "none",
         "multiply the learning rates by (images per step / 64), by its square root, or by nothing",
         one_of("none", "linear", "sqrt"),
+    )
+    head_init: str = _training(
+        "auto",
+        "random: the head that timm draws; probe: a linear probe on the features before training, fitted to"
+        " convergence, which counts as epoch 0 when the epoch to keep is selected; auto: probe, but random with"
+        " `released` and `init_from` and where the head is more than one linear layer",
+        one_of("auto", "random", "probe"),
     )
     weight_decay: float = _training(1e-2, "weight decay of AdamW", NOT_NEGATIVE, brief="weight decay of AdamW")
     warmup: float = _training(0.1, "fraction of all steps in which the learning rate rises", BELOW_ONE)

@@ -155,7 +155,7 @@ class RunLogger:
         """Print the final records."""
         header, rows = [f"test {WORDS.get(name, name).strip()}" for name in self.shown], []
         for record in self.results:
-            kept = f"epoch {record['kept_epoch']}" if record["kept_epoch"] else "converged"
+            kept = "converged" if record["kept_epoch"] is None else f"epoch {record['kept_epoch']}"
             scores = [f"{record[f'test_{name}']:.1%}" for name in self.shown]
             rows.append([record["model"], *scores, f"{record['trained_parameters']:,}", kept])
         self.say("")
