@@ -99,7 +99,7 @@ class Recipe:
         " authors do; crop: random crops of images as evaluation resizes them; none (default: none for the digits and"
         " VTAB, else insvp)",
         one_of(*AUGMENTATIONS),
-        brief="random changes of training images (default: insvp; digits, VTAB: none)",
+        brief="random changes of images (default: insvp; digits, VTAB: none)",
     )
     hflip: float | None = _data(
         None,
