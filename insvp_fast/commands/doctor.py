@@ -57,8 +57,8 @@ def run(run: str | None, adapter: str | None, products: bool) -> dict[str, Any]:
         print(f"warning: {text}")
     if not warnings and not errors:
         print("no problems found")
-    versions = {"insvp_fast": __version__, "python": platform.python_version()} | versions
-    return {"versions": versions, "machine": machine, "warnings": warnings, "errors": errors}
+    every_version = {"insvp_fast": __version__, "python": platform.python_version(), **versions}
+    return {"versions": every_version, "machine": machine, "warnings": warnings, "errors": errors}
 
 
 def _version(name: str) -> str | None:
