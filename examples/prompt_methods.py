@@ -1,4 +1,4 @@
-"""Train a few methods of visual prompting beside InsVP, and compare their accuracy and their trained parameters.
+"""Train a few other methods beside InsVP, and compare their accuracy and their trained parameters.
 
     python examples/prompt_methods.py                                    # offline: the shipped backbone, digits
     python examples/prompt_methods.py --methods vpt_deep e2vpt vapt --backbone vit_base_patch16_224 --data FOLDER
@@ -42,6 +42,8 @@ for name in arguments.methods:
     backbone = create_backbone(arguments.backbone)
     model = InsVPViT(backbone, num_classes) if name == "insvp" else create_model(name, backbone, num_classes)
     model = model.to(device)
+    if name == "dam_vp":
+        model.method.fit(train)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], arguments.lr)
     for _ in range(arguments.epochs):
         model.train()

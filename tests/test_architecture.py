@@ -12,7 +12,7 @@ OURS = [*SHIPPED, *(path for name in ("benchmarks", "tools", "examples") for pat
 
 # Each may import what stands before it; those of one line are not to import each other.
 LAYERS = [
-    ["errors", "config", "atomic_files"],
+    ["errors", "config", "method_names", "atomic_files"],
     ["reference", "timm_models"],
     ["kernels"],
     ["runtime"],
@@ -23,6 +23,7 @@ LAYERS = [
     ["model"],
     ["bank", "huggingface", "methods"],
     ["data"],
+    ["figures"],
     ["training"],
     ["serving"],
     ["recipes"],
@@ -38,7 +39,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ONLY: dict[str, set[str]] = {"data": {"errors", "config", "atomic_files"}, "kernels": set()}
 # what an import of the package, or the command line, must not wait for or need
 LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy", "torch._inductor")
-LATE += ("onnxruntime", "openvino", "nncf", "tensorflow_datasets")
+LATE += ("rich", "onnxruntime", "openvino", "nncf", "tensorflow_datasets", "insvp_fast.figures", "pyarrow")
 
 
 def layer(path: Path) -> str:

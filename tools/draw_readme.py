@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.results import latest, read_results
 from insvp_fast.data import load_data
+from insvp_fast.figures.prompts import denormalize, to_gray_range
 from insvp_fast.training.load import load_run
-from insvp_fast.training.plots import _denormalize, _to_gray_range
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("2", "3", "6", "8")
@@ -56,10 +56,10 @@ def draw_prompts(figure: SubFigure, run: str) -> None:
     images = torch.stack([first[name] for name in CLASSES])
     prompt = model.image_prompt(images)
     rows = {
-        "image": _denormalize(images, preprocessing),
-        "+ global\nprompt": _to_gray_range(prompt.global_),
-        "+ patch\nprompt": _to_gray_range(prompt.patch),
-        "= prompted\nimage": _denormalize(prompt.prompted, preprocessing),
+        "image": denormalize(images, preprocessing),
+        "+ global\nprompt": to_gray_range(prompt.global_),
+        "+ patch\nprompt": to_gray_range(prompt.patch),
+        "= prompted\nimage": denormalize(prompt.prompted, preprocessing),
     }
     figure.suptitle("InsVP draws a prompt for each image", fontsize=10)
     for (name, pictures), line in zip(rows.items(), figure.subplots(4, len(images)), strict=True):

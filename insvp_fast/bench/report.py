@@ -27,7 +27,7 @@ def run_benchmark(file: str | None, name: str, batch: int | None, rounds: int) -
         batch: images of a step; by default 2, and 64 on a GPU.
     """
     if file is not None:
-        import matplotlib.figure  # noqa: F401  # fail before the measurements if it is missing
+        import insvp_fast.figures.style  # noqa: F401  # if matplotlib is missing, fail before the measurements
     batch = batch or (2 if DEVICE.type == "cpu" else 64)
     rows: list[Row] = []
     for precision in ("fp32", "bf16"):
@@ -57,18 +57,16 @@ def _write(path: Path, name: str, rows: Sequence[Row]) -> None:
 
 def _plot(rows: Sequence[Row], file: Path) -> None:
     """Images per second, one panel per job and precision."""
-    from matplotlib.figure import Figure
+    from insvp_fast.figures.style import drawing
 
     panels = list(dict.fromkeys((row["job"], row["precision"]) for row in rows))
-    figure = Figure(figsize=(3.4 * len(panels), 2.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        shown = [row for row in rows if (row["job"], row["precision"]) == panel][::-1]
-        speeds = [row["images per second"] for row in shown]
-        bars = axes.barh([provider_title(row["provider"]) for row in shown], speeds)
-        axes.bar_label(bars, [f"{speed:.3g}" for speed in speeds], padding=2)
-        axes.set(xlabel="images/s", title=f"{', '.join(panel)}, batch {shown[0]['batch']}")
-        axes.title.set_fontsize("medium")
-        axes.margins(x=0.2)
-    title = f"{rows[0]['model']} on {machine_facts()['device']}, torch {torch.__version__}"
-    figure.suptitle(title, fontsize="medium")
-    figure.savefig(file, dpi=120)
+    with drawing(file, 3.4 * len(panels), 2.6) as figure:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            shown = [row for row in rows if (row["job"], row["precision"]) == panel][::-1]
+            speeds = [row["images per second"] for row in shown]
+            bars = axes.barh([provider_title(row["provider"]) for row in shown], speeds)
+            axes.bar_label(bars, [f"{speed:.3g}" for speed in speeds], padding=2)
+            axes.set(xlabel="images/s", title=f"{', '.join(panel)}, batch {shown[0]['batch']}")
+            axes.grid(False, axis="y")
+            axes.margins(x=0.2)
+        figure.suptitle(f"{rows[0]['model']} on {machine_facts()['device']}, torch {torch.__version__}")

@@ -51,6 +51,7 @@ class AdapterCheckpoint(
 
     Attributes:
         class_names: the names of the classes in order, or None; saved with the adapter.
+        multi_label: whether an image may have several of them; saved with the adapter.
         preprocessing: how images are prepared, as arguments of ``timm.data.create_transform`` (mean, std,
             interpolation, crop_pct, input_size, ...), or None if unknown; saved with the adapter.
     """
@@ -59,6 +60,7 @@ class AdapterCheckpoint(
     config: InsVPConfig
     num_classes: int
     class_names: list[str] | None = None
+    multi_label: bool = False
     preprocessing: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -116,6 +118,7 @@ class AdapterCheckpoint(
             insvp=self.config,
             backbone=BackboneRecord.of(self.backbone),
             class_names=self.class_names,
+            multi_label=self.multi_label,
             preprocessing=self.preprocessing,
         )
         weights = {key: value.detach().cpu().contiguous() for key, value in _adapter_part(self.state_dict()).items()}
@@ -177,6 +180,7 @@ class AdapterCheckpoint(
         model = cls(module, config.num_classes, config.insvp)
         _assign(model, weights, saved=config.backbone.torch_dtype)
         model.class_names, model.preprocessing = config.class_names, config.preprocessing
+        model.multi_label = config.multi_label
         return model.eval()
 
     @classmethod
@@ -232,6 +236,7 @@ class AdapterCheckpoint(
         model = type(self)(backbone, self.num_classes, self.config)
         _assign(model, _adapter_part(self.state_dict()), saved=next(self.backbone.parameters()).dtype)
         model.class_names, model.preprocessing = self.class_names, self.preprocessing
+        model.multi_label = self.multi_label
         return model.eval()
 
 

@@ -103,7 +103,7 @@ class AdapterConfig:
     Args:
         base_model_name_or_path: the backbone's repository on the Hub, or else its name; for readers of PEFT adapters.
         insvp: the configuration of the method.
-        class_names, preprocessing: the model's attributes of these names.
+        class_names, multi_label, preprocessing: the model's attributes of these names.
 
     Raises:
         ValueError: if there are class names, and not one for each class.
@@ -117,6 +117,7 @@ class AdapterConfig:
     insvp: InsVPConfig
     backbone: BackboneRecord
     class_names: list | None
+    multi_label: bool
     preprocessing: dict | None
 
     def __post_init__(self) -> None:
@@ -147,6 +148,7 @@ class AdapterConfig:
         if isinstance(version, int) and version > FORMAT_VERSION:
             text = f"format_version is {version}: expected at most {FORMAT_VERSION}"
             raise CheckpointError(f"{file}: {text}: it needs insvp_fast {values.get('insvp_fast_version')} or later")
+        values.setdefault("multi_label", False)  # earlier versions knew one label per image alone
         check_fields(cls, values, f"{file}: ")
         backbone = BackboneRecord.read(values["backbone"], file)
         try:

@@ -1,7 +1,9 @@
-"""Test a trained model: top-1, top-5 and mean per-class accuracy, and the confusion matrix.
+"""Test a trained model: top-1, top-5 and mean per-class accuracy, F1, and the confusion matrix.
 
-The accuracies are printed. All results are written as eval.json, and the confusion matrix as eval.png, into the run
-folder or into --output; for other data (--data), as eval-NAME.json and eval-NAME.png.
+Of a model for several labels per image: mean average precision, macro and micro F1, and no confusion matrix. They are
+printed. All results are written as eval.json, and the confusion matrix as eval.png, into the folder of the run or
+adapter or into --output; for other data (--data), as eval-NAME.json and eval-NAME.png. An adapter needs --data, whose
+classes number its own if it does not name them.
 """
 
 from __future__ import annotations
@@ -9,44 +11,64 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.commands.options import add_loading
+from insvp_fast.commands.options import add_json, add_loading, add_model, read_class_names
 
 SUMMARY = "test a trained model: accuracies and confusion matrix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`")
+    add_model(parser)
     parser.add_argument(
         "--data", metavar="NAME|PATH", help="other data with the same classes (default: the run's test data)"
     )
     parser.add_argument("--root", metavar="FOLDER", help="folder of a named data set (default: as in training)")
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: the run folder)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder for the results (default: RUN or ADAPTER; for a name, this one)"
+    )
     add_loading(parser)
+    add_json(parser)
 
 
 def run(
-    run: str, data: str | None, root: str | None, output: str | None, batch_size: int | None, workers: int | None
-) -> int:
+    run: str,
+    backbone: str | None,
+    class_names: str | None,
+    tta: str,
+    data: str | None,
+    root: str | None,
+    output: str | None,
+    batch_size: int | None,
+    workers: int | None,
+) -> dict[str, Any] | None:
+    given = read_class_names(class_names)
+
+    from insvp_fast.figures.runs import plot_confusion
     from insvp_fast.training.evaluation import evaluate_run
-    from insvp_fast.training.plots import plot_confusion
+    from insvp_fast.training.metrics import Metrics
 
-    facts, metrics, is_main_process = evaluate_run(run, data, root, batch_size, workers)
+    facts, metrics, is_main_process = evaluate_run(
+        run, data, root, batch_size, workers, backbone=backbone, class_names=given, tta=tta
+    )
     if not is_main_process:
-        return 0
+        return None
     names = facts["class_names"]
-    named = {"per_class": dict(zip(names, metrics.per_class, strict=True)), "confusion": metrics.confusion.tolist()}
-    content = facts | metrics._asdict() | {"images": metrics.images} | named
+    content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
-    folder = Path(output or run)
+    folder = Path(output or (run if Path(run).is_dir() else "."))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (f"eval-{Path(data).name}.json" if data else "eval.json")
     lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
     write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace"))
-    plot_confusion(metrics.confusion, names, file.with_suffix(".png"))
+    picture = file.with_suffix(".png")
+    if isinstance(metrics, Metrics):
+        plot_confusion(metrics.confusion, names, picture)
 
-    print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes, protocol {facts['protocol']}")
-    print(f"top-1 {metrics.top1:.2%}   top-5 {metrics.top5:.2%}   mean per class {metrics.mean_per_class:.2%}")
-    print(f"written: {file}, {file.with_suffix('.png').name}")
-    return 0
+    protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
+    print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")
+    print(metrics)
+    written = [file, picture] if isinstance(metrics, Metrics) else [file]
+    print(f"written: {', '.join([str(file), *(other.name for other in written[1:])])}")
+    return content | {"written": written}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-__all__ = ["add_loading", "positive"]
+from insvp_fast.errors import CommandError
+
+__all__ = ["add_json", "add_loading", "add_model", "make_folder", "positive", "read_class_names"]
 
 
 def positive(text: str) -> int:
@@ -14,7 +17,69 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, for which the command line prints what the command returns."""
+    text = "print the result as a JSON object, all else to standard error"
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the trained model, and the options for how it is used."""
+    parser.add_argument(
+        "run",
+        metavar="RUN|ADAPTER",
+        help="a run folder of `insvp train`, an adapter folder, or the name of an adapter on the Hub",
+    )
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME|PATH",
+        help="the backbone, as in `insvp train` (default: the one that the run or the adapter names)",
+    )
+    parser.add_argument(
+        "--class-names", metavar="FILE", help="the classes of an adapter that does not name them, one in each line"
+    )
+    parser.add_argument(
+        "--tta",
+        choices=["none", "flip"],
+        default="none",
+        help="flip: the mean of the logits for the image and for its mirror image (default: none)",
+    )
+
+
+def read_class_names(file: str | None) -> list[str] | None:
+    """The lines of the file of ``--class-names``; None without one.
+
+    Raises:
+        CommandError: if it cannot be read.
+    """
+    try:
+        return None if file is None else Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--class-names is {file}: not a text that can be read ({error})") from error
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options for loading images."""
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images per batch (default: as in training)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: as in training)")
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="images per batch (default: as in training; 32 for an adapter)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that load images (default: as in training; 0 for an adapter)",
+    )
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder that --output or its default names, which is made if it does not exist.
+
+    Raises:
+        CommandError: if it cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--output is {path}: no folder can be made there ({error.strerror})") from error
+    return folder

@@ -1,93 +1,160 @@
-"""Classify image files, or all images in folders, with a trained model.
+"""Classify image files, or all images in folders of any size, with a trained model.
 
-CSV has one line per image: file, class, probability; with --top-k, further pairs of class and probability follow. With
---format jsonl, each line is an object: {"file": ..., "classes": [...], "probabilities": [...]}, likeliest class first.
+CSV has one line per image: file, class, probability; with --top-k, further pairs of class and probability follow.
+Parquet has the same columns. With --format jsonl, each line is an object: {"file": ..., "classes": [...],
+"probabilities": [...]}, likeliest class first. A command that was interrupted goes on where it stopped if it is given
+again, and writes the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import json
+import hashlib
+import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from insvp_fast.atomic_files import replace_file
-from insvp_fast.commands.options import add_loading, positive
+from insvp_fast.commands.options import add_loading, add_model, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "classify image files with a trained model"
+FORMATS = ("csv", "jsonl", "parquet")
+Classify = Callable[[Iterable[str]], Iterator[Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`")
+    add_model(parser)
     parser.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder to search for images")
     parser.add_argument("--top-k", type=positive, metavar="K", default=1, help="classes per image (default: 1)")
-    parser.add_argument("--format", choices=["csv", "jsonl"], default="csv", help="format of the output (default: csv)")
-    parser.add_argument("--output", metavar="FILE", help="write to a file (default: print)")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="format of the output (default: the one that FILE ends in, else csv)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="write to a file, which is in place once it is complete (default: print)"
+    )
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="K/N",
+        default=(1, 1),
+        help="classify the K-th of N parts of the images, K from 1 on, beside N - 1 other such commands, each with an"
+        " --output of its own",
+    )
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that are not readable images")
     add_loading(parser)
 
 
+def shard(text: str) -> tuple[int, int]:
+    """The argparse type of K/N."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text}: expected K/N with K from 1 to N, such as 1/4")
+    return int(found[1]), int(found[2])
+
+
 def run(
     run: str,
+    backbone: str | None,
+    class_names: str | None,
+    tta: str,
     paths: list[str],
     top_k: int,
-    format: str,
+    format: str | None,
     output: str | None,
+    shard: tuple[int, int],
     skip_unreadable: bool,
     batch_size: int | None,
     workers: int | None,
 ) -> int:
-    from insvp_fast.training.prediction import find_images, predict
+    format = _check(format, output, shard)
+    names = read_class_names(class_names)
 
-    files, skipped = find_images(paths), 0
+    from insvp_fast.data.image_list import ImageList
+    from insvp_fast.training.load import adapter_sha256, load_run
+    from insvp_fast.training.prediction import classifier_of, predict
+    from insvp_fast.training.recipe import Recipe
 
-    def readable() -> Iterator[Any]:
-        nonlocal skipped
-        for prediction in predict(run, files, top_k, batch_size, workers):
-            if prediction.error is None:
-                yield prediction
-            elif skip_unreadable:
-                skipped += 1
-                print(f"insvp: skipped {prediction.error}", file=sys.stderr)
-            else:
-                raise CommandError(f"{prediction.error}; --skip-unreadable goes on without such files")
+    images = ImageList(paths, shard)
+    loaded = load_run(run, backbone, names)
+    classifier, recipe = classifier_of(loaded, tta), loaded.recipe or Recipe()
+    top_k, batch_size = min(top_k, len(classifier.class_names)), batch_size or recipe.batch_size
+    workers = recipe.workers if workers is None else workers
 
-    with _open_output(output) as stream:
-        (_write_csv if format == "csv" else _write_jsonl)(readable(), top_k, stream)
+    def classify(files: Iterable[str]) -> Iterator[Any]:
+        for prediction in predict(classifier, files, top_k, batch_size, workers):
+            if prediction.error is not None:
+                if not skip_unreadable:
+                    raise CommandError(f"{prediction.error}; --skip-unreadable goes on without such files")
+                print(f"insvp: skipped {prediction.error}", file=sys.stderr)  # above the bar, if there is one
+            yield prediction
+
+    if output is None:
+        skipped = _print_rows(classify, images, format, top_k)
+    else:
+        settings = {"adapter": adapter_sha256(run), "class_names": _sha256(names), "tta": tta}
+        skipped = _write_rows(classify, images, Path(output), format, top_k, batch_size, settings)
     if skipped:
-        print(f"insvp: skipped {skipped} of {len(files)} files", file=sys.stderr)
+        print(f"insvp: skipped {skipped} of {len(images)} files", file=sys.stderr)
     return 0
 
 
-def _write_csv(predictions: Iterable[Any], top_k: int, stream: IO) -> None:
-    writer = csv.writer(stream, lineterminator="\n")
-    more = [name for rank in range(2, top_k + 1) for name in (f"class_{rank}", f"probability_{rank}")]
-    writer.writerow(["file", "class", "probability", *more])
-    for file, ranking, _ in predictions:
-        writer.writerow([file, *(cell for name, probability in ranking for cell in (name, f"{probability:.4f}"))])
+def _sha256(names: list[str] | None) -> str:
+    return hashlib.sha256("\n".join(names or []).encode()).hexdigest()
 
 
-def _write_jsonl(predictions: Iterable[Any], top_k: int, stream: IO) -> None:
-    for file, ranking, _ in predictions:
-        names, probabilities = zip(*ranking, strict=True)
-        line = {"file": file, "classes": names, "probabilities": [round(value, 6) for value in probabilities]}
-        print(json.dumps(line, ensure_ascii=False), file=stream)
+def _check(format: str | None, output: str | None, shard: tuple[int, int]) -> str:
+    """The format, once the options are known to fit each other and what is installed."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise CommandError(
+            "started as several processes, which would all write the same: expected one, with --shard K/N"
+        )
+    suffix = Path(output or "").suffix.removeprefix(".")
+    format = format or (suffix if suffix in FORMATS else "csv")
+    if format == "parquet":
+        if output is None:
+            raise CommandError("--format is parquet: expected --output, a file to write it to")
+        import pyarrow.parquet  # noqa: F401 (if it is missing, this is told before the work)
+    return format
 
 
-@contextlib.contextmanager
-def _open_output(output: str | None) -> Iterator[IO]:
-    """Standard output, or a file that appears once it is complete. File names that are not UTF-8 are escaped."""
-    if output is None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        yield sys.stdout
-        return
+def _print_rows(classify: Classify, images: Any, format: str, top_k: int) -> int:
+    """Print a line for each image. Returns the number of those that were skipped."""
+    from insvp_fast.training.counter import Counter
+    from insvp_fast.training.prediction_file import row_writer
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    write_row, skipped = row_writer(sys.stdout, format, top_k), 0
+    with Counter("predict", len(images), silent=sys.stdout.isatty()) as counter:  # there the lines are the progress
+        for prediction in classify(images):
+            if prediction.error is None:
+                write_row(prediction)
+            else:
+                skipped += 1
+            counter.add(1)
+    return skipped
+
+
+def _write_rows(
+    classify: Classify, images: Any, file: Path, format: str, top_k: int, batch_size: int, settings: dict[str, str]
+) -> int:
+    """Write the file, or go on with it. Returns the number of images that were skipped."""
+    from insvp_fast.training.counter import Counter
+    from insvp_fast.training.prediction_file import PredictionFile
+
     try:
-        with replace_file(Path(output), "w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-            yield stream
+        with PredictionFile(file, images, format, top_k, batch_size, settings) as predictions:
+            if predictions.images:
+                print(f"insvp: goes on after {predictions.images:,} of {len(images):,} images", file=sys.stderr)
+            with Counter("predict", len(images), predictions.images) as counter:
+                for prediction in classify(predictions.remaining):
+                    predictions.add(prediction)
+                    counter.add(1)
+            predictions.finish()
     except OSError as error:
-        raise CommandError(f"--output is {output}: cannot be written ({error})") from error
+        raise CommandError(f"--output is {file}: cannot be written ({error})") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on with the predictions") from None
+    return predictions.skipped

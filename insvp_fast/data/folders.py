@@ -11,7 +11,15 @@ from insvp_fast.data.lists import abbreviated
 from insvp_fast.data.sets import split_of
 from insvp_fast.errors import DataError
 
-__all__ = ["image_files", "is_ignored", "listing", "read_class_folders", "require_class_folders", "split_folders"]
+__all__ = [
+    "image_files",
+    "is_ignored",
+    "listing",
+    "read_class_folders",
+    "require_class_folders",
+    "split_folders",
+    "walk_images",
+]
 
 LEFTOVERS = {
     "__macosx",
@@ -37,21 +45,37 @@ def image_files(folder: str | Path) -> list[str]:
     Raises:
         DataError: if a folder cannot be listed.
     """
-    found = [(parent, name) for parent, names in _walk(folder) for name in names if name.lower().endswith(SUFFIXES)]
-    return [os.path.join(parent, name) for parent, name in sorted(found)]
+    return [os.path.join(parent, name) for parent, name in sorted(walk_images(folder))]
 
 
-def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, file names) of a folder and all its subfolders, without what is ignored."""
-    entered = set()
-    for parent, folders, files in os.walk(folder, onerror=_raise_unlistable, followlinks=True):
+def walk_images(folder: str | Path) -> Iterator[tuple[str, str]]:
+    """(folder, file name) of what ``image_files`` finds, as the file system lists it: no folder's names are held.
+
+    Raises:
+        DataError: if a folder cannot be listed.
+    """
+    entered, pending = set(), [str(folder)]
+    while pending:
+        parent = pending.pop()
         real = os.path.realpath(parent)
         if real in entered:  # a link to a folder that was already entered
-            folders.clear()
             continue
         entered.add(real)
-        folders[:] = sorted(name for name in folders if not is_ignored(name))
-        yield parent, [name for name in files if not is_ignored(name)]
+        folders = []
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if is_ignored(entry.name):
+                        continue
+                    if entry.is_dir():
+                        folders.append(entry.path)
+                    elif entry.name.lower().endswith(SUFFIXES):
+                        yield parent, entry.name
+        except OSError as error:
+            _raise_unlistable(error)
+        pending += sorted(
+            folders, reverse=True
+        )  # which of two links to a folder is entered must not depend on the disk
 
 
 def _raise_unlistable(error: OSError) -> None:

@@ -40,7 +40,6 @@ class Data(NamedTuple):
     test: Dataset
     class_names: list[str]
     augmentation: dict[str, Any]  # of training: its name, the probability of flips, and all steps in words
-    tested_on: str = "test"  # never what selects the epoch: where there is only val, that is the test set
     protocol: str = "paper"  # which splits these are, in words
     train_and_val: Dataset | None = None  # both, transformed as for training
     plain_train: Dataset | None = None  # train, transformed as for evaluation

@@ -6,6 +6,8 @@ with the names of the classes. ``read_set`` turns whatever goes wrong into one e
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -147,7 +149,7 @@ def _birds(folder: Path) -> Splits:
     names = _table(folder / "classes.txt") if (folder / "classes.txt").is_file() else {}
     lists = _json_lists(folder)
     if lists:
-        return _from_pairs(lists, folder / "images", names)
+        return _from_pairs(lists, folder / "images", _names_by_folder(lists["train"], names))
     paths, labels, train = (
         _table(folder / f"{name}.txt") for name in ("images", "image_class_labels", "train_test_split")
     )
@@ -157,6 +159,13 @@ def _birds(folder: Path) -> Splits:
     for image, path in paths.items():
         pairs["train" if train[image] == "1" else "test"].append((path, labels[image]))
     return _from_pairs(pairs, folder / "images", names)
+
+
+def _names_by_folder(pairs: Pairs, names: dict[str, str]) -> dict[str, str]:
+    """The name of each label by the class id that begins the folder of its images: lists may number the labels anew."""
+    by_id = {_canonical(label): name for label, name in names.items()}
+    ids = {label: re.match(r"\d*", Path(path).parent.name)[0] for path, label in pairs}  # type: ignore[index]
+    return {label: by_id[id] for label, text in ids.items() if (id := _canonical(text)) in by_id}
 
 
 def _read_dogs(home: Path, name: str) -> Splits:
@@ -198,7 +207,11 @@ def _from_pairs(
         for split, rows in pairs.items()
     }
     name_of = {_canonical(label): name for label, name in names.items()}
-    return Splits(splits, [name_of.get(label, label) for label in labels])
+    found = [name_of.get(label, label) for label in labels]
+    repeated = {name for name, count in Counter(found).items() if count > 1}  # as names, they would be one class
+    return Splits(
+        splits, [f"{name} ({label})" if name in repeated else name for name, label in zip(found, labels, strict=True)]
+    )
 
 
 def _canonical(label: str) -> str:

@@ -8,6 +8,7 @@ __all__ = [
     "AUGMENTATIONS",
     "DIGITS",
     "HTA",
+    "PREFIXES",
     "PROTOCOLS",
     "SETS",
     "SPLITS",
@@ -25,6 +26,7 @@ SPLIT_NAMES = {  # what folders, lists and formats call each split
     "test": ("test", "testing"),
 }
 PROTOCOLS = ("paper", "released")
+PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")  # of sources in formats that timm reads
 AUGMENTATIONS = ("none", "crop", "timm", "insvp")  # what each is: transform_for in transforms.py
 
 # rules by which an official training split is divided into train and val, see splits.py

@@ -13,10 +13,10 @@ from insvp_fast.data.folders import listing, read_class_folders, require_class_f
 from insvp_fast.data.images import Images, Splits, images_of_classes, require_files
 from insvp_fast.data.lists import class_indices, find_lists, read_lists, sorted_labels
 from insvp_fast.data.readers import read_set
-from insvp_fast.data.sets import DIGITS, HTA, SETS, SPLITS, VTAB
+from insvp_fast.data.sets import DIGITS, HTA, PREFIXES, SETS, SPLITS, VTAB
 from insvp_fast.data.splits import three_way_split
 from insvp_fast.data.tables import Listed
-from insvp_fast.data.timm_formats import PREFIXES, read_timm_format
+from insvp_fast.data.timm_formats import read_timm_format
 from insvp_fast.errors import DataError
 
 __all__ = ["SETS_IN_WORDS", "read_source", "read_test_source"]

@@ -19,9 +19,8 @@ from insvp_fast.data.sets import SPLIT_NAMES, SPLITS
 from insvp_fast.data.tfds import read_tfds
 from insvp_fast.errors import DataError
 
-__all__ = ["PREFIXES", "read_timm_format"]
+__all__ = ["read_timm_format"]
 
-PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
 CLASS_NAMES = ("classnames.txt", "class_names.txt", "classes.txt")  # files of names in the order of class indices
 
 

@@ -21,7 +21,8 @@ class DualPrompt(PromptMethod):
 
     Args:
         general_length, general_blocks: the number of keys and values in a block, and the blocks that have them.
-        expert_length, expert_blocks: of the expert prompts.
+        expert_length, expert_blocks: of the expert prompts; None for the paper's blocks 2, 3 and 4, as far as there
+            are such.
 
     Raises:
         ValueError: for blocks that the backbone does not have, or that were chosen twice.
@@ -36,9 +37,11 @@ class DualPrompt(PromptMethod):
         general_length: int = 5,
         general_blocks: Sequence[int] = (0, 1),
         expert_length: int = 20,
-        expert_blocks: Sequence[int] = (2, 3, 4),
+        expert_blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__(geometry)
+        if expert_blocks is None:
+            expert_blocks = range(2, min(5, len(geometry.widths)))
         if twice := {*general_blocks} & {*expert_blocks}:
             raise ValueError(f"block {min(twice)} is in general_blocks and in expert_blocks: expected one of them")
         self.prompted_blocks = geometry.blocks([*general_blocks, *expert_blocks])

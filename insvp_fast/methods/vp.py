@@ -38,9 +38,17 @@ class VP(PromptMethod):
         Raises:
             ValueError: for images of another size than the backbone was made for.
         """
+        return image + self.canvas(image), None
+
+    def canvas(self, image: Tensor) -> Tensor:
+        """v, [C, H, W], for images [B, C, H, W].
+
+        Raises:
+            ValueError: for images of another size than the backbone was made for.
+        """
         (H, W), p = self.geometry.fixed_image_size, self.top.shape[1]
         if image.shape[-2:] != (H, W):
             raise ValueError(f"image has shape {tuple(image.shape)}: expected {H}x{W} pixels, as the frame has")
         within = self.left.new_zeros(len(self.left), H - 2 * p, W - 2 * p)
         middle = torch.cat([self.left, within, self.right], dim=2)
-        return image + torch.cat([self.top, middle, self.bottom], dim=1), None
+        return torch.cat([self.top, middle, self.bottom], dim=1)

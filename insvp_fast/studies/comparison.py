@@ -6,35 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from insvp_fast.studies.entries import Entry, Score, find_run, read_runs, scores_of
+from insvp_fast.studies.entries import Entry, Protocol, Row, Score, find_run, read_runs, scores_of
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.runner import train_entries
 from insvp_fast.studies.tables import mean_and_std, paired_difference
 from insvp_fast.training.candidates import LINEAR
 from insvp_fast.training.recipe import Recipe
 
-__all__ = ["Compared", "Protocol", "Row", "compare"]
-
-
-class Row(NamedTuple):
-    """A model to compare: its name in the table, and its settings over those that all share."""
-
-    label: str
-    settings: dict[str, Any]
-
-
-class Protocol(NamedTuple):
-    """How all rows are trained.
-
-    Attributes:
-        settings: that all rows share.
-        rates: the learning rates to choose from, by the accuracy on val with the first seed.
-        seeds: of the splits, weights and batches of a run: the runs of one seed see the same images in the same order.
-    """
-
-    settings: dict[str, Any]
-    rates: Sequence[float]
-    seeds: Sequence[int]
+__all__ = ["Compared", "compare"]
 
 
 class Compared(NamedTuple):

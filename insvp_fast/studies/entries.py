@@ -9,10 +9,22 @@ from typing import Any, NamedTuple
 
 from insvp_fast.errors import TrainingError
 from insvp_fast.training.candidates import LINEAR, candidates_of
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.paths import absolute_paths
+from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_folder import read_config, read_metrics, read_results
 
-__all__ = ["Entry", "Found", "Score", "find_run", "read_runs", "scores_of", "settings_of_probe", "with_one_probe"]
+__all__ = [
+    "Entry",
+    "Found",
+    "Protocol",
+    "Row",
+    "Score",
+    "find_run",
+    "read_runs",
+    "scores_of",
+    "settings_of_probe",
+    "with_one_probe",
+]
 
 # what a linear probe depends on: besides these, its runs would be repetitions to the bit
 PROBE_SETTINGS = ("backbone", "checkpoint", "data", "root", "preprocessing", "exif_rotation", "protocol")
@@ -31,6 +43,27 @@ class Entry(NamedTuple):
     values: dict[str, Any]
     recipe: Recipe
     arguments: list[str]
+
+
+class Row(NamedTuple):
+    """A model to compare: its name in the table, and its settings over those that all share."""
+
+    label: str
+    settings: dict[str, Any]
+
+
+class Protocol(NamedTuple):
+    """How all rows are trained.
+
+    Attributes:
+        settings: that all rows share.
+        rates: the learning rates to choose from, by the accuracy on val with the first seed.
+        seeds: of the splits, weights and batches of a run: the runs of one seed see the same images in the same order.
+    """
+
+    settings: dict[str, Any]
+    rates: Sequence[float]
+    seeds: Sequence[int]
 
 
 class Found(NamedTuple):
@@ -81,7 +114,7 @@ def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
     # and what a run resolves itself and records
     resolved |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
     resolved |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}
-    return dataclasses.replace(recipe, **resolved) == recorded
+    return absolute_paths(dataclasses.replace(recipe, **resolved)) == absolute_paths(recorded)
 
 
 def scores_of(run: Found | None) -> list[Score]:
@@ -93,8 +126,9 @@ def scores_of(run: Found | None) -> list[Score]:
     for name, facts in results.items():
         own = [record for record in epochs if record["model"] == name and "epoch" in record]
         kept = [record for record in own if record["epoch"] == facts.get("kept_epoch")] or own[-1:]
-        val = kept[-1].get("val_accuracy") if kept else None
-        scores.append(Score(name, val, facts["test_accuracy"], facts))
+        metric = score_name(facts.get("metric"))
+        val = kept[-1].get(f"val_{metric}") if kept else None
+        scores.append(Score(name, val, facts[f"test_{metric}"], facts))
     return scores
 
 

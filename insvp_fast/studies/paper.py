@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from insvp_fast.data.sets import HTA, VTAB
-from insvp_fast.studies.comparison import Row
+from insvp_fast.studies.entries import Row
 
 __all__ = ["ABLATION", "SENSITIVITY", "STUDIES", "VTAB_GROUPS", "PaperStudy", "method_rows"]
 

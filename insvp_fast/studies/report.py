@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from insvp_fast.studies.comparison import Compared, Protocol
+from insvp_fast.studies.comparison import Compared
+from insvp_fast.studies.entries import Protocol
 from insvp_fast.studies.paper import VTAB_GROUPS, PaperStudy
 from insvp_fast.studies.tables import format_percent, markdown, write_table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,10 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+
+import torch
 
 from insvp_fast.errors import CommandError, InsVPError
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of
 from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.run import train
 
 __all__ = ["INTERRUPTED", "train_entries"]
 
@@ -27,7 +32,7 @@ def train_entries(
     folder: Path,
     jobs: int = 1,
     launcher: Sequence[str] = (),
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[], object] = lambda: None,
 ) -> None:
     """Train what is not yet finished, and resume what was interrupted, in processes of their own.
 
@@ -45,9 +50,11 @@ def train_entries(
         CommandError: at the end, if runs failed.
         KeyboardInterrupt: if a run was interrupted.
     """
-    known = read_runs(folder)
+    known, interrupted = read_runs(folder), Event()
 
     def train_one(number: int) -> int:
+        if interrupted.is_set():
+            return INTERRUPTED
         entry, where = entries[number - 1], f"[{number}/{len(entries)}]"
         found = find_run(known, entry.recipe)
         if found and found.finished:
@@ -55,7 +62,7 @@ def train_entries(
             return 0
         arguments = ["--resume", str(found.folder)] if found else entry.arguments
         print(f"{where} insvp train {shlex.join(arguments)}", flush=True)
-        log = folder / "logs" / f"{number}.log" if jobs > 1 else None
+        log = folder / "logs" / _log_name(entry) if jobs > 1 else None
         start, resumed = time.perf_counter(), found.folder if found else None
         status = _launch(launcher, arguments, log) if launcher else _fork(entry.recipe, resumed, log, jobs)
         if log and status not in (0, INTERRUPTED):
@@ -67,17 +74,22 @@ def train_entries(
             print(f"{where} {time.perf_counter() - start:.0f} s: {told}", flush=True)
         after()
         if status == INTERRUPTED:
-            raise KeyboardInterrupt
+            interrupted.set()
         return status
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
             failed = sum(status != 0 for status in pool.map(train_one, range(1, len(entries) + 1)))
         except KeyboardInterrupt:  # the runs get it as well
-            pool.shutdown(cancel_futures=True)
-            raise KeyboardInterrupt("the same command goes on") from None
+            interrupted.set()
+    if interrupted.is_set():
+        raise KeyboardInterrupt("the same command goes on")
     if failed:
         raise CommandError(f"{failed} of {len(entries)} runs failed; the same command tries them again")
+
+
+def _log_name(entry: Entry) -> str:
+    return re.sub(r"[^\w.=-]+", "_", " ".join(f"{name}={value}" for name, value in entry.values.items())) + ".log"
 
 
 def _launch(launcher: Sequence[str], arguments: Sequence[str], log: Path | None) -> int:
@@ -98,10 +110,6 @@ def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int) -> i
 
 def _train(recipe: Recipe, resume: Path | None, log: Path | None, threads: int | None) -> None:
     """In the forked process."""
-    import torch
-
-    from insvp_fast.training.run import train
-
     if log is not None:
         stream = _open(log)
         os.dup2(stream, 1)

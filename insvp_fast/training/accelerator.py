@@ -14,6 +14,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import find_executable_batch_size, gather_object
 from torch import nn
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
 from insvp_fast.errors import TrainingError
 from insvp_fast.runtime import hardware
 from insvp_fast.training.recipe import Recipe
@@ -46,10 +51,8 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that tensors held on a GPU, or that this process held in RAM, so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
+    if resource is None:
         return psutil.Process().memory_info().peak_wset
-    import resource  # Unix alone has it
-
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
 

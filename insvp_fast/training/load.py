@@ -1,39 +1,98 @@
-"""Loading the model of a finished run."""
+"""Loading trained models."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from insvp_fast.checkpoints.files import find_file
+from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.errors import CheckpointError, TrainingError
+from insvp_fast.methods.load import load_model
+from insvp_fast.methods.model import MethodViT
+from insvp_fast.methods.tuned import TunedViT
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 
-__all__ = ["Run", "load_run"]
+__all__ = ["Run", "adapter_sha256", "load_run"]
 
 
 class Run(NamedTuple):
-    """What a run folder holds: the model in evaluation mode, and what is needed to use it."""
+    """A trained model in evaluation mode, and what is needed to use it.
 
-    recipe: Recipe
-    model: InsVPViT
+    Attributes:
+        recipe: None for an adapter, which does not record how it was trained.
+        preprocessing: how images are prepared, as arguments of ``timm.data.create_transform``.
+        class_names: None if an adapter has none.
+    """
+
+    recipe: Recipe | None
+    model: InsVPViT | MethodViT | TunedViT
     preprocessing: dict[str, Any]
-    class_names: list[str]
+    class_names: list[str] | None
 
 
-def load_run(folder: str | Path) -> Run:
-    """Load the trained model of a run folder, on the CPU.
+def load_run(source: str | Path, backbone: str | None = None, class_names: Sequence[str] | None = None) -> Run:
+    """Load the trained model of a run or an adapter, on the CPU.
+
+    Args:
+        source: a folder with adapter_config.json is an adapter, any other folder a run; what is no folder is an
+            adapter's name on the Hub.
+        backbone: what ``create_backbone`` takes; None for the recorded one.
+        class_names: of an adapter that records none.
 
     Raises:
-        CheckpointError: if its backbone cannot be loaded.
-        TrainingError: if it is not the folder of a finished run.
+        CheckpointError: if the backbone or an adapter cannot be loaded.
+        TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, or there are
+            other class names than given.
     """
+    if _is_run(source):
+        run = _load_folder(Path(source), backbone)
+    else:
+        model = load_model(source, backbone)
+        if model.preprocessing is None:
+            raise TrainingError(
+                f"{source} does not say how images are prepared: its preprocessing is null in {ADAPTER_FILE}"
+            )
+        run = Run(None, model, model.preprocessing, model.class_names)
+    if class_names is None:
+        return run
+    if list(class_names) != (run.class_names or list(class_names)):
+        raise TrainingError(f"{source} has class names: expected the same, or none given")
+    if len(class_names) != run.model.num_classes:
+        raise TrainingError(
+            f"{len(class_names)} class names are given: expected {run.model.num_classes}, as {source} has classes"
+        )
+    return run._replace(class_names=list(class_names))
+
+
+def adapter_sha256(source: str | Path) -> str:
+    """A digest of an adapter, or of that of a run: of its weights, settings, class names, preprocessing and backbone.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    digest, place = hashlib.sha256(), Path(source, "adapter") if _is_run(source) else source
+    for name in (ADAPTER_FILE, WEIGHTS_FILE):
+        digest.update(find_file(str(place), name, {}).read_bytes())
+    return digest.hexdigest()
+
+
+def _is_run(source: str | Path) -> bool:
+    return Path(source).is_dir() and not Path(source, ADAPTER_FILE).is_file()
+
+
+def _load_folder(folder: Path, name: str | None) -> Run:
     recipe, config = read_config(folder)
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
+    backbone = load_backbone(name or recipe.backbone, recipe.checkpoint if name is None else None, recipe.img_size)
     try:
-        model = InsVPViT.from_pretrained(Path(folder) / "adapter", backbone=backbone, local_files_only=True)
+        if not (folder / "adapter").is_dir():
+            raise CheckpointError("there is no such folder, training was not finished")
+        model = load_model(folder / "adapter", backbone)
     except (CheckpointError, OSError) as error:
         raise TrainingError(f"{folder} has no adapter that can be loaded: {error}") from error
     return Run(recipe, model, config["preprocessing"], config["class_names"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from insvp_fast.errors import DataError
+from insvp_fast.training.balance import targets_of
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.sampler import BatchSampler, SeededDataset
 from insvp_fast.training.timer import DataTimer
@@ -21,7 +22,9 @@ __all__ = ["Loader", "create_loader"]
 
 
 class Loader:
-    """Batches (images [B, C, H, W], classes [B]) on a device; ``timer`` measures how long the device waited for them.
+    """Batches (images [B, C, H, W], targets) on a device; ``timer`` measures how long the device waited for them.
+
+    Targets are class indices [B], or multi-hot, fp32 [B, classes].
 
     Raises:
         DataError: naming an image that cannot be read.
@@ -50,8 +53,8 @@ class Loader:
                     batch = next(batches, None)
                 if batch is None:
                     return
-                images, classes = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-                yield images, classes
+                images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+                yield images, targets
         except DataError as error:  # a worker puts its traceback before the message
             raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
 
@@ -69,6 +72,7 @@ def create_loader(dataset: Dataset, recipe: Recipe, accelerator: Accelerator, sh
         accelerator.num_processes,
         even=shuffle and (recipe.mixup > 0 or recipe.cutmix > 0),
         fill_empty=shuffle,
+        balance=targets_of(dataset) if shuffle and recipe.sampling == "balanced" else None,
     )
     return Loader(dataset, sampler, recipe.workers, accelerator.device)
 

@@ -1,8 +1,9 @@
-"""Classifying images with the model of a finished run."""
+"""Classifying images with a trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from insvp_fast.checkpoints.names import ADAPTER_FILE
 from insvp_fast.data import transform_for
-from insvp_fast.data.folders import image_files
+from insvp_fast.data.decode import read_image
+from insvp_fast.data.image_list import ImageList
 from insvp_fast.data.images import Images
+from insvp_fast.data.transforms import Transform
 from insvp_fast.errors import DataError, TrainingError
-from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator
-from insvp_fast.training.load import load_run
+from insvp_fast.training.load import Run, load_run
+from insvp_fast.training.probabilities import probabilities
+from insvp_fast.training.tta import with_tta
 
-__all__ = ["Classifier", "Prediction", "find_images", "load_classifier", "predict"]
+__all__ = ["Classifier", "Prediction", "classifier_of", "find_images", "load_classifier", "predict"]
 
 
 class Classifier:
@@ -28,12 +31,19 @@ class Classifier:
     Args:
         preprocessing: arguments of ``timm.data.create_transform``.
         exif_rotation: whether the images that it was trained with were turned upright.
+        multi_label: whether an image may have several classes: each has a probability of its own.
     """
 
     def __init__(
-        self, model: nn.Module, preprocessing: Mapping[str, Any], class_names: Sequence[str], exif_rotation: bool
+        self,
+        model: nn.Module,
+        preprocessing: Mapping[str, Any],
+        class_names: Sequence[str],
+        exif_rotation: bool,
+        multi_label: bool = False,
     ) -> None:
         self.device = create_accelerator().device
+        self.multi_label = multi_label
         self.model = model.to(self.device).float()
         self.class_names, self.exif_rotation = list(class_names), exif_rotation
         self.image_shape = tuple(preprocessing["input_size"])
@@ -48,28 +58,39 @@ class Classifier:
         """fp32 [B, classes] on the CPU, of images fp32 [B, 3, H, W]."""
         return self.model(images.to(self.device)).cpu()
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The probability of each class, [B, classes]."""
+        return probabilities(logits, self.multi_label)
+
     def rank(self, logits: Tensor, top_k: int) -> list[list[tuple[str, float]]]:
         """The likeliest ``top_k`` classes of each row with their probabilities, likeliest first; all if fewer."""
-        probabilities, classes = logits.softmax(1).topk(min(top_k, len(self.class_names)))
-        rows = zip(classes.tolist(), probabilities.tolist(), strict=True)
+        values, classes = self.probabilities(logits).topk(min(top_k, len(self.class_names)))
+        rows = zip(classes.tolist(), values.tolist(), strict=True)
         return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 
 
-def load_classifier(folder: str | Path) -> Classifier:
-    """The classifier of a run folder or an adapter folder; an adapter turns its images upright.
+def load_classifier(
+    source: str | Path, backbone: str | None = None, class_names: Sequence[str] | None = None, tta: str = "none"
+) -> Classifier:
+    """The classifier of a run or an adapter; arguments and errors are those of ``load_run`` and ``with_tta``.
 
     Raises:
-        CheckpointError: if it cannot be loaded.
-        TrainingError: if it is neither a finished run nor an adapter with class names and preprocessing.
+        TrainingError: if an adapter records no class names and none are given.
     """
-    if not (Path(folder) / ADAPTER_FILE).is_file():
-        recipe, model, preprocessing, names = load_run(folder)
-        return Classifier(model, preprocessing, names, recipe.exif_rotation)
-    model = InsVPViT.from_pretrained(folder, local_files_only=True)
-    for name in ("class_names", "preprocessing"):
-        if getattr(model, name) is None:
-            raise TrainingError(f"{folder}: {name} is null in {ADAPTER_FILE}: expected it from save_pretrained")
-    return Classifier(model, model.preprocessing or {}, model.class_names or [], exif_rotation=True)
+    return classifier_of(load_run(source, backbone, class_names), tta)
+
+
+def classifier_of(run: Run, tta: str = "none") -> Classifier:
+    """The classifier of a loaded run or adapter, which turns images upright where no recipe says otherwise.
+
+    Raises:
+        TrainingError: if there are no class names.
+    """
+    if run.class_names is None:
+        raise TrainingError("the adapter records no class names: expected `class_names`, one for each class")
+    exif_rotation = run.recipe is None or run.recipe.exif_rotation
+    model = with_tta(run.model, tta)
+    return Classifier(model, run.preprocessing, run.class_names, exif_rotation, run.model.multi_label)
 
 
 class Prediction(NamedTuple):
@@ -80,59 +101,54 @@ class Prediction(NamedTuple):
     error: str | None
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
-    """The files among ``paths``, and the images in the folders among them, as ``image_files`` finds them.
-
-    Raises:
-        DataError: if a path does not exist, or a folder holds no image.
-    """
-    files: list[str] = []
-    for path in map(Path, paths):
-        found = image_files(path) if path.is_dir() else [str(path)]
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
-        if not found:
-            raise DataError(f"{path}: no image in this folder")
-        files += found
-    return files
+def find_images(paths: Iterable[str | Path]) -> list[str]:
+    """The files of an ``ImageList``, which raises the errors."""
+    return list(ImageList(paths))
 
 
 def predict(
-    run: str | Path, files: Sequence[str], top_k: int = 1, batch_size: int | None = None, workers: int | None = None
+    classifier: Classifier, files: Iterable[str], top_k: int = 1, batch_size: int = 32, workers: int = 0
 ) -> Iterator[Prediction]:
-    """Classify image files in their order, in fp32.
+    """Classify image files in their order, in fp32; there may be any number of them.
+
+    At most ``2 * workers + 1`` batches of images are in memory.
 
     Args:
-        run: the run folder.
         top_k: the number of classes in each ranking; all if there are fewer.
-        batch_size, workers: None for those of the run.
-
-    Raises:
-        TrainingError: if it is not a finished run.
+        batch_size: images computed together; with another one the last bits may differ.
+        workers: processes that read images; with 0 this one does.
     """
-    recipe, model, preprocessing, names = load_run(run)
-    classifier = Classifier(model, preprocessing, names, recipe.exif_rotation)
-    images = _ReadableImages(classifier.images(files))
-    workers = recipe.workers if workers is None else workers
-    for batch in DataLoader(images, batch_size or recipe.batch_size, num_workers=workers, collate_fn=list):
-        readable = [image for _, image, _ in batch if image is not None]
-        rankings = iter(classifier.rank(classifier.logits(torch.stack(readable)), top_k) if readable else ())
-        for file, image, error in batch:
-            yield Prediction(file, [] if image is None else next(rankings), error)
+    images = _ReadableImages(classifier.transform, classifier.exif_rotation)
+    loader = DataLoader(images, batch_sampler=_batches(files, batch_size), num_workers=workers, collate_fn=_collate)
+    for names, errors, readable in loader:
+        rankings = iter(() if readable is None else classifier.rank(classifier.logits(readable), top_k))
+        for file, error in zip(names, errors, strict=True):
+            yield Prediction(file, next(rankings) if error is None else [], error)
+
+
+def _batches(files: Iterable[str], size: int) -> Iterator[list[str]]:
+    files = iter(files)
+    while batch := list(islice(files, size)):
+        yield batch
 
 
 class _ReadableImages(Dataset):
-    """Items (file, image [3, H, W], None), or (file, None, error message) if the image cannot be read."""
+    """By path: (file, None, image [3, H, W]), or (file, error message, None) if the image cannot be read."""
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    def __init__(self, transform: Transform, exif_rotation: bool) -> None:
+        self.transform, self.exif_rotation = transform, exif_rotation
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor | None, str | None]:
-        file = self.images.name(index)
+    def __getitem__(self, file: str) -> tuple[str, str | None, Tensor | None]:
         try:
-            return file, self.images[index][0], None
+            return file, None, self.transform(read_image(file, exif_rotation=self.exif_rotation))
         except DataError as error:
-            return file, None, str(error)
+            return file, str(error), None
+
+
+def _collate(
+    items: Sequence[tuple[str, str | None, Tensor | None]],
+) -> tuple[tuple[str, ...], tuple[str | None, ...], Tensor | None]:
+    """Files, errors, and the readable images [n, 3, H, W], or None if there are none."""
+    files, errors, images = zip(*items, strict=True)
+    readable = [image for image in images if image is not None]
+    return files, errors, torch.stack(readable) if readable else None

@@ -11,19 +11,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import nn
 
 from insvp_fast.atomic_files import replace_folder
-from insvp_fast.checkpoints.backbone import weights_report
+from insvp_fast.checkpoints.backbone import is_name, weights_report
 from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
-from insvp_fast.training.accelerator import create_accelerator, find_batch_size, peak_memory, resolve_amp
+from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
+from insvp_fast.figures.runs import plot_curves
+from insvp_fast.model import InsVPViT
+from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
 from insvp_fast.training.linear_probe import train_linear_probe
+from insvp_fast.training.loader import create_loader
+from insvp_fast.training.lr_finder import range_test
 from insvp_fast.training.models import build_model
-from insvp_fast.training.plots import plot_curves, plot_prompts
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 from insvp_fast.training.run_logger import RunLogger
@@ -32,7 +37,7 @@ from insvp_fast.training.trainer import Trainer
 __all__ = ["train", "train_candidate"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "insvp_fast"
-PLOTTED_IMAGES = 8  # of the test images, in prompts.png
+PLOTTED_CLASSES = 10  # in prompts.png at most
 
 
 def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Path:
@@ -48,14 +53,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     """
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
-    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
-    build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
-    data, preprocessing = _load_data(recipe, backbone, accelerator)
     wanted = recipe.batch_size
-    if recipe.auto_batch:
-        model = build_model(recipe.method, recipe, backbone, len(data.class_names))
-        recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
-        del model
+    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
         logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data)
@@ -81,8 +80,7 @@ def train_candidate(
     """Train a model around a copy of the backbone."""
     recipe, accelerator = logger.recipe, logger.accelerator
     set_seed(recipe.seed)
-    model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
-    model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    model = _build_model(candidate, backbone, data, logger, preprocessing)
     if candidate.method == LINEAR:
         train_linear_probe(candidate.name, model, data, logger)
         if candidate.is_adapter and accelerator.is_main_process:
@@ -91,6 +89,43 @@ def train_candidate(
     else:
         _fit(candidate, model, data, logger, preprocessing)
     accelerator.free_memory()
+    return model
+
+
+def find_lr(recipe: Recipe) -> float:
+    """A learning rate for ``recipe.lr``, by a range test.
+
+    The test is written as lr.csv and lr.png into the folder ``<output>/<data>-lr``.
+
+    Raises:
+        InsVPError: as ``train``, if the method has no learning rate, or if the loss falls at no rate.
+    """
+    if recipe.method == LINEAR:
+        raise TrainingError(f"`method` is {LINEAR}: it is fitted to convergence, without a learning rate")
+    recipe = _resolve(recipe, None)
+    accelerator = create_accelerator(recipe.amp)
+    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
+    folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
+    candidate, logger = candidates_of(recipe)[-1], RunLogger(recipe, accelerator, folder)
+    set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
+    model = _build_model(candidate, backbone, data, logger, preprocessing)
+    found = range_test(Trainer(candidate, model, data, logger))
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.write(folder)
+    return found.suggestion()
+
+
+def _build_model(
+    candidate: Candidate, backbone: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]
+) -> Any:
+    recipe, accelerator = logger.recipe, logger.accelerator
+    model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
+    model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    model.multi_label = data.multi_label
+    if hasattr(model, "method") and hasattr(model.method, "fit"):  # DAM-VP's clusters
+        model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
+        broadcast(list(model.method.buffers()))  # each process saw other images
     return model
 
 
@@ -109,12 +144,11 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     if trainer.result is not None:
         return
     trainer.fit()
-    result = trainer.test() | {"peak_memory_mib": peak_memory(accelerator.device) / 2**20}
+    result = trainer.test()
     trainer.save_adapter("adapter")
     if accelerator.is_main_process and candidate.method == "insvp":
         trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        images = _images_to_plot(data, accelerator.device)
-        plot_prompts(trained, images, preprocessing, logger.folder / "prompts.png")
+        _plot_prompts(trained, data, logger, preprocessing)
     logger.log_result(result)
     trainer.save()
 
@@ -123,11 +157,22 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     """The recipe, or the one of the run to resume, with the precision of this machine."""
     if resume is not None:
         recorded = read_config(resume)[0]
-        if recipe not in (None, recorded):
+        if recipe is not None and absolute_paths(recipe, is_name) != absolute_paths(recorded, is_name):
             raise TrainingError(f"`resume` is {resume}: expected no other settings than the run's own")
         recipe = recorded
     recipe = recipe or Recipe()
     return dataclasses.replace(recipe, amp=resolve_amp(recipe.amp))
+
+
+def _prepare(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, nn.Module, Data, dict[str, Any]]:
+    """The recipe with a batch size that fits, the backbone, the data, and how its images are prepared."""
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
+    build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
+    data, preprocessing = _load_data(recipe, backbone, accelerator)
+    if recipe.auto_batch:
+        model = build_model(recipe.method, recipe, backbone, len(data.class_names))
+        recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
+    return recipe, backbone, data, preprocessing
 
 
 def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:
@@ -148,9 +193,17 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
     return data, data.preprocessing or preprocessing  # VTAB has its own
 
 
-def _images_to_plot(data: Data, device: torch.device) -> torch.Tensor:
-    count = min(PLOTTED_IMAGES, len(data.test))  # type: ignore[arg-type]  # torch does not declare the length
-    return torch.stack([data.test[i][0] for i in range(count)]).to(device)
+def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
+    """Draw prompts.png: an image of each class of the test data."""
+    labels = data.test.classes  # type: ignore[attr-defined]  # which all data sets of images have
+    several = data.multi_label
+    chosen = range(min(PLOTTED_CLASSES, len(labels))) if several else one_per_class(labels, PLOTTED_CLASSES)
+    images = torch.stack([data.test[index][0] for index in chosen]).to(logger.accelerator.device)
+    shown, reason = explain(model, images)
+    if reason is not None:
+        logger.say(f"prompts.png: {reason}")
+    classes = None if several else [labels[index] for index in chosen]
+    plot_prompts(shown, data.class_names, preprocessing, logger.folder / "prompts.png", classes=classes)
 
 
 def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:

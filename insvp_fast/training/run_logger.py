@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 
 from insvp_fast import __version__
 from insvp_fast.atomic_files import write_file
+from insvp_fast.checkpoints.backbone import is_name
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
-from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER
+from insvp_fast.training.candidates import candidates_of
+from insvp_fast.training.paths import absolute_paths
+from insvp_fast.training.recipe import Recipe, score_name
+from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER, read_json
+from insvp_fast.training.terminal import print_table
+from insvp_fast.training.trackers import log_to_trackers, start_trackers
 
 __all__ = ["RunLogger"]
+
+WORDS = {"mean_per_class": "per class ", "f1": "F1 ", "map": "mAP "}  # for scores that are not the accuracy
 
 
 class RunLogger:
@@ -37,7 +48,7 @@ class RunLogger:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path | None = None) -> None:
         self.recipe, self.accelerator, self.active = recipe, accelerator, accelerator.is_main_process
-        self.tested_on = "test"
+        self.shown = ["accuracy"]
         self.epochs: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
         self.warned = False
@@ -47,33 +58,44 @@ class RunLogger:
 
     def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data) -> None:
         """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
-        self.tested_on = data.tested_on
+        metric = score_name(self.recipe.metric_for(data.multi_label))
+        self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
         for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
             leftover.unlink(missing_ok=True)
         images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         content = {
-            "recipe": self.recipe.to_dict(),
+            "id": secrets.token_hex(8),
+            "recipe": absolute_paths(self.recipe, is_name).to_dict(),
             "insvp": config and config.to_dict(),
             "preprocessing": preprocessing,
             "augmentation": data.augmentation,
             "class_names": data.class_names,
+            "multi_label": data.multi_label,
             "images": images,
-            "tested_on": data.tested_on,
             "protocol": data.protocol,
             "selected_on": self.recipe.selection_split,
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
-            "versions": {"insvp_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "insvp_fast": __version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "python": platform.python_version(),
+            },
+            "command": shlex.join(sys.orig_argv),
+            "working_folder": str(Path.cwd()),
         }
         file = self.folder / CONFIG_FILE
         if self.active and not file.exists():
             write_file(file, (json.dumps(content, indent=2) + "\n").encode())
-        self._start_trackers()
+        names = [candidate.name for candidate in candidates_of(self.recipe)]
+        start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
         self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
-        kept = "the last epoch" if split is None else f"the best epoch on {split}"
+        best = "the best epoch" + (f" by {WORDS[metric].strip()}" if metric in WORDS else "")
+        kept = "the last epoch" if split is None else f"{best} on {split}"
         statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
         augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
         self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
@@ -91,19 +113,27 @@ class RunLogger:
         """Write and print the record of an epoch."""
         self.epochs.append(record)
         self._write(record)
-        accuracies = "  ".join(
-            f"{key.removesuffix('_accuracy')} {value:6.1%}"
-            for key, value in record.items()
-            if key.endswith("_accuracy") and value is not None
-        )
+        scores = self._scores(record)
         if "images_per_s" in record:
             epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
-            self.say(f"{epoch}  loss {record['loss']:.4f}  {accuracies}  {record['images_per_s']:.0f} images/s")
+            self.say(f"{epoch}  loss {record['loss']:.4f}  {scores}  {record['images_per_s']:.0f} images/s")
             self._warn_of_waiting(record)
         else:  # of a linear probe, which is fitted at once
-            self.say(f"fitted  loss {record['loss']:.4f}  {accuracies}")
-        values = {f"{record['model']}/{key}": value for key, value in record.items() if isinstance(value, float)}
-        self.accelerator.log(values, step=record["epoch"])
+            self.say(f"fitted  loss {record['loss']:.4f}  {scores}")
+        log_to_trackers(self.accelerator, record["model"], record["epoch"], record)
+
+    def scores(self) -> str:
+        """The scores of the last epoch that was trained, of this model; nothing before its first."""
+        record = self.epochs[-1] if self.epochs else {}
+        return " ".join(self._scores(record).split()) if "images_per_s" in record else ""
+
+    def _scores(self, record: dict[str, Any]) -> str:
+        return "  ".join(
+            f"{split} {WORDS.get(name, '')}{value:6.1%}"
+            for split in ("val", "test")
+            for name in self.shown
+            if (value := record.get(f"{split}_{name}")) is not None
+        )
 
     def _warn_of_waiting(self, record: dict[str, Any]) -> None:
         if record["data_wait"] > SLOW_LOADER and not self.warned:
@@ -118,18 +148,22 @@ class RunLogger:
         """Write the final record of a model."""
         self.results.append(record)
         self._write(record)
+        scores = {f"final_test_{name}": record[f"test_{name}"] for name in self.shown}
+        log_to_trackers(self.accelerator, record["model"], self.recipe.epochs, scores)
 
     def finish(self) -> None:
         """Print the final records."""
-        column = f"{self.tested_on} accuracy"  # val where an image folder has no test
-        self.say(f"\n{'':12}{column:>15}{'trained parameters':>20}{'kept':>12}")
+        header, rows = [f"test {WORDS.get(name, name).strip()}" for name in self.shown], []
         for record in self.results:
-            kept = f"epoch {record['kept_epoch']}" if record["kept_epoch"] else "converged"
-            accuracy, parameters = f"{record['test_accuracy']:.1%}", f"{record['trained_parameters']:,}"
-            self.say(f"{record['model']:12}{accuracy:>15}{parameters:>20}{kept:>12}")
+            kept = "converged" if record["kept_epoch"] is None else f"epoch {record['kept_epoch']}"
+            scores = [f"{record[f'test_{name}']:.1%}" for name in self.shown]
+            rows.append([record["model"], *scores, f"{record['trained_parameters']:,}", kept])
+        self.say("")
+        if self.active:
+            print_table(["", *header, "trained parameters", "kept"], rows, [12, *[15] * len(header), 20, 12])
         split = self.recipe.selection_split
         selection = f"epoch selected on {split}" if split else "trained on train and val, last epoch"
-        self.say(f"protocol {self.recipe.protocol}, {selection}, tested on {self.tested_on}")
+        self.say(f"protocol {self.recipe.protocol}, {selection}, tested on test")
         self.say(f"\nrun folder: {self.folder}")
         self.accelerator.end_training()
 
@@ -143,15 +177,9 @@ class RunLogger:
             with (self.folder / METRICS_FILE).open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def _start_trackers(self) -> None:
-        """Begin to log into the run folder, and to Weights & Biases as a run with the folder's name."""
-        if self.recipe.trackers:
-            self.accelerator.project_configuration.logging_dir = str(self.folder)
-            settings = {
-                key: value for key, value in self.recipe.to_dict().items() if isinstance(value, str | float | int)
-            }
-            wandb = {"name": self.folder.name, "dir": str(self.folder)}
-            self.accelerator.init_trackers("insvp_fast", settings, {"wandb": wandb})
+    def _run_id(self) -> str:
+        """What distinguishes this run from all others; a resumed run has its own again."""
+        return str(read_json(self.folder / CONFIG_FILE).get("id", "")) if self.active else ""
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -1,7 +1,7 @@
 """Which images each process sees, in which order, and with which random augmentation.
 
-All of it follows from seed, epoch and index alone. So a run can resume in the middle of an epoch without loading the
-images before, and several processes share the batches that one process would have.
+All of it follows from the seed, the epoch and the image alone. So a run can resume in the middle of an epoch without
+loading the images before, and several processes share the batches that one process would have.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+from insvp_fast.training.balance import balanced_order
 
 __all__ = ["BatchSampler", "Sample", "SeededDataset"]
 
-Sample = tuple[int, int]  # the epoch, and the index of the image
+Sample = tuple[int, int, int]  # the epoch, the index of the image, and how often it was drawn before in this epoch
 
 
 class BatchSampler(Sampler[list[Sample]]):
@@ -32,6 +35,8 @@ class BatchSampler(Sampler[list[Sample]]):
         even: drop one image of a batch with an odd number of them, because mixup pairs images; a single one stays.
         fill_empty: a process whose share is empty gets an image that ``sizes`` does not count: in distributed training
             every process has to take part in backward.
+        balance: the class of each image, [N], to draw every class equally often in an epoch, see ``balanced_order``;
+            None draws every image once.
     """
 
     def __init__(
@@ -43,8 +48,9 @@ class BatchSampler(Sampler[list[Sample]]):
         num_processes: int = 1,
         even: bool = False,
         fill_empty: bool = False,
+        balance: Tensor | None = None,
     ) -> None:
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.num_images, self.batch_size, self.seed, self.balance = num_images, batch_size, seed, balance
         self.rank, self.num_processes, self.even, self.fill_empty = rank, num_processes, even, fill_empty
         self.epoch = self.first_batch = 0
 
@@ -60,24 +66,27 @@ class BatchSampler(Sampler[list[Sample]]):
         return [size - size % 2 if self.even and size > 1 else size for size in shares]
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        order = self._permutation()
+        order = self._order()
         for batch in range(self.first_batch, len(self)):
             sizes, start = self.sizes(batch), batch * self.batch_size * self.num_processes
             own = order[start + sum(sizes[: self.rank]) :][: sizes[self.rank]]
             if not own and self.fill_empty:
                 own = order[:1]
             if own:
-                yield [(self.epoch, index) for index in own]
+                yield [(self.epoch, index, repetition) for index, repetition in own]
 
-    def _permutation(self) -> list[int]:
+    def _order(self) -> list[tuple[int, int]]:
+        """The images of all processes, each with how often it was drawn before."""
         if self.seed is None:
-            return list(range(self.num_images))
+            return [(index, 0) for index in range(self.num_images)]
         generator = torch.Generator().manual_seed(_combine(self.seed, self.epoch))
-        return torch.randperm(self.num_images, generator=generator).tolist()
+        if self.balance is not None:
+            return balanced_order(self.balance, generator)
+        return [(index, 0) for index in torch.randperm(self.num_images, generator=generator).tolist()]
 
 
 class SeededDataset(Dataset):
-    """A data set whose random augmentation depends on seed, epoch and index alone, not on the worker that loads it.
+    """A data set whose random augmentation depends on the seed and the sample alone, not on the worker that loads it.
 
     Args:
         seed: None leaves the random generators as they are.
@@ -87,9 +96,9 @@ class SeededDataset(Dataset):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, sample: Sample) -> Any:
-        epoch, index = sample
+        index = sample[1]
         if self.seed is not None:
-            seed = _combine(self.seed, epoch, index)
+            seed = _combine(self.seed, *sample)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU too

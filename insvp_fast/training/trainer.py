@@ -9,9 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -20,15 +18,20 @@ from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.checkpoints.names import WEIGHTS_FILE
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
+from insvp_fast.training.accelerator import peak_memory
 from insvp_fast.training.average import WeightAverage, copy_weights
+from insvp_fast.training.balance import class_weights, targets_of
 from insvp_fast.training.candidates import Candidate
+from insvp_fast.training.linear_probe import begins_as_probe, start_as_probe
 from insvp_fast.training.loader import create_loader
-from insvp_fast.training.metrics import evaluate_accuracy
+from insvp_fast.training.loss import Loss
+from insvp_fast.training.metrics import compute_metrics
 from insvp_fast.training.progress import Progress
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import score_name
 from insvp_fast.training.run_logger import RunLogger
 from insvp_fast.training.schedule import lr_factor, scale_lr
 from insvp_fast.training.state import get_rng_states, load_state, save_state, set_rng_states
+from insvp_fast.training.warm_start import warm_start
 
 __all__ = ["Trainer"]
 
@@ -46,7 +49,9 @@ class Trainer:
         result: the final record; None before ``test``.
 
     Raises:
-        TrainingError: if ``last`` is damaged, or was written by another number of processes.
+        CheckpointError: if the adapter to begin with does not fit.
+        TrainingError: if ``last`` is damaged, or was written by another number of processes, or a setting does not suit
+            the data.
     """
 
     def __init__(self, candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger) -> None:
@@ -59,7 +64,17 @@ class Trainer:
             split: create_loader(getattr(data, split), recipe, accelerator) for split in ("val", "test")
         }
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
-        self.mixup = _create_mixup(recipe, len(data.class_names))
+        self.num_classes, self.multi_label = len(data.class_names), data.multi_label
+        self.metric = recipe.metric_for(data.multi_label)
+        weights = None
+        if recipe.class_weights == "auto":
+            weights = class_weights(targets_of(images), self.num_classes).to(accelerator.device)
+        self.loss = Loss(recipe, self.num_classes, weights, data.multi_label)
+        if recipe.init_from and candidate.is_adapter and not (self.folder / "last").exists():
+            logger.say(warm_start(model, recipe.init_from))
+        self.begins_as_probe = begins_as_probe(recipe, model)
+        if self.begins_as_probe and not self._read_on_main(lambda: (self.folder / "last").exists()):
+            start_as_probe(model, data, logger)
         # of a model, timm does not decay biases and what it takes for embeddings; the release decays all that it trains
         decayed = [p for p in model.parameters() if p.requires_grad] if recipe.released else model
         optimizer = create_optimizer_v2(decayed, opt="adamw", lr=self.lr, weight_decay=recipe.weight_decay)
@@ -68,18 +83,21 @@ class Trainer:
         self.average = WeightAverage(self.trained, recipe.ema)
         self.epoch = self.batch = 0  # completed epochs, and completed batches of the next one
         self.losses: list[Tensor] = []  # of these batches
-        self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": 0}
+        # the epoch that is kept, and the first of those that were as good
+        self.best: dict[str, Any] = {"score": -1.0, "epoch": 0, "since": 0}
         self.records: list[dict[str, Any]] = []
         self.result: dict[str, Any] | None = None
         self._resume()
 
     def fit(self) -> None:
-        """Train to the last epoch; each is evaluated, logged and, if it is the best, kept.
+        """Train to the last epoch, or till it stops early; each is evaluated, logged and, if it is the best, kept.
 
         Raises:
             TrainingError: if the loss becomes infinite or not a number.
         """
-        while self.epoch < self.recipe.epochs:
+        if self.begins_as_probe and self.recipe.selection_split and self.epoch == self.batch == 0:
+            self._keep_best({"epoch": 0} | self._evaluate_epoch())
+        while not self._is_finished():
             record = {"model": self.name, "epoch": self.epoch + 1} | self._train_epoch()
             with self.average.in_place():
                 record |= self._evaluate_epoch()
@@ -88,8 +106,11 @@ class Trainer:
                 self.logger.log_epoch(record)
                 if self.recipe.selection_split:
                     self._keep_best(record)
-            if self.epoch % self.recipe.save_every == 0 or self.epoch == self.recipe.epochs:
+            if self.epoch % self.recipe.save_every == 0 or self._is_finished():
                 self.save()
+        if self.epoch < self.recipe.epochs:
+            since = f"no better {self.metric} since epoch {self.best['since']}"
+            self.logger.say(f"stopped early after {self.epoch} of {self.recipe.epochs} epochs: {since}")
 
     def test(self) -> dict[str, Any]:
         """Load the weights of the best epoch, or keep the last ones if no split selects; test them, set ``result``."""
@@ -98,126 +119,45 @@ class Trainer:
             copy_weights(self.trained.values(), [best[key] for key in self.trained])
         else:
             self.average.apply()
-        accuracy = evaluate_accuracy(self.model, self.eval_loaders["test"], self.accelerator)
-        self.result = {
-            "model": self.name,
-            "test_accuracy": accuracy,
+        # in fp32, as `evaluate_run` does; this takes autocast off the model, whose training is over
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.result = {"model": self.name} | self._evaluate(model, "test")
+        self.result |= {
+            "metric": self.metric,
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
+            "trained_epochs": self.epoch,
             "images_per_s": median(record["images_per_s"] for record in self.records),
+            "peak_memory_mib": peak_memory(self.accelerator.device) / 2**20,
             "kept_epoch": self.best["epoch"] if self.recipe.selection_split else self.epoch,
             "selected_on": self.recipe.selection_split,
             "protocol": self.recipe.protocol,
         }
         return self.result
 
-    def save(self) -> None:
-        """Write ``last``, from which another process resumes with the same numbers to the bit.
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """All that changes in training, as ``save_state`` takes it; the tensors are those in use."""
+        own = {"random": get_rng_states(self.accelerator.device), "losses": [loss.cpu() for loss in self.losses]}
+        weights = {key: p.detach() for key, p in self.trained.items()}
+        weights |= {f"ema.{key}": value for key, value in self.average.weights().items()}
+        # the spelling of "optimiser" is part of the file format
+        tensors = {"optimiser": self.optimizer.state_dict(), "processes": gather_object([own])}
+        scaler = self.accelerator.scaler
+        facts = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best": self.best,
+            "records": self.records,
+            "result": self.result,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        return weights, tensors, facts
+
+    def restore(self, state: tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]) -> None:
+        """Go back to what ``state`` returned.
 
         Raises:
-            TrainingError: if weights are infinite or not a number; the last good state is kept.
+            TrainingError: if it is of another number of processes.
         """
-        if not torch.stack([p.isfinite().all() for p in self.trained.values()]).all():
-            raise TrainingError(f"the weights of {self.name} became infinite or not a number: try a lower `lr`")
-        own = {"random": get_rng_states(self.accelerator.device), "losses": [loss.cpu() for loss in self.losses]}
-        processes, scaler = gather_object([own]), self.accelerator.scaler
-        if self.accelerator.is_main_process:
-            weights = {key: p.detach() for key, p in self.trained.items()}
-            weights |= {f"ema.{key}": value for key, value in self.average.weights().items()}
-            # the spelling of "optimiser" is part of the file format
-            tensors = {"optimiser": self.optimizer.state_dict(), "processes": processes}
-            facts = {
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "best": self.best,
-                "records": self.records,
-                "result": self.result,
-                "scaler": scaler.state_dict() if scaler else None,
-            }
-            save_state(self.folder / "last", weights, tensors, facts)
-
-    def save_adapter(self, name: str) -> None:
-        """Write the adapter with the present weights into a folder of this name in the trainer's folder."""
-        if self.accelerator.is_main_process:
-            with replace_folder(self.folder / name) as new:
-                self.accelerator.unwrap_model(self.model).save_pretrained(new)
-
-    def _train_epoch(self) -> dict[str, float]:
-        """Train the rest of the epoch. Returns the mean loss of the epoch and the speed of this rest."""
-        recipe, sampler = self.recipe, self.train_loader.sampler
-        sampler.epoch, sampler.first_batch = self.epoch, self.batch
-        where = f"epoch {self.epoch + 1}/{recipe.epochs}"
-        self.model.train()
-        with Progress(self.logger, where, self.train_loader, recipe.epochs) as progress:
-            for images, classes in self.train_loader:
-                loss = self._train_batch(images, classes)
-                progress.count(sum(sampler.sizes(self.batch)))
-                if self.batch % CHECK_EVERY == 0:
-                    progress.show(self._check_loss(loss.item() / len(images), where))
-                self.batch += 1
-                step, rest = divmod(self.batch, recipe.accumulate)
-                in_epoch = self.batch < len(self.train_loader)
-                if recipe.save_steps and not rest and not step % recipe.save_steps and in_epoch:
-                    self._check_loss(torch.stack(self.losses).sum().item(), where)
-                    self.save()
-            images_seen = sum(sum(sampler.sizes(batch)) for batch in range(len(sampler)))
-            total = sum(gather_object([torch.stack(self.losses).double().sum().item()]))
-            return {"loss": self._check_loss(total / images_seen, where)} | progress.speed()
-
-    def _train_batch(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Forward, backward, and an optimizer step after the last batch of a step. Returns the summed loss."""
-        recipe, accelerator, sampler = self.recipe, self.accelerator, self.train_loader.sampler
-        step = self.batch // recipe.accumulate
-        batches = range(step * recipe.accumulate, min((step + 1) * recipe.accumulate, len(sampler)))
-        # all images of a step have the same weight, in every batch and process; DDP averages over the processes
-        images_in_step = sum(sum(sampler.sizes(batch)) for batch in batches)
-        weight = accelerator.num_processes / images_in_step if sampler.sizes(self.batch)[sampler.rank] else 0.0
-        completes_step = self.batch == batches[-1]
-        targets, smoothing = classes, recipe.label_smoothing
-        if self.mixup and len(images) % 2 == 0:
-            (images, targets), smoothing = self.mixup(images, classes), 0.0  # it smooths the targets itself
-        with nullcontext() if completes_step else accelerator.no_sync(self.model):
-            loss = F.cross_entropy(self.model(images), targets, reduction="sum", label_smoothing=smoothing)
-            accelerator.backward(loss * weight)
-        self.losses.append(loss.detach() if weight else torch.zeros_like(loss))
-        if completes_step:
-            self._step(self.epoch * self.steps_per_epoch + step)
-        return loss
-
-    def _step(self, step: int) -> None:
-        recipe = self.recipe
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor(step, recipe.epochs * self.steps_per_epoch, recipe.warmup)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.average.update(step + 1)
-
-    def _evaluate_epoch(self) -> dict[str, float | None]:
-        """The accuracies of an epoch; val's is None where val is trained on."""
-        wanted = {"val": not self.recipe.retrain, "test": self.recipe.selection_split == "test"}
-        accuracies: dict[str, float | None] = {"val_accuracy": None}
-        for split in (split for split, want in wanted.items() if want):
-            accuracies[f"{split}_accuracy"] = evaluate_accuracy(self.model, self.eval_loaders[split], self.accelerator)
-        return accuracies
-
-    def _check_loss(self, loss: float, where: str) -> float:
-        if not math.isfinite(loss):
-            lr = f"{self.optimizer.param_groups[0]['lr']:.3g}"
-            raise TrainingError(f"the loss became {loss} in {where}, at learning rate {lr}: try a lower `lr`")
-        return loss
-
-    def _keep_best(self, record: dict[str, Any]) -> None:
-        """Write ``best``; of equally good epochs, the last is kept, which has learned most."""
-        accuracy = record[f"{self.recipe.selection_split}_accuracy"]
-        if accuracy >= self.best["accuracy"]:
-            self.best = {"accuracy": accuracy, "epoch": record["epoch"]}
-            self.save_adapter("best")
-
-    def _resume(self) -> None:
-        """Load ``last``, if there is one."""
-        recover(self.folder / "best")
-        state = self._read_on_main(lambda: load_state(self.folder / "last"))
-        if state is None:
-            return
         weights, tensors, facts = state
         accelerator, processes = self.accelerator, tensors["processes"]
         if len(processes) != accelerator.num_processes:
@@ -236,18 +176,115 @@ class Trainer:
         self.losses = [loss.to(accelerator.device) for loss in own["losses"]]
         set_rng_states(own["random"], accelerator.device)
 
+    def save(self) -> None:
+        """Write ``last``, from which another process resumes with the same numbers to the bit.
+
+        Raises:
+            TrainingError: if weights are infinite or not a number; the last good state is kept.
+        """
+        if not torch.stack([p.isfinite().all() for p in self.trained.values()]).all():
+            raise TrainingError(f"the weights of {self.name} became infinite or not a number: try a lower `lr`")
+        state = self.state()  # of all processes
+        if self.accelerator.is_main_process:
+            save_state(self.folder / "last", *state)
+
+    def save_adapter(self, name: str) -> None:
+        """Write the adapter with the present weights into a folder of this name in the trainer's folder."""
+        if self.accelerator.is_main_process:
+            with replace_folder(self.folder / name) as new:
+                self.accelerator.unwrap_model(self.model).save_pretrained(new)
+
+    def _train_epoch(self) -> dict[str, float]:
+        """Train the rest of the epoch. Returns the mean loss of the epoch and the speed of this rest."""
+        recipe, sampler = self.recipe, self.train_loader.sampler
+        sampler.epoch, sampler.first_batch = self.epoch, self.batch
+        where = f"epoch {self.epoch + 1}/{recipe.epochs}"
+        self.model.train()
+        with Progress(self.logger, where, self.train_loader, recipe.epochs) as progress:
+            for images, targets in self.train_loader:
+                loss = self.train_batch(images, targets)
+                progress.count(sum(sampler.sizes(self.batch)))
+                if self.batch % CHECK_EVERY == 0:
+                    progress.show(self._check_loss(loss.item() / len(images), where))
+                self.batch += 1
+                step, rest = divmod(self.batch, recipe.accumulate)
+                in_epoch = self.batch < len(self.train_loader)
+                if recipe.save_steps and not rest and not step % recipe.save_steps and in_epoch:
+                    self._check_loss(torch.stack(self.losses).sum().item(), where)
+                    self.save()
+            images_seen = sum(sum(sampler.sizes(batch)) for batch in range(len(sampler)))
+            total = sum(gather_object([torch.stack(self.losses).double().sum().item()]))
+            return {"loss": self._check_loss(total / images_seen, where)} | progress.speed()
+
+    def train_batch(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Forward, backward, and an optimizer step after the last batch of a step. Returns the summed loss."""
+        recipe, accelerator, sampler = self.recipe, self.accelerator, self.train_loader.sampler
+        step = self.batch // recipe.accumulate
+        batches = range(step * recipe.accumulate, min((step + 1) * recipe.accumulate, len(sampler)))
+        # all images of a step have the same weight, in every batch and process; DDP averages over the processes
+        images_in_step = sum(sum(sampler.sizes(batch)) for batch in batches)
+        weight = accelerator.num_processes / images_in_step if sampler.sizes(self.batch)[sampler.rank] else 0.0
+        completes_step = self.batch == batches[-1]
+        images, targets, smoothing = self.loss.mix(images, targets)
+        with nullcontext() if completes_step else accelerator.no_sync(self.model):
+            loss = self.loss(self.model(images), targets, smoothing)
+            accelerator.backward(loss * weight)
+        self.losses.append(loss.detach() if weight else torch.zeros_like(loss))
+        if completes_step:
+            self._step(self.epoch * self.steps_per_epoch + step)
+        return loss
+
+    def lr_of(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr * lr_factor(step, self.recipe.epochs * self.steps_per_epoch, self.recipe.warmup)
+
+    def _step(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_of(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(step + 1)
+
+    def _evaluate_epoch(self) -> dict[str, float | None]:
+        """The scores of an epoch; val's are None where val is trained on."""
+        scores: dict[str, float | None] = {}
+        if self.recipe.retrain:
+            scores = dict.fromkeys((f"val_{score_name(self.metric)}", "val_loss"))
+        wanted = {"val": not self.recipe.retrain, "test": self.recipe.selection_split == "test"}
+        for split in (split for split, want in wanted.items() if want):
+            scores |= self._evaluate(self.model, split)
+        return scores
+
+    def _evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        loader = self.eval_loaders[split]
+        metrics = compute_metrics(model, loader, self.num_classes, self.accelerator, self.multi_label)
+        return {f"{split}_{name}": value for name, value in metrics.scores().items()}
+
+    def _is_finished(self) -> bool:
+        patience, waited = self.recipe.patience, self.epoch - self.best["since"]
+        return self.epoch >= self.recipe.epochs or 0 < patience <= waited
+
+    def _check_loss(self, loss: float, where: str) -> float:
+        if not math.isfinite(loss):
+            lr = f"{self.optimizer.param_groups[0]['lr']:.3g}"
+            raise TrainingError(f"the loss became {loss} in {where}, at learning rate {lr}: try a lower `lr`")
+        return loss
+
+    def _keep_best(self, record: dict[str, Any]) -> None:
+        """Write ``best``; of equally good epochs, the last is kept, which has learned most."""
+        score = record[f"{self.recipe.selection_split}_{score_name(self.metric)}"]
+        if score >= self.best["score"]:
+            since = record["epoch"] if score > self.best["score"] else self.best["since"]
+            self.best = {"score": score, "epoch": record["epoch"], "since": since}
+            self.save_adapter("best")
+
+    def _resume(self) -> None:
+        """Load ``last``, if there is one."""
+        recover(self.folder / "best")
+        state = self._read_on_main(lambda: load_state(self.folder / "last"))
+        if state is not None:
+            self.restore(state)
+
     def _read_on_main(self, read: Callable[[], Any]) -> Any:
         """What the main process reads, sent to all processes: they may not share a disk."""
         return broadcast_object_list([read() if self.accelerator.is_main_process else None])[0]
-
-
-def _create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    if not recipe.mixup and not recipe.cutmix:
-        return None
-    return Mixup(
-        recipe.mixup,
-        recipe.cutmix,
-        prob=recipe.mix_prob,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=num_classes,
-    )

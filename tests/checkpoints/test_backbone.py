@@ -23,7 +23,7 @@ from insvp_fast.commands import cli
 from insvp_fast.errors import CheckpointError, InsVPError
 from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.evaluation import evaluate_run
-from insvp_fast.training.prediction import predict
+from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
 
@@ -270,7 +270,7 @@ def test_the_commands_take_it(kind, tmp_path, capsys):
     run = train(Recipe(data=str(tmp_path), **options))
     facts, figures, _ = evaluate_run(run)
     assert figures.images == 8 and facts["class_names"] == ["10", "2"]  # as text, torchvision's order
-    (row,) = predict(run, [str(tmp_path / "val" / "2" / "0.png")], top_k=5)
+    (row,) = predict(load_classifier(run), [str(tmp_path / "val" / "2" / "0.png")], top_k=5)
     assert {name for name, _ in row.ranking} == {"10", "2"}
     Model.from_pretrained(run / "adapter")
 

@@ -39,7 +39,7 @@ def run(images, tmp_path_factory) -> Path:
     torch.nn.init.normal_(model.head.weight)
     preprocessing = resolve_preprocessing(backbone)
     model.save_pretrained(folder / "adapter", class_names=CLASSES, preprocessing=preprocessing)
-    config = {"recipe": recipe.to_dict(), "preprocessing": preprocessing, "class_names": CLASSES, "tested_on": "test"}
+    config = {"recipe": recipe.to_dict(), "preprocessing": preprocessing, "class_names": CLASSES}
     (folder / "config.json").write_text(json.dumps(config))
     finish(folder, 0.5)
     return folder

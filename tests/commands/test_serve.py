@@ -58,7 +58,7 @@ def files(images) -> list:
 @pytest.fixture(scope="module")
 def expected(run, files) -> dict[str, dict[str, float]]:
     """The probabilities of each class by ``insvp predict``, by the file's content."""
-    predictions = predict(run, list(map(str, files)), top_k=len(CLASSES), workers=0)
+    predictions = predict(load_classifier(run), list(map(str, files)), top_k=len(CLASSES), workers=0)
     return {file.read_bytes(): dict(found.ranking) for file, found in zip(files, predictions, strict=True)}
 
 

@@ -1,6 +1,5 @@
 """``insvp sweep``."""
 
-import contextlib
 import csv
 import json
 import sys
@@ -9,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from insvp_fast.commands import cli, sweep
+from insvp_fast.commands import cli
 from insvp_fast.recipes import read_recipe
+from insvp_fast.studies import runner
+from insvp_fast.studies.grid import read_grid
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import finish
 
@@ -39,7 +41,8 @@ class Trainer:
     def __init__(self, folder: Path) -> None:
         self.folder, self.commands, self.stops_at = folder, [], {}
 
-    def __call__(self, arguments, launcher) -> int:
+    def __call__(self, launcher, arguments, log) -> int:
+        assert (launcher, log) == (["launch"], None)
         self.commands.append(arguments)
         options = vars(cli._parser().parse_args(["train", *arguments]))
         options.pop("command"), options.pop("recipe")
@@ -49,38 +52,53 @@ class Trainer:
             recipe = Recipe(**options | {"amp": "bf16"})  # what `auto` stands for
             run = self.folder / f"{recipe.data}-{len(list(self.folder.glob('*/'))) + 1}"
             run.mkdir(parents=True)
-            (run / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+            (run / "config.json").write_text(json.dumps({"recipe": absolute_paths(recipe).to_dict()}))
         status = self.stops_at.get(len(self.commands), 0)
-        if status == 130:
-            raise KeyboardInterrupt
         if status == 0:
-            finish(run, recipe.lr + 0.1 * recipe.seed + 0.5 * (recipe.data == "dtd"))
+            accuracy = recipe.lr + 0.1 * recipe.seed + 0.5 * (recipe.data == "dtd")
+            finish(run, accuracy, val_accuracy=1 - accuracy)
         return status
 
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch) -> Trainer:
     trainer = Trainer(tmp_path / "out")
-    monkeypatch.setattr(sweep, "_train", trainer)
+    monkeypatch.setattr(runner, "_launch", trainer)
     return trainer
 
 
 def test_a_sweep_trains_every_combination(grid, trainer, tmp_path, capsys):
-    assert cli.main(["sweep", str(grid), "--output", str(trainer.folder)]) == 0
+    assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch"]) == 0
     first = ["--root", "data/cub", "--epochs", "2", "--no-probe", "--data", "cub", "--lr", "0.001", "--seed", "0"]
     assert trainer.commands[0] == [*first, "--output", str(trainer.folder)]
     assert len(trainer.commands) == 12
     header, *rows = csv.reader((trainer.folder / "results.csv").open())
-    assert header == ["data", "lr", "protocol", "model", "runs", "planned", "mean", "std"]
+    assert header == [
+        "data",
+        "lr",
+        "protocol",
+        "model",
+        "runs",
+        "planned",
+        "val_mean",
+        "val_std",
+        "test_mean",
+        "test_std",
+    ]
     assert rows[3][:6] == ["dtd", "0.01", "paper", "InsVP", "3", "3"]
-    assert [float(cell) for cell in rows[3][6:]] == pytest.approx([0.61, 0.1])
+    assert [float(cell) for cell in rows[3][6:]] == pytest.approx([0.39, 0.1, 0.61, 0.1])
     table = (trainer.folder / "results.md").read_text()
-    assert "| dtd | 0.01 | paper | InsVP | 3 of 3 | 61.00 ± 10.00 |" in table
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    # val falls as the test accuracy rises: the mark goes by val alone
+    assert cells[4:] == [
+        ["dtd", "0.001", "paper", "InsVP", "3 of 3", "39.90 ± 10.00 (best)", "60.10 ± 10.00"],
+        ["dtd", "0.01", "paper", "InsVP", "3 of 3", "39.00 ± 10.00", "61.00 ± 10.00"],
+    ]
     assert table in capsys.readouterr().out
 
 
 def test_a_sweep_that_was_stopped_goes_on(grid, trainer, capsys):
-    command = ["sweep", str(grid), "--output", str(trainer.folder)]
+    command = ["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch"]
     trainer.stops_at = {2: 1, 4: 130}  # one run fails, and then somebody presses Ctrl-C
     assert cli.main(command) == 130
     assert len(trainer.commands) == 4
@@ -98,14 +116,12 @@ def test_a_sweep_that_was_stopped_goes_on(grid, trainer, capsys):
 @pytest.mark.parametrize("status", [0, 1, 130])
 def test_a_run_is_a_process_of_its_own(status):
     program = f"import sys; assert sys.argv[1:] == ['-m', 'insvp_fast', 'train', '--lr', '1']; sys.exit({status})"
-    expectation = pytest.raises(KeyboardInterrupt) if status == 130 else contextlib.nullcontext()
-    with expectation:
-        assert sweep._train(["--lr", "1"], [sys.executable, "-c", program]) == status
+    assert runner._launch([sys.executable, "-c", program], ["--lr", "1"], None) == status
 
 
 def test_failed_runs_are_counted(grid, trainer, capsys):
     trainer.stops_at = {1: 1, 2: -9}
-    assert cli.main(["sweep", str(grid), "--output", str(trainer.folder)]) == 1
+    assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch"]) == 1
     assert "2 of 12 runs failed" in capsys.readouterr().err
     assert len(trainer.commands) == 12
 
@@ -113,14 +129,14 @@ def test_failed_runs_are_counted(grid, trainer, capsys):
 def test_a_sweep_may_grow_and_start_from_recipes(tmp_path):
     file = tmp_path / "grid.toml"
     file.write_text('[recipe]\nroot = "r"\n[grid]\nrecipe = ["cub", "svhn"]\nreleased = [false, true]')
-    entries = list(sweep.read_grid(file, tmp_path))
+    entries = list(read_grid(file, tmp_path))
     assert [entry.recipe.prompt_length for entry in entries] == [None, 9, None, 16]
     assert entries[3].recipe == replace(Recipe(**read_recipe("svhn", released=True)), root="r", output=str(tmp_path))
     assert entries[3].arguments == ["--recipe", "svhn", "--root", "r", "--released", "--output", str(tmp_path)]
 
 
 def test_a_dry_run_trains_nothing(grid, trainer, capsys):
-    assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--dry-run"]) == 0
+    assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch", "--dry-run"]) == 0
     assert not trainer.commands and not trainer.folder.exists()
     assert capsys.readouterr().out.count("insvp train ") == 12
 
@@ -137,7 +153,9 @@ def test_a_dry_run_trains_nothing(grid, trainer, capsys):
 )
 def test_a_wrong_grid_is_refused_before_any_work(content, message, tmp_path, trainer, capsys):
     (tmp_path / "grid.toml").write_text(content)
-    assert cli.main(["sweep", str(tmp_path / "grid.toml"), "--output", str(trainer.folder)]) == 1
+    assert (
+        cli.main(["sweep", str(tmp_path / "grid.toml"), "--output", str(trainer.folder), "--launcher", "launch"]) == 1
+    )
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
     assert not trainer.commands

@@ -67,7 +67,6 @@ def items_of(dataset) -> list:
 def test_every_set_through_its_reader(name, fakes):
     data = load_data(name, SMALL, 0, root=str(fakes(name)))
     assert len(data.class_names) == len(set(data.class_names)) == SETS[name].classes
-    assert data.tested_on == "test"
     for split in (data.train, data.val, data.test):
         image, label = split[len(split) - 1]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
@@ -137,6 +136,24 @@ def test_birds_are_mapped_from_the_training_file(tmp_path):
     (lists / "val.json").write_text(json.dumps({images[0]: 10}))
     with pytest.raises(DataError, match="val: found the class 10: expected some of the 5 classes of train: 9, 12"):
         load_data("nabirds", SMALL, 0, root=str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "folder"), [("nabirds", "nabirds"), ("cub", "CUB_200_2011")])
+def test_lists_may_number_the_species_anew(name, folder, tmp_path):
+    make_fake_dataset(name, tmp_path, images_per_class=2, classes=4)
+    official, home = read_set(name, tmp_path).class_names, tmp_path / folder
+    images = sorted(path.relative_to(home / "images").as_posix() for path in home.rglob("*.jpg"))
+    for split, first in (("train", 0), ("val", 1), ("test", 2)):
+        (home / f"{split}.json").write_text(json.dumps({image: i for i, image in enumerate(images[first::4])}))
+    assert read_set(name, tmp_path).class_names == official
+
+
+def test_species_of_one_name_stay_two_classes(tmp_path):
+    make_fake_dataset("nabirds", tmp_path, images_per_class=2, classes=3)
+    (tmp_path / "nabirds/classes.txt").write_text("9 Gull\n12 Tern\n15 Gull\n")
+    data = load_data("nabirds", SMALL, 0, root=str(tmp_path))
+    assert data.class_names == ["Gull (9)", "Tern", "Gull (15)"]
+    assert load_test_data("nabirds", SMALL, 0, data.class_names, root=str(tmp_path)).classes == data.test.classes
 
 
 @pytest.mark.parametrize(("name", "images"), [("cub", "CUB_200_2011/images"), ("dogs", "Images")])

@@ -36,7 +36,7 @@ def test_each_format(name, tmp_path):
     data = load_data(source, SMALL, 0)
     assert [len(split) for split in (data.train, data.val, data.test)] == [9, 9, 9]
     assert data.class_names == (["class_0", "class_1", "class_2"] if name == "folder" else ["0", "1", "2"])
-    assert data.protocol == "paper: the splits as they are" and data.tested_on == "test"
+    assert data.protocol == "paper: the splits as they are"
     assert isinstance(data.train_and_val, ConcatDataset) and len(data.train_and_val) == 18
     colors = np.array([np.random.RandomState(label).randint(0, 200, 3) + 27.5 for label in range(3)])
     for split in (data.train, data.val, data.test):
@@ -395,7 +395,7 @@ def test_the_preset_is_resize_256_crop_224():
     assert insvp_preprocessing(384)["input_size"] == [3, 384, 384]
 
 
-def test_timm_is_the_default_in_training():
-    preprocessing = {key: value for key, value in SMALL.items() if key != "augmentation"}
+def test_timm_crops_flips_and_colors_in_training():
+    preprocessing = SMALL | {"augmentation": "timm"}
     steps = [type(step).__name__ for step in transform_for(preprocessing, training=True).transforms]
     assert steps[:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "ColorJitter"]

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
-from insvp_fast.errors import CheckpointError
 from insvp_fast.methods import (
-    METHODS,
+    CLASSES,
     MethodViT,
     PromptMethod,
     Prompts,
@@ -41,7 +40,7 @@ OPTIONS = {
 def make_pair(name, options=None, **kwargs):
     """The reference and the fast model with the same random weights; what begins as zeros or ones is random too."""
     backbone = timm.create_model(NAME, **SIZE | kwargs)
-    method = partial(METHODS[name], **OPTIONS[name] if options is None else options)
+    method = partial(CLASSES[name], **OPTIONS[name] if options is None else options)
     model = PromptedReference(copy.deepcopy(backbone), 6, method=method).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -149,7 +148,7 @@ def dualprompt(method, j, x):
 RESTATED = {f.__name__: f for f in (vpt_deep, vpt_shallow, e2vpt, vapt, vfpt, dualprompt)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_reference_says_what_the_equations_say(name):
     model = make_pair(name)[0].double().cpu().eval()
     image = torch.randn(2, 3, 48, 32, dtype=torch.float64)
@@ -158,7 +157,7 @@ def test_reference_says_what_the_equations_say(name):
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_fast_path_has_the_numbers_of_the_reference(name, pool):
     """In training, under the same dropout masks, for odd batches; gradients of all that is trained."""
     model, fast = make_pair(name, global_pool=pool)
@@ -257,25 +256,6 @@ def test_scores_of_masks_are_the_derivatives_and_the_lowest_are_pruned():
         method.prune((tokens, segments), tokens=2, segments=0)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_an_adapter_comes_back(name, tmp_path):
-    model = create_model(name, NAME, 6, backbone_kwargs=SIZE, **OPTIONS[name]).eval()
-    if name == "e2vpt":
-        model.method.token_mask[0, 0] = 0
-    model.save_pretrained(tmp_path, class_names=list("abcdef"), preprocessing={"mean": [0.5] * 3, "std": (1, 1, 2)})
-    backbone = copy.deepcopy(model.backbone)
-    loaded = MethodViT.from_pretrained(tmp_path, backbone)
-    image = torch.randn(2, 3, 48, 32)
-    assert torch.equal(loaded(image), model(image)) and not loaded.training
-    assert loaded.class_names == list("abcdef") and loaded.preprocessing["std"] == [1, 1, 2]
-    with torch.no_grad():
-        backbone.blocks[0].attn.qkv.bias.add_(1)
-    with pytest.raises(CheckpointError, match="sha256"):
-        MethodViT.from_pretrained(tmp_path, backbone)
-    with pytest.raises(CheckpointError, match="not an InsVP adapter"):
-        InsVPViT.from_pretrained(tmp_path)
-
-
 def test_a_method_of_ones_own():
     """A mean of the tokens as a prompt, and as a key that nobody announced."""
 
@@ -301,7 +281,7 @@ def test_a_method_of_ones_own():
 
 def test_settings_that_are_not_known_are_not_saved(tmp_path):
     """Else the model comes back with other settings of the same shapes, and other numbers."""
-    model = MethodViT(NAME, 6, method=lambda geometry: METHODS["vfpt"](geometry, fraction=0.2), **SIZE)
+    model = MethodViT(NAME, 6, method=lambda geometry: CLASSES["vfpt"](geometry, fraction=0.2), **SIZE)
     with pytest.raises(ValueError, match="the settings of the VFPT are not known: expected method=VFPT, or a partial"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
@@ -407,3 +387,10 @@ def test_image_sizes_that_the_parameters_do_not_fit():
         model = create_model(name, NAME, 6, backbone_kwargs=SIZE | {"dynamic_img_size": True}, **OPTIONS[name])
         with pytest.raises(ValueError, match="expected 48x32|expected 24, those of a fixed size"):
             model(torch.randn(1, 3, 32, 32))
+
+
+def test_dualprompt_takes_the_blocks_of_the_paper_that_there_are():
+    for depth, blocks in {2: (0, 1), 4: (0, 1, 2, 3), 6: (0, 1, 2, 3, 4)}.items():
+        model = create_model("dualprompt", timm.create_model(NAME, **SIZE | {"depth": depth}), 6)
+        assert model.method.prompted_blocks == blocks
+        assert [len(pairs) for pairs in model.method.keys_values] == [5, 5, 20, 20, 20][: len(blocks)]

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["insvp_fast.training.run", "insvp_fast.data.load"])
 
-TIMES = ("images_per_s", "data_wait")
+TIMES = ("images_per_s", "data_wait", "peak_memory_mib")
 
 
 def make_digits(root: Path, train: int = 150, held_out: int = 30) -> Path:

@@ -1,20 +1,45 @@
 """Metrics and the plot of the confusion matrix."""
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 
-from insvp_fast.training.metrics import metrics_from_confusion
-from insvp_fast.training.plots import plot_confusion
+from insvp_fast.errors import InsVPError
+from insvp_fast.training.metrics import metrics_of_labels, metrics_of_pairs
 
 
 def test_classes_without_images_do_not_count():
-    metrics = metrics_from_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 0, 1]]), top5_hits=5)
+    metrics = metrics_of_pairs(torch.tensor([[0, 0, 0, 0, 2, 2], [0, 1, 0, 0, 2, 0]]), 3, top5_hits=5)
+    assert metrics.confusion.tolist() == [[3, 1, 0], [0, 0, 0], [1, 0, 1]]
     assert metrics.per_class == [0.75, None, 0.5]
     assert (metrics.mean_per_class, metrics.images) == (0.625, 6)
     assert (metrics.top1, metrics.top5) == (pytest.approx(4 / 6), pytest.approx(5 / 6))
 
 
-def test_a_confusion_matrix_of_many_classes_is_drawn_without_names(tmp_path):
-    plot_confusion(torch.eye(555, dtype=torch.int64), [f"class {i}" for i in range(555)], tmp_path / "birds.png")
-    assert Image.open(tmp_path / "birds.png").size[0] < 2000
+@pytest.mark.parametrize(("images", "classes"), [(1, 2), (37, 5), (200, 3)])
+def test_metrics_are_those_of_scikit_learn(images, classes):
+    true, predicted = torch.randint(classes, (2, images))
+    metrics = metrics_of_pairs(torch.stack([true, predicted]), classes, images)
+    assert metrics.f1 == pytest.approx(f1_score(true, predicted, average="macro"), rel=1e-12)
+    assert metrics.confusion.tolist() == confusion_matrix(true, predicted, labels=range(classes)).tolist()
+
+
+@pytest.mark.parametrize(("images", "classes"), [(1, 2), (37, 5), (200, 3)])
+def test_metrics_of_several_labels_are_those_of_scikit_learn(images, classes):
+    targets, logits = (torch.rand(images, classes) < 0.4).float(), torch.randn(images, classes).round(decimals=1)
+    targets[0] = 1  # every class has an image
+    targets[:, -1] = 0  # but the last, which counts for F1 alone, if an image was taken for it
+    metrics = metrics_of_labels(targets, logits)
+    labels, taken = targets.bool().numpy(), torch.sigmoid(logits).numpy() >= 0.5
+    expected = [average_precision_score(labels[:, i], logits[:, i]) for i in range(classes - 1)]
+    assert metrics.per_class == [*map(pytest.approx, expected), None]
+    assert metrics.map == pytest.approx(np.mean(expected))
+    macro = f1_score(labels, taken, average=None, zero_division=np.nan)
+    assert metrics.f1 == pytest.approx(np.nanmean(macro), rel=1e-12)
+    assert metrics.f1_micro == pytest.approx(f1_score(labels, taken, average="micro"), rel=1e-12)
+
+
+def test_logits_that_are_no_numbers_have_no_metrics():
+    with pytest.raises(InsVPError, match="infinite or not a number"):
+        metrics_of_labels(torch.ones(2, 3), torch.tensor([[0.0, 1.0, float("nan")]] * 2))

@@ -32,7 +32,7 @@ LIVES = [("step", 1), ("sync", 2), ("step", 6), ("sync", 5), ("rename", 2), ("st
 
 def test_a_killed_run_ends_like_one_that_never_was(digits, tmp_path):
     # everything that carries a state: augmentation, mixing, dropout, an average, accumulation, a schedule, an odd batch
-    mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "sampling": "balanced"}
     settings = {
         "data": str(digits),
         "epochs": 2,

@@ -1,6 +1,9 @@
 """Training end to end on small data, the run folder it leaves, and what reads that folder."""
 
 import json
+import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,20 +11,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from insvp_fast import __version__
 from insvp_fast.data import transform_for
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.load import load_run
-from insvp_fast.training.prediction import predict
+from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train, train_candidate
-from tests.training.killed_runs import outcome
+from tests.training.killed_runs import TIMES, outcome
 from tests.training.small_runs import SMALL, make_folder, read_records, use_few_digits
 
 
@@ -53,10 +58,7 @@ def test_metrics_are_complete_and_better_than_chance(digits_run):
 def test_same_seed_same_metrics_in_another_folder(digits_run):
     assert (digits_run.folder.name, digits_run.again.name) == ("digits-1", "digits-2")
     first, again = (
-        [
-            {key: value for key, value in record.items() if key not in ("images_per_s", "data_wait")}
-            for record in read_records(folder)
-        ]
+        [{key: value for key, value in record.items() if key not in TIMES} for record in read_records(folder)]
         for folder in (digits_run.folder, digits_run.again)
     )
     assert first == again
@@ -67,6 +69,11 @@ def test_same_seed_same_metrics_in_another_folder(digits_run):
 def test_config_is_resolved(digits_run):
     config = json.loads((digits_run.folder / "config.json").read_text())
     assert Recipe(**config["recipe"]) == digits_run.recipe
+    assert config["augmentation"]["augmentation"] == "none"
+    versions = {"insvp_fast": __version__, "torch": torch.__version__, "timm": timm.__version__}
+    assert config["versions"] == versions | {"python": platform.python_version()}
+    assert shlex.split(config["command"]) == sys.orig_argv
+    assert config["working_folder"] == os.getcwd()
     assert config["insvp"] == digits_run.insvp.config.to_dict()
     assert config["images"] == {"train": 210, "val": 30, "test": 60}
     assert config["class_names"] == list("0123456789")
@@ -98,7 +105,7 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.inference_mode():
         chances = digits_run.insvp.eval()(images).softmax(1)
-    for row, file, chance in zip(predict(digits_run.folder, files), files, chances, strict=True):
+    for row, file, chance in zip(predict(load_classifier(digits_run.folder), files), files, chances, strict=True):
         ((name, share),) = row.ranking
         assert (row.file, name) == (file, str(chance.argmax().item()))
         assert share == pytest.approx(chance.max().item(), abs=1e-5)
@@ -106,7 +113,7 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
 
 def test_predict_names_the_file_that_is_no_image(digits_run, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
-    (row,) = predict(digits_run.folder, [str(tmp_path / "text.png")])
+    (row,) = predict(load_classifier(digits_run.folder), [str(tmp_path / "text.png")])
     assert not row.ranking and "text.png: not an image" in row.error
 
 
@@ -143,7 +150,7 @@ def test_training_on_an_image_folder(tmp_path, capsys):
     assert read_records(run)[-1]["test_accuracy"] > 0.9
     assert evaluate_run(run, str(folder))[1].top1 == read_records(run)[-1]["test_accuracy"]
     files = [str(folder / "test" / name / "0.png") for name in ("dark", "light")]
-    assert [row.ranking[0][0] for row in predict(run, files)] == ["dark", "light"]
+    assert [row.ranking[0][0] for row in predict(load_classifier(run), files)] == ["dark", "light"]
 
 
 def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):

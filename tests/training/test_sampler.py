@@ -1,16 +1,25 @@
 """Which images each process sees."""
 
+import random
+
 import pytest
+import torch
+from torch.utils.data import ConcatDataset, Subset
 
-from insvp_fast.training.sampler import BatchSampler
+from insvp_fast.data.images import Images
+from insvp_fast.errors import InsVPError
+from insvp_fast.training.balance import balanced_order, class_weights, targets_of
+from insvp_fast.training.sampler import BatchSampler, SeededDataset
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 7, 12, 13, 25])
-def test_processes_share_the_batches_of_one(count, processes, even):
-    alone = BatchSampler(count, 3 * processes, seed=1)
-    shares = [BatchSampler(count, 3, 1, rank, processes, even, fill_empty=True) for rank in range(processes)]
+def test_processes_share_the_batches_of_one(count, processes, even, balanced):
+    balance = torch.arange(count).clamp(max=2) if balanced else None  # one image of classes 0 and 1
+    alone = BatchSampler(count, 3 * processes, seed=1, balance=balance)
+    shares = [BatchSampler(count, 3, 1, rank, processes, even, True, balance) for rank in range(processes)]
     for order in (alone, *shares):
         order.epoch = 2
     batches = [list(order) for order in shares]
@@ -21,14 +30,62 @@ def test_processes_share_the_batches_of_one(count, processes, even):
         assert [sample for part in own for sample in part] == whole[: sum(sizes)]
         assert len(whole) - sum(sizes) <= (processes if even else 0)
         assert all(part[number] for part in batches)  # nobody is left out
-    if not even:
-        assert sorted(index for batch in alone for _, index in batch) == list(range(count))
+    if not even and not balanced:
+        assert sorted(index for batch in alone for _, index, _ in batch) == list(range(count))
 
 
-def test_an_order_begins_where_it_is_told():
-    order = BatchSampler(10, 3, seed=5)
+@pytest.mark.parametrize("balance", [None, torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 1, 1])])
+def test_an_order_begins_where_it_is_told(balance):
+    order = BatchSampler(10, 3, seed=5, balance=balance)
     whole = list(order)
     order.first_batch = 2
     assert list(order) == whole[2:]
     order.first_batch, order.epoch = 0, 1
-    assert [index for batch in order for _, index in batch] != [index for batch in whole for _, index in batch]
+    assert [index for batch in order for _, index, _ in batch] != [index for batch in whole for _, index, _ in batch]
+
+
+@pytest.mark.parametrize(("counts", "least"), [((1, 20, 9), 10), ((5, 0, 6), 5), ((7,), 7), ((1, 1, 1), 1)])
+def test_a_balanced_epoch_has_every_class_equally_often(counts, least):
+    targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    order = balanced_order(targets, torch.Generator().manual_seed(0))
+    assert len(order) == len(targets)
+    draws = targets[[index for index, _ in order]].bincount(minlength=len(counts))
+    assert all(least <= drawn <= least + 1 for drawn, count in zip(draws.tolist(), counts, strict=True) if count)
+    drawn: dict[int, list[int]] = {}
+    for index, repetition in order:
+        drawn.setdefault(index, []).append(repetition)
+    assert all(sorted(repetitions) == list(range(len(repetitions))) for repetitions in drawn.values())
+    for index in targets.unique():  # as often as each other
+        often = [len(drawn.get(image, ())) for image in (targets == index).nonzero()[:, 0].tolist()]
+        assert max(often) - min(often) <= 1
+
+
+def test_an_image_that_is_drawn_again_is_augmented_anew():
+    class Noise:
+        def __getitem__(self, index):
+            return random.random(), torch.rand(()).item()
+
+    noise = SeededDataset(Noise(), seed=3)
+    assert noise[2, 7, 0] == noise[2, 7, 0] != noise[2, 7, 1]
+
+
+def test_several_labels_are_not_balanced():
+    with pytest.raises(InsVPError, match="`sampling` is balanced: an image has several labels"):
+        balanced_order(torch.ones(3, 2), torch.Generator())
+
+
+@pytest.mark.parametrize("counts", [(1, 4, 5), (3, 0, 3), (2,)])
+def test_class_weights_are_the_inverse_frequency_with_a_mean_of_one(counts):
+    targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    weights = class_weights(targets, len(counts))
+    assert weights[targets].mean().item() == pytest.approx(1, rel=1e-6)
+    masses = [weight * count for weight, count in zip(weights.tolist(), counts, strict=True) if count]
+    assert masses == pytest.approx([masses[0]] * len(masses), rel=1e-6)
+    torch.testing.assert_close(class_weights(torch.eye(len(counts))[targets], len(counts)), weights)
+
+
+def test_targets_are_found_in_every_data_set():
+    images = Images(["a", "b", "c"], [2, 0, 1])
+    assert targets_of(ConcatDataset([Subset(images, [2, 0]), images])).tolist() == [1, 2, 2, 0, 1]
+    several = Images(["a", "b"], torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    assert targets_of(Subset(several, [1])).tolist() == [[1, 1]]

@@ -1,6 +1,7 @@
 """What the settings of a recipe change in training."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from insvp_fast.training import accelerator, models, run_logger, trainer
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
+from tests.training.killed_runs import TIMES
 from tests.training.small_runs import SMALL, quick, read_records
+
+
+def give_scores(monkeypatch, **scores):
+    """Let each evaluation have the next of these scores."""
+    columns = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
+    given = iter([SimpleNamespace(scores=lambda found=column: found | {"loss": 0.0}) for column in columns])
+    monkeypatch.setattr(trainer, "compute_metrics", lambda *_: next(given))
 
 
 def test_diverging_loss_stops_with_advice(few_digits, tmp_path):
@@ -38,15 +47,18 @@ def test_the_release_decays_every_trained_tensor(released, tmp_path, few_digits,
 
 
 def test_the_best_epoch_is_kept_the_last_of_equals(pictures, tmp_path, monkeypatch):
-    accuracies = iter([0.5, 0.75, 0.75, 0.25, 1.0])
-    monkeypatch.setattr(trainer, "evaluate_accuracy", lambda *_: next(accuracies))
+    give_scores(monkeypatch, accuracy=[0.5, 0.75, 0.75, 0.25, 1.0])
     run = train(quick(pictures, tmp_path, epochs=4))
     best, adapter = (run / name / "adapter_model.safetensors" for name in ("best", "adapter"))
     assert best.read_bytes() == adapter.read_bytes()
-    assert read_records(run)[-1] == {
+    result = read_records(run)[-1]
+    assert {key: value for key, value in result.items() if key not in TIMES} == {
         "model": "InsVP",
         "test_accuracy": 1.0,
+        "test_loss": 0.0,
+        "metric": "top1",
         "trained_parameters": sum(tensor.numel() for tensor in load_file(adapter).values()),
+        "trained_epochs": 4,
         "kept_epoch": 3,
         "selected_on": "val",
         "protocol": "paper",
@@ -64,7 +76,7 @@ def test_selection_on_the_test_images_is_named(pictures, tmp_path, capsys):
 def test_retraining_takes_train_and_val_and_the_last_epoch(pictures, tmp_path, capsys):
     run = train(quick(pictures, tmp_path, retrain=True, epochs=2))
     *epochs, result = read_records(run)
-    assert [record["val_accuracy"] for record in epochs] == [None, None]
+    assert [(record["val_accuracy"], record["val_loss"]) for record in epochs] == [(None, None)] * 2
     assert (result["kept_epoch"], result["selected_on"]) == (2, None)
     assert not (run / "best").exists()
     assert "trained on train and val, last epoch" in capsys.readouterr().out
@@ -91,9 +103,10 @@ def test_an_average_is_what_is_kept(pictures, tmp_path, monkeypatch):
 def test_mixing_smooths_targets_and_drops_an_odd_image(pictures, tmp_path, monkeypatch):
     seen, cross_entropy = [], torch.nn.functional.cross_entropy
 
-    def spy(logits, targets, **how):
-        seen.append((len(logits), targets.detach().clone(), how["label_smoothing"]))
-        return cross_entropy(logits, targets, **how)
+    def spy(logits, targets, *weight, **how):
+        if targets.ndim == 2:  # not an evaluation
+            seen.append((len(logits), targets.detach().clone(), how["label_smoothing"]))
+        return cross_entropy(logits, targets, *weight, **how)
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
     mixing = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0, "label_smoothing": 0.2}
@@ -153,7 +166,18 @@ def test_a_tracker_that_is_not_installed_is_named(pictures, tmp_path, monkeypatc
         train(quick(pictures, tmp_path, trackers=("wandb",)))
 
 
-def test_trackers_log_into_the_run_folder(pictures, tmp_path):
-    pytest.importorskip("tensorboard")
-    run = train(quick(pictures, tmp_path, trackers=("tensorboard",)))
-    assert list((run / "insvp_fast").glob("events.*"))
+def test_the_final_accuracy_is_measured_in_fp32(pictures, tmp_path, monkeypatch):
+    """As `insvp eval` does, and the release, whatever the precision of training."""
+    precisions, evaluate = [], trainer.compute_metrics
+
+    def spied(model, *arguments):
+        found = set()
+        note = model.head.register_forward_pre_hook(lambda *_: found.add(torch.is_autocast_enabled("cpu")))
+        metrics = evaluate(model, *arguments)
+        note.remove()
+        precisions.append(found)
+        return metrics
+
+    monkeypatch.setattr(trainer, "compute_metrics", spied)
+    train(quick(pictures, tmp_path, amp="bf16"))
+    assert precisions == [{True}, {False}]  # of the epoch, of the result

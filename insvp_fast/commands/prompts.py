@@ -1,0 +1,70 @@
+"""Draw what a trained model adds to images, and where it then looks: prompts, heat map and Grad-CAM.
+
+A picture has one row per image, and eight rows at most: prompts.png, prompts-2.png, ... The same is written as arrays
+of NumPy, in a folder for each image: global_prompt.npy, patch_prompt.npy, image_prompt.npy and, in the units of the
+normalized image, prompted_image.npy; heat_map.npy, grad_cam.npy, grad_cam_without_prompts.npy and probabilities.npy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from insvp_fast.atomic_files import replace_file
+from insvp_fast.commands.options import add_json, make_folder
+
+SUMMARY = "draw the prompts of images, their heat map and Grad-CAM"
+ROWS = 8  # of a picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder to search for images")
+    parser.add_argument("--output", metavar="FOLDER", help="folder to write to (default: prompts, in RUN)")
+    add_json(parser)
+
+
+def run(run: str, images: list[str], output: str | None) -> dict[str, Any]:
+    import torch
+
+    from insvp_fast.figures.prompts import explain, plot_prompts
+    from insvp_fast.training.prediction import find_images, load_classifier
+
+    files, classifier = find_images(images), load_classifier(run)
+    folder = make_folder(output or Path(run) / "prompts")
+    names, data, reason = _distinct_names(files), classifier.images(files), None
+    for number, start in enumerate(range(0, len(files), ROWS), 1):
+        batch = torch.stack([data[i][0] for i in range(start, min(start + ROWS, len(files)))])
+        shown, reason = explain(classifier.model, batch.to(classifier.device))
+        own, picture = names[start : start + ROWS], folder / ("prompts.png" if number == 1 else f"prompts-{number}.png")
+        plot_prompts(shown, classifier.class_names, classifier.model.preprocessing, picture, names=own)
+        for i, name in enumerate(own):
+            _write_arrays(folder / name, {part: of_all[i] for part, of_all in shown.items()})
+        print(f"written: {picture}, and arrays of {', '.join(own)}", flush=True)
+    if reason is not None:
+        print(f"insvp: {reason}", file=sys.stderr)
+    return {"folder": str(folder), "images": dict(zip(files, names, strict=True)), "unsupported_reason": reason}
+
+
+def _distinct_names(files: Sequence[str]) -> list[str]:
+    """The files' names without their endings, and -2, -3, ... behind those that come again."""
+    names: dict[str, None] = {}
+    for stem in (Path(file).stem for file in files):
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names[name] = None
+    return list(names)
+
+
+def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
+    import numpy as np
+
+    folder.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        with replace_file(folder / f"{name}.npy") as stream:
+            np.save(stream, array.numpy())

@@ -1,0 +1,55 @@
+"""The style of all pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from insvp_fast.atomic_files import replace_file
+
+__all__ = ["COLORS", "HIGHLIGHT", "MARKERS", "SEQUENTIAL", "drawing"]
+
+# Okabe and Ito's colors, which the color-blind can tell apart, without yellow, which is too light for lines
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+HIGHLIGHT = COLORS[1]
+MARKERS = ("o", "^", "s")  # with the colors, they tell 21 classes apart
+SEQUENTIAL = "viridis"
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.prop_cycle": f"cycler('color', {list(COLORS)})",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.facecolor": "white",  # opaque, so that black text is read on a dark page too
+    "figure.titlesize": 11,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,  # letters that other programs can edit
+    "savefig.dpi": 150,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+
+
+@contextmanager
+def drawing(file: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """An empty figure to draw on, in inches; afterwards it is written, whole or not at all.
+
+    Args:
+        file: its name ends in ``.png``, ``.pdf`` or ``.svg``.
+    """
+    file = Path(file)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with replace_file(file, "wb") as stream:
+            figure.savefig(stream, format=file.suffix[1:] or "png")

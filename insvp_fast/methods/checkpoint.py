@@ -1,0 +1,200 @@
+"""Models with a method on disk: adapter_config.json and adapter_model.safetensors, without the frozen backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from insvp_fast.atomic_files import write_file
+from insvp_fast.checkpoints.adapter_config import BackboneRecord, check_fields
+from insvp_fast.checkpoints.backbone import create_backbone
+from insvp_fast.checkpoints.files import find_file, read_safetensors
+from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
+from insvp_fast.checkpoints.state_dict import check_shapes
+from insvp_fast.errors import CheckpointError
+from insvp_fast.methods.table import CLASSES
+
+__all__ = ["MethodCheckpoint", "MethodConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The content of adapter_config.json.
+
+    Raises:
+        ValueError: if there are class names, and not one for each class.
+    """
+
+    method: str
+    options: dict
+    num_classes: int
+    backbone: BackboneRecord
+    class_names: list | None
+    multi_label: bool
+    preprocessing: dict | None
+
+    def __post_init__(self) -> None:
+        names, classes = self.class_names, self.num_classes
+        if names is not None and len(names) != classes:
+            raise ValueError(f"class_names has {len(names)} names: expected one for each of the {classes} classes")
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            CheckpointError: naming the key, if it is not of such an adapter.
+        """
+        values = read_json(file)
+        if values.get("method") not in CLASSES:
+            raise CheckpointError(f"{file}: method is {values.get('method')!r}: expected one of {sorted(CLASSES)}")
+        values.setdefault("multi_label", False)  # earlier versions knew one label per image alone
+        check_fields(cls, values, f"{file}: ")
+        try:
+            return cls(**values | {"backbone": BackboneRecord.read(values["backbone"], file)})
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The table in an adapter_config.json.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: found no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: found {type(values).__name__}: expected a table of settings")
+    return values
+
+
+class MethodCheckpoint(nn.Module):
+    """Saving and loading, for a class with a constructor (backbone, num_classes, method=...).
+
+    Attributes:
+        class_names, multi_label, preprocessing: as those of an ``InsVPViT``; saved with the adapter.
+    """
+
+    KIND: ClassVar[type[nn.Module]]  # of which its methods are
+
+    backbone: Any
+    method: Any
+    num_classes: int
+    class_names: list[str] | None = None
+    multi_label: bool = False
+    preprocessing: dict[str, Any] | None = None
+    _options: dict[str, Any] | None
+
+    def _adapter(self) -> dict[str, Tensor]:
+        """What is saved of the state dict: what is trained, and what belongs to it."""
+        raise NotImplementedError
+
+    def _backbone_record(self) -> BackboneRecord:
+        """The record of the backbone as it was before training."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what is trained and what to build it around: adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            class_names, preprocessing: the attributes' new values; None leaves them unchanged.
+
+        Raises:
+            ValueError: if the method is not one of ``METHODS``, or its settings are not JSON, or not known because it
+                was made by another function, or if there is not one class name for each class.
+        """
+        self.class_names = self.class_names if class_names is None else list(class_names)
+        self.preprocessing = self.preprocessing if preprocessing is None else dict(preprocessing)
+        kind, names = type(self.method).__name__, [name for name, cls in CLASSES.items() if cls is type(self.method)]
+        if not names:
+            raise ValueError(f"the method is a {kind}: expected one of {sorted(CLASSES)}; save the state dict instead")
+        if self._options is None:
+            raise ValueError(f"the settings of the {kind} are not known: expected method={kind}, or a partial of it")
+        config = MethodConfig(
+            method=names[0],
+            options=self._options,
+            num_classes=self.num_classes,
+            backbone=self._backbone_record(),
+            class_names=self.class_names,
+            multi_label=self.multi_label,
+            preprocessing=self.preprocessing,
+        )
+        try:
+            text = json.dumps(dataclasses.asdict(config), indent=2)
+        except TypeError as error:
+            raise ValueError(
+                f"the settings of {names[0]}, or how images are prepared, are not JSON: {error}"
+            ) from error
+        weights = {key: value.detach().cpu().contiguous() for key, value in self._adapter().items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_file(Path(folder, WEIGHTS_FILE), safetensors.torch.save(weights, metadata={"format": "pt"}))
+        write_file(Path(folder, ADAPTER_FILE), f"{text}\n".encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, backbone: str | nn.Module | None = None, *, local_files_only: bool = False
+    ) -> Self:
+        """Build the recorded backbone, or take the given one, and load an adapter that ``save_pretrained`` wrote.
+
+        The model is in evaluation mode.
+
+        Args:
+            folder: a folder, or the name of a repository on the Hub.
+            backbone: what ``create_backbone`` takes, or a module, which becomes part of the model.
+            local_files_only: do not ask the Hub.
+
+        Raises:
+            CheckpointError: if the files are not of such an adapter, or the backbone is another one.
+        """
+        hub = {"local_files_only": local_files_only}
+        file = find_file(str(folder), ADAPTER_FILE, hub)
+        config, weights = MethodConfig.read(file), read_safetensors(find_file(str(folder), WEIGHTS_FILE, hub))
+        make: Any = CLASSES[config.method]
+        if not issubclass(make, cls.KIND):
+            raise CheckpointError(f"{file}: {config.method} is not for a {cls.__name__}: expected load_model")
+        replaces_all = getattr(make, "trains_all", False)
+        module: Any = backbone
+        if not isinstance(backbone, nn.Module):
+            module = _build(config.backbone, backbone, not replaces_all, file)
+        if not replaces_all or backbone is not None:
+            config.backbone.require_same_weights(module, file)
+        try:
+            model = cls(module, config.num_classes, method=partial(make, **config.options))  # type: ignore[call-arg]
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        check_shapes(weights, {key: tuple(value.shape) for key, value in model._adapter().items()}, folder)
+        model.load_state_dict(weights, strict=False)
+        model.class_names, model.preprocessing = config.class_names, config.preprocessing
+        model.multi_label = config.multi_label
+        return model.eval()
+
+
+def options_of(method: Callable[..., Any]) -> dict[str, Any] | None:
+    """The settings of a method; None for a function of its own, which may have chosen any."""
+    if isinstance(method, partial) and isinstance(method.func, type):
+        return method.keywords
+    return {} if isinstance(method, type) else None
+
+
+def _build(record: BackboneRecord, name: str | None, pretrained: bool, where: object) -> nn.Module:
+    """The backbone of that name, else the recorded one."""
+    name = name or record.name
+    if name is None:
+        raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as backbone=")
+    return create_backbone(name, pretrained, **record.arguments or {}).to(record.torch_dtype)

@@ -1,0 +1,172 @@
+"""Files of predictions: their formats, and how one that was interrupted goes on."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Self
+
+from insvp_fast.atomic_files import replace_file, write_file
+from insvp_fast.errors import TrainingError
+from insvp_fast.training.prediction import Prediction
+
+__all__ = ["PredictionFile", "row_writer"]
+
+COMMIT_SECONDS = 5.0  # an interruption loses at most the work of this time and of one batch
+ROW_GROUP = 2**24  # bytes of CSV that become a row group of Parquet
+
+
+def row_writer(stream: IO[str], form: str, top_k: int, header: bool = True) -> Callable[[Prediction], None]:
+    """A function that writes a prediction as a line of CSV or JSON, or as the CSV from which Parquet is made.
+
+    Args:
+        top_k: the number of classes in each line.
+        header: whether to write the names of the columns.
+    """
+    if form == "jsonl":
+        return lambda prediction: print(_json(prediction), file=stream)
+    digits = ".4f" if form == "csv" else ".9g"  # 9 tell all numbers of fp32 apart
+    write = csv.writer(stream, lineterminator="\n").writerow
+    if header:
+        write(_columns(top_k))
+
+    def write_row(prediction: Prediction) -> None:
+        pairs = ((name, format(probability, digits)) for name, probability in prediction.ranking)
+        write([prediction.file, *(cell for pair in pairs for cell in pair)])
+
+    return write_row
+
+
+def _columns(top_k: int) -> list[str]:
+    more = [name for rank in range(2, top_k + 1) for name in (f"class_{rank}", f"probability_{rank}")]
+    return ["file", "class", "probability", *more]
+
+
+def _json(prediction: Prediction) -> str:
+    names, probabilities = zip(*prediction.ranking, strict=True)
+    line = {"file": prediction.file, "classes": names, "probabilities": [round(value, 6) for value in probabilities]}
+    return json.dumps(line, ensure_ascii=False)
+
+
+class PredictionFile:
+    """A file that is in place once it is complete; until then its rows are in FILE.part, and FILE.part.json says which.
+
+    Every few seconds the rows are made safe on the disk, then the length of FILE.part and a digest of the images in it
+    are recorded. Made again with the same arguments, the file goes on there: what is behind is cut off, to be written
+    again.
+
+    Args:
+        images: what the rows are for, in order.
+        form: ``csv``, ``jsonl`` or ``parquet``.
+        top_k: the number of classes in each row.
+        batch_size: of the batches that images are computed in, which must not change: it goes on after a whole one.
+        settings: all else that the rows depend on.
+
+    Attributes:
+        remaining: the images to be classified.
+        images, skipped: the numbers of images done, and of those among them that have no row.
+
+    Raises:
+        TrainingError: if FILE.part was begun with other settings or images.
+        OSError: if the file cannot be written.
+    """
+
+    def __init__(
+        self, file: Path, images: Iterable[str], form: str, top_k: int, batch_size: int, settings: Mapping[str, str]
+    ) -> None:
+        self.file, self.form, self.batch_size = file, form, batch_size
+        self.settings = {"format": form, "top_k": top_k, "batch_size": batch_size, **settings}
+        self.part, self.record = (file.with_name(file.name + ending) for ending in (".part", ".part.json"))
+        self.remaining, self.images, self.skipped, self.names = iter(images), 0, 0, hashlib.sha256()
+        resumed = self.part.exists() and self.record.exists()
+        if resumed:
+            self._resume(json.loads(self.record.read_text()))
+        else:
+            self.record.unlink(missing_ok=True)  # of a file that was put in its place
+        self.last_commit = time.monotonic()
+        # file names that are not UTF-8 are escaped
+        self.stream = open(  # noqa: SIM115
+            self.part, "a" if resumed else "w", encoding="utf-8", errors="backslashreplace", newline=""
+        )
+        self.write_row = row_writer(self.stream, form, top_k, header=not resumed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.stream.close()
+        if kind is not None and not self.record.exists():  # nothing to go on from
+            self.part.unlink()
+
+    def add(self, prediction: Prediction) -> None:
+        """Write the row of the next image; none, if the image could not be read."""
+        self._count(prediction.file)
+        if prediction.error is None:
+            self.write_row(prediction)
+        else:
+            self.skipped += 1
+        if self.images % self.batch_size == 0 and time.monotonic() - self.last_commit >= COMMIT_SECONDS:
+            self._commit()
+
+    def finish(self) -> None:
+        """Put the file in its place."""
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        if self.form == "parquet":
+            _write_parquet(self.part, self.file)
+            self.part.unlink()
+        else:
+            os.replace(self.part, self.file)
+        self.record.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        facts = {"settings": self.settings, "images": self.images, "skipped": self.skipped}
+        facts |= {"sha256": self.names.hexdigest(), "bytes": os.fstat(self.stream.fileno()).st_size}
+        write_file(self.record, json.dumps(facts).encode())
+        self.last_commit = time.monotonic()
+
+    def _count(self, image: str) -> None:
+        self.images += 1
+        self.names.update(os.fsencode(image) + b"\0")
+
+    def _resume(self, facts: dict[str, Any]) -> None:
+        """Pass over the images that are done, and cut off what was not recorded."""
+        remedy = f"or remove {self.part} to begin anew"
+        for name, value in self.settings.items():
+            if (begun := facts["settings"].get(name)) != value:
+                raise TrainingError(
+                    f"{self.part} was begun with {name} {begun}, not {value}: expected the same, {remedy}"
+                )
+        for image in islice(self.remaining, facts["images"]):
+            self._count(image)
+        if self.names.hexdigest() != facts["sha256"] or self.part.stat().st_size < facts["bytes"]:
+            raise TrainingError(f"{self.part} was begun with other images: expected the same, {remedy}")
+        self.skipped = facts["skipped"]
+        os.truncate(self.part, facts["bytes"])
+
+
+def _write_parquet(source: Path, file: Path) -> None:
+    """Turn the CSV of ``row_writer`` into Parquet, a block of rows at a time."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    with open(source, newline="", encoding="utf-8") as stream:
+        columns = next(csv.reader(stream))
+    types = {name: pyarrow.float32() if name.startswith("probability") else pyarrow.string() for name in columns}
+    reader = pyarrow.csv.open_csv(
+        source,
+        pyarrow.csv.ReadOptions(block_size=ROW_GROUP),
+        pyarrow.csv.ParseOptions(newlines_in_values=True),
+        pyarrow.csv.ConvertOptions(column_types=types),
+    )
+    with replace_file(file) as output, pyarrow.parquet.ParquetWriter(output, reader.schema) as writer:
+        for rows in reader:
+            writer.write_batch(rows)

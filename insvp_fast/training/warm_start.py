@@ -1,0 +1,41 @@
+"""Beginning a training with the weights of another adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from insvp_fast.checkpoints.adapter_config import AdapterConfig
+from insvp_fast.checkpoints.files import find_file, read_safetensors
+from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
+from insvp_fast.checkpoints.state_dict import check_shapes
+from insvp_fast.errors import CheckpointError
+
+__all__ = ["warm_start"]
+
+
+def warm_start(model: Any, source: str) -> str:
+    """Copy the weights of an adapter into a model; a head of other classes stays as it is. Returns what was done.
+
+    Args:
+        source: an adapter's folder, that of a run, or the name of a repository on the Hub.
+
+    Raises:
+        CheckpointError: if there is no such adapter, or it has other prompts, or is of another backbone.
+    """
+    in_run = Path(source) / "adapter"
+    place = str(in_run) if (in_run / ADAPTER_FILE).is_file() else source
+    try:
+        config = AdapterConfig.read(find_file(place, ADAPTER_FILE, {}))
+        file = find_file(place, WEIGHTS_FILE, {})
+        same_classes = config.num_classes == model.num_classes and config.class_names in (None, model.class_names)
+        left = ("backbone.",) if same_classes else ("backbone.", "head.")
+        expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(left)}
+        weights = {key: value for key, value in read_safetensors(file).items() if not key.startswith(left)}
+        check_shapes(weights, expected, file)
+        config.backbone.require_same_weights(model.backbone, file)
+    except CheckpointError as error:
+        raise CheckpointError(f"`init_from` is {source}: {error}") from error
+    model.load_state_dict(weights, strict=False)
+    drawn = "" if same_classes else f"; its head is of {config.num_classes} other classes, a new one is drawn"
+    return f"begins with the weights of {source}{drawn}"

@@ -1,0 +1,137 @@
+"""``insvp eval`` and ``insvp predict`` with an adapter instead of a run, and with test-time augmentation."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from insvp_fast import InsVPViT
+from insvp_fast.commands import cli
+from insvp_fast.data import transform_for
+from insvp_fast.methods import MethodViT, create_model
+from insvp_fast.methods.load import load_model
+from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from tests.commands.finished_run import CLASSES
+
+
+def printed(capsys, *arguments: object) -> str:
+    assert cli.main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys, *arguments: object) -> str:
+    assert cli.main(list(map(str, arguments))) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def results(folder: Path, name: str = "eval-animals.json") -> dict:
+    report = json.loads((folder / name).read_text())
+    return {key: report[key] for key in ("top1", "top5", "confusion", "class_names")}
+
+
+@pytest.fixture
+def bare(run, tmp_path) -> Path:
+    """The run's adapter, as `insvp convert` would write it: without class names."""
+    InsVPViT.from_pretrained(run / "adapter").save_pretrained(tmp_path / "bare")
+    file = tmp_path / "bare" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"class_names": None}))
+    return file.parent
+
+
+def test_an_adapter_predicts_as_its_run(run, images, capsys):
+    command = [images / "test", "--top-k", 3, "--batch-size", 4]
+    assert printed(capsys, "predict", run / "adapter", *command) == printed(capsys, "predict", run, *command)
+
+
+def test_an_adapter_is_tested_as_its_run(run, images, bare, tmp_path, capsys):
+    assert "--data" in refusal(capsys, "eval", run / "adapter")
+    for split in ("train", "test"):
+        shutil.copytree(images / "test", tmp_path / "animals" / split)
+    for name, source in (("run", run), ("adapter", run / "adapter"), ("names of the data", bare)):
+        printed(capsys, "eval", source, "--data", tmp_path / "animals", "--output", tmp_path / name)
+    expected = results(tmp_path / "run")
+    assert expected["class_names"] == CLASSES and len(set(map(tuple, expected["confusion"]))) > 1
+    assert results(tmp_path / "adapter") == results(tmp_path / "names of the data") == expected
+    printed(capsys, "eval", run / "adapter", "--data", images)
+    assert results(run / "adapter") == expected
+
+
+def test_an_adapter_without_class_names_is_told_them(run, images, bare, tmp_path, capsys):
+    assert "--class-names" in refusal(capsys, "predict", bare, images)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES) + "\n")
+    named = ["--class-names", tmp_path / "names.txt"]
+    assert printed(capsys, "predict", bare, images, *named) == printed(capsys, "predict", run, images)
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    assert "2 class names are given: expected 6" in refusal(capsys, "predict", bare, images, *named)
+    (tmp_path / "names.txt").write_text("\n".join(reversed(CLASSES)))
+    assert "expected the same" in refusal(capsys, "predict", run, images, *named)
+    assert "digits has 10: expected --class-names" in refusal(capsys, "eval", bare, "--data", "digits")
+
+
+def test_a_backbone_without_a_name_is_asked_for(run, images, bare, capsys):
+    file = bare / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["backbone"]["name"] = None
+    file.write_text(json.dumps(config | {"class_names": CLASSES}))
+    assert "expected it as --backbone" in refusal(capsys, "predict", bare, images)
+    given = printed(capsys, "predict", bare, images, "--backbone", "vit_shapes_32")
+    assert given == printed(capsys, "predict", run, images)
+
+
+@pytest.mark.parametrize("kind", [MethodViT, InsVPViT])
+def test_adapters_of_all_methods_are_loaded(kind, run, images, tmp_path, capsys):
+    if kind is MethodViT:
+        torch.manual_seed(0)
+        model = create_model("vpt_deep", load_backbone(), len(CLASSES), length=3)
+        torch.nn.init.normal_(model.head.weight)
+        model.save_pretrained(tmp_path, CLASSES, resolve_preprocessing(load_backbone()))
+    folder = tmp_path if kind is MethodViT else run / "adapter"
+    model = load_model(folder)
+    assert type(model) is kind and not model.training
+    transform = transform_for(model.preprocessing)
+    for file, name, probability in list(csv.reader(io.StringIO(printed(capsys, "predict", folder, images / "test"))))[
+        1:
+    ]:
+        with torch.inference_mode():
+            best = model(transform(Image.open(file))[None]).softmax(1)[0].max(0)
+        assert (CLASSES[best.indices], pytest.approx(best.values.item(), abs=1e-4)) == (name, float(probability))
+
+
+def test_flips_average_logits(run, images, tmp_path, capsys):
+    model = load_model(run / "adapter").double()
+    transform, hits = transform_for(model.preprocessing), 0
+    lines = printed(capsys, "predict", run, images / "test", "--tta", "flip", "--format", "jsonl", "--top-k", 6)
+    for line in map(json.loads, lines.splitlines()):
+        image = transform(Image.open(line["file"])).double()[None]
+        with torch.inference_mode():
+            once, mirrored = model(image), model(image.flip(-1))
+        probabilities = ((once + mirrored) / 2).softmax(1)[0]
+        other = (once.softmax(1) + mirrored.softmax(1))[0] / 2
+        found = torch.tensor([dict(zip(line["classes"], line["probabilities"], strict=True))[name] for name in CLASSES])
+        torch.testing.assert_close(found.double(), probabilities, rtol=0, atol=5e-6)
+        assert (found - other).abs().max() > 1e-3 or probabilities.max() > 0.99
+        hits += CLASSES[probabilities.argmax()] == Path(line["file"]).parent.name
+    assert f"top-1 {hits / 16:.2%}" in printed(capsys, "eval", run, "--tta", "flip", "--output", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["given", "by its ending"])
+def test_parquet_holds_what_csv_holds(form, run, images, probabilities, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert "--output" in refusal(capsys, "predict", run, images, "--format", "parquet")
+    file = tmp_path / ("out.parquet" if form == "by its ending" else "out")
+    options = ["--format", "parquet"] if form == "given" else []
+    printed(capsys, "predict", run, images / "test", "--top-k", 2, "--output", file, *options)
+    table = parquet.read_table(file)
+    assert table.schema.names == ["file", "class", "probability", "class_2", "probability_2"]
+    assert [str(kind) for kind in table.schema.types] == ["string", "string", "float", "string", "float"]
+    for row in table.to_pylist():
+        best = probabilities[row["file"]].topk(2)
+        assert [row["class"], row["class_2"]] == [CLASSES[index] for index in best.indices]
+        assert [row["probability"], row["probability_2"]] == pytest.approx(best.values.tolist(), rel=1e-5)

@@ -1,0 +1,202 @@
+"""``insvp predict`` over many files: killed and continued, in shards, and in bounded memory."""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from insvp_fast.commands import cli
+from insvp_fast.data import image_list
+from insvp_fast.data.folders import image_files
+from insvp_fast.data.image_list import ImageList
+from insvp_fast.errors import DataError
+from insvp_fast.training import counter, prediction_file
+from insvp_fast.training.prediction import Classifier, load_classifier, predict
+
+FILES = 120
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """A folder of noise in subfolders with two files that are no images."""
+    folder, noise = tmp_path_factory.mktemp("many"), np.random.default_rng(1)
+    for index in range(FILES):
+        file = folder / ("a", "a-b", "a/c", "é")[index % 4] / f"{index * 7919 % FILES}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 255, (8, 8, 3)).astype(np.uint8)).save(file)
+    for name in ("a/0.png", "a/c/torn.png"):
+        (folder / name).write_text("no image")
+    return folder
+
+
+def killed(command: list[str], batches: int) -> bool:
+    """Run the command in a child that is killed after so many batches."""
+    child = multiprocessing.get_context("fork").Process(target=_run, args=(command, batches))
+    child.start()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def _run(command: list[str], batches: int) -> None:
+    torch.set_num_threads(1)  # the threads of the parent are not in this process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with stopping(batches, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        cli.main(command)
+
+
+@contextlib.contextmanager
+def stopping(batches: int, stop: Callable[[], object]) -> Iterator[None]:
+    """Everything is recorded at once, and ``stop`` is called after so many batches."""
+    computed, numbers = Classifier.logits, itertools.count()
+
+    def logits(self, images):
+        if next(numbers) == batches:
+            stop()
+        return computed(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction_file, "COMMIT_SECONDS", 0.0)
+        patch.setattr(Classifier, "logits", logits)
+        yield
+
+
+def interrupted(command: list[str], batches: int) -> bool:
+    """Run the command until Ctrl-C is pressed after so many batches."""
+    with stopping(batches, lambda: signal.raise_signal(signal.SIGINT)):
+        return cli.main(command) == cli.INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("form", "stop"),
+    [("csv", killed), ("jsonl", interrupted), ("parquet", interrupted)],
+    ids=["csv", "jsonl", "parquet"],
+)
+def test_stopped_twice_it_writes_the_same_bytes(form, stop, run, many, tmp_path, capsys):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    options = ["--top-k", "3", "--batch-size", "7", "--skip-unreadable"]
+    whole, file, part = (tmp_path / name for name in (f"whole.{form}", f"file.{form}", f"file.{form}.part"))
+    command = ["predict", str(run), str(many), *options, "--output"]
+    assert cli.main([*command, str(whole)]) == 0
+    for batches, images in ((3, 21), (6, 63)):
+        assert stop([*command, str(file)], batches) and not file.exists()
+        assert json.loads(Path(f"{part}.json").read_text())["images"] == images
+        with open(part, "ab") as stream:
+            stream.write(b"torn lin")
+    capsys.readouterr()
+    assert cli.main([*command, str(file)]) == 0
+    printed = capsys.readouterr().err
+    assert f"goes on after 63 of {FILES + 1} images" in printed
+    assert printed.endswith(f"skipped 2 of {FILES + 1} files\n")
+    assert file.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file.name, whole.name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--top-k", "2"], "top_k 1, not 2"), (["--tta", "flip"], "tta none, not flip"), (["--batch-size", "3"], "batch")],
+)
+def test_other_settings_do_not_go_on(options, message, run, images, tmp_path, capsys):
+    command = ["predict", str(run), str(images / "test"), "--output", str(tmp_path / "out.csv")]
+    assert interrupted(command, 2)
+    before = (tmp_path / "out.csv.part").read_bytes()
+    assert cli.main([*command, *options]) == 1
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "out.csv.part").read_bytes() == before
+
+
+def test_other_images_do_not_go_on(run, images, tmp_path, capsys):
+    shutil.copytree(images / "test", tmp_path / "data")
+    command = ["predict", str(run), str(tmp_path / "data"), "--output", str(tmp_path / "out.csv")]
+    assert interrupted(command, 2)
+    shutil.copy(tmp_path / "data" / "ant" / "0.png", tmp_path / "data" / "ant" / "00.png")
+    assert cli.main(command) == 1
+    assert "begun with other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parts", [1, 3, 200])
+def test_shards_are_the_whole(parts, many):
+    shards = [list(ImageList([many], (part, parts))) for part in range(1, parts + 1)]
+    assert list(itertools.chain(*shards)) == image_files(many)
+    assert max(map(len, shards)) == -(-(FILES + 1) // parts)
+
+
+def test_a_shard_has_its_part_alone(run, images, capsys):
+    command = ["predict", str(run), str(images / "test"), "--batch-size", "1"]
+    printed = []
+    for options in ([], ["--shard", "1/2"], ["--shard", "2/2"]):
+        assert cli.main([*command, *options]) == 0
+        printed.append(capsys.readouterr().out.splitlines())
+    whole, first, second = printed
+    assert first + second[1:] == whole and len(first) == len(second) == 9
+
+
+def test_several_processes_need_shards(run, images, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["predict", str(run), str(images)]) == 1
+    assert "--shard K/N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "-1/2", "a/b"])
+def test_shards_are_numbered_from_one(text, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "run", "x.png", f"--shard={text}"])
+    assert f"{text}: expected K/N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bounded_number_of_images_is_in_flight(workers, run, images):
+    file, taken = str(images / "test" / "ant" / "0.png"), itertools.count(1)
+    files = (file for _ in range(60) if next(taken))
+    most = 0
+    for done, prediction in enumerate(predict(load_classifier(run), files, batch_size=5, workers=workers), 1):
+        assert prediction.error is None
+        most = max(most, int(repr(taken)[6:-1]) - 1 - done)
+    assert done == 60 and 0 < most <= 5 * (2 * workers + 1)
+
+
+def test_a_list_of_images_holds_no_names(monkeypatch, tmp_path):
+    """Their names alone would take over 1.6 MB."""
+    names = [("folder", f"{index * 7919 % 20_000:060}.png") for index in range(20_000)]
+    monkeypatch.setattr(image_list, "walk_images", lambda _: iter(names))
+    tracemalloc.start()
+    try:
+        images = ImageList([tmp_path])
+        assert sum(image == f"folder/{index:060}.png" for index, image in enumerate(images)) == len(images) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 5e5
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_full_disk_is_told(monkeypatch, tmp_path):
+    (tmp_path / "0.png").touch()
+    monkeypatch.setattr(
+        ImageList, "_add", lambda *_: (_ for _ in ()).throw(image_list.sqlite3.OperationalError("full"))
+    )
+    with pytest.raises(DataError, match="cannot be listed in a temporary file: full"):
+        ImageList([tmp_path])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    command, terminal, run, images, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(counter, "SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    paths = [str(images / "test")] if command == "predict" else []
+    assert cli.main([command, str(run), *paths, "--output", str(tmp_path / "out"), "--batch-size", "16"]) == 0
+    printed = capsys.readouterr().err
+    assert ("━" in printed) is terminal
+    assert (f"insvp: {command}: 16 of 16 images, " in printed) is not terminal

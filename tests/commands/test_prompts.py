@@ -1,0 +1,42 @@
+"""``insvp prompts``."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from insvp_fast import InsVPViT
+from insvp_fast.commands import cli
+from insvp_fast.data import transform_for
+from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from tests.commands.finished_run import CLASSES
+
+
+def test_prompts_are_drawn_and_written(run, images, probabilities, tmp_path, capsys):
+    output, folder = tmp_path / "out", images / "test" / "ant"
+    again = images / "test" / "bee" / "0.png"
+    options = [str(run), str(folder), str(again), *[str(folder / f"{i}.png") for i in range(3)]]
+    assert cli.main(["prompts", *options, "--output", str(output)]) == 0
+    assert "prompts-2.png" in capsys.readouterr().out  # nine images are more than a picture has rows
+    names = [*"01234", "0-2", "0-3", "1-2", "2-2"]
+    assert sorted(path.name for path in output.iterdir()) == sorted([*names, "prompts.png", "prompts-2.png"])
+    heights = [Image.open(output / name).size[1] for name in ("prompts.png", "prompts-2.png")]
+    assert heights[0] > 5 * heights[1]
+
+    model = InsVPViT.from_pretrained(run / "adapter", backbone=load_backbone())
+    image = transform_for(resolve_preprocessing(load_backbone()))(Image.open(again))[None]
+    arrays = {file.stem: np.load(file) for file in (output / "0-2").iterdir()}
+    with torch.inference_mode():
+        prompt = model.image_prompt(image)
+    for name, expected in (("global_prompt", prompt.global_), ("patch_prompt", prompt.patch), ("image", image)):
+        np.testing.assert_allclose(arrays[name], expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(arrays["image"] + arrays["image_prompt"], arrays["prompted_image"], atol=1e-6)
+    np.testing.assert_allclose(arrays["probabilities"], probabilities[str(again)], rtol=1e-3)
+    assert arrays["grad_cam"].shape == arrays["grad_cam_without_prompts"].shape == arrays["heat_map"].shape == (32, 32)
+    assert len(arrays["probabilities"]) == len(CLASSES)
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(run, images, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    file = str(images / "test" / "ant" / "0.png")
+    assert cli.main(["prompts", str(run), file, "--output", str(tmp_path / "file")]) == 1
+    assert "file: no folder can be made there" in capsys.readouterr().err

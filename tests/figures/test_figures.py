@@ -1,0 +1,146 @@
+"""What is on the pictures: titles, rows, curves, and labels that do not cover one another."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Annotation
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from insvp_fast import InsVPConfig, InsVPViT
+from insvp_fast.errors import DataError
+from insvp_fast.figures.comparison import plot_parameters, plot_sensitivity
+from insvp_fast.figures.embedding import choose_images, collect_vectors, plot_tsne
+from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
+from insvp_fast.figures.runs import plot_confusion, plot_curves
+from insvp_fast.figures.style import drawing
+
+STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def model_of(**changes) -> InsVPViT:
+    backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=48, depth=2, num_heads=2)
+    return InsVPViT(backbone, 3, InsVPConfig(prompt_length=2, **changes)).eval()
+
+
+def titles(figure) -> list[str]:
+    return [axes.get_title().replace("\n", " ") for axes in figure.axes if axes.get_title()]
+
+
+def test_curves_show_what_there_is(drawn, tmp_path):
+    records = [{"model": "InsVP", "epoch": epoch, "loss": 1 / epoch, "val_accuracy": None} for epoch in (1, 2, 3)]
+    plot_curves(records, tmp_path / "a.png")  # trained on val: nothing to select on
+    more = [record | {"val_loss": 0.5, "val_accuracy": 0.9} for record in records]
+    once = {"model": "linear probe", "epoch": 1, "loss": 0.7, "val_accuracy": 0.8}
+    plot_curves([*more, once], tmp_path / "b.png")
+    assert [titles(figure) for figure in drawn] == [["loss"], ["loss", "accuracy"]]
+    for axes in drawn[1].axes:
+        shown = [tick for tick in axes.get_xticks() if 1 <= tick <= 3]
+        assert shown == [1, 2, 3]
+    (loss, accuracy) = drawn[1].axes
+    assert [line.get_label() for line in loss.lines] == [
+        "InsVP, training",
+        "linear probe, training",
+        "InsVP, validation",
+    ]
+    probe = next(line for line in accuracy.lines if line.get_label().startswith("linear probe"))
+    assert list(probe.get_xdata()) == [0, 1] and set(probe.get_ydata()) == {0.8}  # from edge to edge
+
+
+def test_a_run_that_ends_at_once_has_curves(drawn, tmp_path):
+    plot_curves([{"model": "InsVP", "epoch": 1, "loss": 0.5, "val_accuracy": 0.5}], tmp_path / "one.png")
+    assert titles(drawn[0]) == ["loss", "accuracy"]
+
+
+def test_a_confusion_matrix_of_many_classes_is_drawn_without_names(tmp_path):
+    plot_confusion(torch.eye(555, dtype=torch.int64), [f"class {i}" for i in range(555)], tmp_path / "birds.png")
+    assert Image.open(tmp_path / "birds.png").size[0] < 2500
+
+
+def test_one_image_of_each_class_is_shown():
+    assert one_per_class([2, 2, 0, 0, 1], 10) == [2, 4, 0]
+    classes = one_per_class(list(range(25)), 10)
+    assert classes == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    assert one_per_class([], 10) == []
+
+
+def test_every_prompt_has_a_column_and_wrong_classes_are_marked(drawn, tmp_path):
+    images, model = torch.randn(2, 3, 16, 16), model_of()
+    best = model(images).argmax(1).tolist()
+    shown, reason = explain(model, images)
+    plot_prompts(shown, "abc", STATISTICS, tmp_path / "a.png", classes=[best[0], (best[1] + 1) % 3])
+    assert reason is None
+    assert torch.equal(shown.prompted_image, shown.image + shown.image_prompt)
+    assert torch.equal(shown.heat_map, shown.image_prompt.abs().mean(1))
+    prompts = ["global prompt", "patch prompt", "image prompt", "its heat map", "prompted image"]
+    assert titles(drawn[0]) == ["image", *prompts, "Grad-CAM with prompts", "Grad-CAM without prompts"]
+    predicted = [text for axes in drawn[0].axes for text in axes.texts if text.get_text().startswith("predicted")]
+    assert [text.get_color() == "black" for text in predicted] == [True, False]
+    shown, _ = explain(model_of(patch_prompt=False, global_prompt=False), images)
+    plot_prompts(shown, "abc", STATISTICS, tmp_path / "b.png", names=["x", "y"])
+    assert titles(drawn[1]) == ["image", "Grad-CAM with prompts", "Grad-CAM without prompts"]
+
+
+def test_tsne_is_of_what_the_head_reads(drawn, tmp_path):
+    model, images = model_of(), torch.randn(24, 3, 16, 16)
+    vectors = collect_vectors(model, images.split(7))
+    assert {title: v.shape for title, v in vectors.items()} == {
+        "specific prompts": (24, 96),
+        "features without prompts": (24, 48),
+        "features with prompts": (24, 48),
+    }
+    with torch.inference_mode():
+        logits = model.head(torch.from_numpy(vectors["features with prompts"]))
+        torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-6)
+    classes = [i % 3 for i in range(24)]
+    apart = np.eye(3, dtype=np.float32)[classes]
+    panels = {"noise": np.random.default_rng(0).normal(size=(24, 60)).astype(np.float32), "apart": apart}
+    scores = plot_tsne(panels, classes, "abc", tmp_path / "a.svg")
+    assert scores["apart"] == 1 and abs(scores["noise"]) < 0.1
+    assert titles(drawn[0])[1] == "apart silhouette 1.00"
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["a", "b", "c"]
+    again = plot_tsne(panels, classes, "abc", tmp_path / "b.svg")
+    points = [figure.axes[0].collections[0].get_offsets() for figure in drawn]
+    assert again == scores and np.array_equal(*points)
+
+
+def test_tsne_takes_so_many_images_of_twenty_classes():
+    classes = [i % 50 for i in range(1000)]
+    chosen = choose_images(classes, 120, seed=3)
+    assert len(chosen) == 120 == len(set(chosen)) and len({classes[i] for i in chosen}) <= 20
+    assert chosen == choose_images(classes, 120, seed=3) != choose_images(classes, 120, seed=4)
+    with pytest.raises(DataError, match="of 1 classes"):
+        choose_images([0, 0, 0], 10, seed=0)
+
+
+def test_names_of_methods_cover_nothing(drawn, tmp_path):
+    crowded = [(f"method {i}", 10_000 + 300 * i, 0.9 + 0.001 * i, 0.01) for i in range(8)]
+    plot_parameters([*crowded, ("InsVP", 17_487, 0.95, 0.0), ("full", 10**8, 0.93, 0.02)], tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_xscale() == "log"
+    labels = [text for text in axes.texts if isinstance(text, Annotation) and text.get_text()]
+    drawn[0].draw_without_rendering()  # in the resolution of the figure, not of the file
+    boxes = {text.get_text(): text.get_window_extent() for text in labels}
+    assert len(boxes) == 10
+    for (one, box), (other, another) in combinations(boxes.items(), 2):
+        assert not box.overlaps(another), f"{one} covers {other}"
+    for x, y in (axes.transData.transform(text.xy) for text in labels):
+        assert not any(box.contains(x, y) for box in boxes.values())
+
+
+def test_settings_share_an_axis(drawn, tmp_path):
+    panels = {name: [(3, 0.8, 0.1), (1, 0.7, 0.0), (2, 0.9, 0.05)] for name in ("L", "blocks", "beta_I", "beta_F")}
+    plot_sensitivity(panels, tmp_path / "a.png")
+    axes = drawn[0].axes
+    assert [a.get_xlabel() for a in axes] == list(panels) and len({a.get_ylim() for a in axes}) == 1
+    assert list(axes[0].lines[0].get_xdata()) == [1, 2, 3]
+    band = axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (pytest.approx(0.7), pytest.approx(0.95))
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), drawing(tmp_path / "a.png", 2, 2):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,115 @@
+"""Comparisons: the rate is picked on val, differences are paired, a probe is trained once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from insvp_fast.studies import comparison, runner
+from insvp_fast.studies.comparison import Compared, compare
+from insvp_fast.studies.entries import Entry, Protocol, Row, Score, with_one_probe
+from insvp_fast.studies.paper import ABLATION, STUDIES
+from insvp_fast.studies.report import paper_number, report
+from insvp_fast.studies.tables import paired_difference
+from insvp_fast.training.candidates import insvp_config
+from insvp_fast.training.recipe import Recipe
+
+
+def test_a_paired_difference_has_students_interval():
+    one, other = np.random.default_rng(0).random((2, 7))
+    mean, half = paired_difference(one.tolist(), other.tolist())
+    expected = stats.ttest_rel(one, other).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
+    assert paired_difference([0.5], [0.25]) == (0.25, None)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[Recipe]:
+    """Instead of training: the folders of finished runs, whose test accuracy rises with the rate while val falls."""
+    recipes: list[Recipe] = []
+
+    def train(entries, folder: Path, jobs=1, launcher=()) -> None:
+        for entry in entries:
+            run = folder / str(len(recipes))
+            run.mkdir(parents=True)
+            (run / "config.json").write_text(json.dumps({"recipe": entry.recipe.to_dict()}))
+            result = {"model": entry.recipe.method, "trained_parameters": 7, "kept_epoch": 1}
+            result["model"] = {"insvp": "InsVP", "linear": "linear probe"}[entry.recipe.method]
+            val, test = 1 - entry.recipe.lr, entry.recipe.lr + 0.01 * entry.recipe.seed
+            records = [{"model": result["model"], "epoch": 1, "val_accuracy": val}, result | {"test_accuracy": test}]
+            (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+            recipes.append(entry.recipe)
+
+    monkeypatch.setattr(comparison, "train_entries", train)
+    return recipes
+
+
+def test_a_rate_is_picked_on_val_and_then_repeated(trained, tmp_path):
+    rows = [Row("probe", {"method": "linear"}), Row("ours", {"prompt_length": 2})]
+    probe, ours = compare(rows, Protocol({"epochs": 3}, (0.1, 0.01, 0.5), (4, 5, 6)), tmp_path)
+    assert (probe.rate, ours.rate, ours.at_edge) == (None, 0.01, True)
+    assert {seed: score.test for seed, score in ours.scores.items()} == pytest.approx({4: 0.05, 5: 0.06, 6: 0.07})
+    # the probe once for each seed, the other at three rates with the first, and at one with the others
+    assert sorted((recipe.method, recipe.seed) for recipe in trained) == [
+        *(("insvp", seed) for seed in (4, 4, 4, 5, 6)),
+        *(("linear", seed) for seed in (4, 5, 6)),
+    ]
+    assert all(recipe.split_seed == recipe.seed and recipe.epochs == 3 and not recipe.probe for recipe in trained)
+
+
+def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):
+    def compared(row: Row, accuracies: dict[int, float]) -> Compared:
+        facts = {"trained_parameters": 1234, "images_per_s": 5.0}
+        scores = {seed: Score("InsVP", 0.5, accuracy, facts) for seed, accuracy in accuracies.items()}
+        return Compared(row, 1e-3, True, scores)
+
+    study = STUDIES["table5"]
+    results = [compared(study.rows[0], {0: 0.5, 1: 0.7}), compared(study.rows[1], {1: 0.75, 2: 0.1})]
+    text = report("table5", study, {"cub": results}, Protocol({}, (1e-3, 1e-2), (0, 1, 2)), tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
+    assert lines[2][1:-1] == ["no prompts", "1,234", "0.001*", "50.00", "60.00 ± 14.14", "–", "5", "–", "2", "85.3"]
+    assert lines[3][1:-1] == ["p_l", "1,234", "0.001*", "50.00", "42.50 ± 45.96", "+5.00", "5", "–", "2", "87.1"]
+    assert (tmp_path / "table5.md").read_text() == text
+
+
+def test_the_papers_numbers_are_complete():
+    averages = {"Full": 85.8, "Linear": 75.7, "Partial-1": 84.6, "MLP-3": 79.9, "Bias": 87.1, "Sidetune": 81.0}
+    averages |= {"Adapter": 80.8, "AdaptFormer": 85.8, "VP": 83.4, "VPT": 85.5, "DAM-VP": 88.5, "E2VPT": 86.1}
+    averages |= {"InsVP": 91.3}
+    table = STUDIES["table1"]
+    for label, average in averages.items():  # the last column of the paper's table
+        assert np.mean(table.numbers[label]) == pytest.approx(average, abs=0.0501)
+    for name, study in STUDIES.items():
+        labels = [row.label for row in study.rows]
+        assert study.reference in labels and set(study.numbers) <= set(labels)
+        if name != "table2":
+            assert {len(numbers) for numbers in study.numbers.values()} == {len(study.sets)}
+            assert paper_number(study, study.sets[-1], study.reference) == study.numbers[study.reference][-1]
+
+
+def test_the_rows_of_the_ablation_have_the_prompts_of_their_names():
+    names = {"p_l": "patch_prompt", "p_g": "global_prompt", "p_c": "common_prompt", "p_s": "specific_prompt"}
+    for row in ABLATION[1:]:
+        config = insvp_config(Recipe(**row.settings))
+        assert {letter for letter, name in names.items() if getattr(config, name)} == set(row.label.split())
+
+
+def test_a_sweep_trains_a_probe_once():
+    recipes = [Recipe(lr=1e-3), Recipe(lr=1e-2), Recipe(lr=1e-2, data="x"), Recipe(method="linear", data="x")]
+    changed = with_one_probe([Entry({}, recipe, []) for recipe in recipes])
+    assert [entry.recipe.probe for entry in changed] == [True, False, True, True]
+    assert changed[1] == Entry({}, replace(recipes[1], probe=False), ["--no-probe"])
+
+
+def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
+    settings = {"data": str(pictures), "epochs": 1, "batch_size": 8, "amp": "off", "output": str(tmp_path / "runs")}
+    entries = [Entry({"method": method}, Recipe(method=method, **settings), []) for method in ("linear", "lora")]
+    runner.train_entries(entries, tmp_path / "runs", jobs=2)
+    runs = runner.read_runs(tmp_path / "runs")
+    assert sorted(run.recipe.method for run in runs if run.finished) == ["linear", "lora"]
+    assert "logistic regression" in (tmp_path / "runs" / "logs" / "method=linear.log").read_text()
+    runner.train_entries(entries, tmp_path / "runs")
+    assert capsys.readouterr().out.count("finished: ") == 2

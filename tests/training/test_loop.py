@@ -1,0 +1,90 @@
+"""The training loop against a plain restatement in double precision, on the batches that it made."""
+
+import copy
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from insvp_fast.training.run import train
+from insvp_fast.training.trainer import Trainer
+from tests.training.small_runs import quick
+
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 0.5, "label_smoothing": 0.1, "warmup": 0.2}
+
+
+def recorded(monkeypatch, recipe) -> tuple[torch.nn.Module, list[tuple], dict]:
+    """The model before training, (number in its epoch, images, targets, smoothing) of each batch, what was trained."""
+    models, batches, cross_entropy = [], [], torch.nn.functional.cross_entropy
+    train_batch = Trainer._train_batch
+
+    def spy(logits, targets, **how):
+        batches[-1] = (*batches[-1], targets.clone(), how["label_smoothing"])
+        return cross_entropy(logits, targets, **how)
+
+    def train_batch_and_record(self, images, classes):
+        models.extend([] if models else [copy.deepcopy(self.model)])
+        batches.append((self.batch, images))  # which mixing writes to
+        return train_batch(self, images, classes)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    monkeypatch.setattr(Trainer, "_train_batch", train_batch_and_record)
+    run = train(recipe)
+    monkeypatch.undo()
+    return models[0], batches, load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def restate(model, batches, recipe) -> dict[str, torch.Tensor]:
+    """AdamW on the mean cross-entropy of ``recipe.accumulate`` batches, with the learning rates of the release."""
+    trained = {name: p for name, p in model.double().named_parameters() if p.requires_grad}
+    undecayed = {k for k, p in trained.items() if (p.ndim == 1 or "common_prompts" in k) and not recipe.released}
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
+    steps: list[list] = []
+    for batch in batches:
+        steps += [] if batch[0] % recipe.accumulate else [[]]
+        steps[-1].append(batch[1:])
+    rising = round(recipe.warmup * len(steps))
+    for t, step in enumerate(steps, 1):
+        fraction = (t - 1 - rising) / (len(steps) - rising)
+        lr = recipe.lr * (t / rising if t <= rising else (1 + math.cos(math.pi * fraction)) / 2)
+        loss = torch.zeros((), dtype=torch.float64)
+        for images, targets, smoothing in step:
+            logits = model(images.double())
+            if targets.ndim == 1:
+                targets = torch.eye(logits.shape[1])[targets]
+            targets = targets.double() * (1 - smoothing) + smoothing / logits.shape[1]
+            loss = loss - (targets * logits.log_softmax(1)).sum() / sum(len(images) for images, *_ in step)
+        with torch.no_grad():
+            for name, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
+                p, (first, second) = trained[name], moments[name]
+                first.lerp_(gradient, 0.1), second.lerp_(gradient**2, 0.001)
+                p *= 1 - lr * (0 if name in undecayed else recipe.weight_decay)
+                p -= lr * first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+    return trained
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 5, "accumulate": 2, "weight_decay": 0.5} | MIXED,  # batches of 4, the last one of 2
+        {
+            "batch_size": 5,
+            "accumulate": 3,
+            "weight_decay": 1.0,
+            "label_smoothing": 0.1,
+            "warmup": 0.3,
+            "released": True,
+        },
+    ],
+)
+def test_training_is_what_its_settings_say(pictures, tmp_path, monkeypatch, settings):
+    # without dropout, which a restatement would draw anew
+    dropouts = {f"{prompt}_dropout": 0.0 for prompt in ("global", "patch", "common", "specific")}
+    recipe = quick(pictures, tmp_path, epochs=2, lr=1e-2, retrain=True, **dropouts, **settings)
+    model, batches, found = recorded(monkeypatch, recipe)
+    before = {name: p.detach().double() for name, p in model.named_parameters()}
+    for name, p in restate(model, batches, recipe).items():
+        moved = (p - before[name]).norm()
+        # Adam divides a gradient by its size: where it is near 0, fp32's rounding of it moves the weight as far
+        assert moved > 0 and (found[name].double() - p).norm() < 2e-3 * moved, name
