@@ -16,11 +16,14 @@ pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 @pytest.fixture
-def no_hang():
+def no_hang(capfd):
     """Ends the tests with the stack of each thread where one waits in C code, which no exception can end."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    with capfd.disabled():
+        stderr = os.dup(2)
+    faulthandler.dump_traceback_later(120, exit=True, file=stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
+    os.close(stderr)
 
 
 def make_model(seed=0):
