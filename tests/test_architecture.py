@@ -25,7 +25,7 @@ LAYERS = [
     ["data"],
     ["figures"],
     ["training"],
-    ["serving"],
+    ["serving", "report"],
     ["recipes"],
     ["testing"],
     ["bench"],

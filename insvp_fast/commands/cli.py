@@ -24,6 +24,7 @@ COMMANDS = (
     "predict",
     "prompts",
     "tsne",
+    "report",
     "serve",
     "export",
     "recipes",
@@ -37,7 +38,7 @@ COMMANDS = (
 )
 MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
 EXTRAS = {  # which one installs a package, by the name of its import
-    **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "tqdm"), "train"),
+    **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "tqdm", "jinja2"), "train"),
     "pyarrow": "parquet",
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }

@@ -35,6 +35,7 @@ STYLE = {
     "lines.markersize": 4,
     "pdf.fonttype": 42,  # letters that other programs can edit
     "savefig.dpi": 150,
+    "text.parse_math": False,  # a dollar sign in the name of a class is one
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
