@@ -126,7 +126,9 @@ def plot_prompts(
         figure.supxlabel(CAPTION, fontsize=7, color="0.35")
 
 
-def pictures_of(shown: PromptedImages, preprocessing: Mapping[str, Any]) -> dict[str, tuple[Tensor, Sequence[str] | None]]:
+def pictures_of(
+    shown: PromptedImages, preprocessing: Mapping[str, Any]
+) -> dict[str, tuple[Tensor, Sequence[str] | None]]:
     """Pictures [B, 3, H, W] in [0, 1] of what there is, and what to write below each, by their title."""
     image = denormalize(shown.image, preprocessing)
     columns: dict[str, tuple[Tensor, Sequence[str] | None]] = {"image": (image, None)}

@@ -72,7 +72,7 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
     recipe, config = read_config(folder)
     records, metrics = read_metrics(folder), results.metrics
     epochs = [record for record in records if "trained_parameters" not in record]
-    confusion = metrics.confusion if isinstance(metrics, Metrics) else None
+    names, confusion = results.class_names, metrics.confusion if isinstance(metrics, Metrics) else None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("insvp_fast.report", ""),
         autoescape=True,
@@ -90,10 +90,10 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
         scores=SCORES,
         models=[record for record in records if "trained_parameters" in record],
         curves=_svg(lambda file: plot_curves(epochs, file)) if epochs else None,
-        confusion=None if confusion is None else _svg(lambda file: plot_confusion(confusion, results.class_names, file)),
-        confusions=[] if confusion is None else _confusions(confusion, results.class_names),
-        classes=_classes(metrics, results.class_names)[:MAX_ROWS],
-        class_count=len(results.class_names),
+        confusion=None if confusion is None else _svg(lambda file: plot_confusion(confusion, names, file)),
+        confusions=[] if confusion is None else _confusions(confusion, names),
+        classes=_classes(metrics, names)[:MAX_ROWS],
+        class_count=len(names),
         mistakes=_mistakes(results),
         reason=results.mistakes.reason,
         settings=_settings(recipe),
