@@ -25,6 +25,7 @@ COMMANDS = (
     "prompts",
     "tsne",
     "report",
+    "demo",
     "serve",
     "export",
     "recipes",
@@ -40,6 +41,7 @@ MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
 EXTRAS = {  # which one installs a package, by the name of its import
     **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "tqdm", "jinja2"), "train"),
     "pyarrow": "parquet",
+    "gradio": "demo",
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention

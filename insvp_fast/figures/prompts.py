@@ -143,7 +143,7 @@ def pictures_of(
         columns["prompted\nimage"] = denormalize(shown.prompted_image, preprocessing), None
     for word, cam in {"with": shown.grad_cam, "without": shown.grad_cam_without_prompts}.items():
         if cam is not None:
-            columns[f"Grad-CAM\n{word} prompts"] = _overlay(image, cam), None
+            columns[f"Grad-CAM\n{word} prompts"] = overlay(image, cam), None
     return columns
 
 
@@ -171,7 +171,7 @@ def _colored(values: Tensor) -> Tensor:
     return torch.from_numpy(colors).permute(0, 3, 1, 2)
 
 
-def _overlay(image: Tensor, cam: Tensor) -> Tensor:
+def overlay(image: Tensor, cam: Tensor) -> Tensor:
     """Grad-CAM in colors over the image in gray."""
     gray = image.mean(1, keepdim=True)
     return 0.4 * gray + 0.6 * _colored(cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12))
