@@ -1,84 +1,82 @@
-"""A page on which a trained model can be tried: drop an image, see its classes, its prompts and where the model looks."""
+"""A page on which a trained model can be tried: drop an image, see its classes, prompts, and where the model looks."""
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import gradio
-import torch
 
 from insvp_fast.data.decode import read_image
 from insvp_fast.errors import DataError, InsVPError
 from insvp_fast.figures.attention import class_attention
 from insvp_fast.figures.prompts import explain, overlay, pictures_of
-from insvp_fast.reference.prompted import PromptedReference
+from insvp_fast.figures.web import encode_picture
 from insvp_fast.training.prediction import Classifier
 
 __all__ = ["create_demo", "serve_demo"]
 
 SHOWN_CLASSES = 5
-SHOWN_SIDE = 224  # to which smaller pictures are enlarged, pixel by pixel
 CACHE_SECONDS = 600  # after which uploads are deleted
 MAX_WAITING = 16  # images; further ones are refused
-HEADING = (
-    "# {name}\nPrompts: gray is 0, and each is scaled to its largest magnitude. Grad-CAM and attention: bright where"
-)
-HEADING += " the model looks for its likeliest class. Images stay on the machine that runs this demo."
+LEGEND = """
+Prompts: gray is 0, and each is scaled to its largest magnitude. Grad-CAM: bright where patches speak for the likeliest
+class. Attention: what the class token reads in the last block. Nothing is sent to other machines than this page's own.
+"""
+CSS = """
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
+.pictures figure { margin: 0; }
+.pictures img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; image-rendering: pixelated; }
+.pictures figcaption { margin-top: 0.25rem; color: var(--body-text-color-subdued); font-size: 0.85rem; }
+footer { display: none !important; }
+"""
 
 
-def create_demo(classifier: Classifier, name: str, max_pixels: int) -> gradio.Blocks:
-    """The page of a model, ready for ``launch``.
+def create_demo(classifier: Classifier, name: str, max_pixels: int = 25_000_000) -> gradio.Blocks:
+    """The page of a model, for ``serve_demo``.
 
     Args:
-        name: its heading.
+        name: its title.
         max_pixels: as in ``read_image``.
     """
 
-    def show(file: str | None) -> tuple[dict[str, float] | None, list[Any], str]:
+    def show(file: str | None) -> tuple[dict[str, float] | None, str, str]:
         if file is None:
-            return None, [], ""
+            return None, "", ""
         try:
             return _explain(classifier, file, max_pixels)
         except DataError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            raise gradio.Error(escape(str(error)), print_exception=False) from error
 
     with gradio.Blocks(analytics_enabled=False, title=name, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as demo:
-        gradio.Markdown(HEADING.format(name=name))
+        gradio.HTML(f"<h1>{escape(name)}</h1>")
+        gradio.Markdown(LEGEND)
         with gradio.Row():
-            with gradio.Column(scale=1):
-                # no gradio.Image, which opens whatever Pillow opens, of any size
+            with gradio.Column(scale=1, min_width=280):
+                # no gradio.Image, which would open an image of any format and size
                 upload = gradio.File(label="Image", elem_id="upload")
                 label = gradio.Label(label="Classes", num_top_classes=SHOWN_CLASSES, elem_id="classes")
-            with gradio.Column(scale=2):
-                gallery = gradio.Gallery(
-                    label="Prompts and attention",
-                    columns=3,
-                    height="auto",
-                    object_fit="contain",
-                    format="png",
-                    buttons=["download", "fullscreen"],
-                    interactive=False,
-                    elem_id="pictures",
-                )
-                reason = gradio.Markdown()
-        upload.change(show, upload, [label, gallery, reason], api_name="show")
+            with gradio.Column(scale=2, min_width=280):
+                pictures, reason = gradio.HTML(elem_id="pictures"), gradio.Markdown()
+        upload.change(show, upload, [label, pictures, reason], api_name="show")
     return demo
 
 
-def serve_demo(demo: gradio.Blocks, host: str, port: int, max_bytes: int, block: bool = True) -> str:
-    """Serve a page, without gradio's sharing, history and monitoring.
+def serve_demo(demo: gradio.Blocks, host: str, port: int | None, max_bytes: int) -> str:
+    """Serve a page in threads of its own, without gradio's sharing, history and monitoring.
 
     Args:
+        port: None for one that is free.
         max_bytes: of an upload.
-        block: whether to return only when the process is interrupted.
 
     Returns:
         The address of the page.
     """
-    demo.queue(max_size=MAX_WAITING).launch(
+    _, address, _ = demo.queue(max_size=MAX_WAITING).launch(
         server_name=host,
         server_port=port,
         max_file_size=max_bytes,
+        css=CSS,
         share=False,
         ssr_mode=False,
         mcp_server=False,
@@ -88,31 +86,32 @@ def serve_demo(demo: gradio.Blocks, host: str, port: int, max_bytes: int, block:
         quiet=True,
         prevent_thread_lock=True,
     )
-    print(f"insvp: the demo is at {demo.local_url}", flush=True)
-    if block:
-        demo.block_thread()
-    return str(demo.local_url)
+    return str(address)
 
 
-def _explain(classifier: Classifier, file: str, max_pixels: int) -> tuple[dict[str, float], list[Any], str]:
-    """Probabilities by class name, pictures with their titles, and why pictures are missing."""
+def _explain(classifier: Classifier, file: str, max_pixels: int) -> tuple[dict[str, float], str, str]:
+    """Probabilities by class name, the pictures in HTML, and why some are missing."""
     with open(file, "rb") as stream:
         image = read_image(stream, "the file", classifier.exif_rotation, max_pixels)
     model: Any = classifier.model
     batch = classifier.transform(image)[None].to(classifier.device)
     shown, reason = explain(model, batch)
-    pictures = {title: images[0] for title, (images, _) in pictures_of(shown, model.preprocessing).items()}
-    if isinstance(model, PromptedReference):
-        try:
-            pictures["attention"] = overlay(pictures["image"][None], class_attention(model, batch).cpu())[0]
-        except InsVPError as error:
-            reason = "\n\n".join(filter(None, [reason, str(error)]))
-    gallery = []
-    for title, picture in pictures.items():
-        pixels = (picture * 255).round().to(torch.uint8)
-        scale = -(-SHOWN_SIDE // max(pixels.shape[1:]))
-        enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        gallery.append((enlarged.permute(1, 2, 0).numpy(), title.replace("\n", " ")))
+    pictures = {
+        title.replace("\n", " "): part[0] for title, (part, _) in pictures_of(shown, model.preprocessing).items()
+    }
+    reasons = [] if reason is None else [reason]
+    try:
+        pictures["attention"] = overlay(pictures["image"][None], class_attention(model, batch).cpu())[0]
+    except InsVPError as error:
+        reasons.append(str(error))
     values, classes = shown.probabilities[0].topk(min(SHOWN_CLASSES, len(classifier.class_names)))
     names = [classifier.class_names[index] for index in classes.tolist()]
-    return dict(zip(names, values.tolist(), strict=True)), gallery, reason or ""
+    return dict(zip(names, values.tolist(), strict=True)), _html(pictures), "\n\n".join(reasons)
+
+
+def _html(pictures: dict[str, Any]) -> str:
+    figures = (
+        f'<figure><img src="{encode_picture(picture)}" alt="{title}"><figcaption>{title}</figcaption></figure>'
+        for title, picture in pictures.items()
+    )
+    return f'<div class="pictures">{"".join(figures)}</div>'

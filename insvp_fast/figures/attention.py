@@ -16,7 +16,7 @@ __all__ = ["class_attention"]
 
 
 @torch.inference_mode()
-def class_attention(model: PromptedReference, images: Tensor) -> Tensor:
+def class_attention(model: nn.Module, images: Tensor) -> Tensor:
     """The weights with which the class token attends to each patch in the last block, in the mean over the heads.
 
     Their sum over the patches is below 1: the token attends to itself and to prompts as well. The model runs on its
@@ -31,6 +31,8 @@ def class_attention(model: PromptedReference, images: Tensor) -> Tensor:
     Raises:
         InsVPError: if the backbone has no class token, or its last block does not show its attention.
     """
+    if not isinstance(model, PromptedReference):
+        raise InsVPError(f"no attention of a {type(model).__name__}: its method changes the backbone")
     attention: Any = getattr((getattr(model.backbone, "blocks", None) or [None])[-1], "attn", None)
     kind = type(model.backbone).__name__
     if getattr(model.backbone, "cls_token", None) is None or not hasattr(attention, "fused_attn"):

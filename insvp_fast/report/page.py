@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,12 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jinja2
-import torch
-from PIL import Image
 from torch import Tensor
 
 from insvp_fast.figures.prompts import pictures_of
 from insvp_fast.figures.runs import plot_confusion, plot_curves
+from insvp_fast.figures.web import data_uri, encode_picture
 from insvp_fast.report.results import Mistakes, Results
 from insvp_fast.training.metrics import Metrics
 from insvp_fast.training.probabilities import LEAST_PROBABILITY
@@ -28,7 +25,6 @@ __all__ = ["render"]
 
 MAX_ROWS = 50  # of the table of classes
 MAX_CONFUSIONS = 10
-LOSSLESS_SIDE = 64  # of pictures up to which PNG is small enough; it keeps every pixel, which such a picture shows
 SCORES = {  # of results, with their titles
     "test_accuracy": "top-1",
     "test_mean_per_class": "mean per class",
@@ -104,11 +100,7 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
 def _svg(plot: Callable[[Path], None]) -> str:
     with TemporaryDirectory() as folder:
         plot(file := Path(folder, "figure.svg"))
-        return _data_uri(file.read_bytes(), "svg+xml")
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        return data_uri(file.read_bytes(), "svg+xml")
 
 
 def _confusions(confusion: Tensor, names: list[str]) -> list[tuple[str, str, int, float]]:
@@ -146,7 +138,7 @@ def _mistakes(results: Results) -> list[_Mistake]:
     found = []
     for i, (file, loss) in enumerate(zip(mistakes.names, mistakes.losses, strict=True)):
         pictures = [
-            _Picture(title.replace("\n", " "), notes[i] if notes else "", _encode(images[i]))
+            _Picture(title.replace("\n", " "), notes[i] if notes else "", encode_picture(images[i]))
             for title, (images, notes) in columns.items()
         ]
         found.append(_Mistake(file, *_labels(mistakes, i, names), loss, pictures))
@@ -163,14 +155,6 @@ def _labels(mistakes: Mistakes, i: int, names: list[str]) -> tuple[str, str]:
         true, predicted = (hot.nonzero()[:, 0].tolist() for hot in (target > 0.5, probabilities >= LEAST_PROBABILITY))
     words = [", ".join(f"{names[k]} ({probabilities[k]:.1%})" for k in found) for found in (true, predicted)]
     return words[0] or "none", words[1] or "none"
-
-
-def _encode(picture: Tensor) -> str:
-    """Pixels in [0, 1], [3, H, W], as a data URI."""
-    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    kind, stream = "png" if max(pixels.shape) <= LOSSLESS_SIDE else "jpeg", io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind, quality=85, optimize=True)
-    return _data_uri(stream.getvalue(), kind)
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str, bool]]:

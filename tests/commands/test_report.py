@@ -10,17 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.commands import cli
 from insvp_fast.methods import create_model
-from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.backbone import load_backbone
 from tests.browser import needs_chromium, open_page
-from tests.commands.finished_run import finish
+from tests.commands.finished_run import HOSTILE, noise, with_random_head, write_run
 
-HOSTILE = ["<script>alert(1)", "\"><img src=x onerror='alert(2)'>", r"{{ 7 * 7 }} $\bad$ & 'so' on", "plain"]
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -54,45 +51,15 @@ class Page(HTMLParser):
         return [value for name, value in self.attributes if name == "src" and value.startswith(f"data:image/{kind}")]
 
 
-def write_run(folder: Path, data: Path, model: torch.nn.Module, names: list[str], **settings) -> Path:
-    """A finished run around a model that was not trained."""
-    recipe, preprocessing = Recipe(data=str(data), batch_size=4, **settings), resolve_preprocessing(load_backbone())
-    model.save_pretrained(folder / "adapter", class_names=names, preprocessing=preprocessing)
-    versions = {"versions": {"insvp_fast": "0.1.0", "torch": "2.11<0>"}, "command": "insvp train --data '<b>'"}
-    config = {"recipe": recipe.to_dict(), "preprocessing": preprocessing, "class_names": names} | versions
-    (folder / "config.json").write_text(json.dumps(config))
-    finish(folder, 0.5)
-    return folder
-
-
-def with_random_head(model: torch.nn.Module) -> torch.nn.Module:
-    torch.nn.init.normal_(model.head.weight)
-    return model
-
-
-def noise(file: Path, random: np.random.Generator) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(random.integers(0, 255, (33, 40, 3)).astype(np.uint8)).save(file)
-
-
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory) -> Path:
-    """A run whose classes and files have names of HTML, templates and formulas; with pictures larger than icons."""
-    random, root = np.random.default_rng(0), tmp_path_factory.mktemp("hostile")
-    for name in HOSTILE:
-        for split in ("train", "test"):
-            noise(root / "data" / split / name / "<b onload='alert(3)'>.png", random)
-            noise(root / "data" / split / name / "1.png", random)
-    torch.manual_seed(0)
-    model = with_random_head(InsVPViT(load_backbone(), 4, InsVPConfig(prompt_length=2)))
-    run = write_run(root / "run", root / "data", model, sorted(HOSTILE), select_on="test")
-    assert cli.main(["report", str(run)]) == 0
-    return run
+def report(hostile) -> Path:
+    assert cli.main(["report", str(hostile)]) == 0
+    return hostile / "report.html"
 
 
-def test_the_page_says_what_eval_says_and_shows_the_worst_first(hostile, capsys):
+def test_the_page_says_what_eval_says_and_shows_the_worst_first(hostile, report, capsys):
     assert cli.main(["eval", str(hostile)]) == 0
-    facts, page = json.loads((hostile / "eval.json").read_text()), Page(hostile / "report.html")
+    facts, page = json.loads((hostile / "eval.json").read_text()), Page(report)
     for title, key in (("top-1 accuracy", "top1"), ("mean per class", "mean_per_class"), ("F1", "f1")):
         assert page.texts[page.texts.index(title) - 1] == f"{facts[key]:.1%}"
     wrong = round(8 * (1 - facts["top1"]))
@@ -105,21 +72,21 @@ def test_the_page_says_what_eval_says_and_shows_the_worst_first(hostile, capsys)
     assert len(page.sources("svg")) == 2
 
 
-def test_names_are_text_and_nothing_is_loaded(hostile):
-    page = Page(hostile / "report.html")
+def test_names_are_text_and_nothing_is_loaded(report):
+    page = Page(report)
     assert not {"script", "iframe", "object", "b", "form"} & set(page.tags)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     links = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
     assert links and all(value.startswith("data:") for value in links)
-    css = re.search("<style>(.*?)</style>", (hostile / "report.html").read_text(), re.DOTALL)[1]
+    css = re.search("<style>(.*?)</style>", report.read_text(), re.DOTALL)[1]
     assert "url(" not in css and "@import" not in css
     assert set(HOSTILE) <= set(page.texts)
     assert any(text.endswith("<b onload='alert(3)'>.png") for text in page.texts)
 
 
 @needs_chromium
-def test_a_browser_shows_it_without_a_complaint(hostile, tmp_path):
-    dom, console = open_page(hostile / "report.html", tmp_path / "profile")
+def test_a_browser_shows_it_without_a_complaint(report, tmp_path):
+    dom, console = open_page(report, tmp_path / "profile")
     assert console == []
     assert "Worst mistakes" in dom and "<script" not in dom
     broken = tmp_path / "broken.html"
