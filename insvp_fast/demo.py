@@ -21,13 +21,13 @@ CACHE_SECONDS = 600  # after which uploads are deleted
 MAX_WAITING = 16  # images; further ones are refused
 LEGEND = """
 Prompts: gray is 0, and each is scaled to its largest magnitude. Grad-CAM: bright where patches speak for the likeliest
-class. Attention: what the class token reads in the last block. Nothing is sent to other machines than this page's own.
+class. Attention: what the class token reads in the last block. The image stays on the machine that serves this page.
 """
 CSS = """
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
 .pictures figure { margin: 0; }
 .pictures img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; image-rendering: pixelated; }
-.pictures figcaption { margin-top: 0.25rem; color: var(--body-text-color-subdued); font-size: 0.85rem; }
+.pictures figcaption { margin-top: 0.25rem; opacity: 0.75; font-size: 0.85rem; }
 footer { display: none !important; }
 """
 
@@ -49,7 +49,7 @@ def create_demo(classifier: Classifier, name: str, max_pixels: int = 25_000_000)
             raise gradio.Error(escape(str(error)), print_exception=False) from error
 
     with gradio.Blocks(analytics_enabled=False, title=name, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as demo:
-        gradio.HTML(f"<h1>{escape(name)}</h1>")
+        gradio.HTML(f"<h1>{escape(name)}</h1>", padding=False)
         gradio.Markdown(LEGEND)
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
@@ -57,7 +57,7 @@ def create_demo(classifier: Classifier, name: str, max_pixels: int = 25_000_000)
                 upload = gradio.File(label="Image", elem_id="upload")
                 label = gradio.Label(label="Classes", num_top_classes=SHOWN_CLASSES, elem_id="classes")
             with gradio.Column(scale=2, min_width=280):
-                pictures, reason = gradio.HTML(elem_id="pictures"), gradio.Markdown()
+                pictures, reason = gradio.HTML(elem_id="pictures", padding=False), gradio.Markdown()
         upload.change(show, upload, [label, pictures, reason], api_name="show")
     return demo
 

@@ -38,7 +38,7 @@ def run(run: str, images: int, seed: int, output: str | None, batch_size: int | 
     recipe, model, preprocessing, names = load_run(run)
     make_folder(file.parent)
     data = load_test_data(
-        recipe.data, preprocessing, recipe.seed, names, root=recipe.root, exif_rotation=recipe.exif_rotation
+        recipe.data, preprocessing, recipe.split_seed, names, root=recipe.root, exif_rotation=recipe.exif_rotation
     )
     chosen = choose_images(data.classes, images, seed)
     device = create_accelerator().device
