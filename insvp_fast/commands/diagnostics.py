@@ -11,7 +11,7 @@ from typing import Any
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
-from insvp_fast.training.run_folder import SLOW_LOADER, TESTED_ON_VAL, read_config, read_json, read_metrics
+from insvp_fast.training.run_folder import SLOW_LOADER, read_config, read_json, read_metrics
 
 __all__ = ["adapter_warnings", "run_warnings"]
 
@@ -22,15 +22,13 @@ def run_warnings(run: Path) -> Iterator[str]:
     Raises:
         TrainingError: if it is not a run folder.
     """
-    recipe, config = read_config(run)
+    recipe, _ = read_config(run)
     waits = [record["data_wait"] for record in read_metrics(run) if "data_wait" in record]
     if waits and (mean := sum(waits) / len(waits)) > SLOW_LOADER:
         yield f"{mean:.0%} of the training time was spent waiting for images: use more --workers, or --cache"
     if recipe.backbone == "vit_base_patch16_224":
         yield f"backbone {recipe.backbone} does not say which weights; timm has changed which ones it takes then"
-    if config.get("tested_on") == "val":
-        yield TESTED_ON_VAL
-    elif recipe.selection_split == "test":
+    if recipe.selection_split == "test":
         yield "the epoch to keep was selected on the test images: the test accuracy is optimistic"
     if (run / "adapter" / ADAPTER_FILE).is_file():
         yield from adapter_warnings(run / "adapter", recipe.backbone)

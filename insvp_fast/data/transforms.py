@@ -24,6 +24,7 @@ __all__ = [
     "transform_for",
 ]
 
+DEFAULT_AUGMENTATION = "insvp"
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -50,7 +51,7 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
     Raises:
         DataError: if there is no such augmentation, or ``crop`` has nothing to crop from.
     """
-    augmentation = preprocessing.get("augmentation", "timm")
+    augmentation = preprocessing.get("augmentation", DEFAULT_AUGMENTATION)
     if augmentation not in AUGMENTATIONS:
         raise DataError(f"`augmentation` is {augmentation}: expected one of {', '.join(AUGMENTATIONS)}")
     if not training:
@@ -75,7 +76,11 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
 def describe_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
     """What training adds, ready for JSON: its ``augmentation`` and ``hflip``, and the ``steps`` of the transform."""
     steps = [repr(step) for step in steps_of(transform_for(preprocessing, training=True))]
-    return {"augmentation": preprocessing.get("augmentation", "timm"), "hflip": _hflip(preprocessing), "steps": steps}
+    return {
+        "augmentation": preprocessing.get("augmentation", DEFAULT_AUGMENTATION),
+        "hflip": _hflip(preprocessing),
+        "steps": steps,
+    }
 
 
 def steps_of(transform: Any) -> list[Any]:

@@ -12,12 +12,23 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from insvp_fast.data import Data
+from insvp_fast.errors import TrainingError
+from insvp_fast.reference.heads import DistilledHead
 from insvp_fast.training.loader import Loader, create_loader
 from insvp_fast.training.metrics import compute_metrics
-from insvp_fast.training.recipe import score_name
+from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_logger import RunLogger
 
-__all__ = ["Features", "LinearFit", "fit_linear", "read_features", "set_head", "train_linear_probe"]
+__all__ = [
+    "Features",
+    "LinearFit",
+    "begins_as_probe",
+    "fit_linear",
+    "read_features",
+    "set_head",
+    "start_as_probe",
+    "train_linear_probe",
+]
 
 WEIGHT_DECAYS = tuple(10.0**-i for i in range(6))
 MAX_STEPS = 1000  # of L-BFGS, for each of them
@@ -99,6 +110,36 @@ def train_linear_probe(name: str, model: nn.Module, data: Data, logger: RunLogge
             "protocol": recipe.protocol,
         }
     )
+
+
+def begins_as_probe(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether training begins with ``start_as_probe``, by ``recipe.head_init``.
+
+    Raises:
+        TrainingError: if that is asked for, and the head is not one linear layer.
+    """
+    is_linear = isinstance(model.head, nn.Linear | DistilledHead)
+    if recipe.head_init == "probe" and not is_linear:
+        kind = type(model.head).__name__
+        raise TrainingError(f"`head_init` is probe: expected a head that is one linear layer, found a {kind}")
+    auto = is_linear and not recipe.released and not recipe.init_from
+    return auto if recipe.head_init == "auto" else recipe.head_init == "probe"
+
+
+def start_as_probe(model: nn.Module, data: Data, logger: RunLogger) -> None:
+    """Fit the head to what a model gives it before training, so that training begins from a linear probe.
+
+    Prompts are as they were drawn: they move the features of a good backbone far, but leave the classes separable.
+    "LP-FT" of Kumar et al., 2022 (arXiv 2202.10054) for prompts instead of a whole network.
+    """
+    recipe, accelerator = logger.recipe, logger.accelerator
+    model.to(accelerator.device)
+    with accelerator.autocast():
+        loaders = (create_loader(images, recipe, accelerator) for images in (data.plain_train, data.val))
+        train, val = (read_features(model, loader, accelerator) for loader in loaders)
+    fit = broadcast_object_list([fit_linear(train, val, len(data.class_names))])[0]
+    set_head(model, fit)
+    logger.say(f"the head begins as a linear probe, weight decay {fit.weight_decay:g}")
 
 
 @torch.no_grad()  # not inference mode: the features are used in a gradient

@@ -114,7 +114,7 @@ class Recipe:
         None,
         "timm: random area, aspect ratio and colors; insvp: random crops of images of 8/7 of the size, as the paper's"
         " authors do; crop: random crops of images as evaluation resizes them; none (default: none for the digits and"
-        " VTAB, else that of `preprocessing`)",
+        " VTAB, else insvp)",
         _one_of(*AUGMENTATIONS),
     )
     hflip: float | None = _setting(
@@ -154,6 +154,13 @@ class Recipe:
         "none",
         "multiply the learning rates by (images per step / 64), by its square root, or by nothing",
         _one_of("none", "linear", "sqrt"),
+    )
+    head_init: str = _setting(
+        "auto",
+        "random: the head that timm draws; probe: a linear probe on the features before training, fitted to"
+        " convergence, which counts as epoch 0 when the epoch to keep is selected; auto: probe, but random with"
+        " `released` and `init_from` and where the head is more than one linear layer",
+        _one_of("auto", "random", "probe"),
     )
     weight_decay: float = _setting(1e-2, "weight decay of AdamW", NOT_NEGATIVE)
     warmup: float = _setting(0.1, "fraction of all steps in which the learning rate rises", BELOW_ONE)

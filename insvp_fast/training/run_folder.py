@@ -14,7 +14,6 @@ __all__ = [
     "CONFIG_FILE",
     "METRICS_FILE",
     "SLOW_LOADER",
-    "TESTED_ON_VAL",
     "read_config",
     "read_json",
     "read_metrics",
@@ -22,10 +21,6 @@ __all__ = [
 ]
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # of a run
-TESTED_ON_VAL = (
-    "there are no test images: the final accuracy is that of val, which also selects the epoch to keep, so it is"
-    " optimistic; split off test images to measure it"
-)
 SLOW_LOADER = 0.3  # the share of the time spent waiting for images from which on it is reported
 
 

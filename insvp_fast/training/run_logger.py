@@ -147,7 +147,7 @@ class RunLogger:
         columns = "".join(f"{f'test {WORDS.get(name, name).strip()}':>15}" for name in self.shown)
         self.say(f"\n{'':12}{columns}{'trained parameters':>20}{'kept':>12}")
         for record in self.results:
-            kept = f"epoch {record['kept_epoch']}" if record["kept_epoch"] else "converged"
+            kept = "converged" if record["kept_epoch"] is None else f"epoch {record['kept_epoch']}"
             scores = "".join(f"{record[f'test_{name}']:>15.1%}" for name in self.shown)
             parameters = f"{record['trained_parameters']:,}"
             self.say(f"{record['model']:12}{scores}{parameters:>20}{kept:>12}")

@@ -21,6 +21,7 @@ from insvp_fast.errors import TrainingError
 from insvp_fast.training.average import WeightAverage, copy_weights
 from insvp_fast.training.balance import class_weights, targets_of
 from insvp_fast.training.candidates import Candidate
+from insvp_fast.training.linear_probe import begins_as_probe, start_as_probe
 from insvp_fast.training.loader import create_loader
 from insvp_fast.training.loss import Loss
 from insvp_fast.training.metrics import compute_metrics
@@ -70,6 +71,9 @@ class Trainer:
         self.loss = Loss(recipe, self.num_classes, weights, data.multi_label)
         if recipe.init_from and candidate.is_adapter and not (self.folder / "last").exists():
             logger.say(warm_start(model, recipe.init_from))
+        self.begins_as_probe = begins_as_probe(recipe, model)
+        if self.begins_as_probe and not self._read_on_main(lambda: (self.folder / "last").exists()):
+            start_as_probe(model, data, logger)
         # of a model, timm does not decay biases and what it takes for embeddings; the release decays all that it trains
         decayed = [p for p in model.parameters() if p.requires_grad] if recipe.released else model
         optimizer = create_optimizer_v2(decayed, opt="adamw", lr=self.lr, weight_decay=recipe.weight_decay)
@@ -90,6 +94,8 @@ class Trainer:
         Raises:
             TrainingError: if the loss becomes infinite or not a number.
         """
+        if self.begins_as_probe and self.recipe.selection_split and self.epoch == self.batch == 0:
+            self._keep_best({"epoch": 0} | self._evaluate_epoch())
         while not self._is_finished():
             record = {"model": self.name, "epoch": self.epoch + 1} | self._train_epoch()
             with self.average.in_place():

@@ -118,6 +118,7 @@ EVERYTHING = Recipe(
     specific_dropout=0.5,
     simam=True,
     probe=False,
+    head_init="probe",
     workers=7,
     cache=True,
     trackers=("tensorboard", "wandb"),

@@ -122,11 +122,3 @@ def test_doctor_warns_of_a_run_that_waits_for_its_data(run, tmp_path):
     for share, warned in ((0.6, True), (0.1, False)):
         finish(tmp_path, 0.5, data_wait=share)
         assert any("waiting for images" in text for text in diagnostics.run_warnings(tmp_path)) == warned
-
-
-def test_doctor_warns_of_a_run_without_test_images(run, tmp_path):
-    config = json.loads((run / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"tested_on": "val"}))
-    assert [text for text in diagnostics.run_warnings(tmp_path) if text.startswith("there are no test images: ")]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert not [text for text in diagnostics.run_warnings(tmp_path) if "no test images" in text]

@@ -253,7 +253,7 @@ def test_another_seed_keeps_the_split_and_the_run_says_what_it_is(tmp_path, monk
         return loaded[-1]
 
     for name in ("plot_prompts", "plot_curves"):
-        monkeypatch.setattr(run, name, lambda *args: None)
+        monkeypatch.setattr(run, name, lambda *_, **__: None)
     monkeypatch.setattr(run, "load_data", load)
     with monkeypatch.context() as patch:
         patch.setattr(run, "train_candidate", lambda *args: None)

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from insvp_fast.data import sources as data_module
 from insvp_fast.training.recipe import Recipe
 
-SMALL = {"epochs": 3, "batch_size": 16, "amp": "off"}
+SMALL = {"epochs": 3, "batch_size": 16, "amp": "off", "head_init": "random"}
 
 
 def make_folder(root: Path, splits: dict[str, int], classes: tuple[str, ...] = ("dark", "light")) -> Path:
@@ -34,7 +34,7 @@ def use_few_digits(patch) -> None:
 
 
 def quick(pictures: Path, tmp_path: Path, **settings) -> Recipe:
-    common = {"epochs": 1, "batch_size": 8, "probe": False, "amp": "off", "prompt_length": 2}
+    common = {"epochs": 1, "batch_size": 8, "probe": False, "amp": "off", "prompt_length": 2, "head_init": "random"}
     return Recipe(data=str(pictures), output=str(tmp_path), **(common | settings))
 
 
