@@ -79,8 +79,9 @@ def explain(model: nn.Module, images: Tensor) -> tuple[PromptedImages, str | Non
     except InsVPError as error:
         reason = str(error)
     prompted = None if prompt.prompt is None else prompt.prompted
-    parts = (images, prompt.global_, prompt.patch, prompt.prompt, heat_map, prompted, *cams, probabilities)
-    return PromptedImages(*(None if part is None else part.detach().float().cpu() for part in parts)), reason
+    parts: Any = (images, prompt.global_, prompt.patch, prompt.prompt, heat_map, prompted, *cams, probabilities)
+    parts = [None if part is None else part.detach().float().cpu() for part in parts]
+    return PromptedImages(*parts), reason
 
 
 def one_per_class(classes: Sequence[int], most: int) -> list[int]:
@@ -111,7 +112,8 @@ def plot_prompts(
     """
     columns, count = pictures_of(shown, preprocessing), len(shown.image)
     with drawing(file, 1.22 * len(columns) + 1.5, 1.32 * count + 0.9) as figure:
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.02)
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.03, h_pad=0.02)
         panels = figure.subplots(count, len(columns), squeeze=False)
         for (title, (pictures, notes)), column in zip(columns.items(), panels.T, strict=True):
             for i, axes in enumerate(column):
@@ -137,7 +139,7 @@ def pictures_of(
         if prompt is not None:
             largest = [f"max {value:.2g}" for value in prompt.abs().amax((1, 2, 3))]
             columns[name.replace("_", "\n")] = to_gray_range(prompt), largest
-    if shown.heat_map is not None:
+    if shown.heat_map is not None and shown.prompted_image is not None:
         colors = _colored(shown.heat_map / shown.heat_map.max().clamp(min=1e-12))
         columns["its\nheat map"] = colors, [f"mean {value:.2g}" for value in shown.heat_map.mean((1, 2))]
         columns["prompted\nimage"] = denormalize(shown.prompted_image, preprocessing), None
