@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from insvp_fast.commands.options import positive
+from insvp_fast.commands.options import add_json, positive
 
 SUMMARY = "time InsVP against the bare frozen backbone on this machine"
 
@@ -19,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=positive, metavar="N", default=7, help="timed runs of each kind (default: %(default)s)"
     )
 
+    add_json(parser)
 
-def run(report: str | None, model: str, batch_size: int | None, rounds: int) -> int:
+
+def run(report: str | None, model: str, batch_size: int | None, rounds: int) -> dict[str, Any]:
     from insvp_fast.bench.report import run_benchmark
 
-    run_benchmark(report, model, batch_size, rounds)
-    return 0
+    return {"rows": run_benchmark(report, model, batch_size, rounds)}

@@ -6,13 +6,16 @@ torch is imported only when a command runs, so that help and mistakes are answer
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from typing import NoReturn
 
 from insvp_fast import __version__
+from insvp_fast.commands.completion import PrintCompletion
 from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import InsVPError
 
@@ -29,6 +32,7 @@ COMMANDS = (
     "serve",
     "export",
     "recipes",
+    "methods",
     "data",
     "sweep",
     "paper",
@@ -39,7 +43,7 @@ COMMANDS = (
 )
 MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
 EXTRAS = {  # which one installs a package, by the name of its import
-    **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "tqdm", "jinja2"), "train"),
+    **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "rich", "shtab", "jinja2"), "train"),
     "pyarrow": "parquet",
     "gradio": "demo",
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
@@ -59,9 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP reads it when torch is loaded: threads that spin while they wait slow training down on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = vars(_parser().parse_args(arguments))
-    command = options.pop("command")
+    command, as_json = options.pop("command"), options.pop("json", False)
     try:
-        return command(**options)
+        with _everything_to_stderr() if as_json else nullcontext():
+            result = command(**options)
+        if as_json and result is not None:
+            print(json.dumps(result, default=str))
+        errors = (result or {}).get("errors", ())
+        for error in errors:
+            print(f"insvp: error: {error}", file=sys.stderr)
+        return 1 if errors else 0
     except InsVPError as error:
         message = " ".join(line.strip() for line in str(error).splitlines())
         print(f"insvp: error: {show_options(message)}", file=sys.stderr)
@@ -81,6 +92,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+@contextmanager
+def _everything_to_stderr() -> Iterator[None]:
+    """Send what is printed to standard error, also by native code and by processes that are started."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="insvp",
@@ -88,6 +113,7 @@ def _parser() -> Parser:
         epilog="`insvp COMMAND --help` explains a command; without options, `insvp train` fits a small model to digits",
     )
     parser.add_argument("--version", action="version", version=f"insvp {__version__}")
+    parser.add_argument("--print-completion", action=PrintCompletion)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = import_module(f"insvp_fast.commands.{MODULES.get(name, name)}")

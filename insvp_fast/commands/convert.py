@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
+from insvp_fast.commands.options import add_json
 from insvp_fast.errors import CommandError
 
 SUMMARY = "convert a checkpoint of the authors' code into an adapter"
@@ -28,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-backbone", action="store_true", help="write the file's backbone as well, to backbone.safetensors"
     )
+    add_json(parser)
 
 
-def run(file: str, backbone: str, simam: bool, output: str | None, keep_backbone: bool) -> int:
+def run(file: str, backbone: str, simam: bool, output: str | None, keep_backbone: bool) -> dict[str, Any]:
     folder = Path(output) if output else Path(file).with_suffix("")
     if folder.exists():
         raise CommandError(f"{folder} exists: nothing is overwritten; choose another folder by --output")
@@ -49,4 +52,9 @@ def run(file: str, backbone: str, simam: bool, output: str | None, keep_backbone
     for warning in caught:
         print(f"warning: {warning.message}")
     print(f"written: {folder}, {model.num_classes} classes around {backbone}")
-    return 0
+    return {
+        "adapter": str(folder),
+        "backbone": backbone,
+        "num_classes": model.num_classes,
+        "warnings": [str(warning.message) for warning in caught],
+    }

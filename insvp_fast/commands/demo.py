@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=positive, metavar="N", default=default, help=f"{text} (default: {default:,})")
 
 
-def run(run: str, host: str, port: int, max_bytes: int, max_pixels: int) -> int:
+def run(run: str, host: str, port: int, max_bytes: int, max_pixels: int) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
     from insvp_fast.demo import create_demo, serve_demo
@@ -47,4 +47,3 @@ def run(run: str, host: str, port: int, max_bytes: int, max_pixels: int) -> int:
         ) from error
     print(f"insvp: the demo is at {address}", flush=True)
     demo.block_thread()
-    return 0

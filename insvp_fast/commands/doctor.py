@@ -11,16 +11,18 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from insvp_fast import __version__
 from insvp_fast.commands.diagnostics import adapter_warnings, run_warnings
+from insvp_fast.commands.options import add_json
 
 SUMMARY = "show the environment, and warn about known problems"
 REQUIRED = ("torch", "torchvision", "timm", "triton", "numpy")
-FOR_TRAINING = ("accelerate", "scikit-learn", "matplotlib", "tqdm")
+FOR_TRAINING = ("accelerate", "scikit-learn", "matplotlib", "rich")
 OPTIONAL = ("xformers", "tensorboard", "wandb", "scipy", "h5py", "datasets")  # shown if installed
 
 
@@ -30,34 +32,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--products", action="store_true", help="time what can multiply by frozen weights here, for a few seconds"
     )
+    add_json(parser)
 
 
-def run(run: str | None, adapter: str | None, products: bool) -> int:
+def run(run: str | None, adapter: str | None, products: bool) -> dict[str, Any]:
     _print("insvp_fast", f"{__version__} in {Path(__file__).parents[1]}")
     versions = {name: _version(name) for name in (*REQUIRED, *FOR_TRAINING, *OPTIONAL)}
     _print("python", f"{platform.python_version()} on {platform.platform()}")
     for name, version in versions.items():
         if version or name not in OPTIONAL:
             _print(name, version or "not installed")
-    warnings, failures = list(_package_warnings(versions)), []
+    warnings, errors, machine = list(_package_warnings(versions)), [], {}
     try:
-        for label, value in _describe_machine():
+        for label, value in chain(_describe_machine(), _time_products() if products else ()):
             _print(label, value)
-        for label, value in _time_products() if products else ():
-            _print(label, value)
+            machine[label] = str(value)
         warnings += _machine_warnings()
         warnings += run_warnings(Path(run)) if run else []
         warnings += adapter_warnings(Path(adapter)) if adapter else []
     except (ImportError, RuntimeError, OSError) as error:  # as of an extension for another version of torch
-        failures.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        errors.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
     print()
     for text in warnings:
         print(f"warning: {text}")
-    for text in failures:
-        print(f"insvp: error: {text}", file=sys.stderr)
-    if not warnings and not failures:
+    if not warnings and not errors:
         print("no problems found")
-    return 1 if failures else 0
+    every_version = {"insvp_fast": __version__, "python": platform.python_version(), **versions}
+    return {"versions": every_version, "machine": machine, "warnings": warnings, "errors": errors}
 
 
 def _version(name: str) -> str | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.commands.options import add_loading, add_model, read_class_names
+from insvp_fast.commands.options import add_json, add_loading, add_model, read_class_names
 
 SUMMARY = "test a trained model: accuracies and confusion matrix"
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="FOLDER", help="folder for the results (default: RUN or ADAPTER; for a name, this one)"
     )
     add_loading(parser)
+    add_json(parser)
 
 
 def run(
@@ -40,7 +42,7 @@ def run(
     output: str | None,
     batch_size: int | None,
     workers: int | None,
-) -> int:
+) -> dict[str, Any] | None:
     given = read_class_names(class_names)
 
     from insvp_fast.figures.runs import plot_confusion
@@ -51,7 +53,7 @@ def run(
         run, data, root, batch_size, workers, backbone=backbone, class_names=given, tta=tta
     )
     if not is_main_process:
-        return 0
+        return None
     names = facts["class_names"]
     content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
@@ -67,5 +69,6 @@ def run(
     protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
     print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")
     print(metrics)
-    print(f"written: {file}" + (f", {picture.name}" if isinstance(metrics, Metrics) else ""))
-    return 0
+    written = [file, picture] if isinstance(metrics, Metrics) else [file]
+    print(f"written: {', '.join([str(file), *(other.name for other in written[1:])])}")
+    return content | {"written": written}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE
-from insvp_fast.commands.options import positive
+from insvp_fast.commands.options import add_json, positive
 from insvp_fast.errors import CommandError
 from insvp_fast.training.run_folder import CONFIG_FILE
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", metavar="PATH", nargs="+", help="what --int8 is tried on (default: the run's test data)"
     )
+    add_json(parser)
 
 
 def run(
@@ -46,7 +47,7 @@ def run(
     standard: bool,
     int8: bool,
     images: list[str] | None,
-) -> int:
+) -> dict[str, Any]:
     folder, file = Path(run), Path(output or Path(run, FILES[format]))
     is_run = (folder / CONFIG_FILE).is_file()
     if not is_run and not (folder / ADAPTER_FILE).is_file():
@@ -77,9 +78,17 @@ def run(
         print(note)
     _print_facts(done, format)
     print(f"written: {', '.join(map(str, done.files))}, {sum(f.stat().st_size for f in done.files) / 2**20:.1f} MiB")
+    result = {
+        "format": format,
+        "files": done.files,
+        "operations": done.operations,
+        "parity": [parity._asdict() for parity in done.parity],
+        "notes": done.notes,
+    }
     if int8:
-        _print_loss(measure_loss(model, load(file), test_images))
-    return 0
+        _print_loss(loss := measure_loss(model, load(file), test_images))
+        result["int8"] = loss._asdict()
+    return result
 
 
 def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
+from insvp_fast.commands.options import add_json
 from insvp_fast.errors import CommandError
 from insvp_fast.training.recipe import score_name
 from insvp_fast.training.run_folder import CONFIG_FILE, read_config, read_json, read_results
@@ -25,23 +26,22 @@ SUMMARY = "describe a run, an adapter or a backbone"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="RUN|ADAPTER|BACKBONE", help="a folder, or the name of a backbone")
+    add_json(parser)
 
 
-def run(what: str) -> int:
+def run(what: str) -> dict[str, Any]:
     folder = Path(what)
     content = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
     if content is not None and "architecture" not in content:  # timm's config.json of a backbone has it
-        _describe_run(folder)
-    elif (folder / ADAPTER_FILE).is_file():
-        _describe_adapter(folder)
-    elif folder.is_dir() and content is None:
+        return _describe_run(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        return {"adapter": _describe_adapter(folder)}
+    if folder.is_dir() and content is None:
         raise CommandError(f"{what}: neither a run ({CONFIG_FILE}), an adapter ({ADAPTER_FILE}) nor a backbone")
-    else:
-        _describe_backbone(what)
-    return 0
+    return {"backbone": _describe_backbone(what)}
 
 
-def _describe_run(folder: Path) -> None:
+def _describe_run(folder: Path) -> dict[str, Any]:
     (recipe, config), results = read_config(folder), read_results(folder)
     _print("run", f"{folder}, {'finished' if results else 'not finished'}")
     _print("recipe", f"{recipe.recipe or 'none'}, protocol {recipe.protocol}")
@@ -53,12 +53,14 @@ def _describe_run(folder: Path) -> None:
     for name, value in recipe.to_dict().items():
         if name not in ("recipe", "protocol", "data") and value is not None:
             _print(f"  {name}", value)
+    facts = {"folder": str(folder), "finished": bool(results), "results": results} | config
     if (folder / "adapter" / ADAPTER_FILE).is_file():
         print()
-        _describe_adapter(folder / "adapter")
+        facts["adapter"] = _describe_adapter(folder / "adapter")
+    return {"run": facts}
 
 
-def _describe_adapter(folder: Path) -> None:
+def _describe_adapter(folder: Path) -> dict[str, Any]:
     config, sizes = read_json(folder / ADAPTER_FILE), _count_parameters(folder / WEIGHTS_FILE)
     backbone, names = config.get("backbone") or {}, config.get("class_names")
     _print("adapter", f"{folder}, {(folder / WEIGHTS_FILE).stat().st_size / 2**20:.2f} MiB")
@@ -73,9 +75,10 @@ def _describe_adapter(folder: Path) -> None:
     _print("configuration", "")
     for name, value in (config.get("insvp") or {}).items():
         _print(f"  {name}", value)
+    return {"folder": str(folder), "trained_parameters": sizes.total(), "parameters": sizes} | config
 
 
-def _describe_backbone(name: str) -> None:
+def _describe_backbone(name: str) -> dict[str, Any]:
     import timm
     import torch
 
@@ -85,12 +88,14 @@ def _describe_backbone(name: str) -> None:
     from insvp_fast.reference import structure_of
     from insvp_fast.training.backbone import resolve_preprocessing
 
+    sha256 = None
     if is_name(name) and not is_shipped(name):
         with torch.device("meta"):  # only the shapes are needed
             backbone: Any = timm.create_model(name, num_classes=0)
     else:
         backbone = create_backbone(name, num_classes=0)
-        _print("sha256", backbone_sha256(backbone, torch.float32))
+        sha256 = backbone_sha256(backbone, torch.float32)
+        _print("sha256", sha256)
     try:
         structure = structure_of(backbone)
         patch_size, widths = structure.patch_size(backbone), structure.widths(backbone)
@@ -101,10 +106,11 @@ def _describe_backbone(name: str) -> None:
         _print("weights", report)
     counts = ", ".join(f"{count} of width {width}" for width, count in Counter(widths).items())
     _print("blocks", counts or "none that prompts can be put into: it takes image prompts alone")
-    size = backbone.pretrained_cfg["input_size"]
+    size, preprocessing = backbone.pretrained_cfg["input_size"], resolve_preprocessing(backbone)
     _print("images", f"{size[1]}x{size[2]} in patches of {patch_size}x{patch_size}")
-    _print("preprocessing", _join(resolve_preprocessing(backbone)) + " (timm's for these weights)")
-    _print("parameters", f"{sum(p.numel() for p in backbone.parameters()):,} frozen")
+    _print("preprocessing", _join(preprocessing) + " (timm's for these weights)")
+    parameters = sum(p.numel() for p in backbone.parameters())
+    _print("parameters", f"{parameters:,} frozen")
     with warnings.catch_warnings(action="ignore"):  # of the general path, which is told below
         config = InsVPConfig() if widths else InsVPConfig(common_prompt=False, specific_prompt=False)
         model = InsVPViT(backbone.to("meta"), 0, config)
@@ -113,6 +119,18 @@ def _describe_backbone(name: str) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "the paper's configuration" if widths else "the paper's image prompts"
     _print("InsVP adds", f"{trained:,} trained parameters ({what}) and a head")
+    return {
+        "name": name,
+        "architecture": type(backbone).__name__,
+        "sha256": sha256,
+        "weights": report,
+        "blocks": widths,
+        "patch_size": patch_size,
+        "preprocessing": preprocessing,
+        "parameters": parameters,
+        "unsupported_reason": reason,
+        "trained_parameters": trained,
+    }
 
 
 def _count_parameters(file: Path) -> Counter[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from insvp_fast.errors import CommandError
 
-__all__ = ["add_loading", "add_model", "make_folder", "positive", "read_class_names"]
+__all__ = ["add_json", "add_loading", "add_model", "make_folder", "positive", "read_class_names"]
 
 
 def positive(text: str) -> int:
@@ -15,6 +15,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return int(text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, for which the command line prints what the command returns."""
+    text = "print the result as a JSON object, all else to standard error"
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

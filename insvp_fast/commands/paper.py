@@ -7,8 +7,9 @@
 
 Without --data and --recipe: the digits, with the small backbone of the package. With `--recipe paper --root FOLDER`,
 the paper's data sets and protocol; "{data}" in the root stands for the name of the data set, and sets whose files are
-missing are left out. The learning rate of each model is picked on the validation images, unless --lr gives it. All
-options of `insvp train` apply. Started again, the command goes on; finished runs are not repeated.
+missing are left out. The learning rate of each model is picked on the validation images, unless --lr gives it. The
+options of `insvp train` apply too, which --help-all shows. Started again, the command goes on; finished runs are not
+repeated.
 
 Figures 1, 3 and 4 are `insvp prompts RUN IMAGE...`, figures 6 and 8 `insvp tsne RUN`.
 """
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import positive
+from insvp_fast.commands.options import add_json, positive
 from insvp_fast.commands.settings import add_settings
 from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
@@ -38,14 +39,15 @@ NAMES = (*STUDIES, "figure5", "figure7")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", metavar="TABLE|FIGURE", choices=NAMES, help=", ".join(NAMES))
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from; paper: those of each data set")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these (tables 1 to 4)")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="X", help="learning rates to try")
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="number of seeds (default: 5)")
     add_running(parser)
-    add_settings(parser)
+    add_json(parser)
+    add_settings(parser, show_common=False)
+    parser.usage = f"{parser.prog} TABLE|FIGURE [OPTION ...]"
 
 
 def run(
@@ -57,9 +59,10 @@ def run(
     jobs: int,
     launcher: str | None,
     **given: Any,
-) -> int:
+) -> dict[str, Any]:
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import report
+    from insvp_fast.training.terminal import print_markdown
 
     study = STUDIES["table1" if what == "figure5" else "table5" if what == "figure7" else what]
     if methods:
@@ -76,7 +79,8 @@ def run(
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
     results = {data: compare(study.rows, protocol(data), folder / data, jobs, launch) for data in sets}
-    print(f"\n{report(what if what != 'figure5' else 'table1', study, results, protocol(sets[0]), folder)}")
+    print()
+    print_markdown(report(what if what != "figure5" else "table1", study, results, protocol(sets[0]), folder))
     if what == "figure5":
         from insvp_fast.figures.comparison import plot_parameters
 
@@ -88,7 +92,7 @@ def run(
             ]
             plot_parameters(points, folder / f"figure5-{data.replace('/', '-')}.png", title=data)
     print(f"written: {folder}")
-    return 0
+    return {"folder": str(folder), "results": {data: _records(rows) for data, rows in results.items()}}
 
 
 def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> Sequence[str]:
@@ -112,11 +116,12 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     return there
 
 
-def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> int:
+def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> dict[str, Any]:
     """Figure 7, at the learning rate of the recipe: what is varied is the setting alone."""
     from insvp_fast.figures.comparison import plot_sensitivity
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import report
+    from insvp_fast.training.terminal import print_markdown
 
     rows = [
         Row(f"{name}={value}", {name: [value] if "weights" in name else value})
@@ -131,10 +136,20 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
         for title, (name, values) in SENSITIVITY.items()
     }
     study = PaperStudy("hyper-parameters of InsVP", rows, (), rows[0].label, {})
-    print(f"\n{report('figure7', study, {str(protocol.settings['data']): results}, protocol, folder)}")
+    print()
+    print_markdown(report("figure7", study, {str(protocol.settings["data"]): results}, protocol, folder))
     plot_sensitivity(panels, folder / "figure7.png")
     print(f"written: {folder}")
-    return 0
+    return {"folder": str(folder), "results": {str(protocol.settings["data"]): _records(results)}}
+
+
+def _records(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """For each row its rate, and the final record and seed of each run."""
+    records = []
+    for row, rate, _, scores in rows:
+        runs = [{"seed": seed, "val_accuracy": score.val} | score.facts for seed, score in scores.items()]
+        records.append({"row": row.label, "rate": rate, "runs": runs})
+    return records
 
 
 def _mean_and_spread(compared: Any) -> tuple[float, float]:

@@ -72,8 +72,6 @@ def run(
     format = _check(format, output, shard)
     names = read_class_names(class_names)
 
-    from tqdm import tqdm
-
     from insvp_fast.data.image_list import ImageList
     from insvp_fast.training.load import adapter_sha256, load_run
     from insvp_fast.training.prediction import classifier_of, predict
@@ -90,7 +88,7 @@ def run(
             if prediction.error is not None:
                 if not skip_unreadable:
                     raise CommandError(f"{prediction.error}; --skip-unreadable goes on without such files")
-                tqdm.write(f"insvp: skipped {prediction.error}", file=sys.stderr)  # above the bar, if there is one
+                print(f"insvp: skipped {prediction.error}", file=sys.stderr)  # above the bar, if there is one
             yield prediction
 
     if output is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.atomic_files import replace_file
-from insvp_fast.commands.options import make_folder
+from insvp_fast.commands.options import add_json, make_folder
 
 SUMMARY = "draw the prompts of images, their heat map and Grad-CAM"
 ROWS = 8  # of a picture
@@ -24,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder to search for images")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write to (default: prompts, in RUN)")
+    add_json(parser)
 
 
-def run(run: str, images: list[str], output: str | None) -> int:
+def run(run: str, images: list[str], output: str | None) -> dict[str, Any]:
     import torch
 
     from insvp_fast.figures.prompts import explain, plot_prompts
@@ -45,7 +46,7 @@ def run(run: str, images: list[str], output: str | None) -> int:
         print(f"written: {picture}, and arrays of {', '.join(own)}", flush=True)
     if reason is not None:
         print(f"insvp: {reason}", file=sys.stderr)
-    return 0
+    return {"folder": str(folder), "images": dict(zip(files, names, strict=True)), "unsupported_reason": reason}
 
 
 def _distinct_names(files: Sequence[str]) -> list[str]:

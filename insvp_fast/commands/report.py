@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.commands.diagnostics import run_warnings
-from insvp_fast.commands.options import add_loading, make_folder, positive
+from insvp_fast.commands.options import add_json, add_loading, make_folder, positive
 
 SUMMARY = "write an HTML page about a run"
 
@@ -23,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="FILE", help="the file to write (default: report.html, in RUN)")
     add_loading(parser)
+    add_json(parser)
 
 
-def run(run: str, mistakes: int, output: str | None, batch_size: int | None, workers: int | None) -> int:
+def run(run: str, mistakes: int, output: str | None, batch_size: int | None, workers: int | None) -> dict[str, Any]:
     from insvp_fast.report.page import render
     from insvp_fast.report.results import find_results
 
@@ -35,4 +37,4 @@ def run(run: str, mistakes: int, output: str | None, batch_size: int | None, wor
     write_file(file, render(run, results, warnings).encode(errors="backslashreplace"))
     print(f"{results.metrics}   {results.wrong:,} of {results.metrics.images:,} images are mistakes")
     print(f"written: {file}, {file.stat().st_size / 2**20:.1f} MiB")
-    return 0
+    return {"file": str(file), "images": results.metrics.images, "mistakes": results.wrong, "warnings": warnings}

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import positive
+from insvp_fast.commands.options import add_json, positive
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of, settings_of_probe, with_one_probe
 from insvp_fast.studies.grid import read_grid
 from insvp_fast.studies.tables import format_percent, markdown, mean_and_std, write_table
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FOLDER", help="folder for the runs (default: sweeps/NAME for NAME.toml)")
     add_running(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
+    add_json(parser)
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
@@ -52,24 +53,28 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run: bool) -> int:
+def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run: bool) -> dict[str, Any]:
     from insvp_fast.studies.runner import train_entries
+    from insvp_fast.training.terminal import print_markdown
 
     folder = Path(output or Path("sweeps", Path(file).stem))
     entries = with_one_probe(list(read_grid(Path(file), folder)))
     if dry_run:
-        for entry in entries:
-            print(f"insvp train {shlex.join(entry.arguments)}")
-        return 0
+        commands = [f"insvp train {shlex.join(entry.arguments)}" for entry in entries]
+        print(*commands, sep="\n")
+        return {"commands": commands}
     try:
         train_entries(entries, folder, jobs, shlex.split(launcher or ""), after=lambda: collect(folder, entries))
     finally:
-        print(f"\n{collect(folder, entries)}\nwritten: {folder / 'results.md'}, results.csv")
-    return 0
+        text, rows = collect(folder, entries)
+        print()
+        print_markdown(text)
+        print(f"written: {folder / 'results.md'}, results.csv")
+    return {"folder": str(folder), "results": rows}
 
 
-def collect(folder: Path, entries: Sequence[Entry]) -> str:
-    """Write results.csv and results.md; returns the text of the latter.
+def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str, Any]]]:
+    """Write results.csv and results.md; returns the text of the latter, and the rows of the former.
 
     A row for each combination of the varied settings but the seed, and model. Of the rows with the same data, protocol
     and model the one with the best mean on val is marked.
@@ -106,7 +111,7 @@ def collect(folder: Path, entries: Sequence[Entry]) -> str:
     )
     header = [*varied, "protocol", "model", "runs", "planned", "val_mean", "val_std", "test_mean", "test_std"]
     write_table(folder, "results", header, [row for _, row in rows], text)
-    return text
+    return text, [dict(zip(header, row, strict=True)) for _, row in rows]
 
 
 def _key(values: dict[str, Any], varied: Sequence[str]) -> tuple[str, ...]:

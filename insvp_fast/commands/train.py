@@ -1,8 +1,7 @@
 """Train InsVP on a data set around a frozen backbone, and a linear probe for comparison.
 
---recipe takes a shipped recipe or a TOML file; every setting in it can be overridden by an option. A run makes a new
-folder with the adapter, all settings, metrics and plots. On several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast
-train ...` or `accelerate launch -m insvp_fast train ...`.
+A run makes a new folder with the adapter, all settings, metrics and plots. Options override the settings of --recipe.
+On several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast train ...`.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import argparse
 import sys
 from typing import Any
 
+from insvp_fast.commands.options import add_json
 from insvp_fast.commands.settings import add_settings, show_options
 from insvp_fast.errors import CommandError, InsVPError
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies.arguments import to_option
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import read_config
+from insvp_fast.training.run_folder import read_config, read_results
 
 SUMMARY = "train InsVP on a data set"
 
@@ -24,30 +24,36 @@ SUMMARY = "train InsVP on a data set"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from (see `insvp recipes`)")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, with its own settings")
-    parser.add_argument(
+    find = parser.add_argument(
         "--find-lr",
         action="store_true",
         default=argparse.SUPPRESS,
         help="do not train, but suggest a value for --lr: 100 steps with rising rates, drawn in OUTPUT/DATA-lr/lr.png",
     )
+    find.brief = "do not train, but suggest a value for --lr"  # type: ignore[attr-defined]
+    add_json(parser)
     add_settings(parser)
 
 
-def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: Any) -> int:
+def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: Any) -> dict[str, Any] | None:
     try:
         settings = _resolve(recipe, resume, given)
         if resume and find_lr:
             raise CommandError("--resume goes on with a run: expected no --find-lr")
     except InsVPError as error:
         print(f"insvp train: error: {show_options(str(error))}", file=sys.stderr)
-        return 2
+        sys.exit(2)
+    from accelerate import PartialState
+
     from insvp_fast.training import run
 
     if find_lr:
-        print(f"suggested: --lr {run.find_lr(settings):.2g}")
+        result: dict[str, Any] = {"lr": run.find_lr(settings)}
+        print(f"suggested: --lr {result['lr']:.2g}")
     else:
-        run.train(settings, resume=resume)
-    return 0
+        folder = run.train(settings, resume=resume)
+        result = {"run": folder, "results": read_results(folder)}
+    return result if PartialState().is_main_process else None
 
 
 def _resolve(recipe: str | None, resume: str | None, given: dict[str, Any]) -> Recipe:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from insvp_fast.commands.options import add_loading, make_folder, positive
+from insvp_fast.commands.options import add_json, add_loading, make_folder, positive
 from insvp_fast.errors import CommandError
 
 SUMMARY = "draw specific prompts and features by t-SNE"
@@ -22,9 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="of the choice and of t-SNE (default: 0)")
     parser.add_argument("--output", metavar="FILE", help=".png, .pdf or .svg (default: tsne.png, in RUN)")
     add_loading(parser)
+    add_json(parser)
 
 
-def run(run: str, images: int, seed: int, output: str | None, batch_size: int | None, workers: int | None) -> int:
+def run(
+    run: str, images: int, seed: int, output: str | None, batch_size: int | None, workers: int | None
+) -> dict[str, Any]:
     from torch.utils.data import DataLoader, Subset
 
     from insvp_fast.data import load_test_data
@@ -50,4 +54,4 @@ def run(run: str, images: int, seed: int, output: str | None, batch_size: int | 
     for title, score in scores.items():
         print(f"  {title}: {score:.3f}")
     print(f"written: {file}")
-    return 0
+    return {"file": str(file), "images": len(chosen), "silhouette_scores": scores}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torchvision.transforms import Compose
-from tqdm import tqdm
 
 from insvp_fast.atomic_files import replace_file, write_file
 from insvp_fast.data.images import Images, TarMember
@@ -80,10 +80,15 @@ def cache_images(images: Images, steps: Sequence[Any], folder: str | Path, name:
 
 
 def _write(images: Images, file: Path) -> None:
-    sizes = []
+    from rich.console import Console
+    from rich.progress import track
+
+    sizes, terminal = [], Console(stderr=True)
+    starts = range(0, len(images), CHUNK)
     # written, not mapped: a full disk is then an error instead of a crash
     with replace_file(file) as stream, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for start in tqdm(range(0, len(images), CHUNK), f"decoding {file.name}", leave=False, disable=None):
+        hidden = not (terminal.is_interactive and sys.stderr.isatty())
+        for start in track(starts, f"decoding {file.name}", console=terminal, transient=True, disable=hidden):
             chunk = range(start, min(start + CHUNK, len(images)))
             for image, _ in threads.map(images.__getitem__, chunk):
                 sizes.append((image.height, image.width))

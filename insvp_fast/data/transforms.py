@@ -43,7 +43,7 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
 
     Args:
         preprocessing: arguments of ``timm.data.create_transform``, and ``augmentation``, which training adds: ``timm``
-            (the default) for timm's crops of random area and aspect ratio, flips and colors; ``insvp`` for random crops
+            for timm's crops of random area and aspect ratio, flips and colors; ``insvp`` (the default) for random crops
             of the image at 8/7 of the size, and flips; ``crop`` for random crops of the image as evaluation resizes it,
             and flips; ``none`` for evaluation's transform. Images are flipped with the probability ``hflip``, by
             default 0.5, with ``none`` 0.

@@ -32,7 +32,7 @@ def train_entries(
     folder: Path,
     jobs: int = 1,
     launcher: Sequence[str] = (),
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[], object] = lambda: None,
 ) -> None:
     """Train what is not yet finished, and resume what was interrupted, in processes of their own.
 

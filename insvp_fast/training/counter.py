@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Self
 
-from tqdm import tqdm
+from insvp_fast.training.terminal import Bar
 
 __all__ = ["Counter"]
 
@@ -25,22 +26,27 @@ class Counter:
     def __init__(self, name: str, total: int, done: int = 0, silent: bool = False) -> None:
         self.name, self.total, self.before, self.done, self.silent = name, total, done, done, silent
         self.start = self.last_line = time.perf_counter()
-        disable = True if silent else None  # None: unless it is a terminal
-        self.bar = tqdm(total=total, initial=done, desc=name, unit=" images", leave=False, disable=disable)
+        self.bar = Bar(name, total, done, not silent)
 
     def __enter__(self) -> Self:
+        self.bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.bar.__exit__()
 
     def add(self, images: int) -> None:
         """Count images that are done now."""
+        if not images:
+            return
         self.done += images
-        self.bar.update(images)
         now = time.perf_counter()
-        if self.bar.disable and not self.silent and now - self.last_line > SECONDS_PER_LINE:
+        speed = (self.done - self.before) / (now - self.start)
+        text = f"{self.done:,} of {self.total:,} images, {speed:,.0f} images/s"
+        if self.bar.shown:
+            remaining = timedelta(seconds=round((self.total - self.done) / speed))
+            self.bar.show(f"[cyan]{str(remaining).removeprefix('0:')} left[/]  {text}")
+        elif not self.silent and now - self.last_line > SECONDS_PER_LINE:
             self.last_line = now
-            speed = (self.done - self.before) / (now - self.start)
-            text = f"{self.name}: {self.done:,} of {self.total:,} images, {speed:,.0f} images/s"
-            print(f"insvp: {text}", file=sys.stderr, flush=True)
+            print(f"insvp: {self.name}: {text}", file=sys.stderr, flush=True)
+        self.bar.advance(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -10,12 +11,21 @@ from typing import Any
 from torch import nn
 
 from insvp_fast.errors import TrainingError
-from insvp_fast.methods import create_model
+from insvp_fast.methods import CLASSES, create_model
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.candidates import LINEAR, insvp_config
 from insvp_fast.training.recipe import Recipe
 
 __all__ = ["build_model"]
+
+# of the settings of methods, by their annotations
+KINDS: dict[str, list[type]] = {
+    "int": [int],
+    "float": [int, float],
+    "bool": [bool],
+    "str": [str],
+    "Sequence[int]": [list],
+}
 
 
 def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: int) -> nn.Module:
@@ -28,7 +38,8 @@ def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: i
         TrainingError: if the backbone and the settings do not fit, or the method has no such settings.
     """
     backbone = copy.deepcopy(backbone)
-    options: dict[str, Any] = {} if method == LINEAR else _parse(recipe.method_options)
+    own = method == recipe.method != "insvp"  # and not the linear probe beside it
+    options = _read_options(method, recipe.method_options) if own else {}
     try:
         if method == "insvp":
             compile_prompters = recipe.compile == "prompters"
@@ -49,13 +60,25 @@ def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: i
     return model
 
 
-def _parse(options: Iterable[str]) -> dict[str, Any]:
-    """The values by their names; what is not JSON is taken as text."""
-    parsed = {}
+def _read_options(method: str, options: Iterable[str]) -> dict[str, Any]:
+    """The values by their names, if the method has such settings; what is not JSON is taken as text."""
+    parameters = inspect.signature(CLASSES[method]).parameters.values()
+    settings = {setting.name: setting for setting in parameters if setting.kind is setting.KEYWORD_ONLY}
+    values = {}
     for option in options:
-        name, _, value = option.partition("=")
+        name, _, text = option.partition("=")
+        if name not in settings:
+            expected = ", ".join(map(_with_default, settings.values())) or "none"
+            raise TrainingError(f"`method_options` has {name}: expected settings of the method {method}: {expected}")
         try:
-            parsed[name] = json.loads(value)
+            values[name] = json.loads(text)
         except ValueError:
-            parsed[name] = value
-    return parsed
+            values[name] = text
+        kind = str(settings[name].annotation).removesuffix(" | None")
+        if type(values[name]) not in KINDS.get(kind, [type(values[name])]):
+            raise TrainingError(f"`method_options` has {option}: expected a value of type {kind}")
+    return values
+
+
+def _with_default(setting: inspect.Parameter) -> str:
+    return setting.name if setting.default is None else f"{setting.name} (default: {setting.default})"

@@ -6,10 +6,10 @@ import time
 from datetime import timedelta
 from typing import Self
 
-from tqdm import tqdm
-
 from insvp_fast.training.loader import Loader
+from insvp_fast.training.run_folder import SLOW_LOADER
 from insvp_fast.training.run_logger import RunLogger
+from insvp_fast.training.terminal import Bar
 
 __all__ = ["Progress"]
 
@@ -32,31 +32,33 @@ class Progress:
         self.done, self.images = 0, 0
         loader.timer.reset()
         self.start = self.last_line = time.perf_counter()
-        disable = None if logger.active else True  # None: unless the output is a terminal
-        layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
-        self.bar = tqdm(total=self.batches, initial=first, desc=name, leave=False, disable=disable, bar_format=layout)
+        self.bar = Bar(name, self.batches, first, logger.active)
 
     def __enter__(self) -> Self:
+        self.bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.bar.__exit__()
 
     def count(self, images: int) -> None:
         """Count a batch, which had this number of images in all processes together."""
         self.images += images
         self.done += 1
-        self.bar.update()
+        self.bar.advance()
 
     def show(self, loss: float) -> None:
         """Update the bar, or print a line. For true times, the device must have finished its work."""
         now, speed = time.perf_counter(), self.speed()
         remaining = timedelta(seconds=round((now - self.start) / self.done * (self.batches_left - self.done)))
-        text = (
-            f"loss {loss:.3f}  {speed['images_per_s']:.0f} images/s  waiting {speed['data_wait']:.0%}  {remaining} left"
-        )
-        self.bar.set_postfix_str(text)
-        if self.bar.disable and now - self.last_line > SECONDS_PER_LINE:
+        images_per_s, wait = f"{speed['images_per_s']:.0f} images/s", f"waiting {speed['data_wait']:.0%}"
+        text = f"loss {loss:.3f}  {images_per_s}  {wait}  {remaining} left"
+        if self.bar.shown:
+            wait = f"[yellow]{wait}[/]" if speed["data_wait"] > SLOW_LOADER else wait
+            left = f"[cyan]{str(remaining).removeprefix('0:')} left[/]"
+            facts = [left, f"loss {loss:.3f}", self.logger.scores(), images_per_s, wait]
+            self.bar.show("  ".join(filter(None, facts)))
+        elif now - self.last_line > SECONDS_PER_LINE:
             self.last_line = now
             fraction = (self.loader.sampler.first_batch + self.done) / self.batches
             self.logger.say(f"{self.name}  {fraction:4.0%}  {text}")

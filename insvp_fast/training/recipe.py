@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from insvp_fast import method_names
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data.sets import AUGMENTATIONS, DIGITS, PROTOCOLS
 from insvp_fast.errors import TrainingError
+from insvp_fast.training.setting import (
+    BELOW_ONE,
+    GROUPS,
+    NAMED_VALUES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SEED,
+    at_least,
+    one_of,
+    setting,
+    some_of,
+)
 
 __all__ = [
     "BUILTIN_BACKBONE",
     "METHODS",
     "PROMPT_SETTINGS",
-    "Limits",
     "Recipe",
     "check_names",
     "score_name",
@@ -31,46 +43,12 @@ METHODS = ("insvp", *method_names.METHODS)
 PROMPT_SETTINGS = {field.name: field for field in dataclasses.fields(InsVPConfig)}  # settings of the same names
 TYPES: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
-
-class Limits(NamedTuple):
-    """The values that a setting may have: ``expected`` says in a message which ``accepts`` accepts."""
-
-    accepts: Callable[[Any], bool]
-    expected: str
-    choices: tuple[str, ...] = ()
-
-
-def _one_of(*choices: str) -> Limits:
-    return Limits(lambda value: value in choices, f"one of {', '.join(choices)}", choices)
-
-
-def _some_of(*choices: str) -> Limits:
-    return Limits(lambda values: all(value in choices for value in values), f"some of {', '.join(choices)}", choices)
-
-
-def _at_least(least: int) -> Limits:
-    return Limits(lambda value: value >= least, f"at least {least}")
-
-
-POSITIVE = Limits(lambda value: 0 < value < math.inf, "a positive number")
-NOT_NEGATIVE = Limits(lambda value: 0 <= value < math.inf, "a number of at least 0")
-BELOW_ONE = Limits(lambda value: 0 <= value < 1, "a number in [0, 1)")
-PROBABILITY = Limits(lambda value: 0 <= value <= 1, "a number in [0, 1]")
-SEED = Limits(lambda value: 0 <= value < 2**32, "an integer from 0 to 2^32-1")
-NAMED_VALUES = Limits(
-    lambda values: all(name.isidentifier() and value for name, _, value in (v.partition("=") for v in values)),
-    "NAME=VALUE, such as rank=8",
-)
-
-
-def _setting(default: Any, help: str, limits: Limits | None = None, metavar: str | None = None) -> Any:
-    """A field with metadata for the command line and for checks; ``metavar`` stands for the value in the help."""
-    return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "metavar": metavar})
+_data, _model, _prompts, _training, _speed, _output = (partial(setting, group) for group in GROUPS)
 
 
 def _prompt_setting(help: str, metavar: str | None = None) -> Any:
     """A field of the name of a field of ``InsVPConfig``, which knows its values; None for the configuration's own."""
-    return _setting(None, help, metavar=metavar)
+    return _prompts(None, help, metavar=metavar)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,142 +59,160 @@ class Recipe:
         TrainingError: naming the setting, its value and what was expected.
     """
 
-    recipe: str | None = _setting(None, "the recipe that these settings come from; only recorded")
-    backbone: str = _setting(
+    recipe: str | None = _model(None, "the recipe that these settings come from; only recorded")
+    backbone: str = _model(
         BUILTIN_BACKBONE,
         f"{BUILTIN_BACKBONE}, which is part of this package, or a Vision Transformer of timm: NAME, NAME@FILE,"
         " hf-hub:OWNER/NAME, local-dir:FOLDER, a folder saved by timm, or a file of weights that names its"
         " architecture",
         metavar="NAME|PATH",
+        brief="name in timm, file or folder",
     )
-    checkpoint: str | None = _setting(None, "weights for the backbone: .safetensors, .pth or .npz", metavar="FILE")
-    img_size: int | None = _setting(
+    checkpoint: str | None = _model(None, "weights for the backbone: .safetensors, .pth or .npz", metavar="FILE")
+    img_size: int | None = _model(
         None,
         "side of the images that the backbone sees, a multiple of its patches'; position embeddings are resampled"
         " (default: as in its pretraining)",
-        _at_least(1),
+        at_least(1),
     )
-    data: str = _setting(
+    data: str = _data(
         DIGITS,
         "digits, the name of a data set, an image folder, a list file, or a timm reader such as hfds/NAME",
         metavar="NAME|PATH",
+        brief="data set, image folder, list file or timm reader",
     )
-    root: str | None = _setting(
-        None, "folder of a named data set, or of the images that a list file names", metavar="FOLDER"
+    root: str | None = _data(
+        None,
+        "folder of a named data set, or of the images that a list file names",
+        metavar="FOLDER",
+        brief="folder of a named data set, or of the images in a list file",
     )
-    preprocessing: str = _setting(
+    preprocessing: str = _data(
         "timm",
         "timm: resize, crop and normalize as in the backbone's pretraining; insvp: as the paper's authors do, with the"
         " mean and standard deviation of ImageNet",
-        _one_of("timm", "insvp"),
+        one_of("timm", "insvp"),
     )
-    augmentation: str | None = _setting(
+    augmentation: str | None = _data(
         None,
         "timm: random area, aspect ratio and colors; insvp: random crops of images of 8/7 of the size, as the paper's"
         " authors do; crop: random crops of images as evaluation resizes them; none (default: none for the digits and"
         " VTAB, else insvp)",
-        _one_of(*AUGMENTATIONS),
+        one_of(*AUGMENTATIONS),
+        brief="random changes of images (default: insvp; digits, VTAB: none)",
     )
-    hflip: float | None = _setting(
+    hflip: float | None = _data(
         None,
         "probability that a training image is flipped, left to right; 0 where a flip changes the class, as with letters"
         " (default: 0.5, without augmentation 0)",
         PROBABILITY,
     )
-    exif_rotation: bool = _setting(
-        True, "turn photographs upright as their EXIF data says; TIFF files are always turned"
-    )
-    protocol: str = _setting(
+    exif_rotation: bool = _data(True, "turn photographs upright as their EXIF data says; TIFF files are always turned")
+    protocol: str = _data(
         "paper",
         "splits of the paper, or those of the authors' released code, which also selects the epoch on the test images",
-        _one_of(*PROTOCOLS),
+        one_of(*PROTOCOLS),
     )
-    select_on: str = _setting("val", "split whose accuracy selects the epoch to keep", _one_of("val", "test"))
-    metric: str | None = _setting(
+    select_on: str = _training("val", "split whose accuracy selects the epoch to keep", one_of("val", "test"))
+    metric: str | None = _training(
         None,
         "what selects the epoch to keep: top-1 accuracy, its mean over the classes, macro F1, or for several labels per"
         " image the mean average precision (default: top1, or map for several labels)",
-        _one_of("top1", "mean_per_class", "f1", "map"),
+        one_of("top1", "mean_per_class", "f1", "map"),
     )
-    patience: int = _setting(
+    patience: int = _training(
         0,
         "stop after this many epochs without a better `metric`; 0 never stops early; the learning rates are those of"
         " all `epochs` either way",
-        _at_least(0),
+        at_least(0),
     )
-    retrain: bool = _setting(False, "train on the train and val images together, and keep the last epoch")
-    epochs: int = _setting(10, "number of epochs", _at_least(1))
-    batch_size: int = _setting(32, "images per batch and device; with `auto_batch`, the upper limit", _at_least(1))
-    auto_batch: bool = _setting(False, "reduce the batch size until a batch fits into memory")
-    accumulate: int = _setting(1, "batches per optimizer step, to accumulate gradients", _at_least(1))
-    lr: float = _setting(3e-3, "peak learning rate: linear warm-up, then cosine decay to 0", POSITIVE)
-    lr_scale: str = _setting(
+    retrain: bool = _training(False, "train on the train and val images together, and keep the last epoch")
+    epochs: int = _training(10, "number of epochs", at_least(1), brief="number of epochs")
+    batch_size: int = _training(
+        32,
+        "images per batch and device; with `auto_batch`, the upper limit",
+        at_least(1),
+        brief="images per batch and device",
+    )
+    auto_batch: bool = _training(False, "reduce the batch size until a batch fits into memory")
+    accumulate: int = _training(1, "batches per optimizer step, to accumulate gradients", at_least(1))
+    lr: float = _training(
+        3e-3, "peak learning rate: linear warm-up, then cosine decay to 0", POSITIVE, brief="peak learning rate"
+    )
+    lr_scale: str = _training(
         "none",
         "multiply the learning rates by (images per step / 64), by its square root, or by nothing",
-        _one_of("none", "linear", "sqrt"),
+        one_of("none", "linear", "sqrt"),
     )
-    head_init: str = _setting(
+    head_init: str = _training(
         "auto",
         "random: the head that timm draws; probe: a linear probe on the features before training, fitted to"
         " convergence, which counts as epoch 0 when the epoch to keep is selected; auto: probe, but random with"
         " `released` and `init_from` and where the head is more than one linear layer",
-        _one_of("auto", "random", "probe"),
+        one_of("auto", "random", "probe"),
     )
-    weight_decay: float = _setting(1e-2, "weight decay of AdamW", NOT_NEGATIVE)
-    warmup: float = _setting(0.1, "fraction of all steps in which the learning rate rises", BELOW_ONE)
-    mixup: float = _setting(0.0, "alpha of mixup; 0 switches it off", NOT_NEGATIVE)
-    cutmix: float = _setting(0.0, "alpha of CutMix; 0 switches it off", NOT_NEGATIVE)
-    mix_prob: float = _setting(0.5, "probability that a batch is mixed by `mixup` or `cutmix`", PROBABILITY)
-    label_smoothing: float = _setting(0.0, "fraction of the target that is spread over all classes", BELOW_ONE)
-    class_weights: str = _setting(
+    weight_decay: float = _training(1e-2, "weight decay of AdamW", NOT_NEGATIVE, brief="weight decay of AdamW")
+    warmup: float = _training(0.1, "fraction of all steps in which the learning rate rises", BELOW_ONE)
+    mixup: float = _training(0.0, "alpha of mixup; 0 switches it off", NOT_NEGATIVE)
+    cutmix: float = _training(0.0, "alpha of CutMix; 0 switches it off", NOT_NEGATIVE)
+    mix_prob: float = _training(0.5, "probability that a batch is mixed by `mixup` or `cutmix`", PROBABILITY)
+    label_smoothing: float = _training(0.0, "fraction of the target that is spread over all classes", BELOW_ONE)
+    class_weights: str = _training(
         "none",
         "weights of the classes in the loss; auto: N / (C n) for each of C classes, with n of the N images, which is 1"
         " in the mean over the images; for several labels per image, N labels are counted, and positive terms weighted",
-        _one_of("none", "auto"),
+        one_of("none", "auto"),
     )
-    sampling: str = _setting(
+    sampling: str = _training(
         "shuffle",
         "shuffle: an epoch has every image once; balanced: as many images, equally many of every class",
-        _one_of("shuffle", "balanced"),
+        one_of("shuffle", "balanced"),
     )
-    ema: float = _setting(
+    ema: float = _training(
         0.0,
         "decay of a moving average of the trained weights, which is tested and saved instead; 0 switches it off",
         BELOW_ONE,
     )
-    amp: str = _setting(
+    amp: str = _speed(
         "auto",
         "bf16 or fp16: mixed precision; off: fp32; auto: bf16 where the hardware supports it, fp16 on other GPUs with"
         " tensor cores, else off",
-        _one_of("auto", "bf16", "fp16", "off"),
+        one_of("auto", "bf16", "fp16", "off"),
+        brief="mixed precision; auto: what the hardware has",
     )
-    compile: str = _setting(
+    compile: str = _speed(
         "off",
         "apply torch.compile to the convolutional prompters, to the whole model, or to nothing",
-        _one_of("off", "prompters", "model"),
+        one_of("off", "prompters", "model"),
     )
-    recompute: str = _setting(
+    recompute: str = _speed(
         "none",
         "recompute in backward, to save memory: the hidden layers of the MLPs, whole blocks, or nothing",
-        _one_of("none", "mlp", "block"),
+        one_of("none", "mlp", "block"),
     )
-    seed: int = _setting(0, "random seed of weights, order of images, augmentation and dropout", SEED)
-    split_seed: int = _setting(
+    seed: int = _training(
+        0, "random seed of weights, order of images, augmentation and dropout", SEED, brief="random seed"
+    )
+    split_seed: int = _data(
         0, "random seed of the splits where there are no official ones; `seed` leaves them as they are", SEED
     )
-    method: str = _setting(
-        "insvp", "what is trained: InsVP, or one of the methods to compare it with", _one_of(*METHODS)
+    method: str = _model(
+        "insvp",
+        "what is trained: insvp, or one of the methods to compare it with, see `insvp methods`",
+        one_of(*METHODS),
+        metavar="NAME",
+        brief="what is trained, see `insvp methods`",
     )
-    method_options: tuple[str, ...] = _setting(
+    method_options: tuple[str, ...] = _model(
         (), "settings of another method than InsVP, such as rank=8", NAMED_VALUES, metavar="NAME=VALUE"
     )
-    init_from: str | None = _setting(
+    init_from: str | None = _model(
         None,
         "begin with the weights of an adapter: its folder, that of a run, or its name on the Hub; a head of other"
         " classes is drawn anew",
         metavar="NAME|PATH",
     )
-    released: bool = _setting(False, "train the model of the authors' released code instead of the paper's")
+    released: bool = _model(False, "train the model of the authors' released code instead of the paper's")
     prompt_length: int | None = _prompt_setting(
         f"prompt tokens per block, L (default: 4 with {BUILTIN_BACKBONE}, 9 as in the paper with others, 16 with"
         " `released`)"
@@ -233,8 +229,8 @@ class Recipe:
         "weights of common and specific prompt, or one number beta_F for (beta_F, 1 - beta_F) (default: 0.5; 1 1 with"
         " `released`)"
     )
-    prompted_blocks: int | None = _setting(
-        None, "number of blocks that get prompts, from the first (default: all)", _at_least(0)
+    prompted_blocks: int | None = _prompts(
+        None, "number of blocks that get prompts, from the first (default: all)", at_least(0)
     )
     carry_prompts: bool | None = _prompt_setting(
         "keep the outputs of the last prompts as tokens of the blocks without prompts (default: on with `released`)"
@@ -260,15 +256,31 @@ class Recipe:
     common_dropout: float | None = _prompt_setting("dropout on the common prompts (default: 0; 0.1 with `released`)")
     specific_dropout: float | None = _prompt_setting("dropout on the specific prompt (default: 0; 0.1 with `released`)")
     simam: bool | None = _prompt_setting("weight the input image by SimAM (default: off)")
-    probe: bool = _setting(True, "fit a linear probe as well, for comparison: logistic regression to convergence")
-    workers: int = _setting(0, "processes that load images; 0 loads them in the training process", _at_least(0))
-    cache: bool = _setting(False, "decode all images once, into a memory-mapped file; no number changes")
-    trackers: tuple[str, ...] = _setting(
-        (), "experiment trackers to log to, besides the files of the run", _some_of("tensorboard", "wandb")
+    probe: bool = _training(
+        True,
+        "fit a linear probe as well, for comparison: logistic regression to convergence",
+        brief="fit a linear probe as well, for comparison",
     )
-    save_every: int = _setting(1, "epochs between two saves of the training state", _at_least(1))
-    save_steps: int = _setting(0, "steps between two saves within an epoch; 0 for none", _at_least(0))
-    output: str = _setting("runs", "folder in which each run makes its own folder", metavar="FOLDER")
+    workers: int = _speed(
+        0,
+        "processes that load images; 0 loads them in the training process",
+        at_least(0),
+        brief="processes that load images",
+    )
+    cache: bool = _speed(
+        False, "decode all images once, into a memory-mapped file; no number changes", brief="decode all images once"
+    )
+    trackers: tuple[str, ...] = _output(
+        (), "experiment trackers to log to, besides the files of the run", some_of("tensorboard", "wandb")
+    )
+    save_every: int = _output(1, "epochs between two saves of the training state", at_least(1))
+    save_steps: int = _output(0, "steps between two saves within an epoch; 0 for none", at_least(0))
+    output: str = _output(
+        "runs",
+        "folder in which each run makes its own folder",
+        metavar="FOLDER",
+        brief="folder in which each run makes its own",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -21,7 +21,7 @@ from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
 from insvp_fast.figures.runs import plot_curves
 from insvp_fast.model import InsVPViT
-from insvp_fast.training.accelerator import create_accelerator, find_batch_size, peak_memory, resolve_amp
+from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
 from insvp_fast.training.linear_probe import train_linear_probe
@@ -144,7 +144,7 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     if trainer.result is not None:
         return
     trainer.fit()
-    result = trainer.test() | {"peak_memory_mib": peak_memory(accelerator.device) / 2**20}
+    result = trainer.test()
     trainer.save_adapter("adapter")
     if accelerator.is_main_process and candidate.method == "insvp":
         trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

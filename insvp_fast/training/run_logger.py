@@ -25,6 +25,7 @@ from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER, read_json
+from insvp_fast.training.terminal import print_table
 from insvp_fast.training.trackers import log_to_trackers, start_trackers
 
 __all__ = ["RunLogger"]
@@ -112,12 +113,7 @@ class RunLogger:
         """Write and print the record of an epoch."""
         self.epochs.append(record)
         self._write(record)
-        scores = "  ".join(
-            f"{split} {WORDS.get(name, '')}{value:6.1%}"
-            for split in ("val", "test")
-            for name in self.shown
-            if (value := record.get(f"{split}_{name}")) is not None
-        )
+        scores = self._scores(record)
         if "images_per_s" in record:
             epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
             self.say(f"{epoch}  loss {record['loss']:.4f}  {scores}  {record['images_per_s']:.0f} images/s")
@@ -125,6 +121,19 @@ class RunLogger:
         else:  # of a linear probe, which is fitted at once
             self.say(f"fitted  loss {record['loss']:.4f}  {scores}")
         log_to_trackers(self.accelerator, record["model"], record["epoch"], record)
+
+    def scores(self) -> str:
+        """The scores of the last epoch that was trained, of this model; nothing before its first."""
+        record = self.epochs[-1] if self.epochs else {}
+        return " ".join(self._scores(record).split()) if "images_per_s" in record else ""
+
+    def _scores(self, record: dict[str, Any]) -> str:
+        return "  ".join(
+            f"{split} {WORDS.get(name, '')}{value:6.1%}"
+            for split in ("val", "test")
+            for name in self.shown
+            if (value := record.get(f"{split}_{name}")) is not None
+        )
 
     def _warn_of_waiting(self, record: dict[str, Any]) -> None:
         if record["data_wait"] > SLOW_LOADER and not self.warned:
@@ -144,13 +153,14 @@ class RunLogger:
 
     def finish(self) -> None:
         """Print the final records."""
-        columns = "".join(f"{f'test {WORDS.get(name, name).strip()}':>15}" for name in self.shown)
-        self.say(f"\n{'':12}{columns}{'trained parameters':>20}{'kept':>12}")
+        header, rows = [f"test {WORDS.get(name, name).strip()}" for name in self.shown], []
         for record in self.results:
             kept = "converged" if record["kept_epoch"] is None else f"epoch {record['kept_epoch']}"
-            scores = "".join(f"{record[f'test_{name}']:>15.1%}" for name in self.shown)
-            parameters = f"{record['trained_parameters']:,}"
-            self.say(f"{record['model']:12}{scores}{parameters:>20}{kept:>12}")
+            scores = [f"{record[f'test_{name}']:.1%}" for name in self.shown]
+            rows.append([record["model"], *scores, f"{record['trained_parameters']:,}", kept])
+        self.say("")
+        if self.active:
+            print_table(["", *header, "trained parameters", "kept"], rows, [12, *[15] * len(header), 20, 12])
         split = self.recipe.selection_split
         selection = f"epoch selected on {split}" if split else "trained on train and val, last epoch"
         self.say(f"protocol {self.recipe.protocol}, {selection}, tested on test")

@@ -18,6 +18,7 @@ from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.checkpoints.names import WEIGHTS_FILE
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
+from insvp_fast.training.accelerator import peak_memory
 from insvp_fast.training.average import WeightAverage, copy_weights
 from insvp_fast.training.balance import class_weights, targets_of
 from insvp_fast.training.candidates import Candidate
@@ -126,6 +127,7 @@ class Trainer:
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
             "trained_epochs": self.epoch,
             "images_per_s": median(record["images_per_s"] for record in self.records),
+            "peak_memory_mib": peak_memory(self.accelerator.device) / 2**20,
             "kept_epoch": self.best["epoch"] if self.recipe.selection_split else self.epoch,
             "selected_on": self.recipe.selection_split,
             "protocol": self.recipe.protocol,

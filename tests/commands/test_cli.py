@@ -1,6 +1,7 @@
 """The command line: quick help, options and recipes, one-line errors, exit statuses."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ import pytest
 
 from insvp_fast import recipes
 from insvp_fast.commands import cli
+from insvp_fast.commands import train as train_command
 from insvp_fast.commands.cli import COMMANDS
 from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import CheckpointError, DataError, InsVPError
 from insvp_fast.studies.arguments import to_arguments, to_option
 from insvp_fast.training import run as run_module
-from insvp_fast.training.recipe import Recipe, setting_names
+from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.setting import GROUPS, setting
 
 HTA = ("cifar10", "cifar100", "cub", "dogs", "dtd", "flowers", "food101", "gtsrb", "nabirds", "svhn")
 
@@ -24,6 +27,7 @@ HTA = ("cifar10", "cifar100", "cub", "dogs", "dtd", "flowers", "food101", "gtsrb
 def trained(monkeypatch):
     """What ``insvp train`` hands on: recipes and runs to resume, instead of training."""
     calls = []
+    monkeypatch.setattr(train_command, "read_results", lambda folder: {})
     monkeypatch.setattr(run_module, "train", lambda recipe, resume=None: calls.append((recipe, resume)))
     return calls
 
@@ -53,13 +57,29 @@ def test_help_is_quick_and_does_without_torch(arguments):
     assert done.stdout.startswith(" ".join(["usage: insvp", *arguments]))
 
 
-def test_every_setting_says_what_it_is(capsys):
-    assert status_of(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"{to_option(name)} " in text for name in setting_names())
+def test_every_setting_says_what_it_is():
     assert [field.name for field in dataclasses.fields(Recipe) if not field.metadata["help"]] == []
     assert all(f"\n    {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
     assert Recipe.__doc__.index("Args:") < Recipe.__doc__.index("Raises:")
+
+
+def test_the_help_is_one_screen_of_common_settings_in_groups(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    sections = []
+    for option in ("--help", "--help-all"):
+        assert status_of(["train", option]) == 0
+        sections.append(re.split(r"\n\n(?=\w+:\n)", capsys.readouterr().out))
+    short, long = ({part.partition(":")[0]: part for part in parts[1:]} for parts in sections)
+    assert 24 <= len("\n\n".join(sections[0]).splitlines()) <= 40
+    assert list(long) == ["options", *GROUPS] and list(short) == [name for name in long if name != "prompts"]
+    for field in (field for field in dataclasses.fields(Recipe) if field.name != "recipe"):
+        group, option = field.metadata["group"], f"  {to_option(field.name)}"
+        assert re.search(rf"^{option}\b(?!-)", long[group], re.MULTILINE), field.name
+        shown = re.search(rf"^{option}\b(?!-)", short.get(group, ""), re.MULTILINE)
+        assert bool(shown) == (field.metadata["brief"] is not None), field.name
+    assert "number of epochs (default: 10)" in short["training"] and "(default: digits)" in short["data"]
+    with pytest.raises(ValueError, match="group='date': expected one of data, model, prompts, training, speed, output"):
+        setting("date", 0, "")
 
 
 EVERYTHING = Recipe(

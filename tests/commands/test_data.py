@@ -1,8 +1,7 @@
 """``insvp data``."""
 
-from types import SimpleNamespace
-
 from insvp_fast.commands import cli
+from insvp_fast.data.verify import Report
 
 
 def test_data_list_and_check(tmp_path, capsys, monkeypatch):
@@ -12,11 +11,10 @@ def test_data_list_and_check(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) == 29 + 2 and "cub " in printed and "vtab/kitti " in printed
 
-    class Report(SimpleNamespace):
-        def __str__(self) -> str:
-            return "cub: 200 classes"
-
-    for ok, status in ((True, 0), (False, 1)):
-        monkeypatch.setattr(data, "check", lambda name, root, ok=ok: Report(ok=ok), raising=False)
+    for unreadable, status in (([], 0), (["a.png: not an image"], 1)):
+        report = Report("cub", {"train": 3}, 200, unreadable, [])
+        monkeypatch.setattr(data, "check", lambda name, root, report=report: report)
         assert cli.main(["data", "check", "cub", "--root", str(tmp_path)]) == status
-        assert capsys.readouterr().out == "cub: 200 classes\n"
+        printed = capsys.readouterr()
+        assert printed.out == f"{report}\n"
+        assert printed.err == ("insvp: error: cub: some images cannot be read\n" if unreadable else "")

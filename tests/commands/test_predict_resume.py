@@ -198,5 +198,5 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     paths = [str(images / "test")] if command == "predict" else []
     assert cli.main([command, str(run), *paths, "--output", str(tmp_path / "out"), "--batch-size", "16"]) == 0
     printed = capsys.readouterr().err
-    assert ("%|" in printed) is terminal
+    assert ("━" in printed) is terminal
     assert (f"insvp: {command}: 16 of 16 images, " in printed) is not terminal

@@ -134,6 +134,14 @@ def test_other_methods_have_fewer_pictures(method, titles, reason, images, tmp_p
     assert not reason or reason in page.texts
 
 
+def test_json_says_what_was_written(hostile, tmp_path, capsys):
+    file = tmp_path / "page.html"
+    assert cli.main(["report", str(hostile), "--output", str(file), "--mistakes", "1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["file"], facts["images"]) == (str(file), 8) and len(facts["warnings"]) == 1
+    assert len(Page(file).behind("loss")) == 1 < facts["mistakes"]
+
+
 def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):
     shutil.copytree(hostile / "adapter", tmp_path / "adapter")
     assert cli.main(["report", str(tmp_path / "adapter")]) == 1

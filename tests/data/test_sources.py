@@ -395,7 +395,7 @@ def test_the_preset_is_resize_256_crop_224():
     assert insvp_preprocessing(384)["input_size"] == [3, 384, 384]
 
 
-def test_timm_is_the_default_in_training():
-    preprocessing = {key: value for key, value in SMALL.items() if key != "augmentation"}
+def test_timm_crops_flips_and_colors_in_training():
+    preprocessing = SMALL | {"augmentation": "timm"}
     steps = [type(step).__name__ for step in transform_for(preprocessing, training=True).transforms]
     assert steps[:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "ColorJitter"]

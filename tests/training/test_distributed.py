@@ -11,7 +11,8 @@ from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.sampler import BatchSampler
 from tests.training.killed_runs import make_digits, outcome, start
 
-SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False, "sampling": "balanced", "class_weights": "auto"}
+SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False, "head_init": "random"}
+SETTINGS |= {"sampling": "balanced", "class_weights": "auto"}
 
 
 def environments(count: int) -> list[dict[str, str]]:
