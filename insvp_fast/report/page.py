@@ -88,7 +88,7 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
         curves=_svg(lambda file: plot_curves(epochs, file)) if epochs else None,
         confusion=None if confusion is None else _svg(lambda file: plot_confusion(confusion, names, file)),
         confusions=[] if confusion is None else _confusions(confusion, names),
-        classes=_classes(metrics, names)[:MAX_ROWS],
+        classes=_classes(metrics.per_class, confusion, names)[:MAX_ROWS],
         class_count=len(names),
         mistakes=_mistakes(results),
         reason=results.mistakes.reason,
@@ -106,22 +106,19 @@ def _svg(plot: Callable[[Path], None]) -> str:
 def _confusions(confusion: Tensor, names: list[str]) -> list[tuple[str, str, int, float]]:
     """The most frequent confusions: true and predicted class, their number, and their share of the true class."""
     wrong, totals = confusion.clone().fill_diagonal_(0), confusion.sum(1)
-    counts, places = wrong.flatten().sort(descending=True, stable=True)
-    rows = []
-    for count, place in zip(counts[:MAX_CONFUSIONS].tolist(), places.tolist(), strict=False):
-        true, predicted = divmod(place, len(names))
-        if count:
-            rows.append((names[true], names[predicted], count, count / int(totals[true])))
-    return rows
+    pairs = wrong.nonzero()
+    counts, order = wrong[pairs[:, 0], pairs[:, 1]].sort(descending=True, stable=True)
+    most = zip(counts[:MAX_CONFUSIONS].tolist(), pairs[order[:MAX_CONFUSIONS]].tolist(), strict=True)
+    return [(names[true], names[predicted], count, count / int(totals[true])) for count, (true, predicted) in most]
 
 
-def _classes(metrics: Any, names: list[str]) -> list[_Class]:
+def _classes(scores: list[float | None], confusion: Tensor | None, names: list[str]) -> list[_Class]:
     """A row for each class with images, the worst first."""
     rows = []
-    for index, (name, score) in enumerate(zip(names, metrics.per_class, strict=True)):
+    for index, (name, score) in enumerate(zip(names, scores, strict=True)):
         images, mistaken_for = None, ""
-        if isinstance(metrics, Metrics):
-            own = metrics.confusion[index].clone()
+        if confusion is not None:
+            own = confusion[index].clone()
             images = int(own.sum())
             own[index] = 0
             mistaken_for = names[int(own.argmax())] if own.any() else ""
