@@ -132,7 +132,8 @@ def test_a_run_stops_early_also_when_it_was_interrupted(pictures, tmp_path, monk
 
 
 def test_stopping_early_needs_a_split_to_select_on(pictures, tmp_path, capsys):
-    assert command(pictures, tmp_path, "--patience", "3", "--retrain") == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(pictures, tmp_path, "--patience", "3", "--retrain")
     assert "--patience is 3: expected 0 with --retrain" in capsys.readouterr().err
 
 
