@@ -78,7 +78,7 @@ class TestSeveralLabels:
         preprocessing = resolve_preprocessing(load_backbone())
         images = Images(pixels.astype(np.uint8), labels).with_transform(transform_for(preprocessing))
         names, augmentation = ["dark", "light", "red"], {"augmentation": "none", "hflip": 0.0}
-        data = Data(images, images, images, names, augmentation, "test", plain_train=images, multi_label=True)
+        data = Data(images, images, images, names, images, augmentation, multi_label=True)
         monkeypatch.setattr(run_module, "load_data", lambda *_, **__: data)
         monkeypatch.setattr(evaluation, "load_test_data", lambda *_, **__: images)
 
