@@ -21,6 +21,7 @@ autodoc_typehints = "none"  # the signature has them, in the source's own words
 autodoc_preserve_defaults = True
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # a field of a named tuple is described by the class and by itself
 
 
 def setup(app):

@@ -27,6 +27,8 @@ COMMANDS = (
     "predict",
     "prompts",
     "tsne",
+    "report",
+    "demo",
     "serve",
     "export",
     "recipes",
@@ -41,8 +43,9 @@ COMMANDS = (
 )
 MODULES = {"eval": "evaluate"}  # for commands whose modules have other names
 EXTRAS = {  # which one installs a package, by the name of its import
-    **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "rich", "shtab"), "train"),
+    **dict.fromkeys(("accelerate", "sklearn", "matplotlib", "rich", "shtab", "jinja2"), "train"),
     "pyarrow": "parquet",
+    "gradio": "demo",
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention

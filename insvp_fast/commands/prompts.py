@@ -31,16 +31,18 @@ def run(run: str, images: list[str], output: str | None) -> dict[str, Any]:
     import torch
 
     from insvp_fast.figures.prompts import explain, plot_prompts
-    from insvp_fast.training.prediction import find_images, load_classifier
+    from insvp_fast.training.load import load_run
+    from insvp_fast.training.prediction import classifier_of, find_images
 
-    files, classifier = find_images(images), load_classifier(run)
+    files, trained = find_images(images), load_run(run)
+    classifier = classifier_of(trained)
     folder = make_folder(output or Path(run) / "prompts")
     names, data, reason = _distinct_names(files), classifier.images(files), None
     for number, start in enumerate(range(0, len(files), ROWS), 1):
         batch = torch.stack([data[i][0] for i in range(start, min(start + ROWS, len(files)))])
         shown, reason = explain(classifier.model, batch.to(classifier.device))
         own, picture = names[start : start + ROWS], folder / ("prompts.png" if number == 1 else f"prompts-{number}.png")
-        plot_prompts(shown, classifier.class_names, classifier.model.preprocessing, picture, names=own)
+        plot_prompts(shown, classifier.class_names, trained.preprocessing, picture, names=own)
         for i, name in enumerate(own):
             _write_arrays(folder / name, {part: of_all[i] for part, of_all in shown.items()})
         print(f"written: {picture}, and arrays of {', '.join(own)}", flush=True)

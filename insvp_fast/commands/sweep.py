@@ -86,8 +86,8 @@ def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str,
         planned[_key(entry.values, varied)] += 1
         for score in scores_of(find_run(runs, entry.recipe)):
             own = settings_of_probe(entry.values) if score.model == PROBE else entry.values
-            key = *_key(own, varied), entry.recipe.data, entry.recipe.protocol, score.model
-            scores.setdefault(key, []).append((score.val, score.test))
+            kind = entry.recipe.data, entry.recipe.protocol, score.model
+            scores.setdefault((*_key(own, varied), *kind), []).append((score.val, score.test))
     rows = []
     for (*key, data, protocol, model), pairs in scores.items():
         vals = [val for val, _ in pairs if val is not None]

@@ -31,6 +31,7 @@ def run(
 ) -> dict[str, Any]:
     from torch.utils.data import DataLoader, Subset
 
+    from insvp_fast import InsVPViT
     from insvp_fast.data import load_test_data
     from insvp_fast.figures.embedding import choose_images, collect_vectors, plot_tsne
     from insvp_fast.training.accelerator import create_accelerator
@@ -40,17 +41,22 @@ def run(
     if file.suffix not in (".png", ".pdf", ".svg"):
         raise CommandError(f"--output is {file}: expected a name that ends in .png, .pdf or .svg")
     recipe, model, preprocessing, names = load_run(run)
+    if recipe is None or names is None or not isinstance(model, InsVPViT):
+        raise CommandError(f"{run}: expected a run of `insvp train` with the method insvp")
+    if model.multi_label:
+        raise CommandError(f"{run}: its images may have several labels, but a point has one color")
     make_folder(file.parent)
     data = load_test_data(
-        recipe.data, preprocessing, recipe.seed, names, root=recipe.root, exif_rotation=recipe.exif_rotation
+        recipe.data, preprocessing, recipe.split_seed, names, root=recipe.root, exif_rotation=recipe.exif_rotation
     )
-    chosen = choose_images(data.classes, images, seed)
+    labels = [int(label) for label in data.classes]
+    chosen = choose_images(labels, images, seed)
     device = create_accelerator().device
     workers = recipe.workers if workers is None else workers
     loader = DataLoader(Subset(data, chosen), batch_size or recipe.batch_size, num_workers=workers)
     vectors = collect_vectors(model.to(device), (batch.to(device) for batch, _ in loader))
-    scores = plot_tsne(vectors, [data.classes[i] for i in chosen], names, file, seed)
-    print(f"{len(chosen)} images of {len({data.classes[i] for i in chosen})} classes, silhouette score")
+    scores = plot_tsne(vectors, [labels[i] for i in chosen], names, file, seed)
+    print(f"{len(chosen)} images of {len({labels[i] for i in chosen})} classes, silhouette score")
     for title, score in scores.items():
         print(f"  {title}: {score:.3f}")
     print(f"written: {file}")

@@ -89,6 +89,10 @@ class Part(Subset):
         """As ``Images`` does."""
         return self.dataset.decode(self.indices[index])  # type: ignore[attr-defined]
 
+    def name(self, index: int) -> str:
+        """As ``Images`` does."""
+        return self.dataset.name(self.indices[index])  # type: ignore[attr-defined]
+
 
 class TarMember(NamedTuple):
     """A file in an uncompressed tar, which can be read without the rest of it."""

@@ -39,10 +39,10 @@ class Data(NamedTuple):
     val: Dataset
     test: Dataset
     class_names: list[str]
+    plain_train: Dataset  # train, transformed as for evaluation
     augmentation: dict[str, Any]  # of training: its name, the probability of flips, and all steps in words
     protocol: str = "paper"  # which splits these are, in words
     train_and_val: Dataset | None = None  # both, transformed as for training
-    plain_train: Dataset | None = None  # train, transformed as for evaluation
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
     multi_label: bool = False  # whether an image may have several labels, or none
 

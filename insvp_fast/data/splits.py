@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 __all__ = ["describe", "divide", "stratified_split", "three_way_split"]
 
@@ -40,7 +41,7 @@ def describe(protocol: str, rule: str, seed: int) -> str:
 
 
 def stratified_split(
-    indices: Sequence[int], classes: Sequence[int] | np.ndarray, fraction: float, seed: int
+    indices: Sequence[int], classes: Sequence[int] | np.ndarray | Tensor, fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
     """Divide ``indices`` into the rest and a ``fraction`` of them, with the same fraction of every class.
 
@@ -59,7 +60,7 @@ def stratified_split(
     return train_test_split(list(indices), test_size=count, stratify=labels, random_state=seed)
 
 
-def three_way_split(classes: Sequence[int] | np.ndarray, seed: int) -> tuple[list[int], list[int], list[int]]:
+def three_way_split(classes: Sequence[int] | np.ndarray | Tensor, seed: int) -> tuple[list[int], list[int], list[int]]:
     """Divide images into train, val and test: 70 %, 10 % and 20 % of every class; errors as in ``stratified_split``."""
     rest, test = stratified_split(range(len(classes)), classes, 0.2, seed)
     train, val = stratified_split(rest, classes, 0.125, seed)

@@ -94,7 +94,8 @@ def read_tfds(source: str, root: str | None) -> tuple[dict[str, EncodedImages], 
         raise DataError(f"`data` is {source}, which needs a package: pip install tensorflow-datasets") from error
     try:
         builder = tfds.builder(source.removeprefix("tfds/"), data_dir=root)
-        features, splits = builder.info.features or {}, builder.info.splits
+        features: Any = builder.info.features or {}
+        splits = builder.info.splits
         found = {split: name for split, names in SPLIT_NAMES.items() for name in names if name in splits}
         records = {split: _records(builder, name, tfds) for split, name in found.items()}
     except Exception as error:  # the library raises errors of many types where a data set or package does not exist

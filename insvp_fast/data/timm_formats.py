@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timm.data import create_dataset
 
 from insvp_fast.data.decode import SUFFIXES
@@ -33,6 +33,7 @@ def read_timm_format(source: str, root: str | None) -> Splits:
         DataError: if there is no train, a package is missing, or a split has a class that train does not have.
     """
     kind, _, name = source.partition("/")
+    images: Mapping[str, Sequence[Any]]
     if kind == "wds":
         return _read_tars(Path(root or name))
     if kind == "tfds":
@@ -48,7 +49,9 @@ def read_timm_format(source: str, root: str | None) -> Splits:
     return Splits({split: Images(images[split], indices[split]) for split in images}, classes)
 
 
-def _read_hugging_face(source: str, root: str | None) -> tuple[dict[str, Sequence], dict[str, list[Any]], list[str]]:
+def _read_hugging_face(
+    source: str, root: str | None
+) -> tuple[Mapping[str, Sequence[Any]], dict[str, list[Any]], list[str]]:
     """The images and labels of each split, and the names of the classes, empty if they have none."""
     readers = {split: reader for split in SPLITS if (reader := _open(source, root, split)) is not None}
     images = {split: _Files(reader) for split, reader in readers.items()}
@@ -88,7 +91,7 @@ class _Files(Sequence):
 
 def _name(classes: Sequence[str], label: Any) -> str:
     """A label as text: the name of a class index, if the classes have names."""
-    return classes[label] if isinstance(label, Integral) and 0 <= label < len(classes) else str(label)
+    return classes[int(label)] if isinstance(label, int | np.integer) and 0 <= label < len(classes) else str(label)
 
 
 def _read_tars(folder: Path) -> Splits:

@@ -72,7 +72,7 @@ def plot_sensitivity(panels: Mapping[str, Sequence[tuple[float, float, float]]],
 def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float]]) -> None:
     """Write a name beside each point, where it covers no point, other name or, if there is such a place, error bar."""
     to_pixels, size = axes.transData.transform, 16
-    points = [Bbox.from_bounds(*(to_pixels((x, y)) - size / 2), size, size) for _, x, y, _ in rows]
+    points = [Bbox([to_pixels((x, y)) - size / 2, to_pixels((x, y)) + size / 2]) for _, x, y, _ in rows]
     bars = [Bbox([to_pixels((x, y - deviation)), to_pixels((x, y + deviation))]) for _, x, y, deviation in rows]
     names: list[Bbox] = []
     for i, (name, x, y, _) in enumerate(rows):
@@ -90,7 +90,7 @@ def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float]]) -> 
 
 def _best_place(box: Bbox, axes: Axes, free: Sequence[Bbox], bars: Sequence[Bbox]) -> tuple[tuple[float, float], Bbox]:
     """The best offset, in points, of a box that lies on its point, and the box there; of equal ones the nearest."""
-    pixels = axes.get_figure(root=True).dpi / 72
+    pixels = axes.figure.dpi / 72
 
     def moved(offset: tuple[float, float]) -> Bbox:
         right, up = offset

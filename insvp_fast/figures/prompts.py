@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
+from torch import Tensor, nn
 
 from insvp_fast.errors import InsVPError
 from insvp_fast.figures.grad_cam import grad_cam
 from insvp_fast.figures.style import HIGHLIGHT, SEQUENTIAL, drawing
-from insvp_fast.reference import InsVPReference
+from insvp_fast.reference import ImagePrompt
+from insvp_fast.reference.prompted import PromptedReference
 
-__all__ = ["PromptedImages", "denormalize", "explain", "one_per_class", "plot_prompts", "to_gray_range"]
+__all__ = ["PromptedImages", "denormalize", "explain", "one_per_class", "pictures_of", "plot_prompts", "to_gray_range"]
 
 LABEL_WIDTH = 20  # characters in a line beside an image
 CAPTION = (
@@ -32,6 +33,7 @@ class PromptedImages(NamedTuple):
     """A batch of images with the parts of their prompts, each [B, C, H, W]; None where a prompt is switched off.
 
     Attributes:
+        prompted_image: None where there is no image prompt.
         heat_map: the mean magnitude of the image prompt over the channels, [B, H, W].
         grad_cam, grad_cam_without_prompts: of the predicted classes, [B, H, W]; the latter by the bare frozen backbone
             with the same head. None where the backbone has none.
@@ -43,7 +45,7 @@ class PromptedImages(NamedTuple):
     patch_prompt: Tensor | None
     image_prompt: Tensor | None
     heat_map: Tensor | None
-    prompted_image: Tensor
+    prompted_image: Tensor | None
     grad_cam: Tensor | None
     grad_cam_without_prompts: Tensor | None
     probabilities: Tensor
@@ -53,25 +55,33 @@ class PromptedImages(NamedTuple):
         return ((name, part) for name, part in self._asdict().items() if part is not None)
 
 
-def explain(model: InsVPReference, images: Tensor) -> tuple[PromptedImages, str | None]:
+def explain(model: nn.Module, images: Tensor) -> tuple[PromptedImages, str | None]:
     """The prompts of images [B, C, H, W] and the maps that belong to them, on the CPU in fp32.
+
+    Args:
+        model: of any method; one without image prompts has only the maps, one that changes the backbone not even those.
 
     Returns:
         They, and why there is no Grad-CAM, if there is none.
     """
     with torch.inference_mode():
-        prompt = model.eval().image_prompt(images)
+        prompts_of: Any = getattr(model.eval(), "image_prompt", lambda _: ImagePrompt(None, None, None, images))
+        prompt = prompts_of(images)
         logits = model(images).float()
         probabilities = logits.sigmoid() if getattr(model, "multi_label", False) else logits.softmax(1)
     heat_map = None if prompt.prompt is None else prompt.prompt.abs().mean(1)
     cams: list[Tensor | None] = [None, None]
     reason, classes = None, probabilities.argmax(1).tolist()
     try:
+        if not isinstance(model, PromptedReference):
+            raise InsVPError(f"no Grad-CAM of a {type(model).__name__}: its method changes the backbone")
         cams = [grad_cam(model, images, classes, prompts) for prompts in (True, False)]
     except InsVPError as error:
         reason = str(error)
-    parts = (images, prompt.global_, prompt.patch, prompt.prompt, heat_map, prompt.prompted, *cams, probabilities)
-    return PromptedImages(*(None if part is None else part.detach().float().cpu() for part in parts)), reason
+    prompted = None if prompt.prompt is None else prompt.prompted
+    parts: Any = (images, prompt.global_, prompt.patch, prompt.prompt, heat_map, prompted, *cams, probabilities)
+    parts = [None if part is None else part.detach().float().cpu() for part in parts]
+    return PromptedImages(*parts), reason
 
 
 def one_per_class(classes: Sequence[int], most: int) -> list[int]:
@@ -100,9 +110,10 @@ def plot_prompts(
         names: of the images, to be written beside them.
         classes: their true classes, to be compared with the predicted ones.
     """
-    columns, count = _columns(shown, preprocessing), len(shown.image)
+    columns, count = pictures_of(shown, preprocessing), len(shown.image)
     with drawing(file, 1.22 * len(columns) + 1.5, 1.32 * count + 0.9) as figure:
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.02)
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.03, h_pad=0.02)
         panels = figure.subplots(count, len(columns), squeeze=False)
         for (title, (pictures, notes)), column in zip(columns.items(), panels.T, strict=True):
             for i, axes in enumerate(column):
@@ -117,8 +128,10 @@ def plot_prompts(
         figure.supxlabel(CAPTION, fontsize=7, color="0.35")
 
 
-def _columns(shown: PromptedImages, preprocessing: Mapping[str, Any]) -> dict[str, tuple[Tensor, Sequence[str] | None]]:
-    """Pictures [B, 3, H, W] in [0, 1], and what to write below each, by their title."""
+def pictures_of(
+    shown: PromptedImages, preprocessing: Mapping[str, Any]
+) -> dict[str, tuple[Tensor, Sequence[str] | None]]:
+    """Pictures [B, 3, H, W] in [0, 1] of what there is, and what to write below each, by their title."""
     image = denormalize(shown.image, preprocessing)
     columns: dict[str, tuple[Tensor, Sequence[str] | None]] = {"image": (image, None)}
     for name in ("global_prompt", "patch_prompt", "image_prompt"):
@@ -126,13 +139,13 @@ def _columns(shown: PromptedImages, preprocessing: Mapping[str, Any]) -> dict[st
         if prompt is not None:
             largest = [f"max {value:.2g}" for value in prompt.abs().amax((1, 2, 3))]
             columns[name.replace("_", "\n")] = to_gray_range(prompt), largest
-    if shown.heat_map is not None:
+    if shown.heat_map is not None and shown.prompted_image is not None:
         colors = _colored(shown.heat_map / shown.heat_map.max().clamp(min=1e-12))
         columns["its\nheat map"] = colors, [f"mean {value:.2g}" for value in shown.heat_map.mean((1, 2))]
         columns["prompted\nimage"] = denormalize(shown.prompted_image, preprocessing), None
     for word, cam in {"with": shown.grad_cam, "without": shown.grad_cam_without_prompts}.items():
         if cam is not None:
-            columns[f"Grad-CAM\n{word} prompts"] = _overlay(image, cam), None
+            columns[f"Grad-CAM\n{word} prompts"] = overlay(image, cam), None
     return columns
 
 
@@ -160,7 +173,7 @@ def _colored(values: Tensor) -> Tensor:
     return torch.from_numpy(colors).permute(0, 3, 1, 2)
 
 
-def _overlay(image: Tensor, cam: Tensor) -> Tensor:
+def overlay(image: Tensor, cam: Tensor) -> Tensor:
     """Grad-CAM in colors over the image in gray."""
     gray = image.mean(1, keepdim=True)
     return 0.4 * gray + 0.6 * _colored(cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12))

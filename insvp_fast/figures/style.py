@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 HIGHLIGHT = COLORS[1]
 MARKERS = ("o", "^", "s")  # with the colors, they tell 21 classes apart
 SEQUENTIAL = "viridis"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 9,
@@ -35,6 +36,7 @@ STYLE = {
     "lines.markersize": 4,
     "pdf.fonttype": 42,  # letters that other programs can edit
     "savefig.dpi": 150,
+    "text.parse_math": False,  # a dollar sign in the name of a class is one
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }

@@ -86,10 +86,10 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
         raise NotImplementedError(f"a {type(self).__name__} does not drop blocks: drop them from the backbone before")
 
     def image_prompt(self, image: Tensor) -> ImagePrompt:
-        """The prompted image and what was added to it, [B, C, H, W]."""
+        """The prompted image and what was added to it, [B, C, H, W]; None for a method that adds nothing."""
         image = self._normalize(image) if image.dtype == torch.uint8 else image
         prompted, _ = self.prompt_image(image)
-        return ImagePrompt(None, None, prompted - image, prompted)
+        return ImagePrompt(None, None, None if prompted is image else prompted - image, prompted)
 
     def _adapter(self) -> dict[str, Tensor]:
         return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def _rates(row: Row, protocol: Protocol) -> Sequence[float | None]:
 
 
 def _entry(row: Row, protocol: Protocol, folder: Path, rate: float | None, seed: int) -> Entry:
-    settings: Mapping[str, Any] = protocol.settings | row.settings | {"seed": seed, "split_seed": seed, "probe": False}
+    settings: dict[str, Any] = protocol.settings | row.settings | {"seed": seed, "split_seed": seed, "probe": False}
     settings |= {} if rate is None else {"lr": rate}
     return make_entry({"row": row.label, "lr": rate, "seed": seed}, settings, folder, row.label)
 

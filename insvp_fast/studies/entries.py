@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 # what a linear probe depends on: besides these, its runs would be repetitions to the bit
-PROBE_SETTINGS = ("backbone", "checkpoint", "data", "root", "preprocessing", "exif_rotation", "protocol")
-PROBE_SETTINGS += ("img_size", "select_on", "retrain", "amp", "split_seed")
+PROBE_SETTINGS: tuple[str, ...] = ("backbone", "checkpoint", "img_size", "data", "root", "preprocessing")
+PROBE_SETTINGS += ("exif_rotation", "protocol", "split_seed", "select_on", "metric", "retrain", "amp")
 
 
 class Entry(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from insvp_fast.data.sets import HTA, VTAB
@@ -144,7 +145,7 @@ class PaperStudy(NamedTuple):
     rows: list[Row]
     sets: tuple[str, ...]
     reference: str
-    numbers: dict[str, tuple[float, ...]]
+    numbers: Mapping[str, tuple[float, ...]]
     settings: dict[str, Any] = {}  # noqa: RUF012 (a default that nobody changes)
 
 

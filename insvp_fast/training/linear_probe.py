@@ -232,4 +232,4 @@ def _minimize(weight: Tensor, bias: Tensor, inputs: Tensor, targets: Tensor, wei
 
     optimizer.step(closure)
     total = closure().item() - 0.5 * weight_decay * weight.detach().square().sum().item()
-    return total, max(p.grad.abs().max().item() for p in (weight, bias)) <= CONVERGED
+    return total, max(p.grad.abs().max().item() for p in (weight, bias) if p.grad is not None) <= CONVERGED

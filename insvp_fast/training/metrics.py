@@ -119,10 +119,10 @@ def _evaluate_own(
     What is found is the likeliest class, or with several labels the logits.
     """
     found: list[Tensor] = []
-    loss = top5_hits = 0.0
+    loss, top5_hits = torch.zeros((), dtype=torch.float64), 0
     for images, targets in batches:
         logits = model(images).float()
-        loss += plain_loss(logits, targets)
+        loss = loss + plain_loss(logits, targets).double()
         if multi_label:
             found.append(torch.stack([targets, logits]).cpu())  # too much for a device's memory
         else:

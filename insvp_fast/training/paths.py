@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from insvp_fast.data.sets import DIGITS, PREFIXES, SETS
 from insvp_fast.training.recipe import Recipe
@@ -21,7 +22,7 @@ def absolute_paths(recipe: Recipe, is_name: Callable[[str], bool] = lambda sourc
         is_name: whether a backbone of this name comes before a folder of the same name. To compare recipes it is not
             needed, which keeps torch and timm away.
     """
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(recipe):
         value, kind = getattr(recipe, field.name), field.metadata["metavar"]
         if value is not None and kind in ("FILE", "FOLDER"):

@@ -40,12 +40,11 @@ class Bar:
 
     def __init__(self, name: str, total: int, done: int = 0, active: bool = True) -> None:
         self.shown, self.drawn = active and is_terminal(sys.stderr), 0.0
-        whole = {"no_wrap": True}
         self.progress = Progress(
-            TextColumn("{task.description}", table_column=Column(**whole)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan", table_column=Column(min_width=4)),
-            TaskProgressColumn("{task.percentage:>3.0f}%", table_column=Column(**whole)),
-            TextColumn("{task.fields[facts]}", table_column=Column(**whole)),
+            TaskProgressColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),
             console=Console(stderr=True, highlight=False),
             auto_refresh=False,
             transient=True,

@@ -12,7 +12,7 @@ from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.data import transform_for
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.recipe import Recipe
-from tests.commands.finished_run import CLASSES, finish
+from tests.commands.finished_run import CLASSES, HOSTILE, finish, noise, with_random_head, write_run
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +53,16 @@ def probabilities(run, images) -> dict[str, torch.Tensor]:
     files = sorted((images / "test").rglob("*.png"))
     with torch.inference_mode():
         return {str(file): model(transform(Image.open(file))[None]).softmax(1)[0] for file in files}
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory) -> Path:
+    """A run whose classes and files have names of HTML, templates and formulas."""
+    random, root = np.random.default_rng(0), tmp_path_factory.mktemp("hostile")
+    for name in HOSTILE:
+        for split in ("train", "test"):
+            noise(root / "data" / split / name / "<b onload='alert(3)'>.png", random)
+            noise(root / "data" / split / name / "1.png", random)
+    torch.manual_seed(0)
+    model = with_random_head(InsVPViT(load_backbone(), 4, InsVPConfig(prompt_length=2)))
+    return write_run(root / "run", root / "data", model, sorted(HOSTILE), select_on="test")

@@ -78,7 +78,7 @@ class TestSeveralLabels:
         preprocessing = resolve_preprocessing(load_backbone())
         images = Images(pixels.astype(np.uint8), labels).with_transform(transform_for(preprocessing))
         names, augmentation = ["dark", "light", "red"], {"augmentation": "none", "hflip": 0.0}
-        data = Data(images, images, images, names, augmentation, "test", plain_train=images, multi_label=True)
+        data = Data(images, images, images, names, images, augmentation, multi_label=True)
         monkeypatch.setattr(run_module, "load_data", lambda *_, **__: data)
         monkeypatch.setattr(evaluation, "load_test_data", lambda *_, **__: images)
 
@@ -132,7 +132,8 @@ def test_a_run_stops_early_also_when_it_was_interrupted(pictures, tmp_path, monk
 
 
 def test_stopping_early_needs_a_split_to_select_on(pictures, tmp_path, capsys):
-    assert command(pictures, tmp_path, "--patience", "3", "--retrain") == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(pictures, tmp_path, "--patience", "3", "--retrain")
     assert "--patience is 3: expected 0 with --retrain" in capsys.readouterr().err
 
 

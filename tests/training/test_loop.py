@@ -17,11 +17,12 @@ MIXED = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 0.5, "label_smoothing": 0.1, "
 def recorded(monkeypatch, recipe) -> tuple[torch.nn.Module, list[tuple], dict]:
     """The model before training, (number in its epoch, images, targets, smoothing) of each batch, what was trained."""
     models, batches, cross_entropy = [], [], torch.nn.functional.cross_entropy
-    train_batch = Trainer._train_batch
+    train_batch = Trainer.train_batch
 
-    def spy(logits, targets, **how):
-        batches[-1] = (*batches[-1], targets.clone(), how["label_smoothing"])
-        return cross_entropy(logits, targets, **how)
+    def spy(logits, targets, *weights, **how):
+        if "label_smoothing" in how:  # of training, not of evaluation
+            batches[-1] = (*batches[-1], targets.clone(), how["label_smoothing"])
+        return cross_entropy(logits, targets, *weights, **how)
 
     def train_batch_and_record(self, images, classes):
         models.extend([] if models else [copy.deepcopy(self.model)])
@@ -29,7 +30,7 @@ def recorded(monkeypatch, recipe) -> tuple[torch.nn.Module, list[tuple], dict]:
         return train_batch(self, images, classes)
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
-    monkeypatch.setattr(Trainer, "_train_batch", train_batch_and_record)
+    monkeypatch.setattr(Trainer, "train_batch", train_batch_and_record)
     run = train(recipe)
     monkeypatch.undo()
     return models[0], batches, load_file(run / "adapter" / "adapter_model.safetensors")

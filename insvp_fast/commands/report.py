@@ -1,0 +1,40 @@
+"""Write one HTML file about a run: results, curves, confusion matrix, the worst mistakes with their prompts, settings.
+
+The model is tested anew, in fp32. The file needs no other file and no network, and has no scripts: it can be sent as it
+is. It holds the mistaken images, and the names of their files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from insvp_fast.atomic_files import write_file
+from insvp_fast.commands.diagnostics import run_warnings
+from insvp_fast.commands.options import add_json, add_loading, make_folder, positive
+
+SUMMARY = "write an HTML page about a run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`")
+    parser.add_argument(
+        "--mistakes", type=positive, metavar="N", default=12, help="show at most so many mistakes (default: 12)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="the file to write (default: report.html, in RUN)")
+    add_loading(parser)
+    add_json(parser)
+
+
+def run(run: str, mistakes: int, output: str | None, batch_size: int | None, workers: int | None) -> dict[str, Any]:
+    from insvp_fast.report.page import render
+    from insvp_fast.report.results import find_results
+
+    warnings, file = list(run_warnings(Path(run))), Path(output or Path(run) / "report.html")
+    make_folder(file.parent)
+    results = find_results(run, mistakes, batch_size, workers)
+    write_file(file, render(run, results, warnings).encode(errors="backslashreplace"))
+    print(f"{results.metrics}   {results.wrong:,} of {results.metrics.images:,} images are mistakes")
+    print(f"written: {file}, {file.stat().st_size / 2**20:.1f} MiB")
+    return {"file": str(file), "images": results.metrics.images, "mistakes": results.wrong, "warnings": warnings}

@@ -1,0 +1,99 @@
+"""What a report shows of a run's model: its metrics on the test images, and the images on which it is most wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from insvp_fast.data import load_test_data
+from insvp_fast.errors import TrainingError
+from insvp_fast.figures.prompts import PromptedImages, explain
+from insvp_fast.training.accelerator import create_accelerator
+from insvp_fast.training.counter import Counter
+from insvp_fast.training.load import load_run
+from insvp_fast.training.metrics import Metrics, MultiLabelMetrics, metrics_of_labels, metrics_of_pairs
+from insvp_fast.training.probabilities import decide
+
+__all__ = ["Mistakes", "Results", "find_results"]
+
+
+class Mistakes(NamedTuple):
+    """Images that are classified wrongly, those of the largest loss first.
+
+    Attributes:
+        names, targets, losses: of each image; its file, true class or multi-hot labels, and loss.
+        shown: they with their prompts, None if there are no mistakes.
+        reason: why there is no Grad-CAM, if there is none.
+    """
+
+    names: list[str]
+    targets: Tensor
+    losses: list[float]
+    shown: PromptedImages | None
+    reason: str | None
+
+
+class Results(NamedTuple):
+    """The metrics of a run's model on its test images in fp32, its worst mistakes, and their number."""
+
+    metrics: Metrics | MultiLabelMetrics
+    mistakes: Mistakes
+    wrong: int
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+
+
+def find_results(folder: str | Path, most: int, batch_size: int | None = None, workers: int | None = None) -> Results:
+    """Test the model of a run on its test images, in this process.
+
+    Args:
+        most: the number of mistakes to show.
+        batch_size, workers: None for those of the run.
+
+    Raises:
+        TrainingError: if it is no finished run.
+        DataError: if its data are not there, or have other classes.
+    """
+    recipe, model, preprocessing, names = load_run(folder)
+    if recipe is None or names is None:
+        raise TrainingError(f"{folder} is an adapter, which does not say how it was trained: expected a run folder")
+    images = load_test_data(
+        recipe.data, preprocessing, recipe.split_seed, names, root=recipe.root, exif_rotation=recipe.exif_rotation
+    )
+    workers = recipe.workers if workers is None else workers
+    device = create_accelerator().device
+    loader = DataLoader(images, batch_size or recipe.batch_size, num_workers=workers)
+    model = model.to(device).float().eval()
+    with Counter("report", len(images)) as counter, torch.inference_mode():  # type: ignore[arg-type]
+        parts = []
+        for batch, targets in loader:
+            parts.append((targets, *_judge(model(batch.to(device)).float().cpu(), targets)))
+            counter.add(len(targets))
+    targets, found, losses = (torch.cat(part) for part in zip(*parts, strict=True))
+    metrics: Metrics | MultiLabelMetrics
+    if model.multi_label:
+        wrong = (decide(found) != (targets > 0.5)).any(1)
+        metrics = metrics_of_labels(targets, found, losses.mean().item())
+    else:
+        hits, wrong = found == targets[:, None], found[:, 0] != targets
+        pairs = torch.stack([targets, found[:, 0]])
+        metrics = metrics_of_pairs(pairs, len(names), int(hits.any(1).sum()), losses.mean().item())
+    ranked = losses.masked_fill(~wrong, -1).argsort(descending=True, stable=True)
+    worst = ranked[: min(most, int(wrong.sum()))].tolist()
+    shown, reason = None, None
+    if worst:
+        shown, reason = explain(model, torch.stack([images[index][0] for index in worst]).to(device))
+    mistakes = Mistakes([images.name(i) for i in worst], targets[worst], losses[worst].tolist(), shown, reason)
+    return Results(metrics, mistakes, int(wrong.sum()), names, preprocessing)
+
+
+def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The five likeliest classes of each image, or with several labels its logits; and its loss."""
+    if targets.ndim == 1:
+        return logits.topk(min(5, logits.shape[1])).indices, F.cross_entropy(logits, targets, reduction="none")
+    return logits, F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)

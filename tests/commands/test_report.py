@@ -1,0 +1,149 @@
+"""``insvp report``: what is on the page, that nothing in it is taken for HTML, and how a browser shows it."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from insvp_fast import InsVPConfig, InsVPViT
+from insvp_fast.commands import cli
+from insvp_fast.methods import create_model
+from insvp_fast.training.backbone import load_backbone
+from tests.browser import needs_chromium, open_page
+from tests.commands.finished_run import HOSTILE, noise, with_random_head, write_run
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A page's tags, attributes and texts; fails where tags do not match."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(file.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip() and self.open[-1] != "style":
+            self.texts.append(" ".join(data.split()))
+
+    def behind(self, text: str) -> list[str]:
+        """Each text that follows this one."""
+        return [after for before, after in pairwise(self.texts) if before == text]
+
+    def sources(self, kind: str = "") -> list[str]:
+        return [value for name, value in self.attributes if name == "src" and value.startswith(f"data:image/{kind}")]
+
+
+@pytest.fixture(scope="module")
+def report(hostile) -> Path:
+    assert cli.main(["report", str(hostile)]) == 0
+    return hostile / "report.html"
+
+
+def test_the_page_says_what_eval_says_and_shows_the_worst_first(hostile, report, capsys):
+    assert cli.main(["eval", str(hostile)]) == 0
+    facts, page = json.loads((hostile / "eval.json").read_text()), Page(report)
+    for title, key in (("top-1 accuracy", "top1"), ("mean per class", "mean_per_class"), ("F1", "f1")):
+        assert page.texts[page.texts.index(title) - 1] == f"{facts[key]:.1%}"
+    wrong = round(8 * (1 - facts["top1"]))
+    assert 0 < wrong < 8 and f"{wrong} of 8 images are classified wrongly" in " ".join(page.texts)
+    losses = [float(text) for text in page.behind("loss")]
+    assert len(losses) == wrong and losses == sorted(losses, reverse=True)
+    assert "the epoch to keep was selected on the test images" in " ".join(page.texts)
+    assert {"select_on", "batch_size", "torch", "2.11<0>", "insvp train --data '<b>'"} <= set(page.texts)
+    assert len(page.sources("png")) == 8 * wrong  # image, three prompts, heat map, prompted image, two maps
+    assert len(page.sources("svg")) == 2
+
+
+def test_names_are_text_and_nothing_is_loaded(report):
+    page = Page(report)
+    assert not {"script", "iframe", "object", "b", "form"} & set(page.tags)
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    links = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert links and all(value.startswith("data:") for value in links)
+    css = re.search("<style>(.*?)</style>", report.read_text(), re.DOTALL)[1]
+    assert "url(" not in css and "@import" not in css
+    assert set(HOSTILE) <= set(page.texts)
+    assert any(text.endswith("<b onload='alert(3)'>.png") for text in page.texts)
+
+
+@needs_chromium
+def test_a_browser_shows_it_without_a_complaint(report, tmp_path):
+    dom, console = open_page(report, tmp_path / "profile")
+    assert console == []
+    assert "Worst mistakes" in dom and "<script" not in dom
+    broken = tmp_path / "broken.html"
+    broken.write_text("<script>missing()</script>")
+    assert "missing is not defined" in open_page(broken, tmp_path / "profile")[1][0]
+
+
+def test_several_labels_per_image(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for i in range(6):
+        noise(tmp_path / f"{i}.png", random)
+    labels = ["sea;sky", "sky", "", "sea", "sea;sky", "sand"]
+    rows = [f"{i}.png,{label},{split}\n" for split in ("train", "test") for i, label in enumerate(labels)]
+    (tmp_path / "list.csv").write_text("path,tags,split\n" + "".join(rows))
+    torch.manual_seed(0)
+    model = with_random_head(InsVPViT(load_backbone(), 3, InsVPConfig(prompt_length=2)))
+    model.multi_label = True
+    run = write_run(tmp_path / "run", tmp_path / "list.csv", model, ["sand", "sea", "sky"])
+    assert cli.main(["report", str(run), "--mistakes", "2", "--output", str(tmp_path / "new" / "page.html")]) == 0
+    assert "mAP" in capsys.readouterr().out
+    page = Page(tmp_path / "new" / "page.html")
+    assert {"mean average precision", "micro F1", "average precision"} <= set(page.texts)
+    assert "Accuracy of the" not in " ".join(page.texts) and len(page.sources("svg")) == 1  # no confusion matrix
+    assert page.texts.count("predicted") == 2
+    for text in page.behind("true"):
+        assert re.sub(r" \(\d+\.\d%\)", "", text) in ("none", "sea, sky", "sky", "sea", "sand")
+
+
+@pytest.mark.parametrize(
+    ("method", "titles", "reason"),
+    [
+        ("vpt_deep", ["image", "Grad-CAM with prompts", "Grad-CAM without prompts"], ""),
+        ("lora", ["image"], "no Grad-CAM of a TunedViT: its method changes the backbone"),
+    ],
+)
+def test_other_methods_have_fewer_pictures(method, titles, reason, images, tmp_path):
+    torch.manual_seed(0)
+    model = with_random_head(create_model(method, load_backbone(), 6))
+    names = sorted(path.name for path in (images / "test").iterdir())
+    run = write_run(tmp_path / method, images, model, names, method=method)
+    assert cli.main(["report", str(run), "--mistakes", "1"]) == 0
+    page = Page(run / "report.html")
+    alternatives = [value for name, value in page.attributes if name == "alt"]
+    assert alternatives[2:] == titles  # after the curves and the confusion matrix
+    assert not reason or reason in page.texts
+
+
+def test_json_says_what_was_written(hostile, tmp_path, capsys):
+    file = tmp_path / "page.html"
+    assert cli.main(["report", str(hostile), "--output", str(file), "--mistakes", "1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["file"], facts["images"]) == (str(file), 8)
+    assert "selected on the test images" in facts["warnings"][0]
+    assert len(Page(file).behind("loss")) == 1 < facts["mistakes"]
+
+
+def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):
+    shutil.copytree(hostile / "adapter", tmp_path / "adapter")
+    assert cli.main(["report", str(tmp_path / "adapter")]) == 1
+    assert "is not a run folder of `insvp train`" in capsys.readouterr().err
