@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from insvp_fast.commands import cli
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
 from insvp_fast.studies.entries import Entry, Protocol, Row, Score, with_one_probe
@@ -58,6 +59,19 @@ def test_a_rate_is_picked_on_val_and_then_repeated(trained, tmp_path):
         *(("linear", seed) for seed in (4, 5, 6)),
     ]
     assert all(recipe.split_seed == recipe.seed and recipe.epochs == 3 and not recipe.probe for recipe in trained)
+
+
+@pytest.mark.parametrize("figure", ["figure5", "figure7"])
+def test_figures_are_drawn_from_the_runs(figure, trained, tmp_path, capsys):
+    methods = ["--methods", "linear", "insvp"] if figure == "figure5" else []
+    command = ["paper", figure, *methods, "--seeds", "2", "--rates", "0.01", "--output", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    pictures = list((tmp_path / "out").glob("*.png"))
+    assert len(pictures) == 1 and pictures[0].stat().st_size > 10_000
+    # figure 7 varies four settings at five values, at the rate of the recipe
+    assert len(trained) == (4 if figure == "figure5" else 40)
+    assert {recipe.lr for recipe in trained if recipe.method == "insvp"} == {0.01 if figure == "figure5" else Recipe.lr}
+    assert "| InsVP" in capsys.readouterr().out or figure == "figure7"
 
 
 def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):

@@ -35,6 +35,7 @@ def test_a_killed_run_ends_like_one_that_never_was(digits, tmp_path):
     mixing = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "sampling": "balanced"}
     settings = {
         "data": str(digits),
+        "probe": False,
         "epochs": 2,
         "batch_size": 16,
         "accumulate": 2,
