@@ -78,7 +78,9 @@ def run(
 
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
-    results = {data: compare(study.rows, protocol(data), folder / data, jobs, launch) for data in sets}
+    # a path would lead out of the folder, into the data themselves
+    places = {data: folder / (data if data in SETS else Path(data).resolve().name) for data in sets}
+    results = {data: compare(study.rows, protocol(data), place, jobs, launch) for data, place in places.items()}
     print()
     print_markdown(report(what if what != "figure5" else "table1", study, results, protocol(sets[0]), folder))
     if what == "figure5":

@@ -50,10 +50,10 @@ def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: 
     if find_lr:
         result: dict[str, Any] = {"lr": run.find_lr(settings)}
         print(f"suggested: --lr {result['lr']:.2g}")
-    else:
-        folder = run.train(settings, resume=resume)
-        result = {"run": folder, "results": read_results(folder)}
-    return result if PartialState().is_main_process else None
+        return result if PartialState().is_main_process else None
+    folder = run.train(settings, resume=resume)
+    # the other processes do not know the folder of a new run
+    return {"run": folder, "results": read_results(folder)} if PartialState().is_main_process else None
 
 
 def _resolve(recipe: str | None, resume: str | None, given: dict[str, Any]) -> Recipe:
