@@ -27,7 +27,7 @@ from insvp_fast.commands.settings import add_settings
 from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
 from insvp_fast.errors import CommandError
-from insvp_fast.recipes import list_shipped
+from insvp_fast.recipes import list_shipped, read_recipe
 from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.paper import SENSITIVITY, STUDIES, PaperStudy, method_rows
@@ -64,6 +64,7 @@ def run(
     from insvp_fast.studies.report import report
     from insvp_fast.training.terminal import print_markdown
 
+    _refuse(what, methods, given)
     study = STUDIES["table1" if what == "figure5" else "table5" if what == "figure7" else what]
     if methods:
         study = study._replace(rows=method_rows(tuple(methods)))
@@ -94,7 +95,33 @@ def run(
             ]
             plot_parameters(points, folder / f"figure5-{data.replace('/', '-')}.png", title=data)
     print(f"written: {folder}")
+    _require_all([row for rows in results.values() for row in rows], seeds)
     return {"folder": str(folder), "results": {data: _records(rows) for data, rows in results.items()}}
+
+
+def _refuse(what: str, methods: Sequence[str] | None, given: dict[str, Any]) -> None:
+    """Refuse settings that a study chooses itself.
+
+    Raises:
+        CommandError: naming the option.
+    """
+    chosen = {"seed": "--seeds", "split_seed": "--seeds", "probe": "a row of its own", "method": "--methods"}
+    chosen["retrain"] = "val, by which the rates are picked"
+    for name, instead in chosen.items():
+        if name in given:
+            raise CommandError(f"`{name}` is given: expected none, as a study has {instead}")
+    if methods and what in ("table5", "figure7"):
+        raise CommandError(f"--methods is {' '.join(methods)}: expected none, {what} compares InsVP with itself")
+
+
+def _require_all(rows: Sequence[Any], seeds: int) -> None:
+    """Say at the end, after the table, what is not in it.
+
+    Raises:
+        CommandError: with the number of runs.
+    """
+    if missing := sum(seeds - len(row.scores) for row in rows):
+        raise CommandError(f"{missing} runs failed and are not in the table; the same command tries them again")
 
 
 def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> Sequence[str]:
@@ -103,15 +130,16 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     Raises:
         CommandError: if none of the study's sets is there.
     """
-    if "data" in given or not recipe:
-        return [given.get("data", DIGITS)]
+    own = read_recipe(recipe).get("data") if recipe else DIGITS
+    if "data" in given or own:
+        return [given.get("data", own)]
     root = given.get("root", ".")
     there = [
         name
         for name in study.sets
         if all(Path(root.replace("{data}", name), file).exists() for file in SETS[name].files)
     ]
-    for name in set(study.sets) - set(there):
+    for name in (name for name in study.sets if name not in there):
         print(f"left out: {name}, whose files are not in {root.replace('{data}', name)} (see `insvp data {name}`)")
     if not there:
         raise CommandError(f"`root` is {root}: expected the files of some of {', '.join(study.sets)}")
@@ -134,14 +162,19 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     results = compare(rows, protocol, folder, jobs, launcher)
     found = {compared.row.label: compared for compared in results}
     panels = {
-        title: [(float(value), *_mean_and_spread(found[f"{name}={value}"])) for value in values]
+        title: [
+            (float(value), *_mean_and_spread(row))
+            for value in values
+            if (row := found[f"{name}={value}"]).scores  # others failed
+        ]
         for title, (name, values) in SENSITIVITY.items()
     }
     study = PaperStudy("hyper-parameters of InsVP", rows, (), rows[0].label, {})
     print()
     print_markdown(report("figure7", study, {str(protocol.settings["data"]): results}, protocol, folder))
-    plot_sensitivity(panels, folder / "figure7.png")
+    plot_sensitivity({title: points for title, points in panels.items() if points}, folder / "figure7.png")
     print(f"written: {folder}")
+    _require_all(results, len(protocol.seeds))
     return {"folder": str(folder), "results": {str(protocol.settings["data"]): _records(results)}}
 
 

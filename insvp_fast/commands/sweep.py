@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.commands.options import add_json, positive
+from insvp_fast.errors import CommandError
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of, settings_of_probe, with_one_probe
 from insvp_fast.studies.grid import read_grid
 from insvp_fast.studies.tables import format_percent, markdown, mean_and_std, write_table
@@ -63,21 +64,26 @@ def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run:
         commands = [f"insvp train {shlex.join(entry.arguments)}" for entry in entries]
         print(*commands, sep="\n")
         return {"commands": commands}
+    failed = 0
     try:
-        train_entries(entries, folder, jobs, shlex.split(launcher or ""), after=lambda: collect(folder, entries))
+        failed = train_entries(
+            entries, folder, jobs, shlex.split(launcher or ""), after=lambda: collect(folder, entries)
+        )
     finally:
         text, rows = collect(folder, entries)
         print()
         print_markdown(text)
         print(f"written: {folder / 'results.md'}, results.csv")
+    if failed:
+        raise CommandError(f"{failed} of {len(entries)} runs failed; the same command tries them again")
     return {"folder": str(folder), "results": rows}
 
 
 def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str, Any]]]:
     """Write results.csv and results.md; returns the text of the latter, and the rows of the former.
 
-    A row for each combination of the varied settings but the seed, and model. Of the rows with the same data, protocol
-    and model the one with the best mean on val is marked.
+    A row for each combination of the varied settings but the seed, and model. Of the rows with the same data, protocol,
+    metric and model the one with the best mean on val is marked.
     """
     varied = [name for name in entries[0].values if name != "seed"]
     runs, planned = read_runs(folder), Counter[tuple[str, ...]]()
@@ -86,19 +92,21 @@ def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str,
         planned[_key(entry.values, varied)] += 1
         for score in scores_of(find_run(runs, entry.recipe)):
             own = settings_of_probe(entry.values) if score.model == PROBE else entry.values
-            kind = entry.recipe.data, entry.recipe.protocol, score.model
+            recipe, metric = entry.recipe, str(score.facts.get("metric", "top1"))
+            kind = recipe.data, recipe.protocol, metric, score.model
             scores.setdefault((*_key(own, varied), *kind), []).append((score.val, score.test))
     rows = []
-    for (*key, data, protocol, model), pairs in scores.items():
+    for (*key, data, protocol, metric, model), pairs in scores.items():
         vals = [val for val, _ in pairs if val is not None]
         val, test = mean_and_std(vals) if vals else (None, None), mean_and_std([test for _, test in pairs])
         runs_planned = planned.get(tuple(key), len(pairs))
-        rows.append(((data, protocol, model), [*key, protocol, model, len(pairs), runs_planned, *val, *test]))
+        row = [*key, protocol, metric, model, len(pairs), runs_planned, *val, *test]
+        rows.append(((data, protocol, metric, model), row))
     best: dict[tuple[str, ...], float] = {}
     for group, row in rows:
         best[group] = max(best.get(group, -1.0), -1.0 if row[-4] is None else row[-4])
     text = markdown(
-        [*varied, "protocol", "model", "runs", "validation accuracy", "test accuracy"],
+        [*varied, "protocol", "metric", "model", "runs", "validation", "test"],
         [
             [
                 *row[:-6],
@@ -109,7 +117,7 @@ def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str,
             for group, row in rows
         ],
     )
-    header = [*varied, "protocol", "model", "runs", "planned", "val_mean", "val_std", "test_mean", "test_std"]
+    header = [*varied, "protocol", "metric", "model", "runs", "planned", "val_mean", "val_std", "test_mean", "test_std"]
     write_table(folder, "results", header, [row for _, row in rows], text)
     return text, [dict(zip(header, row, strict=True)) for _, row in rows]
 

@@ -48,8 +48,7 @@ def compare(
 ) -> list[Compared]:
     """Train all rows; runs that are finished already are not repeated.
 
-    Raises:
-        CommandError: if runs failed.
+    A rate whose run failed, because the loss diverged, say, is not picked.
     """
     first, rest = protocol.seeds[0], protocol.seeds[1:]
     searched = [_entry(row, protocol, folder, rate, first) for row in rows for rate in _rates(row, protocol)]

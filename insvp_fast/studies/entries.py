@@ -124,16 +124,18 @@ def scores_of(run: Found | None) -> list[Score]:
     results, epochs = read_results(run.folder), read_metrics(run.folder)
     scores = []
     for name, facts in results.items():
-        own = [record for record in epochs if record["model"] == name and "epoch" in record]
-        kept = [record for record in own if record["epoch"] == facts.get("kept_epoch")] or own[-1:]
         metric = score_name(facts.get("metric"))
-        val = kept[-1].get(f"val_{metric}") if kept else None
+        epoch = facts.get("kept_epoch") or 1  # the record of a linear probe, which has no epochs
+        kept = [record for record in epochs if (record["model"], record.get("epoch")) == (name, epoch)]
+        val = facts.get("kept_score") if facts.get("selected_on") == "val" else None  # epoch 0 has no record
+        if val is None and kept:
+            val = kept[0].get(f"val_{metric}")
         scores.append(Score(name, val, facts[f"test_{metric}"], facts))
     return scores
 
 
 def with_one_probe(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries, of which only the first of those with the same linear probe trains it."""
+    """The entries, of which only the first of those with the same linear probe fits it; others that fit it alone go."""
     seen: set[tuple[Any, ...]] = set()
     changed = []
     for entry in entries:
@@ -141,6 +143,8 @@ def with_one_probe(entries: Sequence[Entry]) -> list[Entry]:
         if key in seen and entry.recipe.probe and entry.recipe.method != LINEAR:
             recipe = dataclasses.replace(entry.recipe, probe=False)
             entry = entry._replace(recipe=recipe, arguments=[*entry.arguments, "--no-probe"])
+        if key in seen and entry.recipe.method == LINEAR:
+            continue
         if any(candidate.method == LINEAR for candidate in candidates_of(entry.recipe)):
             seen.add(key)
         changed.append(entry)

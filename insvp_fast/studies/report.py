@@ -90,10 +90,14 @@ def _groups(study: PaperStudy, results: Mapping[str, Sequence[Compared]]) -> str
 def _notes(study: PaperStudy, protocol: Protocol) -> str:
     seeds = ", ".join(map(str, protocol.seeds))
     rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
+    picked = f"The learning rate is {rates}."
+    if len(protocol.rates) > 1:
+        picked = (
+            f"The learning rate of a model is the one of {rates} with the best accuracy on val with the first seed; *"
+            " marks the smallest and the largest."
+        )
     return (
         f"Accuracies in percent, mean ± standard deviation over seeds {seeds}, each with its own division of what the"
-        f" data leave undivided. The learning rate of a model is the one of {rates} with the best accuracy on val with"
-        f" the first seed; * marks the smallest and the largest. Difference: to {study.reference}, paired by seed, ±"
-        " half the 95 % confidence interval. Images/s in training, and the largest memory of the process (on a GPU:"
-        " of the device)."
+        f" data leave undivided. {picked} Difference: to {study.reference}, paired by seed, ± half the 95 % confidence"
+        " interval. Images/s in training, and the largest memory of the process (on a GPU: of the device)."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from importlib.util import find_spec
 
@@ -40,7 +41,10 @@ def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Acce
         if find_spec(name) is None:
             raise TrainingError(f"`trackers` has {name}: it is not installed; pip install {name}")
     AcceleratorState._reset_state()
+    # without a GPU, Accelerate would take the processes of a launcher for independent ones
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
+        cpu=distributed and not torch.accelerator.is_available(),
         mixed_precision="no" if amp == "off" else amp,
         log_with=list(trackers) or None,
         project_dir="." if trackers else None,  # until there is a run folder

@@ -69,6 +69,10 @@ def evaluate_run(
     seed = trained.split_seed if own else None
     names = names or _names_of_data(source, root, model.num_classes)
     images = load_test_data(source, preprocessing, seed, names, root=root, exif_rotation=trained.exif_rotation)
+    if isinstance(images.classes, Tensor) != model.multi_label:  # type: ignore[attr-defined]
+        labels = ["one label", "several labels"]
+        found, expected = labels[not model.multi_label], labels[model.multi_label]
+        raise DataError(f"`data` is {source}: found {found} per image, expected {expected}, as the model was trained")
     workers = trained.workers if workers is None else workers
     loading = dataclasses.replace(trained, batch_size=batch_size or trained.batch_size, workers=workers)
     loader = create_loader(images, loading, accelerator)

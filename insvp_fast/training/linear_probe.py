@@ -67,8 +67,8 @@ class LinearFit(NamedTuple):
 def train_linear_probe(name: str, model: nn.Module, data: Data, logger: RunLogger) -> None:
     """Fit the head of a model without prompts, evaluate it and record both.
 
-    It is fitted to the training images as evaluation sees them, without augmentation; the weight decay is the one with
-    the best accuracy on the split that selects epochs, and where the run keeps no val (``retrain``), the head is then
+    It is fitted to the training images as evaluation sees them, without augmentation; the weight decay is chosen
+    by ``fit_linear`` on the split that selects epochs, and where the run keeps no val (``retrain``), the head is then
     fitted again to train and val together.
     """
     recipe, accelerator, classes = logger.recipe, logger.accelerator, len(data.class_names)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from insvp_fast.errors import TrainingError
-from insvp_fast.methods import CLASSES, create_model
+from insvp_fast.methods import CLASSES, TunedViT, create_model
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.candidates import LINEAR, insvp_config
 from insvp_fast.training.recipe import Recipe
@@ -52,12 +52,22 @@ def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: i
             )
         else:
             model = create_model(method, backbone, num_classes, **options)
+            _set_recompute(model, recipe.recompute)
     except (TypeError, ValueError) as error:
         where = "prompts" if method == "insvp" else f"`method` is {method}"
         raise TrainingError(f"{where}: {error}") from error
     if recipe.compile == "model" and method != LINEAR:  # which runs once
         model.compile()
     return model
+
+
+def _set_recompute(model: Any, recompute: str) -> None:
+    if isinstance(model, TunedViT):
+        if recompute == "mlp":
+            raise ValueError("`recompute` is mlp: expected none or block, where a method changes the backbone")
+        model.set_grad_checkpointing(recompute == "block")
+    else:
+        model.recompute = recompute
 
 
 def _read_options(method: str, options: Iterable[str]) -> dict[str, Any]:

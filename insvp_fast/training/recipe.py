@@ -290,6 +290,8 @@ class Recipe:
                 default = getattr(type(self), name)
                 expected = f"none with the method {self.method}, which has `method_options`"
                 self._check(name, getattr(self, name) == default, expected)
+            self._check("compile", self.compile != "prompters", f"off or model with the method {self.method}")
+            self._check("init_from", self.init_from is None, f"none with the method {self.method}")
         self._check("method_options", self.method != "insvp" or not self.method_options, "none with the method insvp")
         both = self.checkpoint is not None and "@" in self.backbone.partition(":")[0]  # hf-hub:NAME@REVISION is fine
         self._check("backbone", not both, "a name without @FILE where `checkpoint` is given")

@@ -93,7 +93,7 @@ def train_candidate(
 
 
 def find_lr(recipe: Recipe) -> float:
-    """A learning rate for ``recipe.lr``, by a range test.
+    """A learning rate for ``recipe.lr``, by a range test that begins with a random head.
 
     The test is written as lr.csv and lr.png into the folder ``<output>/<data>-lr``.
 
@@ -102,7 +102,8 @@ def find_lr(recipe: Recipe) -> float:
     """
     if recipe.method == LINEAR:
         raise TrainingError(f"`method` is {LINEAR}: it is fitted to convergence, without a learning rate")
-    recipe = _resolve(recipe, None)
+    # a head that begins as a probe has nothing left to learn at small rates
+    recipe = dataclasses.replace(_resolve(recipe, None), head_init="random")
     accelerator = create_accelerator(recipe.amp)
     recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
     folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
@@ -123,10 +124,15 @@ def _build_model(
     model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
     model.class_names, model.preprocessing = list(data.class_names), preprocessing
     model.multi_label = data.multi_label
-    if hasattr(model, "method") and hasattr(model.method, "fit"):  # DAM-VP's clusters
+    _fit_clusters(model, data, recipe, accelerator)
+    return model
+
+
+def _fit_clusters(model: Any, data: Data, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Fit what DAM-VP needs before it is trained."""
+    if recipe.method == "dam_vp" and hasattr(model.method, "fit"):  # not the linear probe beside it
         model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
         broadcast(list(model.method.buffers()))  # each process saw other images
-    return model
 
 
 def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
@@ -171,6 +177,7 @@ def _prepare(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, nn.Modul
     data, preprocessing = _load_data(recipe, backbone, accelerator)
     if recipe.auto_batch:
         model = build_model(recipe.method, recipe, backbone, len(data.class_names))
+        _fit_clusters(model, data, recipe, accelerator)
         recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
     return recipe, backbone, data, preprocessing
 

@@ -47,9 +47,7 @@ def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """
     try:
         config = read_json(Path(run) / CONFIG_FILE)
-        settings = config["recipe"]
-        # a run from before `split_seed` divided its data by `seed`
-        return Recipe(**{"split_seed": settings.get("seed", 0)} | settings), config
+        return Recipe(**config["recipe"]), config
     except (TrainingError, KeyError, TypeError) as error:
         raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
 

@@ -129,6 +129,7 @@ class Trainer:
             "images_per_s": median(record["images_per_s"] for record in self.records),
             "peak_memory_mib": peak_memory(self.accelerator.device) / 2**20,
             "kept_epoch": self.best["epoch"] if self.recipe.selection_split else self.epoch,
+            "kept_score": self.best["score"] if self.recipe.selection_split else None,
             "selected_on": self.recipe.selection_split,
             "protocol": self.recipe.protocol,
         }

@@ -1,6 +1,5 @@
 """Data as people have them: folders of classes, tables, missing splits, several labels; and what is refused."""
 
-import json
 import re
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,6 @@ from insvp_fast.data.splits import stratified_split, three_way_split
 from insvp_fast.errors import DataError
 from insvp_fast.training import run
 from insvp_fast.training.evaluation import evaluate_run
-from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 
 SMALL = insvp_preprocessing(32)
@@ -271,10 +269,3 @@ def test_another_seed_keeps_the_split_and_the_run_says_what_it_is(tmp_path, monk
     assert evaluate_run(runs / "pets-3").metrics.images == len(third[2])
     other = make_images(tmp_path / "others", {"cat": 3, "dog": 2})
     assert evaluate_run(runs / "pets-3", str(other)).metrics.images == 5
-
-
-def test_a_run_from_before_the_setting_keeps_its_split(tmp_path):
-    settings = Recipe(seed=4).to_dict()
-    del settings["split_seed"]
-    (tmp_path / "config.json").write_text(json.dumps({"recipe": settings}))
-    assert read_config(tmp_path)[0].split_seed == 4

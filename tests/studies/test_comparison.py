@@ -11,12 +11,14 @@ from scipy import stats
 from insvp_fast.commands import cli
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
-from insvp_fast.studies.entries import Entry, Protocol, Row, Score, with_one_probe
+from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, scores_of, with_one_probe
 from insvp_fast.studies.paper import ABLATION, STUDIES
 from insvp_fast.studies.report import paper_number, report
 from insvp_fast.studies.tables import paired_difference
 from insvp_fast.training.candidates import insvp_config
 from insvp_fast.training.recipe import Recipe
+
+DIVERGES = 99.0
 
 
 def test_a_paired_difference_has_students_interval():
@@ -32,8 +34,10 @@ def trained(monkeypatch) -> list[Recipe]:
     """Instead of training: the folders of finished runs, whose test accuracy rises with the rate while val falls."""
     recipes: list[Recipe] = []
 
-    def train(entries, folder: Path, jobs=1, launcher=()) -> None:
+    def train(entries, folder: Path, jobs=1, launcher=()) -> int:
         for entry in entries:
+            if entry.recipe.lr == DIVERGES:
+                continue
             run = folder / str(len(recipes))
             run.mkdir(parents=True)
             (run / "config.json").write_text(json.dumps({"recipe": entry.recipe.to_dict()}))
@@ -43,6 +47,7 @@ def trained(monkeypatch) -> list[Recipe]:
             records = [{"model": result["model"], "epoch": 1, "val_accuracy": val}, result | {"test_accuracy": test}]
             (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
             recipes.append(entry.recipe)
+        return 0
 
     monkeypatch.setattr(comparison, "train_entries", train)
     return recipes
@@ -50,7 +55,7 @@ def trained(monkeypatch) -> list[Recipe]:
 
 def test_a_rate_is_picked_on_val_and_then_repeated(trained, tmp_path):
     rows = [Row("probe", {"method": "linear"}), Row("ours", {"prompt_length": 2})]
-    probe, ours = compare(rows, Protocol({"epochs": 3}, (0.1, 0.01, 0.5), (4, 5, 6)), tmp_path)
+    probe, ours = compare(rows, Protocol({"epochs": 3}, (0.1, 0.01, 0.5, DIVERGES), (4, 5, 6)), tmp_path)
     assert (probe.rate, ours.rate, ours.at_edge) == (None, 0.01, True)
     assert {seed: score.test for seed, score in ours.scores.items()} == pytest.approx({4: 0.05, 5: 0.06, 6: 0.07})
     # the probe once for each seed, the other at three rates with the first, and at one with the others
@@ -59,6 +64,29 @@ def test_a_rate_is_picked_on_val_and_then_repeated(trained, tmp_path):
         *(("linear", seed) for seed in (4, 5, 6)),
     ]
     assert all(recipe.split_seed == recipe.seed and recipe.epochs == 3 and not recipe.probe for recipe in trained)
+
+
+def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(probe=False).to_dict()}))
+    epochs = [{"model": "InsVP", "epoch": epoch, "val_accuracy": epoch / 10} for epoch in (1, 2, 3)]
+    for kept, facts, val in ((2, {}, 0.2), (0, {"kept_score": 0.9, "selected_on": "val"}, 0.9)):
+        result = {"model": "InsVP", "trained_parameters": 7, "test_accuracy": 0.5, "kept_epoch": kept} | facts
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*epochs, result])))
+        (score,) = scores_of(Found(tmp_path, Recipe()))
+        assert (score.val, score.test) == (val, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["table5", "--seed", "7"], "--seed is given: expected none, as a study has --seeds"),
+        (["table1", "--retrain"], "--retrain is given: expected none"),
+        (["table5", "--methods", "vp"], "--methods is vp: expected none, table5 compares InsVP with itself"),
+    ],
+)
+def test_what_a_study_chooses_itself_is_refused(options, message, trained, capsys):
+    assert cli.main(["paper", *options]) == 1
+    assert message in capsys.readouterr().err and not trained
 
 
 @pytest.mark.parametrize("figure", ["figure5", "figure7"])
@@ -114,7 +142,7 @@ def test_the_rows_of_the_ablation_have_the_prompts_of_their_names():
 def test_a_sweep_trains_a_probe_once():
     recipes = [Recipe(lr=1e-3), Recipe(lr=1e-2), Recipe(lr=1e-2, data="x"), Recipe(method="linear", data="x")]
     changed = with_one_probe([Entry({}, recipe, []) for recipe in recipes])
-    assert [entry.recipe.probe for entry in changed] == [True, False, True, True]
+    assert [entry.recipe.probe for entry in changed] == [True, False, True]  # the last would only fit it again
     assert changed[1] == Entry({}, replace(recipes[1], probe=False), ["--no-probe"])
 
 

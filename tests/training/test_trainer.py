@@ -60,6 +60,7 @@ def test_the_best_epoch_is_kept_the_last_of_equals(pictures, tmp_path, monkeypat
         "trained_parameters": sum(tensor.numel() for tensor in load_file(adapter).values()),
         "trained_epochs": 4,
         "kept_epoch": 3,
+        "kept_score": 0.75,
         "selected_on": "val",
         "protocol": "paper",
     }
