@@ -84,7 +84,7 @@ def test_of_a_training_and_a_sweep(tmp_path, capfd, monkeypatch):
 
     grid = tmp_path / "grid.toml"
     grid.write_text(f'[recipe]\ndata = "{folder}"\nepochs = 1\namp = "off"\nprobe = false\n[grid]\nseed = [0]\n')
-    monkeypatch.setattr(runner, "train_entries", lambda *_, **__: os.write(1, b"from a process\n"))
+    monkeypatch.setattr(runner, "train_entries", lambda *_, **__: 0 * os.write(1, b"from a process\n"))
     found, printed = result_of(capfd, "sweep", grid, "--output", tmp_path / "runs")
     assert printed.startswith("from a process\n") and f"written: {tmp_path / 'runs' / 'results.md'}" in printed
     ((row),) = found["results"]
