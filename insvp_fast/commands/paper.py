@@ -132,7 +132,7 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     """
     own = read_recipe(recipe).get("data") if recipe else DIGITS
     if "data" in given or own:
-        return [given.get("data", own)]
+        return [str(given.get("data", own))]
     root = given.get("root", ".")
     there = [
         name
