@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from insvp_fast.figures.style import COLORS, HIGHLIGHT, drawing
@@ -33,6 +33,7 @@ def plot_parameters(rows: Sequence[tuple[str, int, float, float]], file: str | P
     with drawing(file, 6.4, 4.2) as figure:
         axes = figure.subplots()
         axes.set(xscale="log", xlabel="trained parameters, head included", ylabel="accuracy", title=title)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # powers of ten need formulas, which are off
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         for name, parameters, mean, deviation in rows:
             own = name.startswith(OWN)

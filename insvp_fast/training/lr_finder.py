@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from matplotlib.ticker import StrMethodFormatter
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.errors import TrainingError
@@ -63,6 +64,7 @@ class RangeTest(NamedTuple):
             axes.axvline(self.suggestion(), linestyle="--", color="black", label=f"steepest, {self.suggestion():.2g}")
             limits = 0.9 * min(self.losses), 1.2 * max(self.smoothed[: int(np.argmin(self.smoothed)) + 1])
             axes.set(xscale="log", ylim=limits)  # it diverges; how far is of no interest
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.set(xlabel="learning rate", ylabel="training loss", title="learning-rate range test")
             axes.legend()
 
