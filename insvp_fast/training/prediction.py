@@ -77,7 +77,10 @@ def load_classifier(
     Raises:
         TrainingError: if an adapter records no class names and none are given.
     """
-    return classifier_of(load_run(source, backbone, class_names), tta)
+    run = load_run(source, backbone, class_names)
+    if run.class_names is None:
+        raise TrainingError(f"{source} records no class names: expected `class_names`, one for each class")
+    return classifier_of(run, tta)
 
 
 def classifier_of(run: Run, tta: str = "none") -> Classifier:
