@@ -13,6 +13,7 @@ OURS = [*SHIPPED, *(path for name in ("benchmarks", "tools", "examples") for pat
 # Each may import what stands before it; those of one line are not to import each other.
 LAYERS = [
     ["errors", "config", "method_names", "atomic_files"],
+    ["json_files"],
     ["reference", "timm_models"],
     ["kernels"],
     ["runtime"],
@@ -20,7 +21,7 @@ LAYERS = [
     ["coverage"],
     ["backbones", "prompters"],
     ["checkpoints", "prompted", "timm_interface"],
-    ["model"],
+    ["model", "probabilities"],
     ["bank", "huggingface", "methods"],
     ["data"],
     ["figures"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -18,6 +18,7 @@ from insvp_fast.checkpoints.backbone import require_architecture_only, source_of
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
+from insvp_fast.json_files import read_json
 
 __all__ = ["AdapterConfig", "BackboneRecord", "check_fields"]
 
@@ -121,9 +122,7 @@ class AdapterConfig:
     preprocessing: dict | None
 
     def __post_init__(self) -> None:
-        names, classes = self.class_names, self.num_classes
-        if names is not None and len(names) != classes:
-            raise ValueError(f"class_names has {len(names)} names: expected one for each of the {classes} classes")
+        check_class_names(self.class_names, self.num_classes)
 
     def to_json(self) -> bytes:
         """The content of the file."""
@@ -137,11 +136,8 @@ class AdapterConfig:
         Raises:
             CheckpointError: naming the key, if the file is not of an adapter that this version can read.
         """
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: found no JSON: {error}") from error
-        found = values.get("peft_type") if isinstance(values, dict) else None
+        values = read_json(file, CheckpointError)
+        found = values.get("peft_type")
         if found != PEFT_TYPE:
             raise CheckpointError(f"{file}: not an InsVP adapter: peft_type is {found!r}: expected {PEFT_TYPE!r}")
         version = values.get("format_version")
@@ -155,6 +151,16 @@ class AdapterConfig:
             return cls(**values | {"backbone": backbone, "insvp": InsVPConfig.from_dict(values["insvp"])})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: {error}") from error
+
+
+def check_class_names(names: Sequence[str] | None, num_classes: int) -> None:
+    """Check that there is a name for each class, if there are any.
+
+    Raises:
+        ValueError: if there are more or fewer.
+    """
+    if names is not None and len(names) != num_classes:
+        raise ValueError(f"class_names has {len(names)} names: expected one for each of the {num_classes} classes")
 
 
 def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:

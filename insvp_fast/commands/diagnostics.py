@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
+from insvp_fast.errors import CheckpointError
+from insvp_fast.json_files import read_json
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
-from insvp_fast.training.run_folder import SLOW_LOADER, read_config, read_json, read_metrics
+from insvp_fast.training.run_folder import SLOW_LOADER, read_config, read_metrics
 
 __all__ = ["adapter_warnings", "run_warnings"]
 
@@ -43,7 +45,7 @@ def adapter_warnings(adapter: Path, backbone: str = "") -> Iterator[str]:
     Raises:
         TrainingError: if it is not an adapter folder.
     """
-    description = read_json(adapter / ADAPTER_FILE)
+    description = read_json(adapter / ADAPTER_FILE, CheckpointError)
     name = (description.get("backbone") or {}).get("name") or backbone.partition("@")[0]
     config = description.get("insvp") or {}
     yield from _statistics_warnings(name, description.get("preprocessing"))

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.commands.options import add_json
 from insvp_fast.errors import CommandError
+from insvp_fast.json_files import read_json
 from insvp_fast.training.recipe import score_name
-from insvp_fast.training.run_folder import CONFIG_FILE, read_config, read_json, read_results
+from insvp_fast.training.run_folder import CONFIG_FILE, read_config, read_results
 
 SUMMARY = "describe a run, an adapter or a backbone"
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(what: str) -> dict[str, Any]:
     folder = Path(what)
-    content = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+    content = read_json(folder / CONFIG_FILE, CommandError) if (folder / CONFIG_FILE).is_file() else None
     if content is not None and "architecture" not in content:  # timm's config.json of a backbone has it
         return _describe_run(folder)
     if (folder / ADAPTER_FILE).is_file():
@@ -61,10 +62,13 @@ def _describe_run(folder: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
-    config, sizes = read_json(folder / ADAPTER_FILE), _count_parameters(folder / WEIGHTS_FILE)
+    config, sizes = read_json(folder / ADAPTER_FILE, CommandError), _count_parameters(folder / WEIGHTS_FILE)
     backbone, names = config.get("backbone") or {}, config.get("class_names")
     _print("adapter", f"{folder}, {(folder / WEIGHTS_FILE).stat().st_size / 2**20:.2f} MiB")
-    _print("made by", f"insvp_fast {config.get('insvp_fast_version')}")
+    if "method" in config:
+        _print("method", f"{config['method']}, {_join(config.get('options') or {}) or 'with its defaults'}")
+    else:
+        _print("made by", f"insvp_fast {config.get('insvp_fast_version')}")
     sha256 = str(backbone.get("sha256"))[:12]
     _print("backbone", f"{backbone.get('name')}, {backbone.get('dtype')}, sha256 {sha256}...")
     _print("classes", f"{config.get('num_classes')}: {_shorten(names)}" if names else config.get("num_classes"))
@@ -72,7 +76,8 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     _print("parameters", f"{sizes.total():,} trained")
     for module, size in sizes.items():
         _print(f"  {module}", f"{size:,}")
-    _print("configuration", "")
+    if "insvp" in config:
+        _print("configuration", "")
     for name, value in (config.get("insvp") or {}).items():
         _print(f"  {name}", value)
     return {"folder": str(folder), "trained_parameters": sizes.total(), "parameters": sizes} | config

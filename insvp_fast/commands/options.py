@@ -17,6 +17,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
+    return int(text)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``, for which the command line prints what the command returns."""
     text = "print the result as a JSON object, all else to standard error"
@@ -65,7 +71,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=_not_negative,
         metavar="N",
         help="processes that load images (default: as in training; 0 for an adapter)",
     )

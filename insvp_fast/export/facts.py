@@ -28,6 +28,7 @@ class Facts:
 
     Args:
         class_names: the names of the classes in order, or None.
+        multi_label: whether an image may have several: the logits then give a probability each, by a sigmoid.
         preprocessing: how images are prepared, as arguments of ``timm.data.create_transform``, or None if unknown.
         inside: the steps of it that the file takes itself, one of ``INSIDE``.
         input: the shape of the images, [B, C, H, W] or [B, H, W, C], with None where any size will do.
@@ -39,6 +40,7 @@ class Facts:
     inside: str
     input: list[int | None]
     insvp_fast_version: str
+    multi_label: bool = False  # files of earlier versions do not say it: they knew one label per image alone
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -75,7 +77,9 @@ class Facts:
             CheckpointError: if a field is missing or not JSON.
         """
         try:
-            return cls(**{field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(cls)})
+            required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+            names = required | {field.name for field in dataclasses.fields(cls) if field.name in metadata}
+            return cls(**{name: json.loads(metadata[name]) for name in names})
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{file}: not written by `insvp export`: no metadata {error}") from error
 

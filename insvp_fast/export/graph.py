@@ -70,6 +70,7 @@ def capture(
         axes = {max(axis - 1, 0): name for axis, name in axes.items()}
     facts = Facts(
         class_names=model.class_names,
+        multi_label=bool(getattr(model, "multi_label", False)),
         preprocessing=model.preprocessing,
         inside=inside,
         input=shape,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from insvp_fast.errors import InsVPError
 from insvp_fast.figures.grad_cam import grad_cam
 from insvp_fast.figures.style import HIGHLIGHT, SEQUENTIAL, drawing
+from insvp_fast.probabilities import probabilities
 from insvp_fast.reference import ImagePrompt
 from insvp_fast.reference.prompted import PromptedReference
 
@@ -67,11 +68,10 @@ def explain(model: nn.Module, images: Tensor) -> tuple[PromptedImages, str | Non
     with torch.inference_mode():
         prompts_of: Any = getattr(model.eval(), "image_prompt", lambda _: ImagePrompt(None, None, None, images))
         prompt = prompts_of(images)
-        logits = model(images).float()
-        probabilities = logits.sigmoid() if getattr(model, "multi_label", False) else logits.softmax(1)
+        chances = probabilities(model(images).float(), getattr(model, "multi_label", False))
     heat_map = None if prompt.prompt is None else prompt.prompt.abs().mean(1)
     cams: list[Tensor | None] = [None, None]
-    reason, classes = None, probabilities.argmax(1).tolist()
+    reason, classes = None, chances.argmax(1).tolist()
     try:
         if not isinstance(model, PromptedReference):
             raise InsVPError(f"no Grad-CAM of a {type(model).__name__}: its method changes the backbone")
@@ -79,7 +79,7 @@ def explain(model: nn.Module, images: Tensor) -> tuple[PromptedImages, str | Non
     except InsVPError as error:
         reason = str(error)
     prompted = None if prompt.prompt is None else prompt.prompted
-    parts: Any = (images, prompt.global_, prompt.patch, prompt.prompt, heat_map, prompted, *cams, probabilities)
+    parts: Any = (images, prompt.global_, prompt.patch, prompt.prompt, heat_map, prompted, *cams, chances)
     parts = [None if part is None else part.detach().float().cpu() for part in parts]
     return PromptedImages(*parts), reason
 

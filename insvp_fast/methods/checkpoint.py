@@ -14,12 +14,13 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.checkpoints.adapter_config import BackboneRecord, check_fields
+from insvp_fast.checkpoints.adapter_config import BackboneRecord, check_class_names, check_fields
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.checkpoints.files import find_file, read_safetensors
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.state_dict import check_shapes
 from insvp_fast.errors import CheckpointError
+from insvp_fast.json_files import read_json
 from insvp_fast.methods.table import CLASSES
 
 __all__ = ["MethodCheckpoint", "MethodConfig"]
@@ -42,9 +43,7 @@ class MethodConfig:
     preprocessing: dict | None
 
     def __post_init__(self) -> None:
-        names, classes = self.class_names, self.num_classes
-        if names is not None and len(names) != classes:
-            raise ValueError(f"class_names has {len(names)} names: expected one for each of the {classes} classes")
+        check_class_names(self.class_names, self.num_classes)
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -53,7 +52,7 @@ class MethodConfig:
         Raises:
             CheckpointError: naming the key, if it is not of such an adapter.
         """
-        values = read_json(file)
+        values = read_json(file, CheckpointError)
         if values.get("method") not in CLASSES:
             raise CheckpointError(f"{file}: method is {values.get('method')!r}: expected one of {sorted(CLASSES)}")
         values.setdefault("multi_label", False)  # earlier versions knew one label per image alone
@@ -62,21 +61,6 @@ class MethodConfig:
             return cls(**values | {"backbone": BackboneRecord.read(values["backbone"], file)})
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The table in an adapter_config.json.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: found no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: found {type(values).__name__}: expected a table of settings")
-    return values
 
 
 class MethodCheckpoint(nn.Module):

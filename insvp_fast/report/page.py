@@ -15,9 +15,9 @@ from torch import Tensor
 from insvp_fast.figures.prompts import pictures_of
 from insvp_fast.figures.runs import plot_confusion, plot_curves
 from insvp_fast.figures.web import data_uri, encode_picture
+from insvp_fast.probabilities import LEAST_PROBABILITY
 from insvp_fast.report.results import Mistakes, Results
 from insvp_fast.training.metrics import Metrics
-from insvp_fast.training.probabilities import LEAST_PROBABILITY
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config, read_metrics
 

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from insvp_fast.data import load_test_data
 from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import PromptedImages, explain
+from insvp_fast.probabilities import decide
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.counter import Counter
 from insvp_fast.training.load import load_run
 from insvp_fast.training.metrics import Metrics, MultiLabelMetrics, metrics_of_labels, metrics_of_pairs
-from insvp_fast.training.probabilities import decide
 
 __all__ = ["Mistakes", "Results", "find_results"]
 

@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from insvp_fast.errors import TrainingError
+from insvp_fast.probabilities import decide
 from insvp_fast.training.loss import plain_loss
-from insvp_fast.training.probabilities import decide
 
 __all__ = ["Metrics", "MultiLabelMetrics", "compute_metrics", "metrics_of_labels", "metrics_of_pairs"]
 

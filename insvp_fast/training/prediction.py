@@ -17,9 +17,9 @@ from insvp_fast.data.image_list import ImageList
 from insvp_fast.data.images import Images
 from insvp_fast.data.transforms import Transform
 from insvp_fast.errors import DataError, TrainingError
+from insvp_fast.probabilities import probabilities
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.load import Run, load_run
-from insvp_fast.training.probabilities import probabilities
 from insvp_fast.training.tta import with_tta
 
 __all__ = ["Classifier", "Prediction", "classifier_of", "find_images", "load_classifier", "predict"]

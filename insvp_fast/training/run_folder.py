@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.errors import TrainingError
+from insvp_fast.json_files import read_json
 from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.recipe import Recipe
 
@@ -15,28 +16,12 @@ __all__ = [
     "METRICS_FILE",
     "SLOW_LOADER",
     "read_config",
-    "read_json",
     "read_metrics",
     "read_results",
 ]
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # of a run
 SLOW_LOADER = 0.3  # the share of the time spent waiting for images from which on it is reported
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        TrainingError: if there is none.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot read {file} ({error})") from error
-    if not isinstance(content, dict):
-        raise TrainingError(f"cannot read {file}: expected a JSON object")
-    return content
 
 
 def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
@@ -46,7 +31,7 @@ def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
         TrainingError: if it is not a run folder, or was written by a version with other settings.
     """
     try:
-        config = read_json(Path(run) / CONFIG_FILE)
+        config = read_json(Path(run) / CONFIG_FILE, TrainingError)
         return Recipe(**config["recipe"]), config
     except (TrainingError, KeyError, TypeError) as error:
         raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error

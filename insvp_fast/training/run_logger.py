@@ -21,10 +21,11 @@ from insvp_fast.checkpoints.backbone import is_name
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.errors import TrainingError
+from insvp_fast.json_files import read_json
 from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
-from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER, read_json
+from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER
 from insvp_fast.training.terminal import print_table
 from insvp_fast.training.trackers import log_to_trackers, start_trackers
 
@@ -179,7 +180,7 @@ class RunLogger:
 
     def _run_id(self) -> str:
         """What distinguishes this run from all others; a resumed run has its own again."""
-        return str(read_json(self.folder / CONFIG_FILE).get("id", "")) if self.active else ""
+        return str(read_json(self.folder / CONFIG_FILE, TrainingError).get("id", "")) if self.active else ""
 
 
 def _new_folder(parent: Path, name: str) -> Path:
