@@ -125,7 +125,7 @@ def scores_of(run: Found | None) -> list[Score]:
     scores = []
     for name, facts in results.items():
         metric = score_name(facts.get("metric"))
-        epoch = facts.get("kept_epoch") or 1  # the record of a linear probe, which has no epochs
+        epoch = 1 if facts["kept_epoch"] is None else facts["kept_epoch"]  # the one record of a linear probe
         kept = [record for record in epochs if (record["model"], record.get("epoch")) == (name, epoch)]
         val = facts.get("kept_score") if facts.get("selected_on") == "val" else None  # epoch 0 has no record
         if val is None and kept:

@@ -20,6 +20,7 @@ from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
 from insvp_fast.figures.runs import plot_curves
+from insvp_fast.methods import DAMVP
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
@@ -34,7 +35,7 @@ from insvp_fast.training.run_folder import read_config
 from insvp_fast.training.run_logger import RunLogger
 from insvp_fast.training.trainer import Trainer
 
-__all__ = ["train", "train_candidate"]
+__all__ = ["find_lr", "train", "train_candidate"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "insvp_fast"
 PLOTTED_CLASSES = 10  # in prompts.png at most
@@ -130,7 +131,7 @@ def _build_model(
 
 def _fit_clusters(model: Any, data: Data, recipe: Recipe, accelerator: Accelerator) -> None:
     """Fit what DAM-VP needs before it is trained."""
-    if recipe.method == "dam_vp" and hasattr(model.method, "fit"):  # not the linear probe beside it
+    if isinstance(getattr(model, "method", None), DAMVP):
         model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
         broadcast(list(model.method.buffers()))  # each process saw other images
 

@@ -17,7 +17,7 @@ HOSTILE = ["<script>alert(1)", "\"><img src=x onerror='alert(2)'>", r"{{ 7 * 7 }
 def finish(folder: Path, accuracy: float, **more: object) -> None:
     """Write metrics.jsonl as of a finished run; ``more`` are further values of its epoch."""
     records = [{"model": "InsVP", "epoch": 1, "loss": 1.0, "test_accuracy": 0.0} | more]  # an epoch is no result
-    records += [{"model": "InsVP", "test_accuracy": accuracy, "trained_parameters": 7}]
+    records += [{"model": "InsVP", "test_accuracy": accuracy, "trained_parameters": 7, "kept_epoch": 1}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

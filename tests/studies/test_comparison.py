@@ -69,7 +69,8 @@ def test_a_rate_is_picked_on_val_and_then_repeated(trained, tmp_path):
 def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(probe=False).to_dict()}))
     epochs = [{"model": "InsVP", "epoch": epoch, "val_accuracy": epoch / 10} for epoch in (1, 2, 3)]
-    for kept, facts, val in ((2, {}, 0.2), (0, {"kept_score": 0.9, "selected_on": "val"}, 0.9)):
+    on_val, on_test = {"kept_score": 0.9, "selected_on": "val"}, {"kept_score": 0.9, "selected_on": "test"}
+    for kept, facts, val in ((2, {}, 0.2), (0, on_val, 0.9), (0, on_test, None), (2, on_test, 0.2)):
         result = {"model": "InsVP", "trained_parameters": 7, "test_accuracy": 0.5, "kept_epoch": kept} | facts
         (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*epochs, result])))
         (score,) = scores_of(Found(tmp_path, Recipe()))
