@@ -93,9 +93,9 @@ def run(
 
 def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
     """The model, and the images on which 8-bit weights are tried, or None without ``int8``."""
-    from insvp_fast import InsVPViT
     from insvp_fast.data import load_test_data
     from insvp_fast.data.images import Images
+    from insvp_fast.methods.load import load_model
     from insvp_fast.training.load import load_run
 
     recipe: Any = None
@@ -104,7 +104,7 @@ def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tu
         recipe, model = loaded.recipe, loaded.model
         model.preprocessing, model.class_names = loaded.preprocessing, loaded.class_names
     else:
-        model = InsVPViT.from_pretrained(folder)
+        model = load_model(folder)
     if not int8:
         return model, None
     if model.preprocessing is None:
