@@ -91,7 +91,8 @@ def capture(
         axes = {max(axis - 1, 0): name for axis, name in axes.items()}
     facts = Facts(
         class_names=model.class_names,
-        multi_label=bool(getattr(model, "multi_label", False)),
+        multi_label=model.multi_label,
+        exif_rotation=model.exif_rotation,
         preprocessing=model.preprocessing,
         inside=inside,
         input=shape,
