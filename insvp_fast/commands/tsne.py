@@ -79,7 +79,7 @@ def _titles(runs: Sequence[str]) -> list[str]:
 def _collect(
     folder: str, images: int, seed: int, batch_size: int | None, workers: int | None
 ) -> tuple[dict[str, Any], tuple[list[tuple[str, int]], list[str]]]:
-    """What ``collect_vectors`` gives of a run; and the names and classes of the images, and the names of the classes."""
+    """What ``collect_vectors`` gives of a run; names and classes of the images, and the names of the classes."""
     from torch.utils.data import DataLoader, Subset
 
     from insvp_fast.figures.embedding import choose_images, collect_vectors

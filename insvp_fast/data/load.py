@@ -104,12 +104,7 @@ def load_data(
         preprocessing={name: value for name, value in preprocessing.items() if name not in ("augmentation", "hflip")},
         augmentation=describe_augmentation(preprocessing),
         multi_label=isinstance(splits["train"].classes, Tensor),
-        origin={
-            "data": Path(source).resolve().name if Path(source).exists() else source,
-            "split_seed": seed,
-            "splits": words,
-            "undivided_sha256": splits["train"].digest() if splits.keys() == {"train"} else None,
-        },
+        origin=_origin(source, splits, seed, words),
     )
 
 
@@ -193,6 +188,15 @@ def _divide(
         parts["test"] = parts["val"]
         words = f"no test was found, so val is only tested on; {words}"
     return parts | _in_two(train, val), f"{protocol}: {words}"
+
+
+def _origin(source: str, splits: dict[str, Images], seed: int, words: str) -> dict[str, Any]:
+    return {
+        "data": Path(source).resolve().name if Path(source).exists() else source,
+        "split_seed": seed,
+        "splits": words,
+        "undivided_sha256": splits["train"].digest() if splits.keys() == {"train"} else None,
+    }
 
 
 def _in_two(train: list[int], val: list[int]) -> Parts:

@@ -118,7 +118,10 @@ def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[st
         return images, None
     note = f"all {len(images)} images" if whole else f"{len(images)} images"
     advice = "to be sure, give as `data` a folder with a test split"
-    return images, f"`data` is {source}: {note} are tested, and images of training may be among them: {reason}; {advice}"
+    return (
+        images,
+        f"`data` is {source}: {note} are tested, and images of training may be among them: {reason}; {advice}",
+    )
 
 
 def _names_of_data(source: str, root: str | None, classes: int) -> list[str]:
