@@ -186,8 +186,8 @@ class AdapterConfig:
         """
         values = read_json(file, CheckpointError)
         if "method" in values:
-            expected = "expected one of InsVP; insvp_fast.methods.load_model loads adapters of all methods"
-            raise CheckpointError(f"{file}: an adapter of the method {values['method']}: {expected}")
+            remedy = "expected insvp; insvp_fast.methods.load_model loads adapters of all methods"
+            raise CheckpointError(f"{file}: not an InsVP adapter: its method is {values['method']}: {remedy}")
         found = values.get("peft_type")
         if found != PEFT_TYPE:
             raise CheckpointError(f"{file}: not an InsVP adapter: peft_type is {found!r}: expected {PEFT_TYPE!r}")

@@ -199,7 +199,7 @@ def test_adapters_of_other_methods_are_refused_by_name(tmp_path):
     model = create_model("vpt_deep", copy.deepcopy(backbone), 5, length=2)
     model.save_pretrained(tmp_path)
     bank = AdapterBank(backbone)
-    with pytest.raises(CheckpointError, match="an adapter of the method vpt_deep: expected one of InsVP"):
+    with pytest.raises(CheckpointError, match="not an InsVP adapter: its method is vpt_deep: expected insvp"):
         bank.add("deep", tmp_path)
     with pytest.raises(TypeError, match="'deep' is a MethodViT with the method VPTDeep: expected an InsVPViT"):
         bank.add("deep", model)
