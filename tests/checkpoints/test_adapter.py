@@ -115,7 +115,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs, classes=st.integers(0, 4))
 def test_any_configuration_comes_back(tmp_path, config, classes):
     model = Reference(make_backbone(), classes, config).eval()
