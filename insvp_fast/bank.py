@@ -93,8 +93,12 @@ class AdapterBank(PromptedViT):
             hub_kwargs: of ``InsVPViT.from_pretrained``, such as ``revision`` or ``allow_backbone_mismatch``.
 
         Raises:
-            CheckpointError: if these are not the files of an adapter, or its backbone has other weights.
+            CheckpointError: if these are not the files of an adapter of InsVP, or its backbone has other weights.
+            TypeError: for a model with another method.
         """
+        if isinstance(source, nn.Module) and not isinstance(source, InsVPViT):
+            method = type(getattr(source, "method", source)).__name__
+            raise TypeError(f"{name!r} is a {type(source).__name__} with the method {method}: expected an InsVPViT")
         with _BUILDING:
             if isinstance(source, InsVPViT):
                 model = source._around(self.backbone)

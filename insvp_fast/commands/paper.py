@@ -11,7 +11,7 @@ missing are left out. The learning rate of each model is picked on the validatio
 options of `insvp train` apply too, which --help-all shows. Started again, the command goes on; finished runs are not
 repeated.
 
-Figures 1, 3 and 4 are `insvp prompts RUN IMAGE...`, figures 6 and 8 `insvp tsne RUN`.
+Figures 1, 3 and 4 are `insvp prompts RUN IMAGE...`, figures 6 and 8 `insvp tsne RUN...`.
 """
 
 from __future__ import annotations

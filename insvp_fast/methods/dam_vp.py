@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.methods.vp import VP
-from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import Geometry, PromptMethod
 
 __all__ = ["DAMVP"]
@@ -41,11 +40,11 @@ class DAMVP(PromptMethod):
         self.frames = nn.ModuleList(VP(geometry, padding=padding) for _ in range(num_prompts))
         self.register_buffer("centers", torch.full((num_prompts, geometry.widths[-1]), torch.nan))
         self.is_fitted = False
-        self._bare: tuple[PromptedViT, ...] = ()  # in a tuple, so that the backbone is not a part of the method
+        self._bare: tuple[nn.Module, ...] = ()  # in a tuple, so that the backbone is not a part of the method
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Take the features of this backbone, on the fast path where that covers it."""
-        self._bare = (PromptedViT(backbone, method=PromptMethod),)
+    def attach(self, bare: nn.Module) -> None:
+        """Take the features that this model without prompts gives."""
+        self._bare = (bare,)
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
@@ -88,7 +87,9 @@ class DAMVP(PromptMethod):
     def nearest(self, features: Tensor) -> Tensor:
         """The cluster of each row of features [B, D]: [B], int64."""
         dtype = torch.promote_types(self.centers.dtype, torch.float32)
-        return torch.cdist(features.to(dtype), self.centers.to(dtype)).argmin(dim=1)
+        # not torch.cdist, which rounds the distances of more than 25 images otherwise
+        distances = (features.to(dtype)[:, None] - self.centers.to(dtype)).square().sum(-1)
+        return distances.argmin(dim=1)
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
         """x~, and no context.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from insvp_fast.reference.heads import DistilledHead, take_head
 from insvp_fast.reference.method import Geometry, PromptMethod
-from insvp_fast.reference.structure import Prompts, pixel_layer
+from insvp_fast.reference.structure import Prompts, in_channels, pixel_layer
 from insvp_fast.reference.structures import structure_of
 
 __all__ = ["PromptedReference"]
@@ -61,9 +61,7 @@ class PromptedReference(nn.Module):
         self.head = take_head(module)
         self.backbone: Any = module.requires_grad_(False).eval()
         self.widths = tuple(structure.widths(module))
-        layer = pixel_layer(module)
-        pixels = self.patch_size**2
-        self.in_channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features // pixels
+        self.in_channels = in_channels(module, self.patch_size)
         self.head.requires_grad_(True)
         self.method = None if method is None else self._make_method(method)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Prompts", "Structure", "require_plain"]
+__all__ = ["Prompts", "Structure", "in_channels", "pixel_layer", "require_plain"]
 
 
 class Prompts(NamedTuple):
@@ -87,3 +87,9 @@ def pixel_layer(backbone: nn.Module) -> nn.Conv2d | nn.Linear:
             if isinstance(module, kind):
                 return module
     raise TypeError(f"a {type(backbone).__name__} has no convolution and no linear layer: expected one to read images")
+
+
+def in_channels(backbone: nn.Module, patch_size: int) -> int:
+    """C of the images that a backbone reads."""
+    layer = pixel_layer(backbone)
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features // patch_size**2

@@ -124,7 +124,7 @@ def _build_model(
     recipe, accelerator = logger.recipe, logger.accelerator
     model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
     model.class_names, model.preprocessing = list(data.class_names), preprocessing
-    model.multi_label = data.multi_label
+    model.multi_label, model.exif_rotation, model.trained_on = data.multi_label, recipe.exif_rotation, data.origin
     _fit_clusters(model, data, recipe, accelerator)
     return model
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm import create_model
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs, classes=st.integers(0, 4))
 def test_any_configuration_comes_back(tmp_path, config, classes):
     model = Reference(make_backbone(), classes, config).eval()
@@ -195,6 +196,35 @@ def test_a_backbone_that_timm_did_not_make_must_be_given(tmp_path):
     with pytest.raises(CheckpointError, match=r"backbone.name is null: expected the backbone itself"):
         Reference.from_pretrained(tmp_path)
     assert "not made by timm" in (tmp_path / FILES[0]).read_text()
+
+
+def test_a_given_backbone_has_to_pool_as_in_training(tmp_path):
+    swin = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    backbone = SwinTransformer(**swin, num_classes=2, global_pool="max")
+    Reference(copy.deepcopy(backbone), 3, SMALL).save_pretrained(tmp_path)
+    assert type(Reference.from_pretrained(tmp_path, copy.deepcopy(backbone))) is Reference
+    backbone.reset_classifier(2, "avg")
+    with pytest.raises(CheckpointError, match="the backbone has global_pool='avg': expected 'max'"):
+        Reference.from_pretrained(tmp_path, backbone)
+
+
+def test_says_how_images_were_turned_and_divided(folder):
+    assert make_model().exif_rotation and make_model().trained_on is None
+    model = Reference.from_pretrained(folder, make_backbone())
+    model.exif_rotation, model.trained_on = False, {"data": "flowers", "split_seed": 3}
+    model.save_pretrained(folder)
+    found = Reference.from_pretrained(folder, make_backbone())
+    assert (found.exif_rotation, found.trained_on) == (False, {"data": "flowers", "split_seed": 3})
+
+    def as_before(values):
+        for name in ("exif_rotation", "trained_on", "multi_label"):
+            del values[name]
+        del values["backbone"]["global_pool"]
+
+    edit(folder, as_before)
+    old = Reference.from_pretrained(folder, make_backbone())
+    assert (old.exif_rotation, old.trained_on, old.multi_label) == (True, None, False)
+    assert torch.equal(logits(old), logits(found))
 
 
 def test_a_layer_type_among_the_arguments_is_not_recorded(tmp_path):
