@@ -30,7 +30,7 @@ from insvp_fast.errors import CommandError
 from insvp_fast.recipes import list_shipped, read_recipe
 from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
-from insvp_fast.studies.paper import SENSITIVITY, STUDIES, PaperStudy, method_rows
+from insvp_fast.studies.paper import STUDIES, PaperStudy, method_rows, sensitivity
 from insvp_fast.training.recipe import METHODS
 
 SUMMARY = "train the comparisons of the paper"
@@ -149,16 +149,21 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
 def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> dict[str, Any]:
     """Figure 7, at the learning rate of the recipe: what is varied is the setting alone."""
     from insvp_fast.figures.comparison import plot_sensitivity
+    from insvp_fast.reference import structure_of
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import report
+    from insvp_fast.training.backbone import load_backbone
     from insvp_fast.training.terminal import print_markdown
 
+    recipe = make_entry({}, protocol.settings, folder, "figure7").recipe
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
+    varied = sensitivity(len(structure_of(backbone).widths(backbone)))
     rows = [
         Row(f"{name}={value}", {name: [value] if "weights" in name else value})
-        for name, values in SENSITIVITY.values()
+        for name, values in varied.values()
         for value in values
     ]
-    protocol = protocol._replace(rates=[make_entry({}, protocol.settings, folder, "figure7").recipe.lr])
+    protocol = protocol._replace(rates=[recipe.lr])
     results = compare(rows, protocol, folder, jobs, launcher)
     found = {compared.row.label: compared for compared in results}
     panels = {
@@ -167,7 +172,7 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
             for value in values
             if (row := found[f"{name}={value}"]).scores  # others failed
         ]
-        for title, (name, values) in SENSITIVITY.items()
+        for title, (name, values) in varied.items()
     }
     study = PaperStudy("hyper-parameters of InsVP", rows, (), rows[0].label, {})
     print()

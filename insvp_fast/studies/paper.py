@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from insvp_fast.data.sets import HTA, VTAB
 from insvp_fast.studies.entries import Row
 
-__all__ = ["ABLATION", "SENSITIVITY", "STUDIES", "VTAB_GROUPS", "PaperStudy", "method_rows"]
+__all__ = ["ABLATION", "STUDIES", "VTAB_GROUPS", "PaperStudy", "method_rows", "sensitivity"]
 
 NAMES = {  # of the methods, as the paper has them where it has them
     "full": "Full",
@@ -53,12 +53,17 @@ ABLATION = [  # table 5, cumulative, then each prompt alone
     Row("p_s", _prompts("s")),
 ]
 
-SENSITIVITY: dict[str, tuple[str, tuple[Any, ...]]] = {  # figure 7: of each panel the setting and its values
-    "length of the feature prompt, L_p": ("prompt_length", (1, 2, 4, 8, 16)),
-    "prompted blocks": ("prompted_blocks", (0, 1, 2, 3, 4)),
-    "weight of the global prompt, beta_I": ("image_weights", (0.1, 0.3, 0.5, 0.7, 0.9)),
-    "weight of the common prompt, beta_F": ("feature_weights", (0.1, 0.3, 0.5, 0.7, 0.9)),
-}
+
+def sensitivity(depth: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Of each panel of figure 7 the setting and its values, for a backbone of ``depth`` blocks."""
+    quarters = {-(-depth * quarter // 4) for quarter in range(1, 5)}
+    return {
+        "length of the feature prompt, L_p": ("prompt_length", (1, 2, 4, 8, 16)),
+        "prompted blocks": ("prompted_blocks", tuple(sorted({1} | quarters))),
+        "weight of the global prompt, beta_I": ("image_weights", (0.1, 0.3, 0.5, 0.7, 0.9)),
+        "weight of the common prompt, beta_F": ("feature_weights", (0.1, 0.3, 0.5, 0.7, 0.9)),
+    }
+
 
 TEN = {  # table 1, in percent
     "Full": (64.3, 87.3, 82.7, 89.4, 98.8, 84.9, 68.9, 97.4, 97.1, 87.4),

@@ -304,6 +304,16 @@ class Recipe:
             return None
         return "test" if self.protocol == "released" else self.select_on
 
+    def check_labels(self, multi_label: bool) -> None:
+        """Check that the settings are defined for images with one label, or with several.
+
+        Raises:
+            TrainingError: naming the setting that is not.
+        """
+        self.metric_for(multi_label)
+        balances = self.sampling == "balanced"
+        self._check("sampling", not (multi_label and balances), "shuffle with several labels per image")
+
     def metric_for(self, multi_label: bool) -> str:
         """The metric that selects the epoch to keep.
 
