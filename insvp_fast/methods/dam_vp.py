@@ -102,7 +102,7 @@ class DAMVP(PromptMethod):
             DataError: for fewer images than prompts.
         """
         if num_images < len(self.frames):
-            raise DataError(f"found {num_images} images: expected at least one for each of {len(self.frames)} clusters")
+            raise DataError(f"DAM-VP has {len(self.frames)} prompts: expected as many images, found {num_images}")
 
     def nearest(self, features: Tensor) -> Tensor:
         """The cluster of each row of features [B, D]: [B], int64."""
