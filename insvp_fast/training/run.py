@@ -104,10 +104,11 @@ def find_lr(recipe: Recipe) -> float:
     """
     if recipe.method == LINEAR:
         raise TrainingError(f"`method` is {LINEAR}: it is fitted to convergence, without a learning rate")
-    # a head that begins as a probe has nothing left to learn at small rates
-    recipe = dataclasses.replace(_resolve(recipe, None), head_init="random")
+    recipe = _resolve(recipe, None)
     accelerator = create_accelerator(recipe.amp)
     recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
+    # a head that begins as a probe has nothing left to learn at small rates
+    recipe = dataclasses.replace(recipe, head_init="random")
     folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
     candidate, logger = candidates_of(recipe)[-1], RunLogger(recipe, accelerator, folder)
     set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
