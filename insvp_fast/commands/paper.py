@@ -28,9 +28,9 @@ from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
 from insvp_fast.errors import CommandError
 from insvp_fast.recipes import list_shipped, read_recipe
-from insvp_fast.studies.entries import Protocol, Row
+from insvp_fast.studies.entries import Protocol
 from insvp_fast.studies.grid import make_entry
-from insvp_fast.studies.paper import STUDIES, PaperStudy, method_rows, sensitivity
+from insvp_fast.studies.paper import STUDIES, UNVARIED, PaperStudy, method_rows, sensitivity
 from insvp_fast.training.recipe import METHODS
 
 SUMMARY = "train the comparisons of the paper"
@@ -157,24 +157,16 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
 
     recipe = make_entry({}, protocol.settings, folder, "figure7").recipe
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
-    varied = sensitivity(len(structure_of(backbone).widths(backbone)))
-    rows = [
-        Row(f"{name}={value}", {name: [value] if "weights" in name else value})
-        for name, values in varied.values()
-        for value in values
-    ]
-    protocol = protocol._replace(rates=[recipe.lr])
+    varied = sensitivity(recipe, depth=len(structure_of(backbone).widths(backbone)))
+    others = [row for panel in varied.values() for row in panel.values() if row is not UNVARIED]
+    rows, protocol = [UNVARIED, *others], protocol._replace(rates=[recipe.lr])
     results = compare(rows, protocol, folder, jobs, launcher)
-    found = {compared.row.label: compared for compared in results}
+    found = {compared.row.label: compared for compared in results if compared.scores}  # the others failed
     panels = {
-        title: [
-            (float(value), *_mean_and_spread(row))
-            for value in values
-            if (row := found[f"{name}={value}"]).scores  # others failed
-        ]
-        for title, (name, values) in varied.items()
+        title: [(value, *_mean_and_spread(found[row.label])) for value, row in panel.items() if row.label in found]
+        for title, panel in varied.items()
     }
-    study = PaperStudy("hyper-parameters of InsVP", rows, (), rows[0].label, {})
+    study = PaperStudy("hyper-parameters of InsVP", rows, (), UNVARIED.label, {})
     print()
     print_markdown(report("figure7", study, {str(protocol.settings["data"]): results}, protocol, folder))
     plot_sensitivity({title: points for title, points in panels.items() if points}, folder / "figure7.png")
