@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from insvp_fast.errors import DataError, InsVPError
 from insvp_fast.studies.arguments import to_arguments
-from insvp_fast.training import accelerator
+from insvp_fast.training import accelerator, clusters
 from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.run import train
 from insvp_fast.training.sampler import BatchSampler
 from tests.training.killed_runs import make_digits, outcome, start
+from tests.training.small_runs import quick
 
 SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False, "head_init": "random", "sampling": "balanced"}
 SETTINGS |= {"class_weights": "auto", "prompt_length": 2, "global_dropout": 0.0}  # other processes draw other masks
@@ -75,6 +78,24 @@ def test_all_processes_take_the_smallest_batch_that_one_of_them_can(monkeypatch)
         Recipe(batch_size=7, auto_batch=True), model, (3, 2, 2), accelerator.create_accelerator()
     )
     assert (recipe.batch_size, recipe.auto_batch) == (5, False)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_error_of_clustering_is_raised_in_every_process(own, pictures, tmp_path, monkeypatch):
+    def features_of(*_):
+        raise DataError("mine: not an image")
+
+    gathered = []
+    monkeypatch.setattr(clusters, "gather_object", lambda part: gathered.extend(part) or [*part, (None, "other's")])
+    if own:
+        monkeypatch.setattr(clusters.DAMVP, "features_of", features_of)
+    recipe = quick(pictures, tmp_path, method="dam_vp", method_options=("num_prompts=2",), prompt_length=None)
+    with pytest.raises(
+        InsVPError, match="^mine: not" if own else "^another process cannot cluster its images: other's"
+    ):
+        train(recipe)
+    ((features, reason),) = gathered
+    assert reason == "mine: not an image" if own else features.shape == (18, 192)
 
 
 def test_a_process_without_images_is_not_counted():
