@@ -26,9 +26,9 @@ from insvp_fast.commands.options import add_json, positive
 from insvp_fast.commands.settings import add_settings
 from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
-from insvp_fast.errors import CommandError
+from insvp_fast.errors import CommandError, TrainingError
 from insvp_fast.recipes import list_shipped, read_recipe
-from insvp_fast.studies.entries import Protocol
+from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.paper import STUDIES, UNVARIED, PaperStudy, method_rows, sensitivity
 from insvp_fast.training.recipe import METHODS
@@ -79,6 +79,7 @@ def run(
 
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
+    study = study._replace(rows=_possible(study.rows, protocol(sets[0]), folder))
     # a path would lead out of the folder, into the data themselves
     places = {data: folder / (data if data in SETS else Path(data).resolve().name) for data in sets}
     results = {data: compare(study.rows, protocol(data), place, jobs, launch) for data, place in places.items()}
@@ -144,6 +145,30 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     if not there:
         raise CommandError(f"`root` is {root}: expected the files of some of {', '.join(study.sets)}")
     return there
+
+
+def _possible(rows: Sequence[Row], protocol: Protocol, folder: Path) -> list[Row]:
+    """The rows whose models the backbone can have; what is left out is said, with the reason.
+
+    Raises:
+        InsVPError: if there is no such backbone.
+    """
+    from insvp_fast.training.backbone import load_backbone
+    from insvp_fast.training.models import build_model
+
+    recipe = make_entry({}, protocol.settings, folder, "paper").recipe
+    backbone, possible = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size), []
+    for row in rows:
+        recipe = make_entry({}, protocol.settings | row.settings, folder, row.label).recipe
+        try:
+            build_model(recipe.method, recipe, backbone, 1)
+        except TrainingError as error:
+            print(f"left out: {row.label}: {error}")
+        else:
+            possible.append(row)
+    if not possible:
+        raise CommandError(f"`backbone` is {recipe.backbone}: none of the rows can be trained around it")
+    return possible
 
 
 def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from scipy import stats
 
+from insvp_fast.checkpoints.backbone import save_backbone
 from insvp_fast.commands import cli
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
@@ -102,6 +104,16 @@ def test_figures_are_drawn_from_the_runs(figure, trained, tmp_path, capsys):
     assert len(trained) == (4 if figure == "figure5" else 32)
     assert {recipe.lr for recipe in trained if recipe.method == "insvp"} == {0.01 if figure == "figure5" else Recipe.lr}
     assert "| InsVP" in capsys.readouterr().out or figure == "figure7"
+
+
+def test_a_method_that_the_backbone_cannot_have_is_left_out(trained, tmp_path, capsys):
+    swin = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4)}
+    save_backbone(timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **swin), tmp_path / "it.safetensors")
+    command = ["paper", "table3", "--data", "digits", "--methods", "e2vpt", "insvp", "--seeds", "1", "--lr", "0.01"]
+    assert cli.main([*command, "--backbone", str(tmp_path / "it.safetensors"), "--output", str(tmp_path / "out")]) == 0
+    assert [recipe.method for recipe in trained] == ["insvp"]
+    printed = capsys.readouterr().out
+    assert "left out: E2VPT: `method` is e2vpt: the blocks have widths [32, 64]" in printed and "| InsVP" in printed
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 3, 5, 6)), (12, (1, 3, 6, 9, 12))])
