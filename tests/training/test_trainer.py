@@ -155,7 +155,7 @@ def test_the_largest_batch_that_fits_is_found(pictures, tmp_path, monkeypatch, c
 
 def test_a_slow_loader_is_told_once(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_logger, "SLOW_LOADER", -1.0)
-    train(quick(pictures, tmp_path, epochs=3))
+    train(quick(pictures, tmp_path, epochs=2))
     lines = capsys.readouterr().out
     assert lines.count("the loader is the limit") == 1
     assert "data_wait" in read_records(tmp_path / "pictures-1")[0]
