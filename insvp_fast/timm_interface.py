@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from insvp_fast import reference
@@ -42,7 +43,7 @@ class TimmInterface(nn.Module):
     prompted_blocks: tuple[int, ...]
     widths: tuple[int, ...]
     prompt_widths: tuple[int, ...]
-    common_prompts: nn.Parameter | nn.ParameterList | None
+    common_prompts: nn.ParameterList | None
     global_prompter: reference.GlobalPrompter | None
     patch_prompter: reference.PatchPrompter | None
     specific_prompter: reference.SpecificPrompter | None
@@ -145,32 +146,27 @@ class TimmInterface(nn.Module):
         """Names of the trained tensors that are embeddings and not weights, for timm's optimizer factory."""
         return {name for name, _ in self.named_parameters() if name.startswith("common_prompts")}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The layers of the model for timm's layer decay: those of the backbone, and in them what is trained.
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of each parameter for timm's layer decay, by its name: those of the backbone, and the head behind.
 
-        The prompters stand before the first block. The common prompts of all blocks of one width are one tensor, which
-        can have only one learning rate: that of the prompted block in the middle.
+        The prompters stand before the first block, and the common prompts of a block in it.
         """
-        layers = self.backbone.group_matcher(coarse)
-        stem, blocks = _under_backbone(layers["stem"]), layers["blocks"]
-        blocks = [(blocks, None)] if isinstance(blocks, str) else blocks
-        prompts: list[tuple[str, tuple[int, ...]]] = []
-        for i, width in enumerate(self.prompt_widths):
-            prompted = [j for j in self.prompted_blocks if self.widths[j] == width]
-            place = self._place(prompted[len(prompted) // 2])
-            name = rf"common_prompts\.{i}$" if isinstance(self.common_prompts, nn.ParameterList) else "common_prompts"
-            prompts.append((name, place[:1] if coarse else place))
-        return {
-            "stem": rf"{stem}|(?:global|patch|specific)_prompter\.",
-            "blocks": [*prompts, *((_under_backbone(pattern), suffix) for pattern, suffix in blocks)],
-        }
+        names = [name for name, _ in self.named_parameters()]
+        places = [(self._place(name), name) for name in names if "_prompter." not in name]
+        groups = group_with_matcher(places, self.backbone.group_matcher(coarse), return_values=True)
+        layers = dict.fromkeys(names, 0) | {name: layer for layer, group in groups.items() for name in group}
+        return layers.__getitem__
 
-    def _place(self, block: int) -> tuple[int, ...]:
-        """The numbers in the name of a block: its own, or those of its stage and in its stage."""
+    def _place(self, name: str) -> str:
+        """What a parameter would be called if it were the backbone's."""
+        part, _, rest = name.partition(".")
+        if part != "common_prompts":
+            return rest if part == "backbone" else name
+        block = self.prompted_blocks[int(rest)]
         if self._depths is None:
-            return (block,)
+            return f"blocks.{block}.{part}"
         stage = bisect_left(self._feature_blocks(), block)
-        return stage, block - sum(self._depths[:stage])
+        return f"layers.{stage}.blocks.{block - sum(self._depths[:stage])}.{part}"
 
     # features
 
@@ -298,13 +294,11 @@ class TimmInterface(nn.Module):
         kept = tuple(j for j in self.prompted_blocks if j < depth)
         self.widths, self.prompted_blocks = self.widths[:depth], kept
         self.config = replace(self.config, prompted_blocks=kept)
-        common, specific, count = self.common_prompts, self.specific_prompter, len(self.prompt_widths)
+        specific, count = self.specific_prompter, len(self.prompt_widths)
         if not kept:
             self.specific_prompter = self.common_prompts = None
-        elif isinstance(common, nn.ParameterList):
-            self.common_prompts = common[:count]
-        elif common is not None:
-            self.common_prompts = nn.Parameter(common.detach()[: len(kept)].clone(), common.requires_grad)
+        elif self.common_prompts is not None:
+            self.common_prompts = self.common_prompts[: len(kept)]
         if isinstance(specific, reference.PyramidPrompter):
             specific.conv3 = nn.ModuleList([*specific.conv3.children()][:count])
             specific.widths = specific.widths[:count]
@@ -331,8 +325,3 @@ class TimmInterface(nn.Module):
                 parts[part] = parts.get(part, 0) + parameter.numel()
         for part, count in parts.items():
             print(f"  {part}: {count:,}")
-
-
-def _under_backbone(pattern: str) -> str:
-    """A regular expression for the backbone's names as one for the model's."""
-    return rf"backbone\.(?:{pattern.replace('^', '')})"

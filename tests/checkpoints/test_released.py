@@ -178,7 +178,7 @@ def test_leaves_the_given_state_dict_alone():
     tensors = {key: value.clone() for key, value in small().items()}
     model = Reference.from_released(tensors)
     with torch.no_grad():
-        model.common_prompts.zero_()
+        model.common_prompts[0].zero_()
     assert all(torch.equal(tensors[key], small()[key]) for key in small())
 
 
@@ -230,7 +230,7 @@ WRONG = {
         small() | {"meta_net_2.0.weight": torch.ones(6, 3, 4, 4)},
         r"not those of the authors' code: global_kernels=\(4, 25\)",
     ),
-    "a flat kernel": (small() | {"prompts": torch.ones(9, 768)}, "not those of the authors' code"),
+    "flat prompts": (small() | {"prompts": torch.ones(9, 768)}, r"shape \(9, 768\): expected \(1, 9, 768\)"),
     "more prompts than blocks": (small() | {"prompts": torch.ones(2, 9, 768)}, "prompted_blocks=2 asks for block 1"),
 }
 

@@ -579,7 +579,7 @@ def test_timms_interface():
     torch.testing.assert_close(fast(image), fast.head(pooled))
     assert fast(image).shape == (3, 4) and fast.head.weight.requires_grad and fast.num_classes == 4
     groups = param_groups_weight_decay(fast, 0.1, no_weight_decay_list=fast.no_weight_decay())
-    assert any(p is fast.common_prompts for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0
+    assert any(p is fast.common_prompts[1] for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0
     fast.reset_classifier(0)
     assert fast(image).shape == (3, 192)
 

@@ -102,9 +102,10 @@ def test_stages_of_swin():
     plain = InsVPReference.block_outputs(model, image, [1, 2])  # of each block, on the general path
     torch.testing.assert_close(maps[:2], [h.permute(0, 3, 1, 2) for h in plain], rtol=1e-4, atol=1e-5)
     layers = group_parameters(model, model.group_matcher(), reverse=True)
-    blocks = ["layers.0.blocks.1", "layers.1.blocks.0", "layers.2.blocks.0", "layers.3.blocks.0"]
-    for i, block in enumerate(blocks):
-        assert layers[f"common_prompts.{i}"] == layers[f"backbone.{block}.norm1.weight"]
+    blocks = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.2.blocks.0", "layers.3.blocks.0"]
+    assert [layers[f"common_prompts.{i}"] for i in range(5)] == [layers[f"backbone.{b}.norm1.weight"] for b in blocks]
+    assert layers["head.weight"] > layers["common_prompts.4"] > layers["common_prompts.1"] > layers["common_prompts.0"]
+    assert all(layer == 0 for name, layer in layers.items() if "_prompter." in name)
     taken = model.prune_intermediate_layers([0, 1])
     torch.testing.assert_close(model.forward_intermediates(image, taken, intermediates_only=True), maps[:2])
     sum(one.sum() for one in model.forward_intermediates(image, taken, intermediates_only=True)).backward()
@@ -123,8 +124,8 @@ def test_intermediates_have_gradients_and_take_the_fast_path(monkeypatch):
         maps = model.forward_intermediates(image, [0, 2], intermediates_only=True)
         sum(one.square().mean() for one in maps).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) == 15 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert model.common_prompts.grad[:3].abs().sum() > 0 and model.common_prompts.grad[3].abs().sum() == 0
+    assert len(gradients[0]) == 17 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert model.common_prompts[2].grad.abs().sum() > 0 and model.common_prompts[3].grad is None
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the general path")
@@ -199,13 +200,15 @@ def test_another_image_size_is_that_of_a_resized_backbone(size):
 def test_layer_decay_knows_where_what_is_trained_stands():
     model = make(prompted_blocks=(1, 2, 3))
     optimizer = create_optimizer_v2(model, "adamw", 1e-3, weight_decay=0.1, layer_decay=0.5)
+    blocks = {f"common_prompts.{i}": f"backbone.blocks.{i + 1}.norm1.weight" for i in range(3)}
     names = {id(p): name for name, p in model.named_parameters()}
     scales = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert scales["head.weight"] == 1 and scales["common_prompts"] == 0.5**2  # block 2 of 4, and the head behind
+    assert scales["head.weight"] == 1 and [scales[name] for name in blocks] == [0.5**3, 0.5**2, 0.5]
     assert {scales[name] for name in scales if "prompter" in name} == {0.5**5}
-    assert decays["common_prompts"] == 0 and decays["specific_prompter.conv1.weight"] == 0.1
+    assert {decays[name] for name in blocks} == {0} and decays["specific_prompter.conv1.weight"] == 0.1
     layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert all(layers[name] == layers[of_block] for name, of_block in blocks.items())
     bare = timm.create_model("vit_tiny_patch16_224", **TINY)
     for name, layer in group_parameters(bare, bare.group_matcher(), reverse=True).items():
         assert layers[name if name.startswith("head") else f"backbone.{name}"] == layer
@@ -213,12 +216,12 @@ def test_layer_decay_knows_where_what_is_trained_stands():
 
 def test_utilities_of_timm(tmp_path):
     model, image = timm.create_model(NAME, num_classes=3, prompt_length=2, **TINY).eval(), torch.randn(2, 3, 32, 32)
-    average = ModelEmaV3(model, decay=0.5)
+    average, prompts = ModelEmaV3(model, decay=0.5), model.common_prompts[1]
     with torch.no_grad():
-        before = model.common_prompts.clone()
-        model.common_prompts.add_(1)
+        before = prompts.clone()
+        prompts.add_(1)
     average.update(model)
-    torch.testing.assert_close(average.module.common_prompts, before + 0.5)
+    torch.testing.assert_close(average.module.common_prompts[1], before + 0.5)
     model.set_grad_checkpointing()
     assert model.grad_checkpointing and model.recompute == "block"
     transform = create_transform(**resolve_model_data_config(model))
@@ -228,7 +231,7 @@ def test_utilities_of_timm(tmp_path):
     assert again.config == model.config and torch.equal(again(image), model(image))
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4).head.out_features == 4
     model.init_weights()
-    assert not torch.equal(model.common_prompts, before + 1) and model.common_prompts.abs().max() <= 1
+    assert not torch.equal(prompts, before + 1) and prompts.abs().max() <= 1
     assert torch.equal(model.backbone.cls_token, average.module.backbone.cls_token)
     freeze(model, ["global_prompter", "head"])
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
@@ -249,6 +252,7 @@ def test_properties_are_the_backbones_and_have_no_keys_of_their_own():
         "global_prompter",
         "patch_prompter",
         "specific_prompter",
+        "common_prompts",
         "head",
     }
 
@@ -288,7 +292,7 @@ def test_arguments_reach_the_configuration_the_model_and_the_backbone(tmp_path):
     assert model.backbone.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
     again = timm.create_model(NAME, num_classes=7, checkpoint_path=str(tmp_path / "model.pth"), **arguments)
-    assert torch.equal(again.common_prompts, model.common_prompts)
+    assert torch.equal(again.common_prompts[0], model.common_prompts[0])
     described = timm.create_model(NAME, pretrained_cfg=timm.get_pretrained_cfg(NAME).to_dict(), **TINY)
     assert described.backbone.pretrained_cfg["first_conv"] == "patch_embed.proj"
     with pytest.raises(TypeError, match="not_an_argument"):
