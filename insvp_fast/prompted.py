@@ -99,41 +99,44 @@ class PromptedViT(Covered, PromptedReference):
         missing = next((name for name, needed in asked.items() if needed and name not in supported), None)
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
-    def _takes_fast_path(self, image: Tensor) -> bool:
+    def _takes_fast_path(self, image: Tensor, attn_mask: Tensor | None = None) -> bool:
+        if attn_mask is not None:
+            return coverage.covers(self, "attn_mask was given")
         if image.is_meta or not coverage.covers(self):
             return False
         return image.dtype == torch.uint8 or coverage.dtypes_fit(image, self._family.pixel_weight(self.backbone))
 
     # forward
 
-    def forward(self, image: Tensor, attn_mask: None = None) -> Tensor:
+    def forward(self, image: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """[B, C, H, W] -> [B, num_classes].
 
         8-bit images are normalized by the mean and std of ``self.preprocessing``, else of the backbone's
         ``pretrained_cfg``.
 
+        Args:
+            attn_mask: see ``PromptedReference.forward``; with a mask, the general path runs.
+
         Raises:
-            ValueError: for an image of a size or shape that the backbone cannot take, or a mask, which timm's signature
-                has. On the general path the backbone's modules raise errors of their own.
+            ValueError: for an image of a size or shape that the backbone cannot take, or such a mask. On the general
+                path the backbone's modules raise errors of their own.
         """
-        if attn_mask is not None:
-            raise ValueError("a mask of the attention was given: expected attn_mask=None")
         family = family_of(self.backbone)
         read = None if family is None else family.read_tokens(self.backbone)
-        few = read is not None and self._takes_fast_path(image)
-        return self.forward_head(self._features(image, read) if few else self.forward_features(image))
+        few = read is not None and attn_mask is None and self._takes_fast_path(image)
+        return self.forward_head(self._features(image, read) if few else self.forward_features(image, attn_mask))
 
-    def forward_features(self, image: Tensor) -> Tensor:
+    def forward_features(self, image: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """What the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
-        if self._takes_fast_path(image):
+        if self._takes_fast_path(image, attn_mask):
             return self._features(image, None)
-        return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image))
+        return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image), attn_mask)
 
-    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]:
+    def block_outputs(self, image: Tensor, blocks: Collection[int], attn_mask: Tensor | None = None) -> list[Any]:
         """As ``PromptedReference.block_outputs``; what comes from the fast path is always the tokens, [B, T, D]."""
-        if self._takes_fast_path(image):
+        if self._takes_fast_path(image, attn_mask):
             return self._block_outputs(image, blocks)
-        return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks)
+        return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks, attn_mask)
 
     def apply_block(self, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
         """As ``PromptedReference.apply_block``, computed again in backward with ``recompute="block"``."""

@@ -17,6 +17,7 @@ from insvp_fast import reference
 from insvp_fast.backbones import family_of
 from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import structure_of, take_head
+from insvp_fast.reference.masks import require_masks
 from insvp_fast.timm_models import in_backbone, prompted_cfg
 
 __all__ = ["TimmInterface"]
@@ -49,7 +50,9 @@ class TimmInterface(nn.Module):
     specific_prompter: reference.SpecificPrompter | None
     if TYPE_CHECKING:
 
-        def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]: ...
+        def block_outputs(
+            self, image: Tensor, blocks: Collection[int], attn_mask: Tensor | None = None
+        ) -> list[Any]: ...
 
         def image_prompt(self, image: Tensor) -> reference.ImagePrompt: ...
 
@@ -180,7 +183,7 @@ class TimmInterface(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-        attn_mask: None = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
         """The tokens or maps after chosen blocks, without prompts, in the forms that timm's models give them.
@@ -195,16 +198,19 @@ class TimmInterface(nn.Module):
             intermediates_only: leave out the features, what ``forward_features`` returns.
             output_dict: give a dictionary of "image_features", "image_intermediates" and
                 "image_intermediates_prefix" instead of (features, intermediates).
-            attn_mask, is_causal: in timm's signature; must be None and False.
+            attn_mask: see ``InsVPViT.forward``.
+            is_causal: in timm's signature; must be False.
 
         Raises:
-            ValueError: for another ``output_fmt``, or a mask.
+            ValueError: for another ``output_fmt``, ``is_causal``, or a mask that does not fit.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        if attn_mask is not None or is_causal:
-            raise ValueError("a mask of the attention was given: expected attn_mask=None and is_causal=False")
+        if is_causal:
+            raise ValueError("is_causal=True: expected False, and the mask itself as attn_mask")
         if not self.widths:  # only the image is prompted
+            if attn_mask is not None:
+                require_masks(self.backbone)
             options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
             asked = {"return_prefix_tokens": return_prefix_tokens, "output_dict": output_dict}
             options |= {"intermediates_only": intermediates_only} | {name: True for name in asked if asked[name]}
@@ -213,7 +219,7 @@ class TimmInterface(nn.Module):
         taken, last = feature_take_indices(len(ends), indices)
         last = last if stop_early or intermediates_only else len(ends) - 1
         ran = sorted({*taken, last})
-        outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran]), strict=True))
+        outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran], attn_mask), strict=True))
         tokens = {i: self._tokens(h, i, x) for i, h in outputs.items()}
         n = 0 if self._depths else tokens[last].shape[1] - math.prod(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
         # of several widths, the norm fits only the last
@@ -266,7 +272,7 @@ class TimmInterface(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-        attn_mask: None = None,
+        attn_mask: Tensor | None = None,
     ) -> Any:
         """DINO's name and arguments for ``forward_intermediates`` without features."""
         return self.forward_intermediates(

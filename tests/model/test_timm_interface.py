@@ -12,7 +12,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, make_pair
 
@@ -24,6 +24,9 @@ BACKBONES = {
     "no prefix": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
     "general": ("vit_tiny_patch16_224", {"act_layer": torch.nn.Hardswish}),
 }
+
+
+NO_PROMPTS = InsVPConfig(global_prompt=False, patch_prompt=False, common_prompt=False, specific_prompt=False)
 
 
 def make(backbone="fast", dtype=torch.float64, **config):
@@ -153,10 +156,83 @@ def test_intermediates_refuse_what_they_do_not_know():
     model = make()
     with pytest.raises(ValueError, match="output_fmt='NHWC': expected 'NCHW' or 'NLC'"):
         model.forward_intermediates(images(), output_fmt="NHWC")
-    with pytest.raises(ValueError, match="a mask of the attention was given"):
-        model.forward_intermediates(images(), attn_mask=torch.ones(7, 7))
-    with pytest.raises(ValueError, match="a mask of the attention was given"):
-        model(images(), attn_mask=torch.ones(7, 7))
+    with pytest.raises(ValueError, match="is_causal=True: expected False"):
+        model.forward_intermediates(images(), is_causal=True)
+    with pytest.raises(ValueError, match=r"shape \(2, 7, 7\): expected \(7, 7\) or \(2, 1, 7, 7\)"):
+        model(images(), attn_mask=torch.ones(2, 7, 7))
+    with pytest.raises(ValueError, match=r"attn_mask has dtype torch.int64: expected torch.bool"):
+        model(images(), attn_mask=torch.ones(7, 7, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize(
+    ("name", "tiny"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1,), "num_heads": (1,), "window_size": 2}),
+        ("beit_base_patch16_224", TINY),
+        ("test_resnet", {}),
+    ],
+)
+def test_a_mask_is_refused_where_blocks_take_none(name, tiny):
+    model = InsVPViT(
+        timm.create_model(name, num_classes=3, **tiny | {"img_size": 32} if tiny else {}), config=NO_PROMPTS
+    )
+    for forward in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=rf"the attention of a {type(model.backbone).__name__} takes none"):
+            forward(images(dtype=torch.float32), attn_mask=torch.ones(7, 7))
+
+
+def masks(T):
+    """Of timm's shapes; every query attends to itself."""
+    own = torch.eye(T, dtype=torch.bool)
+    yield from (own | (torch.rand(shape) < 0.5) for shape in [(T, T), (2, 1, T, T), (1, 3, T, T)])
+    yield from (torch.randn(shape, dtype=torch.float64) for shape in [(T, T), (2, 1, T, T), (2, 1, 1, T)])
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "naflexvit_base_patch16_gap"])
+def test_a_mask_without_prompts_is_that_of_the_bare_model(name):
+    tiny = {"img_size": 28 if "eva" in name else 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    tiny |= {"img_size": None, "init_values": 1.0} if "naflex" in name else {}
+    bare, image = timm.create_model(name, **tiny).double().eval(), images(28, 28) if "eva" in name else images()
+    model, T = InsVPViT(copy.deepcopy(bare), config=NO_PROMPTS).eval(), bare.forward_features(image).shape[1]
+    for mask in masks(T):
+        found = model.forward_features(image, attn_mask=mask)
+        torch.testing.assert_close(found, bare.forward_features(image, attn_mask=mask), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found, model.forward_features(image), rtol=1e-3)
+
+
+def masked_blocks(model, image, mask):
+    """The tokens behind the last block: attention written out, in which prompts are seen by all, and see all."""
+    prompted, T = model.image_prompt(image).prompted, mask.shape[-1]
+    p_s, backbone = model.specific_prompt(image, prompted), model.backbone
+    h = backbone._pos_embed(backbone.patch_embed(prompted))
+    bias = torch.where(mask, 0.0, -torch.inf).double() if mask.dtype == torch.bool else mask
+    for j, block in enumerate(backbone.blocks):
+        z = torch.cat([h, model.feature_prompt(j, p_s, len(image))], 1)  # behind the tokens: attention has no order
+        q, k, v = block.attn.qkv(block.norm1(z)).unflatten(2, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / 4
+        scores[..., :T, :T] += bias
+        z = z + block.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        h = (z + block.mlp(block.norm2(z)))[:, :T]
+    return h
+
+
+def test_a_masked_prompted_model_is_the_written_out_one():
+    model, image = make(), images()
+    with pytest.warns(UserWarning, match="takes the general path, exact but not fast: attn_mask was given"):
+        model(image, attn_mask=torch.ones(7, 7, dtype=torch.bool))
+    for mask in masks(7):
+        expected = masked_blocks(model, image, mask)
+        found, [last] = model.forward_intermediates(image, 1, output_fmt="NLC", attn_mask=mask)
+        torch.testing.assert_close(last, expected[:, 3:], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, model.norm(expected), rtol=1e-10, atol=1e-10)
+        ours, theirs = (
+            torch.autograd.grad(h.square().sum(), [*model.common_prompts]) for h in (found, model.norm(expected))
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(model(image, attn_mask=mask), model.head(found[:, 0]))
+    assert unsupported_reason(model) is None
 
 
 @pytest.mark.parametrize(("indices", "kept"), [([1], (0,)), ([0, 2], (0, 2)), (1, (0, 2, 3))])
