@@ -172,14 +172,15 @@ class AdapterBank(PromptedViT):
         names = [adapters] * len(image) if adapters is None or isinstance(adapters, str) else list(adapters)
         if len(names) != len(image):
             raise ValueError(f"adapters has {len(names)} names: expected one for each of the {len(image)} images")
-        rows: dict[str | None, list[int]] = {}
+        rows: dict[str | None, list[int]] = {adapters: []} if adapters is None or isinstance(adapters, str) else {}
         for row, name in enumerate(names):
             rows.setdefault(name, []).append(row)
         groups = []
         for name, places in (rows or {None: []}).items():
             model = self if name is None else self._adapters.get(name)
             if model is None:
-                raise ValueError(f"adapters[{places[0]}]={name!r}: expected None or {self._known()}")
+                where = f"adapters[{places[0]}]" if places else "adapters"
+                raise ValueError(f"{where}={name!r}: expected None or {self._known()}")
             groups.append(_Group(model, torch.tensor(places, dtype=torch.int64, device=image.device)))
         return groups
 

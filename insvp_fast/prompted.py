@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from insvp_fast import coverage, ops, reference
-from insvp_fast.backbones import BackboneFamily, BlockOptions, family_of
+from insvp_fast import coverage, reference
+from insvp_fast.backbones import BackboneFamily, BlockOptions, attention_choices, family_of, has_gated_mlp
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
 from insvp_fast.reference import Prompts
@@ -35,9 +35,9 @@ class PromptedViT(Covered, PromptedReference):
     """
 
     fold_norm: bool = True
-    gelu_in_8_bits: bool = False
     _attention = "auto"
     _recompute = "none"
+    _gelu_in_8_bits = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,13 +45,17 @@ class PromptedViT(Covered, PromptedReference):
 
     @property
     def attention(self) -> str:
-        """The implementation of attention, one of ``ops.ATTENTION``; setting another raises ValueError."""
+        """The implementation of attention, one of ``ops.ATTENTION``.
+
+        Setting another, or one that this backbone's attention does not have, raises ValueError.
+        """
         return self._attention
 
     @attention.setter
     def attention(self, impl: str) -> None:
-        if impl not in ops.ATTENTION:
-            raise ValueError(f"attention={impl!r}: expected one of {sorted(ops.ATTENTION)}")
+        if impl not in (choices := attention_choices(self.backbone)):
+            kind = type(self.backbone).__name__
+            raise ValueError(f"attention={impl!r}: expected one of {sorted(choices)} for a {kind}")
         self._attention = impl
 
     @property
@@ -63,7 +67,25 @@ class PromptedViT(Covered, PromptedReference):
     def recompute(self, what: str) -> None:
         if what not in ("none", "mlp", "block"):
             raise ValueError(f"recompute={what!r}: expected 'none', 'mlp' or 'block'")
+        self._check_kept(what, self.gelu_in_8_bits)
         self._recompute = what
+
+    @property
+    def gelu_in_8_bits(self) -> bool:
+        """Whether MLPs keep 8 bits for backward; raises ValueError if set where they cannot."""
+        return self._gelu_in_8_bits
+
+    @gelu_in_8_bits.setter
+    def gelu_in_8_bits(self, wanted: bool) -> None:
+        self._check_kept(self.recompute, wanted)
+        self._gelu_in_8_bits = wanted
+
+    def _check_kept(self, recompute: str, in_8_bits: bool) -> None:
+        if in_8_bits and recompute == "mlp":
+            raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
+        if in_8_bits and has_gated_mlp(self.backbone):
+            kind = type(self.backbone).__name__
+            raise ValueError(f"the gated MLPs of this {kind} keep no 8 bits: expected gelu_in_8_bits=False")
 
     # which path
 
@@ -215,8 +237,6 @@ class PromptedViT(Covered, PromptedReference):
         num_queries: int | None,
     ) -> list[Tensor]:
         """The blocks (eq. 11) up to the last of ``wanted``, and the tokens behind each of these."""
-        if self.recompute == "mlp" and self.gelu_in_8_bits:
-            raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
         backbone, family, depth, num_tokens = self.backbone, self._family, len(self.widths), tokens.shape[1]
         options = BlockOptions(dtype, self.fold_norm, self.attention, keeps, grid, family.shared(backbone, grid))

@@ -290,6 +290,19 @@ def test_layer_decay_knows_where_what_is_trained_stands():
         assert layers[name if name.startswith("head") else f"backbone.{name}"] == layer
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+def test_layers_of_a_backbone_that_names_them_by_a_function():
+    backbone = timm.create_model("cait_xxs24_224", **TINY)  # the blocks with a class token are the last ones as well
+    expected = group_parameters(backbone, backbone.group_matcher(), reverse=True)
+    model = InsVPViT(backbone, config=InsVPConfig(prompt_length=2, prompted_blocks=(1, 3)))
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    for ours, of_backbone in {"common_prompts.0": "blocks.1.norm1.weight", "head.weight": "head.weight"}.items():
+        assert layers[ours] == expected[of_backbone]
+    assert layers["common_prompts.1"] == layers["backbone.blocks_token_only.1.norm1.weight"] == 4
+    optimizer = create_optimizer_v2(model, "adamw", 1e-3, layer_decay=0.5)
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.5**n for n in (5, 3, 1, 0)}
+
+
 def test_utilities_of_timm(tmp_path):
     model, image = timm.create_model(NAME, num_classes=3, prompt_length=2, **TINY).eval(), torch.randn(2, 3, 32, 32)
     average, prompts = ModelEmaV3(model, decay=0.5), model.common_prompts[1]
