@@ -60,13 +60,13 @@ class InsVPReference(PromptedReference):
         super().__init__(backbone, num_classes, pretrained=pretrained, **backbone_kwargs)
         self.config = config = config or InsVPConfig()
         self.carry_prompts = config.carry_prompts
-        self.prompted_blocks = config.block_indices(len(self.widths))
         if config.has_feature_prompt and not self.widths:
             kind = type(self.backbone).__name__
             raise ValueError(
                 f"a {kind} has no blocks that prompts can be put into, it takes image prompts alone: expected a"
                 " configuration with common_prompt=False and specific_prompt=False"
             )
+        self.prompted_blocks = config.block_indices(len(self.widths))
         if config.carry_prompts and len({*self.widths}) > 1:
             raise ValueError("carry_prompts=True: expected a backbone of one width, in which prompts can run on")
         C, P, weight = self.in_channels, self.patch_size, pixel_layer(self.backbone).weight
