@@ -137,7 +137,9 @@ class AdapterBank(PromptedViT):
 
     # forward
 
-    def forward(self, image: Tensor, adapters: str | Sequence[str | None] | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, image: Tensor, adapters: str | Sequence[str | None] | None = None
+    ) -> Tensor:
         """[B, C, H, W] -> [B, widest result]: each row is the result of its adapter, then -inf.
 
         With -inf behind it, a row of logits has the same argmax and softmax as alone. A backbone or adapter without
@@ -158,7 +160,9 @@ class AdapterBank(PromptedViT):
             parts = [group.model.forward_head(group.of(tokens)) for group in groups]
         return _whole(groups, parts, len(image), float("-inf"))
 
-    def forward_features(self, image: Tensor, adapters: str | Sequence[str | None] | None = None) -> Tensor:
+    def forward_features(  # type: ignore[override]
+        self, image: Tensor, adapters: str | Sequence[str | None] | None = None
+    ) -> Tensor:
         """The tokens after the backbone's last norm, [B, T, D], without prompts; ``adapters`` as in ``forward``."""
         groups = self._groups(image, adapters)
         if self._mixes(image, groups):

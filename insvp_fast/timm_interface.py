@@ -206,11 +206,8 @@ class TimmInterface(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        if is_causal:
-            raise ValueError("is_causal=True: expected False, and the mask itself as attn_mask")
+        self._require_taken(attn_mask, is_causal)
         if not self.widths:  # only the image is prompted
-            if attn_mask is not None:
-                require_masks(self.backbone)
             options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
             asked = {"return_prefix_tokens": return_prefix_tokens, "output_dict": output_dict}
             options |= {"intermediates_only": intermediates_only} | {name: True for name in asked if asked[name]}
@@ -236,6 +233,12 @@ class TimmInterface(nn.Module):
             return found if intermediates_only else found | {"image_features": features}
         intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
         return intermediates if intermediates_only else (features, intermediates)
+
+    def _require_taken(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if is_causal:
+            raise ValueError("is_causal=True: expected False, and the mask itself as attn_mask")
+        if attn_mask is not None:
+            require_masks(self.backbone)
 
     @property
     def _depths(self) -> list[int] | None:

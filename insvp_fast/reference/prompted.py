@@ -116,7 +116,7 @@ class PromptedReference(nn.Module):
         """
         structure, carried = structure_of(self.backbone), None
         prompted, context = self.prompt_image(image)
-        h = structure.embed(self.backbone, prompted)  # (1)
+        h: Any = structure.embed(self.backbone, prompted)  # (1)
         h = h if attn_mask is None else with_mask(self.backbone, h, attn_mask)
         outputs = [h] if -1 in blocks else []
         for j in range(max(blocks) + 1):
