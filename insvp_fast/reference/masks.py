@@ -20,15 +20,12 @@ def require_masks(backbone: Any) -> None:
     Raises:
         ValueError: if they take none.
     """
-    kinds = (
-        [type(backbone).__name__]
-        if "attn_mask" not in getattr(structure_of(backbone), "SUPPORTS", ())
-        else [
-            type(block).__name__ for block in backbone.blocks if "attn_mask" not in signature(block.forward).parameters
-        ]
-    )
-    if kinds:
-        raise ValueError(f"a mask was given, and the attention of a {kinds[0]} takes none: expected attn_mask=None")
+    refusing = backbone
+    if "attn_mask" in getattr(structure_of(backbone), "SUPPORTS", ()):
+        refusing = next((b for b in backbone.blocks if "attn_mask" not in signature(b.forward).parameters), None)
+    if refusing is not None:
+        kind = type(refusing).__name__
+        raise ValueError(f"a mask was given, and the attention of a {kind} takes none: expected attn_mask=None")
 
 
 def with_mask(backbone: Any, h: Any, mask: Tensor) -> Stream:
@@ -44,7 +41,7 @@ def with_mask(backbone: Any, h: Any, mask: Tensor) -> Stream:
     require_masks(backbone)
     stream = h if isinstance(h, Stream) else Stream(h)
     B, T, _ = stream.tokens.shape
-    heads = next(module.num_heads for module in backbone.blocks.modules() if hasattr(module, "num_heads"))
+    heads = next((module.num_heads for module in backbone.blocks.modules() if hasattr(module, "num_heads")), 1)
     sizes = [{1, B}, {1, heads}, {1, T}, {T}] if mask.ndim == 4 else [{T}, {T}]
     if len(sizes) != mask.ndim or any(size not in allowed for size, allowed in zip(mask.shape, sizes, strict=True)):
         raise ValueError(
