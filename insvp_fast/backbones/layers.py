@@ -22,6 +22,7 @@ __all__ = [
     "activation_name",
     "activation_requirements",
     "forward_mlp",
+    "has_gated_mlp",
     "in_own_dtype",
     "mlp_requirements",
     "norm_insert",
@@ -134,6 +135,14 @@ def forward_mlp(mlp: Mlp | GluMlp | SwiGLU, x: Tensor, affine: Affine, keep: str
         return ops.gated_mlp(x, gate, value, fc2, activation=activation, keep=keep)
     fc2 = FrozenLinear.of(mlp.fc2, *_affine(hidden_norm))
     return ops.gated_mlp(x, gate, value, fc2, activation=activation, eps=hidden_norm.eps, keep=keep)
+
+
+def has_gated_mlp(backbone: nn.Module) -> bool:
+    """Whether a module has an MLP that runs as ``ops.gated_mlp``: with a gate, or with a norm of the hidden layer."""
+    return any(
+        isinstance(mlp, GluMlp | SwiGLU) or (isinstance(mlp, Mlp) and not isinstance(mlp.norm, nn.Identity))
+        for mlp in backbone.modules()
+    )
 
 
 def _gate_and_value(mlp: GluMlp | SwiGLU) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:

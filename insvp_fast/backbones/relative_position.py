@@ -39,6 +39,7 @@ from insvp_fast.reference import Prompts
 from insvp_fast.reference.relative_position import attention_bias
 
 __all__ = [
+    "attention_choices",
     "check_image",
     "embed",
     "final_norm",
@@ -151,6 +152,12 @@ def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
     }
     source = getattr(attn, "rel_pos", None)
     return table if source is None else table | prefixed(".rel_pos", _bias_requirements(source))
+
+
+def attention_choices(backbone: Beit | VisionTransformerRelPos) -> tuple[str, ...]:
+    """The implementations of attention, which are fewer with a bias of the scores."""
+    biased = any("rel_pos" in name or "relative_position" in name for name, _ in backbone.named_parameters())
+    return ops.WINDOW_ATTENTION if biased else ops.ATTENTION
 
 
 # How it runs

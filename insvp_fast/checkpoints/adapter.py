@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, source_of
-from insvp_fast.checkpoints.files import find_file, read_safetensors
+from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.model_card import make_model_card
 from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.released import infer_config, read_released, to_ours, to_released
-from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes
+from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes, read_adapter_weights
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
 
@@ -160,7 +160,7 @@ class AdapterCheckpoint(
         hub |= {"local_files_only": local_files_only, "revision": revision}
         config_file = find_file(str(pretrained_model_name_or_path), ADAPTER_FILE, hub)
         weights_file = find_file(str(pretrained_model_name_or_path), WEIGHTS_FILE, hub)
-        config, weights = AdapterConfig.read(config_file), read_safetensors(weights_file)
+        config, weights = AdapterConfig.read(config_file), read_adapter_weights(weights_file)
 
         module = _recorded_backbone(config.backbone, backbone, pretrained, backbone_kwargs, config_file)
         expected = expected_shapes(module, config.num_classes, config.insvp, config_file)
@@ -200,7 +200,7 @@ class AdapterCheckpoint(
             ValueError: for ``backbone_kwargs`` beside a module.
         """
         where, released = read_released(source)
-        tensors = {to_ours(key): value for key, value in released.items()}
+        tensors = to_ours(released)
         depth, config = infer_config(tensors, simam, where)
         classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
         if num_classes not in (None, classes):
@@ -208,7 +208,8 @@ class AdapterCheckpoint(
         arguments = {"num_classes": 0, "depth": depth, "weight_init": "skip"}
         module = _take_or_create(backbone, False, arguments, backbone_kwargs, torch.float32, where)
         expected = expected_shapes(module, classes, config, where)
-        check_shapes(released, {to_released(key): shape for key, shape in expected.items()}, where)
+        theirs = to_released({key: torch.empty(shape, device="meta") for key, shape in expected.items()})
+        check_shapes(released, {key: tuple(value.shape) for key, value in theirs.items()}, where)
         if config.specific_prompt:
             text = "the authors' code leaves TokenPrompt, the specific prompter, at its random initial values"
             warnings.warn(f"{where}: {text}", stacklevel=2)

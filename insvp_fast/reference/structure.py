@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Prompts", "Structure", "in_channels", "pixel_layer", "require_plain"]
+__all__ = ["Prompts", "Stream", "Structure", "in_channels", "pixel_layer", "require_plain"]
 
 
 class Prompts(NamedTuple):
@@ -25,6 +25,20 @@ class Prompts(NamedTuple):
     tokens: Tensor
     lengths: Tensor | None = None
     keys_values: Tensor | None = None
+
+
+class Stream(NamedTuple):
+    """h of a backbone whose blocks take more than the tokens.
+
+    Attributes:
+        tokens: [B, T, D].
+        rotation: the sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode per block.
+        attn_mask: of the attention among the tokens, [..., T, T]; see ``with_mask``.
+    """
+
+    tokens: Tensor
+    rotation: Tensor | None = None
+    attn_mask: Tensor | None = None
 
 
 def require_plain(module: nn.Module | None, *expected: type[nn.Module]) -> None:
@@ -48,7 +62,7 @@ class Structure(Protocol):
 
     A module may say in ``SUPPORTS`` which attributes of a ``PromptMethod`` may be true: "reads_tokens" if h, or else
     ``h.tokens``, is [B, T, D] with the prefix tokens first, "gives_keys_values", and "carry_prompts". Without it, none
-    of them.
+    of them. Besides, "attn_mask": h may be a ``Stream`` with a mask.
     """
 
     def patch_size(self, backbone: Any) -> int:

@@ -154,7 +154,7 @@ class Trainer:
         """Go back to what ``state`` returned.
 
         Raises:
-            TrainingError: if it is of another number of processes.
+            TrainingError: if it is of another number of processes, or of a version with other parameters.
         """
         weights, tensors, facts = state
         accelerator, processes = self.accelerator, tensors["processes"]
@@ -162,6 +162,11 @@ class Trainer:
             raise TrainingError(
                 f"{self.folder} was trained by {len(processes)} processes, found {accelerator.num_processes}:"
                 " resume it with as many"
+            )
+        if missing := sorted(self.trained.keys() - weights.keys()):
+            raise TrainingError(
+                f"{self.folder}/last has no {missing[0]}, because an earlier version wrote it: train anew, if you like"
+                " with `init_from` this run"
             )
         copy_weights(self.trained.values(), [weights[key] for key in self.trained])
         self.average.load({key.removeprefix("ema."): value for key, value in weights.items() if key.startswith("ema.")})

@@ -277,6 +277,14 @@ def test_it_is_for_inference():
         bank(images(1)[..., :24], "three")
 
 
+def test_no_image_has_the_width_of_its_adapter():
+    bank, _ = make_bank(("three", "released"))
+    assert bank(images(0), "three").shape == (0, 2) and bank(images(0), "released").shape == (0, 3)
+    assert bank(images(0), []).shape == bank(images(0)).shape == (0, bank.num_classes)
+    with pytest.raises(ValueError, match="adapters='nobody': expected None or one of"):
+        bank(images(0), "nobody")
+
+
 def test_a_named_attention_that_takes_all_keys_is_refused_for_prompts_of_several_lengths():
     bank, _ = make_bank(("three", "released"))
     bank.attention = "flash"
