@@ -3,8 +3,8 @@
 It is exact, and saves what the equations allow: prompts give keys and values but no queries, the last block asks one
 query where the head reads one token, and nothing is kept that only the gradient of a weight would need.
 
-The distilled DeiT is one more such class: it has two prefix tokens, and its head reads both. In a hybrid a network makes
-the tokens; it is called as it is.
+The distilled DeiT is one more such class: it has two prefix tokens, and its head reads both. In a hybrid a network
+makes the tokens; it is called as it is.
 """
 
 from __future__ import annotations
