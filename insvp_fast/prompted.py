@@ -100,6 +100,8 @@ class PromptedViT(Covered, PromptedReference):
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
     def _takes_fast_path(self, image: Tensor) -> bool:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image is a {type(image).__name__}: expected a tensor [B, C, H, W], of whole images")
         if image.is_meta or not coverage.covers(self):
             return False
         return image.dtype == torch.uint8 or coverage.dtypes_fit(image, self._family.pixel_weight(self.backbone))

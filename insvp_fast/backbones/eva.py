@@ -53,7 +53,7 @@ __all__ = [
     "shared",
 ]
 
-SUPPORTS = frozenset({"lengths"})
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts", "lengths"})
 
 # What is supported
 

@@ -43,7 +43,7 @@ __all__ = [
     "shared",
 ]
 
-SUPPORTS = frozenset({"lengths"})
+SUPPORTS = eva.SUPPORTS
 
 # What is supported
 

@@ -62,6 +62,8 @@ __all__ = [
     "shared",
 ]
 
+SUPPORTS = frozenset({"reads_tokens"})
+
 # What is supported
 
 watch("forward __call__", Beit, BeitBlock, Attention, RelativePositionBias)
