@@ -106,12 +106,14 @@ def _embeds_rule(embeds: nn.Module, patch_size: int) -> Rule:
 
 
 def pixel_weight(backbone: NaFlexVit) -> Tensor:
-    """The weight of the patch embedding, [D, C, P, P]."""
-    embeds, weight = backbone.embeds, backbone.embeds.proj.weight
-    if embeds.is_linear:
-        shape = (*embeds.patch_size, -1) if embeds.channels_last else (-1, *embeds.patch_size)
-        weight = torch.unflatten(weight, 1, shape)
-    return weight.movedim(-1, 1) if embeds.is_linear and embeds.channels_last else weight
+    """The weight of the patch embedding, [D, C, P, P]: of a linear layer, a view."""
+    embeds = backbone.embeds
+    weight: Tensor = embeds.proj.weight
+    if not embeds.is_linear:
+        return weight
+    if embeds.channels_last:
+        return torch.unflatten(weight, 1, (*embeds.patch_size, -1)).movedim(-1, 1)
+    return torch.unflatten(weight, 1, (-1, *embeds.patch_size))
 
 
 def check_image(backbone: NaFlexVit, image: Tensor) -> None:
