@@ -91,9 +91,9 @@ def _geglu_requirements(mlp: GeGluMlp) -> Table:
     """The MLP of ViTamin, which has a norm of its own before it."""
     return {
         "": (rule(GeGluMlp),),
-        ".norm": norm_requirements(getattr(mlp.w0, "in_features", 0)),
+        ".norm": norm_requirements(getattr(getattr(mlp, "w0", None), "in_features", 0)),
         **dict.fromkeys((".w0", ".w1", ".w2"), LINEAR),
-        ".act": activation_requirements(mlp.act),
+        ".act": activation_requirements(getattr(mlp, "act", None)),
         ".drop1": DROPOUT_OFF,
         ".drop2": DROPOUT_OFF,
     }

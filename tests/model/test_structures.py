@@ -332,7 +332,7 @@ def test_replaced_functions(monkeypatch):
 
 
 def test_compiles_whole():
-    _, fast, image = pair("NaFlexVit with mixed rotations")
+    _, fast, image = pair("mixed rotations")
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
     assert relative_error(compiled(image), fast(image)) < 1e-5
