@@ -122,6 +122,8 @@ class PromptedViT(Covered, PromptedReference):
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
     def _takes_fast_path(self, image: Tensor, attn_mask: Tensor | None = None) -> bool:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image is a {type(image).__name__}: expected a tensor [B, C, H, W], of whole images")
         if attn_mask is not None:
             return coverage.covers(self, "attn_mask was given")
         if image.is_meta or not coverage.covers(self):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from insvp_fast import ops
-from insvp_fast.backbones import eva, relative_position, swin, vision_transformer
+from insvp_fast.backbones import eva, naflexvit, relative_position, swin, vision_transformer
 from insvp_fast.backbones.family import BackboneFamily, BlockOptions
 from insvp_fast.backbones.layers import has_gated_mlp
 
@@ -24,6 +25,7 @@ FAMILIES: dict[type[nn.Module], BackboneFamily] = {
     VisionTransformer: vision_transformer,
     SwinTransformer: swin,
     Eva: eva,
+    NaFlexVit: naflexvit,
     Beit: relative_position,
     VisionTransformerRelPos: relative_position,
 }
