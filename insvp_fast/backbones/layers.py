@@ -159,7 +159,7 @@ def forward_mlp(mlp: Mlp | GluMlp | SwiGLU | GeGluMlp, x: Tensor, affine: Affine
 def has_gated_mlp(backbone: nn.Module) -> bool:
     """Whether a module has an MLP that runs as ``ops.gated_mlp``: with a gate, or with a norm of the hidden layer."""
     return any(
-        isinstance(mlp, GluMlp | SwiGLU) or (isinstance(mlp, Mlp) and not isinstance(mlp.norm, nn.Identity))
+        isinstance(mlp, GluMlp | SwiGLU | GeGluMlp) or (isinstance(mlp, Mlp) and not isinstance(mlp.norm, nn.Identity))
         for mlp in backbone.modules()
     )
 
