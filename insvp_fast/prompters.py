@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from insvp_fast import coverage, ops, reference
 from insvp_fast.coverage import Covered, Requirements, Rule, Table, rule, watch
-from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
+from insvp_fast.coverage.rules import IDENTITY, convolution
 from insvp_fast.ops.conv import conv_reference, conv_triton_reason
 from insvp_fast.ops.conv_pool import conv_pool_triton_reason
 from insvp_fast.ops.registry import FLOATS
@@ -53,7 +53,7 @@ class PatchPrompter(Covered, reference.PatchPrompter):
         linear = (rule(nn.Linear, "in_features out_features", required="weight bias"),)
         # the fast path does not call this module, so that a subclass must not have a forward of its own
         own = type(self) if type(self).forward is reference.PatchPrompter.forward else PatchPrompter
-        table = {"": (rule(own, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT_OFF}
+        table = {"": (rule(own, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT}
         return Requirements("patch_prompter", self, table)
 
 
