@@ -36,9 +36,11 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
 
     def forward(self, image: Tensor) -> Tensor:
         dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if coverage.covers(self) else None
-        if dtype is None or not _on_cpu_or(conv_triton_reason, image, (self.conv1,), (self.conv2,)):
+        H, W = image.shape[-2:]
+        cases = ((conv, conv.dilation[0], H, W) for conv in (self.conv1, self.conv2))
+        if dtype is None or not _on_cpu_or(conv_triton_reason, image, *cases):
             return super().forward(image)
-        (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
+        (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
             x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
             x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)

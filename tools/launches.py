@@ -113,10 +113,10 @@ def version() -> str:
     return ".".join(torch.__version__.split(".")[:2])
 
 
-def launches(depth: int, training: bool) -> Step:
+def launches(depth: int, training: bool, config: InsVPConfig | None = None) -> Step:
     """What the second step of a model launches: the first one packs the weights."""
     with torch.device("meta"):
-        model = InsVPViT(timm.create_model(NAME, depth=depth), 200, InsVPConfig(), compile_prompters=False)
+        model = InsVPViT(timm.create_model(NAME, depth=depth), 200, config or InsVPConfig(), compile_prompters=False)
     model.train(training)
     with pretended_gpu(), torch.set_grad_enabled(training):
         move(model)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from insvp_fast.kernels.gpu import chip
+from insvp_fast.kernels.gpu import chip, windows
 from insvp_fast.kernels.gpu import conv_pool as kernel
 
 from insvp_fast import ops
@@ -65,6 +65,9 @@ CONV = [
     ((2, 2, 9, 12, 11, 4, 2), (1, 7, 12)),  # even sides, a center
     ((1, 1, 3, 2, 5, 9, 7), (2, 3, 2)),  # a map smaller than the kernel
     ((1, 1, 5, 4, 1, 1, 1), (1, 5, 4)),
+    ((2, 3, 16, 24, 6, 11, 11), (1, 16, 24)),  # the release's first, in windows
+    ((1, 6, 8, 16, 3, 25, 25), (1, 8, 16)),  # its second: most taps lie outside of the map
+    ((1, 2, 24, 16, 5, 10, 13), (1, 16, 8)),  # an even side, a center, channels in several groups
 ]
 
 
@@ -113,7 +116,7 @@ def test_other_layouts_give_the_same_bits(device, monkeypatch, layout):
     elif layout == "every second column":
         same = x.repeat_interleave(2, dim=3)[..., ::2]
     else:
-        monkeypatch.setattr(kernel, "_offset", lambda *maps: kernel.tl.int64)
+        monkeypatch.setattr(windows, "offset_dtype", lambda *maps: kernel.tl.int64)
     for run, geometry in ((run_conv, (2, 12, 14)), (run_conv_pool, (12, 12, 4))):
         one, other = (
             outcome(run, [t.requires_grad_() for t in (first, weight, bias)], geometry) for first in (x, same)
@@ -123,8 +126,8 @@ def test_other_layouts_give_the_same_bits(device, monkeypatch, layout):
 
 def test_offsets_are_wide_where_strides_are():
     frames = torch.empty(300, 64, 3, 224, 224, device="meta")
-    assert kernel._offset(frames[:200, 0, :, :4]) is kernel.tl.int32
-    assert frames[:, 0].numel() < 2**31 and kernel._offset(frames[:, 0]) is kernel.tl.int64
+    assert windows.offset_dtype(frames[:200, 0, :, :4]) is kernel.tl.int32
+    assert frames[:, 0].numel() < 2**31 and windows.offset_dtype(frames[:, 0]) is kernel.tl.int64
 
 
 def test_operands_with_any_strides(device):
