@@ -202,6 +202,39 @@ def conv_cases(arch: int | str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def conv_windows_cases(arch: int | str) -> Iterator[Case]:
+    """The dense convolutions of the release for images of 224x224, under bf16 autocast; on an H100 also in fp32."""
+    bf16, fp32, side = torch.bfloat16, torch.float32, 224
+    first, second = (3, 6, 11), (6, 3, 25)
+    variants = [(*first, fp32, bf16), (*second, bf16, bf16)] + [(*second, fp32, fp32)] * (arch == 90)
+    for C, OUT, taps, x, y in variants:
+        compute = torch.bfloat16 if y == bf16 else torch.float32
+        label, margin = f"C{C}-{POINTERS[x][1:]}-{POINTERS[y][1:]}", taps // 2
+        same = {"MAP": (side, side), "CENTER": (side, side), "TAPS": (taps, taps), "MARGIN": (margin, margin)}
+        same |= {"OFFSET": conv.tl.int32} | chip.operands(compute, arch)
+        for kind, inner, outer in (("fwd", C, OUT), ("bwd_map", OUT, C)):
+            config = conv.windows_config("map", outer, taps, margin, compute, arch)
+            sizes = {"C": inner, "OUT": outer, "X": (inner * side**2, side**2, side, 1)}
+            own = {**sizes, "RELU": (kind, C) == ("fwd", 3)}
+            read, written = (x, y) if kind == "fwd" else (y, x)
+            bias = pointers("*fp32", "bias") if kind == "fwd" else {}
+            if (kind, C) != ("bwd_map", 3):  # nobody asks for the image's gradient
+                yield case(
+                    f"conv_windows_{kind}-{label}",
+                    conv._conv_windows_kernel,
+                    pointers(POINTERS[read], "x") | pointers(POINTERS[compute], "moved") | pointers("*fp32", "weight")
+                    | bias | pointers(POINTERS[written], "y") | {"M": "i32"},
+                    same | own | config,
+                )  # fmt: skip
+        yield case(
+            f"conv_windows_bwd_weight-{label}",
+            conv._conv_windows_bwd_weight_kernel,
+            pointers(POINTERS[y], "grad") | pointers(POINTERS[x], "x") | pointers("*fp32", "d_moved") | {"M": "i32"},
+            same | {"C": C, "OUT": OUT, "X": (C * side**2, side**2, side, 1)}
+            | conv.windows_config("weight", OUT, taps, margin, compute, arch),
+        )  # fmt: skip
+
+
 def conv_pool_cases(arch: int | str) -> Iterator[Case]:
     """The specific prompter's convolutions of images of 224x224, in bf16, the first also in fp32."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -249,7 +282,7 @@ def cases(target: str, every_shape: bool = False) -> list[Case]:
         *norm_insert_cases(arch),
         *activation_cases(arch),
         *attentions,
-        *conv_cases(arch),
+        *conv_cases(arch), *conv_windows_cases(arch),
         *conv_pool_cases(arch),
         *fingerprint_cases(),
     ]

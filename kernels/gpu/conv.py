@@ -107,6 +107,22 @@ def _conv_bwd_weight_kernel(
         tl.store(d_bias_ptr + split * OUT + o, d_bias, o < OUT)
 
 
+@triton.jit
+def _tap_by_tap(x_ptr, weight_ptr, image, row, column, exists, o, C: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr,
+                TAPS: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
+                BLOCK_M: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """The sums [BLOCK_M, GROUP] of channels o at the pixels whose first taps are at row and column."""
+    sums = tl.zeros((BLOCK_M, GROUP), tl.float32)
+    for tap in range(C * TAPS[0] * TAPS[1]):
+        r, q = row + tap // TAPS[1] % TAPS[0], column + tap % TAPS[1]
+        inside = exists & (r >= 0) & (r < MAP[0]) & (q >= 0) & (q < MAP[1])
+        place = image * X[0] + (tap // (TAPS[0] * TAPS[1]) * X[1] + r * X[2] + q * X[3])
+        x = tl.load(x_ptr + place, inside, 0.0).to(COMPUTE).to(tl.float32)
+        w = tl.load(weight_ptr + o * (C * TAPS[0] * TAPS[1]) + tap, o < OUT, 0.0).to(COMPUTE).to(tl.float32)
+        sums += x[:, None] * w[None, :]
+    return sums
+
+
 @triton.jit(do_not_specialize=["M"])
 def _conv_windows_kernel(
     x_ptr, moved_ptr, weight_ptr, bias_ptr, y_ptr, M,
@@ -121,48 +137,45 @@ def _conv_windows_kernel(
     """
     GRID: tl.constexpr = (CENTER[0] // SIDE, CENTER[1] // SIDE)
     SIDES: tl.constexpr = (SIDE + TAPS[0] - 1, WIDTH)
+    BEFORE: tl.constexpr = (MARGIN[0], MARGIN[1] + SHIFT)
     K: tl.constexpr = C * SIDES[0] * WIDTH
     N: tl.constexpr = OUT * SIDE * SIDE
     m, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, GROUP * SIDE * SIDE)
     exists, first = m < M, tl.program_id(1) * GROUP
-    image, row, column = corners(m, GRID, SIDE, MARGIN, OFFSET)
+    image, row, column = corners(m, GRID, SIDE, BEFORE, OFFSET)
     moved = first * SIDE * SIDE + n
 
     sums = tl.zeros((BLOCK_M, GROUP * SIDE * SIDE), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = patches(x_ptr, image, row, column - SHIFT, exists, k, C, MAP, SIDES, X, COMPUTE)
+        x = patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
         w = tl.load(moved_ptr + k[:, None] * N + moved[None, :], (k < K)[:, None] & (moved < N)[None, :], 0.0)
         sums = tl.dot(x, w.to(COMPUTE), sums, input_precision=PRECISION)
     again = any_odd(tl.sum(sums, 1), BLOCK_M)
 
-    o, r, q = first + n // (SIDE * SIDE), n // SIDE % SIDE, n % SIDE
+    o = first + n // (SIDE * SIDE)
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + o, o < OUT, 0.0).to(tl.float32)[None, :]
     y = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL) if RELU else sums
-    row, column = row + MARGIN[0], column + MARGIN[1]
+    row, column = row + BEFORE[0], column + BEFORE[1]
     start = image * (OUT * CENTER[0] * CENTER[1]) + (row * CENTER[1] + column)
-    place = start[:, None] + (o * (CENTER[0] * CENTER[1]) + r * CENTER[1] + q)[None, :]
+    within = n // SIDE % SIDE * CENTER[1] + n % SIDE
+    place = start[:, None] + (o * (CENTER[0] * CENTER[1]) + within)[None, :]
     known = exists[:, None] & (o < OUT)[None, :] & (again == 0)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), known)
 
-    o = first + tl.arange(0, GROUP)
+    own = first + tl.arange(0, GROUP)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + own, own < OUT, 0.0).to(tl.float32)[None, :]
     for position in range(again * SIDE * SIDE):
-        value = tl.zeros((BLOCK_M, GROUP), tl.float32)
-        down, right = row + position // SIDE, column + position % SIDE
-        for tap in range(C * TAPS[0] * TAPS[1]):
-            c, i, j = tap // (TAPS[0] * TAPS[1]), tap // TAPS[1] % TAPS[0], tap % TAPS[1]
-            r, q = down - MARGIN[0] + i, right - MARGIN[1] + j
-            inside = exists & (r >= 0) & (r < MAP[0]) & (q >= 0) & (q < MAP[1])
-            x = tl.load(x_ptr + image * X[0] + (c * X[1] + r * X[2] + q * X[3]), inside, 0.0).to(COMPUTE)
-            w = tl.load(weight_ptr + o * (C * TAPS[0] * TAPS[1]) + tap, o < OUT, 0.0).to(COMPUTE)
-            value += x.to(tl.float32)[:, None] * w.to(tl.float32)[None, :]
+        down, right = position // SIDE, position % SIDE
+        value = _tap_by_tap(x_ptr, weight_ptr, image, row - MARGIN[0] + down, column - MARGIN[1] + right, exists, own,
+                            C, OUT, MAP, TAPS, X, COMPUTE, BLOCK_M, GROUP)  # fmt: skip
         if bias_ptr is not None:
-            value += tl.load(bias_ptr + o, o < OUT, 0.0).to(tl.float32)[None, :]
+            value += bias
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL) if RELU else value
-        pixel = (image * (OUT * CENTER[0] * CENTER[1]) + (down * CENTER[1] + right))[:, None]
-        known = exists[:, None] & (o < OUT)[None, :]
-        tl.store(y_ptr + pixel + o[None, :] * (CENTER[0] * CENTER[1]), value.to(y_ptr.dtype.element_ty), known)
+        spot = (start + (down * CENTER[1] + right))[:, None] + own[None, :] * (CENTER[0] * CENTER[1])
+        tl.store(y_ptr + spot, value.to(y_ptr.dtype.element_ty), exists[:, None] & (own < OUT)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -176,6 +189,7 @@ def _conv_windows_bwd_weight_kernel(
     """The gradient of the moved weight: sums of split s of S, over every S-th block of windows."""
     GRID: tl.constexpr = (CENTER[0] // SIDE, CENTER[1] // SIDE)
     SIDES: tl.constexpr = (SIDE + TAPS[0] - 1, WIDTH)
+    BEFORE: tl.constexpr = (MARGIN[0], MARGIN[1] + SHIFT)
     K: tl.constexpr = C * SIDES[0] * WIDTH
     N: tl.constexpr = OUT * SIDE * SIDE
     split, k = tl.program_id(2), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -186,9 +200,9 @@ def _conv_windows_bwd_weight_kernel(
     for m0 in range(split * BLOCK_M, M, tl.num_programs(2) * BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         exists = m < M
-        image, row, column = corners(m, GRID, SIDE, MARGIN, OFFSET)
-        x = patches(x_ptr, image, row, column - SHIFT, exists, k, C, MAP, SIDES, X, COMPUTE)
-        start = image * (OUT * CENTER[0] * CENTER[1]) + ((row + MARGIN[0]) * CENTER[1] + (column + MARGIN[1]))
+        image, row, column = corners(m, GRID, SIDE, BEFORE, OFFSET)
+        x = patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
+        start = image * (OUT * CENTER[0] * CENTER[1]) + ((row + BEFORE[0]) * CENTER[1] + column + BEFORE[1])
         place = start[:, None] + (o * (CENTER[0] * CENTER[1]) + r * CENTER[1] + q)[None, :]
         grad = tl.load(grad_ptr + place, exists[:, None] & (o < OUT)[None, :], 0.0).to(COMPUTE)
         d_moved = tl.dot(tl.trans(x), grad, d_moved, input_precision=PRECISION)
@@ -215,7 +229,7 @@ def windows_config(kind: str, OUT: int, KW: int, margin: int, dtype: torch.dtype
     shift = -margin % 4  # the pixel from which a row of a patch begins at a multiple of 4
     tiles = {"SIDE": SIDE, "WIDTH": 8 * triton.cdiv(shift + SIDE + KW - 1, 8), "SHIFT": shift, "GROUP": GROUP}
     tiles |= {"BLOCK_M": 128, "BLOCK_K": 32} if kind == "map" else {"BLOCK_M": 32, "BLOCK_K": 128}
-    return tiles | {"num_warps": 4 if arch == "gfx942" else 8, "num_stages": 2}
+    return tiles | {"num_warps": 4 if arch == "gfx942" else 8, "num_stages": 2 if arch == "gfx942" else 4}
 
 
 def covers(weight: Tensor, dilation: int, *sides: int) -> bool:
