@@ -151,7 +151,7 @@ def _conv_windows_kernel(
         x = patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
         w = tl.load(moved_ptr + k[:, None] * N + moved[None, :], (k < K)[:, None] & (moved < N)[None, :], 0.0)
         sums = tl.dot(x, w.to(COMPUTE), sums, input_precision=PRECISION)
-    again = any_odd(tl.sum(sums, 1), BLOCK_M)
+    again = any_odd(sums, BLOCK_M * GROUP * SIDE * SIDE)
 
     o = first + n // (SIDE * SIDE)
     if bias_ptr is not None:
