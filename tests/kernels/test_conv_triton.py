@@ -67,9 +67,12 @@ CONV = [
     ((1, 1, 5, 4, 1, 1, 1), (1, 5, 4, True)),
 ]
 WINDOWS = [  # with so many taps that windows of pixels are computed at once
-    ((2, 2, 16, 24, 6, 11, 11), (1, 16, 24, True)),  # as the release's first: channels in several groups
-    ((1, 1, 8, 16, 3, 25, 25), (1, 8, 16, False)),  # as its second: most taps lie outside of the map
-    ((1, 9, 16, 8, 1, 12, 15), (1, 8, 8, True)),  # an even side, a center
+    ((1, 2, 8, 16, 5, 11, 11), (1, 8, 16, True), torch.float32),  # as the release's first: channels in several groups
+    ((1, 1, 8, 8, 2, 25, 25), (1, 8, 8, False), torch.bfloat16),  # as its second: most taps lie outside of the map
+]
+SMALL_WINDOWS = [
+    ((1, 9, 8, 6, 1, 4, 5), (1, 4, 6, True), torch.float32),  # an even side, a center
+    ((3, 2, 6, 8, 7, 3, 3), (1, 6, 8, True), torch.float16),
 ]
 
 
@@ -80,7 +83,7 @@ def in_16_bits(cases):
     ]
 
 
-@pytest.mark.parametrize(("sizes", "geometry", "dtype"), in_16_bits(CONV) + in_16_bits(WINDOWS), ids=str)
+@pytest.mark.parametrize(("sizes", "geometry", "dtype"), in_16_bits(CONV) + WINDOWS, ids=str)
 def test_conv_parity(device, poison, sizes, geometry, dtype):
     check(run_conv, conv_formula, inputs(*sizes, dtype, device), geometry)
 
@@ -90,6 +93,11 @@ def small_windows(monkeypatch):
     """Convolutions of any number of taps in windows of 2 x 2, for which the interpreter needs little time."""
     monkeypatch.setattr(conv, "SIDE", 2)
     monkeypatch.setattr(conv, "MAX_PRODUCTS", 0)
+
+
+@pytest.mark.parametrize(("sizes", "geometry", "dtype"), SMALL_WINDOWS, ids=str)
+def test_conv_parity_in_small_windows(device, poison, small_windows, sizes, geometry, dtype):
+    check(run_conv, conv_formula, inputs(*sizes, dtype, device), geometry)
 
 
 # B, C, H, W, channels out, kh, kw; height, width, pool
