@@ -69,8 +69,8 @@ def _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr
 @triton.jit
 def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, kept_ptr, kept_places, w2_ptr, b2_ptr, tokens_ptr,
                   global_weight, patch_weight, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-                  GLOBAL: tl.constexpr, HAS_GLOBAL: tl.constexpr, KEPT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+                  GLOBAL: tl.constexpr, HAS_GLOBAL: tl.constexpr, KEPT: tl.constexpr, COMPUTE: tl.constexpr,
+                  PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Second layer, superposition and store for BLOCK_K pixels of the patches, from k0."""
     offs_k, offs_r = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_k = offs_k < K
