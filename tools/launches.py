@@ -39,8 +39,8 @@ HEADER = """# Launches on a GPU
 
 What the paper's configuration around a ViT-B/16 launches under bf16 autocast with torch {version}, and the release's in
 training: PyTorch's operators without views and empty tensors, as its dispatcher sees them, and Triton kernels
-(`_..._kernel`) by name. A block is one between the first and the last. Not here are the loss, the optimizer and the look
-at the frozen weights.
+(`_..._kernel`) by name. A block is one between the first and the last. Not here are the loss, the optimizer and the
+look at the frozen weights.
 
 `python -m tools.launches --write` makes this page, without a GPU, and a test makes it again.
 
