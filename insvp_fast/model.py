@@ -34,10 +34,14 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
             layers: half of the memory, a sixth more products), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds those weights again.
-        attention: the implementation, one of ``ops.ATTENTION``.
+        attention: the implementation, one of ``ops.ATTENTION``; in windows and with a bias of the scores, one of
+            ``ops.WINDOW_ATTENTION``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
         compile_prompters: run the convolutional prompters through ``torch.compile``.
+
+    Raises:
+        ValueError: also for settings that this backbone, or another setting, does not go with.
     """
 
     def __init__(
@@ -70,10 +74,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _own_reason(self) -> str | None:
         if reason := super()._own_reason():
             return reason
-        L, common = self.config.prompt_length, self.common_prompts
-        for prompts in common if isinstance(common, nn.ParameterList) else () if common is None else (common,):
-            if prompts.shape[1] != L:
-                return f"common_prompts has {prompts.shape[1]} prompts: expected prompt_length={L}"
+        L = self.config.prompt_length
+        for i, prompts in enumerate(self.common_prompts or ()):
+            if len(prompts) != L:
+                return f"common_prompts.{i} has {len(prompts)} prompts: expected prompt_length={L}"
         return None
 
     def image_prompt(self, image: Tensor) -> reference.ImagePrompt:
@@ -121,12 +125,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         (w_c, w_s), prompts = self.config.blend_feature, dict[int, Tensor]()
         for i, width in enumerate(self.prompt_widths):
             blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
-            common = self.common_prompts
-            if isinstance(common, nn.ParameterList):
-                common = common[i]
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
             specific = None if own_p_s is None else w_s * own_p_s  # [B, L, D]
-            if common is not None:
+            if self.common_prompts is not None:
+                common = torch.stack([self.common_prompts[self.prompted_blocks.index(j)] for j in blocks])
                 blended = torch.mul(common, w_c).unsqueeze(1)  # [J, 1, L, D]
                 blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + specific
                 prompts |= zip(blocks, blended.unbind(0), strict=True)
