@@ -161,19 +161,39 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         weights = ops.PatchWeights(prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias)
         scale, shift = self._pixel_scale(pixels.device) if pixels.dtype == torch.uint8 else (None, None)
         wide = torch.promote_types(image.dtype, dtype) if folded else dtype
+        (w_g, w_l), kept = self.config.blend_image, None
+        if _drops_out(prompter):
+            kept, w_l = _draw_kept(image, prompter.dropout.p), w_l / (1 - prompter.dropout.p)
         with torch.autocast(device, enabled=False):
             patches = ops.superpose(
-                pixels, p_g, weights, ops.Blend(P, *self.config.blend_image), dtype=wide, scale=scale, shift=shift
+                pixels, p_g, weights, ops.Blend(P, w_g, w_l), dtype=wide, scale=scale, shift=shift, kept=kept
             )
         prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
         return patches.to(dtype), prompted
 
     def _can_superpose(self, prompter: reference.PatchPrompter, image: Tensor) -> bool:
         """Whether ``ops.superpose`` computes what this patch prompter would, in dtypes that PyTorch accepts."""
-        masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
+        # only the GPU kernels take a mask; they take no rate of 1, which draws none
+        refused = _drops_out(prompter) and not (image.is_cuda and prompter.dropout.p < 1)
         return (
-            not masked
+            not refused
             and coverage.covers(prompter)
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
         )
+
+
+def _drops_out(prompter: nn.Module) -> bool:
+    """Whether dropout is on behind the last layer of a patch prompter."""
+    dropout = getattr(prompter, "dropout", None)
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _draw_kept(image: Tensor, p: float) -> Tensor:
+    """Where ``nn.Dropout`` keeps the patch prompt of an image, drawn by the same call from the same random numbers.
+
+    These depend on the dtype of the patch prompt, but not on its values, which are not known yet.
+    """
+    device = image.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image.dtype
+    return torch.native_dropout(torch.empty(image.shape, dtype=dtype, device=image.device), p, True)[1]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from timm.optim import param_groups_weight_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, prompters, unsupported_reason
+from insvp_fast.model import _draw_kept
 from insvp_fast.ops.attention import cpu_attention
 from insvp_fast.reference import crop_center, pool_center, simam
 from insvp_fast.runtime import native, products
@@ -183,6 +184,18 @@ def test_dropout_under_the_same_masks(config):
     assert_equal_numbers(reference, fast, image)
     assert relative_error(trained_gradients(fast, image, seed=2)["logits"], values["logits"]) > 1e-4
     assert torch.equal(fast.eval()(image), fast(image))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_is_that_of_dropout(dtype):
+    """The one that ``superpose`` takes on GPUs, of the dtype that the patch prompt has."""
+    image = torch.randn(3, 3, 16, 48, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        torch.manual_seed(1)
+        kept = _draw_kept(image, 0.1)
+    torch.manual_seed(1)
+    assert torch.equal(kept, F.dropout(torch.ones(image.shape, dtype=dtype, device=DEVICE), 0.1) != 0)
+    assert 0 < kept.float().mean() < 1
 
 
 @pytest.mark.parametrize("blocks", [1, (1,), (0, 1)])
