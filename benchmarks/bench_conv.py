@@ -46,6 +46,10 @@ CONVS = {
     "global 2": Shape(6, 224, 3, kernel=3, size=224, dilation=12),
     "specific 3": Shape(27, 16, 27, kernel=3, size=16),
 }
+DENSE = {  # of the release
+    "global 1": Shape(3, 224, 6, kernel=11, size=224, relu=True),
+    "global 2": Shape(6, 224, 3, kernel=25, size=224),
+}
 POOLED = {
     "specific 1": Shape(3, 224, 9, kernel=7, size=208, pool=4),
     "specific 2": Shape(9, 52, 27, kernel=9, size=48, pool=3),

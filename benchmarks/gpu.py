@@ -28,10 +28,10 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import bench_gelu, bench_mlp, bench_norm_insert, bench_superpose
+from benchmarks import bench_conv, bench_gelu, bench_mlp, bench_norm_insert, bench_superpose
 from benchmarks.cuda_graphs import graphed
 from benchmarks.models import RELEASE, make_model, without_dropout
-from benchmarks.operations import evaluate
+from benchmarks.operations import Operation, evaluate
 from benchmarks.parity import assert_parity
 from benchmarks.rates import peak_bandwidth, peak_flops
 from insvp_fast import ops
@@ -192,11 +192,22 @@ def kernels() -> Iterator[Row]:
             bench_mlp.operation(batch * T, SIZE),
             bench_superpose.operation(batch, SIZE, autocast=True),
         ):
-            sets = [list(operation.make(DTYPE)) for _ in range(COPIES)]
-            for by, function in (("reference", operation.plain), ("insvp_fast", operation.fast)):
-                row: Row = {"operation": operation.name, "by": by, "batch": batch}
-                grads = [torch.randn_like(y) for y in evaluate(function, sets[0])]
-                yield from direction_rows(row, function, sets, grads, operation.flops, operation.nbytes)
+            yield from operation_rows(operation, batch)
+
+
+def convolutions() -> Iterator[Row]:
+    """The release's dense convolutions by cuDNN, whose fastest algorithm is searched for, and by this package."""
+    torch.backends.cudnn.benchmark = True
+    for batch, shape in itertools.product(BATCHES, bench_conv.DENSE.values()):
+        yield from operation_rows(bench_conv.conv(shape, batch), batch)
+
+
+def operation_rows(operation: Operation, batch: int) -> Iterator[Row]:
+    sets = [list(operation.make(DTYPE)) for _ in range(COPIES)]
+    for by, function in (("reference", operation.plain), ("insvp_fast", operation.fast)):
+        row: Row = {"operation": operation.name, "by": by, "batch": batch}
+        grads = [torch.randn_like(y) for y in evaluate(function, sets[0])]
+        yield from direction_rows(row, function, sets, grads, operation.flops, operation.nbytes)
 
 
 def prompters() -> Iterator[Row]:
@@ -292,7 +303,20 @@ def graphs() -> Iterator[Row]:
             yield row | {"p20": p20 * 1e6, "p80": p80 * 1e6, "images/s": batch / median}
 
 
-IN_ORDER = correctness, peaks, models, launches, kernels, attention, sdpa, prompters, products, graphs, others
+IN_ORDER = (
+    correctness,
+    peaks,
+    models,
+    launches,
+    kernels,
+    attention,
+    sdpa,
+    prompters,
+    convolutions,
+    products,
+    graphs,
+    others,
+)
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {section.__name__: section for section in IN_ORDER}
 
 

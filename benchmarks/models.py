@@ -54,7 +54,7 @@ def make_model(provider: str, name: str, config: InsVPConfig | None = None, **kw
     sizes = depth, config.prompt_length, config.specific_kernels, dropout, config.simam
     model = Released(backbone, *sizes, frozen=provider.endswith("frozen"))
     state = models.make_model("reference", name, config, **kwargs).state_dict()
-    model.load_state_dict({to_released(key): value for key, value in state.items()})
+    model.load_state_dict(to_released(state))
     return model.to(DEVICE)
 
 

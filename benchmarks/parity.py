@@ -40,7 +40,7 @@ def assert_parity(
     """
     kind = "bare" if provider.startswith("bare") else "reference"
     exact = expected(kind, torch.float64, None, name, batch, config, **kwargs)
-    found = {to_ours(key): value for key, value in results.items() if key != "loss"}
+    found = to_ours({key: value for key, value in results.items() if key != "loss"})
     wanted = exact.keys() if "loss" in results else {"logits"}
     assert wanted <= found.keys(), f"{provider} lacks {sorted(wanted - found.keys())}"
     for key in wanted:
@@ -63,7 +63,7 @@ def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[s
         results: of a run, under the parameter names of this package or of the release.
         exact: what they are compared with.
     """
-    found = {to_ours(key): value for key, value in results.items()}
+    found = to_ours(results)
     each = {key: relative_error(found[key], value) for key, value in exact.items() if key in found}
     logits = {"error of logits": each.pop("logits")}
     return logits | ({"error of gradients": max(each.values())} if each else {})

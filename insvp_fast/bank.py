@@ -93,8 +93,12 @@ class AdapterBank(PromptedViT):
             hub_kwargs: of ``InsVPViT.from_pretrained``, such as ``revision`` or ``allow_backbone_mismatch``.
 
         Raises:
-            CheckpointError: if these are not the files of an adapter, or its backbone has other weights.
+            CheckpointError: if these are not the files of an adapter of InsVP, or its backbone has other weights.
+            TypeError: for a model with another method.
         """
+        if isinstance(source, nn.Module) and not isinstance(source, InsVPViT):
+            method = type(getattr(source, "method", source)).__name__
+            raise TypeError(f"{name!r} is a {type(source).__name__} with the method {method}: expected an InsVPViT")
         with _BUILDING:
             if isinstance(source, InsVPViT):
                 model = source._around(self.backbone)
@@ -137,7 +141,9 @@ class AdapterBank(PromptedViT):
 
     # forward
 
-    def forward(self, image: Tensor, adapters: str | Sequence[str | None] | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, image: Tensor, adapters: str | Sequence[str | None] | None = None
+    ) -> Tensor:
         """[B, C, H, W] -> [B, widest result]: each row is the result of its adapter, then -inf.
 
         With -inf behind it, a row of logits has the same argmax and softmax as alone. A backbone or adapter without
@@ -158,7 +164,9 @@ class AdapterBank(PromptedViT):
             parts = [group.model.forward_head(group.of(tokens)) for group in groups]
         return _whole(groups, parts, len(image), float("-inf"))
 
-    def forward_features(self, image: Tensor, adapters: str | Sequence[str | None] | None = None) -> Tensor:
+    def forward_features(  # type: ignore[override]
+        self, image: Tensor, adapters: str | Sequence[str | None] | None = None
+    ) -> Tensor:
         """The tokens after the backbone's last norm, [B, T, D], without prompts; ``adapters`` as in ``forward``."""
         groups = self._groups(image, adapters)
         if self._mixes(image, groups):
@@ -172,14 +180,15 @@ class AdapterBank(PromptedViT):
         names = [adapters] * len(image) if adapters is None or isinstance(adapters, str) else list(adapters)
         if len(names) != len(image):
             raise ValueError(f"adapters has {len(names)} names: expected one for each of the {len(image)} images")
-        rows: dict[str | None, list[int]] = {}
+        rows: dict[str | None, list[int]] = {adapters: []} if adapters is None or isinstance(adapters, str) else {}
         for row, name in enumerate(names):
             rows.setdefault(name, []).append(row)
         groups = []
         for name, places in (rows or {None: []}).items():
             model = self if name is None else self._adapters.get(name)
             if model is None:
-                raise ValueError(f"adapters[{places[0]}]={name!r}: expected None or {self._known()}")
+                where = f"adapters[{places[0]}]" if places else "adapters"
+                raise ValueError(f"{where}={name!r}: expected None or {self._known()}")
             groups.append(_Group(model, torch.tensor(places, dtype=torch.int64, device=image.device)))
         return groups
 

@@ -34,10 +34,14 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
             layers: half of the memory, a sixth more products), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps into the products behind them, which rounds those weights again.
-        attention: the implementation, one of ``ops.ATTENTION``.
+        attention: the implementation, one of ``ops.ATTENTION``; in windows and with a bias of the scores, one of
+            ``ops.WINDOW_ATTENTION``.
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
         compile_prompters: run the convolutional prompters through ``torch.compile``.
+
+    Raises:
+        ValueError: also for settings that this backbone, or another setting, does not go with.
     """
 
     def __init__(
@@ -70,10 +74,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _own_reason(self) -> str | None:
         if reason := super()._own_reason():
             return reason
-        L, common = self.config.prompt_length, self.common_prompts
-        for prompts in common if isinstance(common, nn.ParameterList) else () if common is None else (common,):
-            if prompts.shape[1] != L:
-                return f"common_prompts has {prompts.shape[1]} prompts: expected prompt_length={L}"
+        L = self.config.prompt_length
+        for i, prompts in enumerate(self.common_prompts or ()):
+            if len(prompts) != L:
+                return f"common_prompts.{i} has {len(prompts)} prompts: expected prompt_length={L}"
         return None
 
     def image_prompt(self, image: Tensor) -> reference.ImagePrompt:
@@ -121,12 +125,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         (w_c, w_s), prompts = self.config.blend_feature, dict[int, Tensor]()
         for i, width in enumerate(self.prompt_widths):
             blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
-            common = self.common_prompts
-            if isinstance(common, nn.ParameterList):
-                common = common[i]
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
             specific = None if own_p_s is None else w_s * own_p_s  # [B, L, D]
-            if common is not None:
+            if self.common_prompts is not None:
+                common = torch.stack([self.common_prompts[self.prompted_blocks.index(j)] for j in blocks])
                 blended = torch.mul(common, w_c).unsqueeze(1)  # [J, 1, L, D]
                 blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + specific
                 prompts |= zip(blocks, blended.unbind(0), strict=True)
@@ -159,19 +161,39 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         weights = ops.PatchWeights(prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias)
         scale, shift = self._pixel_scale(pixels.device) if pixels.dtype == torch.uint8 else (None, None)
         wide = torch.promote_types(image.dtype, dtype) if folded else dtype
+        (w_g, w_l), kept = self.config.blend_image, None
+        if _drops_out(prompter):
+            kept, w_l = _draw_kept(image, prompter.dropout.p), w_l / (1 - prompter.dropout.p)
         with torch.autocast(device, enabled=False):
             patches = ops.superpose(
-                pixels, p_g, weights, ops.Blend(P, *self.config.blend_image), dtype=wide, scale=scale, shift=shift
+                pixels, p_g, weights, ops.Blend(P, w_g, w_l), dtype=wide, scale=scale, shift=shift, kept=kept
             )
         prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
         return patches.to(dtype), prompted
 
     def _can_superpose(self, prompter: reference.PatchPrompter, image: Tensor) -> bool:
         """Whether ``ops.superpose`` computes what this patch prompter would, in dtypes that PyTorch accepts."""
-        masked = self.training and self.config.patch_dropout > 0  # between the steps that the operation fuses
+        # only the GPU kernels take a mask; they take no rate of 1, which draws none
+        refused = _drops_out(prompter) and not (image.is_cuda and prompter.dropout.p < 1)
         return (
-            not masked
+            not refused
             and coverage.covers(prompter)
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
         )
+
+
+def _drops_out(prompter: nn.Module) -> bool:
+    """Whether dropout is on behind the last layer of a patch prompter."""
+    dropout = getattr(prompter, "dropout", None)
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _draw_kept(image: Tensor, p: float) -> Tensor:
+    """Where ``nn.Dropout`` keeps the patch prompt of an image, drawn by the same call from the same random numbers.
+
+    These depend on the dtype of the patch prompt, but not on its values, which are not known yet.
+    """
+    device = image.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image.dtype
+    return torch.native_dropout(torch.empty(image.shape, dtype=dtype, device=image.device), p, True)[1]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from insvp_fast import coverage, ops, reference
-from insvp_fast.backbones import BackboneFamily, BlockOptions, family_of
+from insvp_fast import coverage, reference
+from insvp_fast.backbones import BackboneFamily, BlockOptions, attention_choices, family_of, has_gated_mlp
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
 from insvp_fast.reference import Prompts
@@ -35,9 +35,9 @@ class PromptedViT(Covered, PromptedReference):
     """
 
     fold_norm: bool = True
-    gelu_in_8_bits: bool = False
     _attention = "auto"
     _recompute = "none"
+    _gelu_in_8_bits = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,13 +45,17 @@ class PromptedViT(Covered, PromptedReference):
 
     @property
     def attention(self) -> str:
-        """The implementation of attention, one of ``ops.ATTENTION``; setting another raises ValueError."""
+        """The implementation of attention, one of ``ops.ATTENTION``.
+
+        Setting another, or one that this backbone's attention does not have, raises ValueError.
+        """
         return self._attention
 
     @attention.setter
     def attention(self, impl: str) -> None:
-        if impl not in ops.ATTENTION:
-            raise ValueError(f"attention={impl!r}: expected one of {sorted(ops.ATTENTION)}")
+        if impl not in (choices := attention_choices(self.backbone)):
+            kind = type(self.backbone).__name__
+            raise ValueError(f"attention={impl!r}: expected one of {sorted(choices)} for a {kind}")
         self._attention = impl
 
     @property
@@ -63,7 +67,25 @@ class PromptedViT(Covered, PromptedReference):
     def recompute(self, what: str) -> None:
         if what not in ("none", "mlp", "block"):
             raise ValueError(f"recompute={what!r}: expected 'none', 'mlp' or 'block'")
+        self._check_kept(what, self.gelu_in_8_bits)
         self._recompute = what
+
+    @property
+    def gelu_in_8_bits(self) -> bool:
+        """Whether MLPs keep 8 bits for backward; raises ValueError if set where they cannot."""
+        return self._gelu_in_8_bits
+
+    @gelu_in_8_bits.setter
+    def gelu_in_8_bits(self, wanted: bool) -> None:
+        self._check_kept(self.recompute, wanted)
+        self._gelu_in_8_bits = wanted
+
+    def _check_kept(self, recompute: str, in_8_bits: bool) -> None:
+        if in_8_bits and recompute == "mlp":
+            raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
+        if in_8_bits and has_gated_mlp(self.backbone):
+            kind = type(self.backbone).__name__
+            raise ValueError(f"the gated MLPs of this {kind} keep no 8 bits: expected gelu_in_8_bits=False")
 
     # which path
 
@@ -99,41 +121,46 @@ class PromptedViT(Covered, PromptedReference):
         missing = next((name for name, needed in asked.items() if needed and name not in supported), None)
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
-    def _takes_fast_path(self, image: Tensor) -> bool:
+    def _takes_fast_path(self, image: Tensor, attn_mask: Tensor | None = None) -> bool:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image is a {type(image).__name__}: expected a tensor [B, C, H, W], of whole images")
+        if attn_mask is not None:
+            return coverage.covers(self, "attn_mask was given")
         if image.is_meta or not coverage.covers(self):
             return False
         return image.dtype == torch.uint8 or coverage.dtypes_fit(image, self._family.pixel_weight(self.backbone))
 
     # forward
 
-    def forward(self, image: Tensor, attn_mask: None = None) -> Tensor:
+    def forward(self, image: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """[B, C, H, W] -> [B, num_classes].
 
         8-bit images are normalized by the mean and std of ``self.preprocessing``, else of the backbone's
         ``pretrained_cfg``.
 
+        Args:
+            attn_mask: see ``PromptedReference.forward``; with a mask, the general path runs.
+
         Raises:
-            ValueError: for an image of a size or shape that the backbone cannot take, or a mask, which timm's signature
-                has. On the general path the backbone's modules raise errors of their own.
+            ValueError: for an image of a size or shape that the backbone cannot take, or such a mask. On the general
+                path the backbone's modules raise errors of their own.
         """
-        if attn_mask is not None:
-            raise ValueError("a mask of the attention was given: expected attn_mask=None")
         family = family_of(self.backbone)
         read = None if family is None else family.read_tokens(self.backbone)
-        few = read is not None and self._takes_fast_path(image)
-        return self.forward_head(self._features(image, read) if few else self.forward_features(image))
+        few = read is not None and attn_mask is None and self._takes_fast_path(image)
+        return self.forward_head(self._features(image, read) if few else self.forward_features(image, attn_mask))
 
-    def forward_features(self, image: Tensor) -> Tensor:
+    def forward_features(self, image: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """What the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
-        if self._takes_fast_path(image):
+        if self._takes_fast_path(image, attn_mask):
             return self._features(image, None)
-        return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image))
+        return super().forward_features(image if image.dtype != torch.uint8 else self._normalize(image), attn_mask)
 
-    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]:
+    def block_outputs(self, image: Tensor, blocks: Collection[int], attn_mask: Tensor | None = None) -> list[Any]:
         """As ``PromptedReference.block_outputs``; what comes from the fast path is always the tokens, [B, T, D]."""
-        if self._takes_fast_path(image):
+        if self._takes_fast_path(image, attn_mask):
             return self._block_outputs(image, blocks)
-        return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks)
+        return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks, attn_mask)
 
     def apply_block(self, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
         """As ``PromptedReference.apply_block``, computed again in backward with ``recompute="block"``."""
@@ -212,8 +239,6 @@ class PromptedViT(Covered, PromptedReference):
         num_queries: int | None,
     ) -> list[Tensor]:
         """The blocks (eq. 11) up to the last of ``wanted``, and the tokens behind each of these."""
-        if self.recompute == "mlp" and self.gelu_in_8_bits:
-            raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
         backbone, family, depth, num_tokens = self.backbone, self._family, len(self.widths), tokens.shape[1]
         options = BlockOptions(dtype, self.fold_norm, self.attention, keeps, grid, family.shared(backbone, grid))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from insvp_fast import coverage, ops, reference
 from insvp_fast.coverage import Covered, Requirements, Rule, Table, rule, watch
-from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, convolution
+from insvp_fast.coverage.rules import IDENTITY, convolution
 from insvp_fast.ops.conv import conv_reference, conv_triton_reason
 from insvp_fast.ops.conv_pool import conv_pool_triton_reason
 from insvp_fast.ops.registry import FLOATS
@@ -36,9 +36,11 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
 
     def forward(self, image: Tensor) -> Tensor:
         dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if coverage.covers(self) else None
-        if dtype is None or not _on_cpu_or(conv_triton_reason, image, (self.conv1,), (self.conv2,)):
+        H, W = image.shape[-2:]
+        cases = ((conv, conv.dilation[0], H, W) for conv in (self.conv1, self.conv2))
+        if dtype is None or not _on_cpu_or(conv_triton_reason, image, *cases):
             return super().forward(image)
-        (w1, b1), (w2, b2), (H, W) = _weights(self.conv1), _weights(self.conv2), image.shape[-2:]
+        (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
             x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
             x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)
@@ -53,7 +55,7 @@ class PatchPrompter(Covered, reference.PatchPrompter):
         linear = (rule(nn.Linear, "in_features out_features", required="weight bias"),)
         # the fast path does not call this module, so that a subclass must not have a forward of its own
         own = type(self) if type(self).forward is reference.PatchPrompter.forward else PatchPrompter
-        table = {"": (rule(own, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT_OFF}
+        table = {"": (rule(own, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT}
         return Requirements("patch_prompter", self, table)
 
 

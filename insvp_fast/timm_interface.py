@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from insvp_fast import reference
 from insvp_fast.backbones import family_of
 from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import structure_of, take_head
+from insvp_fast.reference.masks import require_masks
 from insvp_fast.timm_models import in_backbone, prompted_cfg
 
 __all__ = ["TimmInterface"]
@@ -42,13 +44,15 @@ class TimmInterface(nn.Module):
     prompted_blocks: tuple[int, ...]
     widths: tuple[int, ...]
     prompt_widths: tuple[int, ...]
-    common_prompts: nn.Parameter | nn.ParameterList | None
+    common_prompts: nn.ParameterList | None
     global_prompter: reference.GlobalPrompter | None
     patch_prompter: reference.PatchPrompter | None
     specific_prompter: reference.SpecificPrompter | None
     if TYPE_CHECKING:
 
-        def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]: ...
+        def block_outputs(
+            self, image: Tensor, blocks: Collection[int], attn_mask: Tensor | None = None
+        ) -> list[Any]: ...
 
         def image_prompt(self, image: Tensor) -> reference.ImagePrompt: ...
 
@@ -145,32 +149,27 @@ class TimmInterface(nn.Module):
         """Names of the trained tensors that are embeddings and not weights, for timm's optimizer factory."""
         return {name for name, _ in self.named_parameters() if name.startswith("common_prompts")}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The layers of the model for timm's layer decay: those of the backbone, and in them what is trained.
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of each parameter for timm's layer decay, by its name: those of the backbone, and the head behind.
 
-        The prompters stand before the first block. The common prompts of all blocks of one width are one tensor, which
-        can have only one learning rate: that of the prompted block in the middle.
+        The prompters stand before the first block, and the common prompts of a block in it.
         """
-        layers = self.backbone.group_matcher(coarse)
-        stem, blocks = _under_backbone(layers["stem"]), layers["blocks"]
-        blocks = [(blocks, None)] if isinstance(blocks, str) else blocks
-        prompts: list[tuple[str, tuple[int, ...]]] = []
-        for i, width in enumerate(self.prompt_widths):
-            prompted = [j for j in self.prompted_blocks if self.widths[j] == width]
-            place = self._place(prompted[len(prompted) // 2])
-            name = rf"common_prompts\.{i}$" if isinstance(self.common_prompts, nn.ParameterList) else "common_prompts"
-            prompts.append((name, place[:1] if coarse else place))
-        return {
-            "stem": rf"{stem}|(?:global|patch|specific)_prompter\.",
-            "blocks": [*prompts, *((_under_backbone(pattern), suffix) for pattern, suffix in blocks)],
-        }
+        names = [name for name, _ in self.named_parameters()]
+        places = [(self._place(name), name) for name in names if "_prompter." not in name]
+        groups = group_with_matcher(places, self.backbone.group_matcher(coarse), return_values=True)
+        layers = dict.fromkeys(names, 0) | {name: layer for layer, group in groups.items() for name in group}
+        return layers.__getitem__
 
-    def _place(self, block: int) -> tuple[int, ...]:
-        """The numbers in the name of a block: its own, or those of its stage and in its stage."""
+    def _place(self, name: str) -> str:
+        """What a parameter would be called if it were the backbone's."""
+        part, _, rest = name.partition(".")
+        if part != "common_prompts":
+            return rest if part == "backbone" else name
+        block = self.prompted_blocks[int(rest)]
         if self._depths is None:
-            return (block,)
+            return f"blocks.{block}.{part}"
         stage = bisect_left(self._feature_blocks(), block)
-        return stage, block - sum(self._depths[:stage])
+        return f"layers.{stage}.blocks.{block - sum(self._depths[:stage])}.{part}"
 
     # features
 
@@ -184,7 +183,7 @@ class TimmInterface(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-        attn_mask: None = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
         """The tokens or maps after chosen blocks, without prompts, in the forms that timm's models give them.
@@ -199,15 +198,15 @@ class TimmInterface(nn.Module):
             intermediates_only: leave out the features, what ``forward_features`` returns.
             output_dict: give a dictionary of "image_features", "image_intermediates" and
                 "image_intermediates_prefix" instead of (features, intermediates).
-            attn_mask, is_causal: in timm's signature; must be None and False.
+            attn_mask: see ``InsVPViT.forward``.
+            is_causal: in timm's signature; must be False.
 
         Raises:
-            ValueError: for another ``output_fmt``, or a mask.
+            ValueError: for another ``output_fmt``, ``is_causal``, or a mask that does not fit.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        if attn_mask is not None or is_causal:
-            raise ValueError("a mask of the attention was given: expected attn_mask=None and is_causal=False")
+        self._require_taken(attn_mask, is_causal)
         if not self.widths:  # only the image is prompted
             options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
             asked = {"return_prefix_tokens": return_prefix_tokens, "output_dict": output_dict}
@@ -217,7 +216,7 @@ class TimmInterface(nn.Module):
         taken, last = feature_take_indices(len(ends), indices)
         last = last if stop_early or intermediates_only else len(ends) - 1
         ran = sorted({*taken, last})
-        outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran]), strict=True))
+        outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran], attn_mask), strict=True))
         tokens = {i: self._tokens(h, i, x) for i, h in outputs.items()}
         n = 0 if self._depths else tokens[last].shape[1] - math.prod(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
         # of several widths, the norm fits only the last
@@ -234,6 +233,12 @@ class TimmInterface(nn.Module):
             return found if intermediates_only else found | {"image_features": features}
         intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
         return intermediates if intermediates_only else (features, intermediates)
+
+    def _require_taken(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if is_causal:
+            raise ValueError("is_causal=True: expected False, and the mask itself as attn_mask")
+        if attn_mask is not None:
+            require_masks(self.backbone)
 
     @property
     def _depths(self) -> list[int] | None:
@@ -270,7 +275,7 @@ class TimmInterface(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-        attn_mask: None = None,
+        attn_mask: Tensor | None = None,
     ) -> Any:
         """DINO's name and arguments for ``forward_intermediates`` without features."""
         return self.forward_intermediates(
@@ -298,13 +303,11 @@ class TimmInterface(nn.Module):
         kept = tuple(j for j in self.prompted_blocks if j < depth)
         self.widths, self.prompted_blocks = self.widths[:depth], kept
         self.config = replace(self.config, prompted_blocks=kept)
-        common, specific, count = self.common_prompts, self.specific_prompter, len(self.prompt_widths)
+        specific, count = self.specific_prompter, len(self.prompt_widths)
         if not kept:
             self.specific_prompter = self.common_prompts = None
-        elif isinstance(common, nn.ParameterList):
-            self.common_prompts = common[:count]
-        elif common is not None:
-            self.common_prompts = nn.Parameter(common.detach()[: len(kept)].clone(), common.requires_grad)
+        elif self.common_prompts is not None:
+            self.common_prompts = self.common_prompts[: len(kept)]
         if isinstance(specific, reference.PyramidPrompter):
             specific.conv3 = nn.ModuleList([*specific.conv3.children()][:count])
             specific.widths = specific.widths[:count]
@@ -331,8 +334,3 @@ class TimmInterface(nn.Module):
                 parts[part] = parts.get(part, 0) + parameter.numel()
         for part, count in parts.items():
             print(f"  {part}: {count:,}")
-
-
-def _under_backbone(pattern: str) -> str:
-    """A regular expression for the backbone's names as one for the model's."""
-    return rf"backbone\.(?:{pattern.replace('^', '')})"

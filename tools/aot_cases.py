@@ -41,7 +41,7 @@ def pointers(kind: str, *names: str) -> dict[str, str]:
 
 
 def superpose_cases(arch: int | str) -> Iterator[Case]:
-    """The image prompt for images of 224x224, with patches of 16 and 14 pixels."""
+    """The image prompt for images of 224x224, with patches of 16 and 14 pixels; in fp32 with dropout."""
     bf16, fp32 = torch.bfloat16, torch.float32
     variants = [(16, 16, bf16, bf16), (16, 16, fp32, fp32)]
     # The other variants are compiled for one or two architectures each, to keep the run short.
@@ -50,12 +50,13 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
     if arch == 90:
         variants += [(16, 16, fp32, bf16), (16, 16, torch.uint8, bf16)]
     if arch in (80, 90):
-        variants += [(16, R, fp32, fp32) for R in (32, 64, 128)]
+        variants += [(16, R, fp32, fp32) for R in ((32, 128) if arch == 80 else (64,))]
     for P, R, image, tokens in variants:
         x, y = POINTERS[image], POINTERS[tokens]
         scalars = {"M": "i32", "global_weight": "fp32", "patch_weight": "fp32"}
         weights = pointers("*fp32", "w1", "w2", "hidden")
         affine = pointers("*fp32", "scale", "shift") if image == torch.uint8 else {}
+        affine |= pointers("*u8", "kept") if image == tokens == fp32 else {}
         shape, strides = (2, 3, 224, 224), (3 * 224 * 224, 224 * 224, 224, 1)
         fwd, bwd, bwd_weight = (
             {**superpose.constants(kind, shape, P, R, (image, tokens), arch), "IMAGE": strides}
@@ -71,12 +72,13 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
             | pointers("*fp32", "b1", "b2")
             | pointers(y, "global", "tokens")
             | scalars,
-            {**fwd, "GLOBAL": strides, "HAS_GLOBAL": True},
+            {**fwd, "GLOBAL": strides, "HAS_GLOBAL": True, "KEPT": strides},
         )
         yield case(
             f"superpose_bwd-{label}",
             superpose._superpose_bwd_kernel,
             pointers(y, "grad", "d_global")
+            | {name: kind for name, kind in affine.items() if name == "kept_ptr"}
             | weights
             | pointers("*fp32", "d_hidden")
             | pointers(x, "d_image")
@@ -91,7 +93,7 @@ def superpose_cases(arch: int | str) -> Iterator[Case]:
             pointers(y, "grad") | pointers(x, "image") | affine
             | pointers("*fp32", "hidden", "d_hidden", "dw1", "db1", "dw2", "db2")
             | {"M": "i32", "patch_weight": "fp32"},
-            bwd_weight,
+            {**bwd_weight, "KEPT": strides},
         )  # fmt: skip
 
 
@@ -202,6 +204,41 @@ def conv_cases(arch: int | str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def windows_cases(arch: int | str) -> Iterator[Case]:
+    """The release's dense convolutions of images of 224x224 under bf16 autocast; for an H100 all, also in fp32."""
+    bf16, fp32, side = torch.bfloat16, torch.float32, 224
+    variants = [(6, 3, 25, bf16, bf16)] + [(3, 6, 11, fp32, bf16), (6, 3, 25, fp32, fp32)] * (arch == 90)
+    for C, OUT, taps, x, y in variants:
+        label, margin = f"C{C}-{POINTERS[x][1:]}-{POINTERS[y][1:]}", taps // 2
+        fixed = {"MAP": (side, side), "CENTER": (side, side), "TAPS": (taps, taps), "MARGIN": (margin, margin)}
+        fixed |= {"OFFSET": conv.tl.int32} | chip.operands(y, arch)
+
+        def constants(kind: str, C: int, OUT: int, taps=taps, margin=margin, y=y, fixed=fixed) -> dict[str, Any]:
+            strides = C * side**2, side**2, side, 1
+            return fixed | {"C": C, "OUT": OUT, "X": strides} | conv.windows_config(kind, OUT, taps, margin, y, arch)
+
+        moved = pointers(POINTERS[y], "moved") | pointers("*fp32", "weight") | {"M": "i32"}
+        yield case(
+            f"windows_fwd-{label}",
+            conv._conv_windows_kernel,
+            pointers(POINTERS[x], "x") | moved | pointers("*fp32", "bias") | pointers(POINTERS[y], "y"),
+            constants("map", C, OUT) | {"RELU": C == 3},
+        )
+        if (C, arch) == (6, 90):  # nobody asks for the image's gradient
+            yield case(
+                f"windows_bwd_map-{label}",
+                conv._conv_windows_kernel,
+                pointers(POINTERS[y], "x") | moved | pointers(POINTERS[x], "y"),
+                constants("map", OUT, C) | {"RELU": False},
+            )
+        yield case(
+            f"windows_bwd_weight-{label}",
+            conv._conv_windows_bwd_weight_kernel,
+            pointers(POINTERS[y], "grad") | pointers(POINTERS[x], "x") | pointers("*fp32", "d_moved") | {"M": "i32"},
+            constants("weight", C, OUT),
+        )
+
+
 def conv_pool_cases(arch: int | str) -> Iterator[Case]:
     """The specific prompter's convolutions of images of 224x224, in bf16, the first also in fp32."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -250,6 +287,7 @@ def cases(target: str, every_shape: bool = False) -> list[Case]:
         *activation_cases(arch),
         *attentions,
         *conv_cases(arch),
+        *windows_cases(arch),
         *conv_pool_cases(arch),
         *fingerprint_cases(),
     ]

@@ -44,6 +44,8 @@ CHECKED = (
     "swin_transformer",
     "vision_transformer_hybrid",
     "vision_transformer_relpos",
+    "naflexvit",
+    "vitamin",
     "cait",
 )
 IMAGE_PROMPTS = InsVPConfig(common_prompt=False, specific_prompt=False, global_dropout=0.0)
@@ -204,7 +206,7 @@ def tiny(name: str) -> tuple[nn.Module, torch.Tensor]:
     """The architecture with two blocks, or two stages, and an image of a few patches or windows."""
     with torch.device("meta"):
         full = timm.create_model(name)
-    P = full.patch_embed.feat_ratio()
+    P = structure_of(full).patch_size(full)
     if isinstance(full, SwinTransformer):
         windows = [stage.blocks[0].window_size for stage in full.layers[:2]]
         size = (2 * P * max(max(windows)),) * 2
@@ -214,6 +216,8 @@ def tiny(name: str) -> tuple[nn.Module, torch.Tensor]:
         arguments = {"embed_dim": 64, "depth": 2, "num_heads": 4}
         if groups := {module.num_kv_groups for module in full.modules() if isinstance(module, AttentionRope)}:
             arguments["num_kv_heads"] = 2 if max(groups) > 1 else 4
+        if isinstance(getattr(getattr(full, "patch_embed", None), "proj", None), nn.Identity):
+            arguments = {"depth": 2}  # a network makes tokens of its own width
     arguments["img_size"] = size
     torch.manual_seed(0)
     backbone = timm.create_model(name, **arguments)

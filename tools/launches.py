@@ -37,9 +37,10 @@ EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 NO_LAUNCH = (*EMPTY, "_unsafe_view", "detach", "device", "lift_fresh", "promote_types")
 HEADER = """# Launches on a GPU
 
-What the paper's configuration around a ViT-B/16 launches under bf16 autocast with torch {version}: PyTorch's operators
-without views and empty tensors, as its dispatcher sees them, and Triton kernels (`_..._kernel`) by name. A block is one
-between the first and the last. Not here are the loss, the optimizer and the look at the frozen weights.
+What the paper's configuration around a ViT-B/16 launches under bf16 autocast with torch {version}, and the release's in
+training: PyTorch's operators without views and empty tensors, as its dispatcher sees them, and Triton kernels
+(`_..._kernel`) by name. A block is one between the first and the last. Not here are the loss, the optimizer and the
+look at the frozen weights.
 
 `python -m tools.launches --write` makes this page, without a GPU, and a test makes it again.
 
@@ -92,16 +93,19 @@ def main() -> None:
 def page() -> str:
     """The text of docs/launches.md."""
     training, inference = ([launches(depth, mode) for depth in (2, 3)] for mode in (True, False))
+    released = [launches(depth, True, InsVPConfig.released()) for depth in (2, 3)]
     lines, summary = [], ["| | a block | 12 blocks and all else |", "|---|---|---|"]
     for title, steps, direction in (
         ("Training, forward", training, 0),
         ("Training, backward", training, 1),
         ("Inference", inference, 0),
+        ("The release's configuration: training, forward", released, 0),
+        ("The release's configuration: training, backward", released, 1),
     ):
         shallow, deep = (step[direction] for step in steps)
         block = deep - shallow
         total = shallow + Counter({name: (DEPTH - 2) * number for name, number in block.items()})
-        summary.append(f"| {title.lower()} | {block.total()} | {total.total()} |")
+        summary.append(f"| {title[0].lower()}{title[1:]} | {block.total()} | {total.total()} |")
         lines += ["", f"## {title}", "", "| operator | a block | 12 blocks and all else |", "|---|---|---|"]
         for name in sorted(total, key=lambda name: (-block[name], -total[name], name)):
             lines.append(f"| `{name}` | {block[name] or ''} | {total[name]} |")
@@ -113,10 +117,10 @@ def version() -> str:
     return ".".join(torch.__version__.split(".")[:2])
 
 
-def launches(depth: int, training: bool) -> Step:
+def launches(depth: int, training: bool, config: InsVPConfig | None = None) -> Step:
     """What the second step of a model launches: the first one packs the weights."""
     with torch.device("meta"):
-        model = InsVPViT(timm.create_model(NAME, depth=depth), 200, InsVPConfig(), compile_prompters=False)
+        model = InsVPViT(timm.create_model(NAME, depth=depth), 200, config or InsVPConfig(), compile_prompters=False)
     model.train(training)
     with pretended_gpu(), torch.set_grad_enabled(training):
         move(model)

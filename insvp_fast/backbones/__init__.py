@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from insvp_fast.backbones import eva, relative_position, swin, vision_transformer
+from insvp_fast import ops
+from insvp_fast.backbones import eva, naflexvit, relative_position, swin, vision_transformer
 from insvp_fast.backbones.family import BackboneFamily, BlockOptions
+from insvp_fast.backbones.layers import has_gated_mlp
 
-__all__ = ["FAMILIES", "BackboneFamily", "BlockOptions", "family_of"]
+__all__ = ["FAMILIES", "BackboneFamily", "BlockOptions", "attention_choices", "family_of", "has_gated_mlp"]
 
 FAMILIES: dict[type[nn.Module], BackboneFamily] = {
     VisionTransformer: vision_transformer,
     SwinTransformer: swin,
     Eva: eva,
+    NaFlexVit: naflexvit,
     Beit: relative_position,
     VisionTransformerRelPos: relative_position,
 }
@@ -33,3 +37,9 @@ def family_of(backbone: nn.Module) -> BackboneFamily | None:
         if isinstance(backbone, cls):
             return family
     return None
+
+
+def attention_choices(backbone: nn.Module) -> tuple[str, ...]:
+    """The implementations of attention, of ``ops.ATTENTION``, that the blocks of a backbone can be run with."""
+    choices: tuple[str, ...] = getattr(family_of(backbone), "attention_choices", lambda _: ops.ATTENTION)(backbone)
+    return choices

@@ -39,6 +39,8 @@ from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 
 __all__ = [
+    "INDEXED_DROPOUT_OFF",
+    "block_requirements",
     "check_image",
     "embed",
     "final_norm",
@@ -46,10 +48,12 @@ __all__ = [
     "pixel_weight",
     "read_tokens",
     "requirements",
+    "rotation_requirements",
+    "run_block",
     "shared",
 ]
 
-SUPPORTS = frozenset({"lengths"})
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts", "lengths"})
 
 # What is supported
 
@@ -87,10 +91,15 @@ def requirements(backbone: Eva, patch_size: int) -> Table:
     if backbone.patch_drop is not None:
         table["patch_drop"] = INDEXED_DROPOUT_OFF
     if backbone.rope is not None:
-        table["rope"] = tuple(_rotation_rule(backbone.rope, cls) for cls in ROTATIONS)
+        table["rope"] = rotation_requirements(backbone.rope)
     for j, block in enumerate(backbone.blocks):
-        table |= prefixed(f"blocks.{j}", _block_requirements(block, backbone))
+        table |= prefixed(f"blocks.{j}", block_requirements(block, backbone))
     return table
+
+
+def rotation_requirements(rope: nn.Module) -> tuple[Rule, ...]:
+    """What the fast path requires of a module that makes rotations."""
+    return tuple(_rotation_rule(rope, cls) for cls in ROTATIONS)
 
 
 def _rotation_rule(rope: nn.Module, cls: type[nn.Module]) -> Rule:
@@ -99,7 +108,8 @@ def _rotation_rule(rope: nn.Module, cls: type[nn.Module]) -> Rule:
     return rule(cls, " ".join(vars(rope)), optional="freqs", buffers=" ".join(rope._buffers), **fixed)
 
 
-def _block_requirements(block: nn.Module, backbone: Eva) -> Table:
+def block_requirements(block: nn.Module, backbone: Any) -> Table:
+    """What the fast path requires of a block of such a backbone, by paths that begin with a point."""
     width, attn = backbone.embed_dim, getattr(block, "attn", None)
     scales: dict[str, Any] = {"free": "init_values gamma_1 gamma_2", "optional": "gamma_1 gamma_2"}
     return {
@@ -113,7 +123,7 @@ def _block_requirements(block: nn.Module, backbone: Eva) -> Table:
     }
 
 
-def _attention_requirements(attn: nn.Module | None, backbone: Eva) -> Table:
+def _attention_requirements(attn: nn.Module | None, backbone: Any) -> Table:
     width, heads = backbone.embed_dim, getattr(attn, "num_heads", 1)
     head_width = width // max(heads, 1)
     needed: dict[str, Any] = {
@@ -175,10 +185,21 @@ def forward_block(
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11)."""
-    run, rotation, T = backbone.blocks[block], options.shared, residual.shape[1]
-    if rotation is not None and backbone.rope_mixed:
-        rotation = rotation[block]
+    if backbone.rope_mixed and options.shared is not None:
+        options = options._replace(shared=options.shared[block])
+    return run_block(backbone.blocks[block], residual, branch, prompts, options, num_queries)
 
+
+def run_block(
+    run: EvaBlock | EvaBlockPostNorm,
+    residual: Tensor,
+    branch: Tensor | None,
+    prompts: Prompts | None,
+    options: BlockOptions,
+    num_queries: int | None,
+) -> tuple[Tensor, Tensor]:
+    """One block (eq. 11), with its rotations, or None, as ``shared`` in the options."""
+    rotation, T = options.shared, residual.shape[1]
     inserted, lengths = (None, None) if prompts is None else (prompts.tokens, prompts.lengths)
     num_keys = None if lengths is None else T + lengths  # prompts stand behind the tokens
 

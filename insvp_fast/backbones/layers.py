@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU, activations
 from timm.layers import norm as timm_norms
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from insvp_fast import ops
@@ -22,6 +23,7 @@ __all__ = [
     "activation_name",
     "activation_requirements",
     "forward_mlp",
+    "has_gated_mlp",
     "in_own_dtype",
     "mlp_requirements",
     "norm_insert",
@@ -41,7 +43,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {  # to the names of ``ops.mlp``; PyTo
 }
 
 watch("forward __call__", LayerNorm, LayerScale, DropPath, RmsNorm, nn.LayerNorm)
-watch("forward __call__", Mlp, GluMlp, SwiGLU, nn.GELU, *ACTIVATIONS)
+watch("forward __call__", Mlp, GluMlp, SwiGLU, GeGluMlp, nn.GELU, *ACTIVATIONS)
 watch("layer_norm gelu silu", F)
 watch("rms_norm", F, timm_norms)
 watch("quick_gelu", activations)
@@ -70,6 +72,8 @@ def activation_name(activation: nn.Module) -> str:
 
 def mlp_requirements(mlp: nn.Module | None) -> Table:
     """One of timm's MLPs, perhaps gated, perhaps with a norm of the hidden layer; by paths that begin with a point."""
+    if isinstance(mlp, GeGluMlp):
+        return _geglu_requirements(mlp)
     layers = {".fc1_g": LINEAR, ".fc1_x": LINEAR} if isinstance(mlp, SwiGLU) else {".fc1": LINEAR}
     fc2 = getattr(mlp, "fc2", None)
     hidden_norms = norm_requirements(getattr(fc2, "in_features", 0))[:2]  # of ``gated_mlp``, which has no RMSNorm
@@ -80,6 +84,18 @@ def mlp_requirements(mlp: nn.Module | None) -> Table:
         ".drop1": DROPOUT_OFF,
         ".norm": (IDENTITY, *hidden_norms),
         ".fc2": LINEAR,
+        ".drop2": DROPOUT_OFF,
+    }
+
+
+def _geglu_requirements(mlp: GeGluMlp) -> Table:
+    """The MLP of ViTamin, which has a norm of its own before it."""
+    return {
+        "": (rule(GeGluMlp),),
+        ".norm": norm_requirements(getattr(getattr(mlp, "w0", None), "in_features", 0)),
+        **dict.fromkeys((".w0", ".w1", ".w2"), LINEAR),
+        ".act": activation_requirements(getattr(mlp, "act", None)),
+        ".drop1": DROPOUT_OFF,
         ".drop2": DROPOUT_OFF,
     }
 
@@ -121,8 +137,12 @@ def in_own_dtype(norm: Any, x: Tensor) -> Tensor:
     return normed
 
 
-def forward_mlp(mlp: Mlp | GluMlp | SwiGLU, x: Tensor, affine: Affine, keep: str) -> Tensor:
+def forward_mlp(mlp: Mlp | GluMlp | SwiGLU | GeGluMlp, x: Tensor, affine: Affine, keep: str) -> Tensor:
     """The MLP of what ``norm_insert`` returned, [..., D] -> [..., D]."""
+    if isinstance(mlp, GeGluMlp):
+        y = in_own_dtype(mlp.norm, _apply_affine(x, affine)).to(x.dtype)
+        layers = map(FrozenLinear.of, (mlp.w0, mlp.w1, mlp.w2))
+        return ops.gated_mlp(y, *layers, activation=activation_name(mlp.act), keep=keep)
     activation, hidden_norm, fc2 = activation_name(mlp.act), mlp.norm, FrozenLinear.of(mlp.fc2)
     if isinstance(mlp, Mlp):
         gate, value = FrozenLinear.of(mlp.fc1, *affine), None
@@ -134,6 +154,19 @@ def forward_mlp(mlp: Mlp | GluMlp | SwiGLU, x: Tensor, affine: Affine, keep: str
         return ops.gated_mlp(x, gate, value, fc2, activation=activation, keep=keep)
     fc2 = FrozenLinear.of(mlp.fc2, *_affine(hidden_norm))
     return ops.gated_mlp(x, gate, value, fc2, activation=activation, eps=hidden_norm.eps, keep=keep)
+
+
+def has_gated_mlp(backbone: nn.Module) -> bool:
+    """Whether a module has an MLP that runs as ``ops.gated_mlp``: with a gate, or with a norm of the hidden layer."""
+    return any(
+        isinstance(mlp, GluMlp | SwiGLU | GeGluMlp) or (isinstance(mlp, Mlp) and not isinstance(mlp.norm, nn.Identity))
+        for mlp in backbone.modules()
+    )
+
+
+def _apply_affine(x: Tensor, affine: Affine) -> Tensor:
+    x = x if affine.gain is None else x * affine.gain
+    return x if affine.shift is None else x + affine.shift
 
 
 def _gate_and_value(mlp: GluMlp | SwiGLU) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:

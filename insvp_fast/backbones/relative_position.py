@@ -1,6 +1,6 @@
 """timm's ``Beit`` and ``VisionTransformerRelPos``: the scores of two tokens get a bias, those of prompts get none.
 
-All tokens are one window of ``ops.window_attention``.
+All tokens are one window of ``ops.window_attention``; the last block asks few queries, as in ``vision_transformer``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import DROP_PATH_OFF, LAYER_SCALE, Affine, mlp_requirements, norm_requirements
-from insvp_fast.backbones.qkv import BIASES, bias_tensors, norm_heads, project_qkv, qkv_requirements
+from insvp_fast.backbones.qkv import (
+    BIASES,
+    bias_tensors,
+    norm_heads,
+    project_q_kv,
+    project_qkv,
+    qkv_requirements,
+)
 from insvp_fast.backbones.vision_transformer import (
     add_positions,
     check_image,
@@ -31,7 +38,13 @@ from insvp_fast.backbones.vision_transformer import (
     patch_embed_requirements,
     pixel_weight,
 )
-from insvp_fast.backbones.vit_blocks import first_tokens, inactive_dropout, post_norm_block, pre_norm_block, prefixed
+from insvp_fast.backbones.vit_blocks import (
+    attend_from_first,
+    inactive_dropout,
+    post_norm_block,
+    pre_norm_block,
+    prefixed,
+)
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
@@ -39,6 +52,7 @@ from insvp_fast.reference import Prompts
 from insvp_fast.reference.relative_position import attention_bias
 
 __all__ = [
+    "attention_choices",
     "check_image",
     "embed",
     "final_norm",
@@ -48,6 +62,8 @@ __all__ = [
     "requirements",
     "shared",
 ]
+
+SUPPORTS = frozenset({"reads_tokens"})
 
 # What is supported
 
@@ -153,6 +169,12 @@ def _attention_requirements(attn: nn.Module | None, width: int) -> Table:
     return table if source is None else table | prefixed(".rel_pos", _bias_requirements(source))
 
 
+def attention_choices(backbone: Beit | VisionTransformerRelPos) -> tuple[str, ...]:
+    """The implementations of attention, which are fewer with a bias of the scores."""
+    biased = any("rel_pos" in name or "relative_position" in name for name, _ in backbone.named_parameters())
+    return ops.WINDOW_ATTENTION if biased else ops.ATTENTION
+
+
 # How it runs
 
 
@@ -193,27 +215,39 @@ def forward_block(
     run, T = backbone.blocks[block], residual.shape[1]
 
     def attend(y: Tensor, affine: Affine) -> Tensor:
-        return first_tokens(_attention(run.attn, y, affine, T, options), num_queries)
+        return _attention(run.attn, y, affine, T, options, num_queries)
 
     order = post_norm_block if isinstance(run, ResPostRelPosBlock) else pre_norm_block
     return order(run, attend, residual, branch, None if prompts is None else prompts.tokens, options, num_queries)
 
 
 def _attention(
-    attn: Any, y: Tensor, affine: Affine, num_tokens: int, options: BlockOptions
-) -> Tensor:  # [B, S, D] -> [B, T, D]
+    attn: Any, y: Tensor, affine: Affine, num_tokens: int, options: BlockOptions, num_queries: int | None
+) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
+    bias = attention_bias(attn, options.shared)
+    bias = None if bias is None else bias.flatten(0, -3)
+    if num_queries is None:
+        attended = _attend(attn, y, affine, num_tokens, bias, options.attention)
+    else:
+        attended = _attend_from_first(attn, y, affine, num_queries, None if bias is None else bias[:, :num_queries])
+    return ops.linear(attended, FrozenLinear.of(attn.proj))
+
+
+def _attend(attn: Any, y: Tensor, affine: Affine, num_tokens: int, bias: Tensor | None, impl: str) -> Tensor:
     packed = project_qkv(attn, y, affine)
     if isinstance(attn, RelPosAttention):
         packed = norm_heads(attn, packed, 3)
-    bias = attention_bias(attn, options.shared)
     if bias is None:
-        attended = ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=options.attention)
-    else:
-        window = torch.arange(num_tokens, dtype=torch.int32, device=y.device).unsqueeze(0)
-        attended = ops.window_attention(
-            packed, attn.num_heads, window, bias.flatten(0, -3), None, attn.scale, impl=options.attention
-        )
-    return ops.linear(attended, FrozenLinear.of(attn.proj))
+        return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=impl)
+    window = torch.arange(num_tokens, dtype=torch.int32, device=y.device).unsqueeze(0)
+    return ops.window_attention(packed, attn.num_heads, window, bias, None, attn.scale, impl=impl)
+
+
+def _attend_from_first(attn: Any, y: Tensor, affine: Affine, num_queries: int, bias: Tensor | None) -> Tensor:
+    if isinstance(attn, RelPosAttention):
+        return attend_from_first(attn, FrozenLinear.of(attn.qkv, *affine), y, num_queries, bias=bias)
+    q, kv = project_q_kv(attn, y, affine, num_queries)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale, bias=bias)
 
 
 def final_norm(backbone: Beit | VisionTransformerRelPos, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -34,6 +34,7 @@ from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
 
 __all__ = [
+    "attention_choices",
     "check_image",
     "embed",
     "final_norm",
@@ -138,6 +139,11 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
         **_prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
         ".drop_path2": DROP_PATH_OFF,
     }
+
+
+def attention_choices(backbone: SwinTransformer) -> tuple[str, ...]:
+    """The implementations of the attention in windows."""
+    return ops.WINDOW_ATTENTION
 
 
 # How it runs

@@ -3,15 +3,17 @@
 It is exact, and saves what the equations allow: prompts give keys and values but no queries, the last block asks one
 query where the head reads one token, and nothing is kept that only the gradient of a weight would need.
 
-The distilled DeiT is one more such class: it has two prefix tokens, and its head reads both.
+The distilled DeiT is one more such class: it has two prefix tokens, and its head reads both. In a hybrid a network
+makes the tokens; it is called as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import Format, PatchDropout, PatchEmbed
+from timm.layers import Format, HybridEmbed, PatchDropout, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,20 +22,23 @@ from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
 from insvp_fast.backbones.vit_blocks import block_requirements, run_block
-from insvp_fast.coverage import Table, rule, watch
+from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops import FrozenLinear
-from insvp_fast.reference import Prompts
+from insvp_fast.reference import Prompts, fold
+from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.runtime import buffers
 
 __all__ = [
     "add_positions",
     "check_image",
+    "check_shape",
     "embed",
     "embed_patches",
     "final_norm",
     "forward_block",
     "patch_embed_requirements",
+    "patch_projection",
     "pixel_weight",
     "read_tokens",
     "requirements",
@@ -54,12 +59,15 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
     """What the fast path requires of the backbone's modules."""
     width, any_attributes = backbone.embed_dim, " ".join(vars(backbone))  # timm's methods read them, on both paths
     tokens = "cls_token reg_token pos_embed"
+    embedding: Table = {"patch_embed": CALLED}
+    if not _is_hybrid(backbone):
+        embedding = patch_embed_requirements(patch_size, width, backbone.dynamic_img_size)
     table: Table = {
         "": (
             rule(VisionTransformer, any_attributes, optional=tokens),
             rule(VisionTransformerDistilled, any_attributes, optional=f"{tokens} dist_token"),
         ),
-        **patch_embed_requirements(patch_size, width, backbone.dynamic_img_size),
+        **embedding,
         "pos_drop": DROPOUT_OFF,
         "patch_drop": PATCH_DROPOUT_OFF,
         "norm_pre": CALLED,
@@ -86,36 +94,52 @@ def patch_embed_requirements(patch_size: int, width: int, dynamic: bool) -> Tabl
         "output_fmt": Format.NHWC if dynamic else Format.NCHW,
         "dynamic_img_pad": False,
     }
-    projection = convolution(sides, padding=(0, 0), dilation=(1, 1))
     return {
         "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
-        "patch_embed.proj": (projection._replace(parameters={"weight": True, "bias": False}),),
+        "patch_embed.proj": (patch_projection(patch_size),),
         "patch_embed.norm": (IDENTITY, *norm_requirements(width)),
     }
+
+
+def patch_projection(patch_size: int) -> Rule:
+    """A convolution of one patch after the other."""
+    projection = convolution((patch_size, patch_size), padding=(0, 0), dilation=(1, 1))
+    return projection._replace(parameters={"weight": True, "bias": False})
 
 
 # How it runs
 
 
 def pixel_weight(backbone: VisionTransformer) -> Tensor:
-    """The weight of the patch embedding, [D, C, P, P]."""
-    weight: Tensor = backbone.patch_embed.proj.weight
+    """The weight that reads the pixels: of the patch embedding, [D, C, P, P], or of a hybrid's first convolution."""
+    weight: Tensor = (pixel_layer(backbone) if _is_hybrid(backbone) else backbone.patch_embed.proj).weight
     return weight
+
+
+def _is_hybrid(backbone: VisionTransformer) -> bool:
+    """Whether a network makes the tokens."""
+    return type(backbone.patch_embed) is HybridEmbed
 
 
 def check_image(backbone: VisionTransformer, image: Tensor) -> None:
     """Raise ValueError for an image of another shape than [B, C, H, W], or of a size that the backbone cannot take."""
-    embedding, channels = backbone.patch_embed, pixel_weight(backbone).shape[1]
+    embedding = backbone.patch_embed
+    expected = embedding.img_size if embedding.strict_img_size else None
+    check_shape(image, pixel_weight(backbone).shape[1], embedding.feat_ratio(), expected)
+
+
+def check_shape(image: Tensor, channels: int, patch_size: int, expected: Sequence[int] | None = None) -> None:
+    """Raise ValueError for an image without these channels, of another size than expected, or not made of patches."""
     if image.ndim != 4 or image.shape[1] != channels:
         raise ValueError(f"image has shape {tuple(image.shape)}: expected [B, {channels}, H, W]")
-    (H, W), (P, _), expected = image.shape[-2:], embedding.patch_size, embedding.img_size
-    if expected is not None and embedding.strict_img_size and tuple(expected) != (H, W):
+    H, W = image.shape[-2:]
+    if expected is not None and tuple(expected) != (H, W):
         raise ValueError(
             f"image has {H}x{W} pixels: this backbone expects {expected[0]}x{expected[1]};"
             " create it with `img_size` or `dynamic_img_size=True` for others"
         )
-    if H % P or W % P:
-        raise ValueError(f"image has {H}x{W} pixels: expected multiples of the patch size {P}")
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"image has {H}x{W} pixels: expected multiples of the patch size {patch_size}")
 
 
 def read_tokens(backbone: VisionTransformer) -> int | None:
@@ -131,11 +155,24 @@ def shared(backbone: VisionTransformer, grid: tuple[int, int]) -> None:
 
 def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
     """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
-    tokens = embed_patches(backbone.patch_embed, patches)
+    if _is_hybrid(backbone):
+        tokens = _embed_image(backbone, patches, grid)
+    else:
+        tokens = embed_patches(backbone.patch_embed, patches)
+        tokens = torch.unflatten(tokens, 1, grid) if backbone.dynamic_img_size else tokens
     # timm adds to the embedding of zeros just what does not depend on the image: positions and prefix tokens
-    zeros = tokens.new_zeros((1, *grid, tokens.shape[-1]) if backbone.dynamic_img_size else (1, *tokens.shape[1:]))
-    embedded: Tensor = backbone.norm_pre(add_positions(tokens, backbone._pos_embed(zeros)))
+    constant = backbone._pos_embed(tokens.new_zeros(1, *tokens.shape[1:]))
+    embedded: Tensor = backbone.norm_pre(add_positions(tokens.flatten(1, -2), constant))
     return embedded
+
+
+def _embed_image(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The tokens that a hybrid's network makes of the image, [B, N, D], or [B, h, w, D] where its size is dynamic."""
+    P, dtype = backbone.patch_embed.feat_ratio(), pixel_weight(backbone).dtype
+    image = fold(patches, P, grid[0] * P, grid[1] * P)
+    with torch.autocast(image.device.type, image.dtype, enabled=image.dtype != dtype):  # as it was when we were called
+        tokens: Tensor = backbone.patch_embed(image)
+    return tokens
 
 
 def embed_patches(patch_embed: PatchEmbed, patches: Tensor) -> Tensor:  # [B, N, K] -> [B, N, D]

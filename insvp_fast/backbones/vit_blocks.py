@@ -40,6 +40,7 @@ from insvp_fast.reference.vision_transformer import require_block
 from insvp_fast.runtime import buffers
 
 __all__ = [
+    "attend_from_first",
     "block_requirements",
     "first_tokens",
     "inactive_dropout",
@@ -298,24 +299,33 @@ def _attend(
     lengths = options.prompt_lengths
     num_keys = None if lengths is None else num_tokens + lengths  # prompts stand behind the tokens
     if num_queries is not None:
-        return _attend_from_first(attn, qkv, y, num_queries, num_keys, options.keys_values)
+        return attend_from_first(attn, qkv, y, num_queries, num_keys, options.keys_values)
     packed = norm_heads(attn, ops.linear(y, qkv), 3)
     packed = _append(packed, options.keys_values, num_keys)
     return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, num_keys=num_keys, impl=options.attention)
 
 
-def _attend_from_first(
-    attn: Any, qkv: FrozenLinear, y: Tensor, num_queries: int, num_keys: Tensor | None, keys_values: Tensor | None
+def attend_from_first(
+    attn: Any,
+    qkv: FrozenLinear,
+    y: Tensor,
+    num_queries: int,
+    num_keys: Tensor | None = None,
+    keys_values: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:  # [B, S, D] -> [B, num_queries, D]
-    """As ``_attend``, for few queries, and without keys and values where these would be more work."""
+    """As ``_attend``, for few queries, and without keys and values where these would be more work.
+
+    ``bias``: [heads, num_queries, T], of the scores of the first T keys.
+    """
     S, D, H = y.shape[1], qkv.out_features // 3, attn.num_heads
     plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity) and keys_values is None
     if plain and H * num_queries * (D + S) < S * D:
-        return ops.absorbed_attention(y, num_queries, qkv, H, attn.scale, num_keys=num_keys)
+        return ops.absorbed_attention(y, num_queries, qkv, H, attn.scale, num_keys=num_keys, bias=bias)
     q, kv = ops.project_q_kv(y, num_queries, qkv)
     q = in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
     kv = _append(norm_heads(attn, kv, 2), keys_values, num_keys)
-    return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys, bias=bias)
 
 
 def _append(packed: Tensor, keys_values: Tensor | None, num_keys: Tensor | None) -> Tensor:

@@ -22,13 +22,13 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord
+from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, source_of
-from insvp_fast.checkpoints.files import find_file, read_safetensors
+from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.model_card import make_model_card
 from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.released import infer_config, read_released, to_ours, to_released
-from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes
+from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes, read_adapter_weights
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
 
@@ -36,6 +36,7 @@ __all__ = ["AdapterCheckpoint"]
 
 
 class AdapterCheckpoint(
+    Described,
     PyTorchModelHubMixin,
     nn.Module,
     library_name="insvp_fast",
@@ -47,21 +48,12 @@ class AdapterCheckpoint(
     """Saving and loading, for a class with the constructor and the state-dict keys of ``InsVPReference``.
 
     The hub mixin uploads, and provides the metadata of the model card. Its ``config.json`` is not used: it records
-    constructor arguments, and a backbone may be a module.
-
-    Attributes:
-        class_names: the names of the classes in order, or None; saved with the adapter.
-        multi_label: whether an image may have several of them; saved with the adapter.
-        preprocessing: how images are prepared, as arguments of ``timm.data.create_transform`` (mean, std,
-            interpolation, crop_pct, input_size, ...), or None if unknown; saved with the adapter.
+    constructor arguments, and a backbone may be a module. The attributes of ``Described`` are saved with the adapter.
     """
 
     backbone: nn.Module
     config: InsVPConfig
     num_classes: int
-    class_names: list[str] | None = None
-    multi_label: bool = False
-    preprocessing: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # the mixin's would record the arguments, and mistake a dataclass named `config` for its own configuration
@@ -117,9 +109,7 @@ class AdapterCheckpoint(
             num_classes=self.num_classes,
             insvp=self.config,
             backbone=BackboneRecord.of(self.backbone),
-            class_names=self.class_names,
-            multi_label=self.multi_label,
-            preprocessing=self.preprocessing,
+            **self.description(),
         )
         weights = {key: value.detach().cpu().contiguous() for key, value in _adapter_part(self.state_dict()).items()}
         save_directory.mkdir(parents=True, exist_ok=True)
@@ -170,7 +160,7 @@ class AdapterCheckpoint(
         hub |= {"local_files_only": local_files_only, "revision": revision}
         config_file = find_file(str(pretrained_model_name_or_path), ADAPTER_FILE, hub)
         weights_file = find_file(str(pretrained_model_name_or_path), WEIGHTS_FILE, hub)
-        config, weights = AdapterConfig.read(config_file), read_safetensors(weights_file)
+        config, weights = AdapterConfig.read(config_file), read_adapter_weights(weights_file)
 
         module = _recorded_backbone(config.backbone, backbone, pretrained, backbone_kwargs, config_file)
         expected = expected_shapes(module, config.num_classes, config.insvp, config_file)
@@ -179,8 +169,7 @@ class AdapterCheckpoint(
             config.backbone.require_same_weights(module, config_file)
         model = cls(module, config.num_classes, config.insvp)
         _assign(model, weights, saved=config.backbone.torch_dtype)
-        model.class_names, model.preprocessing = config.class_names, config.preprocessing
-        model.multi_label = config.multi_label
+        model.describe_as(config)
         return model.eval()
 
     @classmethod
@@ -211,7 +200,7 @@ class AdapterCheckpoint(
             ValueError: for ``backbone_kwargs`` beside a module.
         """
         where, released = read_released(source)
-        tensors = {to_ours(key): value for key, value in released.items()}
+        tensors = to_ours(released)
         depth, config = infer_config(tensors, simam, where)
         classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
         if num_classes not in (None, classes):
@@ -219,7 +208,8 @@ class AdapterCheckpoint(
         arguments = {"num_classes": 0, "depth": depth, "weight_init": "skip"}
         module = _take_or_create(backbone, False, arguments, backbone_kwargs, torch.float32, where)
         expected = expected_shapes(module, classes, config, where)
-        check_shapes(released, {to_released(key): shape for key, shape in expected.items()}, where)
+        theirs = to_released({key: torch.empty(shape, device="meta") for key, shape in expected.items()})
+        check_shapes(released, {key: tuple(value.shape) for key, value in theirs.items()}, where)
         if config.specific_prompt:
             text = "the authors' code leaves TokenPrompt, the specific prompter, at its random initial values"
             warnings.warn(f"{where}: {text}", stacklevel=2)
@@ -235,8 +225,7 @@ class AdapterCheckpoint(
             BackboneRecord.of(self.backbone).require_same_weights(backbone, type(self).__name__)
         model = type(self)(backbone, self.num_classes, self.config)
         _assign(model, _adapter_part(self.state_dict()), saved=next(self.backbone.parameters()).dtype)
-        model.class_names, model.preprocessing = self.class_names, self.preprocessing
-        model.multi_label = self.multi_label
+        model.describe_as(self)
         return model.eval()
 
 

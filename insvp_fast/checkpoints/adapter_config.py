@@ -20,9 +20,40 @@ from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
 from insvp_fast.json_files import read_json
 
-__all__ = ["AdapterConfig", "BackboneRecord", "check_fields"]
+__all__ = ["AdapterConfig", "BackboneRecord", "Described", "check_fields"]
 
 PEFT_TYPE, FORMAT_VERSION = "INSVP", 1
+
+
+class Described:
+    """What an adapter says of a model besides its configuration and weights; earlier versions said less.
+
+    Attributes:
+        class_names: the names of the classes in order, or None.
+        multi_label: whether an image may have several of them.
+        preprocessing: how images are prepared, as arguments of ``timm.data.create_transform`` (mean, std,
+            interpolation, crop_pct, input_size, ...), or None if unknown.
+        exif_rotation: whether images are first turned upright, as their EXIF orientation says.
+        trained_on: ``insvp_fast.data.Data.origin``, the images of training and how they were divided; None if unknown.
+    """
+
+    class_names: list[str] | None = None
+    multi_label: bool = False
+    preprocessing: dict[str, Any] | None = None
+    exif_rotation: bool = True
+    trained_on: dict[str, Any] | None = None
+
+    def description(self) -> dict[str, Any]:
+        """The attributes by their names."""
+        return {name: getattr(self, name) for name in get_type_hints(Described)}
+
+    def describe_as(self, other: object) -> None:
+        """Take the attributes of a model or of what was read from a file."""
+        for name in get_type_hints(Described):
+            setattr(self, name, getattr(other, name))
+
+
+LATER = ("multi_label", "exif_rotation", "trained_on")  # not in all files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +65,14 @@ class BackboneRecord:
         arguments: of ``create_backbone``, besides its name.
         dtype: of the weights when the adapter was saved, by its name in torch.
         sha256: of the weights, see ``backbone_sha256``.
+        global_pool: how tokens are pooled, by timm's name; None if the backbone does not say.
     """
 
     name: str | None
     arguments: dict | None
     dtype: str
     sha256: str
+    global_pool: str | None
 
     @classmethod
     def of(cls, backbone: nn.Module) -> Self:
@@ -55,6 +88,7 @@ class BackboneRecord:
             arguments=arguments if name else None,
             dtype=str(dtype).removeprefix("torch."),
             sha256=backbone_sha256(backbone, dtype),
+            global_pool=_pooling(backbone),
         )
 
     @classmethod
@@ -64,6 +98,9 @@ class BackboneRecord:
         Raises:
             CheckpointError: naming the key, if it is not such a record.
         """
+        arguments = values.get("arguments")  # where earlier versions recorded the pooling, if it was chosen
+        pool = arguments.get("global_pool") if isinstance(arguments, dict) else None
+        values = {"global_pool": pool} | dict(values)
         check_fields(cls, values, f"{file}: backbone.")
         record = cls(**values)
         if not isinstance(getattr(torch, record.dtype, None), torch.dtype):
@@ -89,12 +126,20 @@ class BackboneRecord:
             raise CheckpointError(
                 f"{where}: the backbone has sha256 {found}: expected {expected}. Give as backbone= {remedy}"
             )
-        recorded = (self.arguments or {}).get("global_pool")
-        pool = get_model_args(backbone).get("global_pool")
-        if recorded is not None and pool != recorded:
+        pool = _pooling(backbone)
+        if self.global_pool is not None and pool != self.global_pool:
             raise CheckpointError(
-                f"{where}: the backbone has global_pool={pool!r}: expected {recorded!r}, as the adapter was trained"
+                f"{where}: the backbone has global_pool={pool!r}: expected {self.global_pool!r}, as the adapter was"
+                " trained"
             )
+
+
+def _pooling(backbone: Any) -> str | None:
+    """How a backbone of timm pools its tokens."""
+    pool = getattr(backbone, "global_pool", None)
+    if pool is None:  # of Swin and of pyramids it is in the head
+        pool = getattr(getattr(getattr(backbone, "head", None), "global_pool", None), "pool_type", None)
+    return pool if isinstance(pool, str) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +149,8 @@ class AdapterConfig:
     Args:
         base_model_name_or_path: the backbone's repository on the Hub, or else its name; for readers of PEFT adapters.
         insvp: the configuration of the method.
-        class_names, multi_label, preprocessing: the model's attributes of these names.
+
+    The others are those of ``Described``.
 
     Raises:
         ValueError: if there are class names, and not one for each class.
@@ -120,6 +166,8 @@ class AdapterConfig:
     class_names: list | None
     multi_label: bool
     preprocessing: dict | None
+    exif_rotation: bool
+    trained_on: dict | None
 
     def __post_init__(self) -> None:
         check_class_names(self.class_names, self.num_classes)
@@ -137,6 +185,9 @@ class AdapterConfig:
             CheckpointError: naming the key, if the file is not of an adapter that this version can read.
         """
         values = read_json(file, CheckpointError)
+        if "method" in values:
+            remedy = "expected insvp; insvp_fast.methods.load_model loads adapters of all methods"
+            raise CheckpointError(f"{file}: not an InsVP adapter: its method is {values['method']}: {remedy}")
         found = values.get("peft_type")
         if found != PEFT_TYPE:
             raise CheckpointError(f"{file}: not an InsVP adapter: peft_type is {found!r}: expected {PEFT_TYPE!r}")
@@ -144,13 +195,18 @@ class AdapterConfig:
         if isinstance(version, int) and version > FORMAT_VERSION:
             text = f"format_version is {version}: expected at most {FORMAT_VERSION}"
             raise CheckpointError(f"{file}: {text}: it needs insvp_fast {values.get('insvp_fast_version')} or later")
-        values.setdefault("multi_label", False)  # earlier versions knew one label per image alone
+        values = with_later_fields(values)
         check_fields(cls, values, f"{file}: ")
         backbone = BackboneRecord.read(values["backbone"], file)
         try:
             return cls(**values | {"backbone": backbone, "insvp": InsVPConfig.from_dict(values["insvp"])})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: {error}") from error
+
+
+def with_later_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file, and what files of earlier versions mean by what they do not say."""
+    return {name: getattr(Described, name) for name in LATER} | dict(values)
 
 
 def check_class_names(names: Sequence[str] | None, num_classes: int) -> None:

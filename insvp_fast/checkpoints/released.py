@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from insvp_fast.checkpoints.files import read_weights
 from insvp_fast.checkpoints.state_dict import unwrap_state_dict
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
+from insvp_fast.reference import split_common_prompts
 
 __all__ = ["infer_config", "read_released", "to_ours", "to_released"]
 
@@ -25,16 +27,19 @@ NAMES = {  # of the authors' code: of InsVPReference; those with a dot at the en
     "TokenPrompt.": "specific_prompter.",
     "backbone.head.": "head.",
 }
+THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 
 
-def to_ours(key: str) -> str:
-    """The name in ``InsVPReference`` of a tensor of the authors' code."""
-    return _rename(key, NAMES)
+def to_ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the authors' code, one of which stacks the prompts of all blocks, as ``InsVPReference`` has them."""
+    return split_common_prompts({_rename(key, NAMES): value for key, value in tensors.items()})
 
 
-def to_released(key: str) -> str:
+def to_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of ``to_ours``."""
-    return _rename(key, {ours: theirs for theirs, ours in NAMES.items()})
+    blocks = {key: value for key, value in tensors.items() if key.startswith("common_prompts.")}
+    prompts = {"prompts": torch.stack([*blocks.values()])} if blocks else {}
+    return prompts | {_rename(key, THEIRS): value for key, value in tensors.items() if key not in blocks}
 
 
 def _rename(key: str, names: Mapping[str, str]) -> str:
@@ -56,7 +61,7 @@ def read_released(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     tensors = unwrap_state_dict(source if isinstance(source, Mapping) else read_weights(Path(source)), where)
     has_backbone = any(key.startswith("backbone.") for key in tensors)
-    if not has_backbone or not any(to_ours(key) != key and not key.startswith("backbone.") for key in tensors):
+    if not has_backbone or all(key == _rename(key, NAMES) or key.startswith("backbone.") for key in tensors):
         found, expected = sorted(tensors)[:5], ["backbone.*", "prompts", "TokenPrompt.*", "meta_net.*", "meta_net_2.*"]
         raise CheckpointError(f"{where}: not a checkpoint of the authors' code: found {found}: expected {expected}")
     return where, tensors
@@ -87,7 +92,7 @@ def infer_config(tensors: Mapping[str, Tensor], simam: bool, where: str) -> tupl
     try:
         return depth, InsVPConfig.released(simam=simam, **has, **_sizes(tensors, has, depth))
     except KeyError as error:
-        raise CheckpointError(f"{where}: {to_released(error.args[0])} is missing") from error
+        raise CheckpointError(f"{where}: {_rename(error.args[0], THEIRS)} is missing") from error
     except (IndexError, ValueError) as error:
         raise CheckpointError(f"{where}: the shapes are not those of the authors' code: {error}") from error
 
@@ -95,8 +100,9 @@ def infer_config(tensors: Mapping[str, Tensor], simam: bool, where: str) -> tupl
 def _sizes(tensors: Mapping[str, Tensor], has: Mapping[str, bool], depth: int) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     if has["common_prompt"]:
-        layers, sizes["prompt_length"], _ = tensors["common_prompts"].shape
-        sizes["prompted_blocks"] = None if layers == depth else layers
+        prompts = [value for key, value in tensors.items() if key.startswith("common_prompts")]
+        sizes["prompt_length"], _ = prompts[0].shape
+        sizes["prompted_blocks"] = None if len(prompts) == depth else len(prompts)
     if has["specific_prompt"]:
         kernels = [tensors[f"specific_prompter.conv{i}.weight"] for i in (1, 2, 3)]
         sizes["prompt_length"] = kernels[0].shape[0]

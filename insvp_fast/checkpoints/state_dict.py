@@ -7,14 +7,16 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
-from insvp_fast.reference import InsVPReference, structure_of
+from insvp_fast.reference import InsVPReference, split_common_prompts, structure_of
 
 __all__ = [
     "Resized",
@@ -24,6 +26,7 @@ __all__ = [
     "expected_shapes",
     "head_prefixes",
     "other_state_dicts",
+    "read_adapter_weights",
     "rename",
     "unwrap_state_dict",
 ]
@@ -91,6 +94,15 @@ def rename(tensors: Mapping[str, Tensor], rules: Rules, where: object) -> dict[s
             raise CheckpointError(f"{where}: found {new} twice, once as {old}: expected one tensor of each name")
         renamed[new] = value
     return renamed
+
+
+def read_adapter_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, also of one that an earlier version wrote.
+
+    Raises:
+        CheckpointError: if it is not such a file.
+    """
+    return split_common_prompts(read_safetensors(file))
 
 
 def expected_shapes(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def run(
 ) -> dict[str, Any] | None:
     given = read_class_names(class_names)
 
+    from insvp_fast.commands.settings import show_options
     from insvp_fast.figures.runs import plot_confusion
     from insvp_fast.training.evaluation import evaluate_run
     from insvp_fast.training.metrics import Metrics
@@ -69,6 +71,8 @@ def run(
     protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
     print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")
     print(metrics)
+    if "note" in facts:
+        print(f"insvp: {show_options(facts['note'])}", file=sys.stderr)
     written = [file, picture] if isinstance(metrics, Metrics) else [file]
     print(f"written: {', '.join([str(file), *(other.name for other in written[1:])])}")
     return content | {"written": written}

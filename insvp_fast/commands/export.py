@@ -93,18 +93,12 @@ def run(
 
 def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
     """The model, and the images on which 8-bit weights are tried, or None without ``int8``."""
-    from insvp_fast import InsVPViT
-    from insvp_fast.data import load_test_data
     from insvp_fast.data.images import Images
-    from insvp_fast.training.load import load_run
+    from insvp_fast.methods.load import load_model
+    from insvp_fast.training.load import load_run, own_test_data
 
-    recipe: Any = None
-    if is_run:
-        loaded = load_run(folder)
-        recipe, model = loaded.recipe, loaded.model
-        model.preprocessing, model.class_names = loaded.preprocessing, loaded.class_names
-    else:
-        model = InsVPViT.from_pretrained(folder)
+    loaded = load_run(folder) if is_run else None
+    model = load_model(folder) if loaded is None else loaded.model
     if not int8:
         return model, None
     if model.preprocessing is None:
@@ -113,11 +107,9 @@ def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tu
         from insvp_fast.training.prediction import find_images
 
         files = find_images(paths)
-        return model, Images(files, [-1] * len(files), exif_rotation=not is_run or recipe.exif_rotation)
-    names, exif = model.class_names or [], recipe.exif_rotation
-    return model, load_test_data(
-        recipe.data, model.preprocessing, recipe.split_seed, names, root=recipe.root, exif_rotation=exif
-    )
+        return model, Images(files, [-1] * len(files), exif_rotation=model.exif_rotation)
+    assert loaded is not None
+    return model, own_test_data(loaded)
 
 
 def _print_facts(done: Any, format: str) -> None:

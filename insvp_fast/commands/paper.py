@@ -11,7 +11,7 @@ missing are left out. The learning rate of each model is picked on the validatio
 options of `insvp train` apply too, which --help-all shows. Started again, the command goes on; finished runs are not
 repeated.
 
-Figures 1, 3 and 4 are `insvp prompts RUN IMAGE...`, figures 6 and 8 `insvp tsne RUN`.
+Figures 1, 3 and 4 are `insvp prompts RUN IMAGE...`, figures 6 and 8 `insvp tsne RUN...`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from insvp_fast.commands.options import add_json, positive
 from insvp_fast.commands.settings import add_settings
 from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
-from insvp_fast.errors import CommandError
+from insvp_fast.errors import CommandError, TrainingError
 from insvp_fast.recipes import list_shipped, read_recipe
 from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
-from insvp_fast.studies.paper import SENSITIVITY, STUDIES, PaperStudy, method_rows
+from insvp_fast.studies.paper import STUDIES, UNVARIED, PaperStudy, method_rows, sensitivity
 from insvp_fast.training.recipe import METHODS
 
 SUMMARY = "train the comparisons of the paper"
@@ -79,6 +79,7 @@ def run(
 
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
+    study = study._replace(rows=_possible(study.rows, protocol(sets[0]), folder))
     # a path would lead out of the folder, into the data themselves
     places = {data: folder / (data if data in SETS else Path(data).resolve().name) for data in sets}
     results = {data: compare(study.rows, protocol(data), place, jobs, launch) for data, place in places.items()}
@@ -146,30 +147,51 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     return there
 
 
+def _possible(rows: Sequence[Row], protocol: Protocol, folder: Path) -> list[Row]:
+    """The rows whose models the backbone can have; what is left out is said, with the reason.
+
+    Raises:
+        InsVPError: if there is no such backbone.
+    """
+    from insvp_fast.training.backbone import load_backbone
+    from insvp_fast.training.models import build_model
+
+    recipe = make_entry({}, protocol.settings, folder, "paper").recipe
+    backbone, possible = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size), []
+    for row in rows:
+        recipe = make_entry({}, protocol.settings | row.settings, folder, row.label).recipe
+        try:
+            build_model(recipe.method, recipe, backbone, 1)
+        except TrainingError as error:
+            print(f"left out: {row.label}: {error}")
+        else:
+            possible.append(row)
+    if not possible:
+        raise CommandError(f"`backbone` is {recipe.backbone}: none of the rows can be trained around it")
+    return possible
+
+
 def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence[str]) -> dict[str, Any]:
     """Figure 7, at the learning rate of the recipe: what is varied is the setting alone."""
     from insvp_fast.figures.comparison import plot_sensitivity
+    from insvp_fast.reference import structure_of
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import report
+    from insvp_fast.training.backbone import load_backbone
     from insvp_fast.training.terminal import print_markdown
 
-    rows = [
-        Row(f"{name}={value}", {name: [value] if "weights" in name else value})
-        for name, values in SENSITIVITY.values()
-        for value in values
-    ]
-    protocol = protocol._replace(rates=[make_entry({}, protocol.settings, folder, "figure7").recipe.lr])
+    recipe = make_entry({}, protocol.settings, folder, "figure7").recipe
+    backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
+    varied = sensitivity(recipe, depth=len(structure_of(backbone).widths(backbone)))
+    others = [row for panel in varied.values() for row in panel.values() if row is not UNVARIED]
+    rows, protocol = [UNVARIED, *others], protocol._replace(rates=[recipe.lr])
     results = compare(rows, protocol, folder, jobs, launcher)
-    found = {compared.row.label: compared for compared in results}
+    found = {compared.row.label: compared for compared in results if compared.scores}  # the others failed
     panels = {
-        title: [
-            (float(value), *_mean_and_spread(row))
-            for value in values
-            if (row := found[f"{name}={value}"]).scores  # others failed
-        ]
-        for title, (name, values) in SENSITIVITY.items()
+        title: [(value, *_mean_and_spread(found[row.label])) for value, row in panel.items() if row.label in found]
+        for title, panel in varied.items()
     }
-    study = PaperStudy("hyper-parameters of InsVP", rows, (), rows[0].label, {})
+    study = PaperStudy("hyper-parameters of InsVP", rows, (), UNVARIED.label, {})
     print()
     print_markdown(report("figure7", study, {str(protocol.settings["data"]): results}, protocol, folder))
     plot_sensitivity({title: points for title, points in panels.items() if points}, folder / "figure7.png")

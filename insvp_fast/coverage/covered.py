@@ -62,10 +62,14 @@ def unsupported_reason(part: Covered) -> str | None:
     return _changeable_reason(part) or _examine(part._requirements())[0]
 
 
-def covers(part: nn.Module) -> bool:
-    """Whether the fast path covers ``part`` as it is now; if not, a warning says why, once for each reason."""
-    if not isinstance(part, Covered):
-        return not torch.compiler.is_compiling() and _report(part, f"{full_name(type(part))} has no fast path")
+def covers(part: nn.Module, obstacle: str | None = None) -> bool:
+    """Whether the fast path covers ``part`` as it is now; if not, a warning says why, once for each reason.
+
+    ``obstacle``: why it does not in this call.
+    """
+    if obstacle or not isinstance(part, Covered):
+        reason = obstacle or f"{full_name(type(part))} has no fast path"
+        return not torch.compiler.is_compiling() and _report(part, reason)
     if torch.compiler.is_compiling():
         _guard(part)
     covered: bool = part._is_covered()

@@ -115,7 +115,7 @@ def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) 
     rate = found.dropout_rate
     if rate is not None and module.training and getattr(module, rate, 0) != 0:
         return f"is in training mode with {rate}={getattr(module, rate)}"
-    return _different_attribute(state, found) or _different_tensor(module, found, frozen)
+    return _different_attribute(module, found) or _different_tensor(module, found, frozen)
 
 
 def full_name(cls: type[nn.Module]) -> str:
@@ -123,14 +123,15 @@ def full_name(cls: type[nn.Module]) -> str:
     return f"{cls.__module__.partition('.')[0]}'s {cls.__name__}"
 
 
-def _different_attribute(state: dict[str, Any], rule: Rule) -> str | None:
+def _different_attribute(module: nn.Module, rule: Rule) -> str | None:
+    state = vars(module)
     for name, value in state.items():
         known = name in rule.attributes or name.startswith("_") or name == "training"
         if not known or isinstance(value, Tensor):
             return f"has an attribute {name!r} that the fast path does not know"
     for name, expected in rule.attributes.items():
         if expected is not ANY and (name not in state or state[name] != expected):
-            return f"has {name}={state.get(name)!r}: expected {expected!r}"
+            return f"has {name}={getattr(module, name, None)!r}: expected {expected!r}"
     return None
 
 

@@ -92,7 +92,11 @@ def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:
         straight = image.convert(PREMULTIPLIED[image.mode]) if image.mode in PREMULTIPLIED else image
         rgb = straight.convert("RGB")
     operation = UPRIGHT.get(orientation)
-    return rgb if operation is None else rgb.transpose(operation)
+    if operation is None:
+        return rgb
+    upright = rgb.transpose(operation)
+    upright.info.clear()  # of the orientation, as it is undone
+    return upright
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

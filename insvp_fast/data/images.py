@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +31,12 @@ class Images(Dataset):
             and 1, of which an item gets its row.
         exif_rotation: rotate and flip images as their EXIF orientation says.
         max_pixels: as in ``read_image``, for images of unknown origin.
+
+    Attributes:
+        split: the stored split that they are, if known; "train" also of data that are not divided.
     """
+
+    split: str | None = None
 
     def __init__(
         self,
@@ -64,6 +71,14 @@ class Images(Dataset):
     def name(self, index: int) -> str:
         """What messages call an image."""
         return _name(self.items[index], index)
+
+    def digest(self) -> str:
+        """A SHA-256 of the classes and, where each image is a file, of the names of the files without their folders."""
+        digest = hashlib.sha256(np.asarray(self.classes, dtype=np.float32).tobytes())
+        for item in self.items if isinstance(self.items, list) else ():
+            if isinstance(item, str | Path | TarMember):
+                digest.update(os.fsencode(f"/{Path(item.name if isinstance(item, TarMember) else item).name}"))
+        return digest.hexdigest()
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> Images:
         """The same images with another transform."""

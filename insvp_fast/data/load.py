@@ -45,6 +45,7 @@ class Data(NamedTuple):
     train_and_val: Dataset | None = None  # both, transformed as for training
     preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
     multi_label: bool = False  # whether an image may have several labels, or none
+    origin: dict[str, Any] | None = None  # ready for JSON, what ``load_test_data`` needs to know the test images again
 
 
 def load_data(
@@ -103,6 +104,7 @@ def load_data(
         preprocessing={name: value for name, value in preprocessing.items() if name not in ("augmentation", "hflip")},
         augmentation=describe_augmentation(preprocessing),
         multi_label=isinstance(splits["train"].classes, Tensor),
+        origin=_origin(source, splits, seed, words),
     )
 
 
@@ -114,6 +116,7 @@ def load_test_data(
     *,
     root: str | None = None,
     exif_rotation: bool = True,
+    undivided_sha256: str | None = None,
 ) -> Images | Part:
     """Load what a trained model is tested on: the test split of ``source``, or else val; the same for every protocol.
 
@@ -122,6 +125,7 @@ def load_test_data(
             loaded. None for other data, of which all images are loaded then.
         class_names: the classes of the model. The images' classes are matched by name: the data may have fewer, and
             number them otherwise.
+        undivided_sha256: of the model's own data, if they have neither split; data of another digest are other data.
 
     Raises:
         DataError: if an image has another class, or the data cannot be read.
@@ -133,7 +137,8 @@ def load_test_data(
     if names != list(class_names):
         classes = class_indices([names[index] for index in classes], class_names, f"`data` is {source}")
     images = Images(images.items, classes, transform_for(_adapted(preprocessing, source)), exif_rotation)
-    if split != "train" or seed is None:
+    images.split = split
+    if split != "train" or seed is None or undivided_sha256 not in (None, splits["train"].digest()):
         return images
     return Part(images, _in_three(source, splits["train"], names, seed)[2])
 
@@ -183,6 +188,15 @@ def _divide(
         parts["test"] = parts["val"]
         words = f"no test was found, so val is only tested on; {words}"
     return parts | _in_two(train, val), f"{protocol}: {words}"
+
+
+def _origin(source: str, splits: dict[str, Images], seed: int, words: str) -> dict[str, Any]:
+    return {
+        "data": Path(source).resolve().name if Path(source).exists() else source,
+        "split_seed": seed,
+        "splits": words,
+        "undivided_sha256": splits["train"].digest() if splits.keys() == {"train"} else None,
+    }
 
 
 def _in_two(train: list[int], val: list[int]) -> Parts:

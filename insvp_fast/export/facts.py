@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from insvp_fast.data import transform_for
+from insvp_fast.data.decode import to_rgb
 from insvp_fast.errors import CheckpointError
 from insvp_fast.export.preprocessing import steps
 
@@ -33,6 +34,7 @@ class Facts:
         inside: the steps of it that the file takes itself, one of ``INSIDE``.
         input: the shape of the images, [B, C, H, W] or [B, H, W, C], with None where any size will do.
         insvp_fast_version: what wrote it.
+        exif_rotation: whether images were turned upright in training, as their EXIF orientation says.
     """
 
     class_names: list[str] | None
@@ -40,7 +42,9 @@ class Facts:
     inside: str
     input: list[int | None]
     insvp_fast_version: str
-    multi_label: bool = False  # files of earlier versions do not say it: they knew one label per image alone
+    # what files of earlier versions do not say
+    multi_label: bool = False
+    exif_rotation: bool = True
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -53,13 +57,17 @@ class Facts:
         return torch.float32 if self.inside == "nothing" else torch.uint8
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """One image for the file, without the batch's dimension: RGB, after the steps that are not inside.
+        """One image for the file, without the batch's dimension: after the steps that are not inside.
+
+        Args:
+            image: of any mode, as Pillow opens it; turned upright here, as in training, if its EXIF data say how.
 
         Raises:
             ValueError: if the preprocessing is unknown.
         """
         if self.preprocessing is None:
             raise ValueError("preprocessing is None: expected images to be prepared as they were in training")
+        image = to_rgb(image, self.exif_rotation)
         if self.inside == "nothing":
             return transform_for(self.preprocessing)(image)
         resize, crop, *_ = steps(self.preprocessing)

@@ -20,7 +20,7 @@ from insvp_fast.export.openvino import load_openvino, quantize_openvino, write_o
 from insvp_fast.export.parity import Parity, check_parity, run_in_new_process
 from insvp_fast.export.preprocessing import resize_reason
 from insvp_fast.export.programs import is_aoti, load_aoti, load_torch, write_aoti, write_torch
-from insvp_fast.model import InsVPViT
+from insvp_fast.methods.load import AnyModel
 
 __all__ = ["FORMATS", "Export", "Format", "export_model", "load", "require_packages"]
 
@@ -60,7 +60,7 @@ class Export(NamedTuple):
 
 
 def export_model(
-    model: InsVPViT,
+    model: AnyModel,
     file: str | Path,
     format: str,
     *,
@@ -112,7 +112,7 @@ def export_model(
     return Export([file.parent / part.name for part in written], graph.facts, graph.operations, parity, notes)
 
 
-def _resize_reason(model: InsVPViT, format: str) -> str | None:
+def _resize_reason(model: AnyModel, format: str) -> str | None:
     if format == "openvino":
         return "OpenVINO computes them in fp32, which puts one pixel in a thousand off by one level"
     assert model.preprocessing is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,10 +15,15 @@ from insvp_fast import __version__
 from insvp_fast.errors import ExportError
 from insvp_fast.export.facts import INSIDE, Facts
 from insvp_fast.export.preprocessing import ExportedPreprocessing
+from insvp_fast.methods import DAMVP, VFPT, TunedViT
+from insvp_fast.methods.load import AnyModel
 from insvp_fast.model import InsVPViT
-from insvp_fast.reference import InsVPReference
+from insvp_fast.reference import InsVPReference, PromptMethod
+from insvp_fast.reference.prompted import PromptedReference
+from insvp_fast.reference.structure import in_channels
+from insvp_fast.reference.structures import structure_of
 
-__all__ = ["Graph", "capture", "standard_model"]
+__all__ = ["Graph", "capture", "refusal", "standard_model"]
 
 NOTHING, NORMALIZE, ALL = INSIDE
 
@@ -34,15 +41,29 @@ class Graph(NamedTuple):
         return sum(str(node.target).startswith("insvp_fast.") for node in self.program.graph.nodes)
 
 
-def standard_model(model: InsVPViT) -> InsVPReference:
-    """The reference with the parameters of ``model``, so the same function in PyTorch's own operators."""
-    reference = InsVPReference(copy.deepcopy(model.backbone), model.num_classes, model.config)
+def standard_model(model: AnyModel) -> nn.Module:
+    """The same function in PyTorch's own operators, with the parameters of ``model``: its reference.
+
+    A ``TunedViT`` is its own.
+    """
+    if isinstance(model, TunedViT):
+        return model
+    backbone = copy.deepcopy(model.backbone)
+    if isinstance(model, InsVPViT):
+        reference: PromptedReference = InsVPReference(backbone, model.num_classes, model.config)
+    else:
+        method = copy.deepcopy(model.method)
+        reference = PromptedReference(backbone, model.num_classes, method=lambda _: method)
+        if isinstance(method, DAMVP):
+            method.attach(PromptedReference(backbone, method=PromptMethod))
     reference.load_state_dict(model.state_dict(), assign=True)
+    if isinstance(reference.method, VFPT):
+        reference.method.fold_transform()
     return reference.eval()
 
 
 def capture(
-    model: InsVPViT, *, standard: bool, inside: str = NOTHING, channels_last: bool = False, batch: int | None = None
+    model: AnyModel, *, standard: bool, inside: str = NOTHING, channels_last: bool = False, batch: int | None = None
 ) -> Graph:
     """Trace a model in evaluation mode, with an open batch unless ``batch`` fixes it.
 
@@ -52,7 +73,7 @@ def capture(
         channels_last: images are [B, H, W, C].
 
     Raises:
-        ExportError: if preprocessing is asked for and unknown.
+        ExportError: if preprocessing is asked for and unknown, or the model cannot be traced.
     """
     if inside != NOTHING and model.preprocessing is None:
         raise ExportError("the adapter does not say how images are prepared: expected its `preprocessing` to be saved")
@@ -70,7 +91,8 @@ def capture(
         axes = {max(axis - 1, 0): name for axis, name in axes.items()}
     facts = Facts(
         class_names=model.class_names,
-        multi_label=bool(getattr(model, "multi_label", False)),
+        multi_label=model.multi_label,
+        exif_rotation=model.exif_rotation,
         preprocessing=model.preprocessing,
         inside=inside,
         input=shape,
@@ -82,16 +104,31 @@ def capture(
 
 def _trace(module: nn.Module, example: Tensor, axes: dict[int, str]) -> ExportedProgram:
     dimensions = {axis: Dim(name) for axis, name in axes.items()}
-    with torch.no_grad():
+    with torch.no_grad(), refusal("torch.export cannot trace the model"):
         # not strict, it would replace the calls of all modules, which the fast path takes for a change of the model
         program = torch.export.export(module, (example,), strict=True, dynamic_shapes=(dimensions,))
         return program.run_decompositions({})  # of autograd functions to the operators in them
 
 
-def _image_shape(model: InsVPViT) -> tuple[int, int, int]:
+@contextmanager
+def refusal(problem: str) -> Iterator[None]:
+    """Turn errors of a converter, which have many types and lines, into one sentence.
+
+    Raises:
+        ExportError: for any of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ExportError(f"{problem}: {next(filter(None, lines), type(error).__name__)}") from error
+
+
+def _image_shape(model: AnyModel) -> tuple[int, int, int]:
     if model.preprocessing is not None:
         C, H, W = model.preprocessing["input_size"]
         return C, H, W
-    size = getattr(getattr(model.backbone, "patch_embed", None), "img_size", None)
-    H, W = size or model.pretrained_cfg["input_size"][1:]
-    return model.in_channels, H, W
+    backbone = model.backbone
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    H, W = size or backbone.pretrained_cfg["input_size"][1:]
+    return in_channels(backbone, structure_of(backbone).patch_size(backbone)), H, W

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from insvp_fast.errors import CheckpointError
 from insvp_fast.export.facts import ExportedModel, Facts
-from insvp_fast.export.graph import Graph
+from insvp_fast.export.graph import Graph, refusal
 
 __all__ = ["OPSET", "load_onnx", "quantize_onnx", "write_onnx"]
 
@@ -19,15 +19,16 @@ OPSET = 18
 
 def write_onnx(graph: Graph, file: Path) -> None:
     """Write an ONNX file with input ``images``, output ``logits``; weights above 2 GB are in a file beside it."""
-    program = torch.onnx.export(
-        graph.program,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=(graph.axes,),
-        verbose=False,
-    )
+    with refusal("torch.onnx cannot convert the model"):
+        program = torch.onnx.export(
+            graph.program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=(graph.axes,),
+            verbose=False,
+        )
     assert program is not None
     program.model.metadata_props.update(graph.facts.to_metadata())
     program.save(file, external_data=False)

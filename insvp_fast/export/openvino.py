@@ -11,7 +11,7 @@ from torch import Tensor
 
 from insvp_fast.errors import CheckpointError
 from insvp_fast.export.facts import ExportedModel, Facts
-from insvp_fast.export.graph import Graph
+from insvp_fast.export.graph import Graph, refusal
 
 __all__ = ["load_openvino", "quantize_openvino", "write_openvino"]
 
@@ -23,7 +23,8 @@ def write_openvino(graph: Graph, file: Path) -> None:
     import openvino
 
     shape = openvino.PartialShape([-1 if size is None else size for size in graph.facts.input])
-    model = openvino.convert_model(graph.program, input=[shape])
+    with refusal("OpenVINO cannot convert the model"):
+        model = openvino.convert_model(graph.program, input=[shape])
     model.inputs[0].get_tensor().set_names({"images"})
     model.outputs[0].get_tensor().set_names({"logits"})
     for name, value in graph.facts.to_metadata().items():

@@ -18,7 +18,7 @@ from insvp_fast.data import transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import ExportError
 from insvp_fast.export.facts import ExportedModel, Facts
-from insvp_fast.model import InsVPViT
+from insvp_fast.methods.load import AnyModel
 from insvp_fast.testing import relative_error
 
 __all__ = ["TOLERANCE", "Loss", "Parity", "check_parity", "measure_loss", "run_in_new_process"]
@@ -38,7 +38,7 @@ class Parity(NamedTuple):
         return f"batch {self.batch}: {errors}"
 
 
-def check_parity(model: InsVPViT, run: Callable[[list[Tensor]], list[Tensor]], facts: Facts) -> list[Parity]:
+def check_parity(model: AnyModel, run: Callable[[list[Tensor]], list[Tensor]], facts: Facts) -> list[Parity]:
     """Compare the logits of noise in batches of 1 and 7, or of the fixed batch.
 
     Args:
@@ -106,7 +106,7 @@ class Loss(NamedTuple):
 
 
 @torch.no_grad()
-def measure_loss(model: InsVPViT, exported: ExportedModel, images: Images) -> Loss:
+def measure_loss(model: AnyModel, exported: ExportedModel, images: Images) -> Loss:
     """Classify images one by one with both; a class of -1 is unknown."""
     assert model.preprocessing is not None
     transform = transform_for(model.preprocessing)

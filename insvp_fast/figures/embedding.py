@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from insvp_fast.errors import DataError
 from insvp_fast.figures.style import COLORS, MARKERS, drawing
+from insvp_fast.methods import TunedViT
+from insvp_fast.methods.load import AnyModel
 from insvp_fast.reference import InsVPReference
 
 __all__ = ["MAX_CLASSES", "choose_images", "collect_vectors", "plot_tsne", "specific_prompts"]
@@ -21,6 +24,7 @@ __all__ = ["MAX_CLASSES", "choose_images", "collect_vectors", "plot_tsne", "spec
 MAX_CLASSES = 20  # that colors and markers tell apart
 PCA_DIMENSIONS = 50  # before t-SNE, as its authors do
 PERPLEXITY = 30.0
+MAX_COLUMNS = 4  # of panels
 
 
 def choose_images(classes: Sequence[int], count: int, seed: int) -> list[int]:
@@ -40,21 +44,27 @@ def choose_images(classes: Sequence[int], count: int, seed: int) -> list[int]:
 
 
 @torch.inference_mode()
-def collect_vectors(model: InsVPReference, batches: Iterable[Tensor]) -> dict[str, np.ndarray]:
+def collect_vectors(model: AnyModel, batches: Iterable[Tensor]) -> dict[str, np.ndarray]:
     """What t-SNE is to show of images, fp32 [N, width] by title.
 
-    These are the specific prompts p_s, if there are any, and what the head reads, from the bare frozen backbone and
-    with prompts.
+    These are the specific prompts p_s, if there are any, the features that the head would read from the bare frozen
+    backbone, if the method leaves that as it is, and last those that it reads.
     """
     found: dict[str, list[Tensor]] = {}
     for images in batches:
-        prompts = specific_prompts(model.eval(), images)
-        own = {} if prompts is None else {"specific prompts": prompts}
-        for word, part in (("without", model.backbone), ("with", model)):
-            own[f"features {word} prompts"] = model.forward_head(part.forward_features(images), pre_logits=True)
-        for title, vectors in own.items():
+        for title, vectors in _vectors(model.eval(), images).items():
             found.setdefault(title, []).append(vectors.float().cpu())
     return {title: torch.cat(vectors).numpy() for title, vectors in found.items()}
+
+
+def _vectors(model: AnyModel, images: Tensor) -> dict[str, Tensor]:
+    if isinstance(model, TunedViT):
+        return {"features": model.pooled_features(images)}
+    prompts = specific_prompts(model, images) if isinstance(model, InsVPReference) else None
+    own = {} if prompts is None else {"specific prompts": prompts}
+    for word, part in (("without", model.backbone), ("with", model)):
+        own[f"features {word} prompts"] = model.forward_head(part.forward_features(images), pre_logits=True)
+    return own
 
 
 def specific_prompts(model: InsVPReference, images: Tensor) -> Tensor | None:
@@ -80,10 +90,14 @@ def plot_tsne(
     """
     labels = np.asarray(classes)
     scores = {title: float(silhouette_score(vectors, labels)) for title, vectors in panels.items()}
-    with drawing(file, 3.1 * len(panels) + 1.3, 3.7) as figure:
+    rows = math.ceil(len(panels) / MAX_COLUMNS)
+    columns = math.ceil(len(panels) / rows)
+    with drawing(file, 3.1 * columns + 1.3, 3.5 * rows + 0.2) as figure:
         figure.suptitle(f"t-SNE of {len(labels)} images")
-        row = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, vectors) in zip(row, panels.items(), strict=True):
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for unused in grid[len(panels) :]:
+            unused.remove()
+        for axes, (title, vectors) in zip(grid, panels.items(), strict=False):
             points = _tsne(vectors, seed)
             for i, label in enumerate(np.unique(labels)):
                 own = points[labels == label]
@@ -94,7 +108,7 @@ def plot_tsne(
             axes.set_box_aspect(1)
             for side in ("right", "top"):
                 axes.spines[side].set_visible(True)
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside right center", markerscale=1.5)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", markerscale=1.5)
     return scores
 
 

@@ -15,25 +15,31 @@ from insvp_fast.figures.style import COLORS, SEQUENTIAL, drawing
 __all__ = ["plot_confusion", "plot_curves"]
 
 MAX_NAMED = 40  # with more classes, their names beside a confusion matrix could not be read
-# the panels of the learning curves: a title, and what is drawn how
-CURVES = {
-    "loss": {"loss": ("training", "-"), "val_loss": ("validation", "--")},
-    "accuracy": {"val_accuracy": ("validation", "-"), "test_accuracy": ("test", "--")},
-    "mean average precision": {"val_map": ("validation", "-"), "test_map": ("test", "--")},
+TITLES = {  # of the panels, by the names of scores in records
+    "accuracy": "accuracy",
+    "map": "mean average precision",
+    "mean_per_class": "mean accuracy per class",
+    "f1": "macro F1",
 }
+LOSSES = {"loss": ("training", "-"), "val_loss": ("validation", "--")}  # what is drawn how
 
 
-def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Losses and accuracies over the epochs, a color for each model.
+def plot_curves(records: Sequence[dict[str, Any]], file: Path, metric: str = "accuracy") -> None:
+    """Losses, accuracies and what selects the epoch to keep, over the epochs; a color for each model.
 
     A model with one record, which has no epochs to speak of, is a horizontal line. What no record holds is left out.
 
     Args:
         records: of the epochs, as in ``metrics.jsonl``.
+        metric: the name in records of the score by which an epoch is kept.
     """
+    scores = {
+        TITLES[name]: {f"val_{name}": ("validation", "-"), f"test_{name}": ("test", "--")}
+        for name in dict.fromkeys(("accuracy", "map", metric))
+    }
     held = {
         title: {key: how for key, how in curves.items() if any(record.get(key) is not None for record in records)}
-        for title, curves in CURVES.items()
+        for title, curves in {"loss": LOSSES, **scores}.items()
     }
     panels = {title: curves for title, curves in held.items() if curves}
     models = list(dict.fromkeys(record["model"] for record in records))
@@ -43,7 +49,7 @@ def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
         ):
             for key, (split, line) in curves.items():
                 for model, color in zip(models, _cycle(len(models)), strict=True):
-                    own = [r for r in records if r["model"] == model and r.get(key) is not None]
+                    own = [record for record in records if record["model"] == model]
                     _draw_curve(axes, own, key, color=color, linestyle=line, label=f"{model}, {split}")
             axes.set(xlabel="epoch", title=title)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -53,10 +59,11 @@ def plot_curves(records: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def _draw_curve(axes: Axes, records: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
-    if len(records) == 1:
-        axes.axhline(records[0][key], **style)
-    elif records:
-        axes.plot([r["epoch"] for r in records], [r[key] for r in records], marker="o", **style)
+    points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
+    if points and len(records) == 1:
+        axes.axhline(points[0][1], **style)
+    elif points:
+        axes.plot(*zip(*points, strict=True), marker="o", **style)
 
 
 def _cycle(count: int) -> list[str]:

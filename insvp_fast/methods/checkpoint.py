@@ -14,7 +14,13 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.checkpoints.adapter_config import BackboneRecord, check_class_names, check_fields
+from insvp_fast.checkpoints.adapter_config import (
+    BackboneRecord,
+    Described,
+    check_class_names,
+    check_fields,
+    with_later_fields,
+)
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.checkpoints.files import find_file, read_safetensors
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
@@ -41,6 +47,8 @@ class MethodConfig:
     class_names: list | None
     multi_label: bool
     preprocessing: dict | None
+    exif_rotation: bool
+    trained_on: dict | None
 
     def __post_init__(self) -> None:
         check_class_names(self.class_names, self.num_classes)
@@ -55,7 +63,7 @@ class MethodConfig:
         values = read_json(file, CheckpointError)
         if values.get("method") not in CLASSES:
             raise CheckpointError(f"{file}: method is {values.get('method')!r}: expected one of {sorted(CLASSES)}")
-        values.setdefault("multi_label", False)  # earlier versions knew one label per image alone
+        values = with_later_fields(values)
         check_fields(cls, values, f"{file}: ")
         try:
             return cls(**values | {"backbone": BackboneRecord.read(values["backbone"], file)})
@@ -63,11 +71,10 @@ class MethodConfig:
             raise CheckpointError(f"{file}: {error}") from error
 
 
-class MethodCheckpoint(nn.Module):
+class MethodCheckpoint(Described, nn.Module):
     """Saving and loading, for a class with a constructor (backbone, num_classes, method=...).
 
-    Attributes:
-        class_names, multi_label, preprocessing: as those of an ``InsVPViT``; saved with the adapter.
+    The attributes of ``Described`` are saved with the adapter.
     """
 
     KIND: ClassVar[type[nn.Module]]  # of which its methods are
@@ -75,9 +82,6 @@ class MethodCheckpoint(nn.Module):
     backbone: Any
     method: Any
     num_classes: int
-    class_names: list[str] | None = None
-    multi_label: bool = False
-    preprocessing: dict[str, Any] | None = None
     _options: dict[str, Any] | None
 
     def _adapter(self) -> dict[str, Tensor]:
@@ -115,9 +119,7 @@ class MethodCheckpoint(nn.Module):
             options=self._options,
             num_classes=self.num_classes,
             backbone=self._backbone_record(),
-            class_names=self.class_names,
-            multi_label=self.multi_label,
-            preprocessing=self.preprocessing,
+            **self.description(),
         )
         try:
             text = json.dumps(dataclasses.asdict(config), indent=2)
@@ -164,8 +166,7 @@ class MethodCheckpoint(nn.Module):
             raise CheckpointError(f"{file}: {error}") from error
         check_shapes(weights, {key: tuple(value.shape) for key, value in model._adapter().items()}, folder)
         model.load_state_dict(weights, strict=False)
-        model.class_names, model.preprocessing = config.class_names, config.preprocessing
-        model.multi_label = config.multi_label
+        model.describe_as(config)
         return model.eval()
 
 

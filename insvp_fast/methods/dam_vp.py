@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.methods.vp import VP
-from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import Geometry, PromptMethod
 
-__all__ = ["DAMVP"]
+__all__ = ["DAMVP", "NUM_IMAGES"]
+
+NUM_IMAGES = 1000  # that are clustered
 
 
 class DAMVP(PromptMethod):
@@ -41,11 +42,11 @@ class DAMVP(PromptMethod):
         self.frames = nn.ModuleList(VP(geometry, padding=padding) for _ in range(num_prompts))
         self.register_buffer("centers", torch.full((num_prompts, geometry.widths[-1]), torch.nan))
         self.is_fitted = False
-        self._bare: tuple[PromptedViT, ...] = ()  # in a tuple, so that the backbone is not a part of the method
+        self._bare: tuple[nn.Module, ...] = ()  # in a tuple, so that the backbone is not a part of the method
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Take the features of this backbone, on the fast path where that covers it."""
-        self._bare = (PromptedViT(backbone, method=PromptMethod),)
+    def attach(self, bare: nn.Module) -> None:
+        """Take the features that this model without prompts gives."""
+        self._bare = (bare,)
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
@@ -53,17 +54,26 @@ class DAMVP(PromptMethod):
         (bare,) = self._bare
         return bare(image)
 
-    def fit(self, batches: Iterable[Any], num_images: int = 1000) -> None:
+    def fit(self, batches: Iterable[Any], num_images: int = NUM_IMAGES) -> None:
         """Cluster images by their features: average linkage, cut into as many clusters as there are prompts.
 
         Args:
-            batches: normalized images [B, C, H, W], or tuples that begin with them, as a shuffled loader of the
-                training set gives; the first ``num_images`` images are used. Needs scipy.
+            batches: as ``features_of`` takes them. Needs scipy.
+            num_images: that are used; at least one for each prompt.
 
         Raises:
             DataError: for fewer images than prompts.
         """
-        found: list[Tensor] = []
+        self.fit_features(self.features_of(batches, max(num_images, len(self.frames))))
+
+    def features_of(self, batches: Iterable[Any], num_images: int) -> Tensor:
+        """The features of the first ``num_images`` images, [N, D].
+
+        Args:
+            batches: normalized images [B, C, H, W], or tuples that begin with them, as a shuffled loader of the
+                training set gives.
+        """
+        found = [self.centers[:0]]
         count = 0
         for batch in batches:
             image = batch if isinstance(batch, Tensor) else batch[0]
@@ -71,24 +81,34 @@ class DAMVP(PromptMethod):
             count += len(image)
             if count >= num_images:
                 break
-        if count < len(self.frames):
-            raise DataError(f"found {count} images: expected at least one for each of {len(self.frames)} clusters")
-        self.fit_features(torch.cat(found)[:num_images])
+        return torch.cat(found)[:num_images]
 
     def fit_features(self, features: Tensor) -> None:
         """As ``fit``, from features [N, D]."""
         from scipy.cluster.hierarchy import cut_tree, linkage
 
+        self.require(len(features))
         tree = linkage(features.double().cpu().numpy(), method="average")
         clusters = torch.from_numpy(cut_tree(tree, n_clusters=len(self.frames))[:, 0]).to(features.device)
         centers = [features[clusters == i].mean(0) for i in range(len(self.frames))]
         self.centers.copy_(torch.stack(centers))
         self.is_fitted = True
 
+    def require(self, num_images: int) -> None:
+        """Check that there are enough images to cluster.
+
+        Raises:
+            DataError: for fewer images than prompts.
+        """
+        if num_images < len(self.frames):
+            raise DataError(f"DAM-VP has {len(self.frames)} prompts: expected as many images, found {num_images}")
+
     def nearest(self, features: Tensor) -> Tensor:
         """The cluster of each row of features [B, D]: [B], int64."""
         dtype = torch.promote_types(self.centers.dtype, torch.float32)
-        return torch.cdist(features.to(dtype), self.centers.to(dtype)).argmin(dim=1)
+        # not torch.cdist, which rounds the distances of more than 25 images otherwise
+        distances = (features.to(dtype)[:, None] - self.centers.to(dtype)).square().sum(-1)
+        return distances.argmin(dim=1)
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
         """x~, and no context.

@@ -19,7 +19,9 @@ from insvp_fast.methods.table import CLASSES
 from insvp_fast.methods.tuned import TunedViT
 from insvp_fast.model import InsVPViT
 
-__all__ = ["create_model", "load_model"]
+__all__ = ["AnyModel", "create_model", "load_model"]
+
+AnyModel = InsVPViT | MethodViT | TunedViT  # of any method
 
 
 def create_model(
@@ -53,7 +55,7 @@ def create_model(
 
 def load_model(
     folder: str | Path, backbone: str | nn.Module | None = None, *, local_files_only: bool = False
-) -> InsVPViT | MethodViT | TunedViT:
+) -> AnyModel:
     """The model of an adapter of any method, InsVP's or one of ``METHODS``, in evaluation mode.
 
     Args:

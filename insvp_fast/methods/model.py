@@ -59,7 +59,7 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
             backbone, pretrained, backbone_kwargs = create_backbone(backbone, **backbone_kwargs), False, {}
         super().__init__(backbone, num_classes, method=method, pretrained=pretrained, **backbone_kwargs)
         if isinstance(self.method, DAMVP):
-            self.method.attach(self.backbone)
+            self.method.attach(PromptedViT(self.backbone, method=PromptMethod))
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
         self.gelu_in_8_bits = gelu_in_8_bits
         self._options = options_of(method)

@@ -103,8 +103,12 @@ class TunedViT(MethodCheckpoint):
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, num_classes]."""
+        return self.head(self.pooled_features(image))
+
+    def pooled_features(self, image: Tensor) -> Tensor:
+        """What the head reads of images [B, C, H, W]: [B, D]."""
         features = self.backbone.forward_head(self.backbone.forward_features(image), pre_logits=True)
-        return self.head(self.method.combine(image, features))
+        return self.method.combine(image, features)
 
     def no_weight_decay(self) -> set[str]:
         """The names that the backbone's authors do not let decay, for timm's optimizer factory."""

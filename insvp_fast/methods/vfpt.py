@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from insvp_fast.methods.vpt import VPTDeep
 from insvp_fast.reference import Geometry
@@ -28,8 +28,17 @@ class VFPT(VPTDeep):
 
     def transform(self, block: int, p: Tensor, batch: int) -> Tensor:
         """The first prompts transformed, over sequence and width, and the others as they are."""
+        return super().transform(block, self._transformed(p), batch)
+
+    def _transformed(self, p: Tensor) -> Tensor:
         n = self.num_transformed
-        if n and len(p):  # there is no transform of nothing
-            wide = p[:, :n].to(torch.promote_types(p.dtype, torch.float32))  # there is no transform in 16 bits
-            p = torch.cat([torch.fft.fft2(wide).real.to(p.dtype), p[:, n:]], dim=1)
-        return super().transform(block, p, batch)
+        if not n or not len(p):  # there is no transform of nothing
+            return p
+        wide = p[..., :n, :].to(torch.promote_types(p.dtype, torch.float32))  # there is no transform in 16 bits
+        return torch.cat([torch.fft.fft2(wide).real.to(p.dtype), p[..., n:, :]], dim=-2)
+
+    @torch.no_grad()
+    def fold_transform(self) -> None:
+        """Replace the prompts by the transformed ones: the same in evaluation, for systems without the transform."""
+        self.prompts = nn.ParameterList(map(self._transformed, self.prompts))
+        self.num_transformed = 0

@@ -44,8 +44,9 @@ def conv(
         dilation: of the kernel.
         height, width: of the result, at most H and W.
         relu: whether to end in a ReLU.
-        dtype: of the result; that of x if not given. Arithmetic is fp32, but for the gradient of the weight on GPUs,
-            whose operands have 16 bits if x or the result has.
+        dtype: of the result; that of x if not given. Arithmetic is fp32, but on GPUs the operands of matrix
+            products have 16 bits if x or the result has. These compute the gradient of the weight, and all where the
+            weight is large.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
@@ -220,20 +221,24 @@ def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fwd_triton_reason(a: _Fwd) -> str | None:
-    return conv_triton_reason(a.x, a.weight, a.bias.dtype, a.dtype)
+    return conv_triton_reason(a.x, a.weight, a.dilation, a.height, a.width, a.bias.dtype, a.dtype)
 
 
 def _bwd_triton_reason(a: _Bwd) -> str | None:
-    return conv_triton_reason(a.x, a.weight, a.grad.dtype)
+    return conv_triton_reason(a.x, a.weight, a.dilation, a.height, a.width, a.grad.dtype)
 
 
-def conv_triton_reason(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> str | None:
+def conv_triton_reason(
+    x: Tensor, weight: Tensor, dilation: int, height: Size, width: Size, *dtypes: torch.dtype
+) -> str | None:
     """Why the Triton kernels cannot convolve x."""
     if reason := triton_reason(x.device, x.dtype, weight.dtype, *dtypes):
         return reason
     from insvp_fast.kernels.gpu import conv as kernel
 
-    return None if kernel.covers(weight) else f"does not cover a weight of shape {tuple(weight.shape)}"
+    what = f"a weight of shape {tuple(weight.shape)} and a map of {x.shape[2]}x{x.shape[3]} pixels"
+    covered = kernel.covers(weight, dilation, *x.shape[2:], height, width)
+    return None if covered else f"does not cover {what}"
 
 
 def _fwd_fake(a: _Fwd) -> Tensor:

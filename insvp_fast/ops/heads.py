@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_num_keys", "keys_exist", "merge_heads", "pack", "split_heads", "split_packed", "without_padding"]
+__all__ = [
+    "add_bias",
+    "check_bias",
+    "check_num_keys",
+    "keys_exist",
+    "merge_heads",
+    "pack",
+    "split_heads",
+    "split_packed",
+    "without_padding",
+]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # [B, T, D] -> [B, heads, T, d]
@@ -57,3 +68,20 @@ def keys_exist(num_keys: Tensor, S: int) -> Tensor:  # [B] -> [B, 1, 1, S]
 def without_padding(scores: Tensor, num_keys: Tensor | None) -> Tensor:  # [B, heads, T, S]
     """Scores of what is no key are -inf, so that it has no part in the softmax."""
     return scores if num_keys is None else scores.masked_fill(~keys_exist(num_keys, scores.shape[-1]), float("-inf"))
+
+
+def check_bias(bias: Tensor | None, num_heads: int, num_queries: int, S: int) -> None:
+    """Raise ValueError where ``bias`` is not [heads, T, up to S], or is trained."""
+    if bias is None:
+        return
+    if bias.ndim != 3 or bias.shape[:2] != (num_heads, num_queries) or bias.shape[2] > S:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected {(num_heads, num_queries)} and up to {S} keys")
+    if bias.requires_grad:
+        raise ValueError("the bias of few queries has to be frozen: expected requires_grad=False")
+
+
+def add_bias(scores: Tensor, bias: Tensor | None) -> Tensor:  # [B, heads, T, S]
+    """Scores with a bias [heads, T, up to S] of the first keys; those behind, which are prompts, get none."""
+    if bias is None:
+        return scores
+    return scores + F.pad(bias, (0, scores.shape[-1] - bias.shape[-1])).to(scores.dtype)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.heads import check_num_keys, merge_heads, split_heads, split_packed, without_padding
+from insvp_fast.ops.heads import (
+    add_bias,
+    check_bias,
+    check_num_keys,
+    merge_heads,
+    split_heads,
+    split_packed,
+    without_padding,
+)
 from insvp_fast.ops.linear import frozen_operands
 from insvp_fast.runtime import buffers, torch_private
 from insvp_fast.runtime.products import FrozenLinear
@@ -16,7 +24,15 @@ from insvp_fast.runtime.products import FrozenLinear
 __all__ = ["absorbed_attention", "query_attention"]
 
 
-def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float, *, num_keys: Tensor | None = None) -> Tensor:
+def query_attention(
+    q: Tensor,
+    kv: Tensor,
+    num_heads: int,
+    scale: float,
+    *,
+    num_keys: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of few queries, whose probabilities are cheaper to keep than to make again.
 
     It has one implementation, PyTorch's products.
@@ -25,26 +41,31 @@ def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float, *, num_
         q, kv: [B, T, D] and, packed, [B, S, 2·D], ``num_heads`` equal heads folded into D, in one floating dtype.
         scale: of the scores before the softmax.
         num_keys: as in ``attention``.
+        bias: [heads, T, up to S], frozen, added to the scores of the first keys; None adds nothing.
 
     Returns:
         [B, T, D]. Kept for backward: ``q``, ``kv`` and the probabilities, [B, heads, T, S].
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit, or a bias that would be trained.
     """
     if q.ndim != 3 or kv.shape != (len(q), *kv.shape[1:-1], 2 * q.shape[2]) or q.shape[2] % num_heads:
         shapes = tuple(q.shape), tuple(kv.shape)
         raise ValueError(f"q and kv have shapes {shapes}: expected [B, T, D] and [B, S, 2*D], D in {num_heads} heads")
     check_num_keys(num_keys, kv, q.shape[1])
-    return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, scale, num_keys))
+    check_bias(bias, num_heads, q.shape[1], kv.shape[1])
+    return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, scale, num_keys, bias))
 
 
 @first_order("query_attention", "attention_reference of the module insvp_fast.ops.attention")
 class _QueryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, num_heads: int, scale: float, num_keys: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, num_heads: int, scale: float, num_keys: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         k, v = map(_contiguous, split_packed(kv, num_heads, 2))
-        p = without_padding(scale * split_heads(q, num_heads) @ k.mT, num_keys).softmax(dim=-1)
+        scores = add_bias(scale * split_heads(q, num_heads) @ k.mT, bias)
+        p = without_padding(scores, num_keys).softmax(dim=-1)
         ctx.save_for_backward(q, kv, p)
         ctx.shape = num_heads, scale
         return merge_heads(p @ v)
@@ -60,7 +81,7 @@ class _QueryAttention(torch.autograd.Function):
         # each half is written where it belongs: stacking them would cost another buffer of their size
         for half, product in zip(split_packed(d_kv, num_heads, 2), ((d_scores, q), (p, grad)), strict=True):
             half.copy_(torch.matmul(product[0].mT, product[1], out=d_head))
-        return merge_heads(d_scores @ k), d_kv, None, None, None
+        return merge_heads(d_scores @ k), d_kv, *(None,) * 4
 
 
 def _contiguous(x: Tensor) -> Tensor:  # matmul would do so itself, in fresh memory
@@ -68,7 +89,14 @@ def _contiguous(x: Tensor) -> Tensor:  # matmul would do so itself, in fresh mem
 
 
 def absorbed_attention(
-    x: Tensor, num_queries: int, layer: FrozenLinear, num_heads: int, scale: float, *, num_keys: Tensor | None = None
+    x: Tensor,
+    num_queries: int,
+    layer: FrozenLinear,
+    num_heads: int,
+    scale: float,
+    *,
+    num_keys: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``query_attention`` of the first tokens from ``project_q_kv``, without making keys and values.
 
@@ -80,30 +108,31 @@ def absorbed_attention(
         x: [B, S, E].
         num_queries: T, at most S.
         layer: the packed layer of queries, keys and values, [3·D, E], all of it, with ``num_heads`` equal heads in D.
-        scale, num_keys: as in ``query_attention``.
+        scale, num_keys, bias: as in ``query_attention``.
 
     Returns:
         [B, T, D]. Kept for backward: ``x``, and per head and query the probabilities [S] and a row [E].
 
     Raises:
-        ValueError: for shapes that do not fit, or a weight that requires a gradient.
+        ValueError: for shapes that do not fit, or a weight or bias that requires a gradient.
     """
     *sources, first, last = frozen_operands(x, layer)
     if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or first or last % (3 * num_heads):
         found = f"x of shape {tuple(x.shape)}, num_queries={num_queries} and {last - first} outputs"
         raise ValueError(f"found {found}: expected [B, S, E], 0 to S, and 3*D with D in {num_heads} heads")
     check_num_keys(num_keys, x, num_queries)
-    return cast(Tensor, apply(_AbsorbedAttention, x, num_queries, *sources, num_heads, scale, num_keys))
+    check_bias(bias, num_heads, num_queries, x.shape[1])
+    return cast(Tensor, apply(_AbsorbedAttention, x, num_queries, *sources, num_heads, scale, num_keys, bias))
 
 
 @first_order("absorbed_attention", "attention_reference of the module insvp_fast.ops.attention")
 class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, T: int, *rest: Any) -> Tensor:
-        *weights, H, scale, num_keys = rest
+        *weights, H, scale, num_keys, bias = rest
         D = weights[0].shape[0] // 3
         rows = _turned(_by_head(_product(x[:, :T], weights, 0, D), H), weights, D, 2 * D)  # [B, H·T, E]
-        scores = torch.unflatten(scale * rows @ x.mT, 1, (H, T))
+        scores = add_bias(torch.unflatten(scale * rows @ x.mT, 1, (H, T)), bias)
         p = without_padding(scores, num_keys).softmax(dim=-1).flatten(1, 2)
         ctx.save_for_backward(x, rows, p, *weights)
         ctx.shape = T, H, scale
@@ -119,7 +148,7 @@ class _AbsorbedAttention(torch.autograd.Function):
         weight, _, gain, _ = weights  # nothing is added to a gradient
         d_q = _own_heads(_product(d_scores @ x, (weight, None, gain, None), D, 2 * D), H)
         d_x[:, :T] += _turned(d_q, weights, 0, D)
-        return d_x, *(None,) * 8
+        return d_x, *(None,) * 9
 
 
 def _product(x: Tensor, weights: Any, first: int, last: int) -> Tensor:

@@ -49,6 +49,7 @@ def superpose(
     dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    kept: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The prompted image x + w_g·p_g + w_l·G_l(x), unfolded into patches, in one pass (eq. 5, 6 and 7).
@@ -58,6 +59,8 @@ def superpose(
         weights, blend: trained weights of the patch prompter, and fixed numbers.
         dtype: of the result; the image's, for uint8 the scale's, if not given. Arithmetic is fp32.
         scale, shift: [C], fp32, for a uint8 image u and for no other: x is u·scale + shift. Neither has a gradient.
+        kept: [B, C, H, W], bool, dropout's mask: the patch prompt counts only where it is True. That what is left
+            counts more, by 1 / (1 - p), is for ``patch_weight`` to say.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
@@ -68,9 +71,11 @@ def superpose(
         RuntimeError: if the implementation asked for cannot run here.
     """
     _check(image, global_prompt, weights, blend, scale, shift)
+    if kept is not None and (kept.shape != image.shape or kept.dtype != torch.bool):
+        raise ValueError(f"kept is {kept.dtype} {tuple(kept.shape)}: expected torch.bool {tuple(image.shape)}")
     dtype = dtype or (image if scale is None else scale).dtype
     numbers = blend.patch_size, float(blend.global_weight), float(blend.patch_weight)
-    operands = _Fwd(image, global_prompt, *weights, *numbers, dtype, scale, shift)
+    operands = _Fwd(image, global_prompt, *weights, *numbers, dtype, scale, shift, kept)
     require("superpose_fwd", impl, operands)
     return cast(Tensor, apply(_Superpose, *operands, impl))
 
@@ -105,12 +110,13 @@ def _check(
 
 
 def superpose_reference(
-    image: Tensor, global_prompt: Tensor | None, weights: PatchWeights, blend: Blend
+    image: Tensor, global_prompt: Tensor | None, weights: PatchWeights, blend: Blend, kept: Tensor | None = None
 ) -> Tensor:  # [B, N, K]
     """The formula of ``superpose``, of a floating-point image in its own dtype."""
     (w1, b1, w2, b2), (P, w_g, w_l) = weights, blend
     x = unfold(image, P)
     p_l = F.linear(F.linear(x, w1, b1).relu(), w2, b2)
+    p_l = p_l if kept is None else p_l * unfold(kept, P)
     if global_prompt is None:
         return x + w_l * p_l
     return x + (w_g * unfold(global_prompt, P) + w_l * p_l)
@@ -123,10 +129,11 @@ def superpose_bwd_reference(
     w1: Tensor,
     w2: Tensor,
     blend: Blend,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``superpose_reference`` by image, global prompt, w1, b1, w2 and b2, written out."""
     (H, W), (P, w_g, w_l) = image.shape[-2:], blend
-    d_patch = w_l * grad
+    d_patch = w_l * (grad if kept is None else grad * unfold(kept, P))
     d_hidden = torch.ops.aten.threshold_backward(d_patch @ w2, hidden, 0)
     d_image = fold(grad + d_hidden @ w1, P, H, W)
     d_global = fold(w_g * grad, P, H, W)
@@ -147,6 +154,7 @@ class _Fwd(NamedTuple):
     dtype: torch.dtype
     scale: Tensor | None
     shift: Tensor | None
+    kept: Tensor | None = None
 
     @property
     def weights(self) -> PatchWeights:
@@ -170,6 +178,7 @@ class _Bwd(NamedTuple):
     need_global: bool
     scale: Tensor | None
     shift: Tensor | None
+    kept: Tensor | None = None
 
     @property
     def blend(self) -> Blend:
@@ -181,16 +190,16 @@ class _Superpose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        patches, hidden = torch.ops.insvp_fast.superpose_fwd.default(*a, impl)
-        ctx.save_for_backward(a.image, hidden, a.w1, a.w2, a.scale, a.shift)
+        patches, hidden = torch.ops.insvp_fast.superpose_fwd.default(*a[:-1], impl, a.kept)
+        ctx.save_for_backward(a.image, hidden, a.w1, a.w2, a.scale, a.shift, a.kept)
         ctx.blend, ctx.impl = a.blend, impl
         return cast(Tensor, patches)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, scale, shift = ctx.saved_tensors
-        a = _Bwd._make((grad, *kept, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift))
-        grads = torch.ops.insvp_fast.superpose_bwd.default(*a, ctx.impl)
+        *operands, scale, shift, kept = ctx.saved_tensors
+        a = _Bwd._make((grad, *operands, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift, kept))
+        grads = torch.ops.insvp_fast.superpose_bwd.default(*a[:-1], ctx.impl, a.kept)
         return only_needed(ctx, grads)
 
 
@@ -208,13 +217,13 @@ def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor]:
     x, weights = _pixels(a).to(wide), PatchWeights(*(w.to(wide) for w in a.weights))
     p_g = None if a.global_prompt is None else a.global_prompt.to(wide)
     hidden = F.linear(unfold(x, a.patch_size), weights.w1, weights.b1).relu()
-    return superpose_reference(x, p_g, weights, a.blend).to(a.dtype), hidden
+    return superpose_reference(x, p_g, weights, a.blend, a.kept).to(a.dtype), hidden
 
 
 def _bwd_reference(a: _Bwd) -> tuple[Tensor, ...]:
     wide = widened(a.image.dtype)
     grad, x, hidden, w1, w2 = (t.to(wide) for t in (a.grad, _pixels(a), a.hidden, a.w1, a.w2))
-    d_image, d_global, *d_weights = superpose_bwd_reference(grad, x, hidden, w1, w2, a.blend)
+    d_image, d_global, *d_weights = superpose_bwd_reference(grad, x, hidden, w1, w2, a.blend, a.kept)
     d_image = d_image.to(a.image.dtype) if a.need_image else a.image.new_empty(0)
     d_global = d_global.to(a.grad.dtype) if a.need_global else a.grad.new_empty(0)
     return d_image, d_global, *(d.to(w.dtype) for d, w in zip(d_weights, (a.w1, a.w1, a.w2, a.w2), strict=True))
@@ -232,11 +241,15 @@ def _bwd_native(a: _Bwd) -> tuple[Tensor, ...]:
 
 def _fwd_native_reason(a: _Fwd) -> str | None:
     maps = _pixel_dtype(a), a.dtype, *(() if a.global_prompt is None else (a.global_prompt.dtype,))
-    return native_reason(a.image.device, *maps, weights=a.weights)
+    return native_reason(a.image.device, *maps, weights=a.weights) or _dropout_reason(a)
 
 
 def _bwd_native_reason(a: _Bwd) -> str | None:
-    return native_reason(a.image.device, a.grad.dtype, _pixel_dtype(a), weights=(a.w1, a.w2))
+    return native_reason(a.image.device, a.grad.dtype, _pixel_dtype(a), weights=(a.w1, a.w2)) or _dropout_reason(a)
+
+
+def _dropout_reason(a: _Fwd | _Bwd) -> str | None:
+    return None if a.kept is None else "does not cover dropout of the patch prompt"
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:

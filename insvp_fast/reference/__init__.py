@@ -11,7 +11,7 @@ J blocks.
 from insvp_fast.reference.heads import DistilledHead, take_head
 from insvp_fast.reference.images import crop_center, fold, normalize, pool_center, simam, unfold
 from insvp_fast.reference.method import Geometry, PromptMethod
-from insvp_fast.reference.model import ImagePrompt, InsVPReference
+from insvp_fast.reference.model import ImagePrompt, InsVPReference, split_common_prompts
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
 from insvp_fast.reference.structure import Prompts, Structure
 from insvp_fast.reference.structures import STRUCTURES, structure_of
@@ -34,6 +34,7 @@ __all__ = [
     "normalize",
     "pool_center",
     "simam",
+    "split_common_prompts",
     "structure_of",
     "take_head",
     "unfold",

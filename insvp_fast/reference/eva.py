@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.models.eva import Eva
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts
-from insvp_fast.reference.vision_transformer import insert, patch_size, split, widths
+from insvp_fast.reference.structure import Prompts, Stream
+from insvp_fast.reference.vision_transformer import insert, insert_in_mask, patch_size, split, widths
 
-__all__ = ["Stream", "apply_block", "embed", "final_norm", "patch_size", "run_block", "widths"]
+__all__ = ["apply_block", "embed", "final_norm", "patch_size", "run_block", "widths"]
 
-SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
-
-
-class Stream(NamedTuple):
-    """Tokens [B, T, D], and the sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode per block."""
-
-    tokens: Tensor
-    rotation: Tensor | None
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts", "attn_mask"})
 
 
 def embed(backbone: Eva, image: Tensor) -> Stream:
@@ -41,16 +34,17 @@ def run_block(
 
     ``mixed``: whether each block has rotations of its own.
     """
-    rotation, z, prefix = h.rotation, h.tokens, backbone.num_prefix_tokens
+    (z, rotation, mask), prefix = h, backbone.num_prefix_tokens
     if rotation is not None and mixed:
         rotation = rotation[block]
     if prompts is not None:
-        z, L = insert(z, prompts, prefix), prompts.tokens.shape[1]
+        z, L, mask = insert(z, prompts, prefix), prompts.tokens.shape[1], insert_in_mask(mask, prompts, prefix)
         if rotation is not None:
             sines, cosines = rotation.chunk(2, -1)
             still = sines.new_zeros(*sines.shape[:-2], L, sines.shape[-1])
             rotation = torch.cat([torch.cat([still, sines], -2), torch.cat([still + 1, cosines], -2)], -1)
-    z = backbone.blocks[block](z, **({} if rotation is None else {"rope": rotation}))
+    given = {"rope": rotation, "attn_mask": mask}
+    z = backbone.blocks[block](z, **{name: value for name, value in given.items() if value is not None})
     if prompts is None:
         return h._replace(tokens=z), None  # (2)
     tokens, outputs = split(z, L, prefix)

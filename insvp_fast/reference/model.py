@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
 from insvp_fast.reference.structure import Prompts, pixel_layer
 
-__all__ = ["ImagePrompt", "InsVPReference"]
+__all__ = ["ImagePrompt", "InsVPReference", "split_common_prompts"]
 
 
 class ImagePrompt(NamedTuple):
@@ -39,8 +40,8 @@ class InsVPReference(PromptedReference):
     Shapes: images [B, C, H, W] in, logits [B, num_classes] out. Trained: the prompters, the common prompts and the
     head. Everything under ``backbone`` is frozen and stays in evaluation mode.
 
-    In a backbone of several widths, as Swin is, the common prompts are one tensor for each width, and the specific
-    prompter has a last convolution for each.
+    The common prompts are one parameter for each prompted block. In a backbone of several widths, as Swin is, the
+    specific prompter has a last convolution for each.
 
     Raises:
         TypeError: if the backbone is no model of timm, or has more than one head.
@@ -59,13 +60,13 @@ class InsVPReference(PromptedReference):
         super().__init__(backbone, num_classes, pretrained=pretrained, **backbone_kwargs)
         self.config = config = config or InsVPConfig()
         self.carry_prompts = config.carry_prompts
-        self.prompted_blocks = config.block_indices(len(self.widths))
         if config.has_feature_prompt and not self.widths:
             kind = type(self.backbone).__name__
             raise ValueError(
                 f"a {kind} has no blocks that prompts can be put into, it takes image prompts alone: expected a"
                 " configuration with common_prompt=False and specific_prompt=False"
             )
+        self.prompted_blocks = config.block_indices(len(self.widths))
         if config.carry_prompts and len({*self.widths}) > 1:
             raise ValueError("carry_prompts=True: expected a backbone of one width, in which prompts can run on")
         C, P, weight = self.in_channels, self.patch_size, pixel_layer(self.backbone).weight
@@ -76,6 +77,7 @@ class InsVPReference(PromptedReference):
             self.specific_prompter = self._make_specific_prompter() if specific else None
             common = config.common_prompt and bool(self.prompted_blocks)
             self.common_prompts = self._make_common_prompts(weight.dtype) if common else None
+        self.register_load_state_dict_pre_hook(_split_common_prompts)
         for prompter in (self.global_prompter, self.patch_prompter, self.specific_prompter):
             if prompter is not None:
                 prompter.to(weight.dtype)
@@ -91,12 +93,9 @@ class InsVPReference(PromptedReference):
             return PyramidPrompter(self.in_channels, self.prompt_widths, self.config)
         return SpecificPrompter(self.in_channels, self.patch_size, self.widths[0], self.config)
 
-    def _make_common_prompts(self, dtype: torch.dtype) -> nn.Parameter | nn.ParameterList:
-        L, prompted = self.config.prompt_length, [self.widths[j] for j in self.prompted_blocks]
-        uniform = [
-            nn.Parameter(torch.empty(prompted.count(D), L, D).uniform_(-1, 1).to(dtype)) for D in self.prompt_widths
-        ]
-        return uniform[0] if len({*self.widths}) == 1 else nn.ParameterList(uniform)
+    def _make_common_prompts(self, dtype: torch.dtype) -> nn.ParameterList:
+        L, widths = self.config.prompt_length, [self.widths[j] for j in self.prompted_blocks]
+        return nn.ParameterList(torch.empty(L, D).uniform_(-1, 1).to(dtype) for D in widths)
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
         """x~ (eq. 4 to 7) and p_s (eq. 9)."""
@@ -138,9 +137,24 @@ class InsVPReference(PromptedReference):
             p_s = p_s[self.prompt_widths.index(width)]
         if self.common_prompts is None:
             return None if p_s is None else w_s * p_s
-        common = self.common_prompts
-        if isinstance(common, nn.ParameterList):
-            common = common[self.prompt_widths.index(width)]
-        place = [j for j in self.prompted_blocks if self.widths[j] == width].index(block)
-        c_j = F.dropout(common[place].expand(batch, -1, -1), self.config.common_dropout, self.training)
+        common = self.common_prompts[self.prompted_blocks.index(block)]
+        c_j = F.dropout(common.expand(batch, -1, -1), self.config.common_dropout, self.training)
         return w_c * c_j if p_s is None else w_c * c_j + w_s * p_s
+
+
+def split_common_prompts(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A state dict with the common prompts of each block by themselves.
+
+    Earlier versions, and the authors' code, stack those of all blocks of one width, [blocks, L, D].
+    """
+    stacks = {key: t for key, t in tensors.items() if key.startswith(f"{prefix}common_prompts") and t.ndim == 3}
+    blocks = [block for key in sorted(stacks) for block in stacks[key].unbind()]
+    rest = {key: value for key, value in tensors.items() if key not in stacks}
+    return rest | {f"{prefix}common_prompts.{i}": block for i, block in enumerate(blocks)}
+
+
+def _split_common_prompts(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """``split_common_prompts`` in place, before a state dict is loaded."""
+    split = split_common_prompts(state, prefix)
+    state.clear()
+    state.update(split)

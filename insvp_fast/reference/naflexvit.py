@@ -5,13 +5,13 @@ from __future__ import annotations
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from insvp_fast.reference.eva import Stream, final_norm, run_block
-from insvp_fast.reference.structure import Prompts
+from insvp_fast.reference.eva import final_norm, run_block
+from insvp_fast.reference.structure import Prompts, Stream
 from insvp_fast.reference.vision_transformer import widths
 
 __all__ = ["apply_block", "embed", "final_norm", "patch_size", "widths"]
 
-SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
+SUPPORTS = frozenset({"reads_tokens", "carry_prompts", "attn_mask"})
 
 
 def patch_size(backbone: NaFlexVit) -> int:

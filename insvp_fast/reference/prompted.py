@@ -10,8 +10,9 @@ from timm import create_model
 from torch import Tensor, nn
 
 from insvp_fast.reference.heads import DistilledHead, take_head
+from insvp_fast.reference.masks import with_mask
 from insvp_fast.reference.method import Geometry, PromptMethod
-from insvp_fast.reference.structure import Prompts, pixel_layer
+from insvp_fast.reference.structure import Prompts, in_channels, pixel_layer
 from insvp_fast.reference.structures import structure_of
 
 __all__ = ["PromptedReference"]
@@ -61,9 +62,7 @@ class PromptedReference(nn.Module):
         self.head = take_head(module)
         self.backbone: Any = module.requires_grad_(False).eval()
         self.widths = tuple(structure.widths(module))
-        layer = pixel_layer(module)
-        pixels = self.patch_size**2
-        self.in_channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features // pixels
+        self.in_channels = in_channels(module, self.patch_size)
         self.head.requires_grad_(True)
         self.method = None if method is None else self._make_method(method)
 
@@ -108,14 +107,15 @@ class PromptedReference(nn.Module):
         """Block number ``block`` of h with prompts (eq. 2 and 11); see ``Structure.apply_block``."""
         return structure_of(self.backbone).apply_block(self.backbone, block, h, prompts)
 
-    def block_outputs(self, image: Tensor, blocks: Collection[int]) -> list[Any]:
+    def block_outputs(self, image: Tensor, blocks: Collection[int], attn_mask: Tensor | None = None) -> list[Any]:
         """h behind each of ``blocks``, in the order in which they run; -1 stands for what is before the first.
 
-        What is behind the last of them does not run.
+        What is behind the last of them does not run. ``attn_mask``: see ``forward``.
         """
         structure, carried = structure_of(self.backbone), None
         prompted, context = self.prompt_image(image)
-        h = structure.embed(self.backbone, prompted)  # (1)
+        h: Any = structure.embed(self.backbone, prompted)  # (1)
+        h = h if attn_mask is None else with_mask(self.backbone, h, attn_mask)
         outputs = [h] if -1 in blocks else []
         for j in range(max(blocks) + 1):
             tokens = getattr(h, "tokens", h) if self.reads_tokens else None
@@ -126,9 +126,9 @@ class PromptedReference(nn.Module):
                 outputs.append(h)
         return outputs
 
-    def forward_features(self, image: Tensor) -> Tensor:
+    def forward_features(self, image: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """The features that the backbone's ``forward_features`` returns, [B, T, D] of a ViT, without prompts."""
-        (h,) = self.block_outputs(image, [len(self.widths) - 1])
+        (h,) = self.block_outputs(image, [len(self.widths) - 1], attn_mask)
         return structure_of(self.backbone).final_norm(self.backbone, h)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -138,6 +138,14 @@ class PromptedReference(nn.Module):
         pooled: Tensor = self.backbone.forward_head(tokens, pre_logits=True)
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, num_classes]."""
-        return self.forward_head(self.forward_features(image))
+    def forward(self, image: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, num_classes].
+
+        Args:
+            attn_mask: as timm's models take it, a mask of the attention in all blocks; ``with_mask`` lists the shapes.
+                It is among the tokens without prompts, to which every token attends, and which attend to all.
+
+        Raises:
+            ValueError: for a mask that does not fit, or one of a backbone whose blocks take none.
+        """
+        return self.forward_head(self.forward_features(image, attn_mask))

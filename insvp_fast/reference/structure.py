@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Prompts", "Structure", "require_plain"]
+__all__ = ["Prompts", "Stream", "Structure", "in_channels", "pixel_layer", "require_plain"]
 
 
 class Prompts(NamedTuple):
@@ -25,6 +25,20 @@ class Prompts(NamedTuple):
     tokens: Tensor
     lengths: Tensor | None = None
     keys_values: Tensor | None = None
+
+
+class Stream(NamedTuple):
+    """h of a backbone whose blocks take more than the tokens.
+
+    Attributes:
+        tokens: [B, T, D].
+        rotation: the sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode per block.
+        attn_mask: of the attention among the tokens, [..., T, T]; see ``with_mask``.
+    """
+
+    tokens: Tensor
+    rotation: Tensor | None = None
+    attn_mask: Tensor | None = None
 
 
 def require_plain(module: nn.Module | None, *expected: type[nn.Module]) -> None:
@@ -48,7 +62,7 @@ class Structure(Protocol):
 
     A module may say in ``SUPPORTS`` which attributes of a ``PromptMethod`` may be true: "reads_tokens" if h, or else
     ``h.tokens``, is [B, T, D] with the prefix tokens first, "gives_keys_values", and "carry_prompts". Without it, none
-    of them.
+    of them. Besides, "attn_mask": h may be a ``Stream`` with a mask.
     """
 
     def patch_size(self, backbone: Any) -> int:
@@ -87,3 +101,9 @@ def pixel_layer(backbone: nn.Module) -> nn.Conv2d | nn.Linear:
             if isinstance(module, kind):
                 return module
     raise TypeError(f"a {type(backbone).__name__} has no convolution and no linear layer: expected one to read images")
+
+
+def in_channels(backbone: nn.Module, patch_size: int) -> int:
+    """C of the images that a backbone reads."""
+    layer = pixel_layer(backbone)
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features // patch_size**2

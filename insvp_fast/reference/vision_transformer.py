@@ -10,11 +10,21 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts, require_plain
+from insvp_fast.reference.structure import Prompts, Stream, require_plain
 
-__all__ = ["apply_block", "embed", "final_norm", "insert", "patch_size", "require_block", "split", "widths"]
+__all__ = [
+    "apply_block",
+    "embed",
+    "final_norm",
+    "insert",
+    "insert_in_mask",
+    "patch_size",
+    "require_block",
+    "split",
+    "widths",
+]
 
-SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts"})
+SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts", "attn_mask"})
 
 
 def patch_size(backbone: VisionTransformer) -> int:
@@ -47,16 +57,33 @@ def split(z: Tensor, length: int, prefix: int) -> tuple[Tensor, Tensor]:
     return torch.cat([z[:, :prefix], z[:, prefix + length :]], dim=1), z[:, prefix : prefix + length]
 
 
+def insert_in_mask(mask: Tensor | None, prompts: Prompts, prefix: int) -> Tensor | None:
+    """A mask [..., T, T] with rows and columns for prompts, [..., T+L, T+L]: nothing of them is masked."""
+    if mask is None:
+        return None
+    for dim in (-2, -1):
+        before, after = mask.tensor_split([prefix], dim)
+        unmasked = torch.zeros_like if mask.is_floating_point() else torch.ones_like
+        own = unmasked(mask.narrow(dim, 0, 1)).repeat_interleave(prompts.tokens.shape[1], dim)
+        mask = torch.cat([before, own, after], dim)
+    return mask
+
+
 def apply_block(
-    backbone: VisionTransformer, block: int, h: Tensor, prompts: Prompts | None
-) -> tuple[Tensor, Tensor | None]:
+    backbone: VisionTransformer, block: int, h: Tensor | Stream, prompts: Prompts | None
+) -> tuple[Tensor | Stream, Tensor | None]:
     """A block of tokens [B, T, D] and prompts, which stand between prefix tokens and patches (eq. 2 and 11)."""
-    run, prefix = backbone.blocks[block], backbone.num_prefix_tokens
-    if prompts is None:
-        return run(h), None  # (2)
-    z = insert(h, prompts, prefix)
-    z = run(z) if prompts.keys_values is None else _run_with_keys_values(run, z, prompts.keys_values)
-    return split(z, prompts.tokens.shape[1], prefix)  # (11)
+    run, prefix, outputs = backbone.blocks[block], backbone.num_prefix_tokens, None
+    z, mask = (h.tokens, h.attn_mask) if isinstance(h, Stream) else (h, None)
+    if prompts is not None:
+        z, mask = insert(z, prompts, prefix), insert_in_mask(mask, prompts, prefix)
+    if prompts is not None and prompts.keys_values is not None:
+        z = _run_with_keys_values(run, z, prompts.keys_values, mask)
+    else:
+        z = run(z) if mask is None else run(z, attn_mask=mask)  # (2)
+    if prompts is not None:
+        z, outputs = split(z, prompts.tokens.shape[1], prefix)  # (11)
+    return (h._replace(tokens=z) if isinstance(h, Stream) else z), outputs
 
 
 def require_block(block: Any) -> None:
@@ -73,26 +100,28 @@ def require_block(block: Any) -> None:
         )
 
 
-def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
+def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
     """timm's ``Block.forward`` with further keys and values."""
     require_block(block)
     require_plain(block, Block)
     require_plain(block.attn, Attention)
-    x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), keys_values)))
+    x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), keys_values, mask)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def _attend(attn: Attention, x: Tensor, keys_values: Tensor) -> Tensor:
+def _attend(attn: Attention, x: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, S, d]
     more_k, more_v = keys_values.to(v.dtype).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     k, v = torch.cat([attn.k_norm(k).to(v.dtype), more_k], dim=2), torch.cat([v, more_v], dim=2)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    attended = F.scaled_dot_product_attention(attn.q_norm(q).to(v.dtype), k, v, dropout_p=dropout, scale=attn.scale)
+    if mask is not None:
+        mask = F.pad(mask, (0, more_k.shape[2]), value=not mask.is_floating_point())
+    dropout, q = attn.attn_drop.p if attn.training else 0.0, attn.q_norm(q).to(v.dtype)
+    attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=attn.scale)
     projected: Tensor = attn.proj_drop(attn.proj(attn.norm(attended.transpose(1, 2).flatten(2))))
     return projected
 
 
-def final_norm(backbone: VisionTransformer, h: Tensor) -> Tensor:
+def final_norm(backbone: VisionTransformer, h: Tensor | Stream) -> Tensor:
     """The norm after the last block."""
-    normed: Tensor = backbone.norm(h)
+    normed: Tensor = backbone.norm(h.tokens if isinstance(h, Stream) else h)
     return normed

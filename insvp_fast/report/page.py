@@ -18,7 +18,7 @@ from insvp_fast.figures.web import data_uri, encode_picture
 from insvp_fast.probabilities import LEAST_PROBABILITY
 from insvp_fast.report.results import Mistakes, Results
 from insvp_fast.training.metrics import Metrics
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_folder import read_config, read_metrics
 
 __all__ = ["render"]
@@ -69,6 +69,7 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
     records, metrics = read_metrics(folder), results.metrics
     epochs = [record for record in records if "trained_parameters" not in record]
     names, confusion = results.class_names, metrics.confusion if isinstance(metrics, Metrics) else None
+    metric = score_name(recipe.metric_for(multi_label=confusion is None))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("insvp_fast.report", ""),
         autoescape=True,
@@ -85,7 +86,7 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
         wrong=results.wrong,
         scores=SCORES,
         models=[record for record in records if "trained_parameters" in record],
-        curves=_svg(lambda file: plot_curves(epochs, file)) if epochs else None,
+        curves=_svg(lambda file: plot_curves(epochs, file, metric)) if epochs else None,
         confusion=None if confusion is None else _svg(lambda file: plot_confusion(confusion, names, file)),
         confusions=[] if confusion is None else _confusions(confusion, names),
         classes=_classes(metrics.per_class, confusion, names)[:MAX_ROWS],

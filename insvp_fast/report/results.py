@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from insvp_fast.data import load_test_data
 from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import PromptedImages, explain
 from insvp_fast.probabilities import decide
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.counter import Counter
-from insvp_fast.training.load import load_run
+from insvp_fast.training.load import load_run, own_test_data
 from insvp_fast.training.metrics import Metrics, MultiLabelMetrics, metrics_of_labels, metrics_of_pairs
 
 __all__ = ["Mistakes", "Results", "find_results"]
@@ -59,12 +58,10 @@ def find_results(folder: str | Path, most: int, batch_size: int | None = None, w
         TrainingError: if it is no finished run.
         DataError: if its data are not there, or have other classes.
     """
-    recipe, model, preprocessing, names = load_run(folder)
+    recipe, model, preprocessing, names = run = load_run(folder)
     if recipe is None or names is None:
         raise TrainingError(f"{folder} is an adapter, which does not say how it was trained: expected a run folder")
-    images = load_test_data(
-        recipe.data, preprocessing, recipe.split_seed, names, root=recipe.root, exif_rotation=recipe.exif_rotation
-    )
+    images = own_test_data(run)
     workers = recipe.workers if workers is None else workers
     device = create_accelerator().device
     loader = DataLoader(images, batch_size or recipe.batch_size, num_workers=workers)

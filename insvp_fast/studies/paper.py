@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from insvp_fast.config import InsVPConfig
 from insvp_fast.data.sets import HTA, VTAB
 from insvp_fast.studies.entries import Row
+from insvp_fast.training.candidates import insvp_config
+from insvp_fast.training.recipe import Recipe
 
-__all__ = ["ABLATION", "SENSITIVITY", "STUDIES", "VTAB_GROUPS", "PaperStudy", "method_rows"]
+__all__ = ["ABLATION", "STUDIES", "UNVARIED", "VTAB_GROUPS", "PaperStudy", "method_rows", "sensitivity"]
 
 NAMES = {  # of the methods, as the paper has them where it has them
     "full": "Full",
@@ -28,6 +32,7 @@ NAMES = {  # of the methods, as the paper has them where it has them
     "e2vpt": "E2VPT",
     "insvp": "InsVP",
 }
+BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 NO_PROMPTS = dict.fromkeys(("patch_prompt", "global_prompt", "common_prompt", "specific_prompt"), False)
 
 
@@ -53,12 +58,34 @@ ABLATION = [  # table 5, cumulative, then each prompt alone
     Row("p_s", _prompts("s")),
 ]
 
-SENSITIVITY: dict[str, tuple[str, tuple[Any, ...]]] = {  # figure 7: of each panel the setting and its values
-    "length of the feature prompt, L_p": ("prompt_length", (1, 2, 4, 8, 16)),
-    "prompted blocks": ("prompted_blocks", (0, 1, 2, 3, 4)),
-    "weight of the global prompt, beta_I": ("image_weights", (0.1, 0.3, 0.5, 0.7, 0.9)),
-    "weight of the common prompt, beta_F": ("feature_weights", (0.1, 0.3, 0.5, 0.7, 0.9)),
-}
+
+UNVARIED = Row("the recipe", {})  # of figure 7
+
+
+def sensitivity(recipe: Recipe, depth: int) -> dict[str, dict[float, Row]]:
+    """Of each panel of figure 7 the rows by the value of its setting; ``UNVARIED`` where that is the recipe's own.
+
+    Args:
+        depth: the number of blocks of the backbone.
+    """
+    quarters = (-(-depth * quarter // 4) for quarter in range(1, 5))
+    values: dict[str, tuple[str, Iterable[float]]] = {
+        "length of the feature prompt, L_p": ("prompt_length", (1, 2, 4, 8, 16)),
+        "prompted blocks": ("prompted_blocks", sorted({1, *quarters})),
+        "weight of the global prompt, beta_I": ("image_weights", BETAS),
+        "weight of the common prompt, beta_F": ("feature_weights", BETAS),
+    }
+
+    def config(changes: dict[str, Any]) -> InsVPConfig:
+        config = insvp_config(dataclasses.replace(recipe, **changes))
+        return dataclasses.replace(config, prompted_blocks=config.block_indices(depth))
+
+    def row(name: str, value: float) -> Row:
+        changes = {name: [value] if "weights" in name else value}
+        return UNVARIED if config(changes) == config({}) else Row(f"{name}={value}", changes)
+
+    return {title: {value: row(name, value) for value in chosen} for title, (name, chosen) in values.items()}
+
 
 TEN = {  # table 1, in percent
     "Full": (64.3, 87.3, 82.7, 89.4, 98.8, 84.9, 68.9, 97.4, 97.1, 87.4),

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from insvp_fast.errors import TrainingError
-
 __all__ = ["balanced_order", "class_weights", "targets_of"]
 
 
@@ -44,12 +42,7 @@ def balanced_order(targets: Tensor, generator: torch.Generator) -> list[tuple[in
 
     Returns:
         (index, how often it was drawn before) of each draw.
-
-    Raises:
-        TrainingError: for multi-hot targets.
     """
-    if targets.ndim == 2:
-        raise TrainingError("`sampling` is balanced: an image has several labels here: expected shuffle")
     classes = targets.unique()
     classes = classes[torch.randperm(len(classes), generator=generator)]
     draws: list[tuple[int, int]] = []

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from insvp_fast.data import load_test_data
+from insvp_fast.data.images import Images, Part
+from insvp_fast.data.sets import DIGITS
 from insvp_fast.data.sources import read_source
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.counter import Counter
-from insvp_fast.training.load import load_run
+from insvp_fast.training.load import Run, load_run, own_test_data
 from insvp_fast.training.loader import Loader, create_loader
 from insvp_fast.training.metrics import Metrics, MultiLabelMetrics, compute_metrics
 from insvp_fast.training.recipe import Recipe
@@ -27,7 +29,7 @@ class Evaluation(NamedTuple):
     """The metrics of a trained model.
 
     Attributes:
-        facts: what was tested on what, ready for JSON.
+        facts: what was tested on what, ready for JSON; ``note`` says if images of training may be among those tested.
         is_main_process: whether this is the process that reports them.
     """
 
@@ -60,15 +62,17 @@ def evaluate_run(
         CheckpointError, TrainingError: as ``load_run``, or if there are no data for an adapter.
     """
     accelerator = create_accelerator()
-    recipe, model, preprocessing, names = load_run(run, backbone, class_names)
+    recipe, model, _, names = loaded = load_run(run, backbone, class_names)
     if recipe is None and data is None:
         raise TrainingError(f"{run} is an adapter, which does not say what it is tested on: expected `data`")
     trained = recipe or Recipe()
     source, root = data or trained.data, root or (trained.root if data in (None, trained.data) else None)
-    own = recipe is not None and Path(source).resolve() == Path(recipe.data).resolve()
-    seed = trained.split_seed if own else None
     names = names or _names_of_data(source, root, model.num_classes)
-    images = load_test_data(source, preprocessing, seed, names, root=root, exif_rotation=trained.exif_rotation)
+    images: Images | Part
+    if data is None and root == trained.root:
+        images, note = own_test_data(loaded), None
+    else:
+        images, note = _given_test_data(loaded, source, root, names)
     if isinstance(images.classes, Tensor) != model.multi_label:  # type: ignore[attr-defined]
         labels = ["one label", "several labels"]
         found, expected = labels[not model.multi_label], labels[model.multi_label]
@@ -81,7 +85,43 @@ def evaluate_run(
         metrics = compute_metrics(with_tta(model, tta), batches, len(names), accelerator, model.multi_label)
     facts = {"run": str(run), "data": source, "root": root, "tta": tta, "class_names": names}
     facts |= {} if recipe is None else {"protocol": recipe.protocol}
+    facts |= {"note": note} if note else {}
     return Evaluation(facts, metrics, accelerator.is_main_process)
+
+
+def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[str]) -> tuple[Images | Part, str | None]:
+    """What is tested of data that were named, and a note if that may have images of training among it.
+
+    Data that training divided are recognized, wherever they are now, and divided again in the same way.
+    """
+    origin, recipe = run.model.trained_on or {}, run.recipe
+    digest, seed = origin.get("undivided_sha256"), None
+    if digest is not None or origin.get("data") == source == DIGITS:
+        seed = origin["split_seed"]
+    elif recipe is not None and Path(source).resolve() == Path(recipe.data).resolve():
+        seed = recipe.split_seed
+    images = load_test_data(
+        source,
+        run.preprocessing,
+        seed,
+        names,
+        root=root,
+        exif_rotation=run.model.exif_rotation,
+        undivided_sha256=digest,
+    )
+    whole = isinstance(images, Images) and images.split == "train"
+    if whole and digest is not None:
+        reason = "they are not the images that training divided"
+    elif not origin and (whole or (source == DIGITS and seed is None)):
+        reason = "the adapter does not say which images it was trained on"
+    else:
+        return images, None
+    note = f"all {len(images)} images" if whole else f"{len(images)} images"
+    advice = "to be sure, give as `data` a folder with a test split"
+    return (
+        images,
+        f"`data` is {source}: {note} are tested, and images of training may be among them: {reason}; {advice}",
+    )
 
 
 def _names_of_data(source: str, root: str | None, classes: int) -> list[str]:

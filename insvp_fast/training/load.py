@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
-from insvp_fast.errors import CheckpointError, TrainingError
-from insvp_fast.methods.load import load_model
-from insvp_fast.methods.model import MethodViT
-from insvp_fast.methods.tuned import TunedViT
-from insvp_fast.model import InsVPViT
+from insvp_fast.data import load_test_data
+from insvp_fast.data.images import Images, Part
+from insvp_fast.errors import CheckpointError, DataError, TrainingError
+from insvp_fast.methods.load import AnyModel, load_model
 from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 
-__all__ = ["Run", "adapter_sha256", "load_run"]
+__all__ = ["Run", "adapter_sha256", "load_run", "own_test_data"]
 
 
 class Run(NamedTuple):
@@ -31,7 +30,7 @@ class Run(NamedTuple):
     """
 
     recipe: Recipe | None
-    model: InsVPViT | MethodViT | TunedViT
+    model: AnyModel
     preprocessing: dict[str, Any]
     class_names: list[str] | None
 
@@ -70,6 +69,31 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
     return run._replace(class_names=list(class_names))
 
 
+def own_test_data(run: Run) -> Images | Part:
+    """The test images of a run, which training has not seen.
+
+    Raises:
+        DataError: if its data are not there, have other classes or, where training divided them, other images.
+        TrainingError: if it is an adapter without a run.
+    """
+    recipe, model = run.recipe, run.model
+    if recipe is None or run.class_names is None:
+        raise TrainingError("an adapter does not say where its test images are: expected a run folder")
+    images = load_test_data(
+        recipe.data,
+        run.preprocessing,
+        recipe.split_seed,
+        run.class_names,
+        root=recipe.root,
+        exif_rotation=model.exif_rotation,
+        undivided_sha256=(digest := (model.trained_on or {}).get("undivided_sha256")),
+    )
+    if digest is not None and not isinstance(images, Part):
+        divided = "training divided it, and its images are others now, some of which the model may have seen"
+        raise DataError(f"`data` is {recipe.data}: {divided}: expected `data` with a test split")
+    return images
+
+
 def adapter_sha256(source: str | Path) -> str:
     """A digest of an adapter, or of that of a run: of its weights, settings, class names, preprocessing and backbone.
 
@@ -95,4 +119,6 @@ def _load_folder(folder: Path, name: str | None) -> Run:
         model = load_model(folder / "adapter", backbone)
     except (CheckpointError, OSError) as error:
         raise TrainingError(f"{folder} has no adapter that can be loaded: {error}") from error
+    model.preprocessing, model.class_names = config["preprocessing"], config["class_names"]
+    model.exif_rotation = recipe.exif_rotation  # which adapters of earlier versions do not say
     return Run(recipe, model, config["preprocessing"], config["class_names"])

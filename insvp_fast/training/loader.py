@@ -70,7 +70,6 @@ def create_loader(dataset: Dataset, recipe: Recipe, accelerator: Accelerator, sh
         recipe.seed if shuffle else None,
         accelerator.process_index,
         accelerator.num_processes,
-        even=shuffle and (recipe.mixup > 0 or recipe.cutmix > 0),
         fill_empty=shuffle,
         balance=targets_of(dataset) if shuffle and recipe.sampling == "balanced" else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
@@ -37,10 +38,14 @@ class Loss:
             )
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
-        """The images, mixed in place; their targets; and the label smoothing that is left to do."""
-        if self.mixup is None or len(images) % 2:
+        """The images, mixed, which may be in place; their targets; and the label smoothing that is left to do."""
+        if self.mixup is None:
             return images, targets, self.smoothing
-        return *self.mixup(images, targets), 0.0  # it smooths the targets itself
+        count = len(images)
+        if count % 2:  # timm mixes pairs: the last image is taken twice, and what becomes of its copy left out
+            images, targets = (torch.cat([part, part[-1:]]) for part in (images, targets))
+        images, targets = self.mixup(images, targets)  # it smooths the targets itself
+        return images[:count], targets[:count], 0.0
 
     def __call__(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """The sum over the batch, of logits [B, classes] and targets as ``mix`` returns them."""

@@ -84,16 +84,15 @@ def load_classifier(
 
 
 def classifier_of(run: Run, tta: str = "none") -> Classifier:
-    """The classifier of a loaded run or adapter, which turns images upright where no recipe says otherwise.
+    """The classifier of a loaded run or adapter.
 
     Raises:
         TrainingError: if there are no class names.
     """
     if run.class_names is None:
         raise TrainingError("the adapter records no class names: expected `class_names`, one for each class")
-    exif_rotation = run.recipe is None or run.recipe.exif_rotation
     model = with_tta(run.model, tta)
-    return Classifier(model, run.preprocessing, run.class_names, exif_rotation, run.model.multi_label)
+    return Classifier(model, run.preprocessing, run.class_names, run.model.exif_rotation, run.model.multi_label)
 
 
 class Prediction(NamedTuple):

@@ -293,6 +293,8 @@ class Recipe:
             self._check("compile", self.compile != "prompters", f"off or model with the method {self.method}")
             self._check("init_from", self.init_from is None, f"none with the method {self.method}")
         self._check("method_options", self.method != "insvp" or not self.method_options, "none with the method insvp")
+        alone = self.batch_size == 1 and (self.mixup or self.cutmix)
+        self._check("batch_size", not alone, "at least 2 with `mixup` or `cutmix`, which mix two images")
         both = self.checkpoint is not None and "@" in self.backbone.partition(":")[0]  # hf-hub:NAME@REVISION is fine
         self._check("backbone", not both, "a name without @FILE where `checkpoint` is given")
         self._check("patience", not (self.patience and self.retrain), "0 with `retrain`, which keeps the last epoch")
@@ -303,6 +305,16 @@ class Recipe:
         if self.retrain:
             return None
         return "test" if self.protocol == "released" else self.select_on
+
+    def check_labels(self, multi_label: bool) -> None:
+        """Check that the settings are defined for images with one label, or with several.
+
+        Raises:
+            TrainingError: naming the setting that is not.
+        """
+        self.metric_for(multi_label)
+        balances = self.sampling == "balanced"
+        self._check("sampling", not (multi_label and balances), "shuffle with several labels per image")
 
     def metric_for(self, multi_label: bool) -> str:
         """The metric that selects the epoch to keep.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from insvp_fast.atomic_files import replace_folder
@@ -20,20 +20,20 @@ from insvp_fast.data import Data, load_data
 from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
 from insvp_fast.figures.runs import plot_curves
-from insvp_fast.methods import DAMVP
 from insvp_fast.model import InsVPViT
 from insvp_fast.training.accelerator import create_accelerator, find_batch_size, resolve_amp
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, Candidate, candidates_of, insvp_config
-from insvp_fast.training.linear_probe import train_linear_probe
-from insvp_fast.training.loader import create_loader
+from insvp_fast.training.clusters import check_clusters, fit_clusters
+from insvp_fast.training.linear_probe import begins_as_probe, train_linear_probe
 from insvp_fast.training.lr_finder import range_test
 from insvp_fast.training.models import build_model
 from insvp_fast.training.paths import absolute_paths
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_folder import read_config
 from insvp_fast.training.run_logger import RunLogger
 from insvp_fast.training.trainer import Trainer
+from insvp_fast.training.warm_start import warm_start
 
 __all__ = ["find_lr", "train", "train_candidate"]
 
@@ -55,7 +55,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
     wanted = recipe.batch_size
-    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
+    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator, begins=resume is None)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder):
         logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data)
@@ -66,7 +66,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
         for candidate in candidates_of(recipe):
             train_candidate(candidate, backbone, data, logger, preprocessing)
         if accelerator.is_main_process:
-            plot_curves(logger.epochs, logger.folder / "curve.png")
+            metric = score_name(recipe.metric_for(data.multi_label))
+            plot_curves(logger.epochs, logger.folder / "curve.png", metric)
         logger.finish()
     return logger.folder
 
@@ -103,10 +104,11 @@ def find_lr(recipe: Recipe) -> float:
     """
     if recipe.method == LINEAR:
         raise TrainingError(f"`method` is {LINEAR}: it is fitted to convergence, without a learning rate")
-    # a head that begins as a probe has nothing left to learn at small rates
-    recipe = dataclasses.replace(_resolve(recipe, None), head_init="random")
+    recipe = _resolve(recipe, None)
     accelerator = create_accelerator(recipe.amp)
     recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
+    # a head that begins as a probe has nothing left to learn at small rates
+    recipe = dataclasses.replace(recipe, head_init="random")
     folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
     candidate, logger = candidates_of(recipe)[-1], RunLogger(recipe, accelerator, folder)
     set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
@@ -124,16 +126,9 @@ def _build_model(
     recipe, accelerator = logger.recipe, logger.accelerator
     model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
     model.class_names, model.preprocessing = list(data.class_names), preprocessing
-    model.multi_label = data.multi_label
-    _fit_clusters(model, data, recipe, accelerator)
+    model.multi_label, model.exif_rotation, model.trained_on = data.multi_label, recipe.exif_rotation, data.origin
+    fit_clusters(model, data, recipe, accelerator)
     return model
-
-
-def _fit_clusters(model: Any, data: Data, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Fit what DAM-VP needs before it is trained."""
-    if isinstance(getattr(model, "method", None), DAMVP):
-        model.to(accelerator.device).method.fit(create_loader(data.plain_train, recipe, accelerator, shuffle=True))
-        broadcast(list(model.method.buffers()))  # each process saw other images
 
 
 def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
@@ -171,14 +166,27 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     return dataclasses.replace(recipe, amp=resolve_amp(recipe.amp))
 
 
-def _prepare(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, nn.Module, Data, dict[str, Any]]:
-    """The recipe with a batch size that fits, the backbone, the data, and how its images are prepared."""
+def _prepare(
+    recipe: Recipe, accelerator: Accelerator, begins: bool = True
+) -> tuple[Recipe, nn.Module, Data, dict[str, Any]]:
+    """The recipe with a batch size that fits, the backbone, the data, and how its images are prepared.
+
+    What does not fit together is refused here, before there is a folder and before anything is trained.
+
+    Args:
+        begins: whether it is a new run, for which what it begins with must be there.
+    """
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
-    build_model(recipe.method, recipe, backbone, 1)  # what does not fit is said before the images are read
+    model = build_model(recipe.method, recipe, backbone, 1)
+    begins_as_probe(recipe, model)
+    if begins and recipe.init_from:
+        warm_start(model, recipe.init_from)
     data, preprocessing = _load_data(recipe, backbone, accelerator)
+    recipe.check_labels(data.multi_label)
+    check_clusters(model, data)
     if recipe.auto_batch:
         model = build_model(recipe.method, recipe, backbone, len(data.class_names))
-        _fit_clusters(model, data, recipe, accelerator)
+        fit_clusters(model, data, recipe, accelerator)
         recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
     return recipe, backbone, data, preprocessing
 

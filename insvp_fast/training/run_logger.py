@@ -115,10 +115,12 @@ class RunLogger:
         self.epochs.append(record)
         self._write(record)
         scores = self._scores(record)
+        epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
         if "images_per_s" in record:
-            epoch = f"epoch {record['epoch']:3}/{self.recipe.epochs}"
             self.say(f"{epoch}  loss {record['loss']:.4f}  {scores}  {record['images_per_s']:.0f} images/s")
             self._warn_of_waiting(record)
+        elif record["epoch"] == 0:
+            self.say(f"{epoch}  {'':11}  {scores}")  # there is no loss of training yet
         else:  # of a linear probe, which is fitted at once
             self.say(f"fitted  loss {record['loss']:.4f}  {scores}")
         log_to_trackers(self.accelerator, record["model"], record["epoch"], record)

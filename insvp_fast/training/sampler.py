@@ -32,7 +32,6 @@ class BatchSampler(Sampler[list[Sample]]):
         num_images: in the data set.
         batch_size: images per process.
         seed: of the permutations, a new one in each epoch; None for the order of the data set.
-        even: drop one image of a batch with an odd number of them, because mixup pairs images; a single one stays.
         fill_empty: a process whose share is empty gets an image that ``sizes`` does not count: in distributed training
             every process has to take part in backward.
         balance: the class of each image, [N], to draw every class equally often in an epoch, see ``balanced_order``;
@@ -46,12 +45,11 @@ class BatchSampler(Sampler[list[Sample]]):
         seed: int | None = None,
         rank: int = 0,
         num_processes: int = 1,
-        even: bool = False,
         fill_empty: bool = False,
         balance: Tensor | None = None,
     ) -> None:
         self.num_images, self.batch_size, self.seed, self.balance = num_images, batch_size, seed, balance
-        self.rank, self.num_processes, self.even, self.fill_empty = rank, num_processes, even, fill_empty
+        self.rank, self.num_processes, self.fill_empty = rank, num_processes, fill_empty
         self.epoch = self.first_batch = 0
 
     def __len__(self) -> int:
@@ -62,8 +60,7 @@ class BatchSampler(Sampler[list[Sample]]):
         """The number of images of a batch in each process."""
         global_batch = self.batch_size * self.num_processes
         left = min(global_batch, self.num_images - batch * global_batch)
-        shares = [left // self.num_processes + (rank < left % self.num_processes) for rank in range(self.num_processes)]
-        return [size - size % 2 if self.even and size > 1 else size for size in shares]
+        return [left // self.num_processes + (rank < left % self.num_processes) for rank in range(self.num_processes)]
 
     def __iter__(self) -> Iterator[list[Sample]]:
         order = self._order()

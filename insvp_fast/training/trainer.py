@@ -96,16 +96,13 @@ class Trainer:
             TrainingError: if the loss becomes infinite or not a number.
         """
         if self.begins_as_probe and self.recipe.selection_split and self.epoch == self.batch == 0:
-            self._keep_best({"epoch": 0} | self._evaluate_epoch())
+            self._record({"model": self.name, "epoch": 0} | self._evaluate_epoch())
         while not self._is_finished():
             record = {"model": self.name, "epoch": self.epoch + 1} | self._train_epoch()
             with self.average.in_place():
                 record |= self._evaluate_epoch()
                 self.epoch, self.batch, self.losses = self.epoch + 1, 0, []
-                self.records.append(record)
-                self.logger.log_epoch(record)
-                if self.recipe.selection_split:
-                    self._keep_best(record)
+                self._record(record)
             if self.epoch % self.recipe.save_every == 0 or self._is_finished():
                 self.save()
         if self.epoch < self.recipe.epochs:
@@ -126,7 +123,7 @@ class Trainer:
             "metric": self.metric,
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
             "trained_epochs": self.epoch,
-            "images_per_s": median(record["images_per_s"] for record in self.records),
+            "images_per_s": median(record["images_per_s"] for record in self.records if record["epoch"]),
             "peak_memory_mib": peak_memory(self.accelerator.device) / 2**20,
             "kept_epoch": self.best["epoch"] if self.recipe.selection_split else self.epoch,
             "kept_score": self.best["score"] if self.recipe.selection_split else None,
@@ -157,7 +154,7 @@ class Trainer:
         """Go back to what ``state`` returned.
 
         Raises:
-            TrainingError: if it is of another number of processes.
+            TrainingError: if it is of another number of processes, or of a version with other parameters.
         """
         weights, tensors, facts = state
         accelerator, processes = self.accelerator, tensors["processes"]
@@ -165,6 +162,11 @@ class Trainer:
             raise TrainingError(
                 f"{self.folder} was trained by {len(processes)} processes, found {accelerator.num_processes}:"
                 " resume it with as many"
+            )
+        if missing := sorted(self.trained.keys() - weights.keys()):
+            raise TrainingError(
+                f"{self.folder}/last has no {missing[0]}, because an earlier version wrote it: train anew, if you like"
+                " with `init_from` this run"
             )
         copy_weights(self.trained.values(), [weights[key] for key in self.trained])
         self.average.load({key.removeprefix("ema."): value for key, value in weights.items() if key.startswith("ema.")})
@@ -270,6 +272,13 @@ class Trainer:
             lr = f"{self.optimizer.param_groups[0]['lr']:.3g}"
             raise TrainingError(f"the loss became {loss} in {where}, at learning rate {lr}: try a lower `lr`")
         return loss
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """Log an epoch, and keep it if it is the best; 0 is the one before training."""
+        self.records.append(record)
+        self.logger.log_epoch(record)
+        if self.recipe.selection_split:
+            self._keep_best(record)
 
     def _keep_best(self, record: dict[str, Any]) -> None:
         """Write ``best``; of equally good epochs, the last is kept, which has learned most."""

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.checkpoints.adapter_config import AdapterConfig
-from insvp_fast.checkpoints.files import find_file, read_safetensors
+from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
-from insvp_fast.checkpoints.state_dict import check_shapes
+from insvp_fast.checkpoints.state_dict import check_shapes, read_adapter_weights
 from insvp_fast.errors import CheckpointError
 
 __all__ = ["warm_start"]
@@ -31,7 +31,7 @@ def warm_start(model: Any, source: str) -> str:
         same_classes = config.num_classes == model.num_classes and config.class_names in (None, model.class_names)
         left = ("backbone.",) if same_classes else ("backbone.", "head.")
         expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(left)}
-        weights = {key: value for key, value in read_safetensors(file).items() if not key.startswith(left)}
+        weights = {key: value for key, value in read_adapter_weights(file).items() if not key.startswith(left)}
         check_shapes(weights, expected, file)
         config.backbone.require_same_weights(model.backbone, file)
     except CheckpointError as error:

@@ -19,7 +19,8 @@ Arithmetic: sums are in fp32; the operands of the matrix products have the dtype
 import torch
 import triton
 import triton.language as tl
-from insvp_fast.kernels.gpu import chip
+from insvp_fast.kernels.gpu import chip, windows
+from insvp_fast.kernels.gpu.windows import any_odd, corners, patches
 from torch import Tensor
 
 
@@ -29,30 +30,6 @@ def _larger(a, i, b, j):
     nan_a, nan_b = a != a, b != b
     second = (nan_b & (~nan_a | (j > i))) | (~nan_a & ((b > a) | ((b == a) & (j < i))))
     return tl.where(second, b, a), tl.where(second, j, i)
-
-
-@triton.jit
-def _any_odd(x, SIZE: tl.constexpr):
-    """1 if x has an infinity or NaN, else 0. In one dimension: triton 3.6 fails to reduce two on sm_100."""
-    return tl.max(tl.reshape((x - x != 0).to(tl.int32), (SIZE,)), 0)
-
-
-@triton.jit
-def _windows(m, GRID: tl.constexpr, SIDE: tl.constexpr, MARGIN: tl.constexpr, OFFSET: tl.constexpr):
-    """The images of windows of SIDE x SIDE, and row and column in the map where their patches begin."""
-    row, column = m // GRID[1] % GRID[0] * SIDE - MARGIN[0], m % GRID[1] * SIDE - MARGIN[1]
-    return (m // (GRID[0] * GRID[1])).to(OFFSET), row, column
-
-
-@triton.jit
-def _patches(x_ptr, image, row, column, exists, k, C: tl.constexpr, MAP: tl.constexpr, SIDES: tl.constexpr,
-             X: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Values k = (channel, row, column) of the patches that begin at row and column, [BLOCK_M, BLOCK_K]."""
-    c, r, q = k // (SIDES[0] * SIDES[1]), k // SIDES[1] % SIDES[0], k % SIDES[1]
-    rows, columns = row[:, None] + r[None, :], column[:, None] + q[None, :]
-    inside = exists[:, None] & (c < C)[None, :] & (rows >= 0) & (rows < MAP[0]) & (columns >= 0) & (columns < MAP[1])
-    start = image * X[0] + (row * X[2] + column * X[3])
-    return tl.load(x_ptr + start[:, None] + (c * X[1] + r * X[2] + q * X[3])[None, :], inside, 0.0).to(COMPUTE)
 
 
 @triton.jit
@@ -87,7 +64,7 @@ def _conv_pool_fwd_kernel(
     N: tl.constexpr = POOL * POOL * BLOCK_O
     m, o, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O), tl.arange(0, GROUP * BLOCK_O)
     exists = m < M
-    image, row, column = _windows(m, GRID, POOL, MARGIN, OFFSET)
+    image, row, column = corners(m, GRID, POOL, MARGIN, OFFSET)
 
     top = tl.full((BLOCK_M, BLOCK_O), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
@@ -96,7 +73,7 @@ def _conv_pool_fwd_kernel(
         sums = tl.zeros((BLOCK_M, GROUP * BLOCK_O), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = _patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
+            x = patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
             moved = first * BLOCK_O + n
             w = tl.load(moved_ptr + k[:, None] * N + moved[None, :], (k < K)[:, None] & (moved < N)[None, :], 0.0)
             sums = tl.dot(x, w.to(COMPUTE), sums, input_precision=PRECISION)
@@ -108,7 +85,7 @@ def _conv_pool_fwd_kernel(
         place = tl.min(tl.where(values == value[:, None, :], position, POOL * POOL), 1)
         top, at = _larger(top, at, value, place)
 
-    again = _any_odd(total, BLOCK_M * BLOCK_O)
+    again = any_odd(total, BLOCK_M * BLOCK_O)
     top, at = tl.where(again > 0, float("-inf"), top), tl.where(again > 0, 0, at)
     for position in range(again * POOL * POOL):
         value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
@@ -149,8 +126,8 @@ def _conv_pool_bwd_weight_kernel(
     for m0 in range(split * BLOCK_M, M, tl.num_programs(2) * BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         exists = m < M
-        image, row, column = _windows(m, GRID, POOL, MARGIN, OFFSET)
-        x = _patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
+        image, row, column = corners(m, GRID, POOL, MARGIN, OFFSET)
+        x = patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
         known = exists[:, None] & (o < OUT)[None, :]
         place = _cells(image, m, o, OUT, GRID)
         grad, y = tl.load(grad_ptr + place, known, 0.0).to(tl.float32), tl.load(y_ptr + place, known, 1.0)
@@ -185,7 +162,7 @@ def _conv_pool_bwd_map_kernel(
     N: tl.constexpr = SIDE * SIDE * BLOCK_O
     m, c, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O), tl.arange(0, GROUP * BLOCK_O)
     exists = m < M
-    image, row, column = _windows(m, TILES, SIDE, MARGIN, OFFSET)
+    image, row, column = corners(m, TILES, SIDE, MARGIN, OFFSET)
     first = tl.program_id(1) * GROUP
 
     sums = tl.zeros((BLOCK_M, GROUP * BLOCK_O), tl.float32)
@@ -203,11 +180,11 @@ def _conv_pool_bwd_map_kernel(
     rows = (row + MARGIN[0])[:, None] + (position // SIDE)[None, :]
     columns = (column + MARGIN[1])[:, None] + (position % SIDE)[None, :]
     place = (image * (C * MAP[0] * MAP[1]))[:, None] + (channel[None, :] * (MAP[0] * MAP[1]) + rows * MAP[1] + columns)
-    known &= (rows < MAP[0]) & (columns < MAP[1])
+    total = tl.sum(tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O)), 1)
+    again = any_odd(total, BLOCK_M * BLOCK_O)
+    known &= (rows < MAP[0]) & (columns < MAP[1]) & (again == 0)
     tl.store(d_x_ptr + place, sums.to(d_x_ptr.dtype.element_ty), known)
 
-    total = tl.sum(tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O)), 1)
-    again = _any_odd(total, BLOCK_M * BLOCK_O)
     for one in range(first, first + again * min(GROUP, SIDE * SIDE)):
         value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         down, right = row + one // SIDE, column + one % SIDE
@@ -268,12 +245,6 @@ def _at_every_position(moved: Tensor, weight: Tensor, pool: int) -> Tensor:
 SIDE = 4  # of the windows that divide the gradient of a map
 
 
-def _offset(*maps: Tensor) -> tl.dtype:
-    """The dtype of places in maps, whatever their strides, and of places some rows outside of them."""
-    spans = (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) for x in maps)
-    return tl.int32 if max(spans) < 2**31 - 2**24 else tl.int64
-
-
 def _sizes(weight: Tensor, pool: int, BLOCK_O: int) -> tuple[int, int, int]:
     _, C, KH, KW = weight.shape
     return C * (pool + KH - 1) * (pool + KW - 1), pool * pool, BLOCK_O
@@ -306,7 +277,7 @@ def conv_pool_fwd(
         with torch.cuda.device_of(x):
             _conv_pool_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
                 x, moved, weight, bias, y, index, M, negative_slope, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=grid,
-                POOL=pool, TAPS=tuple(taps), MARGIN=margin, X=x.stride(), OFFSET=_offset(x, y),
+                POOL=pool, TAPS=tuple(taps), MARGIN=margin, X=x.stride(), OFFSET=windows.offset_dtype(x, y),
                 **chip.operands(x.dtype, arch), **config,
             )  # fmt: skip
     return y, index
@@ -341,7 +312,7 @@ def conv_pool_bwd_weight(
         _conv_pool_bwd_weight_kernel[(*blocks, S)](
             grad.contiguous(), y.contiguous(), index.contiguous(), x, d_moved, d_bias, M, negative_slope,
             C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=grid, POOL=pool, TAPS=tuple(taps), MARGIN=margin,
-            X=x.stride(), OFFSET=_offset(x, y), **chip.operands(x.dtype, arch), **config,
+            X=x.stride(), OFFSET=windows.offset_dtype(x, y), **chip.operands(x.dtype, arch), **config,
         )  # fmt: skip
     d_weight = _at_every_position(d_moved.sum(0), weight, pool).sum((0, 1))
     return d_weight.to(weight.dtype), d_bias.sum(0).to(weight.dtype)
@@ -363,7 +334,7 @@ def conv_pool_bwd_map(
             _conv_pool_bwd_map_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(SIDE**2, config["GROUP"]))](
                 grad.contiguous(), y.contiguous(), index.contiguous(), moved, weight, d_x, M, negative_slope,
                 C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=tuple(grad.shape[2:]), POOL=pool, TAPS=tuple(taps),
-                MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE, OFFSET=_offset(x, y),
+                MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE, OFFSET=windows.offset_dtype(x, y),
                 **chip.operands(x.dtype, arch), **config,
             )  # fmt: skip
     return d_x

@@ -47,6 +47,14 @@ def _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask,
 
 
 @triton.jit
+def _drop(values, kept_ptr, places, offs_k, mask, P: tl.constexpr, KEPT: tl.constexpr):
+    """Values offs_k of patches times dropout's mask of them, unless ``kept_ptr`` is None."""
+    if kept_ptr is not None:
+        values *= tl.load(kept_ptr + places + _pixel_offsets(offs_k, P, KEPT)[None, :], mask, 0).to(values.dtype)
+    return values
+
+
+@triton.jit
 def _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr,
              K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, IMAGE: tl.constexpr,
              COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
@@ -59,10 +67,10 @@ def _project(hidden, places, mask_m, k0, image_ptr, scale_ptr, shift_ptr, w1_ptr
 
 
 @triton.jit
-def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr, global_weight, patch_weight,
-                  K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GLOBAL: tl.constexpr, HAS_GLOBAL: tl.constexpr,
-                  COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, kept_ptr, kept_places, w2_ptr, b2_ptr, tokens_ptr,
+                  global_weight, patch_weight, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+                  GLOBAL: tl.constexpr, HAS_GLOBAL: tl.constexpr, KEPT: tl.constexpr, COMPUTE: tl.constexpr,
+                  PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Second layer, superposition and store for BLOCK_K pixels of the patches, from k0."""
     offs_k, offs_r = k0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_k = offs_k < K
@@ -70,6 +78,7 @@ def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, toke
     w2 = tl.load(w2_ptr + offs_k[:, None] * R + offs_r[None, :], mask_k[:, None] & (offs_r < R)[None, :], 0.0)
     prompt = tl.dot(hidden, tl.trans(w2.to(COMPUTE)), input_precision=PRECISION)
     prompt += tl.load(b2_ptr + offs_k, mask_k, 0.0).to(tl.float32)[None, :]
+    prompt = _drop(prompt, kept_ptr, kept_places, offs_k, mask, P, KEPT)
     out = u.to(tl.float32) + patch_weight * prompt
     if HAS_GLOBAL:
         p_g = tl.load(global_ptrs + _pixel_offsets(offs_k, P, GLOBAL)[None, :], mask, 0.0)
@@ -79,10 +88,10 @@ def _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, toke
 
 @triton.jit(do_not_specialize=["M"])
 def _superpose_fwd_kernel(
-    image_ptr, scale_ptr, shift_ptr, global_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, tokens_ptr, hidden_ptr,
-    M, global_weight, patch_weight,
+    image_ptr, scale_ptr, shift_ptr, global_ptr, kept_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, tokens_ptr,
+    hidden_ptr, M, global_weight, patch_weight,
     K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr, GLOBAL: tl.constexpr,
-    HAS_GLOBAL: tl.constexpr, KEEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GLOBAL: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """With KEEP the pixels stay in registers between the layers, in loops unrolled over K; else they are read twice."""
@@ -109,24 +118,26 @@ def _superpose_fwd_kernel(
 
     hidden = hidden.to(COMPUTE)
     global_ptrs = global_ptr + _patch_offsets(offs_m, P, GRID, GLOBAL)[:, None]
+    kept_places = _patch_offsets(offs_m, P, GRID, KEPT)[:, None]
     if KEEP:
         for k0 in tl.static_range(0, K, BLOCK_K):
-            _write_tokens(kept[k0 // BLOCK_K], hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr,
-                          global_weight, patch_weight, K, P, R, GLOBAL, HAS_GLOBAL,
+            _write_tokens(kept[k0 // BLOCK_K], hidden, rows, mask_m, k0, global_ptrs, kept_ptr, kept_places, w2_ptr,
+                          b2_ptr, tokens_ptr, global_weight, patch_weight, K, P, R, GLOBAL, HAS_GLOBAL, KEPT,
                           COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
     else:
         for k0 in range(0, K, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)
             mask = mask_m & (offs_k < K)[None, :]
             u = _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask, K, P, IMAGE, COMPUTE)
-            _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, w2_ptr, b2_ptr, tokens_ptr,
-                          global_weight, patch_weight, K, P, R, GLOBAL, HAS_GLOBAL,
+            _write_tokens(u, hidden, rows, mask_m, k0, global_ptrs, kept_ptr, kept_places, w2_ptr,
+                          b2_ptr, tokens_ptr, global_weight, patch_weight, K, P, R, GLOBAL, HAS_GLOBAL, KEPT,
                           COMPUTE, PRECISION, BLOCK_K, BLOCK_R)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _superpose_bwd_kernel(
-    grad_ptr, hidden_ptr, w1_ptr, w2_ptr, d_hidden_ptr, d_image_ptr, d_global_ptr, M, global_weight, patch_weight,
+    grad_ptr, kept_ptr, hidden_ptr, w1_ptr, w2_ptr, d_hidden_ptr, d_image_ptr, d_global_ptr,
+    M, global_weight, patch_weight,
     K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr,
     NEED_IMAGE: tl.constexpr, NEED_GLOBAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -145,10 +156,11 @@ def _superpose_bwd_kernel(
         mask = mask_m & mask_k[None, :]
         grad = tl.load(grad_ptr + rows * K + offs_k[None, :], mask, 0.0).to(COMPUTE)
         w2 = tl.load(w2_ptr + offs_k[:, None] * R + offs_r[None, :], mask_k[:, None] & mask_r[None, :], 0.0).to(COMPUTE)
-        d_hidden = tl.dot(grad, w2, d_hidden, input_precision=PRECISION)
         if NEED_GLOBAL:
             out = (global_weight * grad.to(tl.float32)).to(d_global_ptr.dtype.element_ty)
             tl.store(d_global_ptr + places + _pixel_offsets(offs_k, P, IMAGE)[None, :], out, mask)
+        grad = _drop(grad, kept_ptr, places, offs_k, mask, P, IMAGE)
+        d_hidden = tl.dot(grad, w2, d_hidden, input_precision=PRECISION)
     spots = rows * R + offs_r[None, :]
     hidden = tl.load(hidden_ptr + spots, mask_m & mask_r[None, :], 0.0)
     d_hidden = tl.where(hidden <= 0, 0.0, patch_weight * d_hidden)
@@ -169,9 +181,9 @@ def _superpose_bwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _superpose_bwd_weight_kernel(
-    grad_ptr, image_ptr, scale_ptr, shift_ptr, hidden_ptr, d_hidden_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-    M, patch_weight,
-    K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr,
+    grad_ptr, kept_ptr, image_ptr, scale_ptr, shift_ptr, hidden_ptr, d_hidden_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
+    M, patch_weight, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GRID: tl.constexpr, IMAGE: tl.constexpr,
+    KEPT: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -190,9 +202,10 @@ def _superpose_bwd_weight_kernel(
         offs_m = m0 + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < M)[:, None]
         rows = offs_m.to(tl.int64)[:, None]
-        grad = tl.load(grad_ptr + rows * K + offs_k[None, :], mask_m & mask_k[None, :], 0.0).to(COMPUTE)
-        places = _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
         mask = mask_m & mask_k[None, :]
+        grad = tl.load(grad_ptr + rows * K + offs_k[None, :], mask, 0.0).to(COMPUTE)
+        grad = _drop(grad, kept_ptr, _patch_offsets(offs_m, P, GRID, KEPT)[:, None], offs_k, mask, P, KEPT)
+        places = _patch_offsets(offs_m, P, GRID, IMAGE)[:, None]
         u = _pixels(image_ptr, scale_ptr, shift_ptr, places, offs_k, mask, K, P, IMAGE, COMPUTE)
         hidden = tl.load(hidden_ptr + rows * R + offs_r[None, :], mask_m & mask_r[None, :], 0.0)
         d_hidden = tl.load(d_hidden_ptr + rows * R + offs_r[None, :], mask_m & mask_r[None, :], 0.0)
@@ -276,21 +289,26 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
+def _bytes(kept: Tensor | None) -> Tensor | None:
+    return None if kept is None else kept.contiguous().view(torch.uint8)
+
+
 def superpose_fwd(
     image: Tensor, global_prompt: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     patch_size: int, global_weight: float, patch_weight: float, dtype: torch.dtype,
-    scale: Tensor | None = None, shift: Tensor | None = None,
+    scale: Tensor | None = None, shift: Tensor | None = None, kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Superpose the patch prompt and the global prompt on an image, unfolded (equations 5 to 7 of InsVP, MM 2024).
 
     With u = unfold(image), hidden = relu(u w1^T + b1) and
-    tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2).
+    tokens = u + global_weight unfold(global_prompt) + patch_weight (hidden w2^T + b2) unfold(kept).
 
     Args:
         image, global_prompt: [B, C, H, W] in fp32, fp16 or bf16; the image also in uint8.
         w1, b1, w2, b2: [R, K], [R], [K, R] and [K].
         dtype: of the tokens.
         scale, shift: [C] in fp32, for a uint8 image, which stands for image · scale + shift.
+        kept: [B, C, H, W] in bool, dropout's mask of the patch prompt; all ones if not given.
 
     Returns:
         tokens: [B, N, K] in ``dtype``.
@@ -301,7 +319,7 @@ def superpose_fwd(
         ValueError: for R outside of 1 to 128.
     """
     arch = chip.require_arch("superpose", image)
-    (B, _, H, W), P, (R, K) = image.shape, patch_size, w1.shape
+    (B, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image = _dense(image)
     prompt = image if global_prompt is None else _dense(global_prompt)
     const = constants("fwd", image.shape, P, R, (image.dtype, dtype), arch)
@@ -313,8 +331,9 @@ def superpose_fwd(
     if M:
         with torch.cuda.device_of(image):
             _superpose_fwd_kernel[(triton.cdiv(M, const["BLOCK_M"]),)](
-                image, scale, shift, prompt, *weights, tokens, hidden, M, global_weight, patch_weight,
-                IMAGE=image.stride(), GLOBAL=prompt.stride(), HAS_GLOBAL=global_prompt is not None, **const,
+                image, scale, shift, prompt, _bytes(kept), *weights, tokens, hidden, M, global_weight, patch_weight,
+                IMAGE=image.stride(), GLOBAL=prompt.stride(), HAS_GLOBAL=global_prompt is not None,
+                KEPT=(C * H * W, H * W, W, 1), **const,
             )  # fmt: skip
     return tokens, hidden
 
@@ -322,7 +341,7 @@ def superpose_fwd(
 def superpose_bwd(
     grad: Tensor, image: Tensor, hidden: Tensor, w1: Tensor, w2: Tensor,
     patch_size: int, global_weight: float, patch_weight: float, need_image: bool, need_global: bool,
-    scale: Tensor | None = None, shift: Tensor | None = None,
+    scale: Tensor | None = None, shift: Tensor | None = None, kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of ``superpose_fwd``, all contiguous.
 
@@ -342,7 +361,8 @@ def superpose_bwd(
     """
     arch = chip.require_arch("superpose", grad)
     (_, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
-    image, grad, hidden = _dense(image), grad.contiguous(), hidden.contiguous()
+    image, grad, hidden, kept = _dense(image), grad.contiguous(), hidden.contiguous(), _bytes(kept)
+    dense = C * H * W, H * W, W, 1
     M, dtypes = hidden.numel() // R, (image.dtype, grad.dtype)
     d_image = torch.empty(image.shape if need_image else 0, dtype=image.dtype, device=grad.device)
     d_global = torch.empty(image.shape if need_global else 0, dtype=grad.dtype, device=grad.device)
@@ -356,13 +376,13 @@ def superpose_bwd(
     if M:
         with torch.cuda.device_of(grad):
             _superpose_bwd_kernel[(triton.cdiv(M, rows["BLOCK_M"]),)](
-                grad, hidden, w1.contiguous(), w2.contiguous(), d_hidden, d_image, d_global,
-                M, global_weight, patch_weight, IMAGE=(C * H * W, H * W, W, 1),
-                NEED_IMAGE=need_image, NEED_GLOBAL=need_global, **rows,
+                grad, kept, hidden, w1.contiguous(), w2.contiguous(), d_hidden, d_image, d_global,
+                M, global_weight, patch_weight, IMAGE=dense, NEED_IMAGE=need_image, NEED_GLOBAL=need_global, **rows,
             )  # fmt: skip
             _superpose_bwd_weight_kernel[(triton.cdiv(K, sums["BLOCK_K"]), S)](
-                grad, image, scale, shift, hidden, d_hidden, *partial, M, patch_weight, IMAGE=image.stride(), **sums
-            )
+                grad, kept, image, scale, shift, hidden, d_hidden, *partial, M, patch_weight,
+                IMAGE=image.stride(), KEPT=dense, **sums,
+            )  # fmt: skip
     weights = zip(partial, (w1, w1, w2, w2), strict=True)
     dw1, db1, dw2, db2 = (part.sum(0).to(like.dtype) for part, like in weights)
     return d_image, d_global, dw1, db1, dw2, db2

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm import create_model
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs, classes=st.integers(0, 4))
 def test_any_configuration_comes_back(tmp_path, config, classes):
     model = Reference(make_backbone(), classes, config).eval()
@@ -197,6 +198,35 @@ def test_a_backbone_that_timm_did_not_make_must_be_given(tmp_path):
     assert "not made by timm" in (tmp_path / FILES[0]).read_text()
 
 
+def test_a_given_backbone_has_to_pool_as_in_training(tmp_path):
+    swin = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    backbone = SwinTransformer(**swin, num_classes=2, global_pool="max")
+    Reference(copy.deepcopy(backbone), 3, SMALL).save_pretrained(tmp_path)
+    assert type(Reference.from_pretrained(tmp_path, copy.deepcopy(backbone))) is Reference
+    backbone.reset_classifier(2, "avg")
+    with pytest.raises(CheckpointError, match="the backbone has global_pool='avg': expected 'max'"):
+        Reference.from_pretrained(tmp_path, backbone)
+
+
+def test_says_how_images_were_turned_and_divided(folder):
+    assert make_model().exif_rotation and make_model().trained_on is None
+    model = Reference.from_pretrained(folder, make_backbone())
+    model.exif_rotation, model.trained_on = False, {"data": "flowers", "split_seed": 3}
+    model.save_pretrained(folder)
+    found = Reference.from_pretrained(folder, make_backbone())
+    assert (found.exif_rotation, found.trained_on) == (False, {"data": "flowers", "split_seed": 3})
+
+    def as_before(values):
+        for name in ("exif_rotation", "trained_on", "multi_label"):
+            del values[name]
+        del values["backbone"]["global_pool"]
+
+    edit(folder, as_before)
+    old = Reference.from_pretrained(folder, make_backbone())
+    assert (old.exif_rotation, old.trained_on, old.multi_label) == (True, None, False)
+    assert torch.equal(logits(old), logits(found))
+
+
 def test_a_layer_type_among_the_arguments_is_not_recorded(tmp_path):
     Reference(make_backbone(norm_layer=nn.LayerNorm), 3, SMALL).save_pretrained(tmp_path)
     assert json.loads((tmp_path / FILES[1]).read_text())["backbone"]["name"] is None
@@ -229,7 +259,30 @@ def test_keeps_fp32_adapters_around_a_half_precision_backbone(tmp_path):
     model.save_pretrained(tmp_path)
     again = Reference.from_pretrained(tmp_path, make_backbone().bfloat16())
     assert again.head.weight.dtype == torch.float32
-    assert torch.equal(again.common_prompts, model.common_prompts)
+    assert torch.equal(again.common_prompts[1], model.common_prompts[1])
+
+
+SWIN = {"embed_dim": 24, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 32, "window_size": 1}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [(NAME, SIZES), ("swin_tiny_patch4_window7_224", SWIN)])
+def test_reads_common_prompts_that_are_stacked_by_width(tmp_path, name, sizes):
+    torch.manual_seed(0)
+    model = Reference(create_model(name, **sizes), 3, SMALL).eval()
+    model.save_pretrained(tmp_path)
+    backbone = {f"backbone.{key}": value for key, value in model.backbone.state_dict().items()}
+    old, prompts = safetensors.torch.load_file(tmp_path / FILES[2]), [*model.common_prompts]
+    for i in range(len(prompts)):
+        del old[f"common_prompts.{i}"]
+    by_width = [torch.stack([p for p in prompts if p.shape[1] == width]) for width in model.prompt_widths]
+    keys = ["common_prompts"] if name == NAME else [f"common_prompts.{i}" for i in range(4)]
+    old |= dict(zip(keys, by_width, strict=True))
+    safetensors.torch.save_file(old, tmp_path / FILES[2])
+    again = Reference.from_pretrained(tmp_path, copy.deepcopy(model.backbone))
+    assert torch.equal(again(images()), model(images()))
+    in_module = nn.ModuleDict({"model": Reference(copy.deepcopy(model.backbone), 3, SMALL).eval()})
+    in_module.load_state_dict({f"model.{key}": value for key, value in (backbone | old).items()})
+    assert torch.equal(in_module["model"](images()), model(images()))
 
 
 def test_says_that_timm_cannot_build_the_backbone(folder):
@@ -251,7 +304,7 @@ def test_refuses_another_backbone(folder):
     for part in (str(folder / FILES[1]), found, expected, "backbone=", "allow_backbone_mismatch=True"):
         assert part in str(caught.value)
     model = Reference.from_pretrained(folder, other, allow_backbone_mismatch=True)
-    assert torch.equal(model.common_prompts, make_model().common_prompts)
+    assert torch.equal(model.common_prompts[0], make_model().common_prompts[0])
     assert model.backbone is other
 
 
@@ -322,10 +375,10 @@ WRONG_TENSORS = {
     "unexpected": (lambda t: t.update(extra=torch.ones(2)), r"found the unexpected extra of shape \(2,\)"),
     "of the backbone": (lambda t: t.update({"backbone.norm.bias": torch.ones(48)}), "the unexpected backbone.norm"),
     "of another shape": (
-        lambda t: t.update(common_prompts=torch.ones(2, 5, 48)),
-        r"common_prompts has shape \(2, 5, 48\): expected \(2, 2, 48\)",
+        lambda t: t.update({"common_prompts.1": torch.ones(5, 48)}),
+        r"common_prompts\.1 has shape \(5, 48\): expected \(2, 48\)",
     ),
-    "all missing": (lambda t: t.clear(), "and 14 more"),
+    "all missing": (lambda t: t.clear(), "and 15 more"),
 }
 
 

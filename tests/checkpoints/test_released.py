@@ -34,11 +34,8 @@ models = pytest.mark.parametrize("model_type", [Reference, InsVPViT], ids=["refe
 # images, blocks, prompted blocks, prompt length, kernels, SimAM
 CASES = [
     (1, 2, 2, 16, (7, 9, 3), False),
-    (2, 3, 3, 16, (7, 9, 3), True),
-    (1, 2, 2, 9, (9, 5, 3), True),
-    (1, 2, 2, 20, (7, 9, 3), False),
-    (2, 3, 2, 9, (9, 5, 3), False),
-    (1, 2, 1, 16, (7, 9, 3), True),
+    (2, 3, 2, 9, (9, 5, 3), True),
+    (1, 2, 1, 20, (7, 9, 3), True),
     (1, 12, 12, 16, (7, 9, 3), False),
 ]
 
@@ -152,8 +149,7 @@ def test_prompts_that_the_file_lacks_are_switched_off(model_type):
     assert error(generated(images()), forward(silenced("prompts"), images())) < 1e-5
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
+@pytest.mark.parametrize(("prefix", "suffix"), [("module.", ".safetensors"), ("module._orig_mod.", ".pth")])
 def test_reads_files_wrapped_by_ddp_and_compile(tmp_path: Path, prefix, suffix):
     file = tmp_path / f"best_model{suffix}"
     tensors = {prefix + key: value for key, value in small().items()}
@@ -178,7 +174,7 @@ def test_leaves_the_given_state_dict_alone():
     tensors = {key: value.clone() for key, value in small().items()}
     model = Reference.from_released(tensors)
     with torch.no_grad():
-        model.common_prompts.zero_()
+        model.common_prompts[0].zero_()
     assert all(torch.equal(tensors[key], small()[key]) for key in small())
 
 
@@ -230,7 +226,7 @@ WRONG = {
         small() | {"meta_net_2.0.weight": torch.ones(6, 3, 4, 4)},
         r"not those of the authors' code: global_kernels=\(4, 25\)",
     ),
-    "a flat kernel": (small() | {"prompts": torch.ones(9, 768)}, "not those of the authors' code"),
+    "flat prompts": (small() | {"prompts": torch.ones(9, 768)}, r"shape \(9, 768\): expected \(1, 9, 768\)"),
     "more prompts than blocks": (small() | {"prompts": torch.ones(2, 9, 768)}, "prompted_blocks=2 asks for block 1"),
 }
 

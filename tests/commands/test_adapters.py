@@ -6,16 +6,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from insvp_fast import InsVPViT
 from insvp_fast.commands import cli
-from insvp_fast.data import transform_for
+from insvp_fast.data import load_data, load_test_data, transform_for
+from insvp_fast.data.decode import read_image
+from insvp_fast.export import Facts
 from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from insvp_fast.training.prediction import load_classifier, predict
 from tests.commands.finished_run import CLASSES
 
 
@@ -83,6 +87,64 @@ def test_a_backbone_without_a_name_is_asked_for(run, images, bare, capsys):
     assert "expected it as --backbone" in refusal(capsys, "predict", bare, images)
     given = printed(capsys, "predict", bare, images, "--backbone", "vit_shapes_32")
     assert given == printed(capsys, "predict", run, images)
+
+
+def test_an_adapter_is_tested_on_what_training_held_out(run, images, bare, tmp_path, capsys):
+    def test(source: object, data: object, *options: object) -> tuple[int, str]:
+        command = ["eval", source, "--data", data, "--output", tmp_path / "results", *options]
+        assert cli.main([*map(str, command), "--json"]) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out)["images"], printed.err
+
+    shutil.copytree(images / "test", tmp_path / "animals")
+    for name in CLASSES:  # at least four of each, to be divided
+        for i in range(4):
+            shutil.copy(images / "test" / "ant" / f"{i}.png", tmp_path / "animals" / name / f"more-{i}.png")
+    model = InsVPViT.from_pretrained(run / "adapter")
+    data = load_data(str(tmp_path / "animals"), model.preprocessing, 3)
+    model.trained_on = json.loads(json.dumps(data.origin))
+    model.save_pretrained(tmp_path / "adapter")
+    moved = (tmp_path / "animals").rename(tmp_path / "moved")
+    count, said = test(tmp_path / "adapter", moved)
+    assert count == len(data.test) < 40 and "may be among them" not in said
+    tested = load_test_data(
+        str(moved), model.preprocessing, 3, CLASSES, undivided_sha256=data.origin["undivided_sha256"]
+    )
+    assert tested.indices == data.test.indices
+    shutil.copy(images / "test" / "ant" / "0.png", moved / "ant" / "new.png")
+    count, said = test(tmp_path / "adapter", moved)
+    assert count == 41 and "all 41 images are tested" in said and "not the images that training divided; to" in said
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    count, said = test(bare, moved, "--class-names", tmp_path / "names.txt")
+    assert count == 41 and "the adapter does not say which images it was trained on" in said
+    assert "give as --data a folder with a test split" in said
+    assert "may be among them" not in test(tmp_path / "adapter", images)[1]
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_every_way_in_turns_images_as_training_did(turned, run, tmp_path, monkeypatch):
+    exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 255, (5, 8, 3), dtype=np.uint8)
+    exif[0x0112] = 6
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(pixels).resize((48, 36)).save(photo, exif=exif)
+    model = InsVPViT.from_pretrained(run / "adapter")
+    model.exif_rotation = turned
+    model.save_pretrained(tmp_path / "adapter")
+    expected = transform_for(model.preprocessing)(read_image(photo, exif_rotation=turned))
+    other = transform_for(model.preprocessing)(read_image(photo, exif_rotation=not turned))
+    assert (expected - other).abs().max() > 0.5
+    classifier, seen = load_classifier(tmp_path / "adapter"), []
+    monkeypatch.setattr(classifier, "model", lambda images: seen.extend(images) or torch.zeros(len(images), 6))
+    list(predict(classifier, [str(photo)]))
+    with photo.open("rb") as upload:  # as the server and the demo read it
+        seen.append(classifier.images([upload])[0][0])
+    about = {"class_names": None, "preprocessing": model.preprocessing, "input": [None, 3, 32, 32]}
+    turns = load_model(tmp_path / "adapter").exif_rotation
+    facts = Facts(inside="nothing", insvp_fast_version="0", exif_rotation=turns, **about)
+    with Image.open(photo) as opened:
+        seen.append(Facts.from_metadata(facts.to_metadata(), "file").prepare(opened))
+    seen.append(facts.prepare(read_image(photo, exif_rotation=turned)))  # which is not turned twice
+    assert len(seen) == 4 and all(torch.equal(image, expected) for image in seen)
 
 
 @pytest.mark.parametrize("kind", [MethodViT, InsVPViT])

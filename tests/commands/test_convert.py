@@ -18,7 +18,7 @@ def released_file(tmp_path) -> Path:
     config = InsVPConfig.released(prompt_length=4)
     model = InsVPViT("test_vit", num_classes=3, config=config)
     file = tmp_path / "best_model.pth"
-    torch.save({to_released(key): value for key, value in model.state_dict().items()}, file)
+    torch.save(to_released(model.state_dict()), file)
     return file
 
 

@@ -17,8 +17,10 @@ def settings(size=32, **more) -> dict:
 
 
 @pytest.mark.parametrize("more", [{}, {"interpolation": "bilinear"}, {"crop_mode": "squash"}, {"crop_pct": 1.0}])
-@pytest.mark.parametrize("size", [32, 57])
-@pytest.mark.parametrize(("height", "width"), [(40, 44), (33, 97), (57, 57), (701, 33), (31, 200), (20, 23)])
+@pytest.mark.parametrize(
+    ("size", "height", "width"),
+    [(32, 40, 44), (57, 33, 97), (57, 57, 57), (32, 701, 33), (57, 31, 200), (32, 20, 23)],
+)
 def test_pixels_are_those_of_training(more, size, height, width):
     described = settings(size, **more)
     assert resize_reason(described) is None

@@ -49,9 +49,14 @@ def test_curves_show_what_there_is(drawn, tmp_path):
     assert list(probe.get_xdata()) == [0, 1] and set(probe.get_ydata()) == {0.8}  # from edge to edge
 
 
-def test_a_run_that_ends_at_once_has_curves(drawn, tmp_path):
-    plot_curves([{"model": "InsVP", "epoch": 1, "loss": 0.5, "val_accuracy": 0.5}], tmp_path / "one.png")
-    assert titles(drawn[0]) == ["loss", "accuracy"]
+def test_curves_begin_before_training_and_show_what_selects(drawn, tmp_path):
+    scores = [{"val_accuracy": 0.4 + 0.1 * epoch, "val_f1": 0.3 + 0.1 * epoch, "val_loss": 1.0} for epoch in (0, 1)]
+    records = [{"model": "InsVP", "epoch": 0} | scores[0], {"model": "InsVP", "epoch": 1, "loss": 0.5} | scores[1]]
+    plot_curves(records, tmp_path / "one.png", "f1")
+    assert titles(drawn[0]) == ["loss", "accuracy", "macro F1"]
+    loss, _, f1 = drawn[0].axes
+    assert [list(line.get_xdata()) for line in (*loss.lines, *f1.lines)] == [[1], [0, 1], [0, 1]]
+    assert list(f1.lines[0].get_ydata()) == [record["val_f1"] for record in records]
 
 
 def test_a_confusion_matrix_of_many_classes_is_drawn_without_names(tmp_path):

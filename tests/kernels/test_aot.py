@@ -46,7 +46,7 @@ def test_shared_memory_is_within_the_chips_limit(aot):
 
 
 def test_matrix_units_are_used(aot):
-    multiplying = "superpose", "attention", "conv_pool"
+    multiplying = "superpose", "attention", "conv_pool", "windows"
     assert not failing(aot, lambda fact: fact["kernel"].startswith(multiplying) and not fact["matrix"])
 
 
@@ -201,6 +201,13 @@ def test_the_cases_are_what_conv_launches(launches):
     hidden = conv.conv_fwd(image, weight, weight[:, 0, 0, 0], 5, (5, 5), 224, 224, True, torch.bfloat16)
     conv.conv_bwd(hidden, image, hidden, weight, 5, (5, 5), False)
     assert_same_as_launched("conv_", "C3-fp32-bf16", launches)
+
+
+def test_the_cases_are_what_a_dense_conv_launches(launches):
+    x, weight = torch.zeros(1, 6, 224, 224, dtype=torch.bfloat16), torch.zeros(3, 6, 25, 25)
+    y = conv.conv_fwd(x, weight, weight[:, 0, 0, 0], 1, (12, 12), 224, 224, False, torch.bfloat16)
+    conv.conv_bwd(y, x, None, weight, 1, (12, 12), True)
+    assert_same_as_launched("windows", "C6-bf16-bf16", launches)
 
 
 def test_the_cases_are_what_conv_pool_launches(launches):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from insvp_fast.kernels.gpu import chip
+from insvp_fast.kernels.gpu import chip, conv, windows
 from insvp_fast.kernels.gpu import conv_pool as kernel
 
 from insvp_fast import ops
@@ -58,13 +58,21 @@ def run_conv_pool(x, weight, bias, *geometry):
     return ops.conv_pool(x, weight, bias, *geometry, impl="triton")
 
 
-# B, C, H, W, channels out, kh, kw; dilation, height, width
+# B, C, H, W, channels out, kh, kw; dilation, height, width, whether a ReLU follows
 CONV = [
-    ((3, 3, 20, 17, 6, 3, 3), (5, 20, 17)),  # the paper's first
-    ((1, 6, 15, 26, 3, 3, 3), (12, 15, 26)),  # its second: most taps lie outside of the map
-    ((2, 2, 9, 12, 11, 4, 2), (1, 7, 12)),  # even sides, a center
-    ((1, 1, 3, 2, 5, 9, 7), (2, 3, 2)),  # a map smaller than the kernel
-    ((1, 1, 5, 4, 1, 1, 1), (1, 5, 4)),
+    ((3, 3, 20, 17, 6, 3, 3), (5, 20, 17, True)),  # the paper's first
+    ((1, 6, 15, 26, 3, 3, 3), (12, 15, 26, False)),  # its second: most taps lie outside of the map
+    ((2, 2, 9, 12, 11, 4, 2), (1, 7, 12, True)),  # even sides, a center
+    ((1, 1, 3, 2, 5, 9, 7), (2, 3, 2, False)),  # a map smaller than the kernel
+    ((1, 1, 5, 4, 1, 1, 1), (1, 5, 4, True)),
+]
+WINDOWS = [  # with so many taps that windows of pixels are computed at once
+    ((1, 2, 8, 16, 5, 11, 11), (1, 8, 16, True), torch.float32),  # as the release's first: channels in several groups
+    ((1, 1, 8, 8, 2, 25, 25), (1, 8, 8, False), torch.bfloat16),  # as its second: most taps lie outside of the map
+]
+SMALL_WINDOWS = [
+    ((1, 9, 8, 6, 1, 4, 5), (1, 4, 6, True), torch.float32),  # an even side, a center
+    ((3, 2, 6, 8, 7, 3, 3), (1, 6, 8, True), torch.float16),
 ]
 
 
@@ -75,10 +83,21 @@ def in_16_bits(cases):
     ]
 
 
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(("sizes", "geometry", "dtype"), in_16_bits(CONV), ids=str)
-def test_conv_parity(device, poison, sizes, geometry, relu, dtype):
-    check(run_conv, conv_formula, inputs(*sizes, dtype, device), (*geometry, relu))
+@pytest.mark.parametrize(("sizes", "geometry", "dtype"), in_16_bits(CONV) + WINDOWS, ids=str)
+def test_conv_parity(device, poison, sizes, geometry, dtype):
+    check(run_conv, conv_formula, inputs(*sizes, dtype, device), geometry)
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Convolutions of any number of taps in windows of 2 x 2, for which the interpreter needs little time."""
+    monkeypatch.setattr(conv, "SIDE", 2)
+    monkeypatch.setattr(conv, "MAX_PRODUCTS", 0)
+
+
+@pytest.mark.parametrize(("sizes", "geometry", "dtype"), SMALL_WINDOWS, ids=str)
+def test_conv_parity_in_small_windows(device, poison, small_windows, sizes, geometry, dtype):
+    check(run_conv, conv_formula, inputs(*sizes, dtype, device), geometry)
 
 
 # B, C, H, W, channels out, kh, kw; height, width, pool
@@ -105,7 +124,10 @@ def test_conv_pool_parity(device, poison, sizes, geometry, dtype):
 
 
 @pytest.mark.parametrize("layout", ["channels last", "every second column", "wide offsets"])
-def test_other_layouts_give_the_same_bits(device, monkeypatch, layout):
+@pytest.mark.parametrize("taps", ["few", "many"])
+def test_other_layouts_give_the_same_bits(device, monkeypatch, layout, taps, request):
+    if taps == "many":
+        request.getfixturevalue("small_windows")
     x, weight, bias = (t.detach() for t in inputs(2, 3, 12, 14, 5, 3, 3, torch.float32, device))
     same = x.clone()
     if layout == "channels last":
@@ -113,8 +135,8 @@ def test_other_layouts_give_the_same_bits(device, monkeypatch, layout):
     elif layout == "every second column":
         same = x.repeat_interleave(2, dim=3)[..., ::2]
     else:
-        monkeypatch.setattr(kernel, "_offset", lambda *maps: kernel.tl.int64)
-    for run, geometry in ((run_conv, (2, 12, 14)), (run_conv_pool, (12, 12, 4))):
+        monkeypatch.setattr(windows, "offset_dtype", lambda *maps: kernel.tl.int64)
+    for run, geometry in ((run_conv, (1, 12, 14)), (run_conv_pool, (12, 12, 4)))[: 1 if taps == "many" else 2]:
         one, other = (
             outcome(run, [t.requires_grad_() for t in (first, weight, bias)], geometry) for first in (x, same)
         )
@@ -123,8 +145,8 @@ def test_other_layouts_give_the_same_bits(device, monkeypatch, layout):
 
 def test_offsets_are_wide_where_strides_are():
     frames = torch.empty(300, 64, 3, 224, 224, device="meta")
-    assert kernel._offset(frames[:200, 0, :, :4]) is kernel.tl.int32
-    assert frames[:, 0].numel() < 2**31 and kernel._offset(frames[:, 0]) is kernel.tl.int64
+    assert windows.offset_dtype(frames[:200, 0, :, :4]) is kernel.tl.int32
+    assert frames[:, 0].numel() < 2**31 and windows.offset_dtype(frames[:, 0]) is kernel.tl.int64
 
 
 def test_operands_with_any_strides(device):
@@ -177,6 +199,32 @@ def test_a_bad_pixel_reaches_only_what_reads_it(device):
     beside = ~(want.isnan() & d_x.isfinite())  # PyTorch also multiplies infinities by the zeros beside the maxima
     torch.testing.assert_close(d_x[beside], want.float()[beside], equal_nan=True)
     assert d_x.isfinite().sum() > d_x.numel() / 2
+
+
+def test_a_bad_pixel_reaches_only_the_windows_that_read_it(device, small_windows):
+    for bad, relu in ((torch.inf, True), (torch.nan, False)):
+        x, weight, bias = (t.detach() for t in inputs(2, 2, 6, 8, 3, 4, 3, torch.float32, device))
+        x[0, 0, 2, 7], x[1, 1, 5, 1] = bad, -torch.inf
+        leaf, truth = x.clone().requires_grad_(), x.double().requires_grad_()
+        y, want = (
+            run_conv(leaf, weight, bias, 1, 6, 8, relu),
+            conv_formula(truth, weight.double(), bias.double(), 1, 6, 8, relu),
+        )
+        torch.testing.assert_close(y, want.float(), equal_nan=True)
+        grad = torch.randn_like(y)
+        grad[1, 0, 3, 3] = bad
+        for got, expected in zip(
+            torch.autograd.grad(y, leaf, grad), torch.autograd.grad(want, truth, grad.double()), strict=True
+        ):
+            torch.testing.assert_close(got, expected.float(), equal_nan=True)
+
+
+def test_what_windows_do_not_cover(device):
+    x, weight, bias = (t.detach() for t in inputs(1, 1, 16, 16, 9, 11, 11, torch.float32, device))
+    for dilation, height in ((2, 16), (1, 12)):  # a dilation; sides that windows do not divide
+        with pytest.raises(RuntimeError, match="does not cover a weight of .* and a map of 16x16 pixels"):
+            run_conv(x, weight, bias, dilation, height, 16)
+    assert run_conv(x[:0], weight, bias, 1, 16, 16).shape == (0, 9, 16, 16)
 
 
 def test_the_same_bits_twice(device):

@@ -11,11 +11,14 @@ NAMES = ("tokens", "hidden", "d_image", "d_global", "dw1", "db1", "dw2", "db2")
 WEIGHTS = (0.7, 0.3)  # of the global and of the patch prompt, as in the paper
 
 
-def formula(image, prompt, w1, b1, w2, b2, P):
-    """The equations one by one; ``prompt`` may be None."""
+def formula(image, prompt, w1, b1, w2, b2, P, kept=None):
+    """The equations one by one; ``prompt`` and ``kept`` may be None."""
     u = F.unfold(image, P, stride=P).transpose(1, 2)
     hidden = F.linear(u, w1, b1).relu()
-    tokens = u + WEIGHTS[1] * F.linear(hidden, w2, b2)
+    patch = F.linear(hidden, w2, b2)
+    if kept is not None:
+        patch = patch * F.unfold(kept.to(image.dtype), P, stride=P).transpose(1, 2)
+    tokens = u + WEIGHTS[1] * patch
     if prompt is not None:
         tokens = tokens + WEIGHTS[0] * F.unfold(prompt, P, stride=P).transpose(1, 2)
     return tokens, hidden
@@ -31,28 +34,28 @@ def inputs(B, C, H, W, P, R, dtype, device, with_prompt=True):
     return (image, prompt, w1, b1, w2, b2), grad
 
 
-def expected(tensors, grad, P, dtype):
+def expected(tensors, grad, P, dtype, kept=None):
     """Tokens, hidden and all gradients by autograd in ``dtype``; d_global is None without a global prompt."""
     tensors = [None if t is None else t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
-    tokens, hidden = formula(*tensors, P)
+    tokens, hidden = formula(*tensors, P, kept)
     present = [t for t in tensors if t is not None]
     gradients = iter(torch.autograd.grad(tokens, present, grad.to(dtype)))
     d_image, d_global, *rest = [None if t is None else next(gradients) for t in tensors]
     return dict(zip(NAMES, (tokens, hidden, d_image, d_global, *rest), strict=True))
 
 
-def computed(tensors, grad, P, need_image=True):
+def computed(tensors, grad, P, need_image=True, kept=None):
     image, prompt, w1, _, w2, _ = tensors
-    tokens, hidden = superpose.superpose_fwd(*tensors, P, *WEIGHTS, grad.dtype)
+    tokens, hidden = superpose.superpose_fwd(*tensors, P, *WEIGHTS, grad.dtype, kept=kept)
     need_global = prompt is not None
-    gradients = superpose.superpose_bwd(grad, image, hidden, w1, w2, P, *WEIGHTS, need_image, need_global)
+    gradients = superpose.superpose_bwd(grad, image, hidden, w1, w2, P, *WEIGHTS, need_image, need_global, kept=kept)
     return dict(zip(NAMES, (tokens, hidden, *gradients), strict=True))
 
 
-def check(actual, tensors, grad, P, dtype):
+def check(actual, tensors, grad, P, dtype, kept=None):
     """fp32: 1e-5 of the largest value. 16 bits: twice the error of the formula in that dtype, plus one rounding."""
-    exact = expected(tensors, grad, P, torch.float64)
-    plain = expected(tensors, grad, P, dtype)
+    exact = expected(tensors, grad, P, torch.float64, kept)
+    plain = expected(tensors, grad, P, dtype, kept)
     for name, truth in exact.items():
         if truth is None or truth.numel() == 0:
             continue
@@ -79,11 +82,23 @@ SHAPES = [  # B, C, H, W, P, R
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(shape, dtype, device, poison):
     tensors, grad = inputs(*shape, dtype, device)
-    P = shape[4]
-    actual = computed(tensors, grad, P)
-    check(actual, tensors, grad, P, dtype)
+    P, kept = shape[4], None
+    if shape[1] == 1:  # with dropout
+        kept = torch.rand(tensors[0].shape, device=device) < 0.7
+    actual = computed(tensors, grad, P, kept=kept)
+    check(actual, tensors, grad, P, dtype, kept)
     assert actual["tokens"].dtype == actual["d_image"].dtype == actual["d_global"].dtype == dtype
     assert actual["hidden"].dtype == actual["dw1"].dtype == torch.float32
+
+
+def test_dropout_of_everything(device, poison):
+    """What is left knows nothing of the patch prompter; masks and images have any strides."""
+    tensors, grad = inputs(2, 3, 16, 24, 8, 16, torch.float32, device)
+    image = tensors[0].to(memory_format=torch.channels_last)
+    none = torch.zeros(image.shape, dtype=torch.bool, device=device).mT.contiguous().mT
+    actual = computed((image, *tensors[1:]), grad, 8, kept=none)
+    check(actual, tensors, grad, 8, torch.float32, none)
+    assert not any(actual[name].any() for name in ("dw1", "db1", "dw2", "db2"))
 
 
 def test_without_global_prompt(device, poison):

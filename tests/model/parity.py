@@ -20,15 +20,25 @@ class MasksOfTheCPU(TorchDispatchMode):
         return x * mask / (1 - p), mask
 
 
-def assert_equal_numbers(reference, fast, image, tolerance=1e-5):
-    """Errors of logits and gradients are at most the tolerance, or twice those of the reference in fp32."""
+def assert_equal_numbers(reference, fast, image, tolerance=1e-5, settings=({},)):
+    """Errors of logits and gradients are at most the tolerance, or twice those of the reference in fp32.
+
+    So with each of ``settings``, attributes that the fast model is given.
+    """
     with MasksOfTheCPU() if image.is_cuda and dropout_is_on(fast) else contextlib.nullcontext():
         exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-        plain, values = trained_gradients(reference, image), trained_gradients(fast, image)
-    assert values.keys() == exact.keys()
-    for name, value in values.items():
-        allowed = max(tolerance, 2 * relative_error(plain[name], exact[name]))
-        assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
+        plain, found = trained_gradients(reference, image), [with_settings(fast, image, one) for one in settings]
+    for values in found:
+        assert values.keys() == exact.keys()
+        for name, value in values.items():
+            allowed = max(tolerance, 2 * relative_error(plain[name], exact[name]))
+            assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
+
+
+def with_settings(model, image, settings):
+    for name, value in settings.items():
+        setattr(model, name, value)
+    return trained_gradients(model, image)
 
 
 def dropout_is_on(model):

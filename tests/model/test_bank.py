@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import AdapterBank, InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.errors import CheckpointError
+from insvp_fast.methods import create_model
 from insvp_fast.testing import DEVICE, assert_within_budget, relative_error
 
 NO_IMAGE_PROMPT = {"global_prompt": False, "patch_prompt": False}
@@ -193,10 +194,21 @@ def test_adapters_from_folders_added_and_removed(tmp_path):
     assert set(bank.adapters) == {"released"}
 
 
+def test_adapters_of_other_methods_are_refused_by_name(tmp_path):
+    backbone = make_backbone()
+    model = create_model("vpt_deep", copy.deepcopy(backbone), 5, length=2)
+    model.save_pretrained(tmp_path)
+    bank = AdapterBank(backbone)
+    with pytest.raises(CheckpointError, match="not an InsVP adapter: its method is vpt_deep: expected insvp"):
+        bank.add("deep", tmp_path)
+    with pytest.raises(TypeError, match="'deep' is a MethodViT with the method VPTDeep: expected an InsVPViT"):
+        bank.add("deep", model)
+    assert not bank.adapters
+
+
 def test_the_pooling_of_an_adapter_is_that_of_the_backbone(tmp_path):
-    """It belongs to the backbone, and no weight tells of it."""
-    tiny = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
-    backbone = timm.create_model("vit_tiny_patch16_224", **tiny)
+    """It belongs to the backbone, timm's name or none, and no weight tells of it."""
+    backbone = make_backbone(depth=1)
     model = InsVPViT(copy.deepcopy(backbone), 5, InsVPConfig(prompt_length=2))
     model.reset_classifier(5, "avg")
     model.save_pretrained(tmp_path)
@@ -263,6 +275,14 @@ def test_it_is_for_inference():
         bank(images(2), ["three"])
     with pytest.raises(ValueError, match="32x24 pixels"):
         bank(images(1)[..., :24], "three")
+
+
+def test_no_image_has_the_width_of_its_adapter():
+    bank, _ = make_bank(("three", "released"))
+    assert bank(images(0), "three").shape == (0, 2) and bank(images(0), "released").shape == (0, 3)
+    assert bank(images(0), []).shape == bank(images(0)).shape == (0, bank.num_classes)
+    with pytest.raises(ValueError, match="adapters='nobody': expected None or one of"):
+        bank(images(0), "nobody")
 
 
 def test_a_named_attention_that_takes_all_keys_is_refused_for_prompts_of_several_lengths():

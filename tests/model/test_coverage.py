@@ -261,7 +261,7 @@ SETTINGS |= {
         "backbone.blocks.0", lambda m: m.compile(backend=lambda graph, _: lambda *a: (2 * graph(*a)[0],))
     ),
     "blocks in another order": at("backbone", reordered),
-    "prompts of another number": lambda m: setattr(m, "common_prompts", nn.Parameter(m.common_prompts.detach()[:, :2])),
+    "prompts of another number": at("common_prompts", lambda m: setattr(m, "1", nn.Parameter(m[1].detach()[:2]))),
     "a configuration of another number": lambda m: setattr(m, "config", dataclasses.replace(m.config, prompt_length=2)),
     "a dilation of one number": at("global_prompter.conv1", lambda m: setattr(m, "dilation", 2)),
     "a prompter of something else": at("global_prompter", lambda m: setattr(m, "conv1", nn.MaxPool2d(3, 1, 1))),

@@ -228,6 +228,18 @@ def test_vpt_is_insvp_with_switches(name):
     torch.testing.assert_close(model(image), insvp(image), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("name", ["dualprompt", "vpt_shallow"])
+def test_a_mask_leaves_prompts_and_keys_alone(name):
+    model = make_pair(name)[1].eval()
+    image, T = torch.randn(2, 3, 48, 32, device=DEVICE), 2 + 6 * 4
+    for nothing in (torch.ones(T, T, dtype=torch.bool), torch.zeros(2, 1, T, T)):
+        masked = model(image, attn_mask=nothing.to(DEVICE))
+        torch.testing.assert_close(masked, model(image), rtol=1e-5, atol=1e-5)
+    only_itself = model(image, attn_mask=torch.eye(T, dtype=torch.bool, device=DEVICE))
+    assert not torch.allclose(only_itself, masked, rtol=1e-2) and only_itself.isfinite().all()
+
+
 def test_named_configurations():
     assert InsVPConfig.vpt_deep(length=7).prompt_length == 7
     assert InsVPConfig.vpt_shallow(common_dropout=0.0) == InsVPConfig.vpt_deep(

@@ -161,13 +161,6 @@ def test_options(options):
     assert torch.equal(copy.deepcopy(fast)(image), fast(image))
 
 
-def test_an_attention_that_windows_do_not_have_is_refused():
-    _, fast = pair()
-    fast.attention = "flash"
-    with pytest.raises(ValueError, match="impl='flash': expected one of"):
-        fast(images(fast))
-
-
 def test_compiles_whole():
     _, fast = pair(InsVPConfig(global_prompt=False, patch_prompt=False, specific_prompt=False), depths=(2, 1))
     image = images(fast)

@@ -12,7 +12,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, make_pair
 
@@ -24,6 +24,9 @@ BACKBONES = {
     "no prefix": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
     "general": ("vit_tiny_patch16_224", {"act_layer": torch.nn.Hardswish}),
 }
+
+
+NO_PROMPTS = InsVPConfig(global_prompt=False, patch_prompt=False, common_prompt=False, specific_prompt=False)
 
 
 def make(backbone="fast", dtype=torch.float64, **config):
@@ -102,9 +105,10 @@ def test_stages_of_swin():
     plain = InsVPReference.block_outputs(model, image, [1, 2])  # of each block, on the general path
     torch.testing.assert_close(maps[:2], [h.permute(0, 3, 1, 2) for h in plain], rtol=1e-4, atol=1e-5)
     layers = group_parameters(model, model.group_matcher(), reverse=True)
-    blocks = ["layers.0.blocks.1", "layers.1.blocks.0", "layers.2.blocks.0", "layers.3.blocks.0"]
-    for i, block in enumerate(blocks):
-        assert layers[f"common_prompts.{i}"] == layers[f"backbone.{block}.norm1.weight"]
+    blocks = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.2.blocks.0", "layers.3.blocks.0"]
+    assert [layers[f"common_prompts.{i}"] for i in range(5)] == [layers[f"backbone.{b}.norm1.weight"] for b in blocks]
+    assert layers["head.weight"] > layers["common_prompts.4"] > layers["common_prompts.1"] > layers["common_prompts.0"]
+    assert all(layer == 0 for name, layer in layers.items() if "_prompter." in name)
     taken = model.prune_intermediate_layers([0, 1])
     torch.testing.assert_close(model.forward_intermediates(image, taken, intermediates_only=True), maps[:2])
     sum(one.sum() for one in model.forward_intermediates(image, taken, intermediates_only=True)).backward()
@@ -123,8 +127,8 @@ def test_intermediates_have_gradients_and_take_the_fast_path(monkeypatch):
         maps = model.forward_intermediates(image, [0, 2], intermediates_only=True)
         sum(one.square().mean() for one in maps).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) == 15 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert model.common_prompts.grad[:3].abs().sum() > 0 and model.common_prompts.grad[3].abs().sum() == 0
+    assert len(gradients[0]) == 17 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert model.common_prompts[2].grad.abs().sum() > 0 and model.common_prompts[3].grad is None
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the general path")
@@ -152,10 +156,83 @@ def test_intermediates_refuse_what_they_do_not_know():
     model = make()
     with pytest.raises(ValueError, match="output_fmt='NHWC': expected 'NCHW' or 'NLC'"):
         model.forward_intermediates(images(), output_fmt="NHWC")
-    with pytest.raises(ValueError, match="a mask of the attention was given"):
-        model.forward_intermediates(images(), attn_mask=torch.ones(7, 7))
-    with pytest.raises(ValueError, match="a mask of the attention was given"):
-        model(images(), attn_mask=torch.ones(7, 7))
+    with pytest.raises(ValueError, match="is_causal=True: expected False"):
+        model.forward_intermediates(images(), is_causal=True)
+    with pytest.raises(ValueError, match=r"shape \(2, 7, 7\): expected \(7, 7\) or \(2, 1, 7, 7\)"):
+        model(images(), attn_mask=torch.ones(2, 7, 7))
+    with pytest.raises(ValueError, match=r"attn_mask has dtype torch.int64: expected torch.bool"):
+        model(images(), attn_mask=torch.ones(7, 7, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize(
+    ("name", "tiny"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1,), "num_heads": (1,), "window_size": 2}),
+        ("beit_base_patch16_224", TINY),
+        ("test_resnet", {}),
+    ],
+)
+def test_a_mask_is_refused_where_blocks_take_none(name, tiny):
+    model = InsVPViT(
+        timm.create_model(name, num_classes=3, **tiny | {"img_size": 32} if tiny else {}), config=NO_PROMPTS
+    )
+    for forward in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=rf"the attention of a {type(model.backbone).__name__} takes none"):
+            forward(images(dtype=torch.float32), attn_mask=torch.ones(7, 7))
+
+
+def masks(T):
+    """Of timm's shapes; every query attends to itself."""
+    own = torch.eye(T, dtype=torch.bool)
+    yield from (own | (torch.rand(shape) < 0.5) for shape in [(T, T), (2, 1, T, T), (1, 3, T, T)])
+    yield from (torch.randn(shape, dtype=torch.float64) for shape in [(T, T), (2, 1, T, T), (2, 1, 1, T)])
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "naflexvit_base_patch16_gap"])
+def test_a_mask_without_prompts_is_that_of_the_bare_model(name):
+    tiny = {"img_size": 28 if "eva" in name else 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    tiny |= {"img_size": None, "init_values": 1.0} if "naflex" in name else {}
+    bare, image = timm.create_model(name, **tiny).double().eval(), images(28, 28) if "eva" in name else images()
+    model, T = InsVPViT(copy.deepcopy(bare), config=NO_PROMPTS).eval(), bare.forward_features(image).shape[1]
+    for mask in masks(T):
+        found = model.forward_features(image, attn_mask=mask)
+        torch.testing.assert_close(found, bare.forward_features(image, attn_mask=mask), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found, model.forward_features(image), rtol=1e-3)
+
+
+def masked_blocks(model, image, mask):
+    """The tokens behind the last block: attention written out, in which prompts are seen by all, and see all."""
+    prompted, T = model.image_prompt(image).prompted, mask.shape[-1]
+    p_s, backbone = model.specific_prompt(image, prompted), model.backbone
+    h = backbone._pos_embed(backbone.patch_embed(prompted))
+    bias = torch.where(mask, 0.0, -torch.inf).double() if mask.dtype == torch.bool else mask
+    for j, block in enumerate(backbone.blocks):
+        z = torch.cat([h, model.feature_prompt(j, p_s, len(image))], 1)  # behind the tokens: attention has no order
+        q, k, v = block.attn.qkv(block.norm1(z)).unflatten(2, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / 4
+        scores[..., :T, :T] += bias
+        z = z + block.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        h = (z + block.mlp(block.norm2(z)))[:, :T]
+    return h
+
+
+def test_a_masked_prompted_model_is_the_written_out_one():
+    model, image = make(), images()
+    with pytest.warns(UserWarning, match="takes the general path, exact but not fast: attn_mask was given"):
+        model(image, attn_mask=torch.ones(7, 7, dtype=torch.bool))
+    for mask in masks(7):
+        expected = masked_blocks(model, image, mask)
+        found, [last] = model.forward_intermediates(image, 1, output_fmt="NLC", attn_mask=mask)
+        torch.testing.assert_close(last, expected[:, 3:], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, model.norm(expected), rtol=1e-10, atol=1e-10)
+        ours, theirs = (
+            torch.autograd.grad(h.square().sum(), [*model.common_prompts]) for h in (found, model.norm(expected))
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(model(image, attn_mask=mask), model.head(found[:, 0]))
+    assert unsupported_reason(model) is None
 
 
 @pytest.mark.parametrize(("indices", "kept"), [([1], (0,)), ([0, 2], (0, 2)), (1, (0, 2, 3))])
@@ -199,26 +276,41 @@ def test_another_image_size_is_that_of_a_resized_backbone(size):
 def test_layer_decay_knows_where_what_is_trained_stands():
     model = make(prompted_blocks=(1, 2, 3))
     optimizer = create_optimizer_v2(model, "adamw", 1e-3, weight_decay=0.1, layer_decay=0.5)
+    blocks = {f"common_prompts.{i}": f"backbone.blocks.{i + 1}.norm1.weight" for i in range(3)}
     names = {id(p): name for name, p in model.named_parameters()}
     scales = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert scales["head.weight"] == 1 and scales["common_prompts"] == 0.5**2  # block 2 of 4, and the head behind
+    assert scales["head.weight"] == 1 and [scales[name] for name in blocks] == [0.5**3, 0.5**2, 0.5]
     assert {scales[name] for name in scales if "prompter" in name} == {0.5**5}
-    assert decays["common_prompts"] == 0 and decays["specific_prompter.conv1.weight"] == 0.1
+    assert {decays[name] for name in blocks} == {0} and decays["specific_prompter.conv1.weight"] == 0.1
     layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert all(layers[name] == layers[of_block] for name, of_block in blocks.items())
     bare = timm.create_model("vit_tiny_patch16_224", **TINY)
     for name, layer in group_parameters(bare, bare.group_matcher(), reverse=True).items():
         assert layers[name if name.startswith("head") else f"backbone.{name}"] == layer
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+def test_layers_of_a_backbone_that_names_them_by_a_function():
+    backbone = timm.create_model("cait_xxs24_224", **TINY)  # the blocks with a class token are the last ones as well
+    expected = group_parameters(backbone, backbone.group_matcher(), reverse=True)
+    model = InsVPViT(backbone, config=InsVPConfig(prompt_length=2, prompted_blocks=(1, 3)))
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    for ours, of_backbone in {"common_prompts.0": "blocks.1.norm1.weight", "head.weight": "head.weight"}.items():
+        assert layers[ours] == expected[of_backbone]
+    assert layers["common_prompts.1"] == layers["backbone.blocks_token_only.1.norm1.weight"] == 4
+    optimizer = create_optimizer_v2(model, "adamw", 1e-3, layer_decay=0.5)
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.5**n for n in (5, 3, 1, 0)}
+
+
 def test_utilities_of_timm(tmp_path):
     model, image = timm.create_model(NAME, num_classes=3, prompt_length=2, **TINY).eval(), torch.randn(2, 3, 32, 32)
-    average = ModelEmaV3(model, decay=0.5)
+    average, prompts = ModelEmaV3(model, decay=0.5), model.common_prompts[1]
     with torch.no_grad():
-        before = model.common_prompts.clone()
-        model.common_prompts.add_(1)
+        before = prompts.clone()
+        prompts.add_(1)
     average.update(model)
-    torch.testing.assert_close(average.module.common_prompts, before + 0.5)
+    torch.testing.assert_close(average.module.common_prompts[1], before + 0.5)
     model.set_grad_checkpointing()
     assert model.grad_checkpointing and model.recompute == "block"
     transform = create_transform(**resolve_model_data_config(model))
@@ -228,7 +320,7 @@ def test_utilities_of_timm(tmp_path):
     assert again.config == model.config and torch.equal(again(image), model(image))
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4).head.out_features == 4
     model.init_weights()
-    assert not torch.equal(model.common_prompts, before + 1) and model.common_prompts.abs().max() <= 1
+    assert not torch.equal(prompts, before + 1) and prompts.abs().max() <= 1
     assert torch.equal(model.backbone.cls_token, average.module.backbone.cls_token)
     freeze(model, ["global_prompter", "head"])
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
@@ -249,6 +341,7 @@ def test_properties_are_the_backbones_and_have_no_keys_of_their_own():
         "global_prompter",
         "patch_prompter",
         "specific_prompter",
+        "common_prompts",
         "head",
     }
 
@@ -288,7 +381,7 @@ def test_arguments_reach_the_configuration_the_model_and_the_backbone(tmp_path):
     assert model.backbone.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
     again = timm.create_model(NAME, num_classes=7, checkpoint_path=str(tmp_path / "model.pth"), **arguments)
-    assert torch.equal(again.common_prompts, model.common_prompts)
+    assert torch.equal(again.common_prompts[0], model.common_prompts[0])
     described = timm.create_model(NAME, pretrained_cfg=timm.get_pretrained_cfg(NAME).to_dict(), **TINY)
     assert described.backbone.pretrained_cfg["first_conv"] == "patch_embed.proj"
     with pytest.raises(TypeError, match="not_an_argument"):

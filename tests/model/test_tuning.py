@@ -429,7 +429,7 @@ def test_dam_vp_needs_images_first():
     model = make("dam_vp")
     with pytest.raises(TrainingError, match=r"DAM-VP has no clusters yet: expected model\.method\.fit"):
         model(torch.randn(1, 3, 48, 32))
-    with pytest.raises(DataError, match="found 2 images: expected at least one for each of 3 clusters"):
+    with pytest.raises(DataError, match="DAM-VP has 3 prompts: expected as many images, found 2"):
         model.method.fit([torch.randn(2, 3, 48, 32)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,9 +6,23 @@ import torch.nn.functional as F
 
 from insvp_fast import ops
 from insvp_fast.ops.attention import attention_reference
-from insvp_fast.ops.heads import merge_heads
+from insvp_fast.ops.heads import merge_heads, split_packed
 from insvp_fast.testing import assert_within_budget
 from tests.gradients import DTYPES, copies, with_gradients
+
+
+def formula(q, k, v, bias):  # [B, heads, T or S, d]
+    """Attention whose scores of the first keys get a bias."""
+    scores = 0.4 * q @ k.mT
+    if bias is not None:
+        n = min(bias.shape[2], k.shape[2])
+        scores = torch.cat([scores[..., :n] + bias[..., :n].to(scores), scores[..., n:]], dim=-1)
+    return merge_heads(scores.softmax(-1) @ v)
+
+
+def bias_of(T, S):
+    """Of all keys but two, which are prompts; none of the fewest keys."""
+    return None if S == 5 else torch.randn(3, T, S - 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -18,10 +32,10 @@ from tests.gradients import DTYPES, copies, with_gradients
 )
 def test_query_attention(dtype, B, S, T, num_keys):
     inputs = [torch.randn(B, n, width).to(dtype).requires_grad_() for n, width in ((T, 24), (S, 48))]
+    bias = bias_of(T, S)
 
     def plain(q, kv):
-        q, k, v = (t.unflatten(-1, (3, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
-        return merge_heads((0.4 * q @ k.mT).softmax(-1) @ v)
+        return formula(*(t.unflatten(-1, (3, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1))), bias)
 
     def image_by_image(q, kv):
         images = [plain(q[b : b + 1], kv[b : b + 1, :keys]) for b, keys in enumerate(num_keys)]
@@ -30,7 +44,7 @@ def test_query_attention(dtype, B, S, T, num_keys):
     plain_of_each = plain if num_keys is None else image_by_image
     keys = None if num_keys is None else torch.tensor(num_keys, dtype=torch.int64)
     exact, rough = (with_gradients(plain_of_each, x) for x in (copies(inputs, torch.float64), inputs))
-    fast = with_gradients(lambda q, kv: ops.query_attention(q, kv, 3, 0.4, num_keys=keys), inputs)
+    fast = with_gradients(lambda q, kv: ops.query_attention(q, kv, 3, 0.4, num_keys=keys, bias=bias), inputs)
     for value, low, expected in zip(fast, rough, exact, strict=True):
         assert value.dtype == dtype and value.shape == expected.shape
         assert_within_budget(value, low, expected, dtype)
@@ -43,16 +57,19 @@ def test_absorbed_attention(dtype, affine, B, S, T, num_keys):
     x = torch.randn(B, S, 16).to(dtype).requires_grad_()
     weight = torch.randn(72, 16) / 4
     bias, gain, shift = (torch.randn(72), torch.rand(16) + 0.5, torch.randn(16)) if affine else (None,) * 3
-    keys = None if num_keys is None else torch.tensor(num_keys, dtype=torch.int64)
+    keys, of_scores = None if num_keys is None else torch.tensor(num_keys, dtype=torch.int64), bias_of(T, S)
+    rows = [*enumerate(num_keys or ())]
 
     def plain(x):
         tokens = x * gain.to(x) + shift.to(x) if affine else x
         qkv = F.linear(tokens, weight.to(x), None if bias is None else bias.to(x))
-        return attention_reference(qkv, 3, T, 0.4, keys)
+        q, k, v = split_packed(qkv, 3)
+        images = [formula(q[b : b + 1, :, :T], k[b : b + 1, :, :n], v[b : b + 1, :, :n], of_scores) for b, n in rows]
+        return torch.cat(images) if images else attention_reference(qkv, 3, T, 0.4)
 
     exact, rough = (with_gradients(plain, inputs) for inputs in (copies([x], torch.float64), [x]))
     layer = ops.FrozenLinear(weight, bias, gain, shift)
-    fast = with_gradients(lambda x: ops.absorbed_attention(x, T, layer, 3, 0.4, num_keys=keys), [x])
+    fast = with_gradients(lambda x: ops.absorbed_attention(x, T, layer, 3, 0.4, num_keys=keys, bias=of_scores), [x])
     for value, low, expected in zip(fast, rough, exact, strict=True):
         assert value.dtype == dtype and value.shape == expected.shape
         assert_within_budget(value, low, expected, dtype)
@@ -66,3 +83,11 @@ def test_absorbed_attention_says_what_does_not_fit():
         ops.absorbed_attention(x, 1, layer, 5, 1.0)
     with pytest.raises(ValueError, match="requires_grad=False"):
         ops.absorbed_attention(x, 1, ops.FrozenLinear(torch.randn(72, 16, requires_grad=True)), 3, 1.0)
+
+
+def test_a_bias_that_does_not_fit():
+    q, kv = torch.randn(2, 1, 24), torch.randn(2, 5, 48)
+    with pytest.raises(ValueError, match=r"bias has shape \(3, 2, 5\): expected \(3, 1\) and up to 5 keys"):
+        ops.query_attention(q, kv, 3, 1.0, bias=torch.zeros(3, 2, 5))
+    with pytest.raises(ValueError, match="has to be frozen"):
+        ops.query_attention(q, kv, 3, 1.0, bias=torch.zeros(3, 1, 5, requires_grad=True))

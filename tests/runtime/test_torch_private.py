@@ -32,6 +32,8 @@ ALLOWED = {
     "_field_defaults": "the same",
     "_pos_embed": "timm's, part of every ViT that is understood",
     "_forward_embeds": "timm's, of NaFlexVit: the only way to the tokens before its blocks",
+    "_apply_learned_pos_embed": "timm's, of NaFlexVit: its position embedding for a grid of patches",
+    "_apply_factorized_pos_embed": "the same",
     "_get_rel_pos_bias": "timm's, of Swin and BEiT: their bias, which is a sum of tables",
     "timm.models._features.FeatureGetterNet": "timm exports its other ways to get features",
     "timm.models._features.feature_take_indices": "timm's models all call it",

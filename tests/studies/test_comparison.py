@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from scipy import stats
 
+from insvp_fast.checkpoints.backbone import save_backbone
 from insvp_fast.commands import cli
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
 from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, scores_of, with_one_probe
-from insvp_fast.studies.paper import ABLATION, STUDIES
+from insvp_fast.studies.paper import ABLATION, STUDIES, UNVARIED, sensitivity
 from insvp_fast.studies.report import paper_number, report
 from insvp_fast.studies.tables import paired_difference
 from insvp_fast.training.candidates import insvp_config
@@ -97,10 +99,29 @@ def test_figures_are_drawn_from_the_runs(figure, trained, tmp_path, capsys):
     assert cli.main(command) == 0
     pictures = list((tmp_path / "out").glob("*.png"))
     assert len(pictures) == 1 and pictures[0].stat().st_size > 10_000
-    # figure 7 varies four settings at five values, at the rate of the recipe
-    assert len(trained) == (4 if figure == "figure5" else 40)
+    # figure 7 varies three settings at five values and the blocks from 1 to 4, at the rate of the recipe; four of
+    # these values are the recipe's own, which are trained once
+    assert len(trained) == (4 if figure == "figure5" else 32)
     assert {recipe.lr for recipe in trained if recipe.method == "insvp"} == {0.01 if figure == "figure5" else Recipe.lr}
     assert "| InsVP" in capsys.readouterr().out or figure == "figure7"
+
+
+def test_a_method_that_the_backbone_cannot_have_is_left_out(trained, tmp_path, capsys):
+    swin = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4)}
+    save_backbone(timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **swin), tmp_path / "it.safetensors")
+    command = ["paper", "table3", "--data", "digits", "--methods", "e2vpt", "insvp", "--seeds", "1", "--lr", "0.01"]
+    assert cli.main([*command, "--backbone", str(tmp_path / "it.safetensors"), "--output", str(tmp_path / "out")]) == 0
+    assert [recipe.method for recipe in trained] == ["insvp"]
+    printed = capsys.readouterr().out
+    assert "left out: E2VPT: `method` is e2vpt: the blocks have widths [32, 64]" in printed and "| InsVP" in printed
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 3, 5, 6)), (12, (1, 3, 6, 9, 12))])
+def test_figure_7_prompts_quarters_of_the_blocks(depth, blocks):
+    rows = sensitivity(Recipe(), depth)["prompted blocks"]
+    *fewer, every = rows.items()
+    assert tuple(rows) == blocks and every == (depth, UNVARIED)
+    assert fewer == [(n, Row(f"prompted_blocks={n}", {"prompted_blocks": n})) for n in blocks[:-1]]
 
 
 def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):

@@ -35,10 +35,9 @@ def start(
     resume: Path | None = None,
     die: tuple[str, int] | None = None,
     log: Path | None = None,
-    environment: dict[str, str] | None = None,
 ):
     """Train in a child; ``die`` = (event, n) kills it by SIGKILL just before the n-th such event."""
-    child = children.Process(target=_train, args=(settings, resume, die, log, environment or {}))
+    child = children.Process(target=_train, args=(settings, resume, die, log))
     child.start()
     return child
 
@@ -55,12 +54,9 @@ def _train(
     resume: Path | None,
     die: tuple[str, int] | None,
     log: Path | None,
-    environment: dict[str, str],
 ) -> None:
-    os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # a fork server for the workers would outlive this process
-    from insvp_fast import InsVPConfig
-    from insvp_fast.training import models, run
+    from insvp_fast.training import run
     from insvp_fast.training.recipe import Recipe
 
     torch.set_num_threads(1)
@@ -70,8 +66,6 @@ def _train(
         os.dup2(output, 2)
     if die:
         _die_before(*die)
-    if environment:  # dropout masks depend on the number of processes
-        models.insvp_config = lambda recipe: InsVPConfig(prompt_length=2, global_dropout=0.0)
     run.train(None if resume else Recipe(**settings), resume)
 
 

@@ -1,28 +1,32 @@
 """Two processes train as one does with the same images per step."""
 
-import socket
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load
 
-from insvp_fast.training import accelerator
+from insvp_fast.errors import DataError, InsVPError
+from insvp_fast.studies.arguments import to_arguments
+from insvp_fast.training import accelerator, clusters
 from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.run import train
 from insvp_fast.training.sampler import BatchSampler
 from tests.training.killed_runs import make_digits, outcome, start
+from tests.training.small_runs import quick
 
-SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False, "head_init": "random"}
-SETTINGS |= {"sampling": "balanced", "class_weights": "auto"}
+SETTINGS = {"epochs": 2, "amp": "off", "lr": 1e-3, "probe": False, "head_init": "random", "sampling": "balanced"}
+SETTINGS |= {"class_weights": "auto", "prompt_length": 2, "global_dropout": 0.0}  # other processes draw other masks
 
 
-def environments(count: int) -> list[dict[str, str]]:
-    """The environment variables that a launcher would set for each process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    shared["OMP_NUM_THREADS"] = "1"  # more threads than cores would wait for each other
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+def launch(settings: dict) -> subprocess.CompletedProcess:
+    """Run the command of the documentation for two GPUs, on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "insvp_fast", "train", *to_arguments(settings)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +43,17 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
     """The outcomes of one process, of two, and of one that accumulates two batches per step."""
-    root = tmp_path_factory.mktemp("runs")
-    sizes = {"one": {"batch_size": 16}, "two": {"batch_size": 8}, "accumulated": {"batch_size": 8, "accumulate": 2}}
-    found = {}
-    for kind, size in sizes.items():
-        settings = SETTINGS | size | {"data": str(digits), "output": str(root / kind)}
-        given = environments(2) if kind == "two" else [{"RANK": "0", "WORLD_SIZE": "1"}]
-        processes = [start(settings, log=root / f"{kind}.log", environment=environment) for environment in given]
-        for child in processes:
-            child.join(300)
-        assert [child.exitcode for child in processes] == [0] * len(given), (root / f"{kind}.log").read_text()
-        found[kind] = outcome(root / kind / "few-1")
-    return found
+    root, shared = tmp_path_factory.mktemp("runs"), SETTINGS | {"data": str(digits)}
+    two = launch(shared | {"batch_size": 8, "output": str(root / "two")})
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("run folder: ") == 1  # the other process prints nothing, and makes none
+    alone = {"one": {"batch_size": 16}, "accumulated": {"batch_size": 8, "accumulate": 2}}
+    for kind, sizes in alone.items():
+        child = start(shared | sizes | {"output": str(root / kind)}, log=root / f"{kind}.log")
+        child.join(300)
+        assert child.exitcode == 0, (root / f"{kind}.log").read_text()
+    assert [run.name for kind in ("two", *alone) for run in (root / kind).iterdir()] == ["few-1"] * 3
+    return {kind: outcome(root / kind / "few-1") for kind in ("two", *alone)}
 
 
 @pytest.mark.parametrize("kind", ["two", "accumulated"])
@@ -75,6 +78,24 @@ def test_all_processes_take_the_smallest_batch_that_one_of_them_can(monkeypatch)
         Recipe(batch_size=7, auto_batch=True), model, (3, 2, 2), accelerator.create_accelerator()
     )
     assert (recipe.batch_size, recipe.auto_batch) == (5, False)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_error_of_clustering_is_raised_in_every_process(own, pictures, tmp_path, monkeypatch):
+    def features_of(*_):
+        raise DataError("mine: not an image")
+
+    gathered = []
+    monkeypatch.setattr(clusters, "gather_object", lambda part: gathered.extend(part) or [*part, (None, "other's")])
+    if own:
+        monkeypatch.setattr(clusters.DAMVP, "features_of", features_of)
+    recipe = quick(pictures, tmp_path, method="dam_vp", method_options=("num_prompts=2",), prompt_length=None)
+    with pytest.raises(
+        InsVPError, match="^mine: not" if own else "^another process cannot cluster its images: other's"
+    ):
+        train(recipe)
+    ((features, reason),) = gathered
+    assert reason == "mine: not an image" if own else features.shape == (18, 192)
 
 
 def test_a_process_without_images_is_not_counted():

@@ -1,5 +1,6 @@
 """The training loss."""
 
+import numpy as np
 import pytest
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
@@ -41,8 +42,26 @@ def test_several_labels_are_mixed_and_smoothed_once():
     assert smoothing == 0
     torch.testing.assert_close(mixed[:, 1:], torch.tensor([[0.9, 0.1]] * 2))
     assert 0.1 < mixed[0, 0] < 0.9
-    *_, smoothing = loss.mix(torch.rand(1, 3, 4, 4), labels[:1])  # a single image is not mixed
-    assert smoothing == 0.2
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}])
+@pytest.mark.parametrize(("count", "partners"), [(1, [0]), (4, [3, 2, 1, 0]), (5, [4, 4, 3, 2, 1])])
+def test_every_image_is_mixed_with_another_and_its_target_alike(mixing, count, partners):
+    images, targets = torch.randn(count, 1, 6, 6), torch.arange(count)
+    np.random.seed(3)
+    mixed, found, _ = Loss(Recipe(mix_prob=1.0, **mixing), count).mix(images.clone(), targets)
+    assert len(mixed) == len(found) == count
+    for i, partner in enumerate(partners):
+        share = found[i, i].item()  # of the image in its target, which must be its share of the pixels
+        expected = share * targets.eq(i) + (1 - share) * targets.eq(partner)
+        torch.testing.assert_close(found[i], expected.float())
+        if "mixup" in mixing:
+            torch.testing.assert_close(mixed[i], share * images[i] + (1 - share) * images[partner])
+        else:
+            own = (mixed[i] == images[i]).double().mean().item()
+            assert ((mixed[i] == images[i]) | (mixed[i] == images[partner])).all()
+            assert own == pytest.approx(share if partner != i else 1)
+    assert count == 1 or 0 < found[0, 0] < 1
 
 
 def test_models_are_compared_without_smoothing_and_weights():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from insvp_fast.errors import InsVPError
 from insvp_fast.training.recipe import Recipe
@@ -127,7 +128,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match=r"last good state is kept, go on with `resume` .*few-1"):
             train(Recipe(**tiny))
     folder = train(resume=f"{tiny['output']}/few-1")
-    assert len(outcome(folder)[1]) == 3
+    assert [record.get("epoch") for record in outcome(folder)[1]] == [0, 1, 2, None]  # None: of the test
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tiny, monkeypatch):
@@ -160,6 +161,13 @@ def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
     folder = train(Recipe(**tiny | {"epochs": 1}))
     with pytest.raises(InsVPError, match="expected no other settings"):
         train(Recipe(**tiny), resume=folder)
+    weights = load_file(file := folder / "last" / "trained.safetensors")
+    blocks = [weights.pop(f"common_prompts.{i}") for i in range(sum("common_prompts." in key for key in weights))]
+    save_file(weights | {"common_prompts": torch.stack(blocks)}, file)
+    with pytest.raises(
+        InsVPError, match=r"/last has no common_prompts.0, because an earlier version wrote it: .*init_from"
+    ):
+        train(resume=folder)
     (folder / "last" / "training.pt").write_bytes(b"")
     with pytest.raises(InsVPError, match="not a state that can be resumed"):
         train(resume=folder)

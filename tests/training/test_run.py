@@ -5,7 +5,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from insvp_fast import __version__
+from insvp_fast.commands import cli
 from insvp_fast.data import transform_for
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import run as run_module
@@ -153,23 +153,13 @@ def test_training_on_an_image_folder(tmp_path, capsys):
     assert [row.ranking[0][0] for row in predict(load_classifier(run), files)] == ["dark", "light"]
 
 
-def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path):
+def test_the_command_in_mixed_precision_with_the_released_preset(tmp_path, capsys):
     folder = make_folder(tmp_path / "pictures", {"train": 8, "val": 2})
-    options = [
-        "--data",
-        str(folder),
-        "--output",
-        str(tmp_path / "runs"),
-        "--amp",
-        "bf16",
-        "--released",
-        "--epochs",
-        "1",
-    ]
-    command = [sys.executable, "-m", "insvp_fast", "train", *options, "--prompt-length", "2", "--no-probe"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "epoch   1/1  loss" in done.stdout
-    assert done.stdout.endswith(f"run folder: {tmp_path / 'runs' / 'pictures-1'}\n")
+    options = ["--data", str(folder), "--output", str(tmp_path / "runs"), "--amp", "bf16", "--released"]
+    assert cli.main(["train", *options, "--epochs", "1", "--prompt-length", "2", "--no-probe"]) == 0
+    printed = capsys.readouterr().out
+    assert "epoch   1/1  loss" in printed
+    assert printed.endswith(f"run folder: {tmp_path / 'runs' / 'pictures-1'}\n")
     config = json.loads((tmp_path / "runs" / "pictures-1" / "config.json").read_text())
     assert config["insvp"]["image_weights"] == [2.0, 1.0]
     assert config["protocol"].startswith("paper: no test was found, so val is only tested on")

@@ -1,0 +1,81 @@
+"""Models of all methods in standard operators: the same function, captured with an open batch, and written."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from insvp_fast.errors import ExportError
+from insvp_fast.export import export_model, graph, load
+from insvp_fast.export.graph import capture, standard_model
+from insvp_fast.method_names import METHODS
+from insvp_fast.methods import create_model
+from insvp_fast.testing import relative_error
+
+WIDTH = 24
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": WIDTH, "num_heads": 2, "depth": 2, "num_classes": 0}
+
+
+def model_of(name):
+    """A model of which no trained parameter is zero."""
+    options = {"padding": 3} if name in ("vp", "dam_vp") else {}
+    if name in ("vpt_deep", "vpt_shallow", "e2vpt", "vfpt", "vapt"):
+        options = {"length": 4}
+    options |= {"vapt": {"kernel": 1}, "e2vpt": {"segments": 8}}.get(name, {})
+    model = create_model(name, timm.create_model("vit_tiny_patch16_224", **SIZES), 3, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if name == "dam_vp":
+        model.method.fit_features(torch.randn(20, WIDTH))
+    return model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_standard_models_have_the_numbers_of_every_method(name):
+    model, images = model_of(name), torch.randn(3, 3, 16, 16)
+    exact = copy.deepcopy(model).double()
+    if name == "dam_vp":  # its copy looks at a copy of the backbone
+        exact.method.attach(standard_model(exact).method._bare[0])
+    standard = standard_model(model)
+    with torch.no_grad():
+        assert relative_error(standard(images), exact(images.double())) < 1e-5
+    assert not any(type(module).__module__ == "insvp_fast.prompted" for module in standard.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_captured(name):
+    model = model_of(name)
+    images = torch.randn(30, 3, 16, 16)  # more than an example has, and more than torch.cdist takes in one way
+    captured = capture(model, standard=True)
+    assert captured.operations == 0 and captured.facts.input == [None, 3, 16, 16]
+    with torch.no_grad():
+        assert relative_error(captured.program.module()(images), model(images)) < 1e-5
+
+
+# a transform that exporters lack, a hook, and a second pass of the backbone
+@pytest.mark.parametrize("name", ["vfpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "dam_vp"))])
+def test_onnx(name, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs pip install -e '.[export]'")
+    model = model_of(name)
+    model.exif_rotation, before = False, copy.deepcopy(model.state_dict())
+    done = export_model(model, tmp_path / "model.onnx", "onnx")
+    assert [p.batch for p in done.parity] == [1, 7] and done.operations == 0
+    images, exported = torch.randn(5, 3, 16, 16), load(tmp_path / "model.onnx")
+    assert exported.facts.exif_rotation is False
+    with torch.no_grad():
+        assert relative_error(exported(images), model(images)) < 1e-5
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_what_cannot_be_captured_is_refused_in_one_sentence(monkeypatch):
+    class Dynamic(torch.nn.Module):
+        def forward(self, images):
+            return images if images.sum() > 0 else -images
+
+    monkeypatch.setattr(graph, "standard_model", lambda model: Dynamic())
+    with pytest.raises(ExportError, match="torch.export cannot trace the model: ") as caught:
+        capture(model_of("linear"), standard=True)
+    assert "\n" not in str(caught.value)
