@@ -17,16 +17,15 @@ const AttentionKernels& kernels(DType type) {
 // What forward and backward have in common.
 Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, const float* bias,
                     const float* mask, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale) {
-  Attention a{qkv, out, d_qkv, windows, bias, mask, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0};
+  Attention a{qkv, out, d_qkv, windows, bias, mask, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0, 0};
   a.width = whole_lines(d);
   a.stride = a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
   a.tokens = larger((a.S + 1) * a.width, d * a.stride);
   a.queries = block_of_queries(w);
   a.scores = a.queries * a.stride;
+  a.lines = n > 1 ? whole_lines(2 * 4 * w * ceil_div(d * size_of(qkv.type), 64)) : 0;
   return a;
 }
-
-constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
 Array from(Array array, int64_t offset) {
   return {array.data ? static_cast<char*>(array.data) + offset * size_of(array.type) : nullptr, array.type};
@@ -70,7 +69,8 @@ INSVP_FAST_API int attention_fwd(
   const DType type = DType(qkv_type);
   const Attention a =
       attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, n, w, L, heads, d, scale);
-  return for_each_head(a, B, num_keys, kFwdTokens * a.tokens + kFwdScores * a.scores, threads, kernels(type).fwd);
+  const int64_t scratch_size = kFwdTokens * a.tokens + kFwdScores * a.scores + a.lines;
+  return for_each_head(a, B, num_keys, scratch_size, threads, kernels(type).fwd);
 }
 
 // Whether windows of `count` tokens in all hold each of the tokens 0 to count - 1 once: 1 or 0; -1 without memory.
@@ -98,5 +98,6 @@ INSVP_FAST_API int attention_bwd(
     const int64_t row = 3 * heads * d, rows = a.T + L, behind = (rows - num_keys[b]) * row * size_of(type);
     std::memset(from(a.d_qkv, (b * rows + num_keys[b]) * row).data, 0, behind);
   }
-  return for_each_head(a, B, num_keys, kBwdTokens * a.tokens + kBwdScores * a.scores, threads, kernels(type).bwd);
+  const int64_t scratch_size = kBwdTokens * a.tokens + kBwdScores * a.scores + a.lines;
+  return for_each_head(a, B, num_keys, scratch_size, threads, kernels(type).bwd);
 }

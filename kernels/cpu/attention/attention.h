@@ -21,9 +21,12 @@ struct Attention {
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length
   // `stride`; `scores` floats hold the `queries` rows of length `stride` of a block of queries. `width` is d in whole
-  // cache lines, `stride` is S in whole lines, of which many are an odd number.
-  int64_t width, stride, queries, tokens, scores;
+  // cache lines, `stride` is S in whole lines, of which many are an odd number. `lines` floats hold the addresses of the
+  // cache lines that a window reads of its queries, keys, values and gradients.
+  int64_t width, stride, queries, tokens, scores, lines;
 };
+
+constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
 // The queries of a block, whose scores then stay in the first or second cache level: a small window is one block.
 constexpr int64_t block_of_queries(int64_t w) { return w <= 64 ? w : 48; }

@@ -15,6 +15,7 @@ struct Head {
   int64_t image, head, window;
   float* scratch;
   int64_t D = a.heads * a.d, words = Words::count(a.width), depth = Words::count(a.d);
+  Soon soon = {};
 
   float* take(int64_t floats) {
     float* piece = scratch;
@@ -50,6 +51,24 @@ struct Head {
     return to;
   }
 
+  // Lets the products of this window prefetch what the next one will read, besides the prompts: its rows are far apart.
+  void expect_next(bool grad) {
+    if (window + 1 == a.n) return;
+    Head next = *this;
+    ++next.window;
+    const char** line = reinterpret_cast<const char**>(take(a.lines));
+    soon.next = line;
+    const int64_t size = size_of(a.qkv.type);
+    const auto expect = [&](Array array, int64_t at) {
+      for (int64_t i = 0; i < a.d * size; i += 64) *line++ = static_cast<const char*>(array.data) + at * size + i;
+    };
+    for (int64_t j = 0; j < a.w; ++j) {
+      for (int part = 0; part < 3; ++part) expect(a.qkv, next.in_qkv(part, j));
+      if (grad) expect(a.out, next.in_out(j));
+    }
+    soon.end = line;
+  }
+
   // Rows from `first` to `end`; `from` is where the first one is.
   void write_out(int64_t first, int64_t end, const float* from) const {
     for (int64_t j = first; j < end; ++j, from += a.width) write(a.out, in_out(j), from, a.d);
@@ -66,12 +85,12 @@ struct Head {
   const float* paired(const float* x, int64_t rows) { return Words::paired(tokens(), x, rows, a.width, words); }
 
   // The products of `count` rows of `x` with all rows of the matrix that `columns` is transposed from.
-  void dot_products(float* to, const float* x, const float* columns, int64_t count, float scale) const {
-    multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, scale);
+  void dot_products(float* to, const float* x, const float* columns, int64_t count, float scale) {
+    multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, scale, soon);
   }
 
   // The probabilities of `count` queries from the query t on.
-  void probabilities(float* p, const float* q, const float* k_columns, int64_t t, int64_t count) const {
+  void probabilities(float* p, const float* q, const float* k_columns, int64_t t, int64_t count) {
     dot_products(p, q + t * words, k_columns, count, a.scale);
     const Summands summands{a.bias ? a.bias + (head * a.w + t) * a.w : nullptr,
                             a.mask ? a.mask + (window * a.w + t) * a.w : nullptr, a.w};
@@ -82,6 +101,7 @@ struct Head {
 void attention_fwd_window(Head h) {
   const Attention& a = h.a;
   const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S);
+  h.expect_next(false);
   const float* k_columns = h.transposed(k);
   float *out = h.tokens(), *p = h.scores(), *p_words = h.scores();
   v = h.paired(v, a.S);
@@ -91,7 +111,7 @@ void attention_fwd_window(Head h) {
     h.probabilities(p, q, k_columns, t, count);
     const float* rows = Words::narrow(p_words, p, count, a.stride);
     multiply({out, a.width, false}, {rows, Words::count(a.stride), 1}, {v, a.width}, count, a.d, Words::count(a.S),
-             1.0f);
+             1.0f, h.soon);
     h.write_out(t, t + count, out);
   }
 }
@@ -100,6 +120,7 @@ void attention_fwd_window(Head h) {
 void attention_bwd_window(Head h, float* d_k, float* d_v) {
   const Attention& a = h.a;
   const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S), *grad = h.read_out();
+  h.expect_next(true);
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
   const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
   float *d_q = h.tokens(), *p = h.scores(), *d_p = h.scores(), *narrow = h.scores(), *pairs = h.scores();
@@ -115,12 +136,13 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
 
     const float* p_pairs = Words::paired(pairs, Words::narrow(narrow, p, count, a.stride), count, a.stride, stride);
     multiply({d_v, a.width, true}, {p_pairs, 1, a.stride}, {grad_pairs + Words::count(t) * a.width, a.width}, a.S, a.d,
-             along, 1.0f);
+             along, 1.0f, h.soon);
     const float* d_s = Words::narrow(narrow, d_p, count, a.stride);
     const float* d_s_pairs = Words::paired(pairs, d_s, count, a.stride, stride);
     multiply({d_k, a.width, true}, {d_s_pairs, 1, a.stride}, {q_pairs + Words::count(t) * a.width, a.width}, a.S, a.d,
-             along, a.scale);
-    multiply({d_q, a.width, false}, {d_s, stride, 1}, {k_pairs, a.width}, count, a.d, Words::count(a.S), a.scale);
+             along, a.scale, h.soon);
+    multiply({d_q, a.width, false}, {d_s, stride, 1}, {k_pairs, a.width}, count, a.d, Words::count(a.S), a.scale,
+             h.soon);
     h.write_d_qkv(0, t, t + count, d_q);
   }
   h.write_d_qkv(1, 0, a.w, d_k);

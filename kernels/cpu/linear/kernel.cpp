@@ -30,9 +30,15 @@ inline vec multiply_add(vec sum, word x, words w) { return sum + x * w; }
 // With 16, a tile of 4 rows and 3 vectors takes fewer instructions than one of 6 by 2.
 constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kColumns = kVectors * kWidth;
 
-// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop.
+// Where the rows of x that the next tile will need begin, as far as it has some; the others are null.
+struct Soon {
+  const char* rows[kRows];
+};
+
+// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop. The run of words
+// in `soon` is prefetched line by line on the way: many requests at a time would hold up the product.
 template <int ROWS, int VECTORS>
-inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first) {
+inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first, const Soon* soon) {
   vec acc[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
@@ -40,6 +46,7 @@ inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool 
     for (int v = 0; v < VECTORS; ++v) acc[j][v] = vec{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
+    if (soon) __builtin_prefetch(soon->rows[k * kRows / kLine % kRows] + k / kLine * (kLine * sizeof(word)));
     words wk[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&wk[v], w + k * kColumns + v * kWidth, sizeof wk[v]);
@@ -93,22 +100,42 @@ inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows
   else finish_rows<Epilogue::activate_bwd>(a, sums, row, rows, column);
 }
 
-// Copies the words of x from `first` to `end`, in runs.
-inline void take(word* x, const Linear& a, const LinearBlock& b, int64_t first, int64_t end) {
-  for (int64_t j = 0; j < b.rows; ++j, x += kRowStride) {
-    const int64_t m = b.row + j, row = m / a.T * a.batch_stride + m % a.T * a.row_stride;
-    for (int64_t k = first; k < end; k += kDepth) {
-      const int64_t at = row + k * kFactors, n = smaller(kDepth * kFactors, a.K - k * kFactors);
-      factor* to = reinterpret_cast<factor*>(x + (k - first) / kDepth * b.rows * kRowStride);
-#ifdef INSVP_FAST_BF16_PAIRS
-      __builtin_memcpy(to, static_cast<const bf16*>(a.x.data) + at, n * sizeof(bf16));
-      if (n % 2) __builtin_memset(to + n, 0, sizeof(bf16));
-#else
-      if (a.x.type == DType::f32) __builtin_memcpy(to, static_cast<const float*>(a.x.data) + at, n * sizeof(float));
-      else copy(to, static_cast<const bf16*>(a.x.data) + at, n, 1.0f);
-#endif
-    }
+// Rows of x, at word k of which a run begins.
+struct Run {
+  int64_t row, rows, k, depth;
+};
+
+// Calls f(j, offset of the first factor) for each row.
+template <class F>
+inline void for_each_row(const Linear& a, const Run& r, F f) {
+  int64_t image = r.row / a.T, token = r.row % a.T;
+  for (int64_t j = 0; j < r.rows; ++j) {
+    f(j, image * a.batch_stride + token * a.row_stride + r.k * kFactors);
+    if (++token == a.T) token = 0, ++image;
   }
+}
+
+// Copies a run of words of x.
+inline void take(word* x, const Linear& a, const Run& r) {
+  const int64_t n = smaller(r.depth * kFactors, a.K - r.k * kFactors);
+  for_each_row(a, r, [&](int64_t j, int64_t at) {
+    factor* to = reinterpret_cast<factor*>(x + j * kRowStride);
+#ifdef INSVP_FAST_BF16_PAIRS
+    __builtin_memcpy(to, static_cast<const bf16*>(a.x.data) + at, n * sizeof(bf16));
+    if (n % 2) __builtin_memset(to + n, 0, sizeof(bf16));
+#else
+    if (a.x.type == DType::f32) __builtin_memcpy(to, static_cast<const float*>(a.x.data) + at, n * sizeof(float));
+    else copy(to, static_cast<const bf16*>(a.x.data) + at, n, 1.0f);
+#endif
+  });
+}
+
+inline Soon soon(const Linear& a, const Run& r) {
+  Soon s = {};
+  for_each_row(a, r, [&](int64_t j, int64_t at) {
+    s.rows[j] = static_cast<const char*>(a.x.data) + at * (a.x.type == DType::f32 ? 4 : 2);
+  });
+  return s;
 }
 
 // Prefetches a row of a tile that will be read or written.
@@ -119,14 +146,22 @@ inline void expect(Array array, int64_t at) {
 }
 
 // The sums of one panel over one run of words and, with the last run, the results. `next` is the run of w used after
-// this one.
-inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, float* sums, const word* x, const word* w,
-                      const word* next, int64_t depth, bool first, bool last) {
+// this one. The first panel copies its rows of x, each tile those that were prefetched with the tile before.
+inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, float* sums, word* x, int64_t k,
+                      const word* w, const word* next, int64_t depth, bool first, bool last) {
   const int64_t vectors = smaller(kVectors, ceil_div(a.N - column, kWidth));
   int64_t share = ceil_div(depth * kColumns, b.rows);  // of `next`, to be prefetched with each row
   if (share * kRows > 96 * 16) share = 0;              // so many requests at a time would delay each other
   for (int64_t j = 0; j < b.rows; j += kRows) {
     const int64_t rows = smaller(kRows, b.rows - j);
+    Soon next_rows = {};
+    const bool takes = column == b.column;
+    if (takes) {
+      take(x + j * kRowStride, a, {b.row + j, rows, k, depth});
+      const int64_t left = b.rows - j - rows;
+      if (left > 0) next_rows = soon(a, {b.row + j + rows, smaller(kRows, left), k, depth});
+      else if (!last) next_rows = soon(a, {b.row, smaller(kRows, b.rows), k + depth, depth});
+    }
     for (int64_t i = j * share; i < (j + rows) * share; i += 16) __builtin_prefetch(next + i, 0, 2);
     for (int64_t m = b.row + j; last && m < b.row + j + rows; ++m) {
       expect(a.y, m * a.N + column);
@@ -134,7 +169,8 @@ inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, flo
     }
     with_constant<kRows>(rows, [&](auto height) {
       with_constant<kVectors>(vectors, [&](auto width) {
-        tile<height.value, width.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first);
+        tile<height.value, width.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first,
+                                         takes ? &next_rows : nullptr);
       });
     });
     if (last) finish(a, sums + j * kColumns, b.row + j, rows, column);
@@ -146,13 +182,12 @@ void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
   word* x = reinterpret_cast<word*>(scratch);
   for (int64_t first = 0; first == 0 || first < K; first += part) {
     const int64_t end = smaller(K, first + part);
-    take(x, a, b, first, end);
     float* sums = scratch + part / kDepth * b.rows * kRowStride;
     for (int64_t n = b.column; n < b.column + b.columns; n += kColumns) {
       const word* w = static_cast<const word*>(a.w) + n * K;
       for (int64_t k = first; k == first || k < end; k += kDepth) {
         const int64_t depth = smaller(kDepth, end - k), following = k + depth < end ? k + depth : K + first;
-        panel_run(a, b, n, sums, x + (k - first) / kDepth * b.rows * kRowStride, w + k * kColumns,
+        panel_run(a, b, n, sums, x + (k - first) / kDepth * b.rows * kRowStride, k, w + k * kColumns,
                   w + following * kColumns, depth, k == 0, k + depth == K);
       }
       if (part < K) sums += b.rows * kColumns;  // the sums of each panel wait for the next part
