@@ -218,7 +218,7 @@ class TimmInterface(nn.Module):
         ran = sorted({*taken, last})
         outputs = dict(zip(ran, self.block_outputs(x, [ends[i] for i in ran], attn_mask), strict=True))
         tokens = {i: self._tokens(h, i, x) for i, h in outputs.items()}
-        n = 0 if self._depths else tokens[last].shape[1] - math.prod(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
+        n = 0 if self._depths else tokens[last].shape[1] - math.prod(self._feature_grid(x))
         # of several widths, the norm fits only the last
         normed = {i: self.norm(h) for i, h in tokens.items() if i == len(ends) - 1 or self._depths is None}
         features = normed.get(last, tokens[last])
@@ -264,9 +264,13 @@ class TimmInterface(nn.Module):
             return tokens.flatten(1, 2) if output_fmt == "NLC" else tokens.permute(0, 3, 1, 2).contiguous()
         if output_fmt == "NLC":
             return tokens[:, prefix:]
-        grid: tuple[int, int] = self.patch_embed.dynamic_feat_size(image.shape[-2:])
-        rows: Tensor = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        rows: Tensor = tokens[:, prefix:].transpose(1, 2).unflatten(2, self._feature_grid(image))
         return rows.contiguous()
+
+    def _feature_grid(self, image: Tensor) -> tuple[int, int]:
+        embedding = getattr(self.backbone, "embeds", None) or self.patch_embed  # NaFlexVit has another name for it
+        grid: tuple[int, int] = embedding.dynamic_feat_size(image.shape[-2:])
+        return grid
 
     def get_intermediate_layers(
         self,

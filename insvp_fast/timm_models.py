@@ -35,7 +35,17 @@ from insvp_fast.config import InsVPConfig
 __all__: list[str] = []  # timm enters the names
 
 PREFIX = "insvp_"
-FAMILIES = ("vision_transformer", "eva", "beit", "deit", "swin_transformer")  # modules of timm
+FAMILIES = (  # modules of timm
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "eva",
+    "beit",
+    "deit",
+    "naflexvit",
+    "vitamin",
+    "swin_transformer",
+)
 SHIPPED = files("insvp_fast") / "assets"
 NUM_FEATURES = 3  # of features_only=True, as of timm's Vision Transformers; of a backbone with stages, one for each
 

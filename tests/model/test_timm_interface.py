@@ -12,7 +12,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, timm_models, unsupported_reason
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, make_pair
 
@@ -77,9 +77,19 @@ def test_intermediates_are_the_tokens_behind_the_blocks(backbone, recompute):
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the general path")
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eva02_tiny_patch14_224",
+        "beit_base_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "naflexvit_base_patch16_parfac_gap",
+    ],
+)
 def test_intermediates_of_other_backbones(name):
     tiny = TINY | ({"patch_size": 16} if name.startswith("eva") else {})
+    if name.startswith("naflex"):
+        tiny["img_size"] = None
     model = timm.create_model(f"insvp_{name}", num_classes=3, prompt_length=2, **tiny).eval()
     image = torch.randn(2, 3, 32, 32)
     features, [last] = model.forward_intermediates(image, 1, norm=True, output_fmt="NLC")
@@ -90,7 +100,7 @@ def test_intermediates_of_other_backbones(name):
     torch.testing.assert_close(model.get_intermediate_layers(image), [expected])
     classifier = model.default_cfg["classifier"]
     layers = (classifier,) if isinstance(classifier, str) else classifier
-    model.reset_classifier(5, "token")
+    model.reset_classifier(5, "avg" if "gap" in name else "token")
     assert {f"{layer}.weight" for layer in layers} <= {*model.state_dict()} and model(image).shape == (2, 5)
 
 
@@ -355,7 +365,7 @@ def test_torchscript_is_refused():
 
 
 def test_names_have_the_tags_and_weights_of_their_backbones():
-    for family in ("vision_transformer", "eva", "beit", "deit", "swin_transformer"):
+    for family in timm_models.FAMILIES:
         names = timm.list_models(module=family)
         assert names and {f"insvp_{name}" for name in names} <= {*timm.list_models("insvp_*")}
     plain = {*timm.list_models(module=["vision_transformer", "deit"], pretrained=True)}
