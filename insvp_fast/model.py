@@ -41,7 +41,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         compile_prompters: run the convolutional prompters through ``torch.compile``.
 
     Raises:
-        ValueError: also for settings that this backbone, or another setting, does not go with.
+        ValueError: also for settings that the fast path of this backbone, or another setting, does not go with.
     """
 
     def __init__(

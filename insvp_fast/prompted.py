@@ -85,7 +85,7 @@ class PromptedViT(Covered, PromptedReference):
             raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
         if in_8_bits and has_gated_mlp(self.backbone):
             kind = type(self.backbone).__name__
-            raise ValueError(f"the gated MLPs of this {kind} keep no 8 bits: expected gelu_in_8_bits=False")
+            raise ValueError(f"the gated MLPs of this {kind} do not go with it: expected gelu_in_8_bits=False")
 
     # which path
 

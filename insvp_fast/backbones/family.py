@@ -35,7 +35,7 @@ class BackboneFamily(Protocol):
     token behind them is what a prompt is; and "lengths" if ``forward_block`` heeds ``Prompts.lengths``, which must be
     None without it.
 
-    A module has ``attention_choices(backbone)`` if its attention has not all implementations of ``ops.ATTENTION``.
+    A module has ``attention_choices(backbone)`` if its attention does not have all of ``ops.ATTENTION``.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.

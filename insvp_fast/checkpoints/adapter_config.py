@@ -127,7 +127,7 @@ class BackboneRecord:
                 f"{where}: the backbone has sha256 {found}: expected {expected}. Give as backbone= {remedy}"
             )
         pool = _pooling(backbone)
-        if self.global_pool is not None and pool != self.global_pool:
+        if None not in (pool, self.global_pool) and pool != self.global_pool:
             raise CheckpointError(
                 f"{where}: the backbone has global_pool={pool!r}: expected {self.global_pool!r}, as the adapter was"
                 " trained"
@@ -135,10 +135,10 @@ class BackboneRecord:
 
 
 def _pooling(backbone: Any) -> str | None:
-    """How a backbone of timm pools its tokens."""
-    pool = getattr(backbone, "global_pool", None)
-    if pool is None:  # of Swin and of pyramids it is in the head
-        pool = getattr(getattr(getattr(backbone, "head", None), "global_pool", None), "pool_type", None)
+    """How a backbone of timm pools its tokens; None if it does not say."""
+    head = getattr(backbone, "head", None)  # of Swin and of pyramids it is there
+    pool = getattr(backbone, "global_pool", None) or getattr(head, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)  # of convolutional models it is a module
     return pool if isinstance(pool, str) else None
 
 
@@ -171,6 +171,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_class_names(self.class_names, self.num_classes)
+        check_origin(self.trained_on)
 
     def to_json(self) -> bytes:
         """The content of the file."""
@@ -217,6 +218,19 @@ def check_class_names(names: Sequence[str] | None, num_classes: int) -> None:
     """
     if names is not None and len(names) != num_classes:
         raise ValueError(f"class_names has {len(names)} names: expected one for each of the {num_classes} classes")
+
+
+def check_origin(trained_on: Mapping[str, Any] | None) -> None:
+    """Check that ``Described.trained_on`` has what dividing the images again needs.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if trained_on is None:
+        return
+    seed, digest = trained_on.get("split_seed"), trained_on.get("undivided_sha256")
+    if not isinstance(seed, int) or not isinstance(digest, str | None):
+        raise ValueError(f"trained_on has split_seed {seed!r} and undivided_sha256 {digest!r}: expected an int, a str")
 
 
 def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:

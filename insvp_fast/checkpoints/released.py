@@ -36,10 +36,17 @@ def to_ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``to_ours``."""
-    blocks = {key: value for key, value in tensors.items() if key.startswith("common_prompts.")}
-    prompts = {"prompts": torch.stack([*blocks.values()])} if blocks else {}
-    return prompts | {_rename(key, THEIRS): value for key, value in tensors.items() if key not in blocks}
+    """The inverse of ``to_ours``.
+
+    Raises:
+        CheckpointError: for blocks of several widths, whose prompts the authors' code has no place for.
+    """
+    blocks = [key for key in tensors if key.startswith("common_prompts.")]
+    prompts = [tensors[f"common_prompts.{i}"] for i in range(len(blocks))]  # a file sorts 10 before 2
+    if len(widths := {one.shape[-1] for one in prompts}) > 1:
+        raise CheckpointError(f"the prompts have widths {sorted(widths)}: expected one, as in the authors' code")
+    stacked = {"prompts": torch.stack(prompts)} if prompts else {}
+    return stacked | {_rename(key, THEIRS): value for key, value in tensors.items() if key not in blocks}
 
 
 def _rename(key: str, names: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,10 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
 
 
 def _possible(rows: Sequence[Row], protocol: Protocol, folder: Path) -> list[Row]:
-    """The rows whose models the backbone can have; what is left out is said, with the reason.
+    """The rows whose methods the backbone can have; what is left out is said, with the reason.
 
     Raises:
-        InsVPError: if there is no such backbone.
+        InsVPError: if there is no such backbone, or a row of InsVP does not go with it.
     """
     from insvp_fast.training.backbone import load_backbone
     from insvp_fast.training.models import build_model
@@ -163,7 +164,9 @@ def _possible(rows: Sequence[Row], protocol: Protocol, folder: Path) -> list[Row
         try:
             build_model(recipe.method, recipe, backbone, 1)
         except TrainingError as error:
-            print(f"left out: {row.label}: {error}")
+            if recipe.method == "insvp":
+                raise
+            print(f"left out: {row.label}: {error}", file=sys.stderr)
         else:
             possible.append(row)
     if not possible:

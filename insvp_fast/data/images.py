@@ -73,11 +73,14 @@ class Images(Dataset):
         return _name(self.items[index], index)
 
     def digest(self) -> str:
-        """A SHA-256 of the classes and, where each image is a file, of the names of the files without their folders."""
+        """A SHA-256 of the classes and, where each image is a file, of the files' sizes and names without folders."""
         digest = hashlib.sha256(np.asarray(self.classes, dtype=np.float32).tobytes())
         for item in self.items if isinstance(self.items, list) else ():
-            if isinstance(item, str | Path | TarMember):
-                digest.update(os.fsencode(f"/{Path(item.name if isinstance(item, TarMember) else item).name}"))
+            if isinstance(item, TarMember):
+                digest.update(os.fsencode(f"/{Path(item.name).name}/{item.size}"))
+            elif isinstance(item, str | Path):
+                size = os.path.getsize(item) if os.path.exists(item) else None  # reading it says that it is missing
+                digest.update(os.fsencode(f"/{Path(item).name}/{size}"))
         return digest.hexdigest()
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> Images:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from insvp_fast import __version__
-from insvp_fast.errors import ExportError
+from insvp_fast.errors import ExportError, InsVPError
 from insvp_fast.export.facts import INSIDE, Facts
 from insvp_fast.export.preprocessing import ExportedPreprocessing
 from insvp_fast.methods import DAMVP, VFPT, TunedViT
@@ -77,7 +77,7 @@ def capture(
     """
     if inside != NOTHING and model.preprocessing is None:
         raise ExportError("the adapter does not say how images are prepared: expected its `preprocessing` to be saved")
-    module: nn.Module = standard_model(model) if standard else model
+    module: nn.Module = (standard_model(model) if standard else model).eval()
     if inside != NOTHING:
         assert model.preprocessing is not None
         module = nn.Sequential(ExportedPreprocessing(model.preprocessing, inside == ALL, channels_last), module)
@@ -119,6 +119,8 @@ def refusal(problem: str) -> Iterator[None]:
     """
     try:
         yield
+    except (InsVPError, MemoryError):
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise ExportError(f"{problem}: {next(filter(None, lines), type(error).__name__)}") from error

@@ -19,6 +19,7 @@ from insvp_fast.checkpoints.adapter_config import (
     Described,
     check_class_names,
     check_fields,
+    check_origin,
     with_later_fields,
 )
 from insvp_fast.checkpoints.backbone import create_backbone
@@ -52,6 +53,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         check_class_names(self.class_names, self.num_classes)
+        check_origin(self.trained_on)
 
     @classmethod
     def read(cls, file: Path) -> Self:

@@ -106,7 +106,7 @@ class DAMVP(PromptMethod):
     def nearest(self, features: Tensor) -> Tensor:
         """The cluster of each row of features [B, D]: [B], int64."""
         dtype = torch.promote_types(self.centers.dtype, torch.float32)
-        # not torch.cdist, which rounds the distances of more than 25 images otherwise
+        # not torch.cdist, which computes the distances of more than 25 images in another way
         distances = (features.to(dtype)[:, None] - self.centers.to(dtype)).square().sum(-1)
         return distances.argmin(dim=1)
 

@@ -49,4 +49,5 @@ def with_mask(backbone: Any, h: Any, mask: Tensor) -> Stream:
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"attn_mask has dtype {mask.dtype}: expected torch.bool or a floating-point one")
+    mask = mask if mask.dtype == torch.bool else mask.to(stream.tokens.dtype)
     return stream._replace(attn_mask=mask.expand(*mask.shape[:-2], T, T))

@@ -127,7 +127,8 @@ def scores_of(run: Found | None) -> list[Score]:
         metric = score_name(facts.get("metric"))
         epoch = 1 if facts["kept_epoch"] is None else facts["kept_epoch"]  # the one record of a linear probe
         kept = [record for record in epochs if (record["model"], record.get("epoch")) == (name, epoch)]
-        val = facts.get("kept_score") if facts.get("selected_on") == "val" else None  # epoch 0 has no record
+        # epoch 0 has no record in runs of earlier versions
+        val = facts.get("kept_score") if facts.get("selected_on") == "val" else None
         if val is None and kept:
             val = kept[0].get(f"val_{metric}")
         scores.append(Score(name, val, facts[f"test_{metric}"], facts))

@@ -88,8 +88,8 @@ def own_test_data(run: Run) -> Images | Part:
         exif_rotation=model.exif_rotation,
         undivided_sha256=(digest := (model.trained_on or {}).get("undivided_sha256")),
     )
-    if digest is not None and not isinstance(images, Part):
-        divided = "training divided it, and its images are others now, some of which the model may have seen"
+    if digest is not None and isinstance(images, Images) and images.split == "train":
+        divided = "training divided it, and its images have changed: the model may have seen some of them"
         raise DataError(f"`data` is {recipe.data}: {divided}: expected `data` with a test split")
     return images
 

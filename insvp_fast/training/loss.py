@@ -42,7 +42,7 @@ class Loss:
         if self.mixup is None:
             return images, targets, self.smoothing
         count = len(images)
-        if count % 2:  # timm mixes pairs: the last image is taken twice, and what becomes of its copy left out
+        if count % 2:  # timm mixes pairs: the last image is taken twice, and its copy dropped afterwards
             images, targets = (torch.cat([part, part[-1:]]) for part in (images, targets))
         images, targets = self.mixup(images, targets)  # it smooths the targets itself
         return images[:count], targets[:count], 0.0

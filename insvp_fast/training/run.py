@@ -179,10 +179,11 @@ def _prepare(
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
     model = build_model(recipe.method, recipe, backbone, 1)
     begins_as_probe(recipe, model)
-    if begins and recipe.init_from:
-        warm_start(model, recipe.init_from)
     data, preprocessing = _load_data(recipe, backbone, accelerator)
     recipe.check_labels(data.multi_label)
+    if begins and recipe.init_from:
+        model.trained_on = data.origin
+        warm_start(model, recipe.init_from)
     check_clusters(model, data)
     if recipe.auto_batch:
         model = build_model(recipe.method, recipe, backbone, len(data.class_names))

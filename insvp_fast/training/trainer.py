@@ -65,6 +65,7 @@ class Trainer:
         }
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
         self.num_classes, self.multi_label = len(data.class_names), data.multi_label
+        recipe.check_labels(data.multi_label)
         self.metric = recipe.metric_for(data.multi_label)
         weights = None
         if recipe.class_weights == "auto":
@@ -165,8 +166,8 @@ class Trainer:
             )
         if missing := sorted(self.trained.keys() - weights.keys()):
             raise TrainingError(
-                f"{self.folder}/last has no {missing[0]}, because an earlier version wrote it: train anew, if you like"
-                " with `init_from` this run"
+                f"{self.folder}/last has no {missing[0]}, because an earlier version wrote it: train anew, from its"
+                f" weights with `init_from` {self.folder}/best"
             )
         copy_weights(self.trained.values(), [weights[key] for key in self.trained])
         self.average.load({key.removeprefix("ema."): value for key, value in weights.items() if key.startswith("ema.")})

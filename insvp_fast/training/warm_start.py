@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from insvp_fast.checkpoints.adapter_config import AdapterConfig
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.state_dict import check_shapes, read_adapter_weights
+from insvp_fast.data.sets import DIGITS
 from insvp_fast.errors import CheckpointError
 
 __all__ = ["warm_start"]
@@ -21,7 +23,8 @@ def warm_start(model: Any, source: str) -> str:
         source: an adapter's folder, that of a run, or the name of a repository on the Hub.
 
     Raises:
-        CheckpointError: if there is no such adapter, or it has other prompts, or is of another backbone.
+        CheckpointError: if there is no such adapter, or it has other prompts, or is of another backbone; or if it was
+            trained on images that ``model.trained_on`` holds out.
     """
     in_run = Path(source) / "adapter"
     place = str(in_run) if (in_run / ADAPTER_FILE).is_file() else source
@@ -34,8 +37,17 @@ def warm_start(model: Any, source: str) -> str:
         weights = {key: value for key, value in read_adapter_weights(file).items() if not key.startswith(left)}
         check_shapes(weights, expected, file)
         config.backbone.require_same_weights(model.backbone, file)
+        _require_same_division(config.trained_on or {}, model.trained_on or {})
     except CheckpointError as error:
         raise CheckpointError(f"`init_from` is {source}: {error}") from error
     model.load_state_dict(weights, strict=False)
     drawn = "" if same_classes else f"; its head is of {config.num_classes} other classes, a new one is drawn"
     return f"begins with the weights of {source}{drawn}"
+
+
+def _require_same_division(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    same_data = all(theirs.get(key) == ours.get(key) for key in ("data", "undivided_sha256"))
+    divided = ours.get("undivided_sha256") is not None or ours.get("data") == DIGITS
+    if same_data and divided and theirs["split_seed"] != ours["split_seed"]:
+        expected = f"expected `split_seed` {theirs['split_seed']}"
+        raise CheckpointError(f"it was trained on images of {ours['data']} that are tested here: {expected}")

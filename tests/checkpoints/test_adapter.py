@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from insvp_fast.checkpoints import files
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
+from insvp_fast.checkpoints.adapter_config import AdapterConfig
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
@@ -206,6 +207,12 @@ def test_a_given_backbone_has_to_pool_as_in_training(tmp_path):
     backbone.reset_classifier(2, "avg")
     with pytest.raises(CheckpointError, match="the backbone has global_pool='avg': expected 'max'"):
         Reference.from_pretrained(tmp_path, backbone)
+
+
+def test_the_pooling_of_a_convolutional_backbone_is_recorded(tmp_path):
+    model = Reference("test_resnet", 3, InsVPConfig(common_prompt=False, specific_prompt=False), global_pool="max")
+    model.save_pretrained(tmp_path)
+    assert AdapterConfig.read(tmp_path / FILES[0]).backbone.global_pool == "max"
 
 
 def test_says_how_images_were_turned_and_divided(folder):

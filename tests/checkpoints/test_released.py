@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from benchmarks.released import Released
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
+from insvp_fast.checkpoints.released import to_released
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
 from insvp_fast.model import InsVPViT
@@ -273,3 +274,12 @@ def test_refuses_truncated_files(tmp_path: Path):
         (tmp_path / "best_model.pth").write_bytes(content[:size])
         with pytest.raises(CheckpointError, match=r"best_model\.pth"):
             Reference.from_released(tmp_path / "best_model.pth")
+
+
+def test_prompts_are_stacked_by_their_numbers():
+    """A file of twelve blocks lists 10 before 2."""
+    tensors = {f"common_prompts.{i}": torch.full((2, 3), float(i)) for i in (0, 1, 10, 11, *range(2, 10))}
+    assert to_released(tensors)["prompts"][:, 0, 0].tolist() == list(range(12))
+    tensors["common_prompts.3"] = torch.zeros(2, 4)
+    with pytest.raises(CheckpointError, match=r"the prompts have widths \[3, 4\]: expected one"):
+        to_released(tensors)

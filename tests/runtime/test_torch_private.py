@@ -37,6 +37,7 @@ ALLOWED = {
     "_get_rel_pos_bias": "timm's, of Swin and BEiT: their bias, which is a sum of tables",
     "timm.models._features.FeatureGetterNet": "timm exports its other ways to get features",
     "timm.models._features.feature_take_indices": "timm's models all call it",
+    "timm.models._manipulate.group_with_matcher": "timm exports what calls it, which asks for a whole model",
     "torch._inductor.aoti_compile_and_package": "in PyTorch's documentation of AOTInductor",
     "torch._inductor.aoti_load_package": "the same",
     "torch._inductor.exc.InductorError": "what the above raises",

@@ -17,7 +17,7 @@ from insvp_fast.commands import cli
 from insvp_fast.data import Data, transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import InsVPError
-from insvp_fast.training import evaluation
+from insvp_fast.training import load
 from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.lr_finder import RangeTest, range_test
@@ -80,7 +80,7 @@ class TestSeveralLabels:
         names, augmentation = ["dark", "light", "red"], {"augmentation": "none", "hflip": 0.0}
         data = Data(images, images, images, names, images, augmentation, multi_label=True)
         monkeypatch.setattr(run_module, "load_data", lambda *_, **__: data)
-        monkeypatch.setattr(evaluation, "load_test_data", lambda *_, **__: images)
+        monkeypatch.setattr(load, "load_test_data", lambda *_, **__: images)
 
     def test_training_and_eval(self, tmp_path, capsys):
         mixing = ["--mixup", "0.5", "--label-smoothing", "0.1", "--class-weights", "auto"]
@@ -133,6 +133,14 @@ def test_a_run_begins_with_another_adapter(first_run, pictures, tmp_path, capsys
         load_file(run / "adapter/adapter_model.safetensors") for run in (first_run, tmp_path / "pictures-1")
     )
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_an_adapter_that_has_seen_the_test_images_is_refused(tmp_path):
+    data = make_folder(tmp_path / "undivided", {".": 6})
+    run = train(quick(data, tmp_path, split_seed=1))
+    match = r"init_from.* was trained on images of undivided that are tested here: expected `split_seed` 1"
+    with pytest.raises(InsVPError, match=match):
+        train(quick(data, tmp_path, split_seed=2, init_from=str(run)))
 
 
 def test_a_head_of_other_classes_is_drawn_anew(first_run, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from insvp_fast.training.loss import Loss
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
 from tests.training.small_runs import quick
@@ -16,21 +17,22 @@ MIXED = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 0.5, "label_smoothing": 0.1, "
 
 def recorded(monkeypatch, recipe) -> tuple[torch.nn.Module, list[tuple], dict]:
     """The model before training, (number in its epoch, images, targets, smoothing) of each batch, what was trained."""
-    models, batches, cross_entropy = [], [], torch.nn.functional.cross_entropy
-    train_batch = Trainer.train_batch
-
-    def spy(logits, targets, *weights, **how):
-        if "label_smoothing" in how:  # of training, not of evaluation
-            batches[-1] = (*batches[-1], targets.clone(), how["label_smoothing"])
-        return cross_entropy(logits, targets, *weights, **how)
+    models: list[torch.nn.Module] = []
+    batches: list[tuple] = []
+    train_batch, mix = Trainer.train_batch, Loss.mix
 
     def train_batch_and_record(self, images, classes):
         models.extend([] if models else [copy.deepcopy(self.model)])
-        batches.append((self.batch, images))  # which mixing writes to
+        batches.append((self.batch,))
         return train_batch(self, images, classes)
 
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    def mix_and_record(self, images, targets):
+        images, targets, smoothing = mix(self, images, targets)
+        batches[-1] += (images.clone(), targets.clone(), smoothing)
+        return images, targets, smoothing
+
     monkeypatch.setattr(Trainer, "train_batch", train_batch_and_record)
+    monkeypatch.setattr(Loss, "mix", mix_and_record)
     run = train(recipe)
     monkeypatch.undo()
     return models[0], batches, load_file(run / "adapter" / "adapter_model.safetensors")
@@ -68,7 +70,7 @@ def restate(model, batches, recipe) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"batch_size": 5, "accumulate": 2, "weight_decay": 0.5} | MIXED,  # batches of 4, the last one of 2
+        {"batch_size": 5, "accumulate": 2, "weight_decay": 0.5} | MIXED,
         {
             "batch_size": 5,
             "accumulate": 3,
