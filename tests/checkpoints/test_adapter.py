@@ -212,7 +212,7 @@ def test_a_given_backbone_has_to_pool_as_in_training(tmp_path):
 def test_the_pooling_of_a_convolutional_backbone_is_recorded(tmp_path):
     model = Reference("test_resnet", 3, InsVPConfig(common_prompt=False, specific_prompt=False), global_pool="max")
     model.save_pretrained(tmp_path)
-    assert AdapterConfig.read(tmp_path / FILES[0]).backbone.global_pool == "max"
+    assert AdapterConfig.read(tmp_path / "adapter_config.json").backbone.global_pool == "max"
 
 
 def test_says_how_images_were_turned_and_divided(folder):
