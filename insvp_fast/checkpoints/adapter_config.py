@@ -100,9 +100,9 @@ class BackboneRecord:
         """
         arguments = values.get("arguments")  # where earlier versions recorded the pooling, if it was chosen
         pool = arguments.get("global_pool") if isinstance(arguments, dict) else None
-        values = {"global_pool": pool} | dict(values)
-        check_fields(cls, values, f"{file}: backbone.")
-        record = cls(**values)
+        fields: dict[str, Any] = {"global_pool": pool} | dict(values)
+        check_fields(cls, fields, f"{file}: backbone.")
+        record = cls(**fields)
         if not isinstance(getattr(torch, record.dtype, None), torch.dtype):
             raise CheckpointError(f"{file}: backbone.dtype is {record.dtype!r}: expected a dtype of torch")
         require_architecture_only(record.arguments or {}, f"{file}: backbone.arguments")

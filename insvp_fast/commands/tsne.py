@@ -39,13 +39,14 @@ def run(
         raise CommandError(f"--output is {file}: expected a name that ends in .png, .pdf or .svg")
     titles = _titles(runs)
     make_folder(file.parent)
-    panels, chosen = {}, None
-    for run, title in zip(runs, titles, strict=True):
-        vectors, found = _collect(run, images, seed, batch_size, workers)
-        if found != (chosen := chosen or found):
+    collected = [_collect(run, images, seed, batch_size, workers) for run in runs]
+    panels, (chosen, names) = collected[0]
+    for run, (_, found) in zip(runs, collected, strict=True):
+        if found != (chosen, names):
             raise CommandError(f"{run} is not tested on the same images as {runs[0]}: expected runs on the same data")
-        panels |= vectors if len(runs) == 1 else {title: list(vectors.values())[-1]}
-    labels, names = [label for _, label in chosen[0]], chosen[1]
+    if len(runs) > 1:
+        panels = {title: list(vectors.values())[-1] for title, (vectors, _) in zip(titles, collected, strict=True)}
+    labels = [label for _, label in chosen]
     scores = plot_tsne(panels, labels, names, file, seed)
     print(f"{len(labels)} images of {len({*labels})} classes, silhouette score")
     for title, score in scores.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def _image_shape(model: AnyModel) -> tuple[int, int, int]:
     if model.preprocessing is not None:
         C, H, W = model.preprocessing["input_size"]
         return C, H, W
-    backbone = model.backbone
+    backbone: Any = model.backbone
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     H, W = size or backbone.pretrained_cfg["input_size"][1:]
     return in_channels(backbone, structure_of(backbone).patch_size(backbone)), H, W

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ def _vectors(model: AnyModel, images: Tensor) -> dict[str, Tensor]:
         return {"features": model.pooled_features(images)}
     prompts = specific_prompts(model, images) if isinstance(model, InsVPReference) else None
     own = {} if prompts is None else {"specific prompts": prompts}
-    for word, part in (("without", model.backbone), ("with", model)):
+    parts: dict[str, Any] = {"without": model.backbone, "with": model}
+    for word, part in parts.items():
         own[f"features {word} prompts"] = model.forward_head(part.forward_features(images), pre_logits=True)
     return own
 

@@ -177,7 +177,7 @@ def _prepare(
         begins: whether it is a new run, for which what it begins with must be there.
     """
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
-    model = build_model(recipe.method, recipe, backbone, 1)
+    model: Any = build_model(recipe.method, recipe, backbone, 1)
     begins_as_probe(recipe, model)
     data, preprocessing = _load_data(recipe, backbone, accelerator)
     recipe.check_labels(data.multi_label)
