@@ -73,8 +73,12 @@ def stopping(batches: int, stop: Callable[[], object]) -> Iterator[None]:
 
 def interrupted(command: list[str], batches: int) -> bool:
     """Run the command until Ctrl-C is pressed after so many batches."""
-    with stopping(batches, lambda: signal.raise_signal(signal.SIGINT)):
-        return cli.main(command) == cli.INTERRUPTED
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+    try:
+        with stopping(batches, lambda: signal.raise_signal(signal.SIGINT)):
+            return cli.main(command) == cli.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

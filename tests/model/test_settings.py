@@ -66,5 +66,5 @@ def test_refused_settings_leave_the_model_as_it_was():
         model.recompute = "all"
     assert (model.attention, model.recompute, model.gelu_in_8_bits) == ("auto", "none", True)
     gated = InsVPViT(timm.create_model("vit_tiny_patch16_224", **BACKBONES["ViT with SwiGLU"][1]))
-    with pytest.raises(ValueError, match="the gated MLPs of this VisionTransformer keep no 8 bits"):
+    with pytest.raises(ValueError, match="the gated MLPs of this VisionTransformer do not go with it"):
         gated.gelu_in_8_bits = True

@@ -112,8 +112,8 @@ def test_a_method_that_the_backbone_cannot_have_is_left_out(trained, tmp_path, c
     command = ["paper", "table3", "--data", "digits", "--methods", "e2vpt", "insvp", "--seeds", "1", "--lr", "0.01"]
     assert cli.main([*command, "--backbone", str(tmp_path / "it.safetensors"), "--output", str(tmp_path / "out")]) == 0
     assert [recipe.method for recipe in trained] == ["insvp"]
-    printed = capsys.readouterr().out
-    assert "left out: E2VPT: `method` is e2vpt: the blocks have widths [32, 64]" in printed and "| InsVP" in printed
+    out, err = capsys.readouterr()
+    assert "left out: E2VPT: `method` is e2vpt: the blocks have widths [32, 64]" in err and "| InsVP" in out
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 3, 5, 6)), (12, (1, 3, 6, 9, 12))])
