@@ -25,6 +25,7 @@ from insvp_fast.training.load import load_run
 ROOT = Path(__file__).parents[1]
 CLASSES = ("2", "3", "6", "8")
 MODEL, PROVIDERS = "vit_base_patch16_224", {"bare": "bare frozen timm ViT, eager", "insvp_fast": "InsVPViT"}
+BATCH = 8
 COLORS = {"bare": "#b8bec6", "insvp_fast": "#2f6fb0"}
 
 
@@ -88,15 +89,15 @@ def draw_times(figure: SubFigure, saved: dict[str, Any]) -> None:
     axes.set_yticks(range(len(jobs)), [f"{job}\n{precision}" for precision, job in jobs], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * axes.get_xlim()[1])
-    axes.set_xlabel(f"ms per image; {saved['machine']['device']}", fontsize=8)
+    axes.set_xlabel(f"ms per image, batch {BATCH}; {saved['machine']['device']}", fontsize=8)
     axes.tick_params("x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=7, frameon=False, handlelength=1.2)
 
 
 def fits(row: dict[str, Any], precision: str, job: str) -> bool:
-    measured = row["model"], row.get("config", "paper"), row["precision"], row["job"]
-    return measured == (MODEL, "paper", precision, job)
+    measured = row["model"], row.get("config", "paper"), row["batch"], row["precision"], row["job"]
+    return measured == (MODEL, "paper", BATCH, precision, job)
 
 
 if __name__ == "__main__":
