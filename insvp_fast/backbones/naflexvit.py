@@ -16,7 +16,7 @@ from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from torch import Tensor, nn
 
 from insvp_fast import ops
-from insvp_fast.backbones import eva, vit_blocks
+from insvp_fast.backbones import eva, vision_transformer, vit_blocks
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
 from insvp_fast.backbones.vision_transformer import (
@@ -157,6 +157,4 @@ def forward_block(
         if backbone.rope_is_mixed:
             options = options._replace(shared=options.shared[block])
         return eva.run_block(run, residual, branch, prompts, options, num_queries)
-    tokens, lengths = (None, None) if prompts is None else prompts[:2]
-    options = options._replace(prompt_lengths=lengths)
-    return vit_blocks.run_block(run, residual, branch, tokens, options, num_queries)
+    return vision_transformer.forward_block(backbone, block, residual, branch, prompts, options, num_queries)

@@ -17,6 +17,7 @@ from insvp_fast.commands.options import add_json, add_loading, make_folder, posi
 from insvp_fast.errors import CommandError
 
 SUMMARY = "draw features and specific prompts by t-SNE"
+Collected = tuple[dict[str, Any], tuple[list[tuple[str, int]], list[str]]]  # see _collect
 ON_DATA = ("data", "root", "split_seed")  # settings that say which images are for testing
 
 
@@ -39,11 +40,12 @@ def run(
         raise CommandError(f"--output is {file}: expected a name that ends in .png, .pdf or .svg")
     titles = _titles(runs)
     make_folder(file.parent)
-    collected = [_collect(run, images, seed, batch_size, workers) for run in runs]
-    panels, (chosen, names) = collected[0]
-    for run, (_, found) in zip(runs, collected, strict=True):
-        if found != (chosen, names):
+    collected: list[Collected] = []
+    for run in runs:
+        collected.append(_collect(run, images, seed, batch_size, workers))
+        if collected[-1][1] != collected[0][1]:
             raise CommandError(f"{run} is not tested on the same images as {runs[0]}: expected runs on the same data")
+    panels, (chosen, names) = collected[0]
     if len(runs) > 1:
         panels = {title: list(vectors.values())[-1] for title, (vectors, _) in zip(titles, collected, strict=True)}
     labels = [label for _, label in chosen]
@@ -77,9 +79,7 @@ def _titles(runs: Sequence[str]) -> list[str]:
     return [f"{candidates_of(recipe)[-1].name}, {name}" for recipe, name in zip(recipes, shown, strict=True)]
 
 
-def _collect(
-    folder: str, images: int, seed: int, batch_size: int | None, workers: int | None
-) -> tuple[dict[str, Any], tuple[list[tuple[str, int]], list[str]]]:
+def _collect(folder: str, images: int, seed: int, batch_size: int | None, workers: int | None) -> Collected:
     """What ``collect_vectors`` gives of a run; names and classes of the images, and the names of the classes."""
     from torch.utils.data import DataLoader, Subset
 

@@ -26,8 +26,6 @@ struct Attention {
   int64_t width, stride, queries, tokens, scores, lines;
 };
 
-constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
-
 // The queries of a block, whose scores then stay in the first or second cache level: a small window is one block.
 constexpr int64_t block_of_queries(int64_t w) { return w <= 64 ? w : 48; }
 

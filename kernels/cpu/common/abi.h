@@ -16,4 +16,8 @@ struct Array {
   DType type;
 };
 
+namespace {
+constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }  // in bytes
+}  // namespace
+
 }  // namespace insvp_fast

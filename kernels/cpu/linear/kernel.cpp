@@ -30,9 +30,10 @@ inline vec multiply_add(vec sum, word x, words w) { return sum + x * w; }
 // With 16, a tile of 4 rows and 3 vectors takes fewer instructions than one of 6 by 2.
 constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kColumns = kVectors * kWidth;
 
-// Where the rows of x that the next tile will need begin, as far as it has some; the others are null.
+// Where the rows of x that the next tile will need begin, and how many bytes of x become a cache line of words.
 struct Soon {
   const char* rows[kRows];
+  int64_t line;
 };
 
 // sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop. The run of words
@@ -46,7 +47,7 @@ inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool 
     for (int v = 0; v < VECTORS; ++v) acc[j][v] = vec{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    if (soon) __builtin_prefetch(soon->rows[k * kRows / kLine % kRows] + k / kLine * (kLine * sizeof(word)));
+    if (soon) __builtin_prefetch(soon->rows[k * kRows / kLine % kRows] + k / kLine * soon->line);
     words wk[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&wk[v], w + k * kColumns + v * kWidth, sizeof wk[v]);
@@ -131,16 +132,16 @@ inline void take(word* x, const Linear& a, const Run& r) {
 }
 
 inline Soon soon(const Linear& a, const Run& r) {
-  Soon s = {};
-  for_each_row(a, r, [&](int64_t j, int64_t at) {
-    s.rows[j] = static_cast<const char*>(a.x.data) + at * (a.x.type == DType::f32 ? 4 : 2);
-  });
+  const int64_t size = size_of(a.x.type);
+  Soon s = {{}, kLine * kFactors * size};
+  for_each_row(a, r, [&](int64_t j, int64_t at) { s.rows[j] = static_cast<const char*>(a.x.data) + at * size; });
+  for (int64_t j = r.rows; j < kRows; ++j) s.rows[j] = s.rows[0];
   return s;
 }
 
 // Prefetches a row of a tile that will be read or written.
 inline void expect(Array array, int64_t at) {
-  const int64_t size = array.type == DType::f32 ? 4 : 2;
+  const int64_t size = size_of(array.type);
   const char* line = static_cast<const char*>(array.data) + at * size;
   for (int64_t i = 0; i < kColumns * size; i += 64) __builtin_prefetch(line + i, 1);
 }
@@ -154,13 +155,14 @@ inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, flo
   if (share * kRows > 96 * 16) share = 0;              // so many requests at a time would delay each other
   for (int64_t j = 0; j < b.rows; j += kRows) {
     const int64_t rows = smaller(kRows, b.rows - j);
-    Soon next_rows = {};
-    const bool takes = column == b.column;
-    if (takes) {
+    Soon next_rows;
+    const Soon* expected = nullptr;
+    if (column == b.column) {
       take(x + j * kRowStride, a, {b.row + j, rows, k, depth});
       const int64_t left = b.rows - j - rows;
       if (left > 0) next_rows = soon(a, {b.row + j + rows, smaller(kRows, left), k, depth});
       else if (!last) next_rows = soon(a, {b.row, smaller(kRows, b.rows), k + depth, depth});
+      if (left > 0 || !last) expected = &next_rows;
     }
     for (int64_t i = j * share; i < (j + rows) * share; i += 16) __builtin_prefetch(next + i, 0, 2);
     for (int64_t m = b.row + j; last && m < b.row + j + rows; ++m) {
@@ -169,8 +171,7 @@ inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, flo
     }
     with_constant<kRows>(rows, [&](auto height) {
       with_constant<kVectors>(vectors, [&](auto width) {
-        tile<height.value, width.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first,
-                                         takes ? &next_rows : nullptr);
+        tile<height.value, width.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first, expected);
       });
     });
     if (last) finish(a, sums + j * kColumns, b.row + j, rows, column);
