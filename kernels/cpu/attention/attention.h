@@ -30,7 +30,7 @@ struct Attention {
 constexpr int64_t block_of_queries(int64_t w) { return w <= 64 ? w : 48; }
 
 // The number of matrices of each kind that a call may use.
-constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 12, kBwdScores = 4;
+constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 12, kBwdScores = 3;
 
 // Each computes one head of one image, window after window.
 struct AttentionKernels {

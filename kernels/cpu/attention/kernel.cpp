@@ -85,16 +85,14 @@ struct Head {
   const float* paired(const float* x, int64_t rows) { return Words::paired(tokens(), x, rows, a.width, words); }
 
   // The products of `count` rows of `x` with all rows of the matrix that `columns` is transposed from.
-  void dot_products(float* to, const float* x, const float* columns, int64_t count, float scale) {
-    multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, scale, soon);
+  void dot_products(float* to, const float* x, const float* columns, int64_t count) {
+    multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, soon);
   }
 
-  // The probabilities of `count` queries from the query t on.
-  void probabilities(float* p, const float* q, const float* k_columns, int64_t t, int64_t count) {
-    dot_products(p, q + t * words, k_columns, count, a.scale);
-    const Summands summands{a.bias ? a.bias + (head * a.w + t) * a.w : nullptr,
-                            a.mask ? a.mask + (window * a.w + t) * a.w : nullptr, a.w};
-    softmax(p, count, a.S, a.stride, summands);
+  // How the scores of the query t and those after it come from products.
+  Scores scores_from(int64_t t) const {
+    return {a.scale, a.bias ? a.bias + (head * a.w + t) * a.w : nullptr,
+            a.mask ? a.mask + (window * a.w + t) * a.w : nullptr, a.w};
   }
 };
 
@@ -103,15 +101,15 @@ void attention_fwd_window(Head h) {
   const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S);
   h.expect_next(false);
   const float* k_columns = h.transposed(k);
-  float *out = h.tokens(), *p = h.scores(), *p_words = h.scores();
+  float *out = h.tokens(), *x = h.scores(), *p = Words::kNumbers > 1 ? h.scores() : x;
   v = h.paired(v, a.S);
 
   for (int64_t t = 0; t < a.w; t += a.queries) {
     const int64_t count = smaller(a.queries, a.w - t);
-    h.probabilities(p, q, k_columns, t, count);
-    const float* rows = Words::narrow(p_words, p, count, a.stride);
-    multiply({out, a.width, false}, {rows, Words::count(a.stride), 1}, {v, a.width}, count, a.d, Words::count(a.S),
-             1.0f, h.soon);
+    h.dot_products(x, q + t * h.words, k_columns, count);
+    softmax(p, x, count, a.S, a.stride, h.scores_from(t));
+    multiply({out, a.width, false}, {p, Words::count(a.stride), 1}, {v, a.width}, count, a.d, Words::count(a.S),
+             h.soon);
     h.write_out(t, t + count, out);
   }
 }
@@ -123,26 +121,19 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
   h.expect_next(true);
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
   const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
-  float *d_q = h.tokens(), *p = h.scores(), *d_p = h.scores(), *narrow = h.scores(), *pairs = h.scores();
+  float *d_q = h.tokens(), *p = h.scores(), *d = h.scores(), *d_words = Words::kNumbers > 1 ? h.scores() : d;
   __builtin_memset(d_k, 0, a.w * a.width * sizeof(float));
   __builtin_memset(d_v, 0, a.w * a.width * sizeof(float));
 
-  const int64_t stride = Words::count(a.stride);
   for (int64_t t = 0; t < a.w; t += a.queries) {
-    const int64_t count = smaller(a.queries, a.w - t), along = Words::count(count);
-    h.probabilities(p, q, k_columns, t, count);
-    h.dot_products(d_p, grad + t * h.words, v_columns, count, 1.0f);
-    softmax_bwd(d_p, p, count, a.S, a.stride);
-
-    const float* p_pairs = Words::paired(pairs, Words::narrow(narrow, p, count, a.stride), count, a.stride, stride);
-    multiply({d_v, a.width, true}, {p_pairs, 1, a.stride}, {grad_pairs + Words::count(t) * a.width, a.width}, a.S, a.d,
-             along, 1.0f, h.soon);
-    const float* d_s = Words::narrow(narrow, d_p, count, a.stride);
-    const float* d_s_pairs = Words::paired(pairs, d_s, count, a.stride, stride);
-    multiply({d_k, a.width, true}, {d_s_pairs, 1, a.stride}, {q_pairs + Words::count(t) * a.width, a.width}, a.S, a.d,
-             along, a.scale, h.soon);
-    multiply({d_q, a.width, false}, {d_s, stride, 1}, {k_pairs, a.width}, count, a.d, Words::count(a.S), a.scale,
-             h.soon);
+    const int64_t count = smaller(a.queries, a.w - t), along = Words::count(count), from = Words::count(t) * a.width;
+    h.dot_products(p, q + t * h.words, k_columns, count);
+    h.dot_products(d, grad + t * h.words, v_columns, count);
+    softmax_bwd(d, p, d_words, count, a.S, a.stride, h.scores_from(t));
+    multiply({d_v, a.width, true}, {p, 1, a.stride}, {grad_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_k, a.width, true}, {d, 1, a.stride}, {q_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_q, a.width, false}, {d_words, Words::count(a.stride), 1}, {k_pairs, a.width}, count, a.d,
+             Words::count(a.S), h.soon);
     h.write_d_qkv(0, t, t + count, d_q);
   }
   h.write_d_qkv(1, 0, a.w, d_k);

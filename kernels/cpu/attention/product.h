@@ -37,12 +37,12 @@ struct Soon {
 constexpr int kRows = kWidth == 16 ? 6 : 4, kVectors = kWidth == 16 ? 4 : 3;
 
 template <int ROWS, int VECTORS>
-inline void tile(Sums c, Elements a, Rows b, int64_t depth, float scale, Soon& soon) {
+inline void tile(Sums c, Elements a, Rows b, int64_t depth, Soon& soon) {
   vec acc[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) acc[j][v] = vec{};
+    for (int v = 0; v < VECTORS; ++v) acc[j][v] = c.add ? load(c.data + j * c.stride + v * kWidth) : vec{};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     soon.expect_one();
@@ -57,34 +57,28 @@ inline void tile(Sums c, Elements a, Rows b, int64_t depth, float scale, Soon& s
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) {
-      float* to = c.data + j * c.stride + v * kWidth;
-      store(to, c.add ? load(to) + scale * acc[j][v] : scale * acc[j][v]);
-    }
+    for (int v = 0; v < VECTORS; ++v) store(c.data + j * c.stride + v * kWidth, acc[j][v]);
 }
 
-// A tile of any size up to ROWS x VECTORS. The last bits of gradients depend on this form: a tile that gcc inlines into
-// `multiply` adds to c with an fma, a tile that it calls does not. With with_constant its choice differs.
-template <int ROWS, int VECTORS, class... Arguments>
-inline void tile_of(int64_t rows, int64_t vectors, Soon& soon, Arguments... arguments) {
-  if (rows == ROWS && vectors == VECTORS) return tile<ROWS, VECTORS>(arguments..., soon);
-  if constexpr (VECTORS > 1)
-    if (vectors < VECTORS) return tile_of<ROWS, VECTORS - 1>(rows, vectors, soon, arguments...);
-  if constexpr (ROWS > 1) tile_of<ROWS - 1, VECTORS>(rows, vectors, soon, arguments...);
-}
+// Part `i` of n things in `parts` parts of nearly the same size begins here.
+constexpr int64_t begin_of_part(int64_t i, int64_t n, int64_t parts) { return i * n / parts; }
 
-// c [rows, columns] = scale * a [rows, depth] @ b [depth, columns]. The columns are rounded up to whole vectors, the
-// depth is in words. It is not inlined, so that all calls share the code of the tiles.
+// c [rows, columns] = a [rows, depth] @ b [depth, columns]. The columns are rounded up to whole vectors, the depth is in
+// words. It is not inlined, so that all calls share the code of the tiles.
 __attribute__((noinline)) void multiply(Sums c, Elements a, Rows b, int64_t rows, int64_t columns, int64_t depth,
-                                        float scale, Soon& soon) {
-  const int64_t vectors = ceil_div(columns, kWidth), panels = ceil_div(vectors, kVectors);
+                                        Soon& soon) {
+  const int64_t vectors = ceil_div(columns, kWidth), panels = ceil_div(vectors, kVectors), tiles = ceil_div(rows, kRows);
   for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = p * vectors / panels, count = (p + 1) * vectors / panels - first, n = first * kWidth;
-    for (int64_t m = 0; m < rows; m += kRows) {
-      const int64_t height = smaller(kRows, rows - m);
-      tile_of<kRows, kVectors>(height, count, soon, Sums{c.data + m * c.stride + n, c.stride, c.add},
-                               Elements{a.data + m * a.row, a.row, a.depth}, Rows{b.data + n, b.stride}, depth, scale);
-    }
+    const int64_t first = begin_of_part(p, vectors, panels), n = first * kWidth;
+    with_constant<kVectors>(begin_of_part(p + 1, vectors, panels) - first, [&](auto width) {
+      for (int64_t t = 0, m = 0, end; t < tiles; ++t, m = end) {
+        end = begin_of_part(t + 1, rows, tiles);
+        with_constant<kRows>(end - m, [&](auto height) {
+          tile<height.value, width.value>({c.data + m * c.stride + n, c.stride, c.add},
+                                          {a.data + m * a.row, a.row, a.depth}, {b.data + n, b.stride}, depth, soon);
+        });
+      }
+    });
   }
 }
 
