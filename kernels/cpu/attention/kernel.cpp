@@ -25,25 +25,33 @@ struct Head {
   float* tokens() { return take(a.tokens); }
   float* scores() { return take(a.scores); }
 
-  // Where row j of the head's queries (part 0), keys (1) or values (2) begins in qkv, and of its results in out.
+  // Where row j of the head's queries begins in qkv; `D` numbers later, those of its keys; then those of its values.
+  int64_t in_qkv(int64_t j) const { return (image * (a.T + a.L) + in_image(j)) * 3 * D + head * a.d; }
+  // Where its results begin in out.
+  int64_t in_out(int64_t j) const { return (image * a.T + in_image(j)) * D + head * a.d; }
   int64_t in_image(int64_t j) const {
     if (j >= a.w) return a.T + j - a.w;
     return a.windows ? a.windows[window * a.w + j] : j;
   }
-  int64_t in_qkv(int part, int64_t j) const {
-    return ((image * (a.T + a.L) + in_image(j)) * 3 + part) * D + head * a.d;
-  }
-  int64_t in_out(int64_t j) const { return (image * a.T + in_image(j)) * D + head * a.d; }
 
   // A row of a tensor, as words; it ends with zeros.
   void read_row(float* to, Array from, int64_t offset) const {
     if (a.d < a.width) __builtin_memset(to, 0, words * sizeof(float));
     Words::read_numbers(to, from, offset, a.d);
   }
-  const float* read_qkv(int part, int64_t rows) {
-    float* to = tokens();
-    for (int64_t j = 0; j < rows; ++j) read_row(to + j * words, a.qkv, in_qkv(part, j));
-    return to;
+
+  struct Inputs {
+    const float *q, *k, *v;
+  };
+  Inputs read_qkv() {
+    float *q = tokens(), *k = tokens(), *v = tokens();
+    for (int64_t j = 0; j < a.S; ++j) {
+      const int64_t row = in_qkv(j), to = j * words;
+      if (j < a.w) read_row(q + to, a.qkv, row);
+      read_row(k + to, a.qkv, row + D);
+      read_row(v + to, a.qkv, row + 2 * D);
+    }
+    return {q, k, v};
   }
   const float* read_out() {
     float* to = tokens();
@@ -58,12 +66,14 @@ struct Head {
     ++next.window;
     const char** line = reinterpret_cast<const char**>(take(a.lines));
     soon.next = line;
-    const int64_t size = size_of(a.qkv.type);
+    const int64_t size = size_of(a.qkv.type), bytes = a.d * size;
     const auto expect = [&](Array array, int64_t at) {
-      for (int64_t i = 0; i < a.d * size; i += 64) *line++ = static_cast<const char*>(array.data) + at * size + i;
+      const char* from = static_cast<const char*>(array.data) + at * size;
+      for (int64_t i = 0; i < bytes; i += 64) *line++ = from + i;
     };
     for (int64_t j = 0; j < a.w; ++j) {
-      for (int part = 0; part < 3; ++part) expect(a.qkv, next.in_qkv(part, j));
+      const int64_t row = next.in_qkv(j);
+      for (int part = 0; part < 3; ++part) expect(a.qkv, row + part * D);
       if (grad) expect(a.out, next.in_out(j));
     }
     soon.end = line;
@@ -74,7 +84,7 @@ struct Head {
     for (int64_t j = first; j < end; ++j, from += a.width) write(a.out, in_out(j), from, a.d);
   }
   void write_d_qkv(int part, int64_t first, int64_t end, const float* from) const {
-    for (int64_t j = first; j < end; ++j, from += a.width) write(a.d_qkv, in_qkv(part, j), from, a.d);
+    for (int64_t j = first; j < end; ++j, from += a.width) write(a.d_qkv, in_qkv(j) + part * D, from, a.d);
   }
 
   const float* transposed(const float* rows) {
@@ -98,17 +108,16 @@ struct Head {
 
 void attention_fwd_window(Head h) {
   const Attention& a = h.a;
-  const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S);
+  const auto [q, k, v] = h.read_qkv();
   h.expect_next(false);
-  const float* k_columns = h.transposed(k);
+  const float *k_columns = h.transposed(k), *v_pairs = h.paired(v, a.S);
   float *out = h.tokens(), *x = h.scores(), *p = Words::kNumbers > 1 ? h.scores() : x;
-  v = h.paired(v, a.S);
 
   for (int64_t t = 0; t < a.w; t += a.queries) {
     const int64_t count = smaller(a.queries, a.w - t);
     h.dot_products(x, q + t * h.words, k_columns, count);
     softmax(p, x, count, a.S, a.stride, h.scores_from(t));
-    multiply({out, a.width, false}, {p, Words::count(a.stride), 1}, {v, a.width}, count, a.d, Words::count(a.S),
+    multiply({out, a.width, false}, {p, Words::count(a.stride), 1}, {v_pairs, a.width}, count, a.d, Words::count(a.S),
              h.soon);
     h.write_out(t, t + count, out);
   }
@@ -117,7 +126,8 @@ void attention_fwd_window(Head h) {
 // Adds to the last L rows of d_k and d_v, which are the prompts', and writes the others.
 void attention_bwd_window(Head h, float* d_k, float* d_v) {
   const Attention& a = h.a;
-  const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S), *grad = h.read_out();
+  const auto [q, k, v] = h.read_qkv();
+  const float* grad = h.read_out();
   h.expect_next(true);
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
   const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
