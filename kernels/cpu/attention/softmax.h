@@ -11,9 +11,10 @@ namespace {
 inline vec maximum(vec a, vec b) { return a > b ? a : b; }
 inline vec add(vec a, vec b) { return a + b; }
 
-// The sum or maximum of the elements of each of kWidth vectors.
+// The sum or maximum of the elements of each of the first `count` vectors.
 template <class Operation>
-inline vec reduce(vec (&v)[kWidth], Operation operation) {
+inline vec reduce(vec (&v)[kWidth], int64_t count, Operation operation) {
+  for (int64_t i = count; i < kWidth; ++i) v[i] = vec{};
 #pragma GCC unroll 4
   for (int n = kWidth / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
@@ -33,14 +34,18 @@ struct Scores {
   const float *bias, *mask;
   int64_t columns;
 
-  // Those from column i on, given the products; -inf behind the row's `count` columns.
+  // A vector of them from column i on, given the products; -inf behind the row's `count` columns.
   vec from(vec products, int64_t row, int64_t i, int64_t count) const {
     vec v = scale * products;
-    if (i < columns) {
-      if (bias) v += load_some(bias + row * columns + i, columns - i);
-      if (mask) v += load_some(mask + row * columns + i, columns - i);
+    const int64_t at = row * columns + i, end = i + kWidth;
+    if (end <= columns) {
+      if (bias) v += load(bias + at);
+      if (mask) v += load(mask + at);
+    } else if (i < columns) {
+      if (bias) v += load_some(bias + at, columns - i);
+      if (mask) v += load_some(mask + at, columns - i);
     }
-    if (i + kWidth <= count) return v;
+    if (end <= count) return v;
     return is_one_of_the_first(count - i) ? v : vec{} - __builtin_inff();
   }
 };
@@ -53,7 +58,7 @@ struct Block {
 
   // Turns products into scores; returns the largest of each row.
   vec largest(int64_t first, const Scores& scores) const {
-    vec most[kWidth] = {};
+    vec most[kWidth];
     for (int64_t j = 0; j < rows; ++j) {
       vec m = vec{} - __builtin_inff();
       for (int64_t i = 0; i < count; i += kWidth) {
@@ -64,13 +69,13 @@ struct Block {
       }
       most[j] = m;
     }
-    return reduce(most, maximum);
+    return reduce(most, rows, maximum);
   }
 
   // Turns scores into e^(score - largest score); returns the sum of each row. The exponentials behind the columns up to a
   // whole vector are zero.
   vec exponentials(const float* most) const {
-    vec total[kWidth] = {};
+    vec total[kWidth];
     for (int64_t j = 0; j < rows; ++j) {
       vec t = {};
       for (int64_t i = 0; i < count; i += kWidth) {
@@ -81,17 +86,17 @@ struct Block {
       }
       total[j] = t;
     }
-    return reduce(total, add);
+    return reduce(total, rows, add);
   }
 
   vec products(const float* y) const {
-    vec total[kWidth] = {};
+    vec total[kWidth];
     for (int64_t j = 0; j < rows; ++j) {
       vec t = {};
       for (int64_t i = 0; i < count; i += kWidth) t += load(x + j * stride + i) * load(y + j * stride + i);
       total[j] = t;
     }
-    return reduce(total, add);
+    return reduce(total, rows, add);
   }
 };
 
