@@ -17,6 +17,7 @@ struct Attention {
   const float* mask;       // [n, w, w]: added to the scores of tokens; null: none
   int64_t n, w, L, heads, d;
   float scale;
+  int64_t B, threads;
   int64_t T, S;
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length

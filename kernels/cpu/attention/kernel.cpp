@@ -59,11 +59,15 @@ struct Head {
     return to;
   }
 
-  // Lets the products of this window prefetch what the next one will read, besides the prompts: its rows are far apart.
+  // Lets the products of this window prefetch what will be read next, whose rows are far apart: the inputs of the next
+  // window, or the first one of the job that this thread will probably get next.
   void expect_next(bool grad) {
-    if (window + 1 == a.n) return;
     Head next = *this;
-    ++next.window;
+    if (++next.window == a.n) {
+      const int64_t job = image * a.heads + head + a.threads;
+      next.image = job / a.heads, next.head = job % a.heads, next.window = 0;
+    }
+    if (next.image >= a.B) return;
     const char** line = reinterpret_cast<const char**>(take(a.lines));
     soon.next = line;
     const int64_t size = size_of(a.qkv.type), bytes = a.d * size;
@@ -71,10 +75,10 @@ struct Head {
       const char* from = static_cast<const char*>(array.data) + at * size;
       for (int64_t i = 0; i < bytes; i += 64) *line++ = from + i;
     };
-    for (int64_t j = 0; j < a.w; ++j) {
+    for (int64_t j = 0; j < (next.window ? a.w : a.S); ++j) {  // the prompts of this head have been read
       const int64_t row = next.in_qkv(j);
       for (int part = 0; part < 3; ++part) expect(a.qkv, row + part * D);
-      if (grad) expect(a.out, next.in_out(j));
+      if (grad && j < a.w) expect(a.out, next.in_out(j));
     }
     soon.end = line;
   }
