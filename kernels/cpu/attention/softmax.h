@@ -89,11 +89,12 @@ struct Block {
     return reduce(total, rows, add);
   }
 
-  vec products(const float* y) const {
+  // The sums of the products of factor * x, which are the probabilities, with y.
+  vec products(const float* factor, const float* y) const {
     vec total[kWidth];
     for (int64_t j = 0; j < rows; ++j) {
       vec t = {};
-      for (int64_t i = 0; i < count; i += kWidth) t += load(x + j * stride + i) * load(y + j * stride + i);
+      for (int64_t i = 0; i < count; i += kWidth) t += factor[j] * load(x + j * stride + i) * load(y + j * stride + i);
       total[j] = t;
     }
     return reduce(total, rows, add);
@@ -124,9 +125,8 @@ inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, in
     const Block block{x, smaller(kWidth, rows - first), count, stride};
     float most[kWidth], factor[kWidth], delta[kWidth];
     store(most, block.largest(first, scores));
-    const vec factors = 1.0f / block.exponentials(most);
-    store(factor, factors);
-    store(delta, factors * block.products(dp));
+    store(factor, 1.0f / block.exponentials(most));
+    store(delta, block.products(factor, dp));
     for (int64_t j = 0; j < block.rows; j += n, p_to += stride, d_to += stride)
       for (int64_t i = 0; i < count; i += kWidth) {
         vec p[n] = {}, d[n] = {};
