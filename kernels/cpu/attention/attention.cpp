@@ -25,7 +25,7 @@ Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, c
   a.tokens = larger((a.S + 1) * a.width, d * a.stride);
   a.queries = block_of_queries(w);
   a.scores = a.queries * a.stride;
-  a.lines = whole_lines(2 * (4 * w + 3 * L) * ceil_div(d * size_of(qkv.type), 64));
+  a.lines = whole_lines(2 * (7 * w + 3 * L) * ceil_div(d * size_of(qkv.type), 64));
   return a;
 }
 

@@ -59,26 +59,33 @@ struct Head {
     return to;
   }
 
-  // Lets the products of this window prefetch what will be read next, whose rows are far apart: the inputs of the next
-  // window, or the first one of the job that this thread will probably get next.
-  void expect_next(bool grad) {
+  // Lets the products of this window prefetch what will be written, then what will be read next: the inputs of the next
+  // window, or of the first one of the job that this thread will probably get next. All these rows are far apart.
+  void expect(bool backward) {
+    const char** line = reinterpret_cast<const char**>(take(a.lines));
+    soon.next = line;
+    const int64_t size = size_of(a.qkv.type), bytes = a.d * size;
+    const auto add = [&](Array array, int64_t at) {
+      const char* from = static_cast<const char*>(array.data) + at * size;
+      for (int64_t i = 0; i < bytes; i += 64) *line++ = from + i;
+    };
+    const auto add_parts = [&](Array array, int64_t query) {
+      for (int part = 0; part < 3; ++part) add(array, query + part * D);
+    };
+    for (int64_t j = 0; bytes > 64 && j < a.w; ++j)  // shorter rows gain less than their addresses cost
+      if (backward) add_parts(a.d_qkv, in_qkv(j));
+      else add(a.out, in_out(j));
+    soon.end = line;
+
     Head next = *this;
     if (++next.window == a.n) {
       const int64_t job = image * a.heads + head + a.threads;
       next.image = job / a.heads, next.head = job % a.heads, next.window = 0;
     }
     if (next.image >= a.B) return;
-    const char** line = reinterpret_cast<const char**>(take(a.lines));
-    soon.next = line;
-    const int64_t size = size_of(a.qkv.type), bytes = a.d * size;
-    const auto expect = [&](Array array, int64_t at) {
-      const char* from = static_cast<const char*>(array.data) + at * size;
-      for (int64_t i = 0; i < bytes; i += 64) *line++ = from + i;
-    };
     for (int64_t j = 0; j < (next.window ? a.w : a.S); ++j) {  // the prompts of this head have been read
-      const int64_t row = next.in_qkv(j);
-      for (int part = 0; part < 3; ++part) expect(a.qkv, row + part * D);
-      if (grad && j < a.w) expect(a.out, next.in_out(j));
+      add_parts(a.qkv, next.in_qkv(j));
+      if (backward && j < a.w) add(a.out, next.in_out(j));
     }
     soon.end = line;
   }
@@ -113,7 +120,7 @@ struct Head {
 void attention_fwd_window(Head h) {
   const Attention& a = h.a;
   const auto [q, k, v] = h.read_qkv();
-  h.expect_next(false);
+  h.expect(false);
   const float *k_columns = h.transposed(k), *v_pairs = h.paired(v, a.S);
   float *out = h.tokens(), *x = h.scores(), *p = Words::kNumbers > 1 ? h.scores() : x;
 
@@ -132,7 +139,7 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
   const Attention& a = h.a;
   const auto [q, k, v] = h.read_qkv();
   const float* grad = h.read_out();
-  h.expect_next(true);
+  h.expect(true);
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
   const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
   float *d_q = h.tokens(), *p = h.scores(), *d = h.scores(), *d_words = Words::kNumbers > 1 ? h.scores() : d;
