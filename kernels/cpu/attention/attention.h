@@ -28,7 +28,8 @@ struct Attention {
 };
 
 // The queries of a block, whose scores then stay in the first or second cache level: a small window is one block.
-constexpr int64_t block_of_queries(int64_t w) { return w <= 64 ? w : 48; }
+constexpr int64_t kMostQueries = 64;
+constexpr int64_t block_of_queries(int64_t w) { return w <= kMostQueries ? w : 48; }
 
 // The number of matrices of each kind that a call may use.
 constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 12, kBwdScores = 3;

@@ -91,8 +91,8 @@ struct Head {
   }
 
   // Rows from `first` to `end`; `from` is where the first one is.
-  void write_out(int64_t first, int64_t end, const float* from) const {
-    for (int64_t j = first; j < end; ++j, from += a.width) write(a.out, in_out(j), from, a.d);
+  void write_out(int64_t first, int64_t end, const float* from, const float* factor) const {
+    for (int64_t j = first; j < end; ++j, from += a.width) write(a.out, in_out(j), from, a.d, *factor++);
   }
   void write_d_qkv(int part, int64_t first, int64_t end, const float* from) const {
     for (int64_t j = first; j < end; ++j, from += a.width) write(a.d_qkv, in_qkv(j) + part * D, from, a.d);
@@ -123,14 +123,15 @@ void attention_fwd_window(Head h) {
   h.expect(false);
   const float *k_columns = h.transposed(k), *v_pairs = h.paired(v, a.S);
   float *out = h.tokens(), *x = h.scores(), *p = Words::kNumbers > 1 ? h.scores() : x;
+  float factor[kMostQueries];
 
   for (int64_t t = 0; t < a.w; t += a.queries) {
     const int64_t count = smaller(a.queries, a.w - t);
     h.dot_products(x, q + t * h.words, k_columns, count);
-    softmax(p, x, count, a.S, a.stride, h.scores_from(t));
+    softmax(p, factor, x, count, a.S, a.stride, h.scores_from(t));
     multiply({out, a.width, false}, {p, Words::count(a.stride), 1}, {v_pairs, a.width}, count, a.d, Words::count(a.S),
              h.soon);
-    h.write_out(t, t + count, out);
+    h.write_out(t, t + count, out, factor);
   }
 }
 

@@ -72,21 +72,22 @@ struct Block {
     return reduce(most, rows, maximum);
   }
 
-  // Turns scores into e^(score - largest score); returns the sum of each row. The exponentials behind the columns up to a
-  // whole vector are zero.
-  vec exponentials(const float* most) const {
+  // Writes e^(score - largest score), which is zero behind the columns up to a whole vector; returns 1 / the sum of each
+  // row. `to` has the rows and the stride of x, and may be x.
+  template <class Number>
+  vec exponentials(Number* to, const float* most) const {
     vec total[kWidth];
     for (int64_t j = 0; j < rows; ++j) {
       vec t = {};
       for (int64_t i = 0; i < count; i += kWidth) {
-        float* at = x + j * stride + i;
-        const vec e = exp_of_score(load(at) - most[j]);
+        const int64_t at = j * stride + i;
+        const vec e = exp_of_score(load(x + at) - most[j]);
         t += e;
-        store(at, e);
+        store(to + at, e);
       }
       total[j] = t;
     }
-    return reduce(total, rows, add);
+    return 1.0f / reduce(total, rows, add);
   }
 
   // The sums of the products of factor * x, which are the probabilities, with y.
@@ -101,17 +102,15 @@ struct Block {
   }
 };
 
-// The probabilities of `rows` rows of products x, as words. `to` may be x where words are floats.
-inline void softmax(float* to, float* x, int64_t rows, int64_t count, int64_t stride, const Scores& scores) {
-  for (int64_t first = 0; first < rows; first += kWidth, x += kWidth * stride) {
-    const Block block{x, smaller(kWidth, rows - first), count, stride};
-    float most[kWidth], factor[kWidth];
+// The probabilities of `rows` rows of products x are factor * to, the latter as words. `to` may be x where words are
+// floats. `factor` is written up to a multiple of kWidth.
+inline void softmax(float* to, float* factor, float* x, int64_t rows, int64_t count, int64_t stride,
+                    const Scores& scores) {
+  for (int64_t first = 0; first < rows; first += kWidth) {
+    const Block block{x + first * stride, smaller(kWidth, rows - first), count, stride};
+    float most[kWidth];
     store(most, block.largest(first, scores));
-    store(factor, 1.0f / block.exponentials(most));
-    for (int64_t j = 0; j < block.rows; ++j) {
-      Words::Number* numbers = reinterpret_cast<Words::Number*>(to) + (first + j) * stride;
-      for (int64_t i = 0; i < count; i += kWidth) store(numbers + i, factor[j] * load(x + j * stride + i));
-    }
+    store(factor + first, block.exponentials(reinterpret_cast<Words::Number*>(to) + first * stride, most));
   }
 }
 
@@ -125,7 +124,7 @@ inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, in
     const Block block{x, smaller(kWidth, rows - first), count, stride};
     float most[kWidth], factor[kWidth], delta[kWidth];
     store(most, block.largest(first, scores));
-    store(factor, 1.0f / block.exponentials(most));
+    store(factor, block.exponentials(x, most));
     store(delta, block.products(factor, dp));
     for (int64_t j = 0; j < block.rows; j += n, p_to += stride, d_to += stride)
       for (int64_t i = 0; i < count; i += kWidth) {
