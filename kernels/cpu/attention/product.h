@@ -36,7 +36,7 @@ struct Soon {
 // The sums of a tile, the vectors of one row of b and one element of a fill the registers.
 constexpr int kRows = kWidth == 16 ? 6 : 4, kVectors = kWidth == 16 ? 4 : 3;
 
-// `count` tiles, one below the other.
+// `count` tiles, one below the other. It is not inlined, so that all its sizes get registers of their own.
 template <int ROWS, int VECTORS>
 __attribute__((noinline)) void strip(Sums c, Elements a, Rows b, int64_t count, int64_t depth, Soon& soon) {
   for (; count; --count, c.data += ROWS * c.stride, a.data += ROWS * a.row) {
@@ -65,7 +65,7 @@ __attribute__((noinline)) void strip(Sums c, Elements a, Rows b, int64_t count, 
   }
 }
 
-// Columns of c, as many as VECTORS vectors. The tiles of a strip are of one height, those below it are a row less high.
+// Columns of c, as many as VECTORS vectors. The first tiles are of one height, those below them are a row less high.
 template <int VECTORS>
 inline void panel(Sums c, Elements a, Rows b, int64_t rows, int64_t depth, Soon& soon) {
   const int64_t tiles = ceil_div(rows, kRows), height = ceil_div(rows, tiles), low = tiles * height - rows;
@@ -74,15 +74,16 @@ inline void panel(Sums c, Elements a, Rows b, int64_t rows, int64_t depth, Soon&
     strip<h, VECTORS>(c, a, b, tiles - low, depth, soon);
     if constexpr (h > 1) {
       const int64_t done = (tiles - low) * h;
-      if (low) strip<h - 1, VECTORS>({c.data + done * c.stride, c.stride, c.add}, {a.data + done * a.row, a.row, a.depth},
-                                     b, low, depth, soon);
+      const Sums below{c.data + done * c.stride, c.stride, c.add};
+      if (low) strip<h - 1, VECTORS>(below, {a.data + done * a.row, a.row, a.depth}, b, low, depth, soon);
     }
   });
 }
 
 // c [rows, columns] = a [rows, depth] @ b [depth, columns], or added to c. The columns are rounded up to whole vectors,
-// the depth is in words.
-__attribute__((noinline)) void multiply(Sums c, Elements a, Rows b, int64_t rows, int64_t columns, int64_t depth, Soon& soon) {
+// the depth is in words. It is not inlined, so that all calls share its code.
+__attribute__((noinline)) void multiply(Sums c, Elements a, Rows b, int64_t rows, int64_t columns, int64_t depth,
+                                        Soon& soon) {
   const int64_t vectors = ceil_div(columns, kWidth), panels = ceil_div(vectors, kVectors);
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t first = p * vectors / panels, n = first * kWidth;

@@ -50,8 +50,7 @@ struct Scores {
   }
 };
 
-// A block of up to kWidth rows, between whose passes lie only the largest scores and the sums of all rows: what one row
-// waits for, the processor fills with the others.
+// A block of up to kWidth rows, whose largest scores and sums are found together: a row alone would wait for each.
 struct Block {
   float* x;
   int64_t rows, count, stride;
@@ -72,8 +71,8 @@ struct Block {
     return reduce(most, rows, maximum);
   }
 
-  // Writes e^(score - largest score), which is zero behind the columns up to a whole vector; returns 1 / the sum of each
-  // row. `to` has the rows and the stride of x, and may be x.
+  // Given scores, writes e^(score - largest score), with zeros behind the columns up to a whole vector; returns 1 / the
+  // sum of each row. `to` has the rows and the stride of x, and may be x.
   template <class Number>
   vec exponentials(Number* to, const float* most) const {
     vec total[kWidth];
@@ -114,7 +113,7 @@ inline void softmax(float* to, float* factor, float* x, int64_t rows, int64_t co
   }
 }
 
-// Turns products x into probabilities and their gradient dp into that of the products, both as words for sums over rows.
+// Turns products x into probabilities and their gradient dp into that of the products, as words for sums over rows.
 // `d_words` gets the latter as words for sums over columns; where words are floats, dp is that already.
 inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, int64_t rows, int64_t count,
                         int64_t stride, const Scores& scores) {
