@@ -75,7 +75,7 @@ def run(
 
     def protocol(data: str) -> Protocol:
         base = {"recipe": data if recipe == "paper" and data in list_shipped() else recipe} if recipe else {}
-        settings = {"save_every": 10**6} | base | study.settings | given | {"data": data}
+        settings = {"save_every": 10**6, "pictures": False} | base | study.settings | given | {"data": data}
         return Protocol(settings, rates, range(seeds))
 
     if what == "figure7":

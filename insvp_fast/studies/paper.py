@@ -33,7 +33,7 @@ NAMES = {  # of the methods, as the paper has them where it has them
     "insvp": "InsVP",
 }
 BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-NO_PROMPTS = dict.fromkeys(("patch_prompt", "global_prompt", "common_prompt", "specific_prompt"), False)
+PROMPTS = {"l": "patch_prompt", "g": "global_prompt", "c": "common_prompt", "s": "specific_prompt"}
 
 
 def method_rows(methods: tuple[str, ...] = tuple(NAMES)) -> list[Row]:
@@ -41,10 +41,9 @@ def method_rows(methods: tuple[str, ...] = tuple(NAMES)) -> list[Row]:
     return [Row(NAMES.get(method, method), {"method": method}) for method in methods]
 
 
-def _prompts(*letters: str) -> dict[str, bool]:
-    """The switches with which InsVP has only these of its prompts: l, g, c, s."""
-    names = dict(zip("lgcs", NO_PROMPTS, strict=True))
-    return NO_PROMPTS | {names[letter]: True for letter in letters}
+def _prompts(*letters: str) -> dict[str, Any]:
+    """The settings with which InsVP has only these of its prompts: l, g, c, s."""
+    return {"method": "insvp"} | {name: False for letter, name in PROMPTS.items() if letter not in letters}
 
 
 ABLATION = [  # table 5, cumulative, then each prompt alone

@@ -159,6 +159,9 @@ def test_the_rows_of_the_ablation_have_the_prompts_of_their_names():
     for row in ABLATION[1:]:
         config = insvp_config(Recipe(**row.settings))
         assert {letter for letter, name in names.items() if getattr(config, name)} == set(row.label.split())
+    # in one folder, what both tables have is trained once
+    shared = {Recipe(**row.settings) for row in ABLATION} & {Recipe(**row.settings) for row in STUDIES["table1"].rows}
+    assert {recipe.method for recipe in shared} == {"linear", "insvp"}
 
 
 def test_a_sweep_trains_a_probe_once():
