@@ -82,23 +82,23 @@ def run(
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
     study = study._replace(rows=_possible(study.rows, protocol(sets[0]), folder))
     # a path would lead out of the folder, into the data themselves
-    places = {data: folder / (data if data in SETS else Path(data).resolve().name) for data in sets}
-    results = {data: compare(study.rows, protocol(data), place, jobs, launch) for data, place in places.items()}
+    names = {data: data if data in SETS else Path(data).resolve().name for data in sets}
+    results = {name: compare(study.rows, protocol(data), folder / name, jobs, launch) for data, name in names.items()}
     print()
     print_markdown(report(what if what != "figure5" else "table1", study, results, protocol(sets[0]), folder))
     if what == "figure5":
         from insvp_fast.figures.comparison import plot_parameters
 
-        for data, rows in results.items():
+        for name, rows in results.items():
             points = [
                 (row.row.label, next(iter(row.scores.values())).facts["trained_parameters"], *_mean_and_spread(row))
                 for row in rows
                 if row.scores
             ]
-            plot_parameters(points, folder / f"figure5-{data.replace('/', '-')}.png", title=data)
+            plot_parameters(points, folder / f"figure5-{name.replace('/', '-')}.png", title=name)
     print(f"written: {folder}")
     _require_all([row for rows in results.values() for row in rows], seeds)
-    return {"folder": str(folder), "results": {data: _records(rows) for data, rows in results.items()}}
+    return {"folder": str(folder), "results": {name: _records(rows) for name, rows in results.items()}}
 
 
 def _refuse(what: str, methods: Sequence[str] | None, given: dict[str, Any]) -> None:
