@@ -186,6 +186,8 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     recipe = make_entry({}, protocol.settings, folder, "figure7").recipe
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
     varied = sensitivity(recipe, depth=len(structure_of(backbone).widths(backbone)))
+    if not varied:
+        raise CommandError("all prompts are off: expected some, as figure7 varies their settings")
     others = [row for panel in varied.values() for row in panel.values() if row is not UNVARIED]
     rows, protocol = [UNVARIED, *others], protocol._replace(rates=[recipe.lr])
     results = compare(rows, protocol, folder, jobs, launcher)
