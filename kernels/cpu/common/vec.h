@@ -51,6 +51,15 @@ inline bits32 is_one_of_the_first(int64_t n) {
   return (bits32)(place < static_cast<uint32_t>(n > 0 ? n : 0));
 }
 
+// 1 / x with a relative error of 2^-14 or less.
+inline vec rough_reciprocal(vec x) {
+#ifdef __AVX512F__
+  return (vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // gcc would warn of the form without a mask
+#else
+  return 1.0f / x;
+#endif
+}
+
 inline float sum(vec v) {
   float lane[kWidth];
   store(lane, v);
