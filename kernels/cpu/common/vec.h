@@ -60,12 +60,22 @@ inline vec rough_reciprocal(vec x) {
 #endif
 }
 
+// The halves are added element by element until one is left. The compiler knows each size, so they stay in registers.
+template <int N>
+inline float sum(const float (&lane)[N]) {
+  if constexpr (N == 1) {
+    return lane[0];
+  } else {
+    float half[N / 2];
+    for (int i = 0; i < N / 2; ++i) half[i] = lane[i] + lane[i + N / 2];
+    return sum(half);
+  }
+}
+
 inline float sum(vec v) {
   float lane[kWidth];
   store(lane, v);
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  return lane[0];
+  return sum(lane);
 }
 
 // to[i] = scale * from[i] with conversion. The last vector may overlap the one before, so `to` and `from` must not.
