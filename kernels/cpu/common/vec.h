@@ -60,7 +60,7 @@ inline vec rough_reciprocal(vec x) {
 #endif
 }
 
-// The halves are added element by element until one is left. The compiler knows each size, so they stay in registers.
+// Adds the halves of a vector until one element is left. Every size is a constant, so all stays in registers.
 template <int N>
 inline float sum(const float (&lane)[N]) {
   if constexpr (N == 1) {

@@ -89,7 +89,8 @@ template <class T>
 inline void write_row(T* to, const Row& row, int64_t columns) {
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v)
-    columns >= kColumns ? store(to + v * kWidth, row.at[v]) : store_some(to + v * kWidth, row.at[v], columns - v * kWidth);
+    if (columns >= kColumns) store(to + v * kWidth, row.at[v]);
+    else store_some(to + v * kWidth, row.at[v], columns - v * kWidth);
 }
 
 inline void write_row(Array to, int64_t at, const Row& row, int64_t columns) {
@@ -97,10 +98,9 @@ inline void write_row(Array to, int64_t at, const Row& row, int64_t columns) {
   else write_row(static_cast<bf16*>(to.data) + at, row, columns);
 }
 
-// Makes the results of a tile from its sums.
+// Makes the results of a tile, WHOLE or at the edge of y, from its sums.
 template <Epilogue EPILOGUE, Activation ACTIVATION, bool WHOLE>
-__attribute__((noinline, flatten)) void finish(const Linear& a, const float* sums, int64_t row, int64_t rows,
-                                               int64_t column) {
+__attribute__((noinline)) void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = WHOLE ? kColumns : a.N - column;
   const Row bias = a.bias ? read_row(a.bias + column, columns) : Row{};
   for (int64_t m = row; m < row + rows; ++m, sums += kColumns) {
