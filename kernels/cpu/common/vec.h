@@ -51,12 +51,31 @@ inline bits32 is_one_of_the_first(int64_t n) {
   return (bits32)(place < static_cast<uint32_t>(n > 0 ? n : 0));
 }
 
+// 1 / x with a relative error of 2^-14 or less.
+inline vec rough_reciprocal(vec x) {
+#ifdef __AVX512F__
+  return (vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // gcc would warn of the form without a mask
+#else
+  return 1.0f / x;
+#endif
+}
+
+// Adds the halves of a vector until one element is left. Every size is a constant, so all stays in registers.
+template <int N>
+inline float sum(const float (&lane)[N]) {
+  if constexpr (N == 1) {
+    return lane[0];
+  } else {
+    float half[N / 2];
+    for (int i = 0; i < N / 2; ++i) half[i] = lane[i] + lane[i + N / 2];
+    return sum(half);
+  }
+}
+
 inline float sum(vec v) {
   float lane[kWidth];
   store(lane, v);
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  return lane[0];
+  return sum(lane);
 }
 
 // to[i] = scale * from[i] with conversion. The last vector may overlap the one before, so `to` and `from` must not.

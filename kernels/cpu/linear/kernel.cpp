@@ -65,40 +65,80 @@ inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool 
     }
 }
 
-// Makes the results of a row of a tile from its sums: `columns` of them, at `at` in y.
-template <Epilogue EPILOGUE>
-inline void finish_row(const Linear& a, const float* sums, const float* bias, int64_t at, int64_t columns) {
-  for (int64_t i = 0; i < columns; i += kWidth) {
-    const int64_t left = columns - i;
-    vec y = load(sums + i);
-    if (bias) y += load_some(bias + i, left);
-    if constexpr (EPILOGUE == Epilogue::activate) {
-      if (a.pre.data) write(a.pre, at + i, y, left);
-      y = y * gate<kRough>(a.activation, y).value;
-    } else if constexpr (EPILOGUE == Epilogue::activate_bwd) {
-      const vec x = read(a.pre, at + i, left);
-      const Gate p = gate<kRough>(a.activation, x);
-      y = y * (p.value + x * p.slope);
-    }
-    write(a.y, at + i, y, left);
-  }
+// A row of a tile.
+struct Row {
+  vec at[kVectors];
+};
+
+// The first `columns` elements of a row. Without the pragmas gcc keeps rows in memory.
+template <class T>
+inline Row read_row(const T* from, int64_t columns) {
+  Row row;
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v)
+    row.at[v] = columns >= kColumns ? load(from + v * kWidth) : load_some(from + v * kWidth, columns - v * kWidth);
+  return row;
 }
 
-template <Epilogue EPILOGUE>
-inline void finish_rows(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
-  const float* bias = a.bias ? a.bias + column : nullptr;
-  const int64_t columns = a.N - column;
+inline Row read_row(Array from, int64_t at, int64_t columns) {
+  if (from.type == DType::f32) return read_row(static_cast<const float*>(from.data) + at, columns);
+  return read_row(static_cast<const bf16*>(from.data) + at, columns);
+}
+
+template <class T>
+inline void write_row(T* to, const Row& row, int64_t columns) {
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v)
+    if (columns >= kColumns) store(to + v * kWidth, row.at[v]);
+    else store_some(to + v * kWidth, row.at[v], columns - v * kWidth);
+}
+
+inline void write_row(Array to, int64_t at, const Row& row, int64_t columns) {
+  if (to.type == DType::f32) write_row(static_cast<float*>(to.data) + at, row, columns);
+  else write_row(static_cast<bf16*>(to.data) + at, row, columns);
+}
+
+// Makes the results of a tile, WHOLE or at the edge of y, from its sums.
+template <Epilogue EPILOGUE, Activation ACTIVATION, bool WHOLE>
+__attribute__((noinline)) void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+  const int64_t columns = WHOLE ? kColumns : a.N - column;
+  const Row bias = a.bias ? read_row(a.bias + column, columns) : Row{};
   for (int64_t m = row; m < row + rows; ++m, sums += kColumns) {
-    if (columns >= kColumns) finish_row<EPILOGUE>(a, sums, bias, m * a.N + column, kColumns);
-    else finish_row<EPILOGUE>(a, sums, bias, m * a.N + column, columns);
+    const int64_t at = m * a.N + column;
+    Row y;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) y.at[v] = load(sums + v * kWidth) + bias.at[v];
+    if constexpr (EPILOGUE == Epilogue::activate) {
+      if (a.pre.data) write_row(a.pre, at, y, columns);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) y.at[v] = activate<kRough>(ACTIVATION, y.at[v]);
+    } else if constexpr (EPILOGUE == Epilogue::activate_bwd) {
+      const Row pre = read_row(a.pre, at, columns);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) y.at[v] *= derivative<kRough>(ACTIVATION, pre.at[v]);
+    }
+    write_row(a.y, at, y, columns);
   }
 }
 
-// Makes the results of a tile from its sums.
+template <Epilogue EPILOGUE, Activation ACTIVATION>
+inline void finish_tile(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+  if (a.N - column >= kColumns) finish<EPILOGUE, ACTIVATION, true>(a, sums, row, rows, column);
+  else finish<EPILOGUE, ACTIVATION, false>(a, sums, row, rows, column);
+}
+
+template <Epilogue EPILOGUE, class... Tile>
+inline void finish_activation(const Linear& a, Tile... tile) {
+  if (a.activation == Activation::gelu) finish_tile<EPILOGUE, Activation::gelu>(a, tile...);
+  else if (a.activation == Activation::gelu_tanh) finish_tile<EPILOGUE, Activation::gelu_tanh>(a, tile...);
+  else if (a.activation == Activation::quick_gelu) finish_tile<EPILOGUE, Activation::quick_gelu>(a, tile...);
+  else finish_tile<EPILOGUE, Activation::silu>(a, tile...);
+}
+
 inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
-  if (a.epilogue == Epilogue::none) finish_rows<Epilogue::none>(a, sums, row, rows, column);
-  else if (a.epilogue == Epilogue::activate) finish_rows<Epilogue::activate>(a, sums, row, rows, column);
-  else finish_rows<Epilogue::activate_bwd>(a, sums, row, rows, column);
+  if (a.epilogue == Epilogue::none) finish_tile<Epilogue::none, Activation::gelu>(a, sums, row, rows, column);
+  else if (a.epilogue == Epilogue::activate) finish_activation<Epilogue::activate>(a, sums, row, rows, column);
+  else finish_activation<Epilogue::activate_bwd>(a, sums, row, rows, column);
 }
 
 // Rows of x, at word k of which a run begins.
