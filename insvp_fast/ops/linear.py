@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.registry import FLOATS, Implementation, cpu_reason, dtype_reason, native_reason, register, require
+from insvp_fast.ops.registry import (
+    FLOATS,
+    Implementation,
+    call,
+    cpu_reason,
+    dtype_reason,
+    native_reason,
+    register,
+    require,
+)
 from insvp_fast.runtime import products
 from insvp_fast.runtime.products import FrozenLinear
 
@@ -126,11 +135,11 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(*rest[:4])
         ctx.rest = rest[4:]
-        return cast(Tensor, torch.ops.insvp_fast.linear_fwd.default(x, *rest))
+        return cast(Tensor, call("linear_fwd", x, *rest))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.insvp_fast.linear_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+        return call("linear_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
 
 
 @first_order("project_q_kv", "torch.nn.functional.linear")
@@ -140,15 +149,15 @@ class _ProjectQKV(torch.autograd.Function):
         *weights, impl = rest
         ctx.save_for_backward(*weights)
         ctx.num_queries, ctx.impl, (last, D) = num_queries, impl, weights[0].shape
-        run = torch.ops.insvp_fast.linear_fwd.default
-        return run(x[:, :num_queries], *weights, 0, D, impl), run(x, *weights, D, last, impl)
+        q = call("linear_fwd", x[:, :num_queries], *weights, 0, D, impl)
+        return q, call("linear_fwd", x, *weights, D, last, impl)
 
     @staticmethod
     def backward(ctx: Any, d_q: Tensor, d_kv: Tensor) -> tuple[Tensor | None, ...]:
-        weights, impl, run = ctx.saved_tensors, ctx.impl, torch.ops.insvp_fast.linear_bwd.default
+        weights, impl = ctx.saved_tensors, ctx.impl
         last, D = weights[0].shape
-        d_x = run(d_kv, *weights, D, last, impl)
-        d_x[:, : ctx.num_queries] += run(d_q, *weights, 0, D, impl)
+        d_x = call("linear_bwd", d_kv, *weights, D, last, impl)
+        d_x[:, : ctx.num_queries] += call("linear_bwd", d_q, *weights, 0, D, impl)
         return d_x, *(None,) * 6
 
 
