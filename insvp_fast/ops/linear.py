@@ -81,8 +81,7 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     sources: list[Tensor | None] = []
     features = x.shape[-1]
     for layer in layers:
-        _check(layer, features)
-        features = layer.out_features
+        features = _check(layer, features)
         sources += layer.sources
     for w in sources:
         if w is not None and w.requires_grad:
@@ -90,13 +89,15 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
                 "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
                 " use torch.nn.functional.linear"
             )
-    layer = layers[-1]
-    return *sources, layer.first, layer.first + features
+    first = layers[-1].first
+    return *sources, first, first + features
 
 
-def _check(layer: FrozenLinear, features: int) -> None:
+def _check(layer: FrozenLinear, features: int) -> int:
+    """The number of outputs of a layer that fits."""
     weight, bias, gain, shift, first, last = layer
     outputs = weight.shape[0]
+    last = outputs if last is None else last
     if weight.ndim < 2 or layer.in_features != features:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [D_out, {features}] for its input")
     if bias is not None and bias.shape != (outputs,):
@@ -105,8 +106,9 @@ def _check(layer: FrozenLinear, features: int) -> None:
         raise ValueError(f"gain has shape {tuple(gain.shape)}: expected {(features,)}")
     if shift is not None and shift.shape != (features,):
         raise ValueError(f"shift has shape {tuple(shift.shape)}: expected {(features,)}")
-    if not 0 <= first <= (outputs if last is None else last) <= outputs:
+    if not 0 <= first <= last <= outputs:
         raise ValueError(f"outputs {first} to {last}: expected a range within 0 to {outputs}")
+    return last - first
 
 
 class _Fwd(NamedTuple):

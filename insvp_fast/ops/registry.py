@@ -36,7 +36,7 @@ __all__ = [
 
 LIBRARY = Library("insvp_fast", "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-PREFERRED = {"cpu": "native", "cuda": "triton"}  # a ROCm device is "cuda" to PyTorch as well
+PREFERRED = {"cpu": ("native",), "cuda": ("triton",)}  # a ROCm device is "cuda" to PyTorch as well
 Size = Annotated[int, torch.SymInt]  # a number that a compiled graph may leave open
 SCHEMA = {
     Tensor: "Tensor",
@@ -131,8 +131,8 @@ def call(name: str, *arguments: Any) -> Any:
 def _preferred(operands: Sequence[Any]) -> Sequence[str]:
     for x in operands:
         if isinstance(x, Tensor):
-            return [PREFERRED[x.device.type]] if x.device.type in PREFERRED else []
-    return []
+            return PREFERRED.get(x.device.type, ())
+    return ()
 
 
 def implementation(name: str, impl: str, operands: Any) -> str:
@@ -189,8 +189,8 @@ def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[
     Raises:
         RuntimeError: where INSVP_FAST_NATIVE=1 demands a library that is not there.
     """
-    if reason := cpu_reason(device):
-        return reason
+    if device.type != "cpu":
+        return cpu_reason(device)
     if not native.available():
         return f"cannot run here: {native.native_status()}"
     if reason := dtype_reason(native.DTYPES, *dtypes):

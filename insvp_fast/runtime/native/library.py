@@ -25,7 +25,7 @@ ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_flo
 array = [ptr, i32]  # a tensor's memory and the code of its dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NativeStatus:
     """Whether the native CPU library is in use, with which instruction set, and if not, why."""
 
@@ -82,9 +82,9 @@ def available(*dtypes: torch.dtype) -> bool:
     Raises RuntimeError where INSVP_FAST_NATIVE=1 demands a library that is not there.
     """
     status = native_status()
-    if not status and os.environ.get("INSVP_FAST_NATIVE") == "1":
+    if not status.loaded and os.environ.get("INSVP_FAST_NATIVE") == "1":
         raise RuntimeError(f"INSVP_FAST_NATIVE=1, but {status}")
-    return status.loaded and all(dtype in TYPE_CODES for dtype in dtypes)
+    return status.loaded and all(map(TYPE_CODES.__contains__, dtypes))
 
 
 def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
