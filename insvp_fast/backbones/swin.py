@@ -220,7 +220,7 @@ def _merge(
 
 
 class _Squares(torch.autograd.Function):
-    """The sum of residual and branch, [B, 4·T, D], as [B, T, 4·D], in one pass and memory that is used again."""
+    """The sum of residual and branch, [B, 4·T, D], as [B, T, 4·D], in memory that is used again."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, branch: Tensor | None, height: int, width: int) -> Tensor:
@@ -228,8 +228,9 @@ class _Squares(torch.autograd.Function):
         B, tokens, D = residual.shape
         dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
         squares = buffers.empty((B, tokens // 4, 4 * D), dtype, residual.device)
-        into, x = _of_squares(squares, ctx.grid), _of_rows(residual, ctx.grid)
-        into.copy_(x) if branch is None else torch.add(x, _of_rows(branch, ctx.grid), out=into)
+        into = _of_squares(squares, ctx.grid).copy_(_of_rows(residual, ctx.grid))
+        if branch is not None:
+            into.add_(_of_rows(branch, ctx.grid))
         return squares
 
     @staticmethod
