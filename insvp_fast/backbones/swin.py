@@ -236,9 +236,11 @@ class _Squares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         B, T, D4 = grad.shape
-        d_x = buffers.empty((B, 4 * T, D4 // 4), grad.dtype, grad.device)
-        _of_rows(d_x, ctx.grid).copy_(_of_squares(grad, ctx.grid))
-        d_residual, d_branch = (None if dtype is None else d_x.to(dtype) for dtype in ctx.dtypes)
+        grads = {}
+        for dtype in {*ctx.dtypes} - {None}:
+            grads[dtype] = buffers.empty((B, 4 * T, D4 // 4), dtype, grad.device)
+            _of_rows(grads[dtype], ctx.grid).copy_(_of_squares(grad, ctx.grid))
+        d_residual, d_branch = map(grads.get, ctx.dtypes)
         return d_residual, d_branch, None, None
 
 
