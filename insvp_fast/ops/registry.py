@@ -119,10 +119,7 @@ def register(
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """The results of the operator ``insvp_fast::name``, by its kernel where PyTorch's dispatcher would only call that.
-
-    The dispatcher takes three times as long as ``torch_private.dispatches``.
-    """
+    """The results of the operator ``insvp_fast::name``, by its kernel where PyTorch's dispatcher would only call it."""
     if torch.compiler.is_compiling() or torch_private.dispatches(arguments):
         return getattr(torch.ops.insvp_fast, name).default(*arguments)
     return _operators[name].kernel(*arguments)
