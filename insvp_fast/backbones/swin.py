@@ -248,11 +248,13 @@ class _Squares(torch.autograd.Function):
 
 
 def _of_rows(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    return x.unflatten(1, (grid[0], 2, grid[1], 2))
+    view: Tensor = x.unflatten(1, (grid[0], 2, grid[1], 2))
+    return view
 
 
 def _of_squares(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    return x.unflatten(2, (2, 2, -1)).unflatten(1, grid).permute(0, 1, 4, 2, 3, 5)
+    view: Tensor = x.unflatten(2, (2, 2, -1)).unflatten(1, grid)
+    return view.permute(0, 1, 4, 2, 3, 5)
 
 
 def tokens_of_windows(
