@@ -75,30 +75,30 @@ def run(
 
     def protocol(data: str) -> Protocol:
         base = {"recipe": data if recipe == "paper" and data in list_shipped() else recipe} if recipe else {}
-        settings = {"save_every": 10**6} | base | study.settings | given | {"data": data}
+        settings = {"save_every": 10**6, "pictures": False} | base | study.settings | given | {"data": data}
         return Protocol(settings, rates, range(seeds))
 
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
     study = study._replace(rows=_possible(study.rows, protocol(sets[0]), folder))
     # a path would lead out of the folder, into the data themselves
-    places = {data: folder / (data if data in SETS else Path(data).resolve().name) for data in sets}
-    results = {data: compare(study.rows, protocol(data), place, jobs, launch) for data, place in places.items()}
+    names = {data: data if data in SETS else Path(data).resolve().name for data in sets}
+    results = {name: compare(study.rows, protocol(data), folder / name, jobs, launch) for data, name in names.items()}
     print()
     print_markdown(report(what if what != "figure5" else "table1", study, results, protocol(sets[0]), folder))
     if what == "figure5":
         from insvp_fast.figures.comparison import plot_parameters
 
-        for data, rows in results.items():
+        for name, rows in results.items():
             points = [
                 (row.row.label, next(iter(row.scores.values())).facts["trained_parameters"], *_mean_and_spread(row))
                 for row in rows
                 if row.scores
             ]
-            plot_parameters(points, folder / f"figure5-{data.replace('/', '-')}.png", title=data)
+            plot_parameters(points, folder / f"figure5-{name.replace('/', '-')}.png", title=name)
     print(f"written: {folder}")
     _require_all([row for rows in results.values() for row in rows], seeds)
-    return {"folder": str(folder), "results": {data: _records(rows) for data, rows in results.items()}}
+    return {"folder": str(folder), "results": {name: _records(rows) for name, rows in results.items()}}
 
 
 def _refuse(what: str, methods: Sequence[str] | None, given: dict[str, Any]) -> None:
@@ -186,6 +186,8 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     recipe = make_entry({}, protocol.settings, folder, "figure7").recipe
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
     varied = sensitivity(recipe, depth=len(structure_of(backbone).widths(backbone)))
+    if not varied:
+        raise CommandError("all prompts are off: expected some, as figure7 varies their settings")
     others = [row for panel in varied.values() for row in panel.values() if row is not UNVARIED]
     rows, protocol = [UNVARIED, *others], protocol._replace(rates=[recipe.lr])
     results = compare(rows, protocol, folder, jobs, launcher)

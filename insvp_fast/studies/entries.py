@@ -110,7 +110,8 @@ def find_run(runs: Iterable[Found], recipe: Recipe) -> Found | None:
 
 
 def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
-    resolved: dict[str, Any] = {"output": recorded.output}  # the study's folder may have been moved since
+    # the study's folder may have been moved since, and pictures change no number
+    resolved: dict[str, Any] = {"output": recorded.output, "pictures": recorded.pictures}
     # and what a run resolves itself and records
     resolved |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
     resolved |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}

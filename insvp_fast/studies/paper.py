@@ -33,7 +33,7 @@ NAMES = {  # of the methods, as the paper has them where it has them
     "insvp": "InsVP",
 }
 BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-NO_PROMPTS = dict.fromkeys(("patch_prompt", "global_prompt", "common_prompt", "specific_prompt"), False)
+PROMPTS = {"l": "patch_prompt", "g": "global_prompt", "c": "common_prompt", "s": "specific_prompt"}
 
 
 def method_rows(methods: tuple[str, ...] = tuple(NAMES)) -> list[Row]:
@@ -41,10 +41,9 @@ def method_rows(methods: tuple[str, ...] = tuple(NAMES)) -> list[Row]:
     return [Row(NAMES.get(method, method), {"method": method}) for method in methods]
 
 
-def _prompts(*letters: str) -> dict[str, bool]:
-    """The switches with which InsVP has only these of its prompts: l, g, c, s."""
-    names = dict(zip("lgcs", NO_PROMPTS, strict=True))
-    return NO_PROMPTS | {names[letter]: True for letter in letters}
+def _prompts(*letters: str) -> dict[str, Any]:
+    """The settings with which InsVP has only these of its prompts: l, g, c, s."""
+    return {"method": "insvp"} | {name: False for letter, name in PROMPTS.items() if letter not in letters}
 
 
 ABLATION = [  # table 5, cumulative, then each prompt alone
@@ -65,16 +64,20 @@ UNVARIED = Row("the recipe", {})  # of figure 7
 def sensitivity(recipe: Recipe, depth: int) -> dict[str, dict[float, Row]]:
     """Of each panel of figure 7 the rows by the value of its setting; ``UNVARIED`` where that is the recipe's own.
 
+    Panels of prompts that are off are left out.
+
     Args:
         depth: the number of blocks of the backbone.
     """
     quarters = (-(-depth * quarter // 4) for quarter in range(1, 5))
-    values: dict[str, tuple[str, Iterable[float]]] = {
-        "length of the feature prompt, L_p": ("prompt_length", (1, 2, 4, 8, 16)),
-        "prompted blocks": ("prompted_blocks", sorted({1, *quarters})),
-        "weight of the global prompt, beta_I": ("image_weights", BETAS),
-        "weight of the common prompt, beta_F": ("feature_weights", BETAS),
-    }
+    own, values = insvp_config(recipe), dict[str, tuple[str, Iterable[float]]]()
+    if own.common_prompt or own.specific_prompt:
+        values["length of the feature prompt, L_p"] = "prompt_length", (1, 2, 4, 8, 16)
+        values["prompted blocks"] = "prompted_blocks", sorted({1, *quarters})
+    if own.global_prompt or own.patch_prompt:
+        values["weight of the global prompt, beta_I"] = "image_weights", BETAS
+    if own.common_prompt or own.specific_prompt:
+        values["weight of the common prompt, beta_F"] = "feature_weights", BETAS
 
     def config(changes: dict[str, Any]) -> InsVPConfig:
         config = insvp_config(dataclasses.replace(recipe, **changes))

@@ -32,6 +32,7 @@ __all__ = [
 
 WEIGHT_DECAYS = tuple(10.0**-i for i in range(6))
 MAX_STEPS = 1000  # of L-BFGS, for each of them
+HISTORY = 10  # steps that L-BFGS remembers; with more, it takes fewer steps and more time
 CONVERGED = 1e-5  # the largest element of the gradient
 
 
@@ -218,6 +219,7 @@ def _minimize(weight: Tensor, bias: Tensor, inputs: Tensor, targets: Tensor, wei
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MAX_STEPS,
+        history_size=HISTORY,
         tolerance_grad=CONVERGED,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",

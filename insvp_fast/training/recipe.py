@@ -275,6 +275,7 @@ class Recipe:
     )
     save_every: int = _output(1, "epochs between two saves of the training state", at_least(1))
     save_steps: int = _output(0, "steps between two saves within an epoch; 0 for none", at_least(0))
+    pictures: bool = _output(True, "draw curve.png and prompts.png")
     output: str = _output(
         "runs",
         "folder in which each run makes its own folder",

@@ -65,7 +65,7 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
             logger.say(f"batch size {recipe.batch_size}: the largest up to {wanted} that fits into memory")
         for candidate in candidates_of(recipe):
             train_candidate(candidate, backbone, data, logger, preprocessing)
-        if accelerator.is_main_process:
+        if recipe.pictures and accelerator.is_main_process:
             metric = score_name(recipe.metric_for(data.multi_label))
             plot_curves(logger.epochs, logger.folder / "curve.png", metric)
         logger.finish()
@@ -148,7 +148,7 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     trainer.fit()
     result = trainer.test()
     trainer.save_adapter("adapter")
-    if accelerator.is_main_process and candidate.method == "insvp":
+    if recipe.pictures and accelerator.is_main_process and candidate.method == "insvp":
         trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         _plot_prompts(trained, data, logger, preprocessing)
     logger.log_result(result)

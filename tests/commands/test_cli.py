@@ -144,6 +144,7 @@ EVERYTHING = Recipe(
     trackers=("tensorboard", "wandb"),
     save_every=2,
     save_steps=3,
+    pictures=False,
     output="d",
 )
 

@@ -124,6 +124,18 @@ def test_figure_7_prompts_quarters_of_the_blocks(depth, blocks):
     assert fewer == [(n, Row(f"prompted_blocks={n}", {"prompted_blocks": n})) for n in blocks[:-1]]
 
 
+def test_figure_7_varies_only_prompts_that_are_on():
+    off = {"patch_prompt": False, "global_prompt": False, "common_prompt": False}
+    names = {
+        next(iter(row.settings))
+        for panel in sensitivity(Recipe(**off), 4).values()
+        for row in panel.values()
+        if row is not UNVARIED
+    }
+    assert names == {"prompt_length", "prompted_blocks", "feature_weights"}
+    assert not sensitivity(Recipe(**off, specific_prompt=False), 4)
+
+
 def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):
     def compared(row: Row, accuracies: dict[int, float]) -> Compared:
         facts = {"trained_parameters": 1234, "images_per_s": 5.0}
@@ -159,6 +171,9 @@ def test_the_rows_of_the_ablation_have_the_prompts_of_their_names():
     for row in ABLATION[1:]:
         config = insvp_config(Recipe(**row.settings))
         assert {letter for letter, name in names.items() if getattr(config, name)} == set(row.label.split())
+    # in one folder, what both tables have is trained once
+    shared = {Recipe(**row.settings) for row in ABLATION} & {Recipe(**row.settings) for row in STUDIES["table1"].rows}
+    assert {recipe.method for recipe in shared} == {"linear", "insvp"}
 
 
 def test_a_sweep_trains_a_probe_once():
@@ -170,10 +185,12 @@ def test_a_sweep_trains_a_probe_once():
 
 def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
     settings = {"data": str(pictures), "epochs": 1, "batch_size": 8, "amp": "off", "output": str(tmp_path / "runs")}
+    settings |= {"pictures": False}
     entries = [Entry({"method": method}, Recipe(method=method, **settings), []) for method in ("linear", "lora")]
     runner.train_entries(entries, tmp_path / "runs", jobs=2)
     runs = runner.read_runs(tmp_path / "runs")
     assert sorted(run.recipe.method for run in runs if run.finished) == ["linear", "lora"]
+    assert not list((tmp_path / "runs").rglob("*.png"))
     assert "logistic regression" in (tmp_path / "runs" / "logs" / "method=linear.log").read_text()
     runner.train_entries(entries, tmp_path / "runs")
     assert capsys.readouterr().out.count("finished: ") == 2
