@@ -16,14 +16,16 @@ const AttentionKernels& kernels(DType type) {
 
 // What forward and backward have in common.
 Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, const float* bias,
-                    const float* mask, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale) {
-  Attention a{qkv, out, d_qkv, windows, bias, mask, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0, 0};
+                    const float* mask, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d,
+                    float scale, int threads) {
+  Attention a{qkv,   out, d_qkv,   windows, bias,  mask, n, w, L, heads, d,
+              scale, B,   threads, n * w,   w + L, 0,    0, 0, 0, 0,     0};
   a.width = whole_lines(d);
   a.stride = a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
   a.tokens = larger((a.S + 1) * a.width, d * a.stride);
   a.queries = block_of_queries(w);
   a.scores = a.queries * a.stride;
-  a.lines = n > 1 ? whole_lines(2 * 4 * w * ceil_div(d * size_of(qkv.type), 64)) : 0;
+  a.lines = whole_lines(2 * (7 * w + 3 * L) * ceil_div(d * size_of(qkv.type), 64));
   return a;
 }
 
@@ -35,7 +37,7 @@ Array from(Array array, int64_t offset) {
 Attention cut(const Attention& a, int64_t image, int64_t L) {
   const int64_t D = a.heads * a.d, in_qkv = image * (a.T + a.L) * 3 * D;
   return attention(from(a.qkv, in_qkv), from(a.out, image * a.T * D), from(a.d_qkv, in_qkv), a.windows, a.bias, a.mask,
-                   a.n, a.w, L, a.heads, a.d, a.scale);
+                   1, a.n, a.w, L, a.heads, a.d, a.scale, a.threads);
 }
 
 template <class Kernel>
@@ -68,7 +70,7 @@ INSVP_FAST_API int attention_fwd(
     void* out, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a =
-      attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, n, w, L, heads, d, scale);
+      attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, B, n, w, L, heads, d, scale, threads);
   const int64_t scratch_size = kFwdTokens * a.tokens + kFwdScores * a.scores + a.lines;
   return for_each_head(a, B, num_keys, scratch_size, threads, kernels(type).fwd);
 }
@@ -93,7 +95,7 @@ INSVP_FAST_API int attention_bwd(
     float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a =
-      attention({qkv, type}, {grad, type}, {d_qkv, type}, windows, bias, mask, n, w, L, heads, d, scale);
+      attention({qkv, type}, {grad, type}, {d_qkv, type}, windows, bias, mask, B, n, w, L, heads, d, scale, threads);
   for (int64_t b = 0; num_keys && b < B; ++b) {
     const int64_t row = 3 * heads * d, rows = a.T + L, behind = (rows - num_keys[b]) * row * size_of(type);
     std::memset(from(a.d_qkv, (b * rows + num_keys[b]) * row).data, 0, behind);

@@ -25,25 +25,33 @@ struct Head {
   float* tokens() { return take(a.tokens); }
   float* scores() { return take(a.scores); }
 
-  // Where row j of the head's queries (part 0), keys (1) or values (2) begins in qkv, and of its results in out.
+  // Where row j of the head's queries begins in qkv; `D` numbers later, those of its keys; then those of its values.
+  int64_t in_qkv(int64_t j) const { return (image * (a.T + a.L) + in_image(j)) * 3 * D + head * a.d; }
+  // Where its results begin in out.
+  int64_t in_out(int64_t j) const { return (image * a.T + in_image(j)) * D + head * a.d; }
   int64_t in_image(int64_t j) const {
     if (j >= a.w) return a.T + j - a.w;
     return a.windows ? a.windows[window * a.w + j] : j;
   }
-  int64_t in_qkv(int part, int64_t j) const {
-    return ((image * (a.T + a.L) + in_image(j)) * 3 + part) * D + head * a.d;
-  }
-  int64_t in_out(int64_t j) const { return (image * a.T + in_image(j)) * D + head * a.d; }
 
   // A row of a tensor, as words; it ends with zeros.
   void read_row(float* to, Array from, int64_t offset) const {
     if (a.d < a.width) __builtin_memset(to, 0, words * sizeof(float));
     Words::read_numbers(to, from, offset, a.d);
   }
-  const float* read_qkv(int part, int64_t rows) {
-    float* to = tokens();
-    for (int64_t j = 0; j < rows; ++j) read_row(to + j * words, a.qkv, in_qkv(part, j));
-    return to;
+
+  struct Inputs {
+    const float *q, *k, *v;
+  };
+  Inputs read_qkv() {
+    float *q = tokens(), *k = tokens(), *v = tokens();
+    for (int64_t j = 0; j < a.S; ++j) {
+      const int64_t row = in_qkv(j), to = j * words;
+      if (j < a.w) read_row(q + to, a.qkv, row);
+      read_row(k + to, a.qkv, row + D);
+      read_row(v + to, a.qkv, row + 2 * D);
+    }
+    return {q, k, v};
   }
   const float* read_out() {
     float* to = tokens();
@@ -51,30 +59,43 @@ struct Head {
     return to;
   }
 
-  // Lets the products of this window prefetch what the next one will read, besides the prompts: its rows are far apart.
-  void expect_next(bool grad) {
-    if (window + 1 == a.n) return;
-    Head next = *this;
-    ++next.window;
+  // Lets the products of this window prefetch what will be written, then what will be read next: the inputs of the next
+  // window, or of the first one of the job that this thread will probably get next. All these rows are far apart.
+  void expect(bool backward) {
     const char** line = reinterpret_cast<const char**>(take(a.lines));
     soon.next = line;
-    const int64_t size = size_of(a.qkv.type);
-    const auto expect = [&](Array array, int64_t at) {
-      for (int64_t i = 0; i < a.d * size; i += 64) *line++ = static_cast<const char*>(array.data) + at * size + i;
+    const int64_t size = size_of(a.qkv.type), bytes = a.d * size;
+    const auto add = [&](Array array, int64_t at) {
+      const char* from = static_cast<const char*>(array.data) + at * size;
+      for (int64_t i = 0; i < bytes; i += 64) *line++ = from + i;
     };
-    for (int64_t j = 0; j < a.w; ++j) {
-      for (int part = 0; part < 3; ++part) expect(a.qkv, next.in_qkv(part, j));
-      if (grad) expect(a.out, next.in_out(j));
+    const auto add_parts = [&](Array array, int64_t query) {
+      for (int part = 0; part < 3; ++part) add(array, query + part * D);
+    };
+    for (int64_t j = 0; bytes > 64 && j < a.w; ++j)  // shorter rows gain less than their addresses cost
+      if (backward) add_parts(a.d_qkv, in_qkv(j));
+      else add(a.out, in_out(j));
+    soon.end = line;
+
+    Head next = *this;
+    if (++next.window == a.n) {
+      const int64_t job = image * a.heads + head + a.threads;
+      next.image = job / a.heads, next.head = job % a.heads, next.window = 0;
+    }
+    if (next.image >= a.B) return;
+    for (int64_t j = 0; j < (next.window ? a.w : a.S); ++j) {  // the prompts of this head have been read
+      add_parts(a.qkv, next.in_qkv(j));
+      if (backward && j < a.w) add(a.out, next.in_out(j));
     }
     soon.end = line;
   }
 
   // Rows from `first` to `end`; `from` is where the first one is.
-  void write_out(int64_t first, int64_t end, const float* from) const {
-    for (int64_t j = first; j < end; ++j, from += a.width) write(a.out, in_out(j), from, a.d);
+  void write_out(int64_t first, int64_t end, const float* from, const float* factor) const {
+    for (int64_t j = first; j < end; ++j, from += a.width) write(a.out, in_out(j), from, a.d, *factor++);
   }
   void write_d_qkv(int part, int64_t first, int64_t end, const float* from) const {
-    for (int64_t j = first; j < end; ++j, from += a.width) write(a.d_qkv, in_qkv(part, j), from, a.d);
+    for (int64_t j = first; j < end; ++j, from += a.width) write(a.d_qkv, in_qkv(j) + part * D, from, a.d);
   }
 
   const float* transposed(const float* rows) {
@@ -85,64 +106,56 @@ struct Head {
   const float* paired(const float* x, int64_t rows) { return Words::paired(tokens(), x, rows, a.width, words); }
 
   // The products of `count` rows of `x` with all rows of the matrix that `columns` is transposed from.
-  void dot_products(float* to, const float* x, const float* columns, int64_t count, float scale) {
-    multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, scale, soon);
+  void dot_products(float* to, const float* x, const float* columns, int64_t count) {
+    multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, soon);
   }
 
-  // The probabilities of `count` queries from the query t on.
-  void probabilities(float* p, const float* q, const float* k_columns, int64_t t, int64_t count) {
-    dot_products(p, q + t * words, k_columns, count, a.scale);
-    const Summands summands{a.bias ? a.bias + (head * a.w + t) * a.w : nullptr,
-                            a.mask ? a.mask + (window * a.w + t) * a.w : nullptr, a.w};
-    softmax(p, count, a.S, a.stride, summands);
+  // How the scores of the query t and those after it come from products.
+  Scores scores_from(int64_t t) const {
+    return {a.scale, a.bias ? a.bias + (head * a.w + t) * a.w : nullptr,
+            a.mask ? a.mask + (window * a.w + t) * a.w : nullptr, a.w};
   }
 };
 
 void attention_fwd_window(Head h) {
   const Attention& a = h.a;
-  const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S);
-  h.expect_next(false);
-  const float* k_columns = h.transposed(k);
-  float *out = h.tokens(), *p = h.scores(), *p_words = h.scores();
-  v = h.paired(v, a.S);
+  const auto [q, k, v] = h.read_qkv();
+  h.expect(false);
+  const float *k_columns = h.transposed(k), *v_pairs = h.paired(v, a.S);
+  float *out = h.tokens(), *x = h.scores(), *p = Words::kNumbers > 1 ? h.scores() : x;
+  float factor[kMostQueries];
 
   for (int64_t t = 0; t < a.w; t += a.queries) {
     const int64_t count = smaller(a.queries, a.w - t);
-    h.probabilities(p, q, k_columns, t, count);
-    const float* rows = Words::narrow(p_words, p, count, a.stride);
-    multiply({out, a.width, false}, {rows, Words::count(a.stride), 1}, {v, a.width}, count, a.d, Words::count(a.S),
-             1.0f, h.soon);
-    h.write_out(t, t + count, out);
+    h.dot_products(x, q + t * h.words, k_columns, count);
+    softmax(p, factor, x, count, a.S, a.stride, h.scores_from(t));
+    multiply({out, a.width, false}, {p, Words::count(a.stride), 1}, {v_pairs, a.width}, count, a.d, Words::count(a.S),
+             h.soon);
+    h.write_out(t, t + count, out, factor);
   }
 }
 
 // Adds to the last L rows of d_k and d_v, which are the prompts', and writes the others.
 void attention_bwd_window(Head h, float* d_k, float* d_v) {
   const Attention& a = h.a;
-  const float *q = h.read_qkv(0, a.w), *k = h.read_qkv(1, a.S), *v = h.read_qkv(2, a.S), *grad = h.read_out();
-  h.expect_next(true);
+  const auto [q, k, v] = h.read_qkv();
+  const float* grad = h.read_out();
+  h.expect(true);
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
   const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
-  float *d_q = h.tokens(), *p = h.scores(), *d_p = h.scores(), *narrow = h.scores(), *pairs = h.scores();
+  float *d_q = h.tokens(), *p = h.scores(), *d = h.scores(), *d_words = Words::kNumbers > 1 ? h.scores() : d;
   __builtin_memset(d_k, 0, a.w * a.width * sizeof(float));
   __builtin_memset(d_v, 0, a.w * a.width * sizeof(float));
 
-  const int64_t stride = Words::count(a.stride);
   for (int64_t t = 0; t < a.w; t += a.queries) {
-    const int64_t count = smaller(a.queries, a.w - t), along = Words::count(count);
-    h.probabilities(p, q, k_columns, t, count);
-    h.dot_products(d_p, grad + t * h.words, v_columns, count, 1.0f);
-    softmax_bwd(d_p, p, count, a.S, a.stride);
-
-    const float* p_pairs = Words::paired(pairs, Words::narrow(narrow, p, count, a.stride), count, a.stride, stride);
-    multiply({d_v, a.width, true}, {p_pairs, 1, a.stride}, {grad_pairs + Words::count(t) * a.width, a.width}, a.S, a.d,
-             along, 1.0f, h.soon);
-    const float* d_s = Words::narrow(narrow, d_p, count, a.stride);
-    const float* d_s_pairs = Words::paired(pairs, d_s, count, a.stride, stride);
-    multiply({d_k, a.width, true}, {d_s_pairs, 1, a.stride}, {q_pairs + Words::count(t) * a.width, a.width}, a.S, a.d,
-             along, a.scale, h.soon);
-    multiply({d_q, a.width, false}, {d_s, stride, 1}, {k_pairs, a.width}, count, a.d, Words::count(a.S), a.scale,
-             h.soon);
+    const int64_t count = smaller(a.queries, a.w - t), along = Words::count(count), from = Words::count(t) * a.width;
+    h.dot_products(p, q + t * h.words, k_columns, count);
+    h.dot_products(d, grad + t * h.words, v_columns, count);
+    softmax_bwd(d, p, d_words, count, a.S, a.stride, h.scores_from(t));
+    multiply({d_v, a.width, true}, {p, 1, a.stride}, {grad_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_k, a.width, true}, {d, 1, a.stride}, {q_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_q, a.width, false}, {d_words, Words::count(a.stride), 1}, {k_pairs, a.width}, count, a.d,
+             Words::count(a.S), h.soon);
     h.write_d_qkv(0, t, t + count, d_q);
   }
   h.write_d_qkv(1, 0, a.w, d_k);

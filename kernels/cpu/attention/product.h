@@ -36,55 +36,60 @@ struct Soon {
 // The sums of a tile, the vectors of one row of b and one element of a fill the registers.
 constexpr int kRows = kWidth == 16 ? 6 : 4, kVectors = kWidth == 16 ? 4 : 3;
 
+// `count` tiles, one below the other. It is not inlined, so that all its sizes get registers of their own.
 template <int ROWS, int VECTORS>
-inline void tile(Sums c, Elements a, Rows b, int64_t depth, float scale, Soon& soon) {
-  vec acc[ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int j = 0; j < ROWS; ++j)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) acc[j][v] = vec{};
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    soon.expect_one();
-    vec bk[VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) bk[v] = load(b.data + k * b.stride + v * kWidth);
+__attribute__((noinline)) void strip(Sums c, Elements a, Rows b, int64_t count, int64_t depth, Soon& soon) {
+  for (; count; --count, c.data += ROWS * c.stride, a.data += ROWS * a.row) {
+    vec acc[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) acc[j][v] = Words::mul_add(acc[j][v], a.data + j * a.row + k * a.depth, bk[v]);
-  }
+      for (int v = 0; v < VECTORS; ++v) acc[j][v] = c.add ? load(c.data + j * c.stride + v * kWidth) : vec{};
+    const float* row = b.data;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; ++k, row += b.stride) {
+      soon.expect_one();
+      vec bk[VECTORS];
 #pragma GCC unroll 8
-  for (int j = 0; j < ROWS; ++j)
+      for (int v = 0; v < VECTORS; ++v) bk[v] = load(row + v * kWidth);
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) {
-      float* to = c.data + j * c.stride + v * kWidth;
-      store(to, c.add ? load(to) + scale * acc[j][v] : scale * acc[j][v]);
+      for (int j = 0; j < ROWS; ++j)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v)
+          acc[j][v] = Words::mul_add(acc[j][v], a.data + j * a.row + k * a.depth, bk[v]);
     }
+#pragma GCC unroll 8
+    for (int j = 0; j < ROWS; ++j)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) store(c.data + j * c.stride + v * kWidth, acc[j][v]);
+  }
 }
 
-// A tile of any size up to ROWS x VECTORS. The last bits of gradients depend on this form: a tile that gcc inlines into
-// `multiply` adds to c with an fma, a tile that it calls does not. With with_constant its choice differs.
-template <int ROWS, int VECTORS, class... Arguments>
-inline void tile_of(int64_t rows, int64_t vectors, Soon& soon, Arguments... arguments) {
-  if (rows == ROWS && vectors == VECTORS) return tile<ROWS, VECTORS>(arguments..., soon);
-  if constexpr (VECTORS > 1)
-    if (vectors < VECTORS) return tile_of<ROWS, VECTORS - 1>(rows, vectors, soon, arguments...);
-  if constexpr (ROWS > 1) tile_of<ROWS - 1, VECTORS>(rows, vectors, soon, arguments...);
+// Columns of c, as many as VECTORS vectors. The first tiles are of one height, those below them are a row less high.
+template <int VECTORS>
+inline void panel(Sums c, Elements a, Rows b, int64_t rows, int64_t depth, Soon& soon) {
+  const int64_t tiles = ceil_div(rows, kRows), height = ceil_div(rows, tiles), low = tiles * height - rows;
+  with_constant<kRows>(height, [&](auto high) {
+    constexpr int h = high.value;
+    strip<h, VECTORS>(c, a, b, tiles - low, depth, soon);
+    if constexpr (h > 1) {
+      const int64_t done = (tiles - low) * h;
+      const Sums below{c.data + done * c.stride, c.stride, c.add};
+      if (low) strip<h - 1, VECTORS>(below, {a.data + done * a.row, a.row, a.depth}, b, low, depth, soon);
+    }
+  });
 }
 
-// c [rows, columns] = scale * a [rows, depth] @ b [depth, columns]. The columns are rounded up to whole vectors, the
-// depth is in words. It is not inlined, so that all calls share the code of the tiles.
+// c [rows, columns] = a [rows, depth] @ b [depth, columns], or added to c. The columns are rounded up to whole vectors,
+// the depth is in words. It is not inlined, so that all calls share its code.
 __attribute__((noinline)) void multiply(Sums c, Elements a, Rows b, int64_t rows, int64_t columns, int64_t depth,
-                                        float scale, Soon& soon) {
+                                        Soon& soon) {
   const int64_t vectors = ceil_div(columns, kWidth), panels = ceil_div(vectors, kVectors);
   for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = p * vectors / panels, count = (p + 1) * vectors / panels - first, n = first * kWidth;
-    for (int64_t m = 0; m < rows; m += kRows) {
-      const int64_t height = smaller(kRows, rows - m);
-      tile_of<kRows, kVectors>(height, count, soon, Sums{c.data + m * c.stride + n, c.stride, c.add},
-                               Elements{a.data + m * a.row, a.row, a.depth}, Rows{b.data + n, b.stride}, depth, scale);
-    }
+    const int64_t first = p * vectors / panels, n = first * kWidth;
+    with_constant<kVectors>((p + 1) * vectors / panels - first, [&](auto width) {
+      panel<width.value>({c.data + n, c.stride, c.add}, a, {b.data + n, b.stride}, rows, depth, soon);
+    });
   }
 }
 

@@ -1,29 +1,26 @@
 // The softmax of the rows of a matrix, and its gradient.
 #pragma once
-#include <utility>
-
 #include "common/array.h"
 #include "common/exp.h"
 #include "common/sizes.h"
+#include "transpose.h"
+#include "words.h"
 
 namespace {
 
-// The elements of v whose places differ from those of others in one bit of their numbers change places with them.
-template <int BIT, int... PLACES>
-inline vec exchanged(vec v, std::integer_sequence<int, PLACES...>) {
-  return __builtin_shufflevector(v, v, (PLACES ^ BIT)...);
-}
-
-// The sum or maximum of all elements, in every element.
-template <class Operation, int BIT = kWidth / 2>
-inline vec reduce(vec v, Operation operation) {
-  v = operation(v, exchanged<BIT>(v, std::make_integer_sequence<int, kWidth>()));
-  if constexpr (BIT > 1) return reduce<Operation, BIT / 2>(v, operation);
-  return v;
-}
-
 inline vec maximum(vec a, vec b) { return a > b ? a : b; }
 inline vec add(vec a, vec b) { return a + b; }
+
+// The sum or maximum of the elements of each of the first `count` vectors.
+template <class Operation>
+inline vec reduce(vec (&v)[kWidth], int64_t count, Operation operation) {
+  for (int64_t i = count; i < kWidth; ++i) v[i] = vec{};
+#pragma GCC unroll 4
+  for (int n = kWidth / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) v[i] = operation(zip<0>(v[i], v[i + n]), zip<1>(v[i], v[i + n]));
+  return v[0];
+}
 
 #ifdef INSVP_FAST_BF16_PAIRS
 inline vec exp_of_score(vec x) { return rough_exp2_of_negative(x * kLog2E); }  // probabilities become bf16
@@ -31,79 +28,117 @@ inline vec exp_of_score(vec x) { return rough_exp2_of_negative(x * kLog2E); }  /
 inline vec exp_of_score(vec x) { return exp(x); }
 #endif
 
-// A vector of scores from column i on; -inf behind the row's `count` columns.
-inline vec scores_from(const float* x, int64_t i, int64_t count) {
-  const vec v = load(x + i);
-  if (i + kWidth <= count) return v;
-  return is_one_of_the_first(count - i) ? v : vec{} - __builtin_inff();
-}
-
-// What is added to the scores: rows of `columns` numbers, or null.
-struct Summands {
+// The scores of a row: products of queries and keys, scaled, plus summands of `columns` numbers, or null.
+struct Scores {
+  float scale;
   const float *bias, *mask;
   int64_t columns;
 
-  vec from(int64_t row, int64_t i) const {
-    vec v = {};
-    if (i >= columns) return v;
-    if (bias) v += load_some(bias + row * columns + i, columns - i);
-    if (mask) v += load_some(mask + row * columns + i, columns - i);
-    return v;
+  // A vector of them from column i on, given the products; -inf behind the row's `count` columns.
+  vec from(vec products, int64_t row, int64_t i, int64_t count) const {
+    vec v = scale * products;
+    const int64_t at = row * columns + i, end = i + kWidth;
+    if (end <= columns) {
+      if (bias) v += load(bias + at);
+      if (mask) v += load(mask + at);
+    } else if (i < columns) {
+      if (bias) v += load_some(bias + at, columns - i);
+      if (mask) v += load_some(mask + at, columns - i);
+    }
+    if (end <= count) return v;
+    return is_one_of_the_first(count - i) ? v : vec{} - __builtin_inff();
   }
 };
 
-// The softmax of each row, in place, with `count` columns in VECTORS vectors, which stay in registers. What follows the
-// columns up to a whole vector becomes zero.
-template <int VECTORS>
-inline void softmax_of_short_rows(float* x, int64_t rows, int64_t count, int64_t stride, Summands summands) {
-  for (int64_t j = 0; j < rows; ++j, x += stride) {
-    vec row[VECTORS];
-#pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; ++i) row[i] = scores_from(x, i * kWidth, count) + summands.from(j, i * kWidth);
-    vec most = row[0], total = {};
-#pragma GCC unroll 4
-    for (int i = 1; i < VECTORS; ++i) most = maximum(row[i], most);
-    most = reduce(most, maximum);
-#pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; ++i) total += row[i] = exp_of_score(row[i] - most);
-    const vec factor = 1.0f / reduce(total, add);
-#pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; ++i) store(x + i * kWidth, factor * row[i]);
+// A block of up to kWidth rows, whose largest scores and sums are found together: a row alone would wait for each.
+struct Block {
+  float* x;
+  int64_t rows, count, stride;
+
+  // Turns products into scores; returns the largest of each row.
+  vec largest(int64_t first, const Scores& scores) const {
+    vec most[kWidth];
+    for (int64_t j = 0; j < rows; ++j) {
+      vec m = vec{} - __builtin_inff();
+      for (int64_t i = 0; i < count; i += kWidth) {
+        float* at = x + j * stride + i;
+        const vec v = scores.from(load(at), first + j, i, count);
+        m = maximum(v, m);
+        store(at, v);
+      }
+      most[j] = m;
+    }
+    return reduce(most, rows, maximum);
+  }
+
+  // Given scores, writes e^(score - largest score), with zeros behind the columns up to a whole vector; returns 1 / the
+  // sum of each row. `to` has the rows and the stride of x, and may be x.
+  template <class Number>
+  vec exponentials(Number* to, const float* most) const {
+    vec total[kWidth];
+    for (int64_t j = 0; j < rows; ++j) {
+      vec t = {};
+      for (int64_t i = 0; i < count; i += kWidth) {
+        const int64_t at = j * stride + i;
+        const vec e = exp_of_score(load(x + at) - most[j]);
+        t += e;
+        store(to + at, e);
+      }
+      total[j] = t;
+    }
+    return 1.0f / reduce(total, rows, add);
+  }
+
+  // The sums of the products of factor * x, which are the probabilities, with y.
+  vec products(const float* factor, const float* y) const {
+    vec total[kWidth];
+    for (int64_t j = 0; j < rows; ++j) {
+      vec t = {};
+      for (int64_t i = 0; i < count; i += kWidth) t += factor[j] * load(x + j * stride + i) * load(y + j * stride + i);
+      total[j] = t;
+    }
+    return reduce(total, rows, add);
+  }
+};
+
+// The probabilities of `rows` rows of products x are factor * to, the latter as words. `to` may be x where words are
+// floats. `factor` is written up to a multiple of kWidth.
+inline void softmax(float* to, float* factor, float* x, int64_t rows, int64_t count, int64_t stride,
+                    const Scores& scores) {
+  for (int64_t first = 0; first < rows; first += kWidth) {
+    const Block block{x + first * stride, smaller(kWidth, rows - first), count, stride};
+    float most[kWidth];
+    store(most, block.largest(first, scores));
+    store(factor + first, block.exponentials(reinterpret_cast<Words::Number*>(to) + first * stride, most));
   }
 }
 
-// The same for rows of any length.
-inline void softmax(float* x, int64_t rows, int64_t count, int64_t stride, Summands summands) {
-  const int64_t end = round_up(count, kWidth);
-  if (end <= 4 * kWidth)
-    return with_constant<4>(end / kWidth, [&](auto vectors) {
-      softmax_of_short_rows<vectors.value>(x, rows, count, stride, summands);
-    });
-  for (int64_t j = 0; j < rows; ++j, x += stride) {
-    vec most = vec{} - __builtin_inff(), total = {};
-    for (int64_t i = 0; i < end; i += kWidth) {
-      const vec v = scores_from(x, i, count) + summands.from(j, i);
-      most = maximum(v, most);
-      store(x + i, v);
-    }
-    most = reduce(most, maximum);
-    for (int64_t i = 0; i < end; i += kWidth) {
-      const vec e = exp_of_score(load(x + i) - most);
-      total += e;
-      store(x + i, e);
-    }
-    const vec factor = 1.0f / reduce(total, add);
-    for (int64_t i = 0; i < end; i += kWidth) store(x + i, factor * load(x + i));
-  }
-}
-
-// Turns the gradient of the probabilities p into that of the scores, in place.
-inline void softmax_bwd(float* dp, const float* p, int64_t rows, int64_t count, int64_t stride) {
-  for (int64_t j = 0; j < rows; ++j, p += stride, dp += stride) {
-    vec products = {};
-    for (int64_t i = 0; i < count; i += kWidth) products += load(p + i) * load(dp + i);
-    const vec delta = reduce(products, add);
-    for (int64_t i = 0; i < count; i += kWidth) store(dp + i, load(p + i) * (load(dp + i) - delta));
+// Turns products x into probabilities and their gradient dp into that of the products, as words for sums over rows.
+// `d_words` gets the latter as words for sums over columns; where words are floats, dp is that already.
+inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, int64_t rows, int64_t count,
+                        int64_t stride, const Scores& scores) {
+  constexpr int n = Words::kNumbers;
+  float *p_to = x, *d_to = dp;
+  for (int64_t first = 0; first < rows; first += kWidth, x += kWidth * stride, dp += kWidth * stride) {
+    const Block block{x, smaller(kWidth, rows - first), count, stride};
+    float most[kWidth], factor[kWidth], delta[kWidth];
+    store(most, block.largest(first, scores));
+    store(factor, block.exponentials(x, most));
+    store(delta, block.products(factor, dp));
+    for (int64_t j = 0; j < block.rows; j += n, p_to += stride, d_to += stride)
+      for (int64_t i = 0; i < count; i += kWidth) {
+        vec p[n] = {}, d[n] = {};
+#pragma GCC unroll 2
+        for (int r = 0; r < n; ++r)
+          if (j + r < block.rows) {
+            const int64_t at = (j + r) * stride + i;
+            p[r] = factor[j + r] * load(x + at);
+            d[r] = scores.scale * p[r] * (load(dp + at) - delta[j + r]);
+            if constexpr (n > 1) store(reinterpret_cast<Words::Number*>(d_words) + first * stride + at, d[r]);
+          }
+        store(p_to + i, Words::of_rows(p));  // where numbers that have been read were
+        store(d_to + i, Words::of_rows(d));
+      }
   }
 }
 
