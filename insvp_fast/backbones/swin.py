@@ -32,6 +32,8 @@ from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, con
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
+from insvp_fast.runtime import buffers, torch_private
+from insvp_fast.runtime.prepack import packed
 
 __all__ = [
     "attention_choices",
@@ -187,21 +189,72 @@ def forward_block(
     qkv = ops.linear(y, FrozenLinear.of(attn.qkv, *affine))
     find = tokens_of_windows if type(residual) is Tensor else _tokens_of_windows  # a FakeTensor must not be kept
     windows = find(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
-    summands = attn._get_rel_pos_bias()[0], blk.attn_mask
+    summands = _position_bias(attn), blk.attn_mask
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
     branch = ops.linear(out, FrozenLinear.of(attn.proj))
     residual, y, affine = norm_insert(blk.norm2, residual, branch, None, options)
     return residual, forward_mlp(mlp, y, affine, options.mlp_keeps)
 
 
+def _position_bias(attn: WindowAttention) -> Tensor:  # [heads, w, w]
+    """The bias of the scores that timm looks up, in at least fp32, kept until its table or index changes."""
+    sources = attn.relative_position_bias_table, attn.relative_position_index
+
+    def make() -> Tensor:
+        bias: Tensor = attn._get_rel_pos_bias()[0]
+        return bias.to(torch.promote_types(bias.dtype, torch.float32))
+
+    if torch.compiler.is_compiling() or torch_private.dispatches(sources):  # tensors of a trace must not be kept
+        return make()
+    with torch.inference_mode(False):  # backward may keep it
+        return packed(sources, "position bias", make)
+
+
 def _merge(
     merging: PatchMerging, residual: Tensor, branch: Tensor | None, grid: tuple[int, int], options: BlockOptions
 ) -> Tensor:  # [B, 4·T, D] -> [B, T, 2·D]
     """Four tokens as one, on the way to a coarser ``grid``; in a square timm counts downwards first."""
-    x = residual if branch is None else residual + branch
-    squares = x.unflatten(1, (grid[0], 2, grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
+    squares: Tensor = _Squares.apply(residual, branch, *grid)
     _, y, affine = norm_insert(merging.norm, squares, None, None, options)
     return ops.linear(y, FrozenLinear.of(merging.reduction, *affine))
+
+
+class _Squares(torch.autograd.Function):
+    """The sum of residual and branch, [B, 4·T, D], as [B, T, 4·D], in memory that is used again."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, branch: Tensor | None, height: int, width: int) -> Tensor:
+        ctx.grid, ctx.dtypes = (height, width), (residual.dtype, None if branch is None else branch.dtype)
+        B, tokens, D = residual.shape
+        dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+        squares = buffers.empty((B, tokens // 4, 4 * D), dtype, residual.device)
+        into = _of_squares(squares, ctx.grid).copy_(_of_rows(residual, ctx.grid))
+        if branch is not None:
+            into.add_(_of_rows(branch, ctx.grid))
+        return squares
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        B, T, D4 = grad.shape
+        grads = {}
+        for dtype in {*ctx.dtypes} - {None}:
+            grads[dtype] = buffers.empty((B, 4 * T, D4 // 4), dtype, grad.device)
+            _of_rows(grads[dtype], ctx.grid).copy_(_of_squares(grad, ctx.grid))
+        d_residual, d_branch = map(grads.get, ctx.dtypes)
+        return d_residual, d_branch, None, None
+
+
+# both as [B, height, 2, width, 2, D], a view
+
+
+def _of_rows(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    view: Tensor = x.unflatten(1, (grid[0], 2, grid[1], 2))
+    return view
+
+
+def _of_squares(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    view: Tensor = x.unflatten(2, (2, 2, -1)).unflatten(1, grid)
+    return view.permute(0, 1, 4, 2, 3, 5)
 
 
 def tokens_of_windows(

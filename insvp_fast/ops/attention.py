@@ -23,6 +23,7 @@ from insvp_fast.ops.heads import (
 from insvp_fast.ops.registry import (
     FLOATS,
     Implementation,
+    call,
     cpu_reason,
     dtype_reason,
     implementation,
@@ -175,10 +176,9 @@ class _Bwd(NamedTuple):
 @first_order("attention", "attention_reference of the module insvp_fast.ops.attention")
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *shape, num_keys, impl = arguments
-        out, logsumexp = torch.ops.insvp_fast.attention_fwd.default(*shape, impl, num_keys)
-        qkv, *ctx.shape = shape
+    def forward(ctx: Any, qkv: Tensor, *arguments: Any) -> Tensor:
+        *ctx.shape, num_keys, impl = arguments
+        out, logsumexp = call("attention_fwd", qkv, *ctx.shape, impl, num_keys)
         ctx.save_for_backward(qkv, out if logsumexp.numel() else None, logsumexp, num_keys)
         ctx.impl = impl
         return cast(Tensor, out)
@@ -186,7 +186,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, num_keys = ctx.saved_tensors
-        d_qkv = torch.ops.insvp_fast.attention_bwd.default(grad, *kept, *ctx.shape, ctx.impl, num_keys)
+        d_qkv = call("attention_bwd", grad, *kept, *ctx.shape, ctx.impl, num_keys)
         return d_qkv, *(None,) * 5
 
 

@@ -68,8 +68,10 @@ def apply(function: type[Function], *arguments: Any) -> Any:
         return function.apply(*arguments)
     if torch_private.transforming(*arguments):
         raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-        return function.apply(*arguments)
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return function.apply(*arguments)
     return function.forward(_NoBackward(), *arguments)
 
 

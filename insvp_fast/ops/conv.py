@@ -13,6 +13,7 @@ from insvp_fast.ops.autograd import apply, first_order, only_needed
 from insvp_fast.ops.registry import (
     Implementation,
     Size,
+    call,
     native_reason,
     register,
     require,
@@ -138,7 +139,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        y = torch.ops.insvp_fast.conv_fwd.default(*a, impl)
+        y = call("conv_fwd", *a, impl)
         ctx.save_for_backward(a.x, y if a.relu else None, a.weight)
         ctx.geometry, ctx.impl = (a.dilation, a.height, a.width), impl
         return cast(Tensor, y)
@@ -146,7 +147,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a = _Bwd._make((grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0]))
-        grads = torch.ops.insvp_fast.conv_bwd.default(*a, ctx.impl)
+        grads = call("conv_bwd", *a, ctx.impl)
         return only_needed(ctx, grads)
 
 

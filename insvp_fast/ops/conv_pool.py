@@ -21,6 +21,7 @@ from insvp_fast.ops.conv import (
 from insvp_fast.ops.registry import (
     Implementation,
     Size,
+    call,
     native_reason,
     register,
     require,
@@ -133,7 +134,7 @@ class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        y, indices = torch.ops.insvp_fast.conv_pool_fwd.default(*a, impl)
+        y, indices = call("conv_pool_fwd", *a, impl)
         ctx.save_for_backward(a.x, y, indices, a.weight)
         ctx.geometry, ctx.impl = (a.height, a.width, a.pool, a.negative_slope), impl
         return cast(Tensor, y)
@@ -141,7 +142,7 @@ class _ConvPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a = _Bwd._make((grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0]))
-        grads = torch.ops.insvp_fast.conv_pool_bwd.default(*a, ctx.impl)
+        grads = call("conv_pool_bwd", *a, ctx.impl)
         return only_needed(ctx, grads)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
-from insvp_fast.ops.registry import Implementation, register, require
+from insvp_fast.ops.registry import Implementation, call, register, require
 from insvp_fast.runtime import products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
 from insvp_fast.runtime.products import FrozenLinear
@@ -116,7 +116,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, eps, activation, keep, impl = rest
-        out, pre, value = torch.ops.insvp_fast.gated_mlp_fwd.default(x, *rest)
+        out, pre, value = call("gated_mlp_fwd", x, *rest)
         kept = (x, None) if keep == "input" else (pre, None if weights[2] is None else value)
         ctx.save_for_backward(*kept, *weights)
         ctx.rest = eps, activation, keep, impl
@@ -124,7 +124,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.insvp_fast.gated_mlp_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 14
+        return call("gated_mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 14
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,16 +158,15 @@ def _bwd(how: str, a: _Bwd) -> Tensor:
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm without an affine map, and 1/sigma: norm_insert without a sum and prompts."""
     rows = x.reshape(1, -1, x.shape[-1])
-    forward = torch.ops.insvp_fast.norm_insert_fwd.default
-    _, normed, _, rstd = forward(rows, None, None, None, None, eps, x.dtype, True, "auto")
+    _, normed, _, rstd = call("norm_insert_fwd", rows, None, None, None, None, eps, x.dtype, True, "auto")
     return normed.view(x.shape), rstd
 
 
 def _normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     normed, rstd = _normalize(x, eps)
-    rows, backward = (1, -1, x.shape[-1]), torch.ops.insvp_fast.norm_insert_bwd.default
+    rows = 1, -1, x.shape[-1]
     kept = normed.view(rows), rstd, None, rstd.shape[1]
-    d_x, _, _ = backward(None, grad.reshape(rows), *kept, x.dtype, x.dtype, True, "auto")
+    d_x, _, _ = call("norm_insert_bwd", None, grad.reshape(rows), *kept, x.dtype, x.dtype, True, "auto")
     return cast(Tensor, d_x).view(x.shape)
 
 

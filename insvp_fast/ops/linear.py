@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.registry import FLOATS, Implementation, cpu_reason, dtype_reason, native_reason, register, require
+from insvp_fast.ops.registry import (
+    FLOATS,
+    Implementation,
+    call,
+    cpu_reason,
+    dtype_reason,
+    native_reason,
+    register,
+    require,
+)
 from insvp_fast.runtime import products
 from insvp_fast.runtime.products import FrozenLinear
 
@@ -72,8 +81,7 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     sources: list[Tensor | None] = []
     features = x.shape[-1]
     for layer in layers:
-        _check(layer, features)
-        features = layer.out_features
+        features = _check(layer, features)
         sources += layer.sources
     for w in sources:
         if w is not None and w.requires_grad:
@@ -81,13 +89,15 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
                 "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
                 " use torch.nn.functional.linear"
             )
-    layer = layers[-1]
-    return *sources, layer.first, layer.first + features
+    first = layers[-1].first
+    return *sources, first, first + features
 
 
-def _check(layer: FrozenLinear, features: int) -> None:
+def _check(layer: FrozenLinear, features: int) -> int:
+    """The number of outputs of a layer that fits."""
     weight, bias, gain, shift, first, last = layer
     outputs = weight.shape[0]
+    last = outputs if last is None else last
     if weight.ndim < 2 or layer.in_features != features:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [D_out, {features}] for its input")
     if bias is not None and bias.shape != (outputs,):
@@ -96,8 +106,9 @@ def _check(layer: FrozenLinear, features: int) -> None:
         raise ValueError(f"gain has shape {tuple(gain.shape)}: expected {(features,)}")
     if shift is not None and shift.shape != (features,):
         raise ValueError(f"shift has shape {tuple(shift.shape)}: expected {(features,)}")
-    if not 0 <= first <= (outputs if last is None else last) <= outputs:
+    if not 0 <= first <= last <= outputs:
         raise ValueError(f"outputs {first} to {last}: expected a range within 0 to {outputs}")
+    return last - first
 
 
 class _Fwd(NamedTuple):
@@ -126,11 +137,11 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(*rest[:4])
         ctx.rest = rest[4:]
-        return cast(Tensor, torch.ops.insvp_fast.linear_fwd.default(x, *rest))
+        return cast(Tensor, call("linear_fwd", x, *rest))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.insvp_fast.linear_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+        return call("linear_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
 
 
 @first_order("project_q_kv", "torch.nn.functional.linear")
@@ -140,15 +151,15 @@ class _ProjectQKV(torch.autograd.Function):
         *weights, impl = rest
         ctx.save_for_backward(*weights)
         ctx.num_queries, ctx.impl, (last, D) = num_queries, impl, weights[0].shape
-        run = torch.ops.insvp_fast.linear_fwd.default
-        return run(x[:, :num_queries], *weights, 0, D, impl), run(x, *weights, D, last, impl)
+        q = call("linear_fwd", x[:, :num_queries], *weights, 0, D, impl)
+        return q, call("linear_fwd", x, *weights, D, last, impl)
 
     @staticmethod
     def backward(ctx: Any, d_q: Tensor, d_kv: Tensor) -> tuple[Tensor | None, ...]:
-        weights, impl, run = ctx.saved_tensors, ctx.impl, torch.ops.insvp_fast.linear_bwd.default
+        weights, impl = ctx.saved_tensors, ctx.impl
         last, D = weights[0].shape
-        d_x = run(d_kv, *weights, D, last, impl)
-        d_x[:, : ctx.num_queries] += run(d_q, *weights, 0, D, impl)
+        d_x = call("linear_bwd", d_kv, *weights, D, last, impl)
+        d_x[:, : ctx.num_queries] += call("linear_bwd", d_q, *weights, 0, D, impl)
         return d_x, *(None,) * 6
 
 

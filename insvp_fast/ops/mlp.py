@@ -11,7 +11,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
-from insvp_fast.ops.registry import Implementation, register, require, triton_reason, widened
+from insvp_fast.ops.registry import Implementation, call, register, require, triton_reason, widened
 from insvp_fast.runtime import products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate_bwd
 from insvp_fast.runtime.products import FrozenLinear
@@ -116,14 +116,14 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, activation, keep, impl = rest
-        out, kept = torch.ops.insvp_fast.mlp_fwd.default(x, *rest)
+        out, kept = call("mlp_fwd", x, *rest)
         ctx.save_for_backward(x if keep == "input" else kept, *weights)
         ctx.rest = activation, keep, impl
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.insvp_fast.mlp_bwd.default(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 9
+        return call("mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 9
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.registry import (
     Implementation,
+    call,
     native_reason,
     register,
     require,
@@ -150,7 +151,7 @@ class _NormInsert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor]:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        total, normed, xhat, rstd = torch.ops.insvp_fast.norm_insert_fwd.default(*a, impl)
+        total, normed, xhat, rstd = call("norm_insert_fwd", *a, impl)
         ctx.save_for_backward(normed if a.weight is None else xhat, rstd, a.weight)
         ctx.set_materialize_grads(False)
         dtypes = a.residual.dtype, (a.residual if a.branch is None else a.branch).dtype
@@ -163,8 +164,8 @@ class _NormInsert(torch.autograd.Function):
         xhat, rstd, weight = ctx.saved_tensors
         if grad_normed is None:
             grad_normed = torch.zeros_like(xhat)
-        backward = torch.ops.insvp_fast.norm_insert_bwd.default
-        d_residual, d_branch, d_prompts = backward(grad_total, grad_normed, xhat, rstd, weight, *ctx.rest)
+        kept = xhat, rstd, weight, *ctx.rest
+        d_residual, d_branch, d_prompts = call("norm_insert_bwd", grad_total, grad_normed, *kept)
         d_branch = d_branch if d_branch.numel() else d_residual  # empty where it would have the same bits
         d_prompts = None if ctx.prompts_dtype is None else d_prompts.to(ctx.prompts_dtype)
         return d_residual, d_branch if ctx.needs_input_grad[1] else None, d_prompts, *(None,) * 6

@@ -18,6 +18,7 @@ from insvp_fast.ops.heads import (
     without_padding,
 )
 from insvp_fast.ops.linear import frozen_operands
+from insvp_fast.ops.registry import call
 from insvp_fast.runtime import buffers, torch_private
 from insvp_fast.runtime.products import FrozenLinear
 
@@ -152,12 +153,12 @@ class _AbsorbedAttention(torch.autograd.Function):
 
 
 def _product(x: Tensor, weights: Any, first: int, last: int) -> Tensor:
-    return cast(Tensor, torch.ops.insvp_fast.linear_fwd.default(x, *weights, first, last, "auto"))
+    return cast(Tensor, call("linear_fwd", x, *weights, first, last, "auto"))
 
 
 def _turned(x: Tensor, weights: Any, first: int, last: int) -> Tensor:
     """The product with the rows of the weight, not with its columns."""
-    return cast(Tensor, torch.ops.insvp_fast.linear_bwd.default(x, *weights, first, last, "auto"))
+    return cast(Tensor, call("linear_bwd", x, *weights, first, last, "auto"))
 
 
 def _by_head(x: Tensor, H: int) -> Tensor:  # [B, T, D] -> [B, H·T, D]

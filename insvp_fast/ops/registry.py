@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from insvp_fast.runtime import native
+from insvp_fast.runtime import native, torch_private
 
 __all__ = [
     "Implementation",
     "Size",
+    "call",
     "cpu_reason",
     "dtype_reason",
     "implementation",
@@ -35,7 +36,7 @@ __all__ = [
 
 LIBRARY = Library("insvp_fast", "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-PREFERRED = {"cpu": "native", "cuda": "triton"}  # a ROCm device is "cuda" to PyTorch as well
+PREFERRED = {"cpu": ("native",), "cuda": ("triton",)}  # a ROCm device is "cuda" to PyTorch as well
 Size = Annotated[int, torch.SymInt]  # a number that a compiled graph may leave open
 SCHEMA = {
     Tensor: "Tensor",
@@ -59,6 +60,7 @@ class Implementation(NamedTuple):
 
 
 class _Operator(NamedTuple):
+    kernel: Callable[..., Any]
     auto: Callable[[Any], Sequence[str]]
     table: dict[str, Implementation]
 
@@ -96,7 +98,6 @@ def register(
     schema = ", ".join([*arguments, "str impl", *behind])
     LIBRARY.define(f"{name}({schema}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     table = {"reference": Implementation(reference, lambda operands: None), **implementations}
-    _operators[name] = _Operator(auto or _preferred, table)
 
     def trace(*arguments: Any) -> Any:
         given, own = operands(*arguments[:at], *arguments[at + 1 :]), None
@@ -114,13 +115,21 @@ def register(
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _operators[name] = _Operator(kernel, auto or _preferred, table)
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """The results of the operator ``insvp_fast::name``, by its kernel where PyTorch's dispatcher would only call it."""
+    if torch.compiler.is_compiling() or torch_private.dispatches(arguments):
+        return getattr(torch.ops.insvp_fast, name).default(*arguments)
+    return _operators[name].kernel(*arguments)
 
 
 def _preferred(operands: Sequence[Any]) -> Sequence[str]:
     for x in operands:
         if isinstance(x, Tensor):
-            return [PREFERRED[x.device.type]] if x.device.type in PREFERRED else []
-    return []
+            return PREFERRED.get(x.device.type, ())
+    return ()
 
 
 def implementation(name: str, impl: str, operands: Any) -> str:
@@ -130,7 +139,7 @@ def implementation(name: str, impl: str, operands: Any) -> str:
         ValueError: for an unknown ``impl``.
         RuntimeError: if ``impl`` is one that cannot compute these operands here.
     """
-    auto, table = _operators[name]
+    _, auto, table = _operators[name]
     if impl == "auto":
         for other in auto(operands):
             if other in table and table[other].reason(operands) is None:
@@ -177,8 +186,8 @@ def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[
     Raises:
         RuntimeError: where INSVP_FAST_NATIVE=1 demands a library that is not there.
     """
-    if reason := cpu_reason(device):
-        return reason
+    if device.type != "cpu":
+        return cpu_reason(device)
     if not native.available():
         return f"cannot run here: {native.native_status()}"
     if reason := dtype_reason(native.DTYPES, *dtypes):

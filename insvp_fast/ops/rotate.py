@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.registry import Size, register, require
+from insvp_fast.ops.registry import Size, call, register, require
 from insvp_fast.runtime import buffers
 
 __all__ = ["rotate", "rotate_bwd_reference", "rotate_reference"]
@@ -108,12 +108,11 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, packed: Tensor, num_heads: int, rotation: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(rotation)
         ctx.num_heads, ctx.rest = num_heads, rest
-        return cast(Tensor, torch.ops.insvp_fast.rotate_fwd.default(packed, num_heads, rotation, *rest))
+        return cast(Tensor, call("rotate_fwd", packed, num_heads, rotation, *rest))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = torch.ops.insvp_fast.rotate_bwd.default
-        return run(grad, ctx.num_heads, *ctx.saved_tensors, *ctx.rest), *(None,) * 5
+        return call("rotate_bwd", grad, ctx.num_heads, *ctx.saved_tensors, *ctx.rest), *(None,) * 5
 
 
 def _lean(a: _Operands, forward: bool) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from insvp_fast.ops.autograd import apply, first_order, only_needed
 from insvp_fast.ops.registry import (
     Implementation,
+    call,
     native_reason,
     register,
     require,
@@ -190,7 +191,7 @@ class _Superpose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        patches, hidden = torch.ops.insvp_fast.superpose_fwd.default(*a[:-1], impl, a.kept)
+        patches, hidden = call("superpose_fwd", *a[:-1], impl, a.kept)
         ctx.save_for_backward(a.image, hidden, a.w1, a.w2, a.scale, a.shift, a.kept)
         ctx.blend, ctx.impl = a.blend, impl
         return cast(Tensor, patches)
@@ -199,7 +200,7 @@ class _Superpose(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *operands, scale, shift, kept = ctx.saved_tensors
         a = _Bwd._make((grad, *operands, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift, kept))
-        grads = torch.ops.insvp_fast.superpose_bwd.default(*a[:-1], ctx.impl, a.kept)
+        grads = call("superpose_bwd", *a[:-1], ctx.impl, a.kept)
         return only_needed(ctx, grads)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import merge_heads, split_heads, split_packed
-from insvp_fast.ops.registry import Implementation, native_reason, register, require, widened
+from insvp_fast.ops.registry import Implementation, call, native_reason, register, require, widened
 from insvp_fast.runtime import native
 
 __all__ = ["WINDOW_ATTENTION", "window_attention", "window_attention_bwd_reference", "window_attention_reference"]
@@ -176,13 +176,13 @@ class _WindowAttention(torch.autograd.Function):
         given, ctx.impl = _Fwd(*arguments[:-1]), arguments[-1]
         ctx.save_for_backward(given.qkv, given.windows, given.bias, given.mask)
         ctx.num_heads, ctx.scale = given.num_heads, given.scale
-        return cast(Tensor, torch.ops.insvp_fast.window_attention_fwd.default(*arguments))
+        return cast(Tensor, call("window_attention_fwd", *arguments))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, windows, bias, mask = ctx.saved_tensors
         operands = _Bwd(grad, qkv, ctx.num_heads, windows, bias, mask, ctx.scale)
-        return torch.ops.insvp_fast.window_attention_bwd.default(*operands, ctx.impl), *(None,) * 6
+        return call("window_attention_bwd", *operands, ctx.impl), *(None,) * 6
 
 
 def _fwd_native(a: _Fwd) -> Tensor:

@@ -4,11 +4,11 @@ The C library returns large blocks to the operating system as soon as they are f
 for the same page faults again: a fresh buffer of 19 MB costs several times what GELU does with it. Here a block is kept
 when its tensor dies, and serves the next tensor of its size.
 
-Only public interfaces are used. A block is an ``mmap``: page-aligned, private to a process after a fork, and returned
-to the system when it is dropped, which NumPy arrays do not promise. PyTorch gets a fresh view of it and holds the view
-as long as anything uses the memory: tensors and their views, storages, saved tensors, arrays, DLPack capsules. The end
-of the view returns the block, in the thread that dropped the last user and even in the middle of a call here; so there
-is no lock, only single operations on queues. tests/runtime/test_buffers.py checks this.
+Blocks are lent through public interfaces alone. A block is an ``mmap``: page-aligned, private to a process after a
+fork, and returned to the system when it is dropped, which NumPy arrays do not promise. PyTorch gets a fresh view of it
+and holds the view as long as anything uses the memory: tensors and their views, storages, saved tensors, arrays, DLPack
+capsules. The end of the view returns the block, in the thread that dropped the last user and even in the middle of a
+call here; so there is no lock, only single operations on queues. tests/runtime/test_buffers.py checks this.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from math import prod
 
 import torch
 from torch import Tensor
+
+from insvp_fast.runtime import torch_private
 
 __all__ = ["empty", "empty_like", "release"]
 
@@ -38,10 +40,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 
     Like a tensor made from an array, it cannot grow in place. Raises MemoryError where the system has no more memory.
     """
-    if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
+    elsewhere = device != "cpu" and torch.device(device).type != "cpu"
+    # in a mode, as that of fake tensors, sizes may be symbols
+    if elsewhere or torch.compiler.is_compiling() or torch_private.dispatch_modes():
         return torch.empty(shape, dtype=dtype, device=device)
-    fake = type(torch.empty(0, device="cpu")) is not Tensor  # such sizes may be symbols
-    if fake or (nbytes := prod(shape) * dtype.itemsize) < _SMALLEST:
+    if (nbytes := prod(shape) * dtype.itemsize) < _SMALLEST:
         return torch.empty(shape, dtype=dtype, device="cpu")
     # resize_ and no view: the result of an autograd function may then be written in place
     return torch.frombuffer(_lend(nbytes), dtype=dtype).resize_(shape)
@@ -72,12 +75,24 @@ def _lend(nbytes: int) -> memoryview:
         except OSError as error:
             raise MemoryError(f"cannot allocate {nbytes} bytes") from error
     view = memoryview(block)
-    weakref.finalize(view, _take_back, blocks, block).atexit = False
+    lent = _Lent(view, _take_back)
+    lent.block = block
+    _lent[id(lent)] = lent
     return view
 
 
-def _take_back(blocks: deque[tuple[mmap.mmap, int]], block: mmap.mmap) -> None:
-    blocks.append((block, _requests))
+class _Lent(weakref.ref[memoryview]):
+    """The end of a view, which gives back its block; ``weakref.finalize`` does the same in twice the time."""
+
+    block: mmap.mmap
+
+
+_lent: dict[int, _Lent] = {}  # a reference that nobody holds is not told
+
+
+def _take_back(lent: _Lent) -> None:
+    del _lent[id(lent)]
+    _free[len(lent.block)].append((lent.block, _requests))
 
 
 def _drop(idle: int) -> None:

@@ -64,7 +64,7 @@ class _Record:
     """What was made of some weights, and what these were like."""
 
     storages: tuple[weakref.ref[UntypedStorage], ...]
-    state: tuple[object, ...]
+    state: list[int]  # the version and the address of each
     fingerprint: Fingerprint
     made: dict[object, _Form] = field(default_factory=dict)
 
@@ -81,15 +81,24 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
         look: compare their contents too, as forward products do.
     """
     weights = [w for w in sources if w is not None]
-    for w in weights:
+    storages: list[UntypedStorage] = []
+    places: list[object] = []  # what names the weights as long as their storages live, also when these are moved
+    state: list[int] = []  # what PyTorch knows of writes to weights, and of moves of their storages
+    for w in sources:
+        if w is None:
+            places.append(None)
+            continue
         if w.is_inference():  # it has no version counter
             return make()
-    storages = [w.untyped_storage() for w in weights]
-    key = tuple([None if w is None else _place(w) for w in sources])
+        storage = w.untyped_storage()
+        storages.append(storage)
+        places += id(storage), w.storage_offset(), w.shape, w.stride(), w.dtype
+        state += w._version, w.data_ptr()
+    key = tuple(places)
     capturing = weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
     record = _records.get(key)
     # a look is no part of a graph, and a capture allows none
-    if record is not None and not _is_current(record, weights, storages, look and not capturing):
+    if record is not None and not _is_current(record, storages, state, look and not capturing):
         record = None
     if capturing:
         if record is None or name not in record.made:  # memory taken during a capture belongs to the graph
@@ -97,7 +106,7 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
         _keep_for_graphs(key, weights, record.made[name].value)
         return cast(T, record.made[name].value)  # ``torch.cuda.graph`` has waited for all streams
     if record is None:
-        record = _records[key] = _new_record(key, weights)
+        record = _records[key] = _new_record(key, weights, state)
     form = record.made.get(name)
     if form is None:
         with torch.no_grad():
@@ -129,14 +138,14 @@ def verify() -> int:
     return len(stale)
 
 
-def _is_current(record: _Record, weights: Sequence[Tensor], storages: Sequence[UntypedStorage], look: bool) -> bool:
+def _is_current(record: _Record, storages: Sequence[UntypedStorage], state: list[int], look: bool) -> bool:
     for known, storage in zip(record.storages, storages, strict=True):
         if known() is not storage:
             return False
-    return record.state == _state(weights) and not (look and record.fingerprint.broken())
+    return record.state == state and not (look and record.fingerprint.broken())
 
 
-def _new_record(key: object, weights: Sequence[Tensor]) -> _Record:
+def _new_record(key: object, weights: Sequence[Tensor], state: list[int]) -> _Record:
     def drop(storage: weakref.ref[UntypedStorage]) -> None:
         record = _records.get(key)
         # a new storage may have the number of the old one, and a record of its own
@@ -146,14 +155,4 @@ def _new_record(key: object, weights: Sequence[Tensor]) -> _Record:
     storages = tuple(weakref.ref(w.untyped_storage(), drop) for w in weights)
     regions = [Region.of(w, storage) for w, storage in zip(weights, storages, strict=True)]
     # before anything is made: a write between the two will be seen
-    return _Record(storages, _state(weights), fingerprint(regions, weights[0].device), {})
-
-
-def _place(weight: Tensor) -> tuple[object, ...]:
-    """What names a weight as long as its storage lives, also when that is moved."""
-    return id(weight.untyped_storage()), weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
-
-
-def _state(weights: Sequence[Tensor]) -> tuple[object, ...]:
-    """What PyTorch knows of writes to weights, and of moves of their storage."""
-    return tuple([(w._version, w.data_ptr()) for w in weights])
+    return _Record(storages, state, fingerprint(regions, weights[0].device), {})

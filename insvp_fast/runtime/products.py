@@ -126,8 +126,7 @@ def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [.
     if how == "widened":
         return linear(x.float(), w, provider(torch.float32, x.device)).to(dtype)
     if how == "native":
-        y = native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features)
-        return y.view(*x.shape[:-1], w.out_features)
+        return _unflat(native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features), x)
     if how == "onednn" and x.numel():
         matrix, constant = w.operands(how, dtype, "forward")
         return _by_rows(_onednn, x, matrix, constant)
@@ -140,8 +139,7 @@ def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -
     if how == "widened":
         return linear_bwd(grad.float(), w, provider(torch.float32, grad.device)).to(dtype)
     if how == "native":
-        y = native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features)
-        return y.view(*grad.shape[:-1], w.in_features)
+        return _unflat(native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features), grad)
     if how == "onednn" and grad.numel():
         matrix, _ = w.operands(how, dtype, "backward")
         return _by_rows(_onednn, grad, matrix, None)
@@ -157,8 +155,7 @@ def linear_activation(
         matrix, constant = w.operands(how, x.dtype, "forward")
         code = ACTIVATIONS.index(activation)
         pre, hidden = native.linear_activation(_flat(x), matrix, constant, w.out_features, code, keep=keep)
-        shape = *x.shape[:-1], w.out_features
-        return x.new_empty(0) if pre is None else pre.view(shape), hidden.view(shape)
+        return x.new_empty(0) if pre is None else _unflat(pre, x), _unflat(hidden, x)
     pre = linear(x, w, how)
     return pre if keep else x.new_empty(0), activate(pre, activation)
 
@@ -168,7 +165,7 @@ def linear_activation_bwd(grad: Tensor, w: FrozenLinear, pre: Tensor, activation
     if how == "native":
         matrix, _ = w.operands(how, grad.dtype, "backward")
         code = ACTIVATIONS.index(activation)
-        return native.linear_activation_bwd(_flat(grad), matrix, _flat(pre), code).view(pre.shape)
+        return _unflat(native.linear_activation_bwd(_flat(grad), matrix, _flat(pre), code), pre)
     return activate_bwd(linear_bwd(grad, w, how), pre, activation)
 
 
@@ -185,6 +182,11 @@ def _by_rows(
 
 def _flat(x: Tensor) -> Tensor:
     return x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])  # what the native product takes
+
+
+def _unflat(y: Tensor, x: Tensor) -> Tensor:
+    """What has been made of ``_flat(x)``, with the dimensions of ``x``."""
+    return y if x.ndim in (2, 3) else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def provider(dtype: torch.dtype, device: torch.device) -> str:

@@ -6,7 +6,7 @@ gone or does something else, public functions take its place. Call them as ``tor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ __all__ = [
     "HAS_FLASH",
     "HAS_PRODUCTS",
     "current_stream",
+    "dispatch_modes",
+    "dispatches",
     "flash_attention",
     "flash_attention_bwd",
     "function_modes",
@@ -153,6 +155,54 @@ def transforming(*arguments: object) -> bool:
         return _in_transform()
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     return not arguments or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def dispatches(arguments: Sequence[object]) -> bool:
+    """Whether PyTorch's dispatcher has more to do for an operator on these than to run its kernel.
+
+    It has for modes, traces, transforms and the profiler, and for tensors of other classes or with other keys: fake,
+    meta, sparse, lazily negated and the like. It decides by what is asked here, which costs a seventh of it.
+    """
+    if not _KEYS or _len_function_modes() or _profiles() or _included().raw_repr() not in _INCLUDED:
+        return True
+    for x in arguments:
+        if isinstance(x, Tensor) and (type(x) not in _CLASSES or _keys(x).raw_repr() not in _KEYS):
+            return True
+    return False
+
+
+_CLASSES = (Tensor, torch.nn.Parameter)
+_keys: Callable[[Tensor], Any] = getattr(torch._C, "_dispatch_keys", lambda x: None)
+_included: Callable[[], Any] = getattr(torch._C, "_dispatch_tls_local_include_set", lambda: None)
+_len_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: len(_function_modes()))
+_profiles: Callable[[], bool] = _attempt(lambda: torch._C._autograd._profiler_enabled, lambda: False)
+
+
+def _usual_keys() -> tuple[set[int], set[int]]:
+    """The keys of plain tensors on CPUs and GPUs, and those that a thread adds, both with and without autograd's."""
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    tensors, threads = [], []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            threads.append(_included())
+            tensors.append(_keys(torch.empty(0, device="cpu")))
+    moved = keys(key.CUDA) | keys(key.AutocastCUDA)
+    tensors += [moved, moved | keys(key.AutogradCUDA) | keys(key.ADInplaceOrView)]
+    return {x.raw_repr() for x in tensors}, {x.raw_repr() for x in threads}
+
+
+# none where PyTorch does not tell: then its dispatcher is always asked
+_KEYS, _INCLUDED = _attempt(_usual_keys, (set(), set()))
+
+
+def dispatch_modes() -> bool:
+    """Whether a ``TorchDispatchMode`` is under way, as that of fake tensors."""
+    return bool(_len_dispatch_modes())
+
+
+_len_dispatch_modes: Callable[[], int] = getattr(
+    torch._C, "_len_torch_dispatch_stack", lambda: type(torch.empty(0, device="cpu")) is not Tensor
+)
 
 
 # where it is gone, PyTorch's autograd functions refuse by themselves, in other words

@@ -179,6 +179,19 @@ def test_windows_kept_in_inference_serve_in_training():
     assert not tokens_of_windows((8, 8), (4, 4), (2, 2), DEVICE).is_inference()
 
 
+@pytest.mark.parametrize("name", ["relative_position_bias_table", "relative_position_index"])
+def test_a_kept_position_bias_follows_its_table_and_index(name):
+    reference, fast = pair(img_size=64)
+    image = images(fast)
+    with torch.no_grad():
+        before = fast(image)
+        for model in (reference, fast):
+            tensor = getattr(model.backbone.layers[0].blocks[0].attn, name)
+            tensor.data.copy_(tensor.flip(0))  # which no version counter sees
+        assert not torch.equal(fast(image), before)
+        assert relative_error(fast(image), reference(image)) < 1e-5
+
+
 def test_nothing_of_fake_tensors_is_kept():
     _, fast = pair(img_size=(48, 64), window_size=(3, 4))
     image = images(fast)

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import insvp_fast
 from insvp_fast import ops
@@ -148,6 +152,73 @@ def test_each_function_is_tried_before_it_is_used(without, replacement):
     assert changed.softmax_bwd is changed._softmax_bwd_formula
     q = torch.zeros(1, 1, 2, 8)
     assert without(torch, "_fused_sdp_choice", replacement or gone).sdpa_backend(q, q, q) == "unknown"
+
+
+class Renamed(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def sparse(x):
+    return torch.eye(2).to_sparse()
+
+
+def zero(x):
+    return torch._efficientzerotensor(x.shape)
+
+
+def fake(x):
+    return FakeTensorMode().from_tensor(x)
+
+
+OTHER_TENSORS = [fake, sparse, torch._neg_view, zero, lambda x: x.as_subclass(Renamed)]
+SURROUNDINGS = [FakeTensorMode, TorchDispatchMode, TorchFunctionMode, torch.profiler.profile]
+TRANSFORMS = [torch.func.vmap, torch.func.functionalize, make_fx, lambda ask: lambda x: torch.jit.trace(ask, x)]
+
+
+def test_plain_tensors_need_no_dispatcher():
+    x = torch.zeros(2)
+    for tensor in (x, x.clone().requires_grad_(), torch.nn.Parameter(x), x[1:], torch.zeros(2, 3).T):
+        assert not torch_private.dispatches([tensor, None, 1.5, "auto"])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert not torch_private.dispatches([x, torch.zeros(2)])
+
+
+@pytest.mark.parametrize("change", OTHER_TENSORS)
+def test_the_dispatcher_sees_other_tensors(change):
+    x = torch.zeros(2)
+    assert torch_private.dispatches([x, change(x)])
+    assert torch_private.dispatches([x.to("meta")])
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_the_dispatcher_sees_what_surrounds_a_call(surroundings):
+    x = torch.zeros(2)
+    with surroundings():
+        assert torch_private.dispatches([x])
+    assert not torch_private.dispatches([x])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:.*jit.trace")
+def test_the_dispatcher_sees_traces_and_transforms(transform):
+    asked = []
+    transform(lambda x: (asked.append(torch_private.dispatches([x])), x + 1)[1])(torch.zeros(2))
+    assert asked[0]
+
+
+def test_operators_keep_what_the_dispatcher_does():
+    x, layer = torch.randn(3, 8), ops.FrozenLinear(torch.randn(5, 8))
+    torch.testing.assert_close(ops.linear(torch._neg_view(x), layer), -x @ layer.weight.T)
+    torch.testing.assert_close(ops.linear(x, ops.FrozenLinear(torch._neg_view(layer.weight))), -x @ layer.weight.T)
+    with torch.profiler.profile() as profile:
+        ops.linear(x, layer)
+    assert "insvp_fast::linear_fwd" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("name", ["_dispatch_keys", "_dispatch_tls_local_include_set", "DispatchKeySet"])
+@pytest.mark.parametrize("replacement", [None, gone, refuses])
+def test_the_dispatcher_is_asked_where_pytorch_does_not_tell(without, name, replacement):
+    assert without(torch._C, name, replacement).dispatches([torch.zeros(2)])
 
 
 @pytest.mark.parametrize("replacement", [gone, refuses])

@@ -28,9 +28,10 @@ class Checksums:
         for row in table:
             call("fingerprint", _FILL, *row)
         self._table = (i64 * (3 * len(table)))(*(number for row in table for number in row))
+        self._address = ctypes.addressof(self._table)
 
     def hold(self, line: int) -> bool:
         """Whether the memory has its old checksum of one line, or, up to 64 KB, of all."""
         same = i32()
-        call("fingerprint_same", _SAME, ctypes.addressof(self._table), len(self._sums), line, ctypes.addressof(same))
+        call("fingerprint_same", _SAME, self._address, len(self._sums), line, ctypes.addressof(same))
         return bool(same.value)

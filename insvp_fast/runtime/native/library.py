@@ -25,7 +25,7 @@ ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_flo
 array = [ptr, i32]  # a tensor's memory and the code of its dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NativeStatus:
     """Whether the native CPU library is in use, with which instruction set, and if not, why."""
 
@@ -82,9 +82,9 @@ def available(*dtypes: torch.dtype) -> bool:
     Raises RuntimeError where INSVP_FAST_NATIVE=1 demands a library that is not there.
     """
     status = native_status()
-    if not status and os.environ.get("INSVP_FAST_NATIVE") == "1":
+    if not status.loaded and os.environ.get("INSVP_FAST_NATIVE") == "1":
         raise RuntimeError(f"INSVP_FAST_NATIVE=1, but {status}")
-    return status.loaded and all(dtype in TYPE_CODES for dtype in dtypes)
+    return status.loaded and all(map(TYPE_CODES.__contains__, dtypes))
 
 
 def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
@@ -92,7 +92,7 @@ def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
 
     Raises ValueError for another device, TypeError for another dtype.
     """
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ValueError(f"{name} is on {x.device}, the native library computes on the CPU")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}: expected {' or '.join(map(str, dtypes))}")
@@ -104,27 +104,27 @@ def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) 
     Raises ValueError for another device or shape, TypeError for another dtype.
     """
     require_kind(name, x, *dtypes)
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}")
     return x.contiguous()
 
 
 def pointer(x: Tensor | None) -> tuple[int | None, int]:
     """The two arguments of a tensor; an absent or empty one has no memory."""
-    return (None, 0) if x is None or x.numel() == 0 else (address(x), TYPE_CODES[x.dtype])
+    return (None, 0) if x is None or not x.numel() else (address(x), TYPE_CODES[x.dtype])
 
 
 def address(x: Tensor | None) -> int | None:
     """The one argument of a tensor whose dtype is fixed."""
     if x is None:
         return None
-    if x.device.type != "cpu":  # of a result that a default device has put elsewhere: C++ would write anywhere
+    if not x.is_cpu:  # of a result that a default device has put elsewhere: C++ would write anywhere
         raise ValueError(f"a tensor is on {x.device}, the native library computes on the CPU")
     return x.data_ptr()
 
 
-def function(name: str, argtypes: Sequence[type], restype: type = i32) -> Any:
-    """The C function ``name``.
+def function(name: str, argtypes: Sequence[type], restype: type = i32, *, threads: bool = False) -> Any:
+    """The C function ``name``; its last argument is the number of ``threads``, if it has any.
 
     Raises RuntimeError where the library is not in use.
     """
@@ -133,7 +133,7 @@ def function(name: str, argtypes: Sequence[type], restype: type = i32) -> Any:
         raise RuntimeError(str(status))
     found = getattr(lib, name)
     if found.argtypes is None:
-        found.argtypes, found.restype = argtypes, restype
+        found.argtypes, found.restype = [*argtypes, *[i32] * threads], restype
     return found
 
 
@@ -144,9 +144,9 @@ def call(name: str, argtypes: Sequence[type], *args: object) -> None:
     MemoryError where there is no memory for its workspace.
     """
     global _computed_in_threads
-    threads = torch.get_num_threads()
-    _computed_in_threads |= threads > 1
-    if function(name, [*argtypes, i32])(*args, threads):
+    count = torch.get_num_threads()
+    _computed_in_threads |= count > 1
+    if function(name, argtypes, threads=True)(*args, count):
         raise MemoryError(f"{name}: no memory for the workspace")
 
 
