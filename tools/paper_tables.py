@@ -20,14 +20,20 @@ def fill(page: str, studies: Path) -> str:
 
     Raises:
         FileNotFoundError: naming the table that is missing.
+        ValueError: if it has no rows, or if a marker has no end.
     """
 
     def table(marked: re.Match[str]) -> str:
         text = (studies / f"{marked['name']}.md").read_text(encoding="utf-8")
         rows = [line for line in text.splitlines(keepends=True) if line.startswith("|")]
+        if not rows:
+            raise ValueError(f"{studies / marked['name']}.md has no table")
         return "".join([marked[1], *rows, marked[3]])
 
-    return MARKED.sub(table, page)
+    filled, count = MARKED.subn(table, page)
+    if count * 2 != page.count("<!-- "):
+        raise ValueError(f"{count} marked tables, {page.count('<!-- ')} markers: expected two for each")
+    return filled
 
 
 def main() -> None:

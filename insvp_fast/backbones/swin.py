@@ -33,6 +33,7 @@ from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
 from insvp_fast.runtime import buffers, torch_private
+from insvp_fast.runtime.fingerprint import SMALL
 from insvp_fast.runtime.prepack import packed
 
 __all__ = [
@@ -197,14 +198,15 @@ def forward_block(
 
 
 def _position_bias(attn: WindowAttention) -> Tensor:  # [heads, w, w]
-    """The bias of the scores that timm looks up, in at least fp32, kept until its table or index changes."""
+    """The bias of the scores that timm looks up, in at least fp32; kept where every change would be seen."""
     sources = attn.relative_position_bias_table, attn.relative_position_index
 
     def make() -> Tensor:
         bias: Tensor = attn._get_rel_pos_bias()[0]
         return bias.to(torch.promote_types(bias.dtype, torch.float32))
 
-    if torch.compiler.is_compiling() or torch_private.dispatches(sources):  # tensors of a trace must not be kept
+    seen = all(x.is_cpu and x.nbytes <= SMALL and not x.requires_grad for x in sources)
+    if not seen or torch.compiler.is_compiling() or torch_private.dispatches(sources):  # those of a trace neither
         return make()
     with torch.inference_mode(False):  # backward may keep it
         return packed(sources, "position bias", make)

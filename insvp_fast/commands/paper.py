@@ -75,15 +75,18 @@ def run(
 
     def protocol(data: str) -> Protocol:
         base = {"recipe": data if recipe == "paper" and data in list_shipped() else recipe} if recipe else {}
-        settings = {"save_every": 10**6, "pictures": False} | base | study.settings | given | {"data": data}
-        return Protocol(settings, rates, range(seeds))
+        own = read_recipe(base["recipe"]) if base else {}
+        defaults = {name: value for name, value in (("save_every", 10**6), ("pictures", False)) if name not in own}
+        return Protocol(defaults | base | study.settings | given | {"data": data}, rates, range(seeds))
 
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
     study = study._replace(rows=_possible(study.rows, protocol(sets[0]), folder))
-    # a path would lead out of the folder, into the data themselves
-    names = {data: data if data in SETS else Path(data).resolve().name for data in sets}
-    results = {name: compare(study.rows, protocol(data), folder / name, jobs, launch) for data, name in names.items()}
+    if not SETS.keys() >= {*sets}:
+        study = study._replace(numbers={})  # a folder may have the name of a set
+    results = {}
+    for data in sets:
+        results[_name(data)] = compare(study.rows, protocol(data), folder / _name(data), jobs, launch)
     print()
     print_markdown(report(what if what != "figure5" else "table1", study, results, protocol(sets[0]), folder))
     if what == "figure5":
@@ -99,6 +102,11 @@ def run(
     print(f"written: {folder}")
     _require_all([row for rows in results.values() for row in rows], seeds)
     return {"folder": str(folder), "results": {name: _records(rows) for name, rows in results.items()}}
+
+
+def _name(data: str) -> str:
+    """Of a set its name, of a folder the last part: its path would lead out of the study's folder."""
+    return data if data in SETS else Path(data).resolve().name
 
 
 def _refuse(what: str, methods: Sequence[str] | None, given: dict[str, Any]) -> None:
@@ -198,11 +206,12 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     }
     study = PaperStudy("hyper-parameters of InsVP", rows, (), UNVARIED.label, {})
     print()
-    print_markdown(report("figure7", study, {str(protocol.settings["data"]): results}, protocol, folder))
+    name = _name(protocol.settings["data"])
+    print_markdown(report("figure7", study, {name: results}, protocol, folder))
     plot_sensitivity({title: points for title, points in panels.items() if points}, folder / "figure7.png")
     print(f"written: {folder}")
     _require_all(results, len(protocol.seeds))
-    return {"folder": str(folder), "results": {str(protocol.settings["data"]): _records(results)}}
+    return {"folder": str(folder), "results": {name: _records(results)}}
 
 
 def _records(rows: Sequence[Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor, UntypedStorage
 
 from insvp_fast.runtime import native, torch_private
 
-__all__ = ["Fingerprint", "Region", "fingerprint"]
+__all__ = ["SMALL", "Fingerprint", "Region", "fingerprint"]
 
 BLOCK, SMALL = 8192, 65536  # bytes: of which a look reads a part, and up to which it reads all; as in fingerprint.cpp
 

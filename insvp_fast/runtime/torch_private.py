@@ -160,10 +160,12 @@ def transforming(*arguments: object) -> bool:
 def dispatches(arguments: Sequence[object]) -> bool:
     """Whether PyTorch's dispatcher has more to do for an operator on these than to run its kernel.
 
-    It has for modes, traces, transforms and the profiler, and for tensors of other classes or with other keys: fake,
-    meta, sparse, lazily negated and the like. It decides by what is asked here, which costs a seventh of it.
+    It has for modes, traces, transforms and the profiler of this thread, and for tensors of other classes or with other
+    keys: fake, meta, sparse, lazily negated and the like. It decides by what is asked here, for a seventh of the time.
     """
-    if not _KEYS or _len_function_modes() or _profiles() or _included().raw_repr() not in _INCLUDED:
+    if not _KEYS or _len_function_modes() or _len_dispatch_modes() or _profiles():
+        return True
+    if _included().raw_repr() not in _INCLUDED:
         return True
     for x in arguments:
         if isinstance(x, Tensor) and (type(x) not in _CLASSES or _keys(x).raw_repr() not in _KEYS):
@@ -171,16 +173,26 @@ def dispatches(arguments: Sequence[object]) -> bool:
     return False
 
 
+def dispatch_modes() -> bool:
+    """Whether a ``TorchDispatchMode`` is under way, as that of fake tensors."""
+    return bool(_len_dispatch_modes())
+
+
+_len_dispatch_modes: Callable[[], int] = getattr(
+    torch._C, "_len_torch_dispatch_stack", lambda: type(torch.empty(0, device="cpu")) is not Tensor
+)
 _CLASSES = (Tensor, torch.nn.Parameter)
 _keys: Callable[[Tensor], Any] = getattr(torch._C, "_dispatch_keys", lambda x: None)
 _included: Callable[[], Any] = getattr(torch._C, "_dispatch_tls_local_include_set", lambda: None)
-_len_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: len(_function_modes()))
-_profiles: Callable[[], bool] = _attempt(lambda: torch._C._autograd._profiler_enabled, lambda: False)
+_len_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: None)
+_profiles: Callable[[], bool] = _attempt(lambda: torch._C._autograd._profiler_enabled, lambda: None)
 
 
 def _usual_keys() -> tuple[set[int], set[int]]:
     """The keys of plain tensors on CPUs and GPUs, and those that a thread adds, both with and without autograd's."""
     key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    if None in (_len_function_modes(), _profiles()):
+        raise AttributeError("modes and the profiler would not be seen")
     tensors, threads = [], []
     for inference in (False, True):
         with torch.inference_mode(inference):
@@ -193,16 +205,6 @@ def _usual_keys() -> tuple[set[int], set[int]]:
 
 # none where PyTorch does not tell: then its dispatcher is always asked
 _KEYS, _INCLUDED = _attempt(_usual_keys, (set(), set()))
-
-
-def dispatch_modes() -> bool:
-    """Whether a ``TorchDispatchMode`` is under way, as that of fake tensors."""
-    return bool(_len_dispatch_modes())
-
-
-_len_dispatch_modes: Callable[[], int] = getattr(
-    torch._C, "_len_torch_dispatch_stack", lambda: type(torch.empty(0, device="cpu")) is not Tensor
-)
 
 
 # where it is gone, PyTorch's autograd functions refuse by themselves, in other words

@@ -64,19 +64,20 @@ UNVARIED = Row("the recipe", {})  # of figure 7
 def sensitivity(recipe: Recipe, depth: int) -> dict[str, dict[float, Row]]:
     """Of each panel of figure 7 the rows by the value of its setting; ``UNVARIED`` where that is the recipe's own.
 
-    Panels of prompts that are off are left out.
+    Panels of prompts that are off are left out, and those of weights where a prompt is alone and so has weight 1.
 
     Args:
         depth: the number of blocks of the backbone.
     """
     quarters = (-(-depth * quarter // 4) for quarter in range(1, 5))
-    own, values = insvp_config(recipe), dict[str, tuple[str, Iterable[float]]]()
+    own = insvp_config(recipe)
+    values: dict[str, tuple[str, Iterable[float]]] = {}
     if own.common_prompt or own.specific_prompt:
         values["length of the feature prompt, L_p"] = "prompt_length", (1, 2, 4, 8, 16)
         values["prompted blocks"] = "prompted_blocks", sorted({1, *quarters})
-    if own.global_prompt or own.patch_prompt:
+    if own.global_prompt and own.patch_prompt:
         values["weight of the global prompt, beta_I"] = "image_weights", BETAS
-    if own.common_prompt or own.specific_prompt:
+    if own.common_prompt and own.specific_prompt:
         values["weight of the common prompt, beta_F"] = "feature_weights", BETAS
 
     def config(changes: dict[str, Any]) -> InsVPConfig:

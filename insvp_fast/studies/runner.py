@@ -12,8 +12,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 import torch
 
@@ -104,9 +105,15 @@ def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int) -> i
     context.set_forkserver_preload(["insvp_fast.training.run"])
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     child = context.Process(target=_train, args=(recipe, resume, log, threads))
-    child.start()
-    child.join()
+    with _asking:
+        child.start()
+    wait([child.sentinel])
+    with _asking:
+        child.join()
     return child.exitcode or 0
+
+
+_asking = Lock()  # a start asks how all children are; of two that ask at once, one is told the status, the other 255
 
 
 def _train(recipe: Recipe, resume: Path | None, log: Path | None, threads: int | None) -> None:

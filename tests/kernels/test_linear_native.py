@@ -92,7 +92,7 @@ def test_bf16_within_the_budget_of_arithmetic(isa):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_to_the_last_bits(isa, activation):
     large = torch.logspace(-30, 18 if activation == "gelu_tanh" else 30, 1001)  # whose squares do not overflow
-    x = torch.cat([torch.linspace(-15, 15, 200_001), large, -large])
+    x = torch.cat([torch.linspace(-15, 15, 300_001), large, -large])
     identity, code = native.pack_linear(torch.ones(1, 1)), ACTIVATIONS.index(activation)
     pre, hidden = native.linear_activation(x[:, None], identity, None, 1, code)
     slope = native.linear_activation_bwd(torch.ones(len(x), 1), identity, x[:, None], code)
@@ -107,7 +107,7 @@ def test_activations_to_the_last_bits(isa, activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_in_bf16_to_the_last_bit(isa, activation):
+def test_activations_in_bf16(isa, activation):
     x = torch.linspace(-12, 12, 100_001).to(BF16)[:, None]
     identity, code = native.pack_linear(torch.ones(1, 1), BF16), ACTIVATIONS.index(activation)
     _, hidden = native.linear_activation(x, identity, None, 1, code)
@@ -115,8 +115,8 @@ def test_activations_in_bf16_to_the_last_bit(isa, activation):
     tolerance = 2**-8 + 2e-4  # of rounding to bf16 and of the approximations
     exact, derivative = FORMULAS[activation](x.double())
     assert ((hidden - exact).abs() <= tolerance * exact.abs() + 1e-9).all()
-    near = 0.1 * ((x > -3) & (x < 0))  # where the derivative is 0 its two terms cancel
-    assert ((slope - derivative).abs() <= tolerance * (derivative.abs() + near) + 1e-34).all()
+    terms = derivative.abs() + 2 * (exact / x.double()).nan_to_num().abs()  # P(x) + x P'(x) may cancel
+    assert ((slope - derivative).abs() <= tolerance * terms + 1e-34).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

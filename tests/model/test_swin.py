@@ -180,14 +180,15 @@ def test_windows_kept_in_inference_serve_in_training():
 
 
 @pytest.mark.parametrize("name", ["relative_position_bias_table", "relative_position_index"])
-def test_a_kept_position_bias_follows_its_table_and_index(name):
-    reference, fast = pair(img_size=64)
+@pytest.mark.parametrize("window", [4, 12])  # the index of 12, 166 KB, is too large to be compared in each pass
+def test_a_position_bias_follows_its_table_and_index(name, window):
+    reference, fast = pair(img_size=16 * window, window_size=window)
     image = images(fast)
     with torch.no_grad():
         before = fast(image)
         for model in (reference, fast):
             tensor = getattr(model.backbone.layers[0].blocks[0].attn, name)
-            tensor.data.copy_(tensor.flip(0))  # which no version counter sees
+            tensor.data[-1] = tensor[0]  # which no version counter sees
         assert not torch.equal(fast(image), before)
         assert relative_error(fast(image), reference(image)) < 1e-5
 

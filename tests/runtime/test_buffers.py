@@ -159,7 +159,7 @@ def test_threads_never_share_a_block():
     wrong = []
 
     def work(number):
-        for step in range(40):
+        for step in range(50):
             x = torch.full(SHAPE, float(number), requires_grad=True)
             y = Double.apply(Double.apply(x))
             kept = buffers.empty(SHAPE, F32).fill_(number)

@@ -215,7 +215,10 @@ def test_operators_keep_what_the_dispatcher_does():
     assert "insvp_fast::linear_fwd" in {event.name for event in profile.events()}
 
 
-@pytest.mark.parametrize("name", ["_dispatch_keys", "_dispatch_tls_local_include_set", "DispatchKeySet"])
+@pytest.mark.parametrize(
+    "name",
+    ["_dispatch_keys", "_dispatch_tls_local_include_set", "_len_torch_function_stack", "DispatchKeySet"],
+)
 @pytest.mark.parametrize("replacement", [None, gone, refuses])
 def test_the_dispatcher_is_asked_where_pytorch_does_not_tell(without, name, replacement):
     assert without(torch._C, name, replacement).dispatches([torch.zeros(2)])

@@ -1,7 +1,10 @@
 """Comparisons: the rate is picked on val, differences are paired, a probe is trained once."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +135,7 @@ def test_figure_7_varies_only_prompts_that_are_on():
         for row in panel.values()
         if row is not UNVARIED
     }
-    assert names == {"prompt_length", "prompted_blocks", "feature_weights"}
+    assert names == {"prompt_length", "prompted_blocks"}
     assert not sensitivity(Recipe(**off, specific_prompt=False), 4)
 
 
@@ -194,3 +197,17 @@ def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
     assert "logistic regression" in (tmp_path / "runs" / "logs" / "method=linear.log").read_text()
     runner.train_entries(entries, tmp_path / "runs")
     assert capsys.readouterr().out.count("finished: ") == 2
+
+
+def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
+    read = forkserver.read_signed
+
+    def read_slowly(descriptor: int) -> int:
+        time.sleep(0.05)
+        return read(descriptor)
+
+    monkeypatch.setattr(forkserver, "read_signed", read_slowly)
+    absent = tmp_path / "absent"  # to be resumed: these runs end at once, with status 1
+    with ThreadPoolExecutor(3) as pool:
+        statuses = list(pool.map(lambda n: runner._fork(Recipe(), absent, tmp_path / f"{n}.log", 3), range(6)))
+    assert statuses == [1] * 6

@@ -25,7 +25,7 @@ ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_flo
 array = [ptr, i32]  # a tensor's memory and the code of its dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class NativeStatus:
     """Whether the native CPU library is in use, with which instruction set, and if not, why."""
 

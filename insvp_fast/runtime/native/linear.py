@@ -73,7 +73,7 @@ def _product(
     dtype = x.dtype if dtype is None else dtype
     if dtype not in TYPE_CODES:
         raise TypeError(f"the product cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
-    kinds = torch.float32, _packed_type(x.dtype)
+    kinds = {torch.float32, _packed_type(x.dtype)}
     require_kind("packed", packed, *kinds)
     packed = require("packed", packed, (_packed_size(packed.dtype, out_features, K),), *kinds)
     if bias is not None:

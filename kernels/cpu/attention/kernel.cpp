@@ -72,9 +72,11 @@ struct Head {
     const auto add_parts = [&](Array array, int64_t query) {
       for (int part = 0; part < 3; ++part) add(array, query + part * D);
     };
-    for (int64_t j = 0; bytes > 64 && j < a.w; ++j)  // shorter rows gain less than their addresses cost
-      if (backward) add_parts(a.d_qkv, in_qkv(j));
-      else add(a.out, in_out(j));
+    if (bytes > 64)  // shorter rows gain less than their addresses cost
+      for (int64_t j = 0; j < a.w; ++j) {
+        if (backward) add_parts(a.d_qkv, in_qkv(j));
+        else add(a.out, in_out(j));
+      }
     soon.end = line;
 
     Head next = *this;

@@ -100,7 +100,7 @@ inline void write_row(Array to, int64_t at, const Row& row, int64_t columns) {
 
 // Makes the results of a tile, WHOLE or at the edge of y, from its sums.
 template <Epilogue EPILOGUE, Activation ACTIVATION, bool WHOLE>
-__attribute__((noinline)) void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+__attribute__((noinline)) void finish_rows(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = WHOLE ? kColumns : a.N - column;
   const Row bias = a.bias ? read_row(a.bias + column, columns) : Row{};
   for (int64_t m = row; m < row + rows; ++m, sums += kColumns) {
@@ -123,8 +123,8 @@ __attribute__((noinline)) void finish(const Linear& a, const float* sums, int64_
 
 template <Epilogue EPILOGUE, Activation ACTIVATION>
 inline void finish_tile(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
-  if (a.N - column >= kColumns) finish<EPILOGUE, ACTIVATION, true>(a, sums, row, rows, column);
-  else finish<EPILOGUE, ACTIVATION, false>(a, sums, row, rows, column);
+  if (a.N - column >= kColumns) finish_rows<EPILOGUE, ACTIVATION, true>(a, sums, row, rows, column);
+  else finish_rows<EPILOGUE, ACTIVATION, false>(a, sums, row, rows, column);
 }
 
 template <Epilogue EPILOGUE, class... Tile>
