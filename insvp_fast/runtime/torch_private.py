@@ -184,8 +184,8 @@ _len_dispatch_modes: Callable[[], int] = getattr(
 _CLASSES = (Tensor, torch.nn.Parameter)
 _keys: Callable[[Tensor], Any] = getattr(torch._C, "_dispatch_keys", lambda x: None)
 _included: Callable[[], Any] = getattr(torch._C, "_dispatch_tls_local_include_set", lambda: None)
-_len_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: None)
-_profiles: Callable[[], bool] = _attempt(lambda: torch._C._autograd._profiler_enabled, lambda: None)
+_len_function_modes: Callable[[], int | None] = getattr(torch._C, "_len_torch_function_stack", lambda: None)
+_profiles: Callable[[], bool | None] = _attempt(lambda: torch._C._autograd._profiler_enabled, lambda: None)
 
 
 def _usual_keys() -> tuple[set[int], set[int]]:
