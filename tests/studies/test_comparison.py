@@ -1,11 +1,13 @@
 """Comparisons: the rate is picked on val, differences are paired, a probe is trained once."""
 
+import itertools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -200,14 +202,19 @@ def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
 
 
 def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
-    read = forkserver.read_signed
+    read, asked, numbers = forkserver.read_signed, Event(), itertools.count()
 
     def read_slowly(descriptor: int) -> int:
-        time.sleep(0.05)
+        if next(numbers) == 1:  # after the number of the first process, its status
+            asked.set()
+            time.sleep(0.3)
         return read(descriptor)
 
+    def status(name: str) -> int:
+        return runner._fork(Recipe(), tmp_path / "absent", tmp_path / name, 2)  # nothing to resume: it ends with 1
+
     monkeypatch.setattr(forkserver, "read_signed", read_slowly)
-    absent = tmp_path / "absent"  # to be resumed: these runs end at once, with status 1
-    with ThreadPoolExecutor(3) as pool:
-        statuses = list(pool.map(lambda n: runner._fork(Recipe(), absent, tmp_path / f"{n}.log", 3), range(6)))
-    assert statuses == [1] * 6
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(status, "first.log")
+        assert asked.wait(60)
+        assert (status("second.log"), first.result()) == (1, 1)
