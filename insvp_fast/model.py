@@ -99,7 +99,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _embed_and_run(
         self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None
     ) -> list[Tensor]:
-        # bit for bit the same forward; their gradients would be summed in another order
+        # the same bits forward; in backward on a CPU the specific prompts' gradients keep the reference's order of sums
         if (patches.is_cuda or not torch.is_grad_enabled()) and self._blends_at_once():
             context = self._feature_prompts(context, len(patches))
         return super()._embed_and_run(patches, context, grid, blocks, num_queries)

@@ -82,7 +82,7 @@ def run(
     if what == "figure7":
         return _sensitivity(protocol(sets[0]), folder, jobs, launch)
     study = study._replace(rows=_possible(study.rows, protocol(sets[0]), folder))
-    if not SETS.keys() >= {*sets}:
+    if {*sets} - SETS.keys():
         study = study._replace(numbers={})  # a folder may have the name of a set
     results = {}
     for data in sets:

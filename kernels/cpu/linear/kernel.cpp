@@ -100,7 +100,8 @@ inline void write_row(Array to, int64_t at, const Row& row, int64_t columns) {
 
 // Makes the results of a tile, WHOLE or at the edge of y, from its sums.
 template <Epilogue EPILOGUE, Activation ACTIVATION, bool WHOLE>
-__attribute__((noinline)) void finish_rows(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+__attribute__((noinline)) void finish_rows(
+    const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = WHOLE ? kColumns : a.N - column;
   const Row bias = a.bias ? read_row(a.bias + column, columns) : Row{};
   for (int64_t m = row; m < row + rows; ++m, sums += kColumns) {
@@ -136,7 +137,8 @@ inline void finish_activation(const Linear& a, Tile... tile) {
 }
 
 inline void finish(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
-  if (a.epilogue == Epilogue::none) finish_tile<Epilogue::none, Activation::gelu>(a, sums, row, rows, column);
+  constexpr Activation unused = Activation::gelu;
+  if (a.epilogue == Epilogue::none) finish_tile<Epilogue::none, unused>(a, sums, row, rows, column);
   else if (a.epilogue == Epilogue::activate) finish_activation<Epilogue::activate>(a, sums, row, rows, column);
   else finish_activation<Epilogue::activate_bwd>(a, sums, row, rows, column);
 }
