@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from insvp_fast import coverage, ops, prompters, reference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
@@ -99,8 +100,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _embed_and_run(
         self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None
     ) -> list[Tensor]:
-        # the same bits forward; in backward on a CPU the specific prompts' gradients keep the reference's order of sums
-        if (patches.is_cuda or not torch.is_grad_enabled()) and self._blends_at_once():
+        if self._blends_at_once():
             context = self._feature_prompts(context, len(patches))
         return super()._embed_and_run(patches, context, grid, blocks, num_queries)
 
@@ -121,20 +121,18 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _feature_prompts(self, p_s: Any, batch: int) -> dict[int, Tensor]:
         """``feature_prompt`` of every block, bit for bit: few launches, and few more in backward.
 
-        Their gradients by the common and the specific prompts are sums over the blocks, in whatever order.
+        On CPUs the gradients too have the bits that they would have block by block, elsewhere those of other sums.
         """
         (w_c, w_s), prompts = self.config.blend_feature, dict[int, Tensor]()
         for i, width in enumerate(self.prompt_widths):
             blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
-            specific = None if own_p_s is None else w_s * own_p_s  # [B, L, D]
             if self.common_prompts is not None:
-                common = torch.stack([self.common_prompts[self.prompted_blocks.index(j)] for j in blocks])
-                blended = torch.mul(common, w_c).unsqueeze(1)  # [J, 1, L, D]
-                blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + specific
-                prompts |= zip(blocks, blended.unbind(0), strict=True)
-            elif specific is not None:
-                prompts |= dict.fromkeys(blocks, specific)
+                common = [self.common_prompts[self.prompted_blocks.index(j)] for j in blocks]
+                blend = _Blend.apply if common[0].is_cpu and torch.is_grad_enabled() else _blend
+                prompts |= zip(blocks, blend(w_c, w_s, batch, own_p_s, *common), strict=True)
+            elif own_p_s is not None:
+                prompts |= {j: w_s * own_p_s for j in blocks}
         return prompts
 
     def _compile_prompters(self) -> None:
@@ -182,6 +180,36 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
         )
+
+
+def _blend(w_c: float, w_s: float, batch: int, p_s: Tensor | None, *common: Tensor) -> tuple[Tensor, ...]:
+    """w_c·c_j + w_s·p_s of J blocks (eq. 10): [B, L, D] for each c_j [L, D], of p_s [B, L, D] or None."""
+    blended = torch.mul(torch.stack(common), w_c).unsqueeze(1)  # [J, 1, L, D]
+    blended = blended.expand(-1, batch, -1, -1) if p_s is None else blended + w_s * p_s
+    return blended.unbind(0)
+
+
+class _Blend(torch.autograd.Function):
+    """``_blend`` as one node, which multiplies and sums gradients in the order of single blocks, the last first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, w_c: float, w_s: float, batch: int, p_s: Tensor | None, *common: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.dtypes = (w_c, w_s), (common[0].dtype, None if p_s is None else p_s.dtype)
+        ctx.set_materialize_grads(False)
+        return _blend(w_c, w_s, batch, p_s, *common)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (w_c, w_s), (dtype, p_s_dtype), d_p_s = ctx.weights, ctx.dtypes, None
+        d_common = [None if grad is None else (grad.to(dtype) * w_c).sum(0) for grad in grads]
+        if p_s_dtype is not None and ctx.needs_input_grad[3]:
+            for grad in reversed([grad for grad in grads if grad is not None]):
+                d = grad.to(p_s_dtype) * w_s
+                d_p_s = d if d_p_s is None else d_p_s.add_(d)
+        return None, None, None, d_p_s, *d_common
 
 
 def _drops_out(prompter: nn.Module) -> bool:
