@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from insvp_fast import coverage, ops, prompters, reference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
@@ -129,10 +128,9 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
             if self.common_prompts is not None:
                 common = [self.common_prompts[self.prompted_blocks.index(j)] for j in blocks]
-                blend = _Blend.apply if common[0].is_cpu and torch.is_grad_enabled() else _blend
-                prompts |= zip(blocks, blend(w_c, w_s, batch, own_p_s, *common), strict=True)
+                prompts |= zip(blocks, ops.blend_prompts(common, own_p_s, w_c, w_s, batch), strict=True)
             elif own_p_s is not None:
-                prompts |= {j: w_s * own_p_s for j in blocks}
+                prompts |= dict.fromkeys(blocks, w_s * own_p_s)
         return prompts
 
     def _compile_prompters(self) -> None:
@@ -180,36 +178,6 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
         )
-
-
-def _blend(w_c: float, w_s: float, batch: int, p_s: Tensor | None, *common: Tensor) -> tuple[Tensor, ...]:
-    """w_c·c_j + w_s·p_s of J blocks (eq. 10): [B, L, D] for each c_j [L, D], of p_s [B, L, D] or None."""
-    blended = torch.mul(torch.stack(common), w_c).unsqueeze(1)  # [J, 1, L, D]
-    blended = blended.expand(-1, batch, -1, -1) if p_s is None else blended + w_s * p_s
-    return blended.unbind(0)
-
-
-class _Blend(torch.autograd.Function):
-    """``_blend`` as one node, which multiplies and sums gradients in the order of single blocks, the last first."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, w_c: float, w_s: float, batch: int, p_s: Tensor | None, *common: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.weights, ctx.dtypes = (w_c, w_s), (common[0].dtype, None if p_s is None else p_s.dtype)
-        ctx.set_materialize_grads(False)
-        return _blend(w_c, w_s, batch, p_s, *common)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (w_c, w_s), (dtype, p_s_dtype), d_p_s = ctx.weights, ctx.dtypes, None
-        d_common = [None if grad is None else (grad.to(dtype) * w_c).sum(0) for grad in grads]
-        if p_s_dtype is not None and ctx.needs_input_grad[3]:
-            for grad in reversed([grad for grad in grads if grad is not None]):
-                d = grad.to(p_s_dtype) * w_s
-                d_p_s = d if d_p_s is None else d_p_s.add_(d)
-        return None, None, None, d_p_s, *d_common
 
 
 def _drops_out(prompter: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,19 +11,31 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import coverage, reference
-from insvp_fast.backbones import BackboneFamily, BlockOptions, attention_choices, family_of, has_gated_mlp
+from insvp_fast.backbones import (
+    BackboneFamily,
+    BlockOptions,
+    attention_choices,
+    family_of,
+    has_gated_mlp,
+    only_operations,
+)
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
-from insvp_fast.runtime import hardware
+from insvp_fast.runtime import hardware, native, torch_private
 
 __all__ = ["PromptedViT"]
 
 # recompute="block" keeps the input of every second block, and in backward the activations of two blocks at a time. For
 # 12 blocks the sum of both is smallest with two.
 BLOCKS_PER_CHECKPOINT = 2
+
+# With few images a CPU spends a tenth of a forward pass between its native calls, half of it for blocks prepared by
+# fours. What they compute stays in memory until all four are done, so only as long as their tokens are small.
+BLOCKS_TOGETHER = 4
+BYTES_TOGETHER = 1 << 21
 
 
 class PromptedViT(Covered, PromptedReference):
@@ -246,10 +259,13 @@ class PromptedViT(Covered, PromptedReference):
         def run(tokens: Tensor, context: Any, indices: range) -> Tensor:
             residual: Tensor = tokens
             branch: Tensor | None = None
-            for j in indices:
-                queries = num_queries if j == depth - 1 else None
-                residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
-                residual, branch = family.forward_block(backbone, j, residual, branch, prompts, options, queries)
+            for group in self._blocks_together(indices, tokens, options, num_queries):
+                with native.together() if len(group) > 1 else nullcontext():
+                    for j in group:
+                        queries = num_queries if j == depth - 1 else None
+                        residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
+                        rest = residual, branch, prompts, options, queries
+                        residual, branch = family.forward_block(backbone, j, *rest)
             return residual if branch is None else residual + branch
 
         recomputes = self.recompute == "block" and torch.is_grad_enabled()
@@ -264,6 +280,32 @@ class PromptedViT(Covered, PromptedReference):
             if end - 1 in wanted:
                 outputs.append(tokens[:, :num_tokens] if self.carry_prompts else tokens)
         return outputs
+
+    def _blocks_together(
+        self, indices: range, tokens: Tensor, options: BlockOptions, num_queries: int | None
+    ) -> list[list[int]]:
+        """Blocks that are prepared together, and computed then."""
+        if not self._may_wait(tokens):
+            return [[j] for j in indices]
+        groups: list[list[int]] = [[]]
+        last = len(self.widths) - 1
+        for j in indices:
+            few = num_queries is not None and j == last
+            waits = not few and only_operations(self.backbone, j, options)
+            if not waits or len(groups[-1]) == BLOCKS_TOGETHER:
+                groups.append([])
+            groups[-1].append(j)
+            if not waits:
+                groups.append([])
+        return groups
+
+    def _may_wait(self, tokens: Tensor) -> bool:
+        """Whether blocks may be prepared before their tokens are there, and it saves time."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not tokens.is_cpu:
+            return False
+        reads = self.reads_tokens or self.carry_prompts or self.gives_keys_values
+        small = tokens.nbytes <= BYTES_TOGETHER and not reads
+        return small and bool(native.native_status()) and not torch_private.dispatches((tokens,))
 
     def _insert_prompts(
         self, block: int, context: Any, num_tokens: int, residual: Tensor, branch: Tensor | None

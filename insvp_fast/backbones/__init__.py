@@ -19,7 +19,15 @@ from insvp_fast.backbones import eva, naflexvit, relative_position, swin, vision
 from insvp_fast.backbones.family import BackboneFamily, BlockOptions
 from insvp_fast.backbones.layers import has_gated_mlp
 
-__all__ = ["FAMILIES", "BackboneFamily", "BlockOptions", "attention_choices", "family_of", "has_gated_mlp"]
+__all__ = [
+    "FAMILIES",
+    "BackboneFamily",
+    "BlockOptions",
+    "attention_choices",
+    "family_of",
+    "has_gated_mlp",
+    "only_operations",
+]
 
 FAMILIES: dict[type[nn.Module], BackboneFamily] = {
     VisionTransformer: vision_transformer,
@@ -37,6 +45,12 @@ def family_of(backbone: nn.Module) -> BackboneFamily | None:
         if isinstance(backbone, cls):
             return family
     return None
+
+
+def only_operations(backbone: nn.Module, block: int, options: BlockOptions) -> bool:
+    """Whether a block, with all tokens as its queries, calls nothing but operations on what it is given."""
+    answer: bool = getattr(family_of(backbone), "only_operations", lambda *_: False)(backbone, block, options)
+    return answer
 
 
 def attention_choices(backbone: nn.Module) -> tuple[str, ...]:

@@ -35,7 +35,9 @@ class BackboneFamily(Protocol):
     token behind them is what a prompt is; and "lengths" if ``forward_block`` heeds ``Prompts.lengths``, which must be
     None without it.
 
-    A module has ``attention_choices(backbone)`` if its attention does not have all of ``ops.ATTENTION``.
+    A module has ``attention_choices(backbone)`` if its attention does not have all of ``ops.ATTENTION``, and
+    ``only_operations(backbone, block, options)`` if there are blocks that call nothing but operations on what they are
+    given, so that these may wait (``insvp_fast/runtime/native/waiting.py``).
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.

@@ -42,6 +42,7 @@ __all__ = [
     "embed",
     "final_norm",
     "forward_block",
+    "only_operations",
     "pixel_weight",
     "read_tokens",
     "requirements",
@@ -195,6 +196,12 @@ def forward_block(
     branch = ops.linear(out, FrozenLinear.of(attn.proj))
     residual, y, affine = norm_insert(blk.norm2, residual, branch, None, options)
     return residual, forward_mlp(mlp, y, affine, options.mlp_keeps)
+
+
+def only_operations(backbone: SwinTransformer, block: int, options: BlockOptions) -> bool:
+    """But for the merging of patches."""
+    stage, number = locate(backbone, block)
+    return (stage == 0 or number > 0) and options.attention in ("auto", "native")
 
 
 def _position_bias(attn: WindowAttention) -> Tensor:  # [heads, w, w]

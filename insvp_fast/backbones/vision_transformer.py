@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import Format, HybridEmbed, PatchDropout, PatchEmbed
+from timm.layers import Format, HybridEmbed, Mlp, PatchDropout, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast import ops
@@ -37,6 +37,7 @@ __all__ = [
     "embed_patches",
     "final_norm",
     "forward_block",
+    "only_operations",
     "patch_embed_requirements",
     "patch_projection",
     "pixel_weight",
@@ -216,6 +217,15 @@ def forward_block(
     tokens, lengths, keys_values = (None, None, None) if prompts is None else prompts
     options = options._replace(prompt_lengths=lengths, keys_values=keys_values)
     return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
+
+
+def only_operations(backbone: VisionTransformer, block: int, options: BlockOptions) -> bool:
+    """Of timm's plain ``Block``, without layer scale and norms of heads, on CPUs."""
+    blk: Any = backbone.blocks[block]
+    if not isinstance(blk, Block) or options.attention not in ("auto", "native"):  # the others call PyTorch's functions
+        return False
+    absent = blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm, blk.ls1, blk.ls2
+    return isinstance(blk.mlp, Mlp) and all(isinstance(module, nn.Identity) for module in absent)
 
 
 def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ One file per operation, all alike: the public function, which checks its argumen
 its gradient written out, ``<op>_bwd_reference``; the operands of the operators as named tuples; the autograd function;
 the implementations, each with the reason why it may not compute some operands; and their registration
 (``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, ``query_attention`` and
-``absorbed_attention`` one implementation. Gradients are first-order only.
+``absorbed_attention`` one implementation, ``blend_prompts`` is no operator. Gradients are first-order only.
 
 The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
 superpose_reference``.
@@ -13,6 +13,7 @@ Letters as in ``insvp_fast/reference``.
 """
 
 from insvp_fast.ops.attention import ATTENTION, attention
+from insvp_fast.ops.blend_prompts import blend_prompts
 from insvp_fast.ops.conv import conv
 from insvp_fast.ops.conv_pool import conv_pool
 from insvp_fast.ops.gated_mlp import gated_mlp
@@ -33,6 +34,7 @@ __all__ = [
     "PatchWeights",
     "absorbed_attention",
     "attention",
+    "blend_prompts",
     "conv",
     "conv_pool",
     "gated_mlp",

@@ -380,7 +380,7 @@ register(
     fake=_fwd_fake,
     reference=_fwd_reference,
     auto=_fwd_auto,
-    native=Implementation(_fwd_native, _native_reason),
+    native=Implementation(_fwd_native, _native_reason, waits=True),
     explicit=Implementation(_fwd_explicit, _explicit_reason),
     flash=Implementation(_fwd_flash, _flash_reason, fake=_fwd_flash_fake),
     sdpa=Implementation(_fwd_sdpa, lambda a: None),

@@ -206,7 +206,7 @@ register(
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=_auto,
-    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_fwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
 )
 register(
     "linear_bwd",

@@ -12,7 +12,7 @@ from torch import Tensor
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
 from insvp_fast.ops.registry import Implementation, call, register, require, triton_reason, widened
-from insvp_fast.runtime import products
+from insvp_fast.runtime import native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate_bwd
 from insvp_fast.runtime.products import FrozenLinear
 
@@ -129,7 +129,11 @@ class _Mlp(torch.autograd.Function):
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:
     fc1, fc2 = _layers(a)
     pre, hidden = products.linear_activation(a.x, fc1, a.activation, a.keep in ("pre", "code"), how)
-    return products.linear(hidden, fc2, how), derivative_code(pre, a.activation) if a.keep == "code" else pre
+    out = products.linear(hidden, fc2, how)
+    if a.keep == "code":
+        native.finish()
+        return out, derivative_code(pre, a.activation)
+    return out, pre
 
 
 def _bwd(how: str, a: _Bwd) -> Tensor:
@@ -196,7 +200,7 @@ register(
     reference=partial(_fwd, "plain"),
     auto=_auto,
     triton=Implementation(_fwd_triton, _triton_reason),
-    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_fwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
 )
 register(
     "mlp_bwd",

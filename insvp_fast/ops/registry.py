@@ -57,6 +57,7 @@ class Implementation(NamedTuple):
     run: Callable[[Any], Any]  # of the operands
     reason: Callable[[Any], str | None]  # of the operands: why they cannot be computed this way; None if they can
     fake: Callable[[Any], Any] | None = None  # where its results have other shapes than the reference's
+    waits: bool = False  # it may run in ``native.together``: nothing but native calls reads or writes tensors
 
 
 class _Operator(NamedTuple):
@@ -107,7 +108,10 @@ def register(
 
     def kernel(*arguments: Any) -> Any:
         given = operands(*arguments[:at], *arguments[at + 1 :])
-        run = table[implementation(name, arguments[at], given)].run
+        run, _, _, waits = table[implementation(name, arguments[at], given)]
+        if native.are_together() and not waits:
+            with native.at_once(), torch.no_grad():
+                return run(given)
         if not torch.is_grad_enabled():
             return run(given)
         with torch.no_grad():

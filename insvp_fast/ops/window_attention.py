@@ -214,7 +214,7 @@ register(
     fake=_fwd_fake,
     reference=lambda a: window_attention_reference(*a),
     auto=_auto,
-    native=Implementation(_fwd_native, _native_reason),
+    native=Implementation(_fwd_native, _native_reason, waits=True),
 )
 register(
     "window_attention_bwd",

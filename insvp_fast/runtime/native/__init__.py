@@ -22,6 +22,7 @@ from insvp_fast.runtime.native.library import DTYPES, NativeStatus, available, n
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
+from insvp_fast.runtime.native.waiting import are_together, at_once, finish, together
 
 __all__ = [
     "DTYPES",
@@ -29,6 +30,8 @@ __all__ = [
     "Checksums",
     "NativeStatus",
     "Windows",
+    "are_together",
+    "at_once",
     "attention_bwd",
     "attention_fwd",
     "available",
@@ -36,6 +39,7 @@ __all__ = [
     "conv_fwd",
     "conv_pool_bwd",
     "conv_pool_fwd",
+    "finish",
     "linear",
     "linear_activation",
     "linear_activation_bwd",
@@ -45,6 +49,7 @@ __all__ = [
     "pack_linear",
     "superpose_bwd",
     "superpose_fwd",
+    "together",
     "window_attention_bwd",
     "window_attention_fwd",
 ]

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, call, f32, function, i32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import (
+    TYPE_CODES,
+    address,
+    call,
+    f32,
+    function,
+    i32,
+    i64,
+    launch,
+    pointer,
+    ptr,
+    require,
+)
 
 __all__ = ["Windows", "attention_bwd", "attention_fwd", "window_attention_bwd", "window_attention_fwd"]
 
@@ -83,7 +95,7 @@ def _fwd(
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
     out = buffers.empty((B, n * w, heads * d), qkv.dtype)
     sizes = B, n, w, S - n * w, heads, d
-    call("attention_fwd", _FWD, *pointer(qkv), *windows, address(num_keys), out.data_ptr(), *sizes, scale)
+    launch("attention_fwd", _FWD, *pointer(qkv), *windows, address(num_keys), address(out), *sizes, scale)
     return out
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
+
+from insvp_fast.runtime.native import waiting
 
 ABI = 8  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
@@ -106,6 +108,12 @@ def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) 
     require_kind(name, x, *dtypes)
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}")
+    return x if x.is_contiguous() else contiguous(x)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """A contiguous copy of ``x``, which a call that waits may be about to write."""
+    waiting.finish()
     return x.contiguous()
 
 
@@ -120,6 +128,7 @@ def address(x: Tensor | None) -> int | None:
         return None
     if not x.is_cpu:  # of a result that a default device has put elsewhere: C++ would write anywhere
         raise ValueError(f"a tensor is on {x.device}, the native library computes on the CPU")
+    waiting.hold(x)
     return x.data_ptr()
 
 
@@ -143,11 +152,25 @@ def call(name: str, argtypes: Sequence[type], *args: object) -> None:
     Arguments are not checked: ``require`` does that for tensors. Raises RuntimeError where the library is not in use,
     MemoryError where there is no memory for its workspace.
     """
+    _bind(name, argtypes, args)()
+
+
+def launch(name: str, argtypes: Sequence[type], *args: object) -> None:
+    """As ``call``; in ``waiting.together`` it waits. Its tensors have to be given by ``pointer`` or ``address``."""
+    waiting.run(_bind(name, argtypes, args))
+
+
+def _bind(name: str, argtypes: Sequence[type], args: Sequence[object]) -> Callable[[], None]:
     global _computed_in_threads
     count = torch.get_num_threads()
     _computed_in_threads |= count > 1
-    if function(name, argtypes, threads=True)(*args, count):
-        raise MemoryError(f"{name}: no memory for the workspace")
+    compute = function(name, argtypes, threads=True)
+
+    def run() -> None:
+        if compute(*args, count):
+            raise MemoryError(f"{name}: no memory for the workspace")
+
+    return run
 
 
 _computed_in_threads = False

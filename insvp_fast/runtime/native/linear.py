@@ -11,9 +11,11 @@ from insvp_fast.runtime.native.library import (
     address,
     array,
     call,
+    contiguous,
     function,
     i32,
     i64,
+    launch,
     native_status,
     pointer,
     ptr,
@@ -79,10 +81,10 @@ def _product(
     if bias is not None:
         bias = require("bias", bias, (out_features,), torch.float32)
     if x.stride(-1) != 1:
-        x = x.contiguous()
+        x = contiguous(x)
     batch_stride, row_stride = (0, *x.stride()[:-1])[-2:]
     y = buffers.empty((*rows, out_features), dtype)
-    call(
+    launch(
         "linear",
         _LINEAR,
         *(*pointer(x), *pointer(packed), address(bias), *pointer(y), *pointer(pre), epilogue, activation),

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import (
+    TYPE_CODES,
+    address,
+    array,
+    call,
+    f32,
+    i32,
+    i64,
+    launch,
+    pointer,
+    ptr,
+    require,
+)
 
 __all__ = ["norm_insert_bwd", "norm_insert_fwd"]
 
@@ -53,12 +65,12 @@ def norm_insert_fwd(
     normed = buffers.empty((B, T + L, D), dtype)
     xhat = normed.new_empty(0) if weight is None else buffers.empty_like(normed)
     rstd = torch.empty((B, T + L), dtype=torch.float32, device="cpu")
-    call(
+    launch(
         "norm_insert_fwd",
         _FWD,
         *(*pointer(residual), *pointer(branch), *pointer(prompts), prompts_stride),
         *(address(weight), address(bias), eps, center),
-        *(*pointer(total), *pointer(normed), *pointer(xhat), rstd.data_ptr()),
+        *(*pointer(total), *pointer(normed), *pointer(xhat), address(rstd)),
         *(B, T, L, D),
     )
     return total, normed, xhat, rstd

@@ -1,0 +1,63 @@
+"""The feature prompts of several blocks in one step: blend_prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from insvp_fast.ops.autograd import apply, first_order
+
+__all__ = ["blend_prompts", "blend_prompts_reference"]
+
+
+def blend_prompts(
+    common: Sequence[Tensor], specific: Tensor | None, w_c: float, w_s: float, batch: int
+) -> tuple[Tensor, ...]:
+    """w_c·c_j + w_s·p_s for each of J blocks (equation 10 of the paper), bit for bit as block by block.
+
+    Args:
+        common: c_j [L, D] of each block, in any floating dtype.
+        specific: p_s [B, L, D], or None.
+        w_c, w_s: of the blend.
+        batch: B, the number of images.
+
+    Returns:
+        J prompts [B, L, D], in the dtype that PyTorch promotes both to. Nothing is kept for backward. Gradients are
+        sums over the blocks; on CPUs in the order of a graph of single blocks, the last first, with the same bits.
+    """
+    if common[0].is_cpu:
+        return cast(tuple[Tensor, ...], apply(_BlendPrompts, w_c, w_s, batch, specific, *common))
+    return blend_prompts_reference(w_c, w_s, batch, specific, *common)
+
+
+def blend_prompts_reference(
+    w_c: float, w_s: float, batch: int, specific: Tensor | None, *common: Tensor
+) -> tuple[Tensor, ...]:
+    """The formula of ``blend_prompts``."""
+    blended = torch.mul(torch.stack(common), w_c).unsqueeze(1)  # [J, 1, L, D]
+    blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + w_s * specific
+    return blended.unbind(0)
+
+
+@first_order("blend_prompts", "blend_prompts_reference of the module insvp_fast.ops.blend_prompts")
+class _BlendPrompts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, w_c: float, w_s: float, batch: int, specific: Tensor | None, *common: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.dtypes = (w_c, w_s), (common[0].dtype, None if specific is None else specific.dtype)
+        ctx.set_materialize_grads(False)
+        return blend_prompts_reference(w_c, w_s, batch, specific, *common)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (w_c, w_s), (dtype, specific_dtype), d_specific = ctx.weights, ctx.dtypes, None
+        d_common = [None if grad is None else (grad.to(dtype) * w_c).sum(0) for grad in grads]
+        if ctx.needs_input_grad[3]:
+            for grad in reversed([grad for grad in grads if grad is not None]):
+                d = grad.to(specific_dtype) * w_s
+                d_specific = d if d_specific is None else d_specific.add_(d)
+        return None, None, None, d_specific, *d_common

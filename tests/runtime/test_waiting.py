@@ -1,0 +1,143 @@
+"""Native calls that wait for one another."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from insvp_fast import InsVPConfig, ops, prompted
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.runtime import buffers, native
+from insvp_fast.runtime.native import waiting
+from insvp_fast.testing import make_pair
+
+pytestmark = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
+
+
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Results that hold NaN until they are computed."""
+    empty = buffers.empty
+    monkeypatch.setattr(buffers, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+def product(x, layer=None):
+    w = torch.arange(15.0).view(5, 3) if layer is None else layer
+    return native.linear(x, native.pack_linear(w), None, 5)
+
+
+def test_calls_wait_for_the_end_and_run_in_order(unwritten):
+    x = torch.ones(2, 3)
+    with native.together():
+        y = product(x)
+        z = native.linear(y, native.pack_linear(torch.eye(5)), None, 5)
+        assert y.isnan().all() and z.isnan().all()
+    assert torch.equal(y, x @ torch.arange(15.0).view(5, 3).T) and torch.equal(z, y)
+
+
+def test_finish_runs_what_waits(unwritten):
+    with native.together():
+        y = product(torch.ones(2, 3))
+        native.finish()
+        assert y.isfinite().all()
+        assert product(torch.ones(2, 3)).isnan().all()
+
+
+def test_what_waits_is_dropped_after_an_error(unwritten):
+    made = []
+    with contextlib.suppress(KeyError), native.together():
+        made.append(product(torch.ones(2, 3)))
+        raise KeyError
+    assert made[0].isnan().all() and not native.are_together()
+    assert product(torch.ones(2, 3)).isfinite().all()
+
+
+def test_tensors_live_until_they_are_read():
+    x = torch.ones(2, 3)
+    with native.together():
+        y = product(product(x)[:, :3].contiguous())
+        alive = weakref.ref(waiting._waiting.tensors[0])
+        del x
+        gc.collect()
+        assert alive() is not None
+    assert alive() is None and y.shape == (2, 5)
+
+
+def test_a_copy_is_made_of_what_has_been_written():
+    x, rows = torch.ones(2, 3), native.pack_linear(torch.eye(2))
+    with native.together():
+        y = native.linear(product(x).T, rows, None, 2)  # of rows that stand in columns, so copied
+    assert torch.equal(y, product(x).T)
+
+
+def test_threads_do_not_wait_for_one_another(unwritten):
+    with native.together(), ThreadPoolExecutor(1) as other:
+        mine = product(torch.ones(2, 3))
+        assert other.submit(product, torch.ones(2, 3)).result().isfinite().all()
+        assert mine.isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("keep", ["pre", "code"])
+def test_operations_that_cannot_wait_see_what_has_been_computed(unwritten, impl, keep):
+    """The product before waits where it is native; the formula, and a derivative in 8 bits, have to read it."""
+    torch.manual_seed(0)
+    x, square = torch.randn(1, 4, 8), FrozenLinear(torch.randn(8, 8))
+    up, down = FrozenLinear(torch.randn(16, 8)), FrozenLinear(torch.randn(8, 16))
+
+    def run():
+        return ops.mlp(ops.linear(x.requires_grad_(), square), up, down, keep=keep, impl=impl)
+
+    expected = run()
+    with native.together():
+        found = run()
+    assert torch.equal(found, expected) and expected.isfinite().all()
+
+
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 6), "num_heads": (3, 6), "patch_size": 2}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 6}
+MODELS = {  # the numbers of blocks that are prepared together
+    "ViT": ("vit_tiny_patch16_224", VIT, {}, [4]),  # the last has one query and is none of them
+    "all tokens": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "class_token": False}, {}, [4, 2]),
+    "Swin": ("swin_tiny_patch4_window7_224", SWIN, {}, [2, 4]),  # a merging stands alone
+    "layer scale": ("vit_tiny_patch16_224", VIT | {"init_values": 0.5}, {}, []),
+    "norms of heads": ("vit_tiny_patch16_224", VIT | {"qk_norm": True}, {}, []),
+    "prompts carried": ("vit_tiny_patch16_224", VIT, {"carry_prompts": True}, []),
+}
+
+
+@pytest.mark.parametrize(("name", "sizes", "config", "expected"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_blocks_are_prepared_together_with_the_same_bits(
+    unwritten, monkeypatch, name, sizes, config, expected, autocast
+):
+    _, model = make_pair(name, InsVPConfig(**config), **sizes)
+    model.eval()
+    image, groups, groups_of = torch.randn(2, 3, 32, 32), [], type(model)._blocks_together
+
+    def noted(self, *arguments):
+        groups.extend(made := groups_of(self, *arguments))
+        return made
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        alone = model(image).detach()  # with gradients nothing waits
+        monkeypatch.setattr(type(model), "_blocks_together", noted)
+        with torch.no_grad():
+            found = model(image)
+    assert [len(group) for group in groups if len(group) > 1] == expected
+    assert torch.equal(found, alone) and found.isfinite().all()
+
+
+def test_large_batches_and_training_wait_for_nothing(monkeypatch):
+    _, model = make_pair("vit_tiny_patch16_224", **VIT)
+    tokens = torch.zeros(1, 17, 24)
+    assert not model._may_wait(tokens)
+    with torch.no_grad():
+        assert model._may_wait(tokens)
+        assert not model._may_wait(torch.zeros(1, prompted.BYTES_TOGETHER // 4 + 1))
+        assert not model._may_wait(tokens.to("meta"))
