@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.autograd import apply, first_order, only_needed
 from insvp_fast.ops.registry import (
     Implementation,
     call,
@@ -144,6 +144,7 @@ class _Bwd(NamedTuple):
     stream_dtype: torch.dtype
     branch_dtype: torch.dtype
     center: bool
+    prompts_dtype: torch.dtype | None = None  # None is that of the stream
 
 
 @first_order("norm_insert", "norm_insert_reference of the module insvp_fast.ops.norm_insert")
@@ -155,8 +156,7 @@ class _NormInsert(torch.autograd.Function):
         ctx.save_for_backward(normed if a.weight is None else xhat, rstd, a.weight)
         ctx.set_materialize_grads(False)
         dtypes = a.residual.dtype, (a.residual if a.branch is None else a.branch).dtype
-        ctx.rest = a.residual.shape[1], *dtypes, a.center, impl
-        ctx.prompts_dtype = None if a.prompts is None else a.prompts.dtype
+        ctx.rest = a.residual.shape[1], *dtypes, a.center, impl, None if a.prompts is None else a.prompts.dtype
         return None if a.branch is None else total, normed
 
     @staticmethod
@@ -167,8 +167,7 @@ class _NormInsert(torch.autograd.Function):
         kept = xhat, rstd, weight, *ctx.rest
         d_residual, d_branch, d_prompts = call("norm_insert_bwd", grad_total, grad_normed, *kept)
         d_branch = d_branch if d_branch.numel() else d_residual  # empty where it would have the same bits
-        d_prompts = None if ctx.prompts_dtype is None else d_prompts.to(ctx.prompts_dtype)
-        return d_residual, d_branch if ctx.needs_input_grad[1] else None, d_prompts, *(None,) * 6
+        return only_needed(ctx, (d_residual, d_branch, d_prompts))
 
 
 def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,7 +204,7 @@ def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     d_residual = d_tokens if a.grad_total is None else d_tokens + a.grad_total
     d_residual = d_residual.to(a.stream_dtype).contiguous()
     d_branch = d_residual.new_empty(0) if a.branch_dtype == a.stream_dtype else d_residual.to(a.branch_dtype)
-    return d_residual, d_branch, d_prompts.to(a.stream_dtype).contiguous()
+    return d_residual, d_branch, d_prompts.to(a.prompts_dtype or a.stream_dtype).contiguous()
 
 
 def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -222,7 +221,8 @@ def _fwd_native_reason(a: _Fwd) -> str | None:
 
 
 def _bwd_native_reason(a: _Bwd) -> str | None:
-    return native_reason(a.xhat.device, a.grad_normed.dtype, a.xhat.dtype, a.stream_dtype, a.branch_dtype)
+    dtypes = a.grad_normed.dtype, a.xhat.dtype, a.stream_dtype, a.branch_dtype, a.prompts_dtype or a.stream_dtype
+    return native_reason(a.xhat.device, *dtypes)
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -270,7 +270,8 @@ def _bwd_fake(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     B, S, D = a.xhat.shape
     d_residual = a.xhat.new_empty(B, a.num_tokens, D, dtype=a.stream_dtype)
     d_branch = a.xhat.new_empty(0 if a.branch_dtype == a.stream_dtype else d_residual.shape, dtype=a.branch_dtype)
-    return d_residual, d_branch, d_residual.new_empty(B, S - a.num_tokens, D)
+    d_prompts = d_residual.new_empty(B, S - a.num_tokens, D, dtype=a.prompts_dtype or a.stream_dtype)
+    return d_residual, d_branch, d_prompts
 
 
 register(

@@ -48,6 +48,7 @@ SCHEMA = {
     bool: "bool",
     str: "str",
     torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
 }
 
 

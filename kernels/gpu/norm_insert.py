@@ -167,6 +167,7 @@ def norm_insert_fwd(
 def norm_insert_bwd(
     grad_residual: Tensor | None, grad_normed: Tensor, xhat: Tensor, rstd: Tensor, weight: Tensor | None,
     num_tokens: int, stream_dtype: torch.dtype, branch_dtype: torch.dtype, center: bool = True,
+    prompts_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of ``norm_insert_fwd``.
 
@@ -179,7 +180,7 @@ def norm_insert_bwd(
     Returns:
         d_residual: [B, T, D] in ``stream_dtype``.
         d_branch: the same values in ``branch_dtype``; empty where that is ``stream_dtype``.
-        d_prompts: [B, L, D] in ``stream_dtype``.
+        d_prompts: [B, L, D] in ``prompts_dtype``, or ``stream_dtype``.
 
     Raises:
         RuntimeError, ValueError: as forward does.
@@ -191,7 +192,7 @@ def norm_insert_bwd(
     apart = branch_dtype != stream_dtype
     d_residual = torch.empty((B, T, D), dtype=stream_dtype, device=device)
     d_branch = torch.empty((B, T, D) if apart else 0, dtype=branch_dtype, device=device)
-    d_prompts = torch.empty((B, L, D), dtype=stream_dtype, device=device)
+    d_prompts = torch.empty((B, L, D), dtype=prompts_dtype or stream_dtype, device=device)
     if B * S:
         with torch.cuda.device_of(xhat):
             _norm_insert_bwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](

@@ -86,12 +86,13 @@ def norm_insert_bwd(
     stream_dtype: torch.dtype,
     branch_dtype: torch.dtype,
     center: bool = True,
+    prompts_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``norm_insert_fwd`` by residual, branch and prompts.
 
     grad_total [B, T, D] or None, grad_normed and xhat [B, S, D], rstd [B, S]. The gradient by the residual is in
     ``stream_dtype``; that by the branch in ``branch_dtype``, of size 0 where this is the same; that by the prompts
-    [B, L, D] in ``stream_dtype``. Errors: see ``native``.
+    [B, L, D] in ``prompts_dtype``, or ``stream_dtype``. Errors: see ``native``.
     """
     if xhat.ndim != 3:
         raise ValueError(f"xhat has shape {tuple(xhat.shape)}: expected [B, S, D]")
@@ -105,7 +106,7 @@ def norm_insert_bwd(
     weight = _affine("weight", weight, D)
     d_residual = buffers.empty((B, T, D), stream_dtype)
     d_branch = buffers.empty((0,) if branch_dtype == stream_dtype else (B, T, D), branch_dtype)
-    d_prompts = buffers.empty((B, S - T, D), stream_dtype)
+    d_prompts = buffers.empty((B, S - T, D), prompts_dtype or stream_dtype)
     call(
         "norm_insert_bwd",
         _BWD,

@@ -51,6 +51,33 @@ inline bits32 is_one_of_the_first(int64_t n) {
   return (bits32)(place < static_cast<uint32_t>(n > 0 ? n : 0));
 }
 
+// The first n values, or a whole vector if n is larger; zeros in the other elements.
+template <class T>
+inline vec load_some(const T* from, int64_t n) {
+  if (n >= kWidth) return load(from);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == sizeof(float)) return (vec)_mm512_maskz_loadu_ps(n > 0 ? (1u << n) - 1 : 0, from);
+#elif defined __AVX2__
+  if constexpr (sizeof(T) == sizeof(float)) return (vec)_mm256_maskload_ps(from, (__m256i)is_one_of_the_first(n));
+#endif
+  T part[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+  return load(part);
+}
+
+template <class T>
+inline void store_some(T* to, vec v, int64_t n) {
+  if (n >= kWidth) return store(to, v);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == sizeof(float)) return _mm512_mask_storeu_ps(to, n > 0 ? (1u << n) - 1 : 0, (__m512)v);
+#elif defined __AVX2__
+  if constexpr (sizeof(T) == sizeof(float)) return _mm256_maskstore_ps(to, (__m256i)is_one_of_the_first(n), (__m256)v);
+#endif
+  T part[kWidth];
+  store(part, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = part[i];
+}
+
 // 1 / x with a relative error of 2^-14 or less.
 inline vec rough_reciprocal(vec x) {
 #ifdef __AVX512F__
@@ -81,14 +108,7 @@ inline float sum(vec v) {
 // to[i] = scale * from[i] with conversion. The last vector may overlap the one before, so `to` and `from` must not.
 template <class To, class From>
 inline void copy(To* __restrict__ to, const From* __restrict__ from, int64_t n, float scale) {
-  if (n < kWidth) {
-    From in[kWidth] = {};
-    To out[kWidth];
-    for (int64_t i = 0; i < n; ++i) in[i] = from[i];
-    store(out, scale * load(in));
-    for (int64_t i = 0; i < n; ++i) to[i] = out[i];
-    return;
-  }
+  if (n < kWidth) return store_some(to, scale * load_some(from, n), n);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) store(to + i, scale * load(from + i));
   if (i < n) store(to + n - kWidth, scale * load(from + n - kWidth));
