@@ -33,7 +33,7 @@ __all__ = ["PromptedViT"]
 BLOCKS_PER_CHECKPOINT = 2
 
 # With one image a CPU spends a tenth of a forward pass between its native calls. Blocks prepared by fours save 3 to 5 %
-# of the pass of a ViT-B/16; what they compute stays in memory until all four are done, so their tokens have to be small.
+# of the pass of a ViT-B/16. What they compute stays in memory until all four are done, so their tokens must be small.
 BLOCKS_TOGETHER = 4
 BYTES_TOGETHER = 1 << 21
 

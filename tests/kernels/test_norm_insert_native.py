@@ -58,6 +58,9 @@ def test_parity(isa, B, T, L, D, dtypes, affine, center, branch):
             center,
         )
         assert (d_residual.dtype, d_prompts.dtype) == (dtypes[0], dtypes[0])
+        _, _, rounded = native.norm_insert_bwd(grad, grad_normed, kept, rstd, weight, T, dtypes[0], dtype, center, BF16)
+        assert rounded.dtype == BF16
+        assert_close("d_prompts in bf16", rounded, expected[1])
         assert_close("d_residual", d_residual, expected[0])
         assert_close("d_prompts", d_prompts, expected[1])
         if dtype == dtypes[0]:
