@@ -12,7 +12,7 @@ from insvp_fast import coverage, ops, prompters, reference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
-from insvp_fast.prompted import PromptedViT
+from insvp_fast.prompted import PromptedViT, foreign
 from insvp_fast.reference import InsVPReference
 from insvp_fast.timm_interface import TimmInterface
 
@@ -111,11 +111,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         """Whether the prompts of all blocks may be made together: none of them is dropped, overridden or made again."""
         dropped = self.training and self.config.common_dropout > 0  # block by block, in the order of the reference
         made_again = torch.compiler.is_compiling() or (self.recompute == "block" and torch.is_grad_enabled())
-        own = any(
-            name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast.")
-            for name in ("feature_prompt", "block_prompts")
-        )
-        return not (dropped or made_again or own)
+        mixed = len({prompts.dtype for prompts in self.common_prompts or ()}) > 1
+        return not (dropped or made_again or mixed or foreign(self, "feature_prompt", "block_prompts"))
 
     def _feature_prompts(self, p_s: Any, batch: int) -> dict[int, Tensor]:
         """``feature_prompt`` of every block, bit for bit: few launches, and few more in backward.
@@ -130,7 +127,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
                 common = [self.common_prompts[self.prompted_blocks.index(j)] for j in blocks]
                 prompts |= zip(blocks, ops.blend_prompts(common, own_p_s, w_c, w_s, batch), strict=True)
             elif own_p_s is not None:
-                prompts |= dict.fromkeys(blocks, w_s * own_p_s)
+                prompts |= dict.fromkeys(blocks, w_s * own_p_s)  # w_s is 1 without common prompts
         return prompts
 
     def _compile_prompters(self) -> None:

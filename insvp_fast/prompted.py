@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.runtime import hardware, native, torch_private
 
-__all__ = ["PromptedViT"]
+__all__ = ["PromptedViT", "foreign"]
 
 # recompute="block" keeps the input of every second block, and in backward the activations of two blocks at a time. For
 # 12 blocks the sum of both is smallest with two.
@@ -36,6 +35,17 @@ BLOCKS_PER_CHECKPOINT = 2
 # of the pass of a ViT-B/16. What they compute stays in memory until all four are done, so their tokens must be small.
 BLOCKS_TOGETHER = 4
 BYTES_TOGETHER = 1 << 21
+
+
+def foreign(owner: object, *names: str) -> str | None:
+    """The first of these methods of an object that is there and not this package's."""
+    for name in names:
+        method = getattr(type(owner), name, None)
+        if name in getattr(owner, "__dict__", ()) or not (
+            method is None or method.__module__.startswith("insvp_fast.")
+        ):
+            return name
+    return None
 
 
 class PromptedViT(Covered, PromptedReference):
@@ -118,9 +128,8 @@ class PromptedViT(Covered, PromptedReference):
     def _own_reason(self) -> str | None:
         if family_of(self.backbone) is None:
             return f"backbone is {full_name(type(self.backbone))}, which has no fast path"
-        for name in ("forward_features", "forward_head", "block_outputs", "apply_block"):
-            if name in vars(self) or not getattr(type(self), name).__module__.startswith("insvp_fast."):
-                return f"the model has a {name} of its own"
+        if name := foreign(self, "forward_features", "forward_head", "block_outputs", "apply_block"):
+            return f"the model has a {name} of its own"
         return self._method_reason()
 
     def _method_reason(self) -> str | None:
@@ -260,12 +269,13 @@ class PromptedViT(Covered, PromptedReference):
             residual: Tensor = tokens
             branch: Tensor | None = None
             for group in self._blocks_together(indices, tokens, options, num_queries):
-                with native.together() if len(group) > 1 else nullcontext():
-                    for j in group:
-                        queries = num_queries if j == depth - 1 else None
-                        residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
-                        rest = residual, branch, prompts, options, queries
-                        residual, branch = family.forward_block(backbone, j, *rest)
+                if len(group) > 1:
+                    residual, branch = self._run_together(group, context, residual, branch, options)
+                    continue
+                (j,) = group
+                queries = num_queries if j == depth - 1 else None
+                residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
+                residual, branch = family.forward_block(backbone, j, residual, branch, prompts, options, queries)
             return residual if branch is None else residual + branch
 
         recomputes = self.recompute == "block" and torch.is_grad_enabled()
@@ -284,7 +294,7 @@ class PromptedViT(Covered, PromptedReference):
     def _blocks_together(
         self, indices: range, tokens: Tensor, options: BlockOptions, num_queries: int | None
     ) -> list[list[int]]:
-        """Blocks that are prepared together, and computed then."""
+        """Groups of blocks that are prepared together, and computed then."""
         if not self._may_wait(tokens):
             return [[j] for j in indices]
         groups: list[list[int]] = [[]]
@@ -297,15 +307,27 @@ class PromptedViT(Covered, PromptedReference):
             groups[-1].append(j)
             if not waits:
                 groups.append([])
-        return groups
+        return [group for group in groups if group]
 
     def _may_wait(self, tokens: Tensor) -> bool:
         """Whether blocks may be prepared before their tokens are there, and it saves time."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not tokens.is_cpu:
             return False
-        reads = self.reads_tokens or self.carry_prompts or self.gives_keys_values
-        small = tokens.nbytes <= BYTES_TOGETHER and not reads
-        return small and bool(native.native_status()) and not torch_private.dispatches((tokens,))
+        if self.reads_tokens or self.carry_prompts or self.gives_keys_values or tokens.nbytes > BYTES_TOGETHER:
+            return False
+        # prompts that others make might be written again before they are read
+        if foreign(self, "block_prompts", "feature_prompt") or foreign(getattr(self, "method", None), "block_prompts"):
+            return False
+        return bool(native.native_status()) and not torch_private.dispatches((tokens,))
+
+    def _run_together(
+        self, blocks: list[int], context: Any, residual: Tensor, branch: Tensor | None, options: BlockOptions
+    ) -> tuple[Tensor, Tensor | None]:
+        prompts = [self.block_prompts(j, context, len(residual)) for j in blocks]
+        with native.together():
+            for j, p_j in zip(blocks, prompts, strict=True):
+                residual, branch = self._family.forward_block(self.backbone, j, residual, branch, p_j, options)
+        return residual, branch
 
     def _insert_prompts(
         self, block: int, context: Any, num_tokens: int, residual: Tensor, branch: Tensor | None

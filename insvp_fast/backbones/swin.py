@@ -13,7 +13,7 @@ from typing import Any
 import timm.models.swin_transformer as timm_swin
 import torch
 import torch.nn.functional as F
-from timm.layers import Format, PatchEmbed
+from timm.layers import Format, Mlp, PatchEmbed
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
@@ -199,9 +199,10 @@ def forward_block(
 
 
 def only_operations(backbone: SwinTransformer, block: int, options: BlockOptions) -> bool:
-    """But for the merging of patches."""
+    """Not where patches are merged before the block, nor of an MLP with a norm of its own."""
     stage, number = locate(backbone, block)
-    return (stage == 0 or number > 0) and options.attention in ("auto", "native")
+    plain = isinstance(backbone.layers[stage].blocks[number].mlp, Mlp) and options.attention in ("auto", "native")
+    return plain and (stage == 0 or number > 0)
 
 
 def _position_bias(attn: WindowAttention) -> Tensor:  # [heads, w, w]

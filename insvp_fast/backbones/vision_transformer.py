@@ -220,7 +220,7 @@ def forward_block(
 
 
 def only_operations(backbone: VisionTransformer, block: int, options: BlockOptions) -> bool:
-    """Of timm's plain ``Block``, without layer scale and norms of heads, on CPUs."""
+    """Only of timm's plain ``Block``, without layer scale and norms of heads."""
     blk: Any = backbone.blocks[block]
     if not isinstance(blk, Block) or options.attention not in ("auto", "native"):  # the others call PyTorch's functions
         return False

@@ -19,7 +19,7 @@ def blend_prompts(
     """w_c·c_j + w_s·p_s for each of J blocks (equation 10 of the paper), bit for bit as block by block.
 
     Args:
-        common: c_j [L, D] of each block, in any floating dtype.
+        common: c_j [L, D] of each block, all in one floating dtype.
         specific: p_s [B, L, D], or None.
         w_c, w_s: of the blend.
         batch: B, the number of images.
@@ -55,8 +55,12 @@ class _BlendPrompts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (w_c, w_s), (dtype, specific_dtype), d_specific = ctx.weights, ctx.dtypes, None
-        d_common = [None if grad is None else (grad.to(dtype) * w_c).sum(0) for grad in grads]
-        if ctx.needs_input_grad[3]:
+        _, _, _, needs_specific, *needs_common = ctx.needs_input_grad
+        d_common = [
+            (grad.to(dtype) * w_c).sum(0) if grad is not None and needed else None
+            for grad, needed in zip(grads, needs_common, strict=True)
+        ]
+        if needs_specific:
             for grad in reversed([grad for grad in grads if grad is not None]):
                 d = grad.to(specific_dtype) * w_s
                 d_specific = d if d_specific is None else d_specific.add_(d)

@@ -242,7 +242,10 @@ def _fwd_triton_reason(a: _Fwd) -> str | None:
 
 
 def _bwd_triton_reason(a: _Bwd) -> str | None:
-    return _triton_reason(a.xhat.device, a.xhat.shape[-1], a.stream_dtype, a.xhat.dtype)
+    device = a.xhat.device
+    return _triton_reason(device, a.xhat.shape[-1], a.stream_dtype, a.xhat.dtype) or triton_reason(
+        device, a.prompts_dtype or a.stream_dtype
+    )
 
 
 @cache

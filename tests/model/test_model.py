@@ -647,6 +647,7 @@ def test_dynamic_backbone_refuses_a_cut_patch():
 
 PROMPTED = {
     "all blocks": InsVPConfig(),
+    "weights": InsVPConfig(feature_weights=(0.3, 0.7)),
     "some blocks": InsVPConfig(prompted_blocks=(1, 3), carry_prompts=True),
     "common prompts alone": InsVPConfig(specific_prompt=False),
     "specific prompts alone": InsVPConfig(common_prompt=False),
@@ -687,3 +688,5 @@ def check_prompts_made_together(model):
 def test_prompts_that_are_dropped_are_made_block_by_block():
     _, model = make_pair("vit_tiny_patch16_224", InsVPConfig(common_dropout=0.1), **TINY)
     assert not model._blends_at_once() and model.eval()._blends_at_once()
+    model.common_prompts[1].data = model.common_prompts[1].data.double()  # one tensor of all would be in fp64
+    assert not model._blends_at_once()

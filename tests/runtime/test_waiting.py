@@ -6,14 +6,18 @@ import contextlib
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
+import timm
 import torch
+from timm.models.vitamin import GeGluMlp
 
-from insvp_fast import InsVPConfig, ops, prompted
+from insvp_fast import InsVPConfig, InsVPViT, ops, prompted, unsupported_reason
+from insvp_fast.methods import MethodViT
 from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import PromptMethod, Prompts
 from insvp_fast.runtime import buffers, native
-from insvp_fast.runtime.native import waiting
 from insvp_fast.testing import make_pair
 
 pytestmark = pytest.mark.skipif(not native.native_status(), reason=str(native.native_status()))
@@ -58,14 +62,28 @@ def test_what_waits_is_dropped_after_an_error(unwritten):
 
 
 def test_tensors_live_until_they_are_read():
-    x = torch.ones(2, 3)
+    x, weight = torch.ones(2, 3), native.pack_linear(torch.eye(3))
+    alive = weakref.ref(x)
     with native.together():
-        y = product(product(x)[:, :3].contiguous())
-        alive = weakref.ref(waiting._waiting.tensors[0])
+        y = native.linear(x, weight, None, 3)
         del x
         gc.collect()
         assert alive() is not None
-    assert alive() is None and y.shape == (2, 5)
+    assert alive() is None and y.tolist() == [[1.0] * 3] * 2
+
+
+def test_tensors_of_a_call_live_though_its_operand_is_copied():
+    """The copy runs what waits, and lets go of the tensors of that, but not of this call's."""
+    tokens, windows = torch.randn(1, 9, 4), torch.arange(4, dtype=torch.int32).view(1, 4)
+    bias, qkv = torch.randn(1, 4, 4), torch.randn(1, 12, 4).mT
+    expected = native.window_attention_fwd(qkv, 1, native.Windows(windows, bias, None), 0.5)
+    with native.together():
+        native.linear(tokens, native.pack_linear(torch.eye(4)), None, 4)
+        found = native.window_attention_fwd(qkv, 1, native.Windows(windows, copy := bias.clone(), None), 0.5)
+        alive = weakref.ref(copy)
+        del copy
+        assert alive() is not None
+    assert torch.equal(found, expected)
 
 
 def test_a_copy_is_made_of_what_has_been_written():
@@ -117,7 +135,49 @@ def test_blocks_are_prepared_together_with_the_same_bits(
     unwritten, monkeypatch, name, sizes, config, expected, autocast
 ):
     _, model = make_pair(name, InsVPConfig(**config), **sizes)
-    model.eval()
+    check_groups(model.eval(), monkeypatch, expected, autocast)
+
+
+def test_an_mlp_with_a_norm_of_its_own_does_not_wait(unwritten, monkeypatch):
+    backbone = timm.create_model("swin_tiny_patch4_window7_224", **SWIN)
+    for stage in backbone.layers:
+        for block in stage.blocks:
+            block.mlp = GeGluMlp(block.dim, 2 * block.dim)
+    model = InsVPViT(backbone, 10).eval()
+    assert unsupported_reason(model) is None
+    check_groups(model, monkeypatch, [])
+
+
+class BufferedPrompts(PromptMethod):
+    """Writes the prompts of every block into one tensor, by operations of this package."""
+
+    def __init__(self, geometry):
+        super().__init__(geometry)
+        self.p, self.buffer = torch.nn.Parameter(torch.randn(6, 3, 24)), torch.zeros(1, 3, 24)
+
+    def block_prompts(self, block, context, batch, tokens=None):
+        made = ops.linear(self.p[block][None], FrozenLinear(torch.eye(24))).tanh()
+        made = made if torch.is_grad_enabled() else self.buffer.copy_(made)
+        return Prompts(made.expand(batch, -1, -1))
+
+
+class BufferedInsVP(InsVPViT):
+    def feature_prompt(self, block, p_s, batch):
+        made = super().feature_prompt(block, p_s, batch)
+        if torch.is_grad_enabled():
+            return made
+        self.buffer = getattr(self, "buffer", torch.empty_like(made))
+        return self.buffer.copy_(made)
+
+
+@pytest.mark.parametrize("kind", [partial(MethodViT, method=BufferedPrompts), BufferedInsVP], ids=["method", "model"])
+def test_prompts_of_others_do_not_wait(unwritten, monkeypatch, kind):
+    torch.manual_seed(0)
+    check_groups(kind(timm.create_model("vit_tiny_patch16_224", **VIT), 10).eval(), monkeypatch, [])
+
+
+def check_groups(model, monkeypatch, expected, autocast=False):
+    """The same bits with and without gradients, and the sizes of the groups without."""
     image, groups, groups_of = torch.randn(2, 3, 32, 32), [], type(model)._blocks_together
 
     def noted(self, *arguments):

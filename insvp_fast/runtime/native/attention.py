@@ -69,23 +69,20 @@ def window_attention_fwd(qkv: Tensor, num_heads: int, windows: Windows, scale: f
     qkv [B, T+L, 3*D] in float32 or bfloat16, T = n*w. Returns [B, T, D]. The rest as in ``attention_fwd``.
     """
     windows = _checked(qkv, num_heads, windows)
-    return _fwd(qkv, num_heads, tuple(windows.windows.shape), tuple(map(address, windows)), scale)
+    return _fwd(qkv, num_heads, tuple(windows.windows.shape), windows, scale)
 
 
 def window_attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, windows: Windows, scale: float) -> Tensor:
     """The gradient of ``window_attention_fwd`` by qkv for ``grad`` [B, T, D] of its result; 0 for prompts' queries."""
     windows = _checked(qkv, num_heads, windows)
-    return _bwd(grad, qkv, num_heads, tuple(windows.windows.shape), tuple(map(address, windows)), scale)
-
-
-_Pointers = tuple[int | None, ...]
+    return _bwd(grad, qkv, num_heads, tuple(windows.windows.shape), windows, scale)
 
 
 def _fwd(
     qkv: Tensor,
     heads: int,
     shape: tuple[int, ...],
-    windows: _Pointers,
+    windows: tuple[Tensor | None, ...],
     scale: float,
     num_keys: Tensor | None = None,
 ) -> Tensor:
@@ -95,7 +92,8 @@ def _fwd(
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
     out = buffers.empty((B, n * w, heads * d), qkv.dtype)
     sizes = B, n, w, S - n * w, heads, d
-    launch("attention_fwd", _FWD, *pointer(qkv), *windows, address(num_keys), address(out), *sizes, scale)
+    pointers = *map(address, windows), address(num_keys), address(out)
+    launch("attention_fwd", _FWD, *pointer(qkv), *pointers, *sizes, scale)
     return out
 
 
@@ -104,7 +102,7 @@ def _bwd(
     qkv: Tensor,
     heads: int,
     shape: tuple[int, ...],
-    windows: _Pointers,
+    windows: tuple[Tensor | None, ...],
     scale: float,
     num_keys: Tensor | None = None,
 ) -> Tensor:
@@ -115,7 +113,7 @@ def _bwd(
     grad = require("grad", grad, (B, n * w, heads * d), qkv.dtype)
     d_qkv = buffers.empty_like(qkv)
     sizes = B, n, w, S - n * w, heads, d
-    pointers = *windows, address(num_keys), d_qkv.data_ptr()
+    pointers = *map(address, windows), address(num_keys), d_qkv.data_ptr()
     call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), *pointers, *sizes, scale)
     return d_qkv
 

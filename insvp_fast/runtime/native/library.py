@@ -156,7 +156,11 @@ def call(name: str, argtypes: Sequence[type], *args: object) -> None:
 
 
 def launch(name: str, argtypes: Sequence[type], *args: object) -> None:
-    """As ``call``; in ``waiting.together`` it waits. Its tensors have to be given by ``pointer`` or ``address``."""
+    """As ``call``; in ``waiting.together`` it waits.
+
+    Its tensors have to be given by ``pointer`` or ``address``, and after all are checked by ``require``, which may run
+    what waits and let go of its tensors.
+    """
     waiting.run(_bind(name, argtypes, args))
 
 

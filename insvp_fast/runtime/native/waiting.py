@@ -30,13 +30,13 @@ _waiting = _Waiting()
 def together() -> Iterator[None]:
     """Let calls of this thread wait until the end, or the next ``finish``; they run in order.
 
-    Until then nothing but such calls may read or write what they compute. The implementations of the operations say
-    whether they heed that (``ops/registry.py``); PyTorch's own functions do not.
+    Until then nothing but such calls may write what they read, or read or write what they compute. The implementations
+    of the operations say whether they heed that (``ops/registry.py``); PyTorch's own functions do not.
     """
     finish()
     outside = _waiting.calls, _waiting.tensors
-    _waiting.calls, _waiting.tensors = [], []
     try:
+        _waiting.calls, _waiting.tensors = [], []
         yield
         finish()
     finally:
