@@ -48,7 +48,7 @@ def family_of(backbone: nn.Module) -> BackboneFamily | None:
 
 
 def only_operations(backbone: nn.Module, block: int, options: BlockOptions) -> bool:
-    """Whether a block calls nothing but operations on its tokens, if all of these ask and prompts are no keys alone."""
+    """Whether a block calls nothing but operations, if all tokens are queries and no keys and values are appended."""
     answer: bool = getattr(family_of(backbone), "only_operations", lambda *_: False)(backbone, block, options)
     return answer
 

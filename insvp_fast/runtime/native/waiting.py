@@ -1,7 +1,7 @@
 """Calls of the native library that wait for one another: what they compute is prepared first, and computed at once.
 
 A call fills the caches with its tensors, and the Python and PyTorch before the next call then take several times as
-long as they would for many calls in a row. With one image that is a tenth of a forward pass.
+long as they would for many calls in a row. That counts where there are few images.
 """
 
 from __future__ import annotations
