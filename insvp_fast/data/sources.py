@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from insvp_fast.data.folders import listing, read_class_folders, require_class_folders, split_folders
 from insvp_fast.data.images import Images, Splits, images_of_classes, require_files
@@ -86,6 +85,8 @@ def _tested(splits: Container[str]) -> str:
 
 def _read_digits(seed: int) -> Splits:
     """1797 handwritten digits of 8x8 pixels, stratified: 70 % train, 10 % val, 20 % test."""
+    from sklearn.datasets import load_digits  # over a second
+
     digits = load_digits()
     gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     pixels = np.repeat(gray[..., None], 3, axis=-1)

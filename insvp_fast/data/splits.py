@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 __all__ = ["describe", "divide", "stratified_split", "three_way_split"]
@@ -52,6 +51,8 @@ def stratified_split(
     Raises:
         ValueError: if a class has too few images.
     """
+    from sklearn.model_selection import train_test_split  # over a second
+
     labels = np.asarray(classes)[list(indices)]
     if labels.ndim > 1:
         return train_test_split(list(indices), test_size=fraction, random_state=seed)

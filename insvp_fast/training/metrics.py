@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from insvp_fast.errors import TrainingError
@@ -162,6 +161,8 @@ def metrics_of_labels(targets: Tensor, logits: Tensor, loss: float = 0.0) -> Mul
     """
     if not logits.isfinite().all():
         raise TrainingError("the logits became infinite or not a number: try a lower `lr`")
+    from sklearn.metrics import average_precision_score  # over a second
+
     labels, taken = targets > 0.5, decide(logits)
     hits, images, predicted = (hot.sum(0) for hot in (labels & taken, labels, taken))
     present = images > 0

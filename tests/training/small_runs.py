@@ -5,10 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import sklearn.datasets
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from insvp_fast.data import sources as data_module
 from insvp_fast.training.recipe import Recipe
 
 SMALL = {"epochs": 3, "batch_size": 16, "amp": "off", "head_init": "random"}
@@ -28,9 +27,9 @@ def make_folder(root: Path, splits: dict[str, int], classes: tuple[str, ...] = (
 
 def use_few_digits(patch) -> None:
     """Let the data set digits have the first 300 images instead of all."""
-    digits = load_digits()
+    digits = sklearn.datasets.load_digits()
     few = SimpleNamespace(images=digits.images[:300], target=digits.target[:300], target_names=range(10))
-    patch.setattr(data_module, "load_digits", lambda: few)
+    patch.setattr(sklearn.datasets, "load_digits", lambda: few)
 
 
 def quick(pictures: Path, tmp_path: Path, **settings) -> Recipe:
