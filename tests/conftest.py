@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run in the interpreter, on CPU tensors; with one, the same tests run on it."""
 
+import gc
 import os
 import sys
 
@@ -71,3 +72,9 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collections of garbage need not look at it again."""
+    gc.collect()
+    gc.freeze()

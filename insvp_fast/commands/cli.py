@@ -6,6 +6,8 @@ torch is imported only when a command runs, so that help and mistakes are answer
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import sys
@@ -49,6 +51,8 @@ EXTRAS = {  # which one installs a package, by the name of its import
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
+
+atexit.register(gc.freeze)  # or the interpreter, at its end, looks through all that torch has loaded for garbage
 
 
 class Parser(argparse.ArgumentParser):
