@@ -32,9 +32,9 @@ __all__ = ["PromptedViT", "foreign"]
 BLOCKS_PER_CHECKPOINT = 2
 
 # What blocks that are prepared together compute stays in memory until all of them are done, so their tokens must be
-# small; and with many images the time between native calls does not count.
+# few; and with many images the time between native calls does not count.
 BLOCKS_TOGETHER = 4
-BYTES_TOGETHER = 1 << 21
+BYTES_TOGETHER = 1 << 23
 
 
 def foreign(owner: object, *names: str) -> str | None:
@@ -310,7 +310,9 @@ class PromptedViT(Covered, PromptedReference):
 
     def _may_wait(self, tokens: Tensor) -> bool:
         """Whether blocks may be prepared before their tokens are there, and it saves time."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not tokens.is_cpu:
+        if torch.compiler.is_compiling() or not tokens.is_cpu:
+            return False
+        if torch.is_grad_enabled() and torch_private.saving_hooks():
             return False
         if self.reads_tokens or self.carry_prompts or self.gives_keys_values or tokens.nbytes > BYTES_TOGETHER:
             return False

@@ -78,7 +78,7 @@ def facts(case: Case, target: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "--print-code", "--no-dataflow", file.name)
+        usage, sass = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", "-ndf", file.name)
     found |= {"registers": _number(r"REG:(\d+)", usage), "stack": _number(r"STACK:(\d+)", usage)}
     found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     found["matrix"] = len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))

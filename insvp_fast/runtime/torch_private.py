@@ -178,6 +178,14 @@ def dispatch_modes() -> bool:
     return bool(_len_dispatch_modes())
 
 
+def saving_hooks() -> bool:
+    """Whether tensors that are saved for backward pass through hooks, which may read them."""
+    return _saving_hooks(False) is not None
+
+
+_saving_hooks: Callable[[bool], object | None] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: ()
+)
 _len_dispatch_modes: Callable[[], int] = getattr(
     torch._C, "_len_torch_dispatch_stack", lambda: type(torch.empty(0, device="cpu")) is not Tensor
 )

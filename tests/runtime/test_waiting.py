@@ -177,27 +177,63 @@ def test_prompts_of_others_do_not_wait(unwritten, monkeypatch, kind):
 
 
 def check_groups(model, monkeypatch, expected, autocast=False):
-    """The same bits with and without gradients, and the sizes of the groups without."""
-    image, groups, groups_of = torch.randn(2, 3, 32, 32), [], type(model)._blocks_together
+    """The sizes of the groups, and the bits of blocks that do not wait: of logits without gradients, and of gradients."""
+    groups, groups_of = [], type(model)._blocks_together
 
     def noted(self, *arguments):
         groups.extend(made := groups_of(self, *arguments))
         return made
 
+    monkeypatch.setattr(type(model), "_blocks_together", noted)
+    check_bits(model, monkeypatch, autocast)
+    assert [len(group) for group in groups if len(group) > 1] == 2 * expected
+
+
+def check_bits(model, monkeypatch, autocast=False):
+    found = logits_and_gradients(model, autocast)
+    monkeypatch.setattr(prompted, "BYTES_TOGETHER", 0)
+    for x, y in zip(found, logits_and_gradients(model, autocast), strict=True):
+        assert torch.equal(x, y) and x.isfinite().all()
+
+
+def logits_and_gradients(model, autocast=False):
+    image = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        alone = model(image).detach()  # with gradients nothing waits
-        monkeypatch.setattr(type(model), "_blocks_together", noted)
         with torch.no_grad():
-            found = model(image)
-    assert [len(group) for group in groups if len(group) > 1] == expected
-    assert torch.equal(found, alone) and found.isfinite().all()
+            logits = model(image)
+        loss = model(image).float().square().sum()
+    return logits, *torch.autograd.grad(loss, parameters)
 
 
-def test_large_batches_and_training_wait_for_nothing(monkeypatch):
+def test_what_is_saved_for_backward_is_there_when_hooks_see_it(unwritten):
+    """Hooks may keep it elsewhere, or compress it."""
+    _, model = make_pair("vit_tiny_patch16_224", **VIT)
+    seen = []
+
+    def pack(x):
+        seen.append(bool(x.isfinite().all()))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(torch.randn(2, 3, 32, 32))
+    assert all(seen) and len(seen) > 30
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_what_is_kept_for_backward_changes_no_bit(unwritten, monkeypatch, recompute):
+    _, model = make_pair("vit_tiny_patch16_224", **VIT)
+    model.recompute, model.gelu_in_8_bits = recompute, recompute != "mlp"
+    check_bits(model.eval(), monkeypatch)
+
+
+def test_large_batches_wait_for_nothing():
     _, model = make_pair("vit_tiny_patch16_224", **VIT)
     tokens = torch.zeros(1, 17, 24)
-    assert not model._may_wait(tokens)
-    with torch.no_grad():
-        assert model._may_wait(tokens)
-        assert not model._may_wait(torch.zeros(1, prompted.BYTES_TOGETHER // 4 + 1))
-        assert not model._may_wait(tokens.to("meta"))
+    assert model._may_wait(tokens)
+    assert not model._may_wait(torch.zeros(1, prompted.BYTES_TOGETHER // 4 + 1))
+    assert not model._may_wait(tokens.to("meta"))
+    with torch.autograd.graph.save_on_cpu():
+        assert not model._may_wait(tokens)
+        with torch.no_grad():
+            assert model._may_wait(tokens)

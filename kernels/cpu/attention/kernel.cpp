@@ -64,19 +64,23 @@ struct Head {
   void expect(bool backward) {
     const char** line = reinterpret_cast<const char**>(take(a.lines));
     soon.next = line;
-    const int64_t size = size_of(a.qkv.type), bytes = a.d * size;
-    const auto add = [&](Array array, int64_t at) {
-      const char* from = static_cast<const char*>(array.data) + at * size;
-      for (int64_t i = 0; i < bytes; i += 64) *line++ = from + i;
-    };
-    const auto add_parts = [&](Array array, int64_t query) {
-      for (int part = 0; part < 3; ++part) add(array, query + part * D);
-    };
-    if (bytes > 64)  // shorter rows gain less than their addresses cost
-      for (int64_t j = 0; j < a.w; ++j) {
-        if (backward) add_parts(a.d_qkv, in_qkv(j));
-        else add(a.out, in_out(j));
+    // The lines of the head's numbers in the first rows of a window of `h`, in each of the parts of a row.
+    const int64_t size = size_of(a.qkv.type), bytes = a.d * size, part = D * size;
+    const auto add = [&](const Head& h, Array array, int64_t rows, int64_t rows_of_image, auto parts) {
+      const int64_t row = parts.value * part;
+      const char* from = static_cast<const char*>(array.data) + h.image * rows_of_image * row + h.head * bytes;
+      for (int64_t j = 0; j < rows; ++j) {
+        const char* at = from + h.in_image(j) * row;
+        for (int p = 0; p < parts.value; ++p, at += part)
+          for (int64_t i = 0; i < bytes; i += 64) *line++ = at + i;
       }
+    };
+    const auto add_qkv = [&](const Head& h, Array array, int64_t rows) { add(h, array, rows, a.T + a.L, constant<3>{}); };
+    const auto add_out = [&](const Head& h) { add(h, a.out, a.w, a.T, constant<1>{}); };
+    if (bytes > 64) {  // shorter rows gain less than their addresses cost
+      if (backward) add_qkv(*this, a.d_qkv, a.w);
+      else add_out(*this);
+    }
     soon.end = line;
 
     Head next = *this;
@@ -85,10 +89,8 @@ struct Head {
       next.image = job / a.heads, next.head = job % a.heads, next.window = 0;
     }
     if (next.image >= a.B) return;
-    for (int64_t j = 0; j < (next.window ? a.w : a.S); ++j) {  // the prompts of this head have been read
-      add_parts(a.qkv, next.in_qkv(j));
-      if (backward && j < a.w) add(a.out, next.in_out(j));
-    }
+    add_qkv(next, a.qkv, next.window ? a.w : a.S);  // the prompts of this head have been read
+    if (backward) add_out(next);
     soon.end = line;
   }
 
