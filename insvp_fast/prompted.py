@@ -20,6 +20,7 @@ from insvp_fast.backbones import (
 )
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
+from insvp_fast.ops.autograd import enter_group
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
@@ -325,7 +326,12 @@ class PromptedViT(Covered, PromptedReference):
         self, blocks: list[int], context: Any, residual: Tensor, branch: Tensor | None, options: BlockOptions
     ) -> tuple[Tensor, Tensor | None]:
         prompts = [self.block_prompts(j, context, len(residual)) for j in blocks]
-        with native.together():
+        backward = None
+        if branch is not None and torch.is_grad_enabled() and residual.requires_grad:  # or the residual goes two ways
+            backward, inserted = native.Group(), [p.tokens for p in prompts if p is not None]
+            residual, branch, *inserted = enter_group(backward, (residual, branch, *inserted))
+            prompts = [None if p is None else p._replace(tokens=inserted.pop(0)) for p in prompts]
+        with native.together(backward):
             for j, p_j in zip(blocks, prompts, strict=True):
                 residual, branch = self._family.forward_block(self.backbone, j, residual, branch, p_j, options)
         return residual, branch

@@ -393,7 +393,7 @@ register(
     fake=_bwd_fake,
     reference=_bwd_reference,
     auto=_bwd_auto,
-    native=Implementation(_bwd_native, _native_reason),
+    native=Implementation(_bwd_native, _native_reason, waits=True),
     explicit=Implementation(_bwd_explicit, _explicit_reason),
     flash=Implementation(_bwd_flash, _flash_reason),
     triton=Implementation(_bwd_triton, _triton_reason),

@@ -215,5 +215,5 @@ register(
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=_auto,
-    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_bwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
 )

@@ -139,7 +139,9 @@ def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:
 def _bwd(how: str, a: _Bwd) -> Tensor:
     fc1, fc2 = _layers(a)
     if a.keep == "code":
-        d_pre = products.linear_bwd(a.grad, fc2, how).mul_(derivative_from_code(a.kept))
+        d_pre = products.linear_bwd(a.grad, fc2, how)
+        native.finish()
+        d_pre.mul_(derivative_from_code(a.kept))
     else:
         pre = products.linear(a.kept, fc1, how) if a.keep == "input" else a.kept
         d_pre = products.linear_activation_bwd(a.grad, fc2, pre, a.activation, how)
@@ -210,5 +212,5 @@ register(
     reference=partial(_bwd, "plain"),
     auto=_auto,
     triton=Implementation(_bwd_triton, _triton_reason),
-    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_bwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
 )

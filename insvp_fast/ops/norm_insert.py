@@ -292,6 +292,6 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_reason),
+    native=Implementation(_bwd_native, _bwd_native_reason, waits=True),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -125,8 +125,11 @@ def register(
 
 def call(name: str, *arguments: Any) -> Any:
     """The results of the operator ``insvp_fast::name``, by its kernel where PyTorch's dispatcher would only call it."""
-    if torch.compiler.is_compiling() or torch_private.dispatches(arguments):
+    if torch.compiler.is_compiling():
         return getattr(torch.ops.insvp_fast, name).default(*arguments)
+    if torch_private.dispatches(arguments):
+        with native.at_once():  # a mode may read the results
+            return getattr(torch.ops.insvp_fast, name).default(*arguments)
     return _operators[name].kernel(*arguments)
 
 

@@ -223,5 +223,5 @@ register(
     fake=lambda a: a.qkv.new_empty(a.qkv.shape),
     reference=lambda a: window_attention_bwd_reference(*a),
     auto=_auto,
-    native=Implementation(_bwd_native, _native_reason),
+    native=Implementation(_bwd_native, _native_reason, waits=True),
 )

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from timm.models.vitamin import GeGluMlp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from insvp_fast import InsVPConfig, InsVPViT, ops, prompted, unsupported_reason
 from insvp_fast.methods import MethodViT
@@ -119,9 +120,10 @@ def test_operations_that_cannot_wait_see_what_has_been_computed(unwritten, impl,
 
 SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 6), "num_heads": (3, 6), "patch_size": 2}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 6}
+ALL_TOKENS = VIT | {"global_pool": "avg", "class_token": False}
 MODELS = {  # the numbers of blocks that are prepared together
     "ViT": ("vit_tiny_patch16_224", VIT, {}, [4]),  # the last has one query and is none of them
-    "all tokens": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "class_token": False}, {}, [4, 2]),
+    "all tokens": ("vit_tiny_patch16_224", ALL_TOKENS, {}, [4, 2]),
     "Swin": ("swin_tiny_patch4_window7_224", SWIN, {}, [2, 4]),  # a merging stands alone
     "layer scale": ("vit_tiny_patch16_224", VIT | {"init_values": 0.5}, {}, []),
     "norms of heads": ("vit_tiny_patch16_224", VIT | {"qk_norm": True}, {}, []),
@@ -177,7 +179,7 @@ def test_prompts_of_others_do_not_wait(unwritten, monkeypatch, kind):
 
 
 def check_groups(model, monkeypatch, expected, autocast=False):
-    """The sizes of the groups, and the bits of blocks that do not wait: of logits without gradients, and of gradients."""
+    """The sizes of the groups, and the bits of blocks that do not wait: of logits, and of gradients."""
     groups, groups_of = [], type(model)._blocks_together
 
     def noted(self, *arguments):
@@ -225,6 +227,102 @@ def test_what_is_kept_for_backward_changes_no_bit(unwritten, monkeypatch, recomp
     _, model = make_pair("vit_tiny_patch16_224", **VIT)
     model.recompute, model.gelu_in_8_bits = recompute, recompute != "mlp"
     check_bits(model.eval(), monkeypatch)
+
+
+@pytest.fixture
+def trained(unwritten):
+    """Loss and parameters of a model whose last two blocks wait in backward, and their gradients when nothing does."""
+    _, model = make_pair("vit_tiny_patch16_224", **ALL_TOKENS)
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def loss():
+        return model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).square().sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompted, "BYTES_TOGETHER", 0)
+        return loss, parameters, torch.autograd.grad(loss(), parameters)
+
+
+def assert_equal(found, expected):
+    assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(found, expected, strict=True))
+
+
+def test_backward_waits_for_the_end_of_a_group(trained, monkeypatch):
+    loss, parameters, expected = trained
+    waiting, finish = [], native.Group.finish
+
+    def counted(self):
+        waiting.append(len(self._queue.calls))
+        finish(self)
+
+    monkeypatch.setattr(native.Group, "finish", counted)
+    assert_equal(torch.autograd.grad(loss(), parameters), expected)
+    assert waiting == [2 * 7]  # norm, product, attention, product, norm and the two of the MLP
+
+
+def test_a_graph_can_be_gone_through_again_and_by_many_threads(trained):
+    loss, parameters, expected = trained
+    made = loss()
+    assert_equal(torch.autograd.grad(made, parameters, retain_graph=True), expected)
+    with ThreadPoolExecutor(4) as threads:
+        jobs = [threads.submit(torch.autograd.grad, made, parameters, retain_graph=True) for _ in range(8)]
+        for job in jobs:
+            assert_equal(job.result(), expected)
+
+
+def test_part_of_the_gradients_is_enough(trained):
+    loss, parameters, expected = trained
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert_equal(torch.autograd.grad(loss(), [parameter]), [gradient])
+
+
+def test_anomaly_mode_sees_gradients_that_are_there(trained):
+    loss, parameters, expected = trained
+    made = loss()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        assert_equal(torch.autograd.grad(made, parameters), expected)
+
+
+class Finite(TorchDispatchMode):
+    """Asserts that what is given to operators and returned by them is finite."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "insvp_fast":
+            for x in [*args, *(result if isinstance(result, tuple) else [result])]:
+                assert not isinstance(x, torch.Tensor) or x.isfinite().all()
+        return result
+
+
+def test_a_mode_around_backward_sees_gradients_that_are_there(trained):
+    loss, parameters, expected = trained
+    made = loss()
+    with Finite():
+        assert_equal(torch.autograd.grad(made, parameters), expected)
+
+
+def test_second_derivatives_are_refused_as_without_waiting(trained):
+    loss, parameters, expected = trained
+    gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
+    assert_equal(gradients, expected)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(sum(g.sum() for g in gradients), parameters)
+
+
+def test_calls_are_made_at_once_after_a_backward_that_failed(trained, monkeypatch):
+    loss, parameters, expected = trained
+    made = loss()
+
+    def fail(*arguments):
+        raise KeyError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "attention_bwd", fail)
+        with pytest.raises(KeyError):
+            torch.autograd.grad(made, parameters, retain_graph=True)
+    assert not native.are_together() and product(torch.ones(2, 3)).isfinite().all()
+    assert_equal(torch.autograd.grad(made, parameters), expected)
 
 
 def test_large_batches_wait_for_nothing():

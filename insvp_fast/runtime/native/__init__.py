@@ -22,12 +22,13 @@ from insvp_fast.runtime.native.library import DTYPES, NativeStatus, available, n
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
-from insvp_fast.runtime.native.waiting import are_together, at_once, finish, together
+from insvp_fast.runtime.native.waiting import Group, are_together, at_once, finish, group, together
 
 __all__ = [
     "DTYPES",
     "LINES",
     "Checksums",
+    "Group",
     "NativeStatus",
     "Windows",
     "are_together",
@@ -40,6 +41,7 @@ __all__ = [
     "conv_pool_bwd",
     "conv_pool_fwd",
     "finish",
+    "group",
     "linear",
     "linear_activation",
     "linear_activation_bwd",

@@ -14,7 +14,6 @@ from insvp_fast.runtime import buffers
 from insvp_fast.runtime.native.library import (
     TYPE_CODES,
     address,
-    call,
     f32,
     function,
     i32,
@@ -113,8 +112,8 @@ def _bwd(
     grad = require("grad", grad, (B, n * w, heads * d), qkv.dtype)
     d_qkv = buffers.empty_like(qkv)
     sizes = B, n, w, S - n * w, heads, d
-    pointers = *map(address, windows), address(num_keys), d_qkv.data_ptr()
-    call("attention_bwd", _BWD, grad.data_ptr(), *pointer(qkv), *pointers, *sizes, scale)
+    pointers = *map(address, windows), address(num_keys), address(d_qkv)
+    launch("attention_bwd", _BWD, address(grad), *pointer(qkv), *pointers, *sizes, scale)
     return d_qkv
 
 

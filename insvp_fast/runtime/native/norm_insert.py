@@ -13,7 +13,6 @@ from insvp_fast.runtime.native.library import (
     TYPE_CODES,
     address,
     array,
-    call,
     f32,
     i32,
     i64,
@@ -107,10 +106,10 @@ def norm_insert_bwd(
     d_residual = buffers.empty((B, T, D), stream_dtype)
     d_branch = buffers.empty((0,) if branch_dtype == stream_dtype else (B, T, D), branch_dtype)
     d_prompts = buffers.empty((B, S - T, D), prompts_dtype or stream_dtype)
-    call(
+    launch(
         "norm_insert_bwd",
         _BWD,
-        *(*pointer(grad_total), *pointer(grad_normed), *pointer(xhat), rstd.data_ptr(), address(weight)),
+        *(*pointer(grad_total), *pointer(grad_normed), *pointer(xhat), address(rstd), address(weight)),
         center,
         *(*pointer(d_residual), *pointer(d_branch), *pointer(d_prompts)),
         *(B, T, S - T, D),
