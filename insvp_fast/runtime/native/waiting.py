@@ -26,7 +26,8 @@ class _Queue:
 class Group(threading.local):
     """Nodes of an autograd graph whose calls in backward wait for its ``finish``, in each thread for its own.
 
-    Gradients may leave the nodes of a group only through a node that calls ``finish`` (``ops/autograd.py``).
+    Gradients may leave the nodes only through one that calls ``finish`` (``enter_group`` in ``ops/autograd.py``), and
+    nothing else may read them before: PyTorch does not where each goes from one node to one other.
     """
 
     def __init__(self) -> None:  # in each thread that goes through the graph
