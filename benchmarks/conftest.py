@@ -24,15 +24,14 @@ def machine():
 
 @pytest.fixture
 def tiny(request):
-    """Whether nothing is timed. Compiled cases are skipped then: compiling takes longer than everything else."""
-    tiny = request.config.getoption("benchmark_disable")
-    if tiny and "compiled" in request.node.name:
-        pytest.skip("compiled models and operations have their tests in tests/")
-    return tiny
+    """Whether nothing is timed."""
+    return request.config.getoption("benchmark_disable")
 
 
 @pytest.fixture(autouse=True)
-def _facts(request, machine):
+def _facts(request, machine, tiny):
+    if tiny and "compiled" in request.node.name:
+        pytest.skip("compiling takes longer than everything else, and has its tests in tests/")
     torch.manual_seed(0)
     if "benchmark" in request.fixturenames:
         request.getfixturevalue("benchmark").extra_info.update(machine)
