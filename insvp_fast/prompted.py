@@ -32,9 +32,9 @@ __all__ = ["PromptedViT", "foreign"]
 # 12 blocks the sum of both is smallest with two.
 BLOCKS_PER_CHECKPOINT = 2
 
-# What blocks that are prepared together compute stays in memory until all of them are done, so their tokens must be
-# few; and with many images the time between native calls does not count.
-BLOCKS_TOGETHER = 4
+# What blocks that are prepared together compute stays in memory until all of them are done. So they are two, which
+# gains as much time as four, with few tokens; with many images the time between native calls does not count.
+BLOCKS_TOGETHER = 2
 BYTES_TOGETHER = 1 << 23
 
 
@@ -313,8 +313,8 @@ class PromptedViT(Covered, PromptedReference):
         """Whether blocks may be prepared before their tokens are there, and it saves time."""
         if torch.compiler.is_compiling() or not tokens.is_cpu:
             return False
-        if torch.is_grad_enabled() and torch_private.saving_hooks():
-            return False
+        if torch.is_grad_enabled() and (self.recompute != "none" or torch_private.saving_hooks()):
+            return False  # as waiting takes memory, and hooks may read what is saved
         if self.reads_tokens or self.carry_prompts or self.gives_keys_values or tokens.nbytes > BYTES_TOGETHER:
             return False
         # prompts that others make might be written again before they are read
@@ -327,14 +327,20 @@ class PromptedViT(Covered, PromptedReference):
     ) -> tuple[Tensor, Tensor | None]:
         prompts = [self.block_prompts(j, context, len(residual)) for j in blocks]
         backward = None
-        if branch is not None and torch.is_grad_enabled() and residual.requires_grad:  # or the residual goes two ways
-            backward, inserted = native.Group(), [p.tokens for p in prompts if p is not None]
+        # without a branch the first norm hands on its own input, whose gradients PyTorch would add
+        if branch is not None and torch.is_grad_enabled() and residual.requires_grad:
+            backward = native.Group()
+            inserted = [p.tokens for p in reversed(prompts) if p is not None]  # those of the last block come first
             residual, branch, *inserted = enter_group(backward, (residual, branch, *inserted))
-            prompts = [None if p is None else p._replace(tokens=inserted.pop(0)) for p in prompts]
-        with native.together(backward):
+            prompts = [None if p is None else p._replace(tokens=inserted.pop()) for p in prompts]
+
+        def prepare() -> tuple[Tensor, Tensor | None]:
+            nonlocal residual, branch
             for j, p_j in zip(blocks, prompts, strict=True):
                 residual, branch = self._family.forward_block(self.backbone, j, residual, branch, p_j, options)
-        return residual, branch
+            return residual, branch
+
+        return native.together(prepare, backward)
 
     def _insert_prompts(
         self, block: int, context: Any, num_tokens: int, residual: Tensor, branch: Tensor | None

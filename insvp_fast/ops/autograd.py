@@ -38,11 +38,10 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
         def run_backward(ctx: Any, *grads: Any) -> Any:
             if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
-            if ctx.group is not None:
+            if (group := getattr(ctx, "group", None)) is not None:
                 if not torch.is_grad_enabled() and not torch.is_anomaly_enabled():
-                    with ctx.group.together():
-                        return backward(ctx, *grads)
-                ctx.group.finish()  # PyTorch looks at each gradient
+                    return group.prepare(backward, ctx, *grads)
+                group.finish()  # with create_graph, or in anomaly mode, PyTorch reads gradients between nodes
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             with torch.no_grad():

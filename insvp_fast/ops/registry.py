@@ -111,16 +111,19 @@ def register(
         given = operands(*arguments[:at], *arguments[at + 1 :])
         run, _, _, waits = table[implementation(name, arguments[at], given)]
         if native.are_together() and not waits:
-            with native.at_once(), torch.no_grad():
-                return run(given)
-        if not torch.is_grad_enabled():
-            return run(given)
-        with torch.no_grad():
-            return run(given)
+            return native.at_once(_without_gradients, run, given)
+        return _without_gradients(run, given)
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _operators[name] = _Operator(kernel, auto or _preferred, table)
+
+
+def _without_gradients(run: Callable[[Any], Any], given: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return run(given)
+    with torch.no_grad():
+        return run(given)
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -128,8 +131,8 @@ def call(name: str, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.insvp_fast, name).default(*arguments)
     if torch_private.dispatches(arguments):
-        with native.at_once():  # a mode may read the results
-            return getattr(torch.ops.insvp_fast, name).default(*arguments)
+        # what else the dispatcher calls may read the results
+        return native.at_once(getattr(torch.ops.insvp_fast, name).default, *arguments)
     return _operators[name].kernel(*arguments)
 
 

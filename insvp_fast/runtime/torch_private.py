@@ -26,6 +26,7 @@ __all__ = [
     "global_hooks",
     "pack_linear",
     "packed_linear",
+    "saving_hooks",
     "sdpa_backend",
     "softmax_bwd",
     "transforming",

@@ -38,67 +38,87 @@ def product(x, layer=None):
 
 def test_calls_wait_for_the_end_and_run_in_order(unwritten):
     x = torch.ones(2, 3)
-    with native.together():
+
+    def prepare():
         y = product(x)
         z = native.linear(y, native.pack_linear(torch.eye(5)), None, 5)
         assert y.isnan().all() and z.isnan().all()
+        return y, z
+
+    y, z = native.together(prepare)
     assert torch.equal(y, x @ torch.arange(15.0).view(5, 3).T) and torch.equal(z, y)
 
 
 def test_finish_runs_what_waits(unwritten):
-    with native.together():
+    def prepare():
         y = product(torch.ones(2, 3))
         native.finish()
         assert y.isfinite().all()
         assert product(torch.ones(2, 3)).isnan().all()
 
+    native.together(prepare)
+
 
 def test_what_waits_is_dropped_after_an_error(unwritten):
     made = []
-    with contextlib.suppress(KeyError), native.together():
+
+    def prepare():
         made.append(product(torch.ones(2, 3)))
         raise KeyError
+
+    with contextlib.suppress(KeyError):
+        native.together(prepare)
     assert made[0].isnan().all() and not native.are_together()
     assert product(torch.ones(2, 3)).isfinite().all()
 
 
-def test_tensors_live_until_they_are_read():
+def test_memory_is_kept_until_it_is_read():
     x, weight = torch.ones(2, 3), native.pack_linear(torch.eye(3))
-    alive = weakref.ref(x)
-    with native.together():
+    alive = weakref.ref(x.untyped_storage())
+
+    def prepare():
+        nonlocal x
         y = native.linear(x, weight, None, 3)
         del x
         gc.collect()
         assert alive() is not None
+        return y
+
+    y = native.together(prepare)
     assert alive() is None and y.tolist() == [[1.0] * 3] * 2
 
 
-def test_tensors_of_a_call_live_though_its_operand_is_copied():
-    """The copy runs what waits, and lets go of the tensors of that, but not of this call's."""
+def test_memory_of_a_call_is_kept_though_its_operand_is_copied():
+    """The copy runs what waits, and lets go of the memory of that, but not of this call's."""
     tokens, windows = torch.randn(1, 9, 4), torch.arange(4, dtype=torch.int32).view(1, 4)
     bias, qkv = torch.randn(1, 4, 4), torch.randn(1, 12, 4).mT
     expected = native.window_attention_fwd(qkv, 1, native.Windows(windows, bias, None), 0.5)
-    with native.together():
+
+    def prepare():
         native.linear(tokens, native.pack_linear(torch.eye(4)), None, 4)
         found = native.window_attention_fwd(qkv, 1, native.Windows(windows, copy := bias.clone(), None), 0.5)
-        alive = weakref.ref(copy)
+        alive = weakref.ref(copy.untyped_storage())
         del copy
         assert alive() is not None
-    assert torch.equal(found, expected)
+        return found
+
+    assert torch.equal(native.together(prepare), expected)
 
 
 def test_a_copy_is_made_of_what_has_been_written():
     x, rows = torch.ones(2, 3), native.pack_linear(torch.eye(2))
-    with native.together():
-        y = native.linear(product(x).T, rows, None, 2)  # of rows that stand in columns, so copied
+    y = native.together(lambda: native.linear(product(x).T, rows, None, 2))  # of rows that stand in columns, so copied
     assert torch.equal(y, product(x).T)
 
 
 def test_threads_do_not_wait_for_one_another(unwritten):
-    with native.together(), ThreadPoolExecutor(1) as other:
+    def prepare():
         mine = product(torch.ones(2, 3))
-        assert other.submit(product, torch.ones(2, 3)).result().isfinite().all()
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(product, torch.ones(2, 3)).result().isfinite().all()
         assert mine.isnan().all()
+
+    native.together(prepare)
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
@@ -112,9 +132,7 @@ def test_operations_that_cannot_wait_see_what_has_been_computed(unwritten, impl,
     def run():
         return ops.mlp(ops.linear(x.requires_grad_(), square), up, down, keep=keep, impl=impl)
 
-    expected = run()
-    with native.together():
-        found = run()
+    expected, found = run(), native.together(run)
     assert torch.equal(found, expected) and expected.isfinite().all()
 
 
@@ -122,9 +140,10 @@ SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 6), "nu
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 6}
 ALL_TOKENS = VIT | {"global_pool": "avg", "class_token": False}
 MODELS = {  # the numbers of blocks that are prepared together
-    "ViT": ("vit_tiny_patch16_224", VIT, {}, [4]),  # the last has one query and is none of them
-    "all tokens": ("vit_tiny_patch16_224", ALL_TOKENS, {}, [4, 2]),
-    "Swin": ("swin_tiny_patch4_window7_224", SWIN, {}, [2, 4]),  # a merging stands alone
+    "ViT": ("vit_tiny_patch16_224", VIT, {}, [2, 2]),  # the last has one query and is none of them
+    "all tokens": ("vit_tiny_patch16_224", ALL_TOKENS, {}, [2, 2, 2]),
+    "Swin": ("swin_tiny_patch4_window7_224", SWIN, {}, [2, 2, 2]),  # a merging stands alone
+    "one prompt for all": ("vit_tiny_patch16_224", ALL_TOKENS, {"common_prompt": False}, [2, 2, 2]),
     "layer scale": ("vit_tiny_patch16_224", VIT | {"init_values": 0.5}, {}, []),
     "norms of heads": ("vit_tiny_patch16_224", VIT | {"qk_norm": True}, {}, []),
     "prompts carried": ("vit_tiny_patch16_224", VIT, {"carry_prompts": True}, []),
@@ -231,7 +250,7 @@ def test_what_is_kept_for_backward_changes_no_bit(unwritten, monkeypatch, recomp
 
 @pytest.fixture
 def trained(unwritten):
-    """Loss and parameters of a model whose last two blocks wait in backward, and their gradients when nothing does."""
+    """Loss and parameters of a model whose last four blocks wait in backward, and their gradients when nothing does."""
     _, model = make_pair("vit_tiny_patch16_224", **ALL_TOKENS)
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -258,7 +277,7 @@ def test_backward_waits_for_the_end_of_a_group(trained, monkeypatch):
 
     monkeypatch.setattr(native.Group, "finish", counted)
     assert_equal(torch.autograd.grad(loss(), parameters), expected)
-    assert waiting == [2 * 7]  # norm, product, attention, product, norm and the two of the MLP
+    assert waiting == [2 * 7] * 2  # norm, product, attention, product, norm and the two of the MLP
 
 
 def test_a_graph_can_be_gone_through_again_and_by_many_threads(trained):
@@ -310,9 +329,15 @@ def test_second_derivatives_are_refused_as_without_waiting(trained):
         sum(g.sum() for g in gradients).backward()
 
 
-def test_calls_are_made_at_once_after_a_backward_that_failed(trained, monkeypatch):
+def tensors():
+    gc.collect()
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+
+def test_a_backward_that_failed_leaves_nothing(trained, monkeypatch):
+    """No call waits in the thread, and no memory is kept by a graph that is gone."""
     loss, parameters, expected = trained
-    made = loss()
+    made, before = loss(), tensors()
 
     def fail(*arguments):
         raise KeyError
@@ -322,7 +347,14 @@ def test_calls_are_made_at_once_after_a_backward_that_failed(trained, monkeypatc
         with pytest.raises(KeyError):
             torch.autograd.grad(made, parameters, retain_graph=True)
     assert not native.are_together() and product(torch.ones(2, 3)).isfinite().all()
-    assert_equal(torch.autograd.grad(made, parameters), expected)
+    assert_equal(torch.autograd.grad(made, parameters, retain_graph=True), expected)
+    for _ in range(3):
+        made = loss()
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "attention_bwd", fail)
+            with pytest.raises(KeyError):
+                torch.autograd.grad(made, parameters)
+    assert tensors() <= before
 
 
 def test_large_batches_wait_for_nothing():

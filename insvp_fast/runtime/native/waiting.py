@@ -2,25 +2,40 @@
 
 A call fills the caches with its tensors, and the Python and PyTorch before the next call then take several times as
 long as they would for many calls in a row.
+
+The functions here take a function instead of being context managers: an interrupt in the ``__exit__`` of one would let
+calls wait for ever.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 __all__ = ["Group", "are_together", "at_once", "finish", "group", "hold", "run", "together"]
 
+T = TypeVar("T")
+
 
 class _Queue:
-    """Calls that wait, and the tensors that they read and write."""
+    """Calls that wait, and the memory that they read and write.
+
+    Not the tensors, as those that were saved for backward know the graph: what waits after an error would keep it.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], None]] = []
-        self.tensors: list[Tensor] = []
+        self.memory: list[UntypedStorage] = []
+
+    def finish(self) -> None:
+        calls, memory = self.calls, self.memory
+        self.calls, self.memory = [], []
+        for compute in calls:
+            compute()
+        del memory  # it is held until all have run
 
 
 class Group(threading.local):
@@ -33,23 +48,22 @@ class Group(threading.local):
     def __init__(self) -> None:  # in each thread that goes through the graph
         self._queue = _Queue()
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Let calls of this thread wait."""
-        outside, _thread.queue = _thread.queue, self._queue
+    def prepare(self, function: Callable[..., T], *arguments: Any) -> T:
+        """``function(*arguments)``, whose calls wait."""
+        outside = _thread.queue
         try:
-            yield
+            _thread.queue = self._queue
+            return function(*arguments)
         finally:
             _thread.queue = outside
 
     def finish(self) -> None:
         """Run what waits."""
-        with self.together():
-            finish()
+        self._queue.finish()
 
 
 class _Thread(threading.local):
-    """Where calls of this thread wait, None outside of ``together``, and the group that its nodes belong to."""
+    """Where calls of this thread wait, None where they do not, and the group that its nodes belong to."""
 
     queue: _Queue | None = None
     group: Group | None = None
@@ -58,31 +72,31 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextmanager
-def together(backward: Group | None = None) -> Iterator[None]:
-    """Let calls of this thread wait until the end, or the next ``finish``; they run in order.
+def together(prepare: Callable[[], T], backward: Group | None = None) -> T:
+    """``prepare()``, whose calls wait for its end, or for ``finish``; they run in order.
 
     Until then nothing but such calls may write what they read, or read or write what they compute. The implementations
-    of the operations say whether they heed that (``ops/registry.py``); PyTorch's own functions do not. The nodes made
-    here belong to the group ``backward``.
+    of the operations say whether they heed that (``ops/registry.py``); PyTorch's own functions do not. The nodes that
+    are made belong to the group ``backward``.
     """
     finish()
     outside = _thread.queue, _thread.group
     try:
         _thread.queue, _thread.group = _Queue(), backward
-        yield
+        prepared = prepare()
         finish()
+        return prepared
     finally:
         _thread.queue, _thread.group = outside
 
 
-@contextmanager
-def at_once() -> Iterator[None]:
-    """Inside ``together``: run what waits, and then each call when it is made."""
+def at_once(function: Callable[..., T], *arguments: Any) -> T:
+    """``function(*arguments)`` after what waits, and without waiting."""
     finish()
-    outside, _thread.queue = _thread.queue, None
+    outside = _thread.queue
     try:
-        yield
+        _thread.queue = None
+        return function(*arguments)
     finally:
         _thread.queue = outside
 
@@ -99,19 +113,14 @@ def group() -> Group | None:
 
 def finish() -> None:
     """Run what waits."""
-    if (queue := _thread.queue) is None or not queue.calls:
-        return
-    calls, tensors = queue.calls, queue.tensors
-    queue.calls, queue.tensors = [], []
-    for compute in calls:
-        compute()
-    del tensors  # they live until all have run
+    if _thread.queue is not None:
+        _thread.queue.finish()
 
 
 def hold(x: Tensor) -> None:
-    """Keep a tensor alive until the calls that wait have run, the one that is being prepared among them."""
+    """Keep a tensor's memory until the calls that wait have run, the one that is being prepared among them."""
     if _thread.queue is not None:
-        _thread.queue.tensors.append(x)
+        _thread.queue.memory.append(x.untyped_storage())
 
 
 def run(compute: Callable[[], None]) -> None:
