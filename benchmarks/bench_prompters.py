@@ -23,10 +23,10 @@ def make_prompters(kind, preset):
 
 
 @functools.cache
-def image(preset, kind):
+def image(preset, kind, batch):
     """Images; the release's specific prompter reads the prompted image, which has a gradient."""
     needs_gradient = preset == "release" and kind == "SpecificPrompter"
-    return torch.randn(BATCH, 3, 224, 224, device=DEVICE, requires_grad=needs_gradient)
+    return torch.randn(batch, 3, 224, 224, device=DEVICE, requires_grad=needs_gradient)
 
 
 def run(prompter: nn.Module, x: torch.Tensor, amp: bool, backward: bool) -> list[torch.Tensor]:
@@ -41,9 +41,10 @@ def run(prompter: nn.Module, x: torch.Tensor, amp: bool, backward: bool) -> list
 @pytest.mark.parametrize("preset", list(CONFIGS))
 @pytest.mark.parametrize("kind", ["GlobalPrompter", "SpecificPrompter"])
 @pytest.mark.parametrize("provider", ["reference", "insvp_fast"])
-def bench_prompters(benchmark, provider, kind, preset, direction, amp):
+def bench_prompters(benchmark, tiny, provider, kind, preset, direction, amp):
     benchmark.group = f"{kind} {preset} {direction} {'bf16 autocast' if amp else 'fp32'}"
-    x, prompter, backward = image(preset, kind), make_prompters(kind, preset)[provider], direction != "forward"
+    x, backward = image(preset, kind, 1 if tiny else BATCH), direction != "forward"
+    prompter = make_prompters(kind, preset)[provider]
 
     results = benchmark.pedantic(lambda: run(prompter, x, amp, backward), rounds=10, warmup_rounds=2)
     if not amp:  # in 16 bits another pixel may be the maximum; tests/model/test_prompters.py has the bounds
