@@ -29,7 +29,7 @@ def tiny(request):
 
 
 @pytest.fixture(autouse=True)
-def _facts(request, machine, tiny):
+def _every_benchmark(request, machine, tiny):
     if tiny and "compiled" in request.node.name:
         pytest.skip("compiling takes longer than everything else, and has its tests in tests/")
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ __all__ = ["PromptedViT", "foreign"]
 BLOCKS_PER_CHECKPOINT = 2
 
 # What blocks that are prepared together compute stays in memory until all of them are done. So they are two, which
-# gains as much time as four, with few tokens; with many images the time between native calls does not count.
+# gains about as much time as four, with few tokens; with many images the time between native calls counts for less.
 BLOCKS_TOGETHER = 2
 BYTES_TOGETHER = 1 << 23
 

@@ -39,15 +39,15 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # and of these, nothing else
 ONLY: dict[str, set[str]] = {"data": {"errors", "config", "atomic_files"}, "kernels": set()}
 # what an import of the package, or the command line, must not wait for or need
-LATE = ("insvp_fast.kernels.gpu", "triton", "xformers", "accelerate", "matplotlib", "scipy", "sklearn")
+LATE = ("insvp_fast.kernels.gpu", "insvp_fast.figures", "triton", "torch._inductor", "xformers", "accelerate", "rich")
 LATE += (
-    "torch._inductor",
-    "rich",
+    "matplotlib",
+    "scipy",
+    "sklearn",
     "onnxruntime",
     "openvino",
     "nncf",
     "tensorflow_datasets",
-    "insvp_fast.figures",
     "pyarrow",
     "gradio",
 )

@@ -116,6 +116,7 @@ def test_lightning_trains_it(tmp_path):
     assert all(torch.equal(state[name], p) for name, p in own.items())
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     printed = run("multi_gpu.py", "--cpu", "--epochs", 1, "--output", tmp_path, launcher=launcher)

@@ -38,11 +38,12 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
         def run_backward(ctx: Any, *grads: Any) -> Any:
             if torch.compiler.is_compiling():
                 return backward(ctx, *grads)
-            if (group := getattr(ctx, "group", None)) is not None:
-                if not torch.is_grad_enabled() and not torch.is_anomaly_enabled():
+            again, group = torch.is_grad_enabled(), getattr(ctx, "group", None)
+            if group is not None:
+                if not again and not torch.is_anomaly_enabled():
                     return group.prepare(backward, ctx, *grads)
-                group.finish()  # with create_graph, or in anomaly mode, PyTorch reads gradients between nodes
-            if not torch.is_grad_enabled():
+                group.finish()  # PyTorch reads these gradients between nodes
+            if not again:
                 return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
@@ -105,11 +106,11 @@ def enter_group(group: native.Group, tensors: Sequence[Tensor]) -> tuple[Tensor,
 
     Each input of a node in the group may go to one node alone: PyTorch would add the gradients of several.
     """
-    entered: tuple[Tensor, ...] = _Group.apply(group, *tensors)
+    entered: tuple[Tensor, ...] = _EnterGroup.apply(group, *tensors)
     return entered
 
 
-class _Group(Function):
+class _EnterGroup(Function):
     @staticmethod
     def forward(ctx: Any, group: native.Group, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group

@@ -64,8 +64,8 @@ struct Head {
   void expect(bool backward) {
     const char** line = reinterpret_cast<const char**>(take(a.lines));
     soon.next = line;
-    // The lines of the head's numbers in the first rows of a window of `h`, in each of the parts of a row.
     const int64_t size = size_of(a.qkv.type), bytes = a.d * size, part = D * size;
+    // Notes the lines of the head's numbers in the first rows of the window of `h`, in each of the parts of a row.
     const auto add = [&](const Head& h, Array array, int64_t rows, int64_t rows_of_image, auto parts) {
       const int64_t row = parts.value * part;
       const char* from = static_cast<const char*>(array.data) + h.image * rows_of_image * row + h.head * bytes;
