@@ -54,7 +54,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(buffers, "empty", poisoned(buffers.empty))
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def isa(request, monkeypatch):
     """The native library at one instruction set; skips those that the processor lacks."""
     from insvp_fast.runtime.native import library

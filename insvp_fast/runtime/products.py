@@ -224,8 +224,8 @@ def cpu_provider(dtype: torch.dtype) -> str:
 @cache
 def _cpu_provider(dtype: torch.dtype, status: native.NativeStatus) -> str:
     tiles = dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile", False)
-    vectors = native.available(dtype) and status.isa != "generic"
-    if vectors and not tiles and _works(_native_product, dtype):
+    fast = status.isa == "amx" if tiles else status.isa != "generic"
+    if native.available(dtype) and fast and _works(_native_product, dtype):
         return "native"
     if not hardware.has_products(dtype):
         return "widened"

@@ -205,7 +205,7 @@ def test_bf16_operands_and_a_weight_packed_for_fp32(isa):
 def test_the_dtype_of_a_packed_weight(isa):
     weight = torch.randn(50, 33)
     assert native.pack_linear(weight).dtype == F32
-    assert native.pack_linear(weight, BF16).dtype == (BF16 if isa == "avx512_bf16" else F32)
+    assert native.pack_linear(weight, BF16).dtype == (BF16 if isa in ("avx512_bf16", "amx") else F32)
 
 
 def test_wrong_arguments_are_refused():

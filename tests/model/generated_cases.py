@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 SPECIAL = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 SCALES = {"normal": 1.0, "denormal": 1e-40, "tiny": 1e-20, "large": 1e4, "huge": 1e30}
 VALUES = (*SCALES, "zeros", "constant", *SPECIAL)

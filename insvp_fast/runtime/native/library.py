@@ -32,7 +32,7 @@ class NativeStatus:
     """Whether the native CPU library is in use, with which instruction set, and if not, why."""
 
     loaded: bool
-    isa: str | None  # "generic", "avx2", "avx512" or "avx512_bf16"
+    isa: str | None  # "generic", "avx2", "avx512", "avx512_bf16" or "amx"
     detail: str
 
     def __bool__(self) -> bool:
@@ -68,7 +68,7 @@ def load() -> tuple[ctypes.CDLL | None, NativeStatus]:
     limit = os.environ.get("INSVP_FAST_CPU_ISA", "")
     selected = lib.insvp_fast_select_isa(limit.encode())
     if selected is None:
-        return absent(f"INSVP_FAST_CPU_ISA={limit!r} is none of generic, avx2, avx512, avx512_bf16")
+        return absent(f"INSVP_FAST_CPU_ISA={limit!r} is none of generic, avx2, avx512, avx512_bf16, amx")
     isa = selected.decode()
     return lib, NativeStatus(True, isa, f"native CPU library in use ({isa})")
 

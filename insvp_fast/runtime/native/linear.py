@@ -32,7 +32,7 @@ _NONE, _ACTIVATE, _ACTIVATE_BWD = range(3)
 
 def _packed_type(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a weight for operands in ``dtype``: bfloat16 where the instruction set multiplies it."""
-    pairs = dtype == torch.bfloat16 and native_status().isa == "avx512_bf16"
+    pairs = dtype == torch.bfloat16 and native_status().isa in ("avx512_bf16", "amx")
     return torch.bfloat16 if pairs else torch.float32
 
 

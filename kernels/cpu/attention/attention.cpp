@@ -20,10 +20,17 @@ Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, c
                     float scale, int threads) {
   Attention a{qkv,   out, d_qkv,   windows, bias,  mask, n, w, L, heads, d,
               scale, B,   threads, n * w,   w + L, 0,    0, 0, 0, 0,     0};
-  a.width = whole_lines(d);
-  a.stride = a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
-  a.tokens = larger((a.S + 1) * a.width, d * a.stride);
-  a.queries = block_of_queries(w);
+  if (const int64_t step = kernels(qkv.type).step; step > kLine) {
+    a.width = round_up(d, step);
+    a.stride = round_up(a.S, step);
+    a.tokens = a.stride * larger(a.width, kMostQueries);
+    a.queries = smaller(kMostQueries, round_up(w, step));
+  } else {
+    a.width = whole_lines(d);
+    a.stride = a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
+    a.tokens = larger((a.S + 1) * a.width, d * a.stride);
+    a.queries = block_of_queries(w);
+  }
   a.scores = a.queries * a.stride;
   a.lines = whole_lines(2 * (7 * w + 3 * L) * ceil_div(d * size_of(qkv.type), 64));
   return a;

@@ -32,10 +32,11 @@ constexpr int64_t kMostQueries = 64;
 constexpr int64_t block_of_queries(int64_t w) { return w <= kMostQueries ? w : 48; }
 
 // The number of matrices of each kind that a call may use.
-constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 12, kBwdScores = 3;
+constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 13, kBwdScores = 3;
 
 // Each computes one head of one image, window after window.
 struct AttentionKernels {
+  int64_t step;  // in which numbers along a sum come
   void (*fwd)(const Attention&, int64_t image, int64_t head, float* scratch);
   void (*bwd)(const Attention&, int64_t image, int64_t head, float* scratch);
 };

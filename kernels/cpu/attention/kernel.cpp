@@ -3,6 +3,11 @@
 #include "product.h"
 #include "softmax.h"
 #include "transpose.h"
+#ifdef INSVP_FAST_AMX
+#include "matrix_product.h"
+#else
+#include "vector_product.h"
+#endif
 
 namespace {
 
@@ -14,8 +19,9 @@ struct Head {
   const Attention& a;
   int64_t image, head, window;
   float* scratch;
-  int64_t D = a.heads * a.d, words = Words::count(a.width), depth = Words::count(a.d);
+  int64_t D = a.heads * a.d, words = Words::count(a.width), depth = Words::depth(a.d);
   Soon soon = {};
+  float* columns = nullptr;
 
   float* take(int64_t floats) {
     float* piece = scratch;
@@ -109,6 +115,17 @@ struct Head {
   }
   const float* paired(const float* x, int64_t rows) { return Words::paired(tokens(), x, rows, a.width, words); }
 
+  // A matrix of words for sums over its `count` rows, transposed.
+  Elements across(const float* x, int64_t count) {
+#ifdef INSVP_FAST_AMX
+    const int64_t stride = Words::depth(a.queries);
+    transpose(columns, stride, x, a.stride, Words::count(count), a.S);
+    return {columns, stride, 1};
+#else
+    return {x, 1, a.stride};
+#endif
+  }
+
   // The products of `count` rows of `x` with all rows of the matrix that `columns` is transposed from.
   void dot_products(float* to, const float* x, const float* columns, int64_t count) {
     multiply({to, a.stride, false}, {x, words, 1}, {columns, a.stride}, count, a.S, depth, soon);
@@ -133,7 +150,7 @@ void attention_fwd_window(Head h) {
     const int64_t count = smaller(a.queries, a.w - t);
     h.dot_products(x, q + t * h.words, k_columns, count);
     softmax(p, factor, x, count, a.S, a.stride, h.scores_from(t));
-    multiply({out, a.width, false}, {p, Words::count(a.stride), 1}, {v_pairs, a.width}, count, a.d, Words::count(a.S),
+    multiply({out, a.width, false}, {p, Words::count(a.stride), 1}, {v_pairs, a.width}, count, a.d, Words::depth(a.S),
              h.soon);
     h.write_out(t, t + count, out, factor);
   }
@@ -147,19 +164,20 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
   h.expect(true);
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
   const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
+  h.columns = h.tokens();
   float *d_q = h.tokens(), *p = h.scores(), *d = h.scores(), *d_words = Words::kNumbers > 1 ? h.scores() : d;
   __builtin_memset(d_k, 0, a.w * a.width * sizeof(float));
   __builtin_memset(d_v, 0, a.w * a.width * sizeof(float));
 
   for (int64_t t = 0; t < a.w; t += a.queries) {
-    const int64_t count = smaller(a.queries, a.w - t), along = Words::count(count), from = Words::count(t) * a.width;
+    const int64_t count = smaller(a.queries, a.w - t), along = Words::depth(count), from = Words::count(t) * a.width;
     h.dot_products(p, q + t * h.words, k_columns, count);
     h.dot_products(d, grad + t * h.words, v_columns, count);
     softmax_bwd(d, p, d_words, count, a.S, a.stride, h.scores_from(t));
-    multiply({d_v, a.width, true}, {p, 1, a.stride}, {grad_pairs + from, a.width}, a.S, a.d, along, h.soon);
-    multiply({d_k, a.width, true}, {d, 1, a.stride}, {q_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_v, a.width, true}, h.across(p, count), {grad_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_k, a.width, true}, h.across(d, count), {q_pairs + from, a.width}, a.S, a.d, along, h.soon);
     multiply({d_q, a.width, false}, {d_words, Words::count(a.stride), 1}, {k_pairs, a.width}, count, a.d,
-             Words::count(a.S), h.soon);
+             Words::depth(a.S), h.soon);
     h.write_d_qkv(0, t, t + count, d_q);
   }
   h.write_d_qkv(1, 0, a.w, d_k);
@@ -167,10 +185,16 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
 }
 
 void attention_fwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
+#ifdef INSVP_FAST_AMX
+  const TileShapes shapes;
+#endif
   for (int64_t window = 0; window < a.n; ++window) attention_fwd_window({a, image, head, window, scratch});
 }
 
 void attention_bwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
+#ifdef INSVP_FAST_AMX
+  const TileShapes shapes;
+#endif
   Head h{a, image, head, 0, scratch};
   float *d_k = h.tokens(), *d_v = h.tokens();
   const int64_t prompts = a.w * a.width, size = a.L * a.width * sizeof(float);
@@ -187,6 +211,6 @@ void attention_bwd_head(const Attention& a, int64_t image, int64_t head, float* 
 
 template <>
 const AttentionKernels& insvp_fast::kernels_for<AttentionKernels, Isa::INSVP_FAST_ISA>() {
-  static constexpr AttentionKernels kernels{attention_fwd_head, attention_bwd_head};
+  static constexpr AttentionKernels kernels{Words::kNumbers * kStep, attention_fwd_head, attention_bwd_head};
   return kernels;
 }

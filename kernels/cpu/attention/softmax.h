@@ -50,6 +50,12 @@ struct Scores {
   }
 };
 
+// Writes zeros behind the columns of a row that a product will take in whole tiles.
+template <class Number>
+inline void end_row(Number* row, int64_t count) {
+  for (int64_t i = round_up(count, kWidth); i < Words::kNumbers * Words::depth(count); i += kWidth) store(row + i, vec{});
+}
+
 // A block of up to kWidth rows, whose largest scores and sums are found together: a row alone would wait for each.
 struct Block {
   float* x;
@@ -84,6 +90,7 @@ struct Block {
         t += e;
         store(to + at, e);
       }
+      end_row(to + j * stride, count);
       total[j] = t;
     }
     return 1.0f / reduce(total, rows, add);
@@ -139,6 +146,9 @@ inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, in
         store(p_to + i, Words::of_rows(p));  // where numbers that have been read were
         store(d_to + i, Words::of_rows(d));
       }
+    if constexpr (n > 1)
+      for (int64_t j = first; j < first + block.rows; ++j)
+        end_row(reinterpret_cast<Words::Number*>(d_words) + j * stride, count);
   }
 }
 

@@ -1,5 +1,10 @@
 // The choice of the instruction set, and the version of the C interface.
 #include <cstring>
+#ifdef INSVP_FAST_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "common/abi.h"
 #include "common/isa.h"
@@ -7,7 +12,20 @@
 namespace insvp_fast {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#ifdef INSVP_FAST_AMX
+// Whether the processor multiplies tiles of bf16, and the system lets this process do it.
+bool has_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = d >> 24 & 1, bf16 = d >> 22 & 1;
+  return tiles && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_tiles() { return false; }
+#endif
 
 Isa best_of_processor() {
 #ifdef INSVP_FAST_X86
@@ -15,7 +33,8 @@ Isa best_of_processor() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!avx512) return Isa::avx2;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+    return has_tiles() ? Isa::amx : Isa::avx512_bf16;
   }
 #endif
   return Isa::generic;
@@ -37,7 +56,7 @@ INSVP_FAST_API int insvp_fast_abi_version() { return 8; }
 // for an unknown limit.
 INSVP_FAST_API const char* insvp_fast_select_isa(const char* limit) {
   using namespace insvp_fast;
-  for (int level = static_cast<int>(Isa::avx512_bf16); level >= 0; --level) {
+  for (int level = static_cast<int>(Isa::amx); level >= 0; --level) {
     if (*limit && std::strcmp(limit, kNames[level]) != 0) continue;
     const int top = static_cast<int>(best_of_processor());
     selected = static_cast<Isa>(level < top ? level : top);

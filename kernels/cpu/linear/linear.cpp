@@ -11,10 +11,10 @@ namespace insvp_fast {
 namespace {
 
 const LinearKernels& kernels(DType packed) {
-  return best_kernels<LinearKernels>(packed == DType::bf16 ? Isa::avx512_bf16 : isa(Isa::avx512));
+  return best_kernels<LinearKernels>(packed == DType::bf16 ? isa() : isa(Isa::avx512));
 }
 
-int64_t words(const LinearKernels& kernels, int64_t K) { return ceil_div(K, kernels.factors); }
+int64_t words(const LinearKernels& kernels, int64_t K) { return round_up(ceil_div(K, kernels.factors), kernels.step); }
 
 // The words of x that a block may hold in the second-level cache: half of it.
 int64_t resident_words() {
@@ -25,8 +25,7 @@ int64_t resident_words() {
   return (bytes > 0 ? bytes : 1 << 20) / 2 / 4;
 }
 
-constexpr int64_t kMostRows = 160;  // of a block; with more rows, too little of K fits into the cache
-constexpr int64_t kFewestRows = 48, kFewestPanels = 4;  // of a block, to be worth copying its part of x
+constexpr int64_t kWorthCopyingRows = 48, kWorthCopyingPanels = 4;  // the size of a block that repays copying its x
 
 struct Division {
   int64_t down, across;         // the number of blocks
@@ -34,22 +33,23 @@ struct Division {
   int64_t scratch;              // floats
 };
 
-// One thread takes blocks as large as the caches allow. Several threads take several blocks each, so that none waits
-// long at the end.
+// One thread takes blocks as large as the caches allow, several threads take several blocks each.
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
-  const int64_t wanted = threads > 1 ? 8 * threads : 1, panels = ceil_div(N, kernels.columns);
+  const int64_t wanted = threads > 1 ? kernels.blocks * threads : 1, panels = ceil_div(N, kernels.columns);
+  const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
+  const int64_t resident_rows = resident_words() / (runs * kRowStride);
   Division d;
-  d.down = ceil_div(M, kMostRows);
-  d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kFewestPanels));
-  d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kFewestRows)));
+  d.down = ceil_div(M, smaller(kernels.most_rows, larger(kernels.fewest_rows, resident_rows)));
+  d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kWorthCopyingPanels));
+  d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kWorthCopyingRows)));
   d.rows = ceil_div(ceil_div(M, kernels.rows), d.down) * kernels.rows;
   d.columns = ceil_div(panels, d.across) * kernels.columns;
   d.down = ceil_div(M, d.rows);
   d.across = ceil_div(N, d.columns);
-  const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
-  const int64_t parts = ceil_div(runs, larger(1, resident_words() / (d.rows * kRowStride)));
+  const bool whole = kernels.fewest_rows < kernels.most_rows;
+  const int64_t parts = whole ? 1 : ceil_div(runs, larger(1, resident_words() / (d.rows * kRowStride)));
   d.runs = ceil_div(runs, parts);
-  d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : kernels.columns));
+  d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : 2 * kernels.columns));
   return d;
 }
 
@@ -60,10 +60,10 @@ struct Weight {
 
 // Packs the panel that starts at column n: [words, width, factors], with zeros behind the end of w.
 template <class To, class From>
-void pack_panel(To* to, const Weight& w, int64_t n, int64_t width, int64_t factors) {
+void pack_panel(To* to, const Weight& w, int64_t n, int64_t width, int64_t words, int64_t factors) {
   const From* from = static_cast<const From*>(w.data) + n * w.row_stride;
   const int64_t columns = smaller(width, w.N - n);
-  for (int64_t k = 0; k < w.K; k += factors)
+  for (int64_t k = 0; k < words * factors; k += factors)
     for (int64_t i = 0; i < width; ++i)
       for (int64_t f = 0; f < factors; ++f, ++to)
         narrow(*to, i < columns && k + f < w.K ? widen(from[i * w.row_stride + (k + f) * w.column_stride]) : 0.0f);
@@ -93,12 +93,12 @@ INSVP_FAST_API int linear_pack(void* packed, int packed_type, const void* w, int
   for (int64_t p = 0; p < panels; ++p) {
     if (pairs) {
       bf16* to = static_cast<bf16*>(packed) + p * size;
-      half ? pack_panel<bf16, bf16>(to, weight, p * width, width, 2)
-           : pack_panel<bf16, float>(to, weight, p * width, width, 2);
+      half ? pack_panel<bf16, bf16>(to, weight, p * width, width, words(k, K), 2)
+           : pack_panel<bf16, float>(to, weight, p * width, width, words(k, K), 2);
     } else {
       float* to = static_cast<float*>(packed) + p * size;
-      half ? pack_panel<float, bf16>(to, weight, p * width, width, 1)
-           : pack_panel<float, float>(to, weight, p * width, width, 1);
+      half ? pack_panel<float, bf16>(to, weight, p * width, width, words(k, K), 1)
+           : pack_panel<float, float>(to, weight, p * width, width, words(k, K), 1);
     }
   }
   return 0;

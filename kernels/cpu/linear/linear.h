@@ -35,8 +35,11 @@ struct LinearBlock {
 };
 
 struct LinearKernels {
-  int64_t rows, columns;  // of a tile
-  int64_t factors;        // of x and w in a word
+  int64_t rows, columns;           // of a tile
+  int64_t factors;                 // of x and w in a word
+  int64_t step;                    // the words of a sum are a multiple of it
+  int64_t blocks;                  // that each of several threads gets, so that none waits long at the end
+  int64_t fewest_rows, most_rows;  // of a block. Where they differ, it holds all runs
   void (*block)(const Linear&, const LinearBlock&, float* scratch);
 };
 

@@ -1,0 +1,34 @@
+// The size of a tile of sums and of a block of tiles, and what a word of x or w is.
+#pragma once
+#include "common/sizes.h"
+#include "common/vec.h"
+#ifdef INSVP_FAST_AMX
+#include "common/amx.h"
+#endif
+
+namespace {
+
+#ifdef INSVP_FAST_BF16_PAIRS
+constexpr int kFactors = 2;
+typedef bf16 factor;
+typedef uint32_t word;
+#else
+constexpr int kFactors = 1;
+typedef float factor;
+typedef float word;
+#endif
+
+#ifdef INSVP_FAST_AMX
+constexpr int kRows = 2 * kTile, kVectors = 2, kStep = kTile;
+// Rows of w come from behind the second-level cache: many rows of x share them.
+constexpr int kBlocks = 4, kFewestRows = kRows, kMostRows = 288;
+#else
+// The sums of a tile, the words of one row of a panel and one word of x fill the 16 registers, or the 32 of AVX-512.
+// With 16, a tile of 4 rows and 3 vectors takes fewer instructions than one of 6 by 2.
+constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kStep = 1;
+constexpr int kBlocks = 8, kFewestRows = 160, kMostRows = 160;  // with more rows, too little of K fits into the cache
+#endif
+
+constexpr int kColumns = kVectors * kWidth;
+
+}  // namespace
