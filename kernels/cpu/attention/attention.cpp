@@ -20,17 +20,12 @@ Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, c
                     float scale, int threads) {
   Attention a{qkv,   out, d_qkv,   windows, bias,  mask, n, w, L, heads, d,
               scale, B,   threads, n * w,   w + L, 0,    0, 0, 0, 0,     0};
-  if (const int64_t step = kernels(qkv.type).step; step > kLine) {
-    a.width = round_up(d, step);
-    a.stride = round_up(a.S, step);
-    a.tokens = a.stride * larger(a.width, kMostQueries);
-    a.queries = smaller(kMostQueries, round_up(w, step));
-  } else {
-    a.width = whole_lines(d);
-    a.stride = a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
-    a.tokens = larger((a.S + 1) * a.width, d * a.stride);
-    a.queries = block_of_queries(w);
-  }
+  const int64_t step = kernels(qkv.type).step;
+  const bool tiles = step > kLine;
+  a.width = round_up(d, larger(kLine, step));
+  a.stride = tiles ? round_up(a.S, step) : a.S <= 64 ? whole_lines(a.S) : odd_lines(a.S);
+  a.queries = tiles ? smaller(kMostQueries, round_up(w, step)) : block_of_queries(w);
+  a.tokens = tiles ? a.stride * larger(a.width, a.queries / 2) : larger((a.S + 1) * a.width, d * a.stride);
   a.scores = a.queries * a.stride;
   a.lines = whole_lines(2 * (7 * w + 3 * L) * ceil_div(d * size_of(qkv.type), 64));
   return a;

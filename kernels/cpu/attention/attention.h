@@ -21,15 +21,16 @@ struct Attention {
   int64_t T, S;
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length
-  // `stride`; `scores` floats hold the `queries` rows of length `stride` of a block of queries. `width` is d in whole
-  // cache lines, `stride` is S in whole lines, of which many are an odd number. `lines` floats hold the addresses of the
+  // `stride`, with matrix tiles also S rows of a word for two queries; `scores` floats hold the `queries` rows of length `stride` of a block of queries. `width` is d in whole
+  // cache lines, `stride` is S in whole lines, of which many are an odd number; with matrix tiles all are whole tiles. `lines` floats hold the addresses of the
   // cache lines that a window writes and of those that the next one reads.
   int64_t width, stride, queries, tokens, scores, lines;
 };
 
-// The queries of a block, whose scores then stay in the first or second cache level: a small window is one block.
-constexpr int64_t kMostQueries = 64;
-constexpr int64_t block_of_queries(int64_t w) { return w <= kMostQueries ? w : 48; }
+// The queries of a block. Their scores then stay in the first or second cache level: a small window is one block. With
+// matrix tiles blocks are larger, as sums over queries are read and written once for each block.
+constexpr int64_t kMostQueries = 128;
+constexpr int64_t block_of_queries(int64_t w) { return w <= 64 ? w : 48; }
 
 // The number of matrices of each kind that a call may use.
 constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 13, kBwdScores = 3;

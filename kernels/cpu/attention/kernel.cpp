@@ -1,6 +1,6 @@
 // The arithmetic of attention on one head of one image.
 #include "attention.h"
-#include "product.h"
+#include "common/amx.h"
 #include "softmax.h"
 #include "transpose.h"
 #ifdef INSVP_FAST_AMX
@@ -115,8 +115,8 @@ struct Head {
   }
   const float* paired(const float* x, int64_t rows) { return Words::paired(tokens(), x, rows, a.width, words); }
 
-  // A matrix of words for sums over its `count` rows, transposed.
-  Elements across(const float* x, int64_t count) {
+  // The first operand of sums over the `count` rows of x, which are words for such sums.
+  Elements down(const float* x, [[maybe_unused]] int64_t count) {
 #ifdef INSVP_FAST_AMX
     const int64_t stride = Words::depth(a.queries);
     transpose(columns, stride, x, a.stride, Words::count(count), a.S);
@@ -174,8 +174,8 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
     h.dot_products(p, q + t * h.words, k_columns, count);
     h.dot_products(d, grad + t * h.words, v_columns, count);
     softmax_bwd(d, p, d_words, count, a.S, a.stride, h.scores_from(t));
-    multiply({d_v, a.width, true}, h.across(p, count), {grad_pairs + from, a.width}, a.S, a.d, along, h.soon);
-    multiply({d_k, a.width, true}, h.across(d, count), {q_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_v, a.width, true}, h.down(p, count), {grad_pairs + from, a.width}, a.S, a.d, along, h.soon);
+    multiply({d_k, a.width, true}, h.down(d, count), {q_pairs + from, a.width}, a.S, a.d, along, h.soon);
     multiply({d_q, a.width, false}, {d_words, Words::count(a.stride), 1}, {k_pairs, a.width}, count, a.d,
              Words::depth(a.S), h.soon);
     h.write_d_qkv(0, t, t + count, d_q);
@@ -185,16 +185,12 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
 }
 
 void attention_fwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
-#ifdef INSVP_FAST_AMX
-  const TileShapes shapes;
-#endif
+  [[maybe_unused]] const TileShapes shapes;
   for (int64_t window = 0; window < a.n; ++window) attention_fwd_window({a, image, head, window, scratch});
 }
 
 void attention_bwd_head(const Attention& a, int64_t image, int64_t head, float* scratch) {
-#ifdef INSVP_FAST_AMX
-  const TileShapes shapes;
-#endif
+  [[maybe_unused]] const TileShapes shapes;
   Head h{a, image, head, 0, scratch};
   float *d_k = h.tokens(), *d_v = h.tokens();
   const int64_t prompts = a.w * a.width, size = a.L * a.width * sizeof(float);

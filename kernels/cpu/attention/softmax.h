@@ -34,19 +34,21 @@ struct Scores {
   const float *bias, *mask;
   int64_t columns;
 
-  // A vector of them from column i on, given the products; -inf behind the row's `count` columns.
-  vec from(vec products, int64_t row, int64_t i, int64_t count) const {
+  // Whether the largest product gives the largest score: then products need not be replaced by scores.
+  bool ordered() const { return !bias && !mask && scale > 0.0f; }
+
+  // A vector of them from column i on, given the products.
+  vec from(vec products, int64_t row, int64_t i) const {
     vec v = scale * products;
-    const int64_t at = row * columns + i, end = i + kWidth;
-    if (end <= columns) {
+    const int64_t at = row * columns + i;
+    if (i + kWidth <= columns) {
       if (bias) v += load(bias + at);
       if (mask) v += load(mask + at);
     } else if (i < columns) {
       if (bias) v += load_some(bias + at, columns - i);
       if (mask) v += load_some(mask + at, columns - i);
     }
-    if (end <= count) return v;
-    return is_one_of_the_first(count - i) ? v : vec{} - __builtin_inff();
+    return v;
   }
 };
 
@@ -61,37 +63,50 @@ struct Block {
   float* x;
   int64_t rows, count, stride;
 
-  // Turns products into scores; returns the largest of each row.
+  static vec lowest() { return vec{} - __builtin_inff(); }
+
+  // result = f(result, vector, its first column) for the vectors of a row; the last one ends with -inf.
+  template <class F>
+  vec for_each_vector(vec result, const float* row, F f) const {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) result = f(result, load(row + i), i);
+    if (i < count) result = f(result, is_one_of_the_first(count - i) ? load(row + i) : lowest(), i);
+    return result;
+  }
+
+  // Turns products into scores, but where these are ordered; returns the largest score of each row.
   vec largest(int64_t first, const Scores& scores) const {
     vec most[kWidth];
+    const bool ordered = scores.ordered();
     for (int64_t j = 0; j < rows; ++j) {
-      vec m = vec{} - __builtin_inff();
-      for (int64_t i = 0; i < count; i += kWidth) {
-        float* at = x + j * stride + i;
-        const vec v = scores.from(load(at), first + j, i, count);
-        m = maximum(v, m);
-        store(at, v);
+      float* row = x + j * stride;
+      vec m = lowest();
+      if (ordered) {
+        m = for_each_vector(m, row, [](vec m, vec v, int64_t) { return maximum(v, m); });
+      } else {
+        for (int64_t i = 0; i < count; i += kWidth) store(row + i, scores.from(load(row + i), first + j, i));
+        m = for_each_vector(m, row, [](vec m, vec v, int64_t) { return maximum(v, m); });
       }
       most[j] = m;
     }
-    return reduce(most, rows, maximum);
+    const vec m = reduce(most, rows, maximum);
+    return ordered ? scores.scale * m : m;
   }
 
-  // Given scores, writes e^(score - largest score), with zeros behind the columns up to a whole vector; returns 1 / the
-  // sum of each row. `to` has the rows and the stride of x, and may be x.
+  // Given what `largest` has left, writes e^(score - largest score), with zeros behind the columns up to a whole vector;
+  // returns 1 / the sum of each row. `to` has the rows and the stride of x, and may be x.
   template <class Number>
-  vec exponentials(Number* to, const float* most) const {
+  vec exponentials(Number* to, const float* most, const Scores& scores) const {
     vec total[kWidth];
+    const float scale = scores.ordered() ? scores.scale : 1.0f;
     for (int64_t j = 0; j < rows; ++j) {
-      vec t = {};
-      for (int64_t i = 0; i < count; i += kWidth) {
-        const int64_t at = j * stride + i;
-        const vec e = exp_of_score(load(x + at) - most[j]);
-        t += e;
-        store(to + at, e);
-      }
-      end_row(to + j * stride, count);
-      total[j] = t;
+      Number* row = to + j * stride;
+      total[j] = for_each_vector(vec{}, x + j * stride, [&](vec t, vec v, int64_t i) {
+        const vec e = exp_of_score(scale * v - most[j]);
+        store(row + i, e);
+        return t + e;
+      });
+      end_row(row, count);
     }
     return 1.0f / reduce(total, rows, add);
   }
@@ -116,7 +131,7 @@ inline void softmax(float* to, float* factor, float* x, int64_t rows, int64_t co
     const Block block{x + first * stride, smaller(kWidth, rows - first), count, stride};
     float most[kWidth];
     store(most, block.largest(first, scores));
-    store(factor + first, block.exponentials(reinterpret_cast<Words::Number*>(to) + first * stride, most));
+    store(factor + first, block.exponentials(reinterpret_cast<Words::Number*>(to) + first * stride, most, scores));
   }
 }
 
@@ -130,7 +145,7 @@ inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, in
     const Block block{x, smaller(kWidth, rows - first), count, stride};
     float most[kWidth], factor[kWidth], delta[kWidth];
     store(most, block.largest(first, scores));
-    store(factor, block.exponentials(x, most));
+    store(factor, block.exponentials(x, most, scores));
     store(delta, block.products(factor, dp));
     for (int64_t j = 0; j < block.rows; j += n, p_to += stride, d_to += stride)
       for (int64_t i = 0; i < count; i += kWidth) {

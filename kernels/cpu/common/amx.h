@@ -112,4 +112,6 @@ inline void multiply_tiles(Matrix<float> c, Matrix<const uint32_t> a, Matrix<con
 }
 
 }  // namespace
+#else
+struct TileShapes {};
 #endif
