@@ -213,8 +213,8 @@ def override_provider(choose: Callable[[torch.dtype], str]) -> Iterator[None]:
 def cpu_provider(dtype: torch.dtype) -> str:
     """How this CPU multiplies by a frozen weight in ``dtype``: "native", "onednn", "widened" or "plain".
 
-    "native": the native library's product with prepacked weights, for fp32 and bf16 with at least AVX2, unless the CPU
-    has matrix tiles (AMX) for bf16. "onednn": oneDNN with prepacked weights, for 16 bits where the CPU has instructions
+    "native": the native library's product with prepacked weights, for fp32 and bf16 with at least AVX2; where the CPU
+    has matrix tiles (AMX), for bf16 only if the library uses them. "onednn": oneDNN with prepacked weights, for 16 bits where the CPU has instructions
     for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where there are none. "plain":
     ``torch.nn.functional.linear``. The first two only if a self-test passes.
     """

@@ -2,8 +2,6 @@
 // pair of bf16 factors that are neighbors along the sum.
 #pragma once
 #ifdef INSVP_FAST_AMX
-#include <immintrin.h>
-
 #include "common/sizes.h"
 #include "common/vec.h"
 
@@ -11,24 +9,18 @@ namespace {
 
 constexpr int kTile = 16;  // the rows of a tile, and the words of a row
 
-// Gives all tiles their shape for as long as it lives, then the one that another library may have set.
-class TileShapes {
- public:
+// Gives all tiles their shape for as long as it lives. A function may change the shapes that its caller has set.
+struct TileShapes {
   TileShapes() {
-    _tile_storeconfig(before_);
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
     } const shapes;
-    load(&shapes);
+    asm volatile("ldtilecfg (%0)" : : "r"(&shapes) : "memory");
   }
-  ~TileShapes() { load(before_); }
+  ~TileShapes() { asm volatile("tilerelease"); }
   TileShapes(const TileShapes&) = delete;
-
- private:
-  static void load(const void* shapes) { asm volatile("ldtilecfg (%0)" : : "r"(shapes) : "memory"); }
-  alignas(64) uint8_t before_[64];
 };
 
 // The compilers' functions for single tiles take numbers that a template cannot give, and do not say what they read.
@@ -72,8 +64,8 @@ inline void with_tiles(int64_t rows, int64_t columns, F f) {
 enum class Once { no, yes };
 
 // c [16 * ROWS, 16 * COLUMNS] = [c +] a [16 * ROWS, depth] @ b [depth, 16 * COLUMNS], of up to 2 by 2 tiles; the depth is
-// in words, a multiple of 16. `meanwhile` is called once for every 16 of it. Whether tiles of `a` are
-// read only ONCE while `b` stays in the first-level cache, matters to speed alone.
+// in words, a multiple of 16. `meanwhile` is called once for every 16 of it. With
+// ONCE, `a` leaves the first-level cache to what is read again.
 template <int ROWS, int COLUMNS, Once ONCE, class Meanwhile>
 inline void multiply_tiles(Matrix<float> c, Matrix<const uint32_t> a, Matrix<const uint32_t> b, int64_t depth, bool add,
                            const Meanwhile& meanwhile) {
