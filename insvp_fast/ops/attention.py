@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from insvp_fast.ops.attention_by_image import attention_by_image, attention_by_image_bwd
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import (
     check_num_keys,
@@ -250,52 +250,14 @@ def _explicit_reason(a: _Fwd | _Bwd) -> str | None:
 
 
 def _fwd_explicit(a: _Fwd) -> tuple[Tensor, Tensor]:
-    """Image after image, so that the scores of one stay in the cache."""
-    qkv = _multiplied(a.qkv)
-    out = qkv.new_empty(qkv.shape[0], a.num_queries, qkv.shape[-1] // 3)
-    scores = qkv.new_empty(a.num_heads * a.num_queries * qkv.shape[1])
-    images = zip(*split_packed(qkv, a.num_heads), split_heads(out, a.num_heads), _keys(a), strict=True)
-    for q, k, v, o, keys in images:
-        p = _first(scores, a.num_heads, a.num_queries, keys)
-        _probabilities(q[:, : a.num_queries], k[:, :keys], a.scale, p)
-        torch.bmm(p, v[:, :keys], out=o)
+    out = attention_by_image(_multiplied(a.qkv), a.num_heads, a.num_queries, a.scale, a.num_keys)
     return out.to(a.qkv.dtype), _nothing(a)
 
 
 def _bwd_explicit(a: _Bwd) -> Tensor:
-    qkv, grad, (H, T, scale) = _multiplied(a.qkv), _multiplied(a.grad), (a.num_heads, a.num_queries, a.scale)
-    d_qkv = torch.empty_like(qkv)
-    scores = qkv.new_empty(2, H * T * qkv.shape[1])
-    images = zip(*split_packed(qkv, H), *split_packed(d_qkv, H), split_heads(grad, H), _keys(a), strict=True)
-    for q, k, v, d_q, d_k, d_v, d_o, keys in images:
-        q, k, v = q[:, :T], k[:, :keys], v[:, :keys]
-        p, d_p = (_first(part, H, T, keys) for part in scores)
-        _probabilities(q, k, scale, p)
-        torch.bmm(p.mT, d_o, out=d_v[:, :keys])
-        torch.bmm(d_o, v.mT, out=d_p)
-        d_scores = torch_private.softmax_bwd(d_p, p)
-        torch.baddbmm(q, d_scores, k, beta=0, alpha=scale, out=d_q[:, :T])
-        d_q[:, T:] = 0
-        torch.baddbmm(k, d_scores.mT, q, beta=0, alpha=scale, out=d_k[:, :keys])
-        d_k[:, keys:] = 0
-        d_v[:, keys:] = 0
+    shape = a.num_heads, a.num_queries, a.scale
+    d_qkv = attention_by_image_bwd(_multiplied(a.grad), _multiplied(a.qkv), *shape, a.num_keys)
     return d_qkv.to(a.qkv.dtype)
-
-
-def _keys(a: _Fwd | _Bwd) -> list[int]:
-    """The number of keys of each image."""
-    B, S, _ = a.qkv.shape
-    return [S] * B if a.num_keys is None else a.num_keys.tolist()
-
-
-def _first(memory: Tensor, *shape: int) -> Tensor:
-    """A contiguous tensor at the beginning of some memory."""
-    return memory[: math.prod(shape)].view(shape)
-
-
-def _probabilities(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
-    torch.baddbmm(out, q, k.mT, beta=0, alpha=scale, out=out)
-    torch.softmax(out, -1, out=out)
 
 
 def _fwd_flash(a: _Fwd) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from insvp_fast.ops.linear import frozen_operands
 from insvp_fast.ops.registry import call
 from insvp_fast.runtime import buffers, torch_private
 from insvp_fast.runtime.products import FrozenLinear
+from insvp_fast.runtime.rows import rows_apart
 
 __all__ = ["absorbed_attention", "query_attention"]
 
@@ -64,25 +65,39 @@ class _QueryAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, kv: Tensor, num_heads: int, scale: float, num_keys: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        k, v = map(_contiguous, split_packed(kv, num_heads, 2))
-        scores = add_bias(scale * split_heads(q, num_heads) @ k.mT, bias)
-        p = without_padding(scores, num_keys).softmax(dim=-1)
+        out, p = _attended(q, kv, num_heads, scale, num_keys, bias)
         ctx.save_for_backward(q, kv, p)
         ctx.shape = num_heads, scale
-        return merge_heads(p @ v)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, p = ctx.saved_tensors
-        num_heads, scale = ctx.shape
-        k, v = map(_contiguous, split_packed(kv, num_heads, 2))
-        q, grad = split_heads(q, num_heads), split_heads(grad, num_heads)
-        d_scores = scale * torch_private.softmax_bwd(grad @ v.mT, p)
-        d_kv, d_head = buffers.empty_like(kv), buffers.empty(v.shape, v.dtype, v.device)
-        # each half is written where it belongs: stacking them would cost another buffer of their size
-        for half, product in zip(split_packed(d_kv, num_heads, 2), ((d_scores, q), (p, grad)), strict=True):
-            half.copy_(torch.matmul(product[0].mT, product[1], out=d_head))
-        return merge_heads(d_scores @ k), d_kv, *(None,) * 4
+        return *_attended_bwd(grad, *ctx.saved_tensors, *ctx.shape), *(None,) * 4
+
+
+@rows_apart
+def _attended(
+    q: Tensor, kv: Tensor, num_heads: int, scale: float, num_keys: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The result, and the probabilities."""
+    k, v = map(_contiguous, split_packed(kv, num_heads, 2))
+    scores = add_bias(scale * split_heads(q, num_heads) @ k.mT, bias)
+    p = without_padding(scores, num_keys).softmax(dim=-1)
+    return merge_heads(p @ v), p
+
+
+@rows_apart
+def _attended_bwd(
+    grad: Tensor, q: Tensor, kv: Tensor, p: Tensor, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    k, v = map(_contiguous, split_packed(kv, num_heads, 2))
+    q, grad = split_heads(q, num_heads), split_heads(grad, num_heads)
+    d_scores = scale * torch_private.softmax_bwd(grad @ v.mT, p)
+    d_kv, d_head = buffers.empty_like(kv), buffers.empty(v.shape, v.dtype, v.device)
+    # each half is written where it belongs: stacking them would cost another buffer of their size
+    for half, product in zip(split_packed(d_kv, num_heads, 2), ((d_scores, q), (p, grad)), strict=True):
+        half.copy_(torch.matmul(product[0].mT, product[1], out=d_head))
+    return merge_heads(d_scores @ k), d_kv
 
 
 def _contiguous(x: Tensor) -> Tensor:  # matmul would do so itself, in fresh memory
@@ -131,25 +146,41 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, T: int, *rest: Any) -> Tensor:
         *weights, H, scale, num_keys, bias = rest
-        D = weights[0].shape[0] // 3
-        rows = _turned(_by_head(_product(x[:, :T], weights, 0, D), H), weights, D, 2 * D)  # [B, H·T, E]
-        scores = add_bias(torch.unflatten(scale * rows @ x.mT, 1, (H, T)), bias)
-        p = without_padding(scores, num_keys).softmax(dim=-1).flatten(1, 2)
+        out, rows, p = _absorbed(x, weights, T, H, scale, num_keys, bias)
         ctx.save_for_backward(x, rows, p, *weights)
         ctx.shape = T, H, scale
-        return _own_heads(_product(p @ x, weights, 2 * D, 3 * D), H)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rows, p, *weights = ctx.saved_tensors
-        (T, H, scale), D = ctx.shape, weights[0].shape[0] // 3
-        d_mean = _turned(_by_head(grad, H), weights, 2 * D, 3 * D)
-        d_scores = scale * torch_private.softmax_bwd(d_mean @ x.mT, p)
-        d_x = torch.baddbmm(p.mT @ d_mean, d_scores.mT, rows)
-        weight, _, gain, _ = weights  # nothing is added to a gradient
-        d_q = _own_heads(_product(d_scores @ x, (weight, None, gain, None), D, 2 * D), H)
-        d_x[:, :T] += _turned(d_q, weights, 0, D)
-        return d_x, *(None,) * 9
+        return _absorbed_bwd(grad, x, rows, p, weights, *ctx.shape), *(None,) * 9
+
+
+@rows_apart
+def _absorbed(
+    x: Tensor, weights: Any, T: int, H: int, scale: float, num_keys: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and per head and query the row that a token is multiplied by, and the probabilities."""
+    D = weights[0].shape[0] // 3
+    rows = _turned(_by_head(_product(x[:, :T], weights, 0, D), H), weights, D, 2 * D)  # [B, H·T, E]
+    scores = add_bias(torch.unflatten(scale * rows @ x.mT, 1, (H, T)), bias)
+    p = without_padding(scores, num_keys).softmax(dim=-1).flatten(1, 2)
+    return _own_heads(_product(p @ x, weights, 2 * D, 3 * D), H), rows, p
+
+
+@rows_apart
+def _absorbed_bwd(
+    grad: Tensor, x: Tensor, rows: Tensor, p: Tensor, weights: Any, T: int, H: int, scale: float
+) -> Tensor:
+    D = weights[0].shape[0] // 3
+    d_mean = _turned(_by_head(grad, H), weights, 2 * D, 3 * D)
+    d_scores = scale * torch_private.softmax_bwd(d_mean @ x.mT, p)
+    d_x = torch.baddbmm(p.mT @ d_mean, d_scores.mT, rows)
+    weight, _, gain, _ = weights  # nothing is added to a gradient
+    d_q = _own_heads(_product(d_scores @ x, (weight, None, gain, None), D, 2 * D), H)
+    d_x[:, :T] += _turned(d_q, weights, 0, D)
+    return d_x
 
 
 def _product(x: Tensor, weights: Any, first: int, last: int) -> Tensor:

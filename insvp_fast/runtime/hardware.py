@@ -6,12 +6,13 @@ import contextlib
 import platform
 import shutil
 import subprocess
+from functools import cache
 
 import torch
 
 from insvp_fast.runtime import torch_private
 
-__all__ = ["cpu_name", "gpu_state", "has_products", "instruction_set", "sdpa_backend", "wide_vectors"]
+__all__ = ["cpu_name", "gpu_state", "has_products", "has_tiles", "instruction_set", "sdpa_backend", "wide_vectors"]
 
 
 def has_products(dtype: torch.dtype) -> bool:
@@ -21,6 +22,13 @@ def has_products(dtype: torch.dtype) -> bool:
     than widening the operands to fp32: with AVX-512 by half, with less, where they are scalar code, a hundred times.
     """
     return bool(torch_private.HAS_PRODUCTS.get(dtype, True))
+
+
+@cache
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices in ``dtype`` tile by tile (AMX)."""
+    name = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype)
+    return name is not None and bool(torch.cpu.get_capabilities().get(name, False))
 
 
 def wide_vectors() -> bool:

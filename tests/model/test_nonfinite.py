@@ -8,7 +8,7 @@ from insvp_fast import InsVPConfig, ops
 from insvp_fast.ops import Blend, FrozenLinear, PatchWeights
 from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
 from insvp_fast.ops.conv import conv_reference
-from insvp_fast.ops.heads import merge_heads
+from insvp_fast.ops.heads import merge_heads, split_packed
 from insvp_fast.ops.norm_insert import norm_insert_reference
 from insvp_fast.ops.superpose import superpose_reference
 from insvp_fast.runtime import native
@@ -69,6 +69,20 @@ def draw_query_attention():
     return formula, ops.query_attention, inputs, 2, (heads, 0.4)
 
 
+def draw_absorbed_attention():
+    heads, d, S, E = number(1, 3), number(1, 20), number(1, 30), number(1, 30)
+    T = number(1, S)
+
+    def formula(x, weight, bias):
+        q, k, v = split_packed(F.linear(x, weight, bias), heads)
+        return merge_heads((0.4 * q[:, :, :T] @ k.mT).softmax(-1) @ v)
+
+    def operation(x, weight, bias):
+        return ops.absorbed_attention(x, T, FrozenLinear(weight, bias), heads, 0.4)
+
+    return formula, operation, [torch.randn(2, S, E)], 1, (torch.randn(3 * heads * d, E), torch.randn(3 * heads * d))
+
+
 def draw_linear():
     weight, bias = torch.randn(number(1, 50), number(1, 50)), torch.randn(1)
     bias = bias.expand(len(weight)).contiguous()
@@ -127,7 +141,7 @@ def values(function, inputs, constants, grads, dtype=None):
     return [*out, *torch.autograd.grad(out, inputs, [g.to(o) for g, o in zip(grads, out, strict=True)])]
 
 
-DRAWS = [draw_superpose, draw_norm_insert, draw_attention, draw_query_attention]
+DRAWS = [draw_superpose, draw_norm_insert, draw_attention, draw_query_attention, draw_absorbed_attention]
 DRAWS += [draw_linear, draw_mlp, draw_conv, draw_conv_pool]
 
 
