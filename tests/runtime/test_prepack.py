@@ -39,8 +39,13 @@ def product(request):
         yield PRODUCTS[how]
 
 
+def drawn(shape):
+    """As large as a layer's weights: larger ones would saturate the softmax, which magnifies rounding errors."""
+    return torch.randn(shape) / shape[-1] ** 0.5
+
+
 def by_data(layer):
-    layer.weight.data.add_(1)
+    layer.weight.data.add_(0.1)
 
 
 def by_numpy(layer):
@@ -53,7 +58,7 @@ def by_dlpack(layer):
 
 def by_storage_copy(layer):
     storage = layer.weight.untyped_storage()
-    storage.copy_(torch.randn(layer.weight.shape).untyped_storage())
+    storage.copy_(drawn(layer.weight.shape).untyped_storage())
 
 
 def by_storage_fill(layer):
@@ -61,47 +66,47 @@ def by_storage_fill(layer):
 
 
 def by_address(layer):
-    source = torch.randn(layer.weight.shape)
+    source = drawn(layer.weight.shape)
     ctypes.memmove(layer.weight.data_ptr(), source.data_ptr(), source.nbytes)
 
 
 def by_new_data(layer):
-    layer.weight.data = torch.randn(layer.weight.shape)
+    layer.weight.data = drawn(layer.weight.shape)
 
 
 def by_set(layer):
     with torch.no_grad():
-        layer.weight.set_(torch.randn(layer.weight.shape))
+        layer.weight.set_(drawn(layer.weight.shape))
 
 
 def by_assignment(layer):
-    layer.weight = nn.Parameter(torch.randn(layer.weight.shape), requires_grad=False)
+    layer.weight = nn.Parameter(drawn(layer.weight.shape), requires_grad=False)
 
 
 def by_assigned_state(layer):
-    layer.load_state_dict({k: torch.randn(v.shape) for k, v in layer.state_dict().items()}, assign=True)
+    layer.load_state_dict({k: drawn(v.shape) for k, v in layer.state_dict().items()}, assign=True)
 
 
 def by_state(layer):
-    layer.load_state_dict({k: torch.randn(v.shape) for k, v in layer.state_dict().items()})
+    layer.load_state_dict({k: drawn(v.shape) for k, v in layer.state_dict().items()})
 
 
 def by_swap(layer):
-    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(layer.weight.shape), requires_grad=False))
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(drawn(layer.weight.shape), requires_grad=False))
 
 
 def by_averages_swapped_in(layer):
-    average = [p.detach().clone() + 1 for p in layer.parameters()]
+    average = [p.detach().clone() + 0.1 for p in layer.parameters()]
     for p, other in zip(layer.parameters(), average, strict=True):
         p.data, other.data = other.data, p.data
 
 
 def by_foreach(layer):
-    torch._foreach_add_([p.data for p in layer.parameters()], 1)
+    torch._foreach_add_([p.data for p in layer.parameters()], 0.1)
 
 
 def by_transposed_view(layer):
-    layer.weight.data.T.copy_(torch.randn(layer.weight.T.shape))
+    layer.weight.data.T.copy_(drawn(layer.weight.T.shape))
 
 
 def by_the_bias(layer):
@@ -123,7 +128,7 @@ def by_optimizer(make):
 WRITES = {function.__name__: function for name, function in list(globals().items()) if name.startswith("by_")}
 del WRITES["by_optimizer"]
 WRITES |= {
-    f"by_{kind.__name__}-{options}": by_optimizer(lambda ps, kind=kind, options=options: kind(ps, lr=0.5, **options))
+    f"by_{kind.__name__}-{options}": by_optimizer(lambda ps, kind=kind, options=options: kind(ps, lr=0.1, **options))
     for kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
     for options in ({"fused": True}, {"foreach": True}, {})
 }
@@ -427,9 +432,8 @@ def test_a_model_in_use_sees_a_write(write, path, autocast):
     values, anew = (trained_gradients(model, image, autocast=autocast) for model in (fast, copy.deepcopy(fast)))
     assert all(torch.equal(value, anew[name]) for name, value in values.items())
     if autocast is None:
-        plain, exact = trained_gradients(reference, image), trained_gradients(reference.double(), image.double())
-        for name, value in values.items():
-            assert relative_error(value, exact[name]) < max(1e-5, 2 * relative_error(plain[name], exact[name]))
+        exact = trained_gradients(reference.double(), image.double())
+        assert max(relative_error(value, exact[name]) for name, value in values.items()) < 1e-5
 
 
 def test_nothing_is_packed_of_a_backbone_that_is_trained():
