@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import defaultdict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +44,27 @@ def with_settings(model, image, settings):
 
 def dropout_is_on(model):
     return any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in model.modules())
+
+
+DRAWS = 8  # of models and images, for assert_errors_within_budget
+
+
+def assert_errors_within_budget(draws, dtype, what=""):
+    """The root mean square error of each number is at most twice that of the reference, plus one rounding in ``dtype``.
+
+    ``draws`` are pairs of models with an image: of each what the fast model gives, the reference, and the reference in
+    double precision. One draw would not do: the error of a bias of three numbers is a matter of chance, and so is that
+    of rounded weights for all images of a model, since a folded weight is rounded once where the reference rounds two.
+    """
+    squares = defaultdict(list)
+    for values, plain, exact in draws:
+        for name, value in values.items():
+            assert value.dtype == plain[name].dtype, f"{what}{name}"
+            squares[name].append([relative_error(x, exact[name]) ** 2 for x in (value, plain[name])])
+    for name, pairs in squares.items():
+        error, rough = torch.tensor(pairs).mean(0).sqrt().tolist()
+        allowed = 2 * rough + torch.finfo(dtype).eps
+        assert error <= allowed, f"{what}{name}: {error:.2e}, the reference {rough:.2e}"
 
 
 def assert_bf16_within_budget(reference, fast, image, autocast):

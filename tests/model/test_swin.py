@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensorMode
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
 from insvp_fast.backbones.swin import tokens_of_windows
 from insvp_fast.reference.swin import block_with_prompts
-from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
-from tests.model.parity import assert_equal_numbers
+from insvp_fast.testing import DEVICE, make_pair, relative_error, saved_bytes, trained_gradients
+from tests.model.parity import DRAWS, assert_equal_numbers, assert_errors_within_budget
 from tests.model.test_model import images
 
 NAME = "swin_tiny_patch4_window7_224"
@@ -132,16 +132,18 @@ def test_configurations(switch):
     ("amp", "dtype"), [(True, torch.bfloat16), (True, torch.float16), (False, torch.bfloat16)], ids=str
 )
 def test_low_precision(amp, dtype):
-    reference, fast = pair()
-    image = images(fast, 4)
-    if not amp:
-        reference, fast, image = reference.to(dtype), fast.to(dtype), image.to(dtype)
-    exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-    plain = trained_gradients(reference, image, autocast=dtype if amp else None)
-    values = trained_gradients(fast, image, autocast=dtype if amp else None)
-    for name, value in values.items():
-        assert value.dtype == plain[name].dtype
-        assert_within_budget(value, plain[name], exact[name], dtype, name)
+    draws = []
+    for _ in range(DRAWS):
+        reference, fast = pair()
+        image = images(fast, 4)
+        if not amp:
+            reference, fast, image = (x.to(dtype) for x in (reference, fast, image))
+        exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+        plain, values = (
+            trained_gradients(model, image, autocast=dtype if amp else None) for model in (reference, fast)
+        )
+        draws.append((values, plain, exact))
+    assert_errors_within_budget(draws, dtype)
 
 
 @pytest.mark.parametrize(
