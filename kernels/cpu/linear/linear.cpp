@@ -29,24 +29,35 @@ constexpr int64_t kWorthCopyingRows = 48, kWorthCopyingPanels = 4;  // the size 
 
 struct Division {
   int64_t down, across;         // the number of blocks
-  int64_t rows, columns, runs;  // the size of each
+  int64_t rows, columns, runs;  // the size of the largest
   int64_t scratch;              // floats
 };
+
+struct Range {
+  int64_t first, size;
+};
+
+// Part `i` of `size` things that come in units, of `parts` that differ by one unit at most.
+Range part(int64_t i, int64_t parts, int64_t size, int64_t unit) {
+  const int64_t units = ceil_div(size, unit), first = units * i / parts * unit;
+  return {first, smaller(size, units * (i + 1) / parts * unit) - first};
+}
 
 // One thread takes blocks as large as the caches allow, several threads take several blocks each.
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
   const int64_t wanted = threads > 1 ? kernels.blocks * threads : 1, panels = ceil_div(N, kernels.columns);
   const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
   const int64_t resident_rows = resident_words() / (runs * kRowStride);
+  const bool whole = kernels.fewest_rows < kernels.most_rows;  // so fast that reading x twice would cost more
   Division d;
   d.down = ceil_div(M, smaller(kernels.most_rows, larger(kernels.fewest_rows, resident_rows)));
+  if (whole) d.down = larger(d.down, smaller(wanted, M / (3 * kernels.rows)));
+  if (whole && d.down > threads) d.down = round_up(d.down, threads);
   d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kWorthCopyingPanels));
   d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kWorthCopyingRows)));
+  d.down = smaller(d.down, ceil_div(M, kernels.rows));
   d.rows = ceil_div(ceil_div(M, kernels.rows), d.down) * kernels.rows;
   d.columns = ceil_div(panels, d.across) * kernels.columns;
-  d.down = ceil_div(M, d.rows);
-  d.across = ceil_div(N, d.columns);
-  const bool whole = kernels.fewest_rows < kernels.most_rows;
   const int64_t parts = whole ? 1 : ceil_div(runs, larger(1, resident_words() / (d.rows * kRowStride)));
   d.runs = ceil_div(runs, parts);
   d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : 2 * kernels.columns));
@@ -124,8 +135,9 @@ INSVP_FAST_API int linear(
   const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)},
                     {pre, DType(pre_type)}, Epilogue(epilogue), Activation(activation), N, K};
   for_each_job(d.down * d.across, threads, memory.base, d.scratch, [&](int64_t block, float* own) {
-    const int64_t row = block / d.across * d.rows, column = block % d.across * d.columns;
-    k.block(args, {row, smaller(d.rows, M - row), column, smaller(d.columns, N - column), d.runs}, own);
+    const Range rows = part(block / d.across, d.down, M, k.rows);
+    const Range columns = part(block % d.across, d.across, N, k.columns);
+    k.block(args, {rows.first, rows.size, columns.first, columns.size, d.runs}, own);
   });
   return 0;
 }
