@@ -28,8 +28,11 @@ struct Sums {
 struct Soon {
   const char* const* next = nullptr;
   const char* const* end = nullptr;
-  void expect(int64_t lines) {
-    for (; lines && next != end; --lines) __builtin_prefetch(*next++);
+  void expect_one() {
+    if (next != end) __builtin_prefetch(*next++);
+  }
+  void expect(int64_t lines) {  // in the second-level cache, as the first one may take few at a time
+    for (; lines && next != end; --lines) __builtin_prefetch(*next++, 0, 2);
   }
 };
 

@@ -19,7 +19,7 @@ __attribute__((noinline)) void strip(Sums c, Elements a, Rows b, int64_t count, 
     const float* row = b.data;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k, row += b.stride) {
-      soon.expect(1);
+      soon.expect_one();
       vec bk[VECTORS];
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) bk[v] = load(row + v * kWidth);
