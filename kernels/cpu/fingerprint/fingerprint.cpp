@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kWordBytes = 8, kLineBytes = 64, kLines = 128, kBlockBytes = kLineBytes * kLines;
 constexpr int64_t kSmall = 8 * kBlockBytes;  // bytes: regions up to this size are read in full
+constexpr int64_t kShared = 1 << 20;         // bytes: threads share the lines of regions from this size on
 constexpr int64_t kAhead = 16;               // blocks: how far ahead of its use a line is prefetched
 
 inline uint64_t mixed(const char* data, int64_t at, int64_t size) {
@@ -41,12 +42,23 @@ struct Region {  // a row of the table in insvp_fast/runtime/native/fingerprint.
   const uint64_t* sums;  // [128], of each line
 };
 
-bool same(const Region& r, int64_t line) {
+// The sum of line `line` of the blocks from `first` to before `last`.
+uint64_t sum_of_blocks(const Region& r, int64_t line, int64_t first, int64_t last) {
   uint64_t sum = 0;
-  for (int64_t at = line * kLineBytes; at < r.bytes; at += kBlockBytes) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t at = block * kBlockBytes + line * kLineBytes;
     __builtin_prefetch(r.data + smaller(at + kAhead * kBlockBytes, r.bytes - 1));
     sum += line_sum(r.data, r.bytes, at);
   }
+  return sum;
+}
+
+bool same(const Region& r, int64_t line, [[maybe_unused]] int threads) {
+  const int64_t blocks = ceil_div(r.bytes - line * kLineBytes, kBlockBytes), parts = r.bytes > kShared ? threads : 1;
+  if (parts == 1) return sum_of_blocks(r, line, 0, blocks) == r.sums[line];
+  uint64_t sum = 0;
+#pragma omp parallel for reduction(+ : sum) num_threads(threads)
+  for (int64_t i = 0; i < parts; ++i) sum += sum_of_blocks(r, line, blocks * i / parts, blocks * (i + 1) / parts);
   return sum == r.sums[line];
 }
 
@@ -68,13 +80,13 @@ INSVP_FAST_API int fingerprint(const char* data, int64_t bytes, uint64_t* sums, 
   return 0;
 }
 
-// Whether each region still has the checksum of one line, into *result; small regions are checked in full. It uses one
-// thread: a check of a large weight takes some 20 microseconds, much of which threads would spend waiting.
-INSVP_FAST_API int fingerprint_same(const Region* regions, int64_t count, int64_t line, int* result, int /*threads*/) {
+// Whether each region still has the checksum of one line, into *result; small regions are checked in full. Each line is
+// in a page of its own: the search for the pages takes most of the time.
+INSVP_FAST_API int fingerprint_same(const Region* regions, int64_t count, int64_t line, int* result, int threads) {
   bool all = true;
   for (const Region* r = regions; r < regions + count; ++r) {
     const bool small = r->bytes <= kSmall;
-    for (int64_t l = small ? 0 : line; l < (small ? kLines : line + 1); ++l) all = all && same(*r, l);
+    for (int64_t l = small ? 0 : line; l < (small ? kLines : line + 1); ++l) all = all && same(*r, l, threads);
   }
   *result = all;
   return 0;
