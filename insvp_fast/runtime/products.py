@@ -123,7 +123,7 @@ def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [.
     ``how``: "native", "onednn", "widened" or "plain", see ``cpu_provider``; so in all functions here.
     """
     dtype = x.dtype
-    if how == "widened":
+    if _widens(x, how):
         return linear(x.float(), w, provider(torch.float32, x.device)).to(dtype)
     if how == "native":
         return _unflat(native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features), x)
@@ -136,7 +136,7 @@ def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [.
 def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -> [..., D_in]
     """The gradient of ``linear`` by x."""
     dtype = grad.dtype
-    if how == "widened":
+    if _widens(grad, how):
         return linear_bwd(grad.float(), w, provider(torch.float32, grad.device)).to(dtype)
     if how == "native":
         return _unflat(native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features), grad)
@@ -145,6 +145,11 @@ def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -
         return _by_rows(_onednn, grad, matrix, None)
     matrix, _ = w.plain(dtype, "backward")
     return _by_rows(F.linear, grad, matrix.T, None)
+
+
+def _widens(x: Tensor, how: str) -> bool:
+    """Whether to multiply in fp32: also where NaN would leave its row (``rows``), which rows of whole tiles keep."""
+    return how == "widened" or (how != "native" and x.is_cpu and x.shape[-1] % 32 != 0 and hardware.has_tiles(x.dtype))
 
 
 def linear_activation(

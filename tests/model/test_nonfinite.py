@@ -89,7 +89,7 @@ def draw_linear():
     return (
         F.linear,
         lambda x, *w: ops.linear(x, FrozenLinear(*w)),
-        [torch.randn(2, 3, weight.shape[1])],
+        [torch.randn(2, number(1, 40), weight.shape[1])],
         1,
         (weight, bias),
     )
@@ -106,7 +106,7 @@ def draw_mlp():
     return (
         formula,
         lambda x, *w: ops.mlp(x, FrozenLinear(*w[:2]), FrozenLinear(*w[2:]), keep=keep),
-        [torch.randn(2, 3, D)],
+        [torch.randn(2, number(1, 40), D)],
         1,
         weights,
     )

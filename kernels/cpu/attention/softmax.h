@@ -23,9 +23,10 @@ inline vec reduce(vec (&v)[kWidth], int64_t count, Operation operation) {
 }
 
 #ifdef INSVP_FAST_BF16_PAIRS
-inline vec exp_of_score(vec x) { return rough_exp2_of_negative(x * kLog2E); }  // probabilities become bf16
+// e^(factor * x): roughly, as probabilities become bf16.
+inline vec exp_of(vec x, float factor) { return rough_exp2_of_negative(x * (factor * kLog2E)); }
 #else
-inline vec exp_of_score(vec x) { return exp(x); }
+inline vec exp_of(vec x, float factor) { return exp(x * factor); }
 #endif
 
 // The scores of a row: products of queries and keys, scaled, plus summands of `columns` numbers, or null.
@@ -34,8 +35,9 @@ struct Scores {
   const float *bias, *mask;
   int64_t columns;
 
-  // Whether the largest product gives the largest score: then products need not be replaced by scores.
+  // Whether the largest product gives the largest score: then products serve as scores, whose unit is `unit`.
   bool ordered() const { return !bias && !mask && scale > 0.0f; }
+  float unit() const { return ordered() ? scale : 1.0f; }
 
   // A vector of them from column i on, given the products.
   vec from(vec products, int64_t row, int64_t i) const {
@@ -74,7 +76,7 @@ struct Block {
     return result;
   }
 
-  // Turns products into scores, but where these are ordered; returns the largest score of each row.
+  // Turns products into scores, unless they serve as such; returns the largest of each row.
   vec largest(int64_t first, const Scores& scores) const {
     vec most[kWidth];
     const bool ordered = scores.ordered();
@@ -89,20 +91,18 @@ struct Block {
       }
       most[j] = m;
     }
-    const vec m = reduce(most, rows, maximum);
-    return ordered ? scores.scale * m : m;
+    return reduce(most, rows, maximum);
   }
 
-  // Given what `largest` has left, writes e^(score - largest score), with zeros behind the columns up to a whole vector;
-  // returns 1 / the sum of each row. `to` has the rows and the stride of x, and may be x.
+  // Given scores, writes e^(unit * (score - largest score)), with zeros behind the columns up to a whole vector; returns
+  // 1 / the sum of each row. `to` has the rows and the stride of x, and may be x.
   template <class Number>
-  vec exponentials(Number* to, const float* most, const Scores& scores) const {
+  vec exponentials(Number* to, const float* most, float unit) const {
     vec total[kWidth];
-    const float scale = scores.ordered() ? scores.scale : 1.0f;
     for (int64_t j = 0; j < rows; ++j) {
       Number* row = to + j * stride;
       total[j] = for_each_vector(vec{}, x + j * stride, [&](vec t, vec v, int64_t i) {
-        const vec e = exp_of_score(scale * v - most[j]);
+        const vec e = exp_of(v - most[j], unit);
         store(row + i, e);
         return t + e;
       });
@@ -131,7 +131,7 @@ inline void softmax(float* to, float* factor, float* x, int64_t rows, int64_t co
     const Block block{x + first * stride, smaller(kWidth, rows - first), count, stride};
     float most[kWidth];
     store(most, block.largest(first, scores));
-    store(factor + first, block.exponentials(reinterpret_cast<Words::Number*>(to) + first * stride, most, scores));
+    store(factor + first, block.exponentials(reinterpret_cast<Words::Number*>(to) + first * stride, most, scores.unit()));
   }
 }
 
@@ -145,7 +145,7 @@ inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, in
     const Block block{x, smaller(kWidth, rows - first), count, stride};
     float most[kWidth], factor[kWidth], delta[kWidth];
     store(most, block.largest(first, scores));
-    store(factor, block.exponentials(x, most, scores));
+    store(factor, block.exponentials(x, most, scores.unit()));
     store(delta, block.products(factor, dp));
     for (int64_t j = 0; j < block.rows; j += n, p_to += stride, d_to += stride)
       for (int64_t i = 0; i < count; i += kWidth) {
