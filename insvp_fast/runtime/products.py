@@ -123,7 +123,7 @@ def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [.
     ``how``: "native", "onednn", "widened" or "plain", see ``cpu_provider``; so in all functions here.
     """
     dtype = x.dtype
-    if _widens(x, how):
+    if _widens(x, w, how):
         return linear(x.float(), w, provider(torch.float32, x.device)).to(dtype)
     if how == "native":
         return _unflat(native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features), x)
@@ -136,7 +136,7 @@ def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [.
 def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -> [..., D_in]
     """The gradient of ``linear`` by x."""
     dtype = grad.dtype
-    if _widens(grad, how):
+    if _widens(grad, w, how):
         return linear_bwd(grad.float(), w, provider(torch.float32, grad.device)).to(dtype)
     if how == "native":
         return _unflat(native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features), grad)
@@ -147,9 +147,15 @@ def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -
     return _by_rows(F.linear, grad, matrix.T, None)
 
 
-def _widens(x: Tensor, how: str) -> bool:
-    """Whether to multiply in fp32: also where NaN would leave its row (``rows``), which rows of whole tiles keep."""
-    return how == "widened" or (how != "native" and x.is_cpu and x.shape[-1] % 32 != 0 and hardware.has_tiles(x.dtype))
+def _widens(x: Tensor, w: FrozenLinear, how: str) -> bool:
+    """Whether to multiply in fp32, in both directions alike: a backward pass relies on the look of the forward pass.
+
+    Also where NaN would leave its row (``rows``); rows of whole tiles keep it.
+    """
+    if how in ("widened", "native"):
+        return how == "widened"
+    ragged = w.in_features % 32 != 0 or w.out_features % 32 != 0
+    return ragged and x.is_cpu and hardware.has_tiles(x.dtype)
 
 
 def linear_activation(
@@ -219,9 +225,9 @@ def cpu_provider(dtype: torch.dtype) -> str:
     """How this CPU multiplies by a frozen weight in ``dtype``: "native", "onednn", "widened" or "plain".
 
     "native": the native library's product with prepacked weights, for fp32 and bf16 with at least AVX2; where the CPU
-    has matrix tiles (AMX), for bf16 only if the library uses them. "onednn": oneDNN with prepacked weights, for 16 bits where the CPU has instructions
-    for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where there are none. "plain":
-    ``torch.nn.functional.linear``. The first two only if a self-test passes.
+    has matrix tiles (AMX), for bf16 only if the library uses them. "onednn": oneDNN with prepacked weights, for 16 bits
+    where the CPU has instructions for them, for fp32 with AVX-512. "widened": 16-bit operands multiplied in fp32, where
+    there are none. "plain": ``torch.nn.functional.linear``. The first two only if a self-test passes.
     """
     return _cpu_provider(dtype, native.native_status())
 
