@@ -43,16 +43,21 @@ Range part(int64_t i, int64_t parts, int64_t size, int64_t unit) {
   return {first, smaller(size, units * (i + 1) / parts * unit) - first};
 }
 
-// One thread takes blocks as large as the caches allow, several threads take several blocks each.
+// The smallest number from n on that divides the number of threads or is divided by it: each gets as many parts.
+int64_t even(int64_t n, int threads) {
+  while (threads % n != 0 && n % threads != 0) ++n;
+  return n;
+}
+
+// Blocks are as large as the caches allow, and there are as many as the threads need.
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
   const int64_t wanted = threads > 1 ? kernels.blocks * threads : 1, panels = ceil_div(N, kernels.columns);
   const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
   const int64_t resident_rows = resident_words() / (runs * kRowStride);
-  const bool whole = kernels.fewest_rows < kernels.most_rows;  // so fast that reading x twice would cost more
+  const bool whole = kernels.fewest_rows < kernels.most_rows;
   Division d;
   d.down = ceil_div(M, smaller(kernels.most_rows, larger(kernels.fewest_rows, resident_rows)));
-  if (whole) d.down = larger(d.down, smaller(wanted, M / (3 * kernels.rows)));
-  if (whole && d.down > threads) d.down = round_up(d.down, threads);
+  if (whole) d.down = even(d.down, threads);
   d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kWorthCopyingPanels));
   d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kWorthCopyingRows)));
   d.down = smaller(d.down, ceil_div(M, kernels.rows));

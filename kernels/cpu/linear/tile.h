@@ -20,8 +20,9 @@ typedef float word;
 
 #ifdef INSVP_FAST_AMX
 constexpr int kRows = 2 * kTile, kVectors = 2, kStep = kTile;
-// Rows of w come from behind the second-level cache: many rows of x share them.
-constexpr int kBlocks = 4, kFewestRows = kRows, kMostRows = 288;
+// Tiles are multiplied so fast that what is read more than once from behind the second-level cache costs more than
+// waiting for the last thread: few blocks, of many rows.
+constexpr int kBlocks = 1, kFewestRows = kRows, kMostRows = 288;
 #else
 // The sums of a tile, the words of one row of a panel and one word of x fill the 16 registers, or the 32 of AVX-512.
 // With 16, a tile of 4 rows and 3 vectors takes fewer instructions than one of 6 by 2.
