@@ -56,8 +56,7 @@ Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, i
   const int64_t resident_rows = resident_words() / (runs * kRowStride);
   const bool whole = kernels.fewest_rows < kernels.most_rows;
   Division d;
-  d.down = ceil_div(M, smaller(kernels.most_rows, larger(kernels.fewest_rows, resident_rows)));
-  if (whole) d.down = even(d.down, threads);
+  d.down = even(ceil_div(M, smaller(kernels.most_rows, larger(kernels.fewest_rows, resident_rows))), threads);
   d.across = smaller(ceil_div(wanted, d.down), larger(1, panels / kWorthCopyingPanels));
   d.down = larger(d.down, smaller(ceil_div(wanted, d.across), ceil_div(M, kWorthCopyingRows)));
   d.down = smaller(d.down, ceil_div(M, kernels.rows));
