@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
-# what the README shows: the instruction set of a machine that multiplies bf16 in hardware, and the model
-SHOWN, MODEL = "AVX512-BF16", "vit_base_patch16_224"
+# what the README shows: the instruction sets of machines that multiply bf16 in hardware, and the model
+SHOWN, MODEL = ("AVX512-BF16", "AVX512-AMX"), "vit_base_patch16_224"
 KEYS = ("job", "precision", "provider", "model", "batch", "config", "technique")  # rows alike in these are the same row
 
 
@@ -51,7 +51,10 @@ def write_tables(folder: Path = FOLDER, readme: Path = README, performance: Path
         ValueError: for a file without the markers, or if no machine has what the short table shows.
     """
     saved = read_results(folder)
-    short = "\n\n".join([short_table(saved), *gpu_tables(saved)])
+    shown = [newest for instructions in SHOWN if (newest := latest(saved, instructions))]
+    if not shown:
+        raise ValueError(f"no results of a machine with {' or '.join(SHOWN)}")
+    short = "\n\n".join([*map(short_table, shown), *gpu_tables(saved)])
     pages = {readme: short, performance: full_tables(saved)}
     for file, text in {file: _with_tables(file, tables) for file, tables in pages.items()}.items():
         file.write_text(text)
@@ -65,12 +68,11 @@ def _with_tables(file: Path, tables: str) -> str:
     return f"{before}{begin}{tables}\n{end}{after}"
 
 
-def short_table(saved: list[dict[str, Any]]) -> str:
-    """InsVPViT in the paper's configuration against the bare timm ViT, as last measured on a machine with ``SHOWN``.
+def short_table(newest: dict[str, Any]) -> str:
+    """InsVPViT in the paper's configuration against the bare timm ViT, by the results of one machine.
 
     A row for each job and precision, at the largest batch that both were timed at, and one for an image by itself.
     """
-    newest = latest(saved)
     rows = sorted((row for row in newest["rows"] if _group(row)[:2] == ("paper", MODEL)), key=lambda row: row["batch"])
     bare, ours = ({_group(row): row for row in rows if row["provider"] == name} for name in ("bare", "insvp_fast"))
     both = [group for group in bare if group in ours]  # the batches rise
@@ -122,12 +124,10 @@ def _products(rows: list[Row]) -> list[str]:
     return ["; ".join(texts.values())] if texts else []
 
 
-def latest(saved: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last of the results that were measured on a machine with ``SHOWN``."""
-    files = [file for file in saved if file["machine"].get("instructions") == SHOWN]
-    if not files:
-        raise ValueError(f"no results of a machine with {SHOWN}")
-    return max(files, key=lambda file: str(file["machine"].get("date", "")))
+def latest(saved: list[dict[str, Any]], instructions: str) -> dict[str, Any] | None:
+    """The last of the results that were measured on a machine with these instructions."""
+    files = [file for file in saved if file["machine"].get("instructions") == instructions]
+    return max(files, key=lambda file: str(file["machine"].get("date", "")), default=None)
 
 
 def read_results(folder: Path = FOLDER) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.results import latest, read_results
+from benchmarks.results import SHOWN, latest, read_results
 from insvp_fast.data import load_data
 from insvp_fast.figures.prompts import denormalize, to_gray_range
 from insvp_fast.training.load import load_run
@@ -38,7 +38,8 @@ def main() -> None:
     figure = Figure(figsize=(8, 3.5), dpi=200, facecolor="white", layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.12), wspace=0.03)
     draw_prompts(left, arguments.run)
-    draw_times(right, latest(read_results()))
+    newest = latest(read_results(), SHOWN[0])
+    draw_times(right, newest or parser.error(f"no results of a machine with {SHOWN[0]}"))
     stream = io.BytesIO()
     figure.savefig(stream)
     # a palette: a third of the size

@@ -211,6 +211,7 @@ def test_tables_stand_between_the_markers(tmp_path, pages):
     steps = [fall, fall | {"technique": "more", "ratio": 0.25}]
     write_results(tmp_path, "AVX512-BF16", "2.15.0", [mine, saved_row("bare")], waterfall=steps)
     write_results(tmp_path, "AVX2", "2.15.0", [saved_row("bare", **{"images per second": 1.0})])
+    write_results(tmp_path, "AVX512-AMX", "2.14.0", [saved_row(name, batch=1) for name in ("bare", "insvp_fast")])
     for _ in range(2):
         results.write_tables(tmp_path, *pages)
     short, full = (page.read_text() for page in pages)
@@ -219,6 +220,7 @@ def test_tables_stand_between_the_markers(tmp_path, pages):
         assert text.endswith("\n<!-- end of results -->\nafter\n")
         assert "old" not in text
     assert f"| {BASE}, inference | fp32 | 8 | 2.00 images/s | 4.00 images/s | 0.50 (0.40-0.60) |" in short
+    assert short.index("CPU, AVX512-BF16, torch 2.15.0:") < short.index("CPU, AVX512-AMX, torch 2.14.0:")
     assert "AVX2" not in short
     assert "| bare timm ViT | 1.00 | 1.00 |" in full  # the other machine's
     assert full.index("| bare timm ViT | 2.00 | 1.00 |") < full.index("| InsVPViT | 4.00 | 0.50 (0.40-0.60) |")
