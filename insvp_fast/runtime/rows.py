@@ -24,7 +24,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def rows_apart(function: Function) -> Function:
     """Compute in fp32 instead where a result is not finite, if tiles may be at fault.
 
-    The first argument is a tensor, all tensors of its dtype are operands, and a tensor or a tuple of them is returned.
+    The first argument is a tensor, the arguments that are tensors of its dtype are operands, and a tensor or a tuple of
+    them is returned.
     A graph that is traced cannot choose by values, and keeps PyTorch's own products.
     """
 
@@ -33,8 +34,11 @@ def rows_apart(function: Function) -> Function:
         results = function(x, *others)
         if x.device.type != "cpu" or torch.compiler.is_compiling() or torch_private.dispatch_modes():
             return results
+        cast_to = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if not hardware.has_tiles(cast_to if x.dtype == torch.float32 else x.dtype):
+            return results
         narrow = results if isinstance(results, tuple) else (results,)
-        if not hardware.has_tiles(x.dtype) or all(bool(result.sum().isfinite()) for result in narrow):
+        if all(bool(result.sum(dtype=torch.float32).isfinite()) for result in narrow):
             return results
         with torch.autocast("cpu", enabled=False):
             wide = function(*(_widened(argument, x.dtype) for argument in (x, *others)))

@@ -27,6 +27,21 @@ def test_a_row_keeps_its_nan(monkeypatch, bad):
             assert result.flatten(1 - result.ndim).isfinite().view(7, -1).all(1).tolist() == [i != 4 for i in range(7)]
 
 
+def test_the_dtype_of_a_product_under_autocast_counts(monkeypatch):
+    monkeypatch.setattr(hardware, "has_tiles", lambda dtype: dtype == torch.bfloat16)
+    x, products = torch.tensor([[1.0], [torch.nan]]), []
+
+    @rows_apart
+    def product(x):
+        products.append((x @ x.mT).dtype)
+        return x @ x.mT
+
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            product(x)
+    assert products == [torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_finite_results_are_those_of_the_function(monkeypatch):
     monkeypatch.setattr(hardware, "has_tiles", lambda dtype: True)
     x, calls = torch.randn(3, 4).bfloat16(), []

@@ -21,7 +21,7 @@ struct Head {
   float* scratch;
   int64_t D = a.heads * a.d, words = Words::count(a.width), depth = Words::depth(a.d);
   Soon soon = {};
-  float* columns = nullptr;
+  float* turned = nullptr;  // where `down` writes
 
   float* take(int64_t floats) {
     float* piece = scratch;
@@ -119,8 +119,8 @@ struct Head {
   Elements down(const float* x, [[maybe_unused]] int64_t count) {
 #ifdef INSVP_FAST_AMX
     const int64_t stride = Words::depth(a.queries);
-    transpose(columns, stride, x, a.stride, Words::count(count), a.S);
-    return {columns, stride, 1};
+    transpose(turned, stride, x, a.stride, Words::count(count), a.S);
+    return {turned, stride, 1};
 #else
     return {x, 1, a.stride};
 #endif
@@ -164,7 +164,7 @@ void attention_bwd_window(Head h, float* d_k, float* d_v) {
   h.expect(true);
   const float *k_columns = h.transposed(k), *v_columns = h.transposed(v);
   const float *q_pairs = h.paired(q, a.w), *k_pairs = h.paired(k, a.S), *grad_pairs = h.paired(grad, a.w);
-  h.columns = h.tokens();
+  if (kStep > 1) h.turned = h.tokens();
   float *d_q = h.tokens(), *p = h.scores(), *d = h.scores(), *d_words = Words::kNumbers > 1 ? h.scores() : d;
   __builtin_memset(d_k, 0, a.w * a.width * sizeof(float));
   __builtin_memset(d_v, 0, a.w * a.width * sizeof(float));

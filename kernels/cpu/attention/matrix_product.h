@@ -1,12 +1,13 @@
 // Products in matrix registers.
 #pragma once
 #include "common/amx.h"
+#include "common/sizes.h"
 #include "product.h"
 
 namespace {
 
-// c [rows, columns] = a [rows, depth] @ b [depth, columns], or added to c. Rows and columns are rounded up to whole tiles;
-// the depth is in words, of whole tiles.
+// c [rows, columns] = a [rows, depth] @ b [depth, columns], or added to c. Rows and columns are rounded up to whole
+// tiles; the depth is in words, of whole tiles. Words of a row of `a` follow one another.
 __attribute__((noinline)) void multiply(Sums c, Elements a, Rows b, int64_t rows, int64_t columns, int64_t depth,
                                         Soon& soon) {
   constexpr int kLines = 16;  // to be prefetched with each step

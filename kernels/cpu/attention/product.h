@@ -1,7 +1,6 @@
 // Products of matrices of words, c = a @ b.
 #pragma once
-#include "common/sizes.h"
-#include "words.h"
+#include <cstdint>
 
 namespace {
 

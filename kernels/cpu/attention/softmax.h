@@ -131,7 +131,8 @@ inline void softmax(float* to, float* factor, float* x, int64_t rows, int64_t co
     const Block block{x + first * stride, smaller(kWidth, rows - first), count, stride};
     float most[kWidth];
     store(most, block.largest(first, scores));
-    store(factor + first, block.exponentials(reinterpret_cast<Words::Number*>(to) + first * stride, most, scores.unit()));
+    Words::Number* numbers = reinterpret_cast<Words::Number*>(to) + first * stride;
+    store(factor + first, block.exponentials(numbers, most, scores.unit()));
   }
 }
 

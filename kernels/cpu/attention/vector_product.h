@@ -1,6 +1,8 @@
 // Products in vector registers: the rows of b and c are read as vectors, the words of a one by one.
 #pragma once
+#include "common/sizes.h"
 #include "product.h"
+#include "words.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 //   Number        what a word consists of, and kNumbers, how many
 //   mul_add       c + the products of the numbers in the word *a and in each word of b
 //   count         the number of words for n numbers along the sum
-//   depth         the same, in whole tiles
+//   depth         the same, with AMX in whole tiles
 //   read_numbers  n numbers of a tensor, as words
 //   of_rows       words for a sum over rows: they hold numbers of kNumbers rows, given as floats, instead of columns
 //   paired        a matrix x of such words, written to `to`; x itself where words are floats. Where the depth of a

@@ -1,5 +1,5 @@
-// Matrix tiles, where the instruction set has them (AMX): registers of 16 rows of 16 words. A word is a sum in fp32 or a
-// pair of bf16 factors that are neighbors along the sum.
+// Matrix tiles, where the instruction set has them (AMX): registers of 16 rows of 16 words. A word is a sum in fp32 or
+// a pair of bf16 factors that are neighbors along the sum.
 #pragma once
 #ifdef INSVP_FAST_AMX
 #include "common/sizes.h"
@@ -63,9 +63,9 @@ inline void with_tiles(int64_t rows, int64_t columns, F f) {
 
 enum class Once { no, yes };
 
-// c [16 * ROWS, 16 * COLUMNS] = [c +] a [16 * ROWS, depth] @ b [depth, 16 * COLUMNS], of up to 2 by 2 tiles; the depth is
-// in words, a multiple of 16. `meanwhile` is called once for every 16 of it. With
-// ONCE, `a` leaves the first-level cache to what is read again.
+// c [16 * ROWS, 16 * COLUMNS] = [c +] a [16 * ROWS, depth] @ b [depth, 16 * COLUMNS], of up to 2 by 2 tiles; the depth
+// is in words, a multiple of 16. `meanwhile` is called once for every 16 of it. With ONCE, `a` leaves the first-level
+// cache to what is read again.
 template <int ROWS, int COLUMNS, Once ONCE, class Meanwhile>
 inline void multiply_tiles(Matrix<float> c, Matrix<const uint32_t> a, Matrix<const uint32_t> b, int64_t depth, bool add,
                            const Meanwhile& meanwhile) {

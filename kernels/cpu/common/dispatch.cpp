@@ -24,17 +24,18 @@ bool has_tiles() {
   return tiles && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #else
-bool has_tiles() { return false; }
+[[maybe_unused]] bool has_tiles() { return false; }
 #endif
 
-Isa best_of_processor() {
+// The best instruction set of the processor, up to `limit`: what tiles cost a process is not paid without them.
+Isa best_of_processor([[maybe_unused]] Isa limit) {
 #ifdef INSVP_FAST_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!avx512) return Isa::avx2;
     if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
-    return has_tiles() ? Isa::amx : Isa::avx512_bf16;
+    return limit >= Isa::amx && has_tiles() ? Isa::amx : Isa::avx512_bf16;
   }
 #endif
   return Isa::generic;
@@ -58,7 +59,7 @@ INSVP_FAST_API const char* insvp_fast_select_isa(const char* limit) {
   using namespace insvp_fast;
   for (int level = static_cast<int>(Isa::amx); level >= 0; --level) {
     if (*limit && std::strcmp(limit, kNames[level]) != 0) continue;
-    const int top = static_cast<int>(best_of_processor());
+    const int top = static_cast<int>(best_of_processor(static_cast<Isa>(level)));
     selected = static_cast<Isa>(level < top ? level : top);
     return kNames[static_cast<int>(selected)];
   }

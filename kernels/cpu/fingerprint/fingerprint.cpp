@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kWordBytes = 8, kLineBytes = 64, kLines = 128, kBlockBytes = kLineBytes * kLines;
 constexpr int64_t kSmall = 8 * kBlockBytes;  // bytes: regions up to this size are read in full
-constexpr int64_t kShared = 1 << 20;         // bytes: threads share the lines of regions from this size on
+constexpr int64_t kShared = 1 << 20;         // bytes: threads share the lines of larger regions
 constexpr int64_t kAhead = 16;               // blocks: how far ahead of its use a line is prefetched
 
 inline uint64_t mixed(const char* data, int64_t at, int64_t size) {

@@ -14,17 +14,16 @@ using namespace insvp_fast;
 struct Unfinished {
   Finish finish = nullptr;
   const float* sums = nullptr;
-  int64_t row = 0, end = 0, column = 0;
+  int64_t row = 0, end = 0, column = 0, next_column = 0;  // the latter of the panel after it, in this block
 
   // Makes the results of the next `rows` rows, and prefetches where those of the next panel will be written.
   void finish_some(const Linear& a, int64_t rows) {
     rows = smaller(rows, end - row);
     if (rows == 0) return;
     finish(a, sums, row, rows, column);
-    const int64_t next = column + kColumns;
-    for (int64_t m = row; m < row + rows && next < a.N; ++m) {
-      expect(a.y, m * a.N + next);
-      if (a.pre.data) expect(a.pre, m * a.N + next);
+    for (int64_t m = row; m < row + rows && next_column > column; ++m) {
+      expect(a.y, m * a.N + next_column);
+      if (a.pre.data) expect(a.pre, m * a.N + next_column);
     }
     row += rows;
     sums += rows * kColumns;
@@ -60,7 +59,8 @@ void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
       }
     }
     before.finish_some(a, b.rows);
-    before = {finish_of(a, n), sums, b.row, b.row + b.rows, n};
+    const int64_t last = b.column + b.columns - kColumns;
+    before = {finish_of(a, n), sums, b.row, b.row + b.rows, n, n < last ? n + kColumns : n};
     float* free = others;
     others = sums, sums = free;
   }
