@@ -196,4 +196,5 @@ def test_parquet_holds_what_csv_holds(form, run, images, probabilities, tmp_path
     for row in table.to_pylist():
         best = probabilities[row["file"]].topk(2)
         assert [row["class"], row["class_2"]] == [CLASSES[index] for index in best.indices]
-        assert [row["probability"], row["probability_2"]] == pytest.approx(best.values.tolist(), rel=1e-5)
+        # the relative error of a small probability is the error of its logit, here 15 with 1e-5 of it
+        assert [row["probability"], row["probability_2"]] == pytest.approx(best.values.tolist(), rel=1.5e-4)

@@ -46,8 +46,7 @@ inline void write_row(Array to, int64_t at, const Row& row, int64_t columns) {
 
 // Makes rows of results, of a WHOLE panel or of one at the edge of y, from their sums.
 template <Epilogue EPILOGUE, Activation ACTIVATION, bool WHOLE>
-void finish_rows(
-    const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+void finish_rows(const Linear& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = WHOLE ? kColumns : a.N - column;
   const Row bias = a.bias ? read_row(a.bias + column, columns) : Row{};
   for (int64_t m = row; m < row + rows; ++m, sums += kColumns) {
