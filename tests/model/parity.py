@@ -67,6 +67,24 @@ def assert_errors_within_budget(draws, dtype, what=""):
         assert error <= allowed, f"{what}{name}: {error:.2e}, the reference {rough:.2e}"
 
 
+def assert_low_precision(make, amp, dtype):
+    """``assert_errors_within_budget`` of the pairs of models and the images that ``make`` draws.
+
+    In ``dtype`` by autocast with ``amp``, else models and images are in it.
+    """
+    draws, autocast = [], dtype if amp else None
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)  # trained_gradients sets it too, always to the same
+        reference, fast, image = make()
+        if not amp:
+            reference, fast, image = (x.to(dtype) for x in (reference, fast, image))
+        exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
+        plain, values = (trained_gradients(model, image, autocast=autocast) for model in (reference, fast))
+        assert values["logits"].dtype == dtype
+        draws.append((values, plain, exact))
+    assert_errors_within_budget(draws, dtype)
+
+
 def assert_bf16_within_budget(reference, fast, image, autocast):
     """Errors in bf16, under autocast or of models in bf16, are within the budget of ``assert_within_budget``."""
     if not autocast:

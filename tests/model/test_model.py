@@ -21,7 +21,7 @@ from insvp_fast.ops.attention import cpu_attention
 from insvp_fast.reference import crop_center, pool_center, simam
 from insvp_fast.runtime import native, products
 from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
-from tests.model.parity import DRAWS, assert_equal_numbers, assert_errors_within_budget
+from tests.model.parity import assert_equal_numbers, assert_low_precision
 
 TINY = {"img_size": 32, "depth": 2}
 VARIANTS = {  # of timm's ViT, that have a fast path
@@ -253,22 +253,13 @@ def test_low_precision(amp, dtype, variant):
 
     The reference's own error in front of it, 0.6 to 2 % in fp16, is a matter of chance there.
     """
-    draws = []
-    for seed in range(DRAWS):
-        torch.manual_seed(seed)  # trained_gradients sets it too, always to the same
-        reference, fast = make_pair(
-            "vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **VARIANTS.get(variant, {"img_size": 32})
-        )
-        image = images(fast, 2)
-        if not amp:
-            reference, fast, image = (x.to(dtype) for x in (reference, fast, image))
-        exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-        plain, values = (
-            trained_gradients(model, image, autocast=dtype if amp else None) for model in (reference, fast)
-        )
-        assert values["logits"].dtype == dtype
-        draws.append((values, plain, exact))
-    assert_errors_within_budget(draws, dtype)
+
+    def make():
+        kwargs = VARIANTS.get(variant, {"img_size": 32})
+        reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), depth=2, **kwargs)
+        return reference, fast, images(fast, 2)
+
+    assert_low_precision(make, amp, dtype)
 
 
 def test_half_without_autocast():

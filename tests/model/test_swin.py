@@ -13,7 +13,7 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_r
 from insvp_fast.backbones.swin import tokens_of_windows
 from insvp_fast.reference.swin import block_with_prompts
 from insvp_fast.testing import DEVICE, make_pair, relative_error, saved_bytes, trained_gradients
-from tests.model.parity import DRAWS, assert_equal_numbers, assert_errors_within_budget
+from tests.model.parity import assert_equal_numbers, assert_low_precision
 from tests.model.test_model import images
 
 NAME = "swin_tiny_patch4_window7_224"
@@ -132,19 +132,11 @@ def test_configurations(switch):
     ("amp", "dtype"), [(True, torch.bfloat16), (True, torch.float16), (False, torch.bfloat16)], ids=str
 )
 def test_low_precision(amp, dtype):
-    draws = []
-    for seed in range(DRAWS):
-        torch.manual_seed(seed)  # trained_gradients sets it too, always to the same
+    def make():
         reference, fast = pair()
-        image = images(fast, 4)
-        if not amp:
-            reference, fast, image = (x.to(dtype) for x in (reference, fast, image))
-        exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
-        plain, values = (
-            trained_gradients(model, image, autocast=dtype if amp else None) for model in (reference, fast)
-        )
-        draws.append((values, plain, exact))
-    assert_errors_within_budget(draws, dtype)
+        return reference, fast, images(fast, 4)
+
+    assert_low_precision(make, amp, dtype)
 
 
 @pytest.mark.parametrize(
