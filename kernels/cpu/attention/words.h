@@ -9,6 +9,7 @@
 //   paired        a matrix x of such words, written to `to`; x itself where words are floats. Where the depth of a
 //                 product is a number of tiles, zeros follow
 #pragma once
+#include "common/amx.h"
 #include "common/array.h"
 #include "common/bf16_pairs.h"
 #include "common/sizes.h"
@@ -16,7 +17,7 @@
 namespace {
 
 #ifdef INSVP_FAST_AMX
-constexpr int64_t kStep = 16;  // words in a sum come in multiples of it
+constexpr int64_t kStep = kTile;  // words in a sum come in multiples of it
 #else
 constexpr int64_t kStep = 1;
 #endif
