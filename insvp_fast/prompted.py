@@ -24,7 +24,8 @@ from insvp_fast.ops.autograd import enter_group
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
-from insvp_fast.runtime import hardware, native, torch_private
+from insvp_fast.runtime import hardware, native, products, torch_private
+from insvp_fast.runtime.programs import Programs
 
 __all__ = ["PromptedViT", "foreign"]
 
@@ -294,15 +295,16 @@ class PromptedViT(Covered, PromptedReference):
     def _blocks_together(
         self, indices: range, tokens: Tensor, options: BlockOptions, num_queries: int | None
     ) -> list[list[int]]:
-        """Groups of blocks that are prepared together, and computed then."""
+        """Groups of blocks: without gradients each is a program, else prepared before any of it is computed."""
         if not self._may_wait(tokens):
             return [[j] for j in indices]
+        most = BLOCKS_TOGETHER if torch.is_grad_enabled() else len(self.widths)
         groups: list[list[int]] = [[]]
         last = len(self.widths) - 1
         for j in indices:
             few = num_queries is not None and j == last
             waits = not few and only_operations(self.backbone, j, options)
-            if not waits or len(groups[-1]) == BLOCKS_TOGETHER:
+            if not waits or len(groups[-1]) == most:
                 groups.append([])
             groups[-1].append(j)
             if not waits:
@@ -310,12 +312,13 @@ class PromptedViT(Covered, PromptedReference):
         return [group for group in groups if group]
 
     def _may_wait(self, tokens: Tensor) -> bool:
-        """Whether blocks may be prepared before their tokens are there, and it saves time."""
+        """Whether blocks may be prepared before their tokens are there, or without them, and it saves time."""
         if torch.compiler.is_compiling() or not tokens.is_cpu:
             return False
-        if torch.is_grad_enabled() and (self.recompute != "none" or torch_private.saving_hooks()):
+        kept = self.recompute != "none" or torch_private.saving_hooks() or tokens.nbytes > BYTES_TOGETHER
+        if torch.is_grad_enabled() and kept:
             return False  # as waiting takes memory, and hooks may read what is saved
-        if self.reads_tokens or self.carry_prompts or self.gives_keys_values or tokens.nbytes > BYTES_TOGETHER:
+        if self.reads_tokens or self.carry_prompts or self.gives_keys_values:
             return False
         # prompts that others make might be written again before they are read
         if foreign(self, "block_prompts", "feature_prompt") or foreign(getattr(self, "method", None), "block_prompts"):
@@ -340,7 +343,14 @@ class PromptedViT(Covered, PromptedReference):
                 residual, branch = self._family.forward_block(self.backbone, j, residual, branch, p_j, options)
             return residual, branch
 
-        return native.together(prepare, backward)
+        if torch.is_grad_enabled():
+            return native.together(prepare, backward)
+        if options.shared is not None or any(p is not None and p.lengths is not None for p in prompts):
+            return prepare()
+        key = tuple(blocks), options, products.provider(options.dtype, residual.device)
+        programs = coverage.kept(self).setdefault("programs", Programs())
+        residual, branch = programs.run(key, [residual, branch, *(p and p.tokens for p in prompts)], prepare)
+        return residual, branch
 
     def _insert_prompts(
         self, block: int, context: Any, num_tokens: int, residual: Tensor, branch: Tensor | None

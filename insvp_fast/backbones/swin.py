@@ -32,7 +32,7 @@ from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, con
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
-from insvp_fast.runtime import buffers, torch_private
+from insvp_fast.runtime import buffers, native, torch_private
 from insvp_fast.runtime.fingerprint import SMALL
 from insvp_fast.runtime.prepack import packed
 
@@ -192,6 +192,7 @@ def forward_block(
     find = tokens_of_windows if type(residual) is Tensor else _tokens_of_windows  # a FakeTensor must not be kept
     windows = find(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
     summands = _position_bias(attn), blk.attn_mask
+    native.lasting(windows, blk.attn_mask)
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
     branch = ops.linear(out, FrozenLinear.of(attn.proj))
     residual, y, affine = norm_insert(blk.norm2, residual, branch, None, options)

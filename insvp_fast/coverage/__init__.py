@@ -16,7 +16,7 @@ in evaluation mode.
 torch 2.11), trained or set to training; after other changes to a compiled model call ``torch.compiler.reset()``.
 """
 
-from insvp_fast.coverage.covered import Covered, Requirements, covers, dtypes_fit, forget, unsupported_reason
+from insvp_fast.coverage.covered import Covered, Requirements, covers, dtypes_fit, forget, kept, unsupported_reason
 from insvp_fast.coverage.rules import Rule, Table, rule
 from insvp_fast.coverage.surroundings import watch
 
@@ -28,6 +28,7 @@ __all__ = [
     "covers",
     "dtypes_fit",
     "forget",
+    "kept",
     "rule",
     "unsupported_reason",
     "watch",

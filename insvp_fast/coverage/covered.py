@@ -14,7 +14,7 @@ from insvp_fast.coverage.rules import CALLED, Table, difference, full_name
 from insvp_fast.coverage.snapshot import Snapshot
 from insvp_fast.coverage.surroundings import surroundings_reason
 
-__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "forget", "unsupported_reason"]
+__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "forget", "kept", "unsupported_reason"]
 
 
 class Requirements(NamedTuple):
@@ -92,11 +92,18 @@ def _guard(module: nn.Module) -> int:
     return read
 
 
+class _Result(NamedTuple):
+    depends_on: object
+    reason: str | None
+    snapshot: Snapshot
+    kept: dict[str, Any]
+
+
 class _Memo:
     """The last result for a part, and what it rests on; a copy of the part starts without one."""
 
     def __init__(self) -> None:
-        self.result: tuple[object, str | None, Snapshot] | None = None
+        self.result: _Result | None = None
         self.reported: str | None = None
 
     def __reduce__(self) -> Any:
@@ -113,14 +120,20 @@ def forget(part: Covered) -> None:
     vars(part).pop("_memo", None)
 
 
+def kept(part: Covered) -> dict[str, Any]:
+    """Where to keep what rests on the last decision about a part: empty after every change of its modules."""
+    result = _memo(part).result
+    return {} if result is None else result.kept
+
+
 def _judge(part: Covered) -> bool:
     reason = _changeable_reason(part)
     if reason is None:
         memo, key = _memo(part), part._requirements_depend_on()
-        if memo.result is None or memo.result[0] != key or not memo.result[2].holds():
+        if memo.result is None or memo.result.depends_on != key or not memo.result.snapshot.holds():
             reason, modules = _examine(part._requirements())
-            memo.result = key, reason, Snapshot(modules)
-        reason = memo.result[1]
+            memo.result = _Result(key, reason, Snapshot(modules), {})
+        reason = memo.result.reason
     return _report(part, reason)
 
 

@@ -58,7 +58,7 @@ class Implementation(NamedTuple):
     run: Callable[[Any], Any]  # of the operands
     reason: Callable[[Any], str | None]  # of the operands: why they cannot be computed this way; None if they can
     fake: Callable[[Any], Any] | None = None  # where its results have other shapes than the reference's
-    waits: bool = False  # it may run in ``native.together``: nothing but native calls reads or writes tensors
+    waits: bool = False  # nothing but native calls reads or writes tensors, and no value decides which calls
 
 
 class _Operator(NamedTuple):

@@ -23,7 +23,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from insvp_fast.runtime import torch_private
+from insvp_fast.runtime import torch_private, waiting
 
 __all__ = ["empty", "empty_like", "release"]
 
@@ -45,9 +45,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     if elsewhere or torch.compiler.is_compiling() or torch_private.dispatch_modes():
         return torch.empty(shape, dtype=dtype, device=device)
     if (nbytes := prod(shape) * dtype.itemsize) < _SMALLEST:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    # resize_ and no view: the result of an autograd function may then be written in place
-    return torch.frombuffer(_lend(nbytes), dtype=dtype).resize_(shape)
+        x = torch.empty(shape, dtype=dtype, device="cpu")
+    else:
+        # resize_ and no view: the result of an autograd function may then be written in place
+        x = torch.frombuffer(_lend(nbytes), dtype=dtype).resize_(shape)
+    if (recording := waiting.recording()) is not None:
+        recording.lent(x)
+    return x
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A look at a fingerprint reads a sample of the memory, another one each time, and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -67,6 +67,14 @@ def fingerprint(regions: Sequence[Region], device: torch.device) -> Fingerprint:
     return NativeFingerprint(regions) if native.available() else PlainFingerprint(regions)
 
 
+def broken_together(fingerprints: Sequence[Fingerprint]) -> Callable[[], bool]:
+    """A function that tells whether any of these is broken, at once where the native library can."""
+    native_ones = [one for one in fingerprints if isinstance(one, NativeFingerprint)]
+    if native_ones and len(native_ones) == len(fingerprints):
+        return NativeFingerprint.broken_together(native_ones)
+    return lambda: any(one.broken() for one in fingerprints)
+
+
 class NativeFingerprint:
     """Of each block of 8 KB, a look reads one cache line of 128."""
 
@@ -80,6 +88,19 @@ class NativeFingerprint:
     def broken(self) -> bool:
         self._line = (self._line + 1) % native.LINES
         return not self._checksums.hold(self._line)
+
+    @staticmethod
+    def broken_together(fingerprints: Sequence[NativeFingerprint]) -> Callable[[], bool]:
+        """``broken`` of all at once: a look at the same line of each, which counts for all of them."""
+        checksums = native.Checksums.of_all([one._checksums for one in fingerprints])
+
+        def broken() -> bool:
+            line = (fingerprints[0]._line + 1) % native.LINES
+            for one in fingerprints:
+                one._line = line
+            return not checksums.hold(line)
+
+        return broken
 
     def broken_anywhere(self) -> bool:
         held = [region.storage() for region in self._regions]  # alive while it is read

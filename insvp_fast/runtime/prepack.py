@@ -21,15 +21,15 @@ what another has packed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, UntypedStorage
 
-from insvp_fast.runtime import torch_private
-from insvp_fast.runtime.fingerprint import Fingerprint, Region, fingerprint
+from insvp_fast.runtime import torch_private, waiting
+from insvp_fast.runtime.fingerprint import Fingerprint, Region, broken_together, fingerprint
 
 __all__ = ["clear", "packed", "verify"]
 
@@ -80,21 +80,11 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
         sources: all weights that ``make`` reads.
         look: compare their contents too, as forward products do.
     """
+    described = _describe(sources)
+    if described is None:
+        return make()
+    key, storages, state = described
     weights = [w for w in sources if w is not None]
-    storages: list[UntypedStorage] = []
-    places: list[object] = []  # what names the weights as long as their storages live, also when these are moved
-    state: list[int] = []  # what PyTorch knows of writes to weights, and of moves of their storages
-    for w in sources:
-        if w is None:
-            places.append(None)
-            continue
-        if w.is_inference():  # it has no version counter
-            return make()
-        storage = w.untyped_storage()
-        storages.append(storage)
-        places += id(storage), w.storage_offset(), w.shape, w.stride(), w.dtype
-        state += w._version, w.data_ptr()
-    key = tuple(places)
     capturing = weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
     record = _records.get(key)
     # a look is no part of a graph, and a capture allows none
@@ -111,7 +101,74 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
     if form is None:
         with torch.no_grad():
             form = record.made[name] = _Form(make(), weights[0].device)
-    return cast(T, form.in_order())
+    made = form.in_order()
+    if look and (recording := waiting.recording()) is not None:
+        recording.rests_on(made, Use(sources, record, form))
+    return cast(T, made)
+
+
+class Use:
+    """That something reads what was made of weights, which it does not keep alive."""
+
+    def __init__(self, sources: Sequence[Tensor | None], record: _Record, form: _Form) -> None:
+        self._sources, self._record, self._form = sources, weakref.ref(record), weakref.ref(form)
+
+    def current(self) -> tuple[object, _Record, Any] | None:
+        """The key of what was made, and this, if all that PyTorch knows of the weights is as it was."""
+        record, form, described = self._record(), self._form(), _describe(self._sources)
+        if record is None or form is None or described is None or _records.get(described[0]) is not record:
+            return None
+        current = _is_current(record, *described[1:], look=False)
+        return (described[0], record, form.value) if current else None
+
+
+class Uses:
+    """All that a program of native calls reads of packed weights."""
+
+    def __init__(self) -> None:
+        self._uses: list[Use] = []
+        self._broken: Callable[[], bool] | None = None
+
+    def add(self, use: Use) -> None:
+        self._uses.append(use)
+
+    def current(self) -> list[Any] | None:
+        """What was made of the weights, as ``packed`` would return it after a look at all of them; None if it is not.
+
+        As long as the list lives, so do the tensors in it.
+        """
+        records, made = {}, []
+        for use in self._uses:
+            if (found := use.current()) is None:
+                return None
+            key, record, value = found
+            records[key] = record
+            made.append(value)
+        if self._broken is None:
+            self._broken = broken_together([record.fingerprint for record in records.values()])
+        if not self._broken():
+            return made
+        _drop_broken(records)  # a look at each would be one at its next sample
+        return None
+
+
+def _describe(sources: Sequence[Tensor | None]) -> tuple[object, list[UntypedStorage], list[int]] | None:
+    """What names weights as long as their storages live, also when these are moved; the storages; what PyTorch knows of
+    writes to them and of moves. None if it does not count writes."""
+    storages: list[UntypedStorage] = []
+    places: list[object] = []
+    state: list[int] = []
+    for w in sources:
+        if w is None:
+            places.append(None)
+            continue
+        if w.is_inference():  # it has no version counter
+            return None
+        storage = w.untyped_storage()
+        storages.append(storage)
+        places += id(storage), w.storage_offset(), w.shape, w.stride(), w.dtype
+        state += w._version, w.data_ptr()
+    return tuple(places), storages, state
 
 
 def _keep_for_graphs(key: object, weights: Sequence[Tensor], made: Any) -> None:
@@ -132,7 +189,11 @@ def verify() -> int:
     Returns:
         The number of products whose weights had changed.
     """
-    stale = [key for key, record in list(_records.items()) if record.fingerprint.broken_anywhere()]
+    return _drop_broken(_records)
+
+
+def _drop_broken(records: Mapping[object, _Record]) -> int:
+    stale = [key for key, record in list(records.items()) if record.fingerprint.broken_anywhere()]
     for key in stale:
         _records.pop(key, None)
     return len(stale)

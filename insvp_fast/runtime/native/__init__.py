@@ -18,15 +18,17 @@ from insvp_fast.runtime.native.attention import (
 )
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums
-from insvp_fast.runtime.native.library import DTYPES, NativeStatus, available, native_status
+from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatus, available, native_status
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
-from insvp_fast.runtime.native.waiting import Group, are_together, at_once, finish, group, together
+from insvp_fast.runtime.waiting import Group, are_together, at_once, finish, group, lasting, together
 
 __all__ = [
     "DTYPES",
     "LINES",
+    "POINTER",
+    "Call",
     "Checksums",
     "Group",
     "NativeStatus",
@@ -42,6 +44,7 @@ __all__ = [
     "conv_pool_fwd",
     "finish",
     "group",
+    "lasting",
     "linear",
     "linear_activation",
     "linear_activation_bwd",

@@ -23,12 +23,26 @@ class Checksums:
 
     def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
         self._sums = [(ctypes.c_uint64 * LINES)() for _ in pieces]
-        # rows of the C struct Region
-        table = [(*piece, ctypes.addressof(sums)) for piece, sums in zip(pieces, self._sums, strict=True)]
-        for row in table:
-            call("fingerprint", _FILL, *row)
-        self._table = (i64 * (3 * len(table)))(*(number for row in table for number in row))
+        self._pieces = [*pieces]
+        for piece, sums in zip(pieces, self._sums, strict=True):
+            call("fingerprint", _FILL, *piece, ctypes.addressof(sums))
+        self._fill_table()
+
+    def _fill_table(self) -> None:
+        """Rows of the C struct Region."""
+        rows = [(*piece, ctypes.addressof(sums)) for piece, sums in zip(self._pieces, self._sums, strict=True)]
+        self._table = (i64 * (3 * len(rows)))(*(number for row in rows for number in row))
         self._address = ctypes.addressof(self._table)
+
+    @classmethod
+    def of_all(cls, several: Sequence[Checksums]) -> Checksums:
+        """Those of all pieces of several."""
+        joined = cls([])
+        for one in several:
+            joined._sums += one._sums
+            joined._pieces += one._pieces
+        joined._fill_table()
+        return joined
 
     def hold(self, line: int) -> bool:
         """Whether the memory has its old checksum of one line, or, up to 64 KB, of all."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
 
-from insvp_fast.runtime.native import waiting
+from insvp_fast.runtime import waiting
 
 ABI = 8  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
@@ -24,6 +24,7 @@ TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(TYPE_CODES)
 
 ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+POINTER = ptr
 array = [ptr, i32]  # a tensor's memory and the code of its dtype
 
 
@@ -146,35 +147,44 @@ def function(name: str, argtypes: Sequence[type], restype: type = i32, *, thread
     return found
 
 
+@dataclass(slots=True)
+class Call:
+    """A call of a C function, whose last argument, the number of threads, is added when it runs."""
+
+    name: str
+    compute: Any
+    argtypes: Sequence[type]
+    args: Sequence[Any]
+
+    def __call__(self) -> None:
+        """Raises MemoryError where there is no memory for its workspace."""
+        self.run(self.args)
+
+    def run(self, args: Sequence[Any]) -> None:
+        """As the call, with other arguments."""
+        global _computed_in_threads
+        count = torch.get_num_threads()
+        _computed_in_threads |= count > 1
+        if self.compute(*args, count):
+            raise MemoryError(f"{self.name}: no memory for the workspace")
+
+
 def call(name: str, argtypes: Sequence[type], *args: object) -> None:
     """Run the C function ``name``, whose last argument, the number of threads, is added here.
 
     Arguments are not checked: ``require`` does that for tensors. Raises RuntimeError where the library is not in use,
     MemoryError where there is no memory for its workspace.
     """
-    _bind(name, argtypes, args)()
+    Call(name, function(name, argtypes, threads=True), argtypes, args)()
 
 
 def launch(name: str, argtypes: Sequence[type], *args: object) -> None:
-    """As ``call``; in ``waiting.together`` it waits.
+    """As ``call``; in ``waiting.together`` it waits, and a program (``runtime/programs.py``) may record it.
 
     Its tensors have to be given by ``pointer`` or ``address``, and after all are checked by ``require``, which may run
-    what waits and let go of its tensors.
+    what waits and let go of its tensors. It may depend on nothing else in them: a program runs it again for others.
     """
-    waiting.run(_bind(name, argtypes, args))
-
-
-def _bind(name: str, argtypes: Sequence[type], args: Sequence[object]) -> Callable[[], None]:
-    global _computed_in_threads
-    count = torch.get_num_threads()
-    _computed_in_threads |= count > 1
-    compute = function(name, argtypes, threads=True)
-
-    def run() -> None:
-        if compute(*args, count):
-            raise MemoryError(f"{name}: no memory for the workspace")
-
-    return run
+    waiting.run(Call(name, function(name, argtypes, threads=True), argtypes, args))
 
 
 _computed_in_threads = False

@@ -63,7 +63,7 @@ def norm_insert_fwd(
     total = residual.new_empty(0) if branch is None else buffers.empty_like(residual)
     normed = buffers.empty((B, T + L, D), dtype)
     xhat = normed.new_empty(0) if weight is None else buffers.empty_like(normed)
-    rstd = torch.empty((B, T + L), dtype=torch.float32, device="cpu")
+    rstd = buffers.empty((B, T + L), torch.float32)
     launch(
         "norm_insert_fwd",
         _FWD,

@@ -11,11 +11,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, UntypedStorage
 
-__all__ = ["Group", "are_together", "at_once", "finish", "group", "hold", "run", "together"]
+__all__ = [
+    "Group",
+    "Recording",
+    "are_together",
+    "at_once",
+    "finish",
+    "group",
+    "hold",
+    "lasting",
+    "record",
+    "recording",
+    "run",
+    "together",
+]
 
 T = TypeVar("T")
 
@@ -30,12 +43,40 @@ class _Queue:
         self.calls: list[Callable[[], None]] = []
         self.memory: list[UntypedStorage] = []
 
+    def run(self, call: Any) -> None:
+        self.calls.append(call)
+
+    def hold(self, x: Tensor) -> None:
+        self.memory.append(x.untyped_storage())
+
     def finish(self) -> None:
         calls, memory = self.calls, self.memory
         self.calls, self.memory = [], []
         for compute in calls:
             compute()
         del memory  # it is held until all have run
+
+
+class Recording(Protocol):
+    """Takes note of calls, which run at once, and of what they read and write (``programs.py``)."""
+
+    def run(self, call: Any) -> None:
+        """Run a native call."""
+
+    def hold(self, x: Tensor) -> None:
+        """The next call has the address of ``x``."""
+
+    def finish(self) -> None:
+        """Something else than native calls reads what they have computed."""
+
+    def lent(self, x: Tensor) -> None:
+        """``x`` is new memory, of which nothing is read before it is written."""
+
+    def lasts(self, x: Tensor) -> None:
+        """``x`` is there, and the same, as long as what decides over the calls is; its values may change."""
+
+    def rests_on(self, made: Any, use: Any) -> None:
+        """The tensors ``made`` are those of ``use``, which tells later whether they still are."""
 
 
 class Group(threading.local):
@@ -65,7 +106,7 @@ class Group(threading.local):
 class _Thread(threading.local):
     """Where calls of this thread wait, None where they do not, and the group that its nodes belong to."""
 
-    queue: _Queue | None = None
+    queue: _Queue | Recording | None = None
     group: Group | None = None
 
 
@@ -88,6 +129,31 @@ def together(prepare: Callable[[], T], backward: Group | None = None) -> T:
         return prepared
     finally:
         _thread.queue, _thread.group = outside
+
+
+def record(recording: Recording, function: Callable[[], T]) -> T:
+    """``function()``, of whose calls ``recording`` takes note."""
+    finish()
+    outside = _thread.queue
+    try:
+        _thread.queue = recording
+        return function()
+    finally:
+        _thread.queue = outside
+
+
+def recording() -> Recording | None:
+    """What takes note of the calls of this thread."""
+    queue = _thread.queue
+    return None if queue is None or isinstance(queue, _Queue) else queue
+
+
+def lasting(*tensors: Tensor | None) -> None:
+    """Say of tensors that calls read that they belong to the modules, or never change."""
+    if (taking_note := recording()) is not None:
+        for x in tensors:
+            if x is not None:
+                taking_note.lasts(x)
 
 
 def at_once(function: Callable[..., T], *arguments: Any) -> T:
@@ -120,12 +186,12 @@ def finish() -> None:
 def hold(x: Tensor) -> None:
     """Keep a tensor's memory until the calls that wait have run, the one that is being prepared among them."""
     if _thread.queue is not None:
-        _thread.queue.memory.append(x.untyped_storage())
+        _thread.queue.hold(x)
 
 
-def run(compute: Callable[[], None]) -> None:
+def run(call: Callable[[], None]) -> None:
     """Run a call, or let it wait."""
     if _thread.queue is None:
-        compute()
+        call()
     else:
-        _thread.queue.calls.append(compute)
+        _thread.queue.run(call)

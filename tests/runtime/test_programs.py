@@ -1,0 +1,378 @@
+"""Native calls that are recorded once and run again on other memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from insvp_fast import AdapterBank, InsVPConfig, coverage, ops
+from insvp_fast.ops import FrozenLinear
+from insvp_fast.runtime import buffers, native, prepack, products, programs
+from insvp_fast.runtime.programs import Programs
+from insvp_fast.testing import make_pair
+from tests.runtime.test_waiting import ALL_TOKENS, SWIN, VIT
+
+pytestmark = [
+    pytest.mark.usefixtures("unwritten"),
+    pytest.mark.skipif(
+        products.cpu_provider(torch.float32) != "native", reason="nothing is recorded where PyTorch multiplies"
+    ),
+]
+
+
+def programs_of(model):
+    kept = coverage.kept(model).get("programs")
+    return [] if kept is None else [*kept._programs.values()]
+
+
+def prepared(model, image):
+    """The result without any program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Programs, "run", lambda self, key, inputs, compute: compute())
+        return model(image)
+
+
+def image_of(batch, seed=0):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def model_of(name="vit_tiny_patch16_224", config=None, **sizes):
+    _, model = make_pair(name, InsVPConfig(**(config or {})), **(sizes or VIT))
+    return model.eval()
+
+
+MODELS = {  # and how many native calls their programs have; a block has seven
+    "ViT": ("vit_tiny_patch16_224", {}, VIT, [5 * 7]),  # the last block has one query and is prepared each time
+    "all tokens": ("vit_tiny_patch16_224", {}, ALL_TOKENS, [6 * 7]),
+    "one prompt for all": ("vit_tiny_patch16_224", {"common_prompt": False}, ALL_TOKENS, [6 * 7]),
+    "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [2 * 7, 5 * 7]),  # a merging stands alone
+    "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, []),
+    "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
+}
+
+
+@pytest.mark.parametrize(("name", "config", "sizes", "expected"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@torch.no_grad()
+def test_a_program_gives_the_bits_of_what_is_prepared_anew(name, config, sizes, expected, autocast):
+    if autocast and products.cpu_provider(torch.bfloat16) != "native":
+        expected = []
+    model = model_of(name, config, **sizes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for batch in (2, 1):
+            images = [image_of(batch, seed) for seed in range(3)]
+            found = [model(image) for image in images]
+            again = [model(image) for image in images]  # what was given out must not be written again
+            for image, first, second in zip(images, found, again, strict=True):
+                assert torch.equal(first, second) and torch.equal(first, prepared(model, image))
+                assert first.isfinite().all()
+    counts = [len(program._calls) for program in programs_of(model) if program]
+    assert counts == 2 * expected
+
+
+def first_block(model):
+    return (model.backbone.layers[0] if hasattr(model.backbone, "layers") else model.backbone).blocks[0]
+
+
+def replace_weight(model):
+    layer = first_block(model).mlp.fc1
+    layer.weight = nn.Parameter(layer.weight.detach() * 1.5, requires_grad=False)
+
+
+def replace_data(model):
+    layer = first_block(model).attn.qkv
+    layer.weight.data = layer.weight.data * 1.5
+
+
+def load_other_weights(model):
+    model.backbone.load_state_dict({name: 1.1 * w for name, w in model.backbone.state_dict().items()})
+
+
+def shifted(model):
+    return model.backbone.layers[0].blocks[1]
+
+
+def replace_mask(model):
+    shifted(model).attn_mask.data = shifted(model).attn_mask / 50
+
+
+CHANGES = {
+    "in place": lambda m: first_block(m).attn.proj.weight.mul_(1.5),
+    "unseen by PyTorch": lambda m: first_block(m).mlp.fc2.weight.data.mul_(1.5),
+    "through NumPy": lambda m: first_block(m).mlp.fc2.bias.numpy().__imul__(2),
+    "in the last block of all": lambda m: m.backbone.blocks[-1].mlp.fc2.weight.mul_(1.5),
+    "a norm": lambda m: first_block(m).norm1.bias.data.add_(1),
+    "a weight": replace_weight,
+    "the memory of a weight": replace_data,
+    "all weights": load_other_weights,
+    "an attribute": lambda m: setattr(first_block(m).norm2, "eps", 0.1),
+    "the scale": lambda m: setattr(first_block(m).attn, "scale", 0.3),
+    "a block": lambda m: m.backbone.blocks.__setitem__(0, deepcopy(m.backbone.blocks[3])),
+    "a module": lambda m: setattr(first_block(m), "norm1", nn.Identity()),
+    "a hook": lambda m: first_block(m).mlp.register_forward_hook(lambda module, x, y: 2 * y),
+    "the prompts": lambda m: m.common_prompts[0].mul_(2),
+    "the folding": lambda m: setattr(m, "fold_norm", False),
+    "the attention": lambda m: setattr(m, "attention", "reference"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_no_program_outlives_what_it_was_made_for(change):
+    model, image = model_of(), image_of(2)
+    before = [model(image) for _ in range(3)]
+    change(model)
+    for program in [model(image) for _ in range(3)]:
+        assert torch.equal(program, prepared(model, image))
+    changed = not torch.equal(before[-1], prepared(model, image))
+    assert changed or model.attention == "reference" or not model.fold_norm
+
+
+SWIN_CHANGES = {
+    "a weight": CHANGES["in place"],
+    "the mask": lambda m: shifted(m).attn_mask.mul_(0.01),
+    "the memory of the mask": replace_mask,
+    "no mask": lambda m: setattr(shifted(m), "attn_mask", None),
+    "the biases of positions": lambda m: first_block(m).attn.relative_position_bias_table.add_(torch.randn(49, 3)),
+    "their places": lambda m: first_block(m).attn.relative_position_index.data.fill_(0),
+    "the shift": lambda m: setattr(shifted(m), "shift_size", (0, 0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("change", SWIN_CHANGES.values(), ids=SWIN_CHANGES)
+@torch.no_grad()
+def test_no_program_of_swin_outlives_what_it_was_made_for(change):
+    model, image = model_of("swin_tiny_patch4_window7_224", **SWIN), image_of(2)
+    first_block(model).attn.relative_position_bias_table.normal_()
+    before = [model(image) for _ in range(3)]
+    change(model)
+    for found in [model(image) for _ in range(3)]:
+        assert torch.equal(found, prepared(model, image)) and not torch.equal(found, before[-1])
+
+
+@torch.no_grad()
+def test_another_provider_is_another_program():
+    model, image = model_of(), image_of(2)
+    expected = model(image)
+    with products.override_provider(lambda dtype: "plain"):
+        assert torch.equal(model(image), prepared(model, image))
+    assert len(programs_of(model)) == 2 and torch.equal(model(image), expected)
+
+
+@torch.no_grad()
+def test_a_profiler_sees_every_operator():
+    model, image = model_of(), image_of(1)
+    model(image)
+    with torch.profiler.profile() as profile:
+        model(image)
+    counted = {event.key: event.count for event in profile.key_averages()}
+    assert counted["insvp_fast::norm_insert_fwd"] == 2 * 6
+
+
+@torch.no_grad()
+def test_threads_run_one_program_at_once():
+    model, images = model_of(), [image_of(2, seed) for seed in range(8)]
+    expected = [prepared(model, image) for image in images]
+    model(images[0])
+
+    def run(image):
+        with torch.no_grad():
+            return model(image)
+
+    with ThreadPoolExecutor(4) as threads:
+        for found, wanted in zip(threads.map(run, 4 * images), 4 * expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_any_number_of_threads_computes_a_program(request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    model, image = model_of(), image_of(3)
+    expected = model(image)
+    for count in (1, 3, 2):
+        torch.set_num_threads(count)
+        assert torch.equal(model(image), expected)
+    assert len(programs_of(model)) == 1
+
+
+@torch.no_grad()
+def test_the_oldest_program_gives_way(monkeypatch):
+    monkeypatch.setattr(programs, "MOST", 2)
+    model = model_of()
+    for batch in (1, 2, 3, 1):
+        assert torch.equal(model(image_of(batch)), prepared(model, image_of(batch)))
+        assert len(programs_of(model)) <= 2
+    assert all(programs_of(model))
+
+
+@torch.no_grad()
+def test_a_program_keeps_no_weight_and_nothing_packed_alive():
+    prepack.clear()
+    model, image = model_of(), image_of(1)
+    for batch in (1, 2):
+        model(image_of(batch))
+    packed = [weakref.ref(form) for record in prepack._records.values() for form in record.made.values()]
+    for w in model.backbone.parameters():
+        w.mul_(1.5)
+    model(image)  # the program of the other batch waits for its turn
+    gc.collect()
+    assert len(packed) > 20 and not any(form() for form in packed)
+    weight = weakref.ref(first_block(model).mlp.fc1.weight)
+    replace_weight(model)
+    gc.collect()
+    model(image)
+    gc.collect()
+    assert weight() is None
+    copy = deepcopy(model)
+    assert not programs_of(copy) and torch.equal(copy(image), model(image))
+
+
+def layer_of(seed, *size):
+    return FrozenLinear(torch.randn(*size, generator=torch.Generator().manual_seed(seed)))
+
+
+FIRST, SECOND, THIRD = layer_of(1, 5, 3), layer_of(2, 4, 5), layer_of(3, 4, 5)
+
+
+def two_products(x):
+    return [ops.linear(ops.linear(x, FIRST), SECOND)]
+
+
+def run(kept, x, compute=two_products, key="key"):
+    (y,) = kept.run(key, [x], lambda: compute(x))
+    assert torch.equal(y, compute(x)[0])
+    return [*kept._programs.values()]
+
+
+@torch.no_grad()
+def test_inputs_of_another_layout_are_another_program():
+    wide, kept = torch.randn(2, 4, 6), Programs()
+    views = [wide[..., :3], wide[..., 3:], wide[:1, :, :3], wide[..., :3].contiguous()]
+    for count, x in enumerate(views, 1):
+        for same in (x, x.clone() if x.is_contiguous() else x):
+            assert len(run(kept, same)) == count
+    assert all(kept._programs.values())
+
+
+@torch.no_grad()
+def test_inputs_that_share_memory_are_read_where_they_are():
+    kept, layer = Programs(), FrozenLinear(torch.eye(3))
+    for seed in range(3):
+        both = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed))
+        apart = [x.clone() for x in both]
+        for inputs in ([both[0], both[1]], [both[1], both[0]], apart, [both[0], both[0]]):
+
+            def compute(inputs=inputs):
+                a, b = (ops.linear(x, layer) for x in inputs)
+                return ops.norm_insert(a[None], b[None], None, None, None, 0.0)
+
+            found = kept.run("key", inputs, compute)
+            assert torch.equal(found[0][0], inputs[0] + inputs[1])
+    assert len(kept._programs) == 4 and all(kept._programs.values())
+
+
+def reads_a_result(x):
+    y = ops.linear(x, FIRST)
+    native.finish()
+    return [ops.linear(y, SECOND if y[0, 0] > 0 else THIRD)]
+
+
+OTHERS = torch.ones(2, 5)
+NOT_RECORDED = {
+    "a result of PyTorch": lambda x: [ops.linear(ops.linear(x, FIRST) * 2, SECOND)],
+    "a tensor of somewhere else": lambda x: [ops.linear(OTHERS, SECOND)],
+    "a weight packed by hand": lambda x: [native.linear(x, native.pack_linear(FIRST.weight), None, 5)],
+    "an operation by PyTorch": lambda x: [ops.linear(ops.linear(x, FIRST), SECOND, impl="reference")],
+    "a copy": lambda x: [ops.linear(ops.linear(x, FIRST).T, layer_of(3, 2, 2))],
+    "a look at results": reads_a_result,
+    "an output of PyTorch": lambda x: [ops.linear(x, FIRST) + 1],
+    "an output that is given": lambda x: [x],
+    "a part of an output": lambda x: [ops.linear(x, FIRST)[:1]],
+}
+
+
+@pytest.mark.parametrize("compute", NOT_RECORDED.values(), ids=NOT_RECORDED)
+@torch.no_grad()
+def test_what_else_than_native_calls_computes_is_no_program(compute):
+    kept = Programs()
+    for seed in range(3):
+        x = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
+        assert run(kept, x, compute) == [None]
+
+
+@torch.no_grad()
+def test_memory_at_the_address_of_what_is_gone_is_not_taken_for_it(monkeypatch):
+    """A tensor of PyTorch where a result was whose memory is free: its address says nothing."""
+    recording = programs._Recording([])
+    y = buffers.empty((2, 3), torch.float32)
+    recording.lent(y)
+    recording.hold(y)
+    assert y.data_ptr() in recording._pointers
+    foreign = torch.frombuffer(memoryview(y.numpy()), dtype=torch.float32)  # another storage, the same address
+    recording.hold(foreign)
+    assert foreign.data_ptr() == y.data_ptr() not in recording._pointers
+
+
+@torch.no_grad()
+def test_what_the_dispatcher_has_more_to_do_for_is_no_program():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    kept, x = Programs(), torch.randn(2, 3)
+    with Mode():
+        assert not run(kept, x)
+    assert all(run(kept, x))
+
+
+@torch.no_grad()
+def test_an_error_leaves_no_program():
+    kept, x = Programs(), torch.randn(2, 3)
+
+    def fail():
+        ops.linear(x, FIRST)
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            kept.run("key", [x], fail)
+    assert not kept._programs and not native.are_together()
+    assert all(run(kept, x))
+
+
+@torch.no_grad()
+def test_numbers_of_prompts_are_checked_anew_each_time():
+    """They say how far the attention reads, so that others would let C++ read anywhere."""
+    few, many = (model_of(config={"prompt_length": length}) for length in (2, 7))
+    many.backbone = few.backbone
+    bank, image = AdapterBank(few.backbone), image_of(3)
+    bank.add("few", few)
+    bank.add("many", many)
+    for names in (["few"] * 3, ["many"] * 3, ["few", "many", None], ["many", "few", "few"], ["many"] * 3):
+        assert torch.equal(bank(image, names), prepared(partial(bank, adapters=names), image))
+
+
+@torch.no_grad()
+def test_small_writes_are_seen_within_128_looks_of_any_kind():
+    """Programs of two shapes, and products outside of them, count as looks at the same weights."""
+    model = model_of(embed_dim=192, num_heads=3, img_size=32, patch_size=8, depth=4)
+    weight = first_block(model).mlp.fc1.weight
+    assert weight.nbytes > 1 << 16
+    images = image_of(1), image_of(2)
+    for image in images:
+        model(image)
+    weight.data[100, 50] += 100.0
+    found = [model(images[turn % 2]) for turn in range(130)]
+    assert torch.equal(found[-1], prepared(model, images[1]))
+    prepack.clear()
+    assert torch.equal(found[-1], prepared(model, images[1])) and not torch.equal(found[-1], found[1])
