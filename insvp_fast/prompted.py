@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,17 @@ from insvp_fast.backbones import (
 )
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
-from insvp_fast.ops.autograd import enter_group
+from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
-from insvp_fast.runtime import hardware, native, products, torch_private
-from insvp_fast.runtime.programs import Programs
+from insvp_fast.runtime import hardware, products, torch_private
 
 __all__ = ["PromptedViT", "foreign"]
 
 # recompute="block" keeps the input of every second block, and in backward the activations of two blocks at a time. For
 # 12 blocks the sum of both is smallest with two.
 BLOCKS_PER_CHECKPOINT = 2
-
-# What blocks that are prepared together compute stays in memory until all of them are done. So they are two, which
-# gains about as much time as four, with few tokens; with many images the time between native calls counts for less.
-BLOCKS_TOGETHER = 2
-BYTES_TOGETHER = 1 << 23
 
 
 def foreign(owner: object, *names: str) -> str | None:
@@ -269,9 +263,9 @@ class PromptedViT(Covered, PromptedReference):
         def run(tokens: Tensor, context: Any, indices: range) -> Tensor:
             residual: Tensor = tokens
             branch: Tensor | None = None
-            for group in self._blocks_together(indices, tokens, options, num_queries):
+            for group in self._grouped(indices, tokens, options, num_queries):
                 if len(group) > 1:
-                    residual, branch = self._run_together(group, context, residual, branch, options)
+                    residual, branch = self._run_group(group, context, residual, branch, options)
                     continue
                 (j,) = group
                 queries = num_queries if j == depth - 1 else None
@@ -292,64 +286,55 @@ class PromptedViT(Covered, PromptedReference):
                 outputs.append(tokens[:, :num_tokens] if self.carry_prompts else tokens)
         return outputs
 
-    def _blocks_together(
+    def _grouped(
         self, indices: range, tokens: Tensor, options: BlockOptions, num_queries: int | None
     ) -> list[list[int]]:
-        """Groups of blocks: without gradients each is a program, else prepared before any of it is computed."""
-        if not self._may_wait(tokens):
-            return [[j] for j in indices]
-        most = BLOCKS_TOGETHER if torch.is_grad_enabled() else len(self.widths)
+        """Blocks that run alone, and groups of them that can be programs."""
+        recordable = self._may_record(tokens, options.dtype)
         groups: list[list[int]] = [[]]
-        last = len(self.widths) - 1
         for j in indices:
-            few = num_queries is not None and j == last
-            waits = not few and only_operations(self.backbone, j, options)
-            if not waits or len(groups[-1]) == most:
-                groups.append([])
-            groups[-1].append(j)
-            if not waits:
-                groups.append([])
+            few = num_queries is not None and j == len(self.widths) - 1
+            # without a branch the norm hands on its own input, whose gradients PyTorch would add
+            twice = j == indices[0] and torch.is_grad_enabled()
+            alone = not recordable or few or twice or not only_operations(self.backbone, j, options)
+            groups += [[j], []] if alone else []
+            if not alone:
+                groups[-1].append(j)
         return [group for group in groups if group]
 
-    def _may_wait(self, tokens: Tensor) -> bool:
-        """Whether blocks may be prepared before their tokens are there, or without them, and it saves time."""
+    def _may_record(self, tokens: Tensor, dtype: torch.dtype) -> bool:
+        """Whether blocks whose products are in this dtype may run without what leads to their native calls."""
         if torch.compiler.is_compiling() or not tokens.is_cpu:
             return False
-        kept = self.recompute != "none" or torch_private.saving_hooks() or tokens.nbytes > BYTES_TOGETHER
-        if torch.is_grad_enabled() and kept:
-            return False  # as waiting takes memory, and hooks may read what is saved
+        # what is recomputed, or passes through hooks, is what operations have saved
+        if torch.is_grad_enabled() and (self.recompute == "block" or torch_private.saving_hooks()):
+            return False
         if self.reads_tokens or self.carry_prompts or self.gives_keys_values:
             return False
         # prompts that others make might be written again before they are read
         if foreign(self, "block_prompts", "feature_prompt") or foreign(getattr(self, "method", None), "block_prompts"):
             return False
-        return bool(native.native_status()) and not torch_private.dispatches((tokens,))
+        return products.provider(dtype, tokens.device) == "native"
 
-    def _run_together(
+    def _run_group(
         self, blocks: list[int], context: Any, residual: Tensor, branch: Tensor | None, options: BlockOptions
     ) -> tuple[Tensor, Tensor | None]:
         prompts = [self.block_prompts(j, context, len(residual)) for j in blocks]
-        backward = None
-        # without a branch the first norm hands on its own input, whose gradients PyTorch would add
-        if branch is not None and torch.is_grad_enabled() and residual.requires_grad:
-            backward = native.Group()
-            inserted = [p.tokens for p in reversed(prompts) if p is not None]  # those of the last block come first
-            residual, branch, *inserted = enter_group(backward, (residual, branch, *inserted))
-            prompts = [None if p is None else p._replace(tokens=inserted.pop()) for p in prompts]
 
-        def prepare() -> tuple[Tensor, Tensor | None]:
-            nonlocal residual, branch
-            for j, p_j in zip(blocks, prompts, strict=True):
-                residual, branch = self._family.forward_block(self.backbone, j, residual, branch, p_j, options)
+        def compute(inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+            residual, branch, *tokens = inputs
+            for j, p in zip(blocks, prompts, strict=True):
+                inserted = tokens.pop()
+                own = None if p is None else p._replace(tokens=inserted)
+                residual, branch = self._family.forward_block(self.backbone, j, residual, branch, own, options)
             return residual, branch
 
-        if torch.is_grad_enabled():
-            return native.together(prepare, backward)
+        # of prompts that several blocks share, PyTorch adds the gradients in this order: those of the last come first
+        inputs = residual, branch, *(None if p is None else p.tokens for p in reversed(prompts))
         if options.shared is not None or any(p is not None and p.lengths is not None for p in prompts):
-            return prepare()
-        key = tuple(blocks), options, products.provider(options.dtype, residual.device)
+            return compute(inputs)  # these decide by values
         programs = coverage.kept(self).setdefault("programs", Programs())
-        residual, branch = programs.run(key, [residual, branch, *(p and p.tokens for p in prompts)], prepare)
+        residual, branch = programs.run((tuple(blocks), options), inputs, compute)
         return residual, branch
 
     def _insert_prompts(

@@ -37,8 +37,8 @@ class BackboneFamily(Protocol):
 
     A module has ``attention_choices(backbone)`` if its attention does not have all of ``ops.ATTENTION``, and
     ``only_operations(backbone, block, options)`` if there are blocks that call nothing but operations on what they are
-    given, so that these may wait (``insvp_fast/runtime/waiting.py``) and be in a program
-    (``insvp_fast/runtime/programs.py``); what such a block takes from the modules by itself is ``native.lasting``.
+    given, so that a program can record them (``insvp_fast/runtime/programs.py``); what tensors such a block reads besides
+    are packed weights, or it tells ``native.lasting`` of them.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.

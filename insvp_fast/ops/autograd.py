@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from insvp_fast.runtime import native, torch_private
+from insvp_fast.runtime import torch_private
 
-__all__ = ["apply", "enter_group", "first_order", "only_needed"]
+__all__ = ["apply", "first_order", "only_needed"]
 
 
 def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
@@ -24,33 +24,19 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
     """
 
     def decorate(function: type[Function]) -> type[Function]:
-        forward, backward = function.forward, function.backward
+        backward = function.backward
         advice = f"use InsVPReference, or {instead}"
         once = f"the gradient of insvp_fast.ops.{name} cannot be differentiated again: {advice}"
 
-        @functools.wraps(forward)
-        def run_forward(ctx: Any, *arguments: Any) -> Any:
-            if not torch.compiler.is_compiling():
-                ctx.group = native.group()
-            return forward(ctx, *arguments)
-
         @functools.wraps(backward)
         def run_backward(ctx: Any, *grads: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return backward(ctx, *grads)
-            again, group = torch.is_grad_enabled(), getattr(ctx, "group", None)
-            if group is not None:
-                if not again and not torch.is_anomaly_enabled():
-                    return group.prepare(backward, ctx, *grads)
-                group.finish()  # PyTorch reads these gradients between nodes
-            if not again:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
             results = results if isinstance(results, tuple) else (results,)
             return _Once.apply(once, *(None if g is None else g.detach().requires_grad_() for g in results))
 
-        function.forward = staticmethod(run_forward)  # type: ignore[method-assign]
         function.backward = staticmethod(run_backward)  # type: ignore[method-assign]
         where = "a transform of torch.func or forward-mode differentiation"
         function.refusal = f"insvp_fast.ops.{name} cannot run inside {where}: {advice}"  # type: ignore[attr-defined]
@@ -99,28 +85,6 @@ class _NoBackward:
 
     def set_materialize_grads(self, value: bool) -> None:
         pass
-
-
-def enter_group(group: native.Group, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same tensors, as the only inputs of a group's nodes that have gradients; all are computed when they leave it.
-
-    Each input of a node in the group may go to one node alone: PyTorch would add the gradients of several.
-    """
-    entered: tuple[Tensor, ...] = _EnterGroup.apply(group, *tensors)
-    return entered
-
-
-class _EnterGroup(Function):
-    @staticmethod
-    def forward(ctx: Any, group: native.Group, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        ctx.set_materialize_grads(False)
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.group.finish()
-        return None, *grads
 
 
 def only_needed(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

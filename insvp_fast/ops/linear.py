@@ -206,7 +206,7 @@ register(
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=_auto,
-    **{how: Implementation(partial(_fwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
+    **{how: Implementation(partial(_fwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )
 register(
     "linear_bwd",
@@ -215,5 +215,5 @@ register(
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=_auto,
-    **{how: Implementation(partial(_bwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
+    **{how: Implementation(partial(_bwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )

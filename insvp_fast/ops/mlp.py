@@ -131,7 +131,7 @@ def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:
     pre, hidden = products.linear_activation(a.x, fc1, a.activation, a.keep in ("pre", "code"), how)
     out = products.linear(hidden, fc2, how)
     if a.keep == "code":
-        native.finish()
+        native.interrupt()
         return out, derivative_code(pre, a.activation)
     return out, pre
 
@@ -140,7 +140,7 @@ def _bwd(how: str, a: _Bwd) -> Tensor:
     fc1, fc2 = _layers(a)
     if a.keep == "code":
         d_pre = products.linear_bwd(a.grad, fc2, how)
-        native.finish()
+        native.interrupt()
         d_pre.mul_(derivative_from_code(a.kept))
     else:
         pre = products.linear(a.kept, fc1, how) if a.keep == "input" else a.kept
@@ -202,7 +202,7 @@ register(
     reference=partial(_fwd, "plain"),
     auto=_auto,
     triton=Implementation(_fwd_triton, _triton_reason),
-    **{how: Implementation(partial(_fwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
+    **{how: Implementation(partial(_fwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )
 register(
     "mlp_bwd",
@@ -212,5 +212,5 @@ register(
     reference=partial(_bwd, "plain"),
     auto=_auto,
     triton=Implementation(_bwd_triton, _triton_reason),
-    **{how: Implementation(partial(_bwd, how), provider_reason(how), waits=how == "native") for how in PROVIDERS},
+    **{how: Implementation(partial(_bwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )

@@ -283,7 +283,7 @@ register(
     "(Tensor, Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_reason, waits=True),
+    native=Implementation(_fwd_native, _fwd_native_reason, recordable=True),
     triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
@@ -292,6 +292,6 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_reason, waits=True),
+    native=Implementation(_bwd_native, _bwd_native_reason, recordable=True),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -58,7 +58,7 @@ class Implementation(NamedTuple):
     run: Callable[[Any], Any]  # of the operands
     reason: Callable[[Any], str | None]  # of the operands: why they cannot be computed this way; None if they can
     fake: Callable[[Any], Any] | None = None  # where its results have other shapes than the reference's
-    waits: bool = False  # nothing but native calls reads or writes tensors, and no value decides which calls
+    recordable: bool = False  # nothing but native calls reads or writes tensors, and no value decides which calls
 
 
 class _Operator(NamedTuple):
@@ -109,9 +109,9 @@ def register(
 
     def kernel(*arguments: Any) -> Any:
         given = operands(*arguments[:at], *arguments[at + 1 :])
-        run, _, _, waits = table[implementation(name, arguments[at], given)]
-        if native.are_together() and not waits:
-            return native.at_once(_without_gradients, run, given)
+        run, _, _, recordable = table[implementation(name, arguments[at], given)]
+        if not recordable:
+            native.interrupt()
         return _without_gradients(run, given)
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
@@ -131,8 +131,8 @@ def call(name: str, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.insvp_fast, name).default(*arguments)
     if torch_private.dispatches(arguments):
-        # what else the dispatcher calls may read the results
-        return native.at_once(getattr(torch.ops.insvp_fast, name).default, *arguments)
+        native.interrupt()  # what else the dispatcher calls may read the results
+        return getattr(torch.ops.insvp_fast, name).default(*arguments)
     return _operators[name].kernel(*arguments)
 
 

@@ -214,7 +214,7 @@ register(
     fake=_fwd_fake,
     reference=lambda a: window_attention_reference(*a),
     auto=_auto,
-    native=Implementation(_fwd_native, _native_reason, waits=True),
+    native=Implementation(_fwd_native, _native_reason, recordable=True),
 )
 register(
     "window_attention_bwd",
@@ -223,5 +223,5 @@ register(
     fake=lambda a: a.qkv.new_empty(a.qkv.shape),
     reference=lambda a: window_attention_bwd_reference(*a),
     auto=_auto,
-    native=Implementation(_bwd_native, _native_reason, waits=True),
+    native=Implementation(_bwd_native, _native_reason, recordable=True),
 )

@@ -23,7 +23,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from insvp_fast.runtime import torch_private, waiting
+from insvp_fast.runtime import recording, torch_private
 
 __all__ = ["empty", "empty_like", "release"]
 
@@ -49,8 +49,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     else:
         # resize_ and no view: the result of an autograd function may then be written in place
         x = torch.frombuffer(_lend(nbytes), dtype=dtype).resize_(shape)
-    if (recording := waiting.recording()) is not None:
-        recording.lent(x)
+    if (noting := recording.current()) is not None:
+        noting.new(x)
     return x
 
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, UntypedStorage
 
-from insvp_fast.runtime import torch_private, waiting
+from insvp_fast.runtime import recording, torch_private
 from insvp_fast.runtime.fingerprint import Fingerprint, Region, broken_together, fingerprint
 
 __all__ = ["clear", "packed", "verify"]
@@ -102,54 +102,80 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
         with torch.no_grad():
             form = record.made[name] = _Form(make(), weights[0].device)
     made = form.in_order()
-    if look and (recording := waiting.recording()) is not None:
-        recording.rests_on(made, Use(sources, record, form))
+    if (noting := recording.current()) is not None:
+        noting.packed(_tensors(made), Use(sources, name, make, _layout(made), look))
     return cast(T, made)
 
 
 class Use:
-    """That something reads what was made of weights, which it does not keep alive."""
+    """A use of what ``packed`` returns for its arguments, to ask again for it."""
 
-    def __init__(self, sources: Sequence[Tensor | None], record: _Record, form: _Form) -> None:
-        self._sources, self._record, self._form = sources, weakref.ref(record), weakref.ref(form)
+    def __init__(
+        self, sources: Sequence[Tensor | None], name: object, make: Callable[[], Any], layout: object, look: bool
+    ) -> None:
+        self.sources, self.name, self.make, self.layout, self.look = sources, name, make, layout, look
 
-    def current(self) -> tuple[object, _Record, Any] | None:
-        """The key of what was made, and this, if all that PyTorch knows of the weights is as it was."""
-        record, form, described = self._record(), self._form(), _describe(self._sources)
-        if record is None or form is None or described is None or _records.get(described[0]) is not record:
+    def record(self) -> tuple[object, _Record] | None:
+        """What is known of the weights, by its key, if all that PyTorch knows of them is as it was."""
+        described = _describe(self.sources)
+        record = None if described is None else _records.get(described[0])
+        if described is None or record is None or not _is_current(record, *described[1:], look=False):
             return None
-        current = _is_current(record, *described[1:], look=False)
-        return (described[0], record, form.value) if current else None
+        return described[0], record
+
+    def made(self, record: _Record | None) -> tuple[Tensor | None, ...] | None:
+        """What is made of the weights; None if that is no longer of the same size."""
+        form = None if record is None else record.made.get(self.name)
+        made = packed(self.sources, self.name, self.make, look=False) if form is None else form.value
+        return _tensors(made) if _layout(made) == self.layout else None
 
 
 class Uses:
-    """All that a program of native calls reads of packed weights."""
+    """All uses of packed weights by a program of native calls."""
 
     def __init__(self) -> None:
         self._uses: list[Use] = []
-        self._broken: Callable[[], bool] | None = None
+        self._looked_at: list[_Record] = []
+        self._broken: Callable[[], bool] = lambda: False
 
-    def add(self, use: Use) -> None:
+    def add(self, use: Use) -> int:
+        """Its number."""
         self._uses.append(use)
+        return len(self._uses) - 1
 
-    def current(self) -> list[Any] | None:
-        """What was made of the weights, as ``packed`` would return it after a look at all of them; None if it is not.
+    def without_look(self, number: int) -> Use:
+        """A use of the same, in a backward pass."""
+        use = self._uses[number]
+        return Use(use.sources, use.name, use.make, use.layout, look=False)
 
-        As long as the list lives, so do the tensors in it.
-        """
-        records, made = {}, []
-        for use in self._uses:
-            if (found := use.current()) is None:
+    def weights(self) -> list[Tensor]:
+        """All that is packed, each once."""
+        return [*{id(w): w for use in self._uses for w in use.sources if w is not None}.values()]
+
+    def made(self) -> list[tuple[Tensor | None, ...]] | None:
+        """For each use what ``packed`` would return, with one look at all weights; None if a size is another."""
+        found = [use.record() for use in self._uses]
+        records = dict(known for use, known in zip(self._uses, found, strict=True) if use.look and known is not None)
+        if [*map(id, records.values())] != [*map(id, self._looked_at)]:
+            self._looked_at = [*records.values()]
+            self._broken = broken_together([record.fingerprint for record in self._looked_at])
+        if self._broken():
+            _drop_broken(records)  # a look at each alone would be one at its next sample
+            found = [None] * len(found)
+        made = []
+        for use, known in zip(self._uses, found, strict=True):
+            if (own := use.made(None if known is None else known[1])) is None:
                 return None
-            key, record, value = found
-            records[key] = record
-            made.append(value)
-        if self._broken is None:
-            self._broken = broken_together([record.fingerprint for record in records.values()])
-        if not self._broken():
-            return made
-        _drop_broken(records)  # a look at each would be one at its next sample
-        return None
+            made.append(own)
+        return made
+
+
+def _tensors(made: Any) -> tuple[Tensor | None, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _layout(made: Any) -> list[object]:
+    return [None if x is None else (x.shape, x.dtype) for x in _tensors(made)]
 
 
 def _describe(sources: Sequence[Tensor | None]) -> tuple[object, list[UntypedStorage], list[int]] | None:

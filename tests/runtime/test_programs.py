@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -9,16 +10,20 @@ from copy import deepcopy
 from functools import partial
 
 import pytest
+import timm
 import torch
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from insvp_fast import AdapterBank, InsVPConfig, coverage, ops
+from insvp_fast import AdapterBank, InsVPConfig, InsVPViT, coverage, ops, unsupported_reason
+from insvp_fast.methods import MethodViT
 from insvp_fast.ops import FrozenLinear
-from insvp_fast.runtime import buffers, native, prepack, products, programs
-from insvp_fast.runtime.programs import Programs
+from insvp_fast.ops.programs import Programs
+from insvp_fast.reference import PromptMethod, Prompts
+from insvp_fast.runtime import buffers, native, prepack, products, recording
+from insvp_fast.runtime.programs import Recorder
 from insvp_fast.testing import make_pair
-from tests.runtime.test_waiting import ALL_TOKENS, SWIN, VIT
 
 pytestmark = [
     pytest.mark.usefixtures("unwritten"),
@@ -28,15 +33,26 @@ pytestmark = [
 ]
 
 
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 6), "num_heads": (3, 6), "patch_size": 2}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 6}
+ALL_TOKENS = VIT | {"global_pool": "avg", "class_token": False}
+
+
 def programs_of(model):
     kept = coverage.kept(model).get("programs")
     return [] if kept is None else [*kept._programs.values()]
 
 
+@contextlib.contextmanager
+def no_programs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Programs, "run", lambda self, key, inputs, compute: compute(inputs))
+        yield
+
+
 def prepared(model, image):
     """The result without any program."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Programs, "run", lambda self, key, inputs, compute: compute())
+    with no_programs():
         return model(image)
 
 
@@ -56,6 +72,7 @@ MODELS = {  # and how many native calls their programs have; a block has seven
     "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [2 * 7, 5 * 7]),  # a merging stands alone
     "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, []),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
+    "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True}, VIT, []),
 }
 
 
@@ -161,12 +178,12 @@ def test_no_program_of_swin_outlives_what_it_was_made_for(change):
 
 
 @torch.no_grad()
-def test_another_provider_is_another_program():
+def test_another_provider_has_no_program():
     model, image = model_of(), image_of(2)
     expected = model(image)
     with products.override_provider(lambda dtype: "plain"):
         assert torch.equal(model(image), prepared(model, image))
-    assert len(programs_of(model)) == 2 and torch.equal(model(image), expected)
+    assert len(programs_of(model)) == 1 and torch.equal(model(image), expected)
 
 
 @torch.no_grad()
@@ -207,7 +224,7 @@ def test_any_number_of_threads_computes_a_program(request):
 
 @torch.no_grad()
 def test_the_oldest_program_gives_way(monkeypatch):
-    monkeypatch.setattr(programs, "MOST", 2)
+    monkeypatch.setattr("insvp_fast.ops.programs.MOST", 2)
     model = model_of()
     for batch in (1, 2, 3, 1):
         assert torch.equal(model(image_of(batch)), prepared(model, image_of(batch)))
@@ -249,7 +266,7 @@ def two_products(x):
 
 
 def run(kept, x, compute=two_products, key="key"):
-    (y,) = kept.run(key, [x], lambda: compute(x))
+    (y,) = kept.run(key, [x], lambda inputs: compute(*inputs))
     assert torch.equal(y, compute(x)[0])
     return [*kept._programs.values()]
 
@@ -272,7 +289,7 @@ def test_inputs_that_share_memory_are_read_where_they_are():
         apart = [x.clone() for x in both]
         for inputs in ([both[0], both[1]], [both[1], both[0]], apart, [both[0], both[0]]):
 
-            def compute(inputs=inputs):
+            def compute(inputs):
                 a, b = (ops.linear(x, layer) for x in inputs)
                 return ops.norm_insert(a[None], b[None], None, None, None, 0.0)
 
@@ -283,12 +300,20 @@ def test_inputs_that_share_memory_are_read_where_they_are():
 
 def reads_a_result(x):
     y = ops.linear(x, FIRST)
-    native.finish()
+    native.interrupt()
     return [ops.linear(y, SECOND if y[0, 0] > 0 else THIRD)]
 
 
 OTHERS = torch.ones(2, 5)
+
+
+def multiplies_by_onednn(x):
+    y = products.linear(x, FIRST, "onednn") if products.onednn_works(torch.float32) else x[:, :1] * OTHERS
+    return [ops.linear(y, SECOND)]
+
+
 NOT_RECORDED = {
+    "a product of oneDNN": multiplies_by_onednn,
     "a result of PyTorch": lambda x: [ops.linear(ops.linear(x, FIRST) * 2, SECOND)],
     "a tensor of somewhere else": lambda x: [ops.linear(OTHERS, SECOND)],
     "a weight packed by hand": lambda x: [native.linear(x, native.pack_linear(FIRST.weight), None, 5)],
@@ -310,17 +335,28 @@ def test_what_else_than_native_calls_computes_is_no_program(compute):
         assert run(kept, x, compute) == [None]
 
 
-@torch.no_grad()
-def test_memory_at_the_address_of_what_is_gone_is_not_taken_for_it(monkeypatch):
+def test_memory_at_the_address_of_what_is_gone_is_not_taken_for_it():
     """A tensor of PyTorch where a result was whose memory is free: its address says nothing."""
-    recording = programs._Recording([])
+    recorder = Recorder([])
     y = buffers.empty((2, 3), torch.float32)
-    recording.lent(y)
-    recording.hold(y)
-    assert y.data_ptr() in recording._pointers
+    recorder.new(y)
+    recorder.hold(y)
+    assert recorder._pointers[y.data_ptr()] == (0, 0)
     foreign = torch.frombuffer(memoryview(y.numpy()), dtype=torch.float32)  # another storage, the same address
-    recording.hold(foreign)
-    assert foreign.data_ptr() == y.data_ptr() not in recording._pointers
+    recorder.hold(foreign)
+    assert foreign.data_ptr() == y.data_ptr() and recorder._pointers[y.data_ptr()] is None
+
+
+def test_new_memory_is_a_piece_as_long_as_it_lives():
+    recorder = Recorder([])
+    first, second = (torch.empty(5) for _ in range(2))
+    recorder.new(first)
+    recorder.new(second)
+    del first
+    recorder.new(third := torch.empty(5))
+    recorder.new(other := torch.empty(6))
+    pieces = [recorder.find(x.untyped_storage()) for x in (second, third, other)]
+    assert pieces == [1, 0, 2] and recorder.sizes == [20, 20, 24]
 
 
 @torch.no_grad()
@@ -339,14 +375,14 @@ def test_what_the_dispatcher_has_more_to_do_for_is_no_program():
 def test_an_error_leaves_no_program():
     kept, x = Programs(), torch.randn(2, 3)
 
-    def fail():
-        ops.linear(x, FIRST)
+    def fail(inputs):
+        ops.linear(*inputs, FIRST)
         raise KeyError
 
     for _ in range(2):
         with pytest.raises(KeyError):
             kept.run("key", [x], fail)
-    assert not kept._programs and not native.are_together()
+    assert not kept._programs and recording.current() is None
     assert all(run(kept, x))
 
 
@@ -376,3 +412,223 @@ def test_small_writes_are_seen_within_128_looks_of_any_kind():
     assert torch.equal(found[-1], prepared(model, images[1]))
     prepack.clear()
     assert torch.equal(found[-1], prepared(model, images[1])) and not torch.equal(found[-1], found[1])
+
+
+# With gradients
+
+
+def logits_and_gradients(model, image, autocast=False):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(image)
+    return logits.detach(), *torch.autograd.grad(logits.float().square().sum(), parameters)
+
+
+def assert_equal(found, expected):
+    assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("name", "config", "sizes", "expected"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(name, config, sizes, expected, autocast):
+    if autocast and products.cpu_provider(torch.bfloat16) != "native":
+        expected = []
+    model = model_of(name, config, **sizes)
+    run = partial(logits_and_gradients, model, autocast=autocast)
+    for batch in (2, 1):
+        images = [image_of(batch, seed) for seed in range(3)]
+        found = [run(image) for image in images]
+        again = [run(image) for image in images]
+        for image, first, second in zip(images, found, again, strict=True):
+            assert_equal(first, second)
+            with no_programs():
+                assert_equal(first, run(image))
+    # the first block hands on its own input
+    fewer = [calls - 7 if i == 0 else calls for i, calls in enumerate(expected)]
+    fewer = [calls for calls in fewer if calls > 7]
+    pairs = [program for program in programs_of(model) if program]
+    assert [len(pair.forward._calls) for pair in pairs] == 2 * fewer == [len(pair.backward._calls) for pair in pairs]
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_what_is_kept_for_backward_changes_no_bit(recompute, in_8_bits):
+    if in_8_bits and recompute == "mlp":
+        pytest.skip("they do not go together")
+    model, image = model_of(), image_of(2)
+    model.recompute, model.gelu_in_8_bits = recompute, in_8_bits
+    first = logits_and_gradients(model, image)
+    for _ in range(2):
+        assert_equal(logits_and_gradients(model, image), first)
+    with no_programs():
+        assert_equal(logits_and_gradients(model, image), first)
+    assert any(programs_of(model)) == (recompute != "block" and not in_8_bits)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+def test_no_gradient_outlives_what_it_was_made_for(change):
+    model, image = model_of(), image_of(2)
+    for _ in range(3):
+        logits_and_gradients(model, image)
+    with torch.no_grad():
+        change(model)
+    found = [logits_and_gradients(model, image) for _ in range(3)]
+    with no_programs():
+        expected = logits_and_gradients(model, image)
+    for one in found:
+        assert_equal(one, expected)
+
+
+class BufferedPrompts(PromptMethod):
+    """Writes the prompts of every block into one tensor, by operations of this package."""
+
+    def __init__(self, geometry):
+        super().__init__(geometry)
+        self.p, self.buffer = nn.Parameter(torch.randn(6, 3, 24)), torch.zeros(1, 3, 24)
+
+    def block_prompts(self, block, context, batch, tokens=None):
+        made = ops.linear(self.p[block][None], FrozenLinear(torch.eye(24))).tanh()
+        made = made if torch.is_grad_enabled() else self.buffer.copy_(made)
+        return Prompts(made.expand(batch, -1, -1))
+
+
+class BufferedInsVP(InsVPViT):
+    def feature_prompt(self, block, p_s, batch):
+        made = super().feature_prompt(block, p_s, batch)
+        if torch.is_grad_enabled():
+            return made
+        self.buffer = getattr(self, "buffer", torch.empty_like(made))
+        return self.buffer.copy_(made)
+
+
+@pytest.mark.parametrize("kind", [partial(MethodViT, method=BufferedPrompts), BufferedInsVP], ids=["method", "model"])
+def test_prompts_of_others_are_read_when_they_are_made(kind):
+    torch.manual_seed(0)
+    model, image = kind(timm.create_model("vit_tiny_patch16_224", **VIT), 10).eval(), image_of(2)
+    with torch.no_grad():
+        found = [model(image) for _ in range(3)]
+    expected = model(image)
+    assert all(torch.equal(one, expected) for one in found) and not programs_of(model)
+
+
+def test_an_mlp_with_a_norm_of_its_own_is_in_no_program():
+    backbone = timm.create_model("swin_tiny_patch4_window7_224", **SWIN)
+    for stage in backbone.layers:
+        for block in stage.blocks:
+            block.mlp = GeGluMlp(block.dim, 2 * block.dim)
+    model = InsVPViT(backbone, 10).eval()
+    assert unsupported_reason(model) is None and torch.equal(*(model(image_of(2)) for _ in range(2)))
+    assert not programs_of(model)
+
+
+def test_what_is_saved_for_backward_passes_through_hooks():
+    """Hooks may keep it elsewhere, or compress it; they get what operations save."""
+    model, image = model_of(), image_of(2)
+    for _ in range(2):
+        logits_and_gradients(model, image)
+    seen = []
+
+    def pack(x):
+        seen.append(bool(x.isfinite().all()))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(image)
+    assert all(seen) and len(seen) > 30
+
+
+@pytest.fixture(params=["recorded", "replayed"])
+def trained(request):
+    """Loss and parameters of a model, and their gradients without any program."""
+    model, image = model_of(**ALL_TOKENS), image_of(2)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def loss():
+        if request.param == "recorded":
+            coverage.kept(model).clear()
+        return model(image).square().sum()
+
+    with no_programs():
+        expected = torch.autograd.grad(loss(), parameters)
+    loss().backward()
+    assert [type(program).__name__ for program in programs_of(model)] == ["_Pair"]
+    return loss, parameters, expected
+
+
+def test_a_graph_can_be_gone_through_again_and_by_many_threads(trained):
+    loss, parameters, expected = trained
+    made = loss()
+    assert_equal(torch.autograd.grad(made, parameters, retain_graph=True), expected)
+    with ThreadPoolExecutor(4) as threads:
+        jobs = [threads.submit(torch.autograd.grad, made, parameters, retain_graph=True) for _ in range(8)]
+        for job in jobs:
+            assert_equal(job.result(), expected)
+    torch.autograd.grad(made, parameters)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(made, parameters)
+
+
+def test_part_of_the_gradients_is_enough(trained):
+    loss, parameters, expected = trained
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert_equal(torch.autograd.grad(loss(), [parameter]), [gradient])
+
+
+def test_anomaly_mode_sees_gradients_that_are_there(trained):
+    loss, parameters, expected = trained
+    with torch.autograd.detect_anomaly(check_nan=True):
+        assert_equal(torch.autograd.grad(loss(), parameters), expected)
+
+
+def test_second_derivatives_are_refused(trained):
+    loss, parameters, expected = trained
+    gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
+    assert_equal(gradients, expected)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        sum(g.sum() for g in gradients).backward()
+
+
+def test_pytorch_frees_what_is_saved_though_the_loss_is_still_there(trained, monkeypatch):
+    loss, _, _ = trained
+    made, empty = [], buffers.empty
+
+    def noted(*arguments, **keywords):
+        made.append(weakref.ref((x := empty(*arguments, **keywords)).untyped_storage()))
+        return x
+
+    monkeypatch.setattr(buffers, "empty", noted)
+    kept = loss()
+    saved = sum(one() is not None for one in made)
+    kept.backward()
+    gc.collect()
+    left = sum(one() is not None for one in made)
+    assert saved > 5 * 6 and left <= 6, "expected what a block hands to the next, and parameters' gradients"
+
+
+def test_weights_that_are_written_between_the_passes_are_an_error():
+    model, image = model_of(), image_of(2)
+    for _ in range(3):
+        loss = model(image).sum()
+        with torch.no_grad():
+            model.backbone.blocks[2].mlp.fc1.weight.mul_(1.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        logits_and_gradients(model, image)
+
+
+def test_gradients_that_pytorch_adds_make_no_program():
+    """Here those of what is used twice, perhaps in memory that native calls write."""
+    kept, square = Programs(), layer_of(4, 3, 3)
+
+    def twice(x):
+        y = ops.linear(x, square)
+        return [ops.linear(y, square), ops.linear(y, square)]
+
+    for _ in range(3):
+        x = torch.randn(2, 3, requires_grad=True)
+        first, second = kept.run("key", [x], lambda inputs: twice(*inputs))
+        (found,) = torch.autograd.grad((first + 2 * second).sum(), [x])
+        (expected,) = torch.autograd.grad((twice(x)[0] + 2 * twice(x)[1]).sum(), [x])
+        torch.testing.assert_close(found, expected)
+    assert not any(kept._programs.values())

@@ -22,7 +22,7 @@ from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatu
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
-from insvp_fast.runtime.waiting import Group, are_together, at_once, finish, group, lasting, together
+from insvp_fast.runtime.recording import interrupt, lasting
 
 __all__ = [
     "DTYPES",
@@ -30,11 +30,8 @@ __all__ = [
     "POINTER",
     "Call",
     "Checksums",
-    "Group",
     "NativeStatus",
     "Windows",
-    "are_together",
-    "at_once",
     "attention_bwd",
     "attention_fwd",
     "available",
@@ -42,8 +39,7 @@ __all__ = [
     "conv_fwd",
     "conv_pool_bwd",
     "conv_pool_fwd",
-    "finish",
-    "group",
+    "interrupt",
     "lasting",
     "linear",
     "linear_activation",
@@ -54,7 +50,6 @@ __all__ = [
     "pack_linear",
     "superpose_bwd",
     "superpose_fwd",
-    "together",
     "window_attention_bwd",
     "window_attention_fwd",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch  # before the library: torch's OpenMP runtime becomes the only one of the process
 from torch import Tensor
 
-from insvp_fast.runtime import waiting
+from insvp_fast.runtime import recording
 
 ABI = 8  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
@@ -113,8 +113,8 @@ def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) 
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """A contiguous copy of ``x``, which a call that waits may be about to write."""
-    waiting.finish()
+    """A contiguous copy of ``x``."""
+    recording.interrupt()
     return x.contiguous()
 
 
@@ -129,7 +129,7 @@ def address(x: Tensor | None) -> int | None:
         return None
     if not x.is_cpu:  # of a result that a default device has put elsewhere: C++ would write anywhere
         raise ValueError(f"a tensor is on {x.device}, the native library computes on the CPU")
-    waiting.hold(x)
+    recording.hold(x)
     return x.data_ptr()
 
 
@@ -179,12 +179,11 @@ def call(name: str, argtypes: Sequence[type], *args: object) -> None:
 
 
 def launch(name: str, argtypes: Sequence[type], *args: object) -> None:
-    """As ``call``; in ``waiting.together`` it waits, and a program (``runtime/programs.py``) may record it.
+    """As ``call``, of what a program may run again on other memory (``runtime/programs.py``).
 
-    Its tensors have to be given by ``pointer`` or ``address``, and after all are checked by ``require``, which may run
-    what waits and let go of its tensors. It may depend on nothing else in them: a program runs it again for others.
+    Its tensors have to be given by ``pointer`` or ``address``, and their values may decide over nothing here.
     """
-    waiting.run(Call(name, function(name, argtypes, threads=True), argtypes, args))
+    recording.run(Call(name, function(name, argtypes, threads=True), argtypes, args))
 
 
 _computed_in_threads = False

@@ -1,0 +1,180 @@
+"""Functions of tensors that run as programs of native calls from the second time on, with their gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from insvp_fast.ops.autograd import first_order
+from insvp_fast.runtime import recording, torch_private
+from insvp_fast.runtime.programs import Given, New, Program, Recorder
+
+__all__ = ["Programs"]
+
+MOST = 8  # programs that are kept, for as many shapes of batches; a program is about 100 KB
+
+Tensors = Sequence[Tensor | None]
+
+
+class _Pair(NamedTuple):
+    """A program, and that of its gradients, which reads ``kept`` of the former's memory besides its own."""
+
+    forward: Program
+    backward: Program
+    kept: Sequence[Given | New]
+
+
+class Programs:
+    """The programs of a model, by what decides which calls they make."""
+
+    def __init__(self) -> None:
+        self._programs: OrderedDict[Hashable, Program | _Pair | None] = OrderedDict()
+
+    def run(self, key: Hashable, inputs: Tensors, compute: Callable[[Tensors], Tensors]) -> Tensors:
+        """``compute(inputs)``, by a program from the second time on.
+
+        Args:
+            key: with the layouts of the inputs, all that decides which native calls ``compute`` makes, but the values
+                of packed weights.
+            inputs: all tensors that it reads, but those that are ``native.lasting``. Where they have gradients, each
+                of them and of the results in between is used once, so that PyTorch adds no gradients.
+        """
+        if torch_private.dispatches(inputs):
+            return compute(inputs)
+        needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+        given, layouts = _memory(inputs)
+        key = key, needs, layouts
+        program = self._programs.get(key)
+        if program is None and key in self._programs:
+            return compute(inputs)
+        if program is not None:
+            forward = program.forward if isinstance(program, _Pair) else program
+            if (new := forward.run(_starts(given))) is not None:
+                return _Replayed.apply(program, new, *inputs) if any(needs) else forward.outputs(new)
+        if any(needs):
+            return cast(Tensors, _Recorded.apply(self, key, compute, *inputs))
+        recorder = Recorder(given)
+        outputs = recording.record(recorder, lambda: compute(inputs))
+        self.keep(key, recorder.program(outputs))
+        return outputs
+
+    def keep(self, key: Hashable, program: Program | _Pair | None) -> None:
+        """Note what was recorded, or that it was no program."""
+        self._programs[key] = program
+        while len(self._programs) > MOST:
+            self._programs.popitem(last=False)
+
+
+def _memory(inputs: Tensors) -> tuple[list[Tensor], Hashable]:
+    """One tensor for each storage of the inputs, and where in the storages these are."""
+    numbers: dict[int, int] = {}
+    given: list[Tensor] = []
+    layouts: list[Hashable] = []
+    for x in inputs:
+        if x is None:
+            layouts.append(None)
+            continue
+        number = numbers.setdefault(id(x.untyped_storage()), len(given))
+        if number == len(given):
+            given.append(x)
+        layouts.append((x.shape, x.stride(), x.storage_offset(), x.dtype, number))
+    return given, tuple(layouts)
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.untyped_storage().data_ptr() for x in tensors]
+
+
+@first_order("linear", "torch.nn.functional.linear")
+class _Recorded(torch.autograd.Function):
+    """Computes a function and its gradients as they are, and takes note of them."""
+
+    @staticmethod
+    def forward(ctx: Any, programs: Programs, key: Hashable, compute: Any, *inputs: Tensor | None) -> Any:
+        own = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        saved, recorder = _Saved(), Recorder(_memory(own)[0])
+        with torch.enable_grad(), saved_tensors_hooks(saved.pack, saved.unpack):
+            outputs = recording.record(recorder, lambda: compute(own))
+        ctx.save_for_backward(*saved.tensors)
+        saved.tensors = ()
+        forward = recorder.program(outputs)
+        if forward is None:
+            programs.keep(key, None)
+        ctx.graph, ctx.record = (own, outputs, saved), (programs, key, recorder, forward)
+        return tuple(x.detach() for x in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (own, outputs, saved), (programs, key, before, forward) = ctx.graph, ctx.record
+        given = [g.clone(memory_format=torch.contiguous_format) for g in grads]  # memory of their own
+        recorder = Recorder(given, before)
+        wanted = [x for x in own if x is not None and x.requires_grad]
+
+        def differentiate() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(outputs, wanted, given, retain_graph=True, allow_unused=True)
+
+        saved.tensors = ctx.saved_tensors
+        try:
+            found = iter(recording.record(recorder, differentiate))
+            results = [next(found) if x is not None and x.requires_grad else None for x in own]
+            if forward is not None:
+                backward = recorder.program(results)
+                if backward is not None and _agrees(backward, [*_starts(given), *recorder.taken.values()], results):
+                    programs.keep(key, _Pair(forward, backward, [*recorder.taken]))
+                else:
+                    programs.keep(key, None)
+        finally:
+            saved.tensors = ()
+        return *(None,) * 3, *results
+
+
+def _agrees(program: Program, given: Sequence[int], expected: Tensors) -> bool:
+    """Whether a program computes these bits; not if PyTorch has added gradients in the memory of native calls."""
+    if (new := program.run(given)) is None:
+        return False
+    pairs = [(x, y) for x, y in zip(program.outputs(new), expected, strict=True) if x is not None and y is not None]
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+
+
+class _Saved(threading.local):
+    """What a recorded graph saves for backward, and reads in each thread that goes through it.
+
+    Between the two PyTorch holds it for the function that records, and frees it with that.
+    """
+
+    tensors: Sequence[Tensor] = ()
+
+    def pack(self, x: Tensor) -> int:
+        self.tensors = *self.tensors, x.detach()
+        return len(self.tensors) - 1
+
+    def unpack(self, number: int) -> Tensor:
+        return self.tensors[number]
+
+
+@first_order("linear", "torch.nn.functional.linear")
+class _Replayed(torch.autograd.Function):
+    """What a program has computed, and its gradients by another."""
+
+    @staticmethod
+    def forward(ctx: Any, pair: _Pair, new: Sequence[Tensor], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        given, _ = _memory(inputs)
+        kept = [(new if isinstance(piece, New) else given)[piece.number] for piece in pair.kept]
+        ctx.save_for_backward(*kept, *pair.backward.weights)  # weights, so that PyTorch sees if they are written
+        ctx.backward, ctx.num_kept = pair.backward, len(kept)
+        return pair.forward.outputs(new)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        given = [g.contiguous() for g in grads]
+        kept = ctx.saved_tensors[: ctx.num_kept]
+        new = ctx.backward.run([g.data_ptr() for g in given] + _starts(kept))
+        if new is None:
+            raise RuntimeError("frozen weights have another shape or dtype than in the forward pass")
+        return None, None, *ctx.backward.outputs(new)
