@@ -103,17 +103,18 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
             form = record.made[name] = _Form(make(), weights[0].device)
     made = form.in_order()
     if (noting := recording.current()) is not None:
-        noting.packed(_tensors(made), Use(sources, name, make, _layout(made), look))
+        noting.packed(_tensors(made), Use(sources, name, make, look))
     return cast(T, made)
 
 
 class Use:
-    """A use of what ``packed`` returns for its arguments, to ask again for it."""
+    """Asks for the same as a call of ``packed`` did."""
 
     def __init__(
-        self, sources: Sequence[Tensor | None], name: object, make: Callable[[], Any], layout: object, look: bool
+        self, sources: Sequence[Tensor | None], name: object, make: Callable[[], Any], look: bool = False
     ) -> None:
-        self.sources, self.name, self.make, self.layout, self.look = sources, name, make, layout, look
+        self.sources, self.name, self.make, self.look = sources, name, make, look
+        self._sizes = _sizes(sources)
 
     def record(self) -> tuple[object, _Record] | None:
         """What is known of the weights, by its key, if all that PyTorch knows of them is as it was."""
@@ -124,19 +125,20 @@ class Use:
         return described[0], record
 
     def made(self, record: _Record | None) -> tuple[Tensor | None, ...] | None:
-        """What is made of the weights; None if that is no longer of the same size."""
+        """What is made of the weights, without a look at them; None if these have other sizes than they had."""
+        if _sizes(self.sources) != self._sizes:
+            return None
         form = None if record is None else record.made.get(self.name)
-        made = packed(self.sources, self.name, self.make, look=False) if form is None else form.value
-        return _tensors(made) if _layout(made) == self.layout else None
+        return _tensors(packed(self.sources, self.name, self.make, look=False) if form is None else form.value)
 
 
 class Uses:
-    """All uses of packed weights by a program of native calls."""
+    """All packed weights that a program of native calls uses."""
 
     def __init__(self) -> None:
         self._uses: list[Use] = []
-        self._looked_at: list[_Record] = []
-        self._broken: Callable[[], bool] = lambda: False
+        # no records, which would keep alive what was made
+        self._look: tuple[list[Fingerprint], Callable[[], bool]] = [], lambda: False
 
     def add(self, use: Use) -> int:
         """Its number."""
@@ -146,7 +148,7 @@ class Uses:
     def without_look(self, number: int) -> Use:
         """A use of the same, in a backward pass."""
         use = self._uses[number]
-        return Use(use.sources, use.name, use.make, use.layout, look=False)
+        return Use(use.sources, use.name, use.make)
 
     def weights(self) -> list[Tensor]:
         """All that is packed, each once."""
@@ -156,10 +158,11 @@ class Uses:
         """For each use what ``packed`` would return, with one look at all weights; None if a size is another."""
         found = [use.record() for use in self._uses]
         records = dict(known for use, known in zip(self._uses, found, strict=True) if use.look and known is not None)
-        if [*map(id, records.values())] != [*map(id, self._looked_at)]:
-            self._looked_at = [*records.values()]
-            self._broken = broken_together([record.fingerprint for record in self._looked_at])
-        if self._broken():
+        fingerprints, broken = [record.fingerprint for record in records.values()], self._look[1]
+        if [*map(id, fingerprints)] != [*map(id, self._look[0])]:
+            broken = broken_together(fingerprints)
+            self._look = fingerprints, broken
+        if broken():
             _drop_broken(records)  # a look at each alone would be one at its next sample
             found = [None] * len(found)
         made = []
@@ -174,8 +177,8 @@ def _tensors(made: Any) -> tuple[Tensor | None, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
-def _layout(made: Any) -> list[object]:
-    return [None if x is None else (x.shape, x.dtype) for x in _tensors(made)]
+def _sizes(tensors: Sequence[Tensor | None]) -> list[object]:
+    return [None if x is None else (x.shape, x.dtype) for x in tensors]
 
 
 def _describe(sources: Sequence[Tensor | None]) -> tuple[object, list[UntypedStorage], list[int]] | None:

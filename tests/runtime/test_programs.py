@@ -177,6 +177,29 @@ def test_no_program_of_swin_outlives_what_it_was_made_for(change):
         assert torch.equal(found, prepared(model, image)) and not torch.equal(found, before[-1])
 
 
+def shrink_weight(model):
+    layer = first_block(model).mlp.fc2
+    layer.weight.data = layer.weight.data[:, :50].clone()
+
+
+def shrink_mask(model):
+    shifted(model).attn_mask.data = shifted(model).attn_mask[:1].clone()
+
+
+@pytest.mark.parametrize("change", [shrink_weight, shrink_mask])
+@torch.no_grad()
+def test_other_sizes_are_the_errors_that_they_are_without_a_program(change):
+    model, image = model_of("swin_tiny_patch4_window7_224", **SWIN), image_of(2)
+    for _ in range(2):
+        model(image)
+    change(model)
+    with pytest.raises(ValueError, match="shape") as expected:
+        prepared(model, image)
+    with pytest.raises(ValueError, match="shape") as found:
+        model(image)
+    assert str(found.value) == str(expected.value)
+
+
 @torch.no_grad()
 def test_another_provider_has_no_program():
     model, image = model_of(), image_of(2)
@@ -236,7 +259,7 @@ def test_the_oldest_program_gives_way(monkeypatch):
 def test_a_program_keeps_no_weight_and_nothing_packed_alive():
     prepack.clear()
     model, image = model_of(), image_of(1)
-    for batch in (1, 2):
+    for batch in (1, 2, 1, 2):
         model(image_of(batch))
     packed = [weakref.ref(form) for record in prepack._records.values() for form in record.made.values()]
     for w in model.backbone.parameters():
@@ -527,15 +550,16 @@ def test_what_is_saved_for_backward_passes_through_hooks():
     model, image = model_of(), image_of(2)
     for _ in range(2):
         logits_and_gradients(model, image)
-    seen = []
 
-    def pack(x):
-        seen.append(bool(x.isfinite().all()))
-        return x
+    def saved():
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x.clone()), lambda x: x):
+            model(image)
+        return seen
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(image)
-    assert all(seen) and len(seen) > 30
+    found = saved()
+    with no_programs():
+        assert_equal(found, saved())
 
 
 @pytest.fixture(params=["recorded", "replayed"])
@@ -615,6 +639,61 @@ def test_weights_that_are_written_between_the_passes_are_an_error():
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
         logits_and_gradients(model, image)
+
+
+def test_gradients_may_have_any_layout_and_share_memory():
+    kept, square = Programs(), layer_of(4, 3, 3)
+
+    def compute(inputs):
+        residual, branch = inputs
+        residual, y = ops.norm_insert(residual, ops.linear(branch, square), None, None, None, 1e-6)
+        return [residual, ops.linear(y, square)]
+
+    losses = [
+        lambda x, y: (x + y).sum(),
+        lambda x, y: (x * y).sum(),
+        lambda x, y: (x.mT + y.mT).square().sum(),
+        lambda x, y: y[:, 1:].sum(),
+    ]
+    for loss in 2 * losses:
+        inputs = [torch.randn(2, 4, 3, requires_grad=True) for _ in range(2)]
+        found = torch.autograd.grad(loss(*kept.run("key", inputs, compute)), inputs)
+        expected = torch.autograd.grad(loss(*compute(inputs)), inputs)
+        torch.testing.assert_close(found, expected)
+    assert [type(program).__name__ for program in kept._programs.values()] == ["_Pair"]
+
+
+def test_which_inputs_have_gradients_decides_over_the_program():
+    kept = Programs()
+    for needs in (False, True, True, False, True):
+        x = torch.randn(2, 3, requires_grad=needs)
+        (y,) = kept.run("key", [x], lambda inputs: two_products(*inputs))
+        (expected,) = two_products(x)
+        assert torch.equal(y, expected) and y.requires_grad == needs
+        if needs:
+            assert_equal(torch.autograd.grad(y.sum(), [x]), torch.autograd.grad(expected.sum(), [x]))
+    assert len(kept._programs) == 2 and all(kept._programs.values())
+
+
+class Twice(torch.autograd.Function):
+    """Writes what a native call has computed, and does not say so."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return ops.linear(x, THIRD)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return products.linear_bwd(grad, THIRD, "native").mul_(2)
+
+
+def test_a_program_that_does_not_agree_with_what_was_recorded_is_dropped():
+    kept = Programs()
+    for _ in range(3):
+        x = torch.randn(2, 5, requires_grad=True)
+        (y,) = kept.run("key", [x], lambda inputs: [Twice.apply(*inputs)])
+        assert_equal(torch.autograd.grad(y.sum(), [x]), [torch.ones(2, 4) @ (2 * THIRD.weight)])
+    assert [*kept._programs.values()] == [None]
 
 
 def test_gradients_that_pytorch_adds_make_no_program():
