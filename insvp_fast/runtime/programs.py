@@ -1,10 +1,10 @@
 """Programs: native calls that are recorded once and run again, without the Python that has led to them.
 
 A model of twelve blocks calls the native library some ninety times, and twice as often in a training step. Between two
-calls Python checks arguments, looks up packed weights and asks for memory, which for a single image takes as long as a
-fifth of the products. A program runs the same calls in the same order, so it computes the same bits; only memory
-differs. The address of each tensor is recorded as a place in a piece of memory, which is found again when the program
-runs: given memory, new memory for what the calls write, a packed weight, or a tensor that lasts.
+calls Python checks arguments, looks up packed weights and asks for memory, while the processor waits with cold caches.
+A program runs the same calls in the same order, so it computes the same bits; only memory differs. The address of each
+tensor is recorded as a place in a piece of memory, which is found again when the program runs: given memory, new memory
+for what the calls write, a packed weight, or a tensor that lasts.
 
 A tensor of which nothing is known would have an address that means nothing later. So one that comes from anywhere else,
 or something else than native calls between them, makes what is recorded no program.
@@ -29,16 +29,20 @@ __all__ = ["Given", "New", "Piece", "Program", "Recorder"]
 
 @dataclass(frozen=True)
 class Given:
+    """Memory that is given when a program runs."""
+
     number: int
 
 
 @dataclass(frozen=True)
 class New:
+    """Memory that a program asks for when it runs; it serves several tensors, one after the other."""
+
     number: int
 
 
 class _Packed(NamedTuple):
-    use: int
+    use: int  # of ``prepack.Uses``
     number: int  # in the tuple of tensors that is used
 
 
@@ -62,7 +66,7 @@ class Program:
     """Recorded calls. Of what they read and write, nothing is kept but tensors that last.
 
     Attributes:
-        weights: of which packed weights are made that the calls read.
+        weights: those of which the packed weights are made.
     """
 
     def __init__(self, recorder: Recorder, outputs: Sequence[tuple[int, Tensor] | None]) -> None:
