@@ -35,7 +35,6 @@ from insvp_fast.backbones.vision_transformer import (
 from insvp_fast.backbones.vit_blocks import inactive_dropout, post_norm_block, pre_norm_block, prefixed
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
-from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 
 __all__ = [
@@ -234,8 +233,7 @@ def _attention(
         packed = prepared(project_qkv(attn, y, affine), 3)
         rest = attn.num_heads, num_queries, attn.scale
         attended = ops.attention(packed, *rest, num_keys=num_keys, impl=options.attention)
-    attended = in_own_dtype(attn.norm, attended).to(y.dtype)
-    return ops.linear(attended, FrozenLinear.of(attn.proj))
+    return in_own_dtype(attn.norm, attended).to(y.dtype)
 
 
 def final_norm(backbone: Eva, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -17,13 +17,18 @@ class BlockOptions(NamedTuple):
     """How the blocks are computed; see the arguments of ``InsVPViT``."""
 
     dtype: torch.dtype  # of the products
-    fold_norm: bool  # whether a norm's affine map is folded into the product behind it
+    fold_norm: bool  # whether a norm's affine map and the layer scale are folded into the products beside them
     attention: str  # the implementation, one of ``ops.ATTENTION``; blocks with ``num_queries`` have only one
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
     shared: Any  # what the family's ``shared`` returns
     prompt_lengths: Tensor | None = None  # ``Prompts.lengths`` of the block
     keys_values: Tensor | None = None  # ``Prompts.keys_values`` of the block
+
+    @property
+    def folds_scale(self) -> bool:
+        """Whether the layer scale is folded: fp16 cannot hold weights that are multiplied by small ones."""
+        return self.fold_norm and self.dtype != torch.float16
 
 
 class BackboneFamily(Protocol):

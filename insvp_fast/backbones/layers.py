@@ -137,13 +137,15 @@ def in_own_dtype(norm: Any, x: Tensor) -> Tensor:
     return normed
 
 
-def forward_mlp(mlp: Mlp | GluMlp | SwiGLU | GeGluMlp, x: Tensor, affine: Affine, keep: str) -> Tensor:
-    """The MLP of what ``norm_insert`` returned, [..., D] -> [..., D]."""
+def forward_mlp(
+    mlp: Mlp | GluMlp | SwiGLU | GeGluMlp, x: Tensor, affine: Affine, keep: str, scale: Tensor | None = None
+) -> Tensor:
+    """``scale`` times the MLP of what ``norm_insert`` returned, [..., D] -> [..., D]."""
     if isinstance(mlp, GeGluMlp):
         y = in_own_dtype(mlp.norm, _apply_affine(x, affine)).to(x.dtype)
-        layers = map(FrozenLinear.of, (mlp.w0, mlp.w1, mlp.w2))
+        layers = FrozenLinear.of(mlp.w0), FrozenLinear.of(mlp.w1), FrozenLinear.of(mlp.w2, scale=scale)
         return ops.gated_mlp(y, *layers, activation=activation_name(mlp.act), keep=keep)
-    activation, hidden_norm, fc2 = activation_name(mlp.act), mlp.norm, FrozenLinear.of(mlp.fc2)
+    activation, hidden_norm, fc2 = activation_name(mlp.act), mlp.norm, FrozenLinear.of(mlp.fc2, scale=scale)
     if isinstance(mlp, Mlp):
         gate, value = FrozenLinear.of(mlp.fc1, *affine), None
     else:
@@ -152,7 +154,7 @@ def forward_mlp(mlp: Mlp | GluMlp | SwiGLU | GeGluMlp, x: Tensor, affine: Affine
         if value is None:
             return ops.mlp(x, gate, fc2, activation=activation, keep=keep)
         return ops.gated_mlp(x, gate, value, fc2, activation=activation, keep=keep)
-    fc2 = FrozenLinear.of(mlp.fc2, *_affine(hidden_norm))
+    fc2 = FrozenLinear.of(mlp.fc2, *_affine(hidden_norm), scale)
     return ops.gated_mlp(x, gate, value, fc2, activation=activation, eps=hidden_norm.eps, keep=keep)
 
 

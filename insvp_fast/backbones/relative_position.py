@@ -227,10 +227,8 @@ def _attention(
     bias = attention_bias(attn, options.shared)
     bias = None if bias is None else bias.flatten(0, -3)
     if num_queries is None:
-        attended = _attend(attn, y, affine, num_tokens, bias, options.attention)
-    else:
-        attended = _attend_from_first(attn, y, affine, num_queries, None if bias is None else bias[:, :num_queries])
-    return ops.linear(attended, FrozenLinear.of(attn.proj))
+        return _attend(attn, y, affine, num_tokens, bias, options.attention)
+    return _attend_from_first(attn, y, affine, num_queries, None if bias is None else bias[:, :num_queries])
 
 
 def _attend(attn: Any, y: Tensor, affine: Affine, num_tokens: int, bias: Tensor | None, impl: str) -> Tensor:

@@ -220,11 +220,12 @@ def forward_block(
 
 
 def only_operations(backbone: VisionTransformer, block: int, options: BlockOptions) -> bool:
-    """Only of timm's plain ``Block``, without layer scale and norms of heads."""
+    """Only of timm's plain ``Block``, without norms of heads, and with layer scales only where they are folded."""
     blk: Any = backbone.blocks[block]
     if not isinstance(blk, Block) or options.attention not in ("auto", "native"):  # the others call PyTorch's functions
         return False
-    absent = blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm, blk.ls1, blk.ls2
+    scales = () if options.folds_scale else (blk.ls1, blk.ls2)
+    absent = blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm, *scales
     return isinstance(blk.mlp, Mlp) and all(isinstance(module, nn.Identity) for module in absent)
 
 

@@ -50,7 +50,7 @@ __all__ = [
     "run_block",
 ]
 
-# of what ``norm_insert`` returns, but the residual, to the tokens that go on
+# of what ``norm_insert`` returns, but the residual, to the attended values of the tokens that go on, not yet projected
 Attend = Callable[[Tensor, Affine], Tensor]
 
 # What is supported
@@ -202,19 +202,23 @@ def pre_norm_block(
 ) -> tuple[Tensor, Tensor]:
     """``run_block`` of any block that has its norms before attention and MLP, with its attention as a function."""
     residual, y, affine = norm_insert(block.norm1, residual, branch, prompts, options)
-    branch = _scaled(block, 1, attend(y, affine))
+    inner, outer = _layer_scale(block, 1, options)
+    branch = _times(outer, ops.linear(attend(y, affine), FrozenLinear.of(block.attn.proj, scale=inner)))
     residual = first_tokens(residual, num_queries)
     residual, y, affine = norm_insert(block.norm2, residual, branch, None, options)
-    return residual, _scaled(block, 2, forward_mlp(block.mlp, y, affine, options.mlp_keeps))
+    inner, outer = _layer_scale(block, 2, options)
+    return residual, _times(outer, forward_mlp(block.mlp, y, affine, options.mlp_keeps, inner))
 
 
-def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
-    """The block's layer scale: a module in most classes of timm, a parameter or None in others."""
-    if (scale := getattr(block, f"ls{number}", None)) is not None:
-        scaled: Tensor = branch if isinstance(scale, nn.Identity) else scale(branch)
-        return scaled
-    gamma = getattr(block, f"gamma_{number}")
-    return branch if gamma is None else gamma * branch
+def _layer_scale(block: Any, number: int, options: BlockOptions) -> tuple[Tensor | None, Tensor | None]:
+    """The block's layer scale, a module in most classes of timm and a parameter in others: folded, and not folded."""
+    module = getattr(block, f"ls{number}", None)
+    gamma = getattr(block, f"gamma_{number}") if module is None else getattr(module, "gamma", None)
+    return (gamma, None) if options.folds_scale else (None, gamma)
+
+
+def _times(scale: Tensor | None, branch: Tensor) -> Tensor:
+    return branch if scale is None else scale * branch
 
 
 def post_norm_block(
@@ -230,7 +234,7 @@ def post_norm_block(
     residual = residual if branch is None else residual + branch
     y = residual.to(options.dtype)
     y = y if prompts is None else torch.cat([y, prompts.to(y.dtype)], dim=1)
-    branch = in_own_dtype(block.norm1, attend(y, Affine()))
+    branch = in_own_dtype(block.norm1, ops.linear(attend(y, Affine()), FrozenLinear.of(block.attn.proj)))
     residual = first_tokens(residual, num_queries) + branch
     y = residual.to(options.dtype)
     return residual, in_own_dtype(block.norm2, forward_mlp(block.mlp, y, Affine(), options.mlp_keeps))
@@ -248,7 +252,8 @@ def _things(
     for one in block.attns:
         norm, attn, scale, _ = one
         residual, y, affine = norm_insert(norm, residual, branch, prompts, options)
-        attended.append(scale(_attention(attn, y, affine, residual.shape[1], options, num_queries)))
+        values = _attention(attn, y, affine, residual.shape[1], options, num_queries)
+        attended.append(scale(ops.linear(values, FrozenLinear.of(attn.proj))))
         branch = None
     residual, branch = first_tokens(residual, num_queries), reduce(torch.add, attended)
     for one in block.ffns:
@@ -288,8 +293,7 @@ def _attention(
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
     qkv = FrozenLinear.of(attn.qkv, *affine)
     attended = _attend(attn, qkv, y, num_tokens, options, num_queries)
-    attended = in_own_dtype(attn.norm, attended).to(y.dtype)
-    return ops.linear(attended, FrozenLinear.of(attn.proj))
+    return in_own_dtype(attn.norm, attended).to(y.dtype)
 
 
 def _attend(

@@ -5,6 +5,7 @@ its gradient written out, ``<op>_bwd_reference``; the operands of the operators 
 the implementations, each with the reason why it may not compute some operands; and their registration
 (``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, ``query_attention`` and
 ``absorbed_attention`` one implementation, ``blend_prompts`` is no operator. Gradients are first-order only.
+``programs.py`` runs the native calls of many operations in a row again.
 
 The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
 superpose_reference``.

@@ -39,7 +39,8 @@ def gated_mlp(
         gate, value: layers [M, D] with the same gain and shift, all of their outputs; without ``value`` there is no
             product of the two, and the hidden layer is that of ``mlp``. The two halves of one packed layer are views of
             its weight.
-        fc2: the layer [D, M]; its gain and shift are the affine map of the norm of the hidden layer.
+        fc2: the layer [D, M]; its gain and shift are the affine map of the norm of the hidden layer. The others have no
+            scale.
         activation: as in ``mlp``.
         eps: of the LayerNorm of the hidden layer; None if it has none.
         keep: for backward, "pre", ``gate(x)`` and ``value(x)``, [..., M] each, or "input", x, to compute them again.
@@ -57,14 +58,16 @@ def gated_mlp(
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}; the gradient of a gated MLP has no code in 8 bits")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+    if gate.scale is not None or (value is not None and value.scale is not None):
+        raise ValueError("gate or value has a scale: expected none")
     needed = torch.is_grad_enabled() and x.requires_grad
-    wg, bg, gain, shift, w2, b2, gain2, shift2, *_ = frozen_operands(x, gate, fc2)
+    wg, bg, gain, shift, _, w2, b2, gain2, shift2, scale, *_ = frozen_operands(x, gate, fc2)
     wv, bv = None, None
     if value is not None:
         wv, bv, gain_v, shift_v, *_ = frozen_operands(x, value, fc2)
         if gain_v is not gain or shift_v is not shift:
             raise ValueError("gate and value have a gain or shift of their own: expected those of one norm before both")
-    weights = wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2
+    weights = wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, scale
     operands = _Fwd(x, *weights, eps, activation, keep if needed else "nothing")
     require("gated_mlp_fwd", impl, operands)
     return cast(Tensor, apply(_GatedMlp, *operands, impl))
@@ -82,6 +85,7 @@ class _Fwd(NamedTuple):
     b2: Tensor | None
     gain2: Tensor | None
     shift2: Tensor | None
+    scale: Tensor | None
     eps: float | None
     activation: str
     keep: str
@@ -101,6 +105,7 @@ class _Bwd(NamedTuple):
     b2: Tensor | None
     gain2: Tensor | None
     shift2: Tensor | None
+    scale: Tensor | None
     eps: float | None
     activation: str
     keep: str
@@ -108,7 +113,7 @@ class _Bwd(NamedTuple):
 
 def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear | None, FrozenLinear]:
     value = None if a.wv is None else FrozenLinear(a.wv, a.bv, a.gain, a.shift)
-    return FrozenLinear(a.wg, a.bg, a.gain, a.shift), value, FrozenLinear(a.w2, a.b2, a.gain2, a.shift2)
+    return FrozenLinear(a.wg, a.bg, a.gain, a.shift), value, FrozenLinear(a.w2, a.b2, a.gain2, a.shift2, a.scale)
 
 
 @first_order("gated_mlp", "torch.nn.functional.linear and silu")
@@ -124,7 +129,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call("gated_mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 14
+        return call("gated_mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 15
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:

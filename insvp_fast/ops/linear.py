@@ -27,12 +27,12 @@ __all__ = ["linear", "project_q_kv"]
 
 
 def linear(x: Tensor, layer: FrozenLinear, *, impl: str = "auto") -> Tensor:
-    """(gain*x + shift) @ weight.T + bias, all frozen: no gradient for them, nothing of x kept, packed once.
+    """scale * ((gain*x + shift) @ weight.T + bias), all frozen: no gradient for them, nothing of x kept, packed once.
 
     Args:
         x: [..., D_in]; its dtype is that of the product and of the result.
         layer: weight [D_out, D_in] and bias [D_out] or None, in any floating dtype, gain and shift [D_in] of the norm
-            before, or None, and the range of outputs to compute. None of them may require a gradient.
+            before, or None, scale [D_out] or None, and the range of outputs to compute. None may require a gradient.
         impl: "auto" lets the device decide; "reference" is PyTorch's product, "native" the native library's, "onednn"
             oneDNN's with a packed weight, "widened" one in fp32 of 16-bit operands.
 
@@ -95,7 +95,7 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
 
 def _check(layer: FrozenLinear, features: int) -> int:
     """The number of outputs of a layer that fits."""
-    weight, bias, gain, shift, first, last = layer
+    weight, bias, gain, shift, scale, first, last = layer
     outputs = weight.shape[0]
     last = outputs if last is None else last
     if weight.ndim < 2 or layer.in_features != features:
@@ -106,6 +106,8 @@ def _check(layer: FrozenLinear, features: int) -> int:
         raise ValueError(f"gain has shape {tuple(gain.shape)}: expected {(features,)}")
     if shift is not None and shift.shape != (features,):
         raise ValueError(f"shift has shape {tuple(shift.shape)}: expected {(features,)}")
+    if scale is not None and scale.shape != (outputs,):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}: expected {(outputs,)}")
     if not 0 <= first <= last <= outputs:
         raise ValueError(f"outputs {first} to {last}: expected a range within 0 to {outputs}")
     return last - first
@@ -117,6 +119,7 @@ class _Fwd(NamedTuple):
     bias: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
+    scale: Tensor | None
     first: int
     last: int
 
@@ -127,6 +130,7 @@ class _Bwd(NamedTuple):
     bias: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
+    scale: Tensor | None
     first: int
     last: int
 
@@ -135,13 +139,13 @@ class _Bwd(NamedTuple):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(*rest[:4])
-        ctx.rest = rest[4:]
+        ctx.save_for_backward(*rest[:5])
+        ctx.rest = rest[5:]
         return cast(Tensor, call("linear_fwd", x, *rest))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call("linear_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+        return call("linear_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 8
 
 
 @first_order("project_q_kv", "torch.nn.functional.linear")
@@ -160,7 +164,7 @@ class _ProjectQKV(torch.autograd.Function):
         last, D = weights[0].shape
         d_x = call("linear_bwd", d_kv, *weights, D, last, impl)
         d_x[:, : ctx.num_queries] += call("linear_bwd", d_q, *weights, 0, D, impl)
-        return d_x, *(None,) * 6
+        return d_x, *(None,) * 7
 
 
 def _fwd(how: str, a: _Fwd) -> Tensor:

@@ -30,11 +30,11 @@ def mlp(
     keep: str = "pre",
     impl: str = "auto",
 ) -> Tensor:
-    """activation((gain*x + shift) @ w1.T + b1) @ w2.T + b2, with frozen weights.
+    """scale * (activation((gain*x + shift) @ w1.T + b1) @ w2.T + b2), with frozen weights.
 
     Args:
         x: [..., D]; its dtype is that of the products and of the result.
-        fc1, fc2: layers [M, D] and [D, M], all of them; the second without gain and shift.
+        fc1, fc2: layers [M, D] and [D, M], all of them; the first without scale, the second without gain and shift.
         activation: "gelu", exact (erf); "gelu_tanh", its approximation by tanh; "quick_gelu", x sigmoid(1.702 x); or
             "silu", x sigmoid(x).
         keep: for backward, "pre", what the activation was applied to, [..., M]; "code", its derivative there rounded to
@@ -55,9 +55,13 @@ def mlp(
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+    if fc1.scale is not None:
+        raise ValueError("fc1 has a scale: expected none")
+    if fc2.gain is not None or fc2.shift is not None:
+        raise ValueError("fc2 has a gain or shift: expected none")
     needed = torch.is_grad_enabled() and x.requires_grad
-    w1, b1, gain, shift, w2, b2, *_ = frozen_operands(x, fc1, fc2)
-    operands = _Fwd(x, w1, b1, w2, b2, gain, shift, activation, keep if needed else "nothing")
+    w1, b1, gain, shift, _, w2, b2, _, _, scale, *_ = frozen_operands(x, fc1, fc2)
+    operands = _Fwd(x, w1, b1, w2, b2, gain, shift, scale, activation, keep if needed else "nothing")
     require("mlp_fwd", impl, operands)
     return cast(Tensor, apply(_Mlp, *operands, impl))
 
@@ -90,6 +94,7 @@ class _Fwd(NamedTuple):
     b2: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
+    scale: Tensor | None
     activation: str
     keep: str
 
@@ -103,12 +108,13 @@ class _Bwd(NamedTuple):
     b2: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
+    scale: Tensor | None
     activation: str
     keep: str
 
 
 def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear]:
-    return FrozenLinear(a.w1, a.b1, a.gain, a.shift), FrozenLinear(a.w2, a.b2)
+    return FrozenLinear(a.w1, a.b1, a.gain, a.shift), FrozenLinear(a.w2, a.b2, scale=a.scale)
 
 
 @first_order("mlp", "torch.nn.functional.linear and gelu")
@@ -123,7 +129,7 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call("mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 9
+        return call("mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 10
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rows, p, *weights = ctx.saved_tensors
-        return _absorbed_bwd(grad, x, rows, p, weights, *ctx.shape), *(None,) * 9
+        return _absorbed_bwd(grad, x, rows, p, weights, *ctx.shape), *(None,) * 10
 
 
 @rows_apart
@@ -177,8 +177,8 @@ def _absorbed_bwd(
     d_mean = _turned(_by_head(grad, H), weights, 2 * D, 3 * D)
     d_scores = scale * torch_private.softmax_bwd(d_mean @ x.mT, p)
     d_x = torch.baddbmm(p.mT @ d_mean, d_scores.mT, rows)
-    weight, _, gain, _ = weights  # nothing is added to a gradient
-    d_q = _own_heads(_product(d_scores @ x, (weight, None, gain, None), D, 2 * D), H)
+    weight, _, gain, _, scale = weights  # nothing is added to a gradient
+    d_q = _own_heads(_product(d_scores @ x, (weight, None, gain, None, scale), D, 2 * D), H)
     d_x[:, :T] += _turned(d_q, weights, 0, D)
     return d_x
 

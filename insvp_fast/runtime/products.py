@@ -5,7 +5,7 @@ autocast PyTorch casts them at every use, and oneDNN reorders them at every call
 packed once (``prepack.py``).
 
 The frozen affine map of the norm before a product is folded into it: (g*x + s) @ W.T + b is x @ (W*g).T + (W @ s + b),
-exact but for the rounding of W*g.
+exact but for the rounding of W*g. So is a frozen factor of its outputs, the layer scale.
 """
 
 from __future__ import annotations
@@ -40,24 +40,27 @@ __all__ = [
 
 
 class FrozenLinear(NamedTuple):
-    """A frozen linear layer: (gain*x + shift) @ weight.T + bias, its outputs from ``first`` to before ``last``."""
+    """A frozen linear layer: scale * ((gain*x + shift) @ weight.T + bias), its outputs ``first`` to before ``last``."""
 
     weight: Tensor  # [D_out, D_in]; a convolution's, of more dimensions, counts as flattened to two
     bias: Tensor | None = None
     gain: Tensor | None = None  # [D_in], the affine map of the norm before
     shift: Tensor | None = None
+    scale: Tensor | None = None  # [D_out]
     first: int = 0
     last: int | None = None
 
     @classmethod
-    def of(cls, layer: Any, gain: Tensor | None = None, shift: Tensor | None = None) -> FrozenLinear:
+    def of(
+        cls, layer: Any, gain: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
+    ) -> FrozenLinear:
         """All outputs of an ``nn.Linear``, or of a convolution without overlap."""
-        return cls(layer.weight, layer.bias, gain, shift)
+        return cls(layer.weight, layer.bias, gain, shift, scale)
 
     @property
     def sources(self) -> tuple[Tensor | None, ...]:
         """All that the operands of a product are made of."""
-        return self.weight, self.bias, self.gain, self.shift
+        return self.weight, self.bias, self.gain, self.shift, self.scale
 
     @property
     def out_features(self) -> int:
@@ -68,10 +71,10 @@ class FrozenLinear(NamedTuple):
         return prod(self.weight.shape[1:])
 
     def plain(self, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
-        """W*g and W @ s + b in ``dtype``, kept for both directions and all outputs; W and b themselves where they
-        serve."""
-        own_matrix = self.gain is None and self.weight.dtype == dtype
-        own_constant = self.shift is None and (self.bias is None or self.bias.dtype == dtype)
+        """The folded weight and bias in ``dtype``, kept for both directions and all outputs; W and b themselves where
+        they serve."""
+        own_matrix = self.gain is None and self.scale is None and self.weight.dtype == dtype
+        own_constant = self.shift is None and (self.bias is None or (self.scale is None and self.bias.dtype == dtype))
 
         def make() -> tuple[Tensor | None, Tensor | None]:  # not W or b, which would keep themselves alive
             constant = None if own_constant else self._constant()
@@ -88,7 +91,7 @@ class FrozenLinear(NamedTuple):
         return matrix[rows], None if constant is None else constant[rows]
 
     def operands(self, how: str, dtype: torch.dtype, direction: str) -> tuple[Tensor, Tensor | None]:
-        """W*g packed for the provider ``how``, for "backward" transposed, and for "forward" W @ s + b."""
+        """The folded weight packed for the provider ``how``, for "backward" transposed, and for "forward" the bias."""
         forward, rows = direction == "forward", slice(self.first, self.last)
 
         def make() -> tuple[Tensor, Tensor | None]:
@@ -102,15 +105,20 @@ class FrozenLinear(NamedTuple):
 
     def _matrix(self) -> Tensor:
         weight = self.weight.flatten(1)
-        if self.gain is None:
+        if self.gain is None and self.scale is None:
             return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.to(_wide(weight))
-        return weight.to(_wide(weight)) * self.gain.to(_wide(weight))
+        weight = weight.to(_wide(weight))
+        weight = weight if self.gain is None else weight * self.gain.to(weight.dtype)
+        return weight if self.scale is None else weight * self.scale.to(weight.dtype).unsqueeze(1)
 
     def _constant(self) -> Tensor | None:
-        if self.shift is None:
-            return self.bias
-        constant = self.weight.flatten(1).to(_wide(self.weight)) @ self.shift.to(_wide(self.weight))
-        return constant if self.bias is None else constant + self.bias
+        constant = self.bias
+        if self.shift is not None:
+            constant = self.weight.flatten(1).to(_wide(self.weight)) @ self.shift.to(_wide(self.weight))
+            constant = constant if self.bias is None else constant + self.bias
+        if constant is None or self.scale is None:
+            return constant
+        return constant.to(_wide(constant)) * self.scale.to(_wide(constant))
 
 
 def _wide(x: Tensor) -> torch.dtype:

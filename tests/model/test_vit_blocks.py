@@ -1,6 +1,7 @@
 """Every kind of block, norm, MLP and activation of timm's Vision Transformers: the fast model against the reference."""
 
 import copy
+import itertools
 import warnings
 from functools import partial
 
@@ -13,6 +14,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
+from insvp_fast.backbones import BlockOptions
 from insvp_fast.testing import DEVICE, make_pair, relative_error
 from tests.model.parity import assert_bf16_within_budget, assert_equal_numbers
 
@@ -170,3 +172,10 @@ def test_nearly_all_names_are_fast():
     for name in fast:
         backbone = timm.create_model(name, embed_dim=48, num_heads=3, depth=1)
         assert unsupported_reason(InsVPViT(backbone, 3, CONFIG)) is None, name
+
+
+def test_layer_scales_are_folded_but_into_weights_of_fp16():
+    """There a weight times a small scale has few bits."""
+    for dtype, fold_norm in itertools.product((torch.float32, torch.bfloat16, torch.float16), (True, False)):
+        options = BlockOptions(dtype, fold_norm, "auto", "pre", (1, 1), None)
+        assert options.folds_scale == (fold_norm and dtype != torch.float16)

@@ -39,6 +39,19 @@ CASES = {
         lambda: ops.linear(X, FrozenLinear(WEIGHT, gain=WEIGHT[:, 0])),
         r"gain has shape \(48,\)",
     ),
+    "linear: scale": (lambda: ops.linear(X, FrozenLinear(WEIGHT, scale=X[0, 0])), r"scale has shape \(24,\)"),
+    "mlp: scale of the first layer": (
+        lambda: ops.mlp(X, FrozenLinear(WEIGHT, scale=WEIGHT[:, 0]), FrozenLinear(WEIGHT.T)),
+        "fc1 has a scale: expected none",
+    ),
+    "mlp: gain of the second layer": (
+        lambda: ops.mlp(X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT.T, gain=WEIGHT[:, 0])),
+        "fc2 has a gain or shift: expected none",
+    ),
+    "gated_mlp: scale of the gate": (
+        lambda: ops.gated_mlp(X, FrozenLinear(WEIGHT, scale=WEIGHT[:, 0]), None, FrozenLinear(WEIGHT.T)),
+        "gate or value has a scale: expected none",
+    ),
     "linear: range": (lambda: ops.linear(X, FrozenLinear(WEIGHT, first=9, last=5)), "outputs 9 to 5: expected a range"),
     "project_q_kv: outputs": (
         lambda: ops.project_q_kv(X, 1, FrozenLinear(WEIGHT)),

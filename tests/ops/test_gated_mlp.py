@@ -16,22 +16,22 @@ EPS = 1e-6
 
 
 def inputs(dtype=torch.float32):
-    """x, and all weights: gate, value, the affine map before them, the second layer and the affine map before it."""
-    shapes = (48, 33), (48,), (48, 33), (48,), (33,), (33,), (33, 48), (33,), (48,), (48,)
+    """x, and all weights: gate, value, the affine map before them, the second layer, that before it and its scale."""
+    shapes = (48, 33), (48,), (48, 33), (48,), (33,), (33,), (33, 48), (33,), (48,), (48,), (33,)
     return torch.randn(2, 5, 33).to(dtype).requires_grad_(), [torch.randn(shape) / 6 for shape in shapes]
 
 
-def run(x, wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, value=True, normed=False, **options):
+def run(x, wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, scale, value=True, normed=False, **options):
     gate, other = FrozenLinear(wg, bg, gain, shift), FrozenLinear(wv, bv, gain, shift) if value else None
-    fc2 = FrozenLinear(w2, b2, gain2, shift2) if normed else FrozenLinear(w2, b2)
+    fc2 = FrozenLinear(w2, b2, *((gain2, shift2) if normed else (None, None)), scale)
     return ops.gated_mlp(x, gate, other, fc2, eps=EPS if normed else None, **options)
 
 
-def plain(x, wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, value=True, normed=False, activation="silu"):
+def plain(x, wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, scale, value=True, normed=False, activation="silu"):
     x = x * gain + shift
     hidden = FORMULAS[activation](F.linear(x, wg, bg))[0]
     hidden = hidden * F.linear(x, wv, bv) if value else hidden
-    return F.linear(F.layer_norm(hidden, (48,), gain2, shift2, EPS) if normed else hidden, w2, b2)
+    return scale * F.linear(F.layer_norm(hidden, (48,), gain2, shift2, EPS) if normed else hidden, w2, b2)
 
 
 @pytest.mark.parametrize("options", [{}, {"normed": True}, {"normed": True, "value": False, "activation": "gelu"}])

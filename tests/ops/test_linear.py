@@ -102,6 +102,25 @@ def test_rows_of_a_convolutions_weight(how):
     assert relative_error(grad, weight[2:9].flatten(1).sum(0).expand(5, 12)) < 1e-6
 
 
+@PROVIDERS
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_layer_scale_is_folded_in(how, weight_dtype, affine):
+    impl = NAMES.get(how, how)
+    weight, bias, gain, shift, scale = (torch.randn(n).to(weight_dtype) for n in ((48, 33), (48,), (33,), (33,), (48,)))
+    x = torch.randn(5, 33, requires_grad=True)
+    for constant, factor in ((bias, 1), (None, 1), (bias, -2)):
+        scale.mul_(factor)  # the last time as after loading a state dict
+        layer = FrozenLinear(weight, constant, *((gain, shift) if affine else (None, None)), scale, 3, 40)
+        folded = weight.double() * scale.double()[:, None] * (gain.double() if affine else 1)
+        added = weight.double() @ shift.double() if affine else torch.zeros(48).double()
+        added = scale.double() * (added if constant is None else added + constant.double())
+        y = ops.linear(x, layer, impl=impl)
+        assert relative_error(y, x.double() @ folded[3:40].T + added[3:40]) < 1e-6
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert relative_error(grad, folded[3:40].sum(0).expand(5, 33)) < 1e-6
+
+
 def test_projected_queries_of_some_and_keys_of_all():
     weight, bias, gain, shift = (torch.randn(n, dtype=torch.float64) for n in ((12, 4), (12,), (4,), (4,)))
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -126,9 +145,9 @@ def test_linear_refuses_a_trained_weight():
 
 def test_linear_opcheck():
     x, weight, bias = torch.randn(2, 5, 6), torch.randn(4, 6), torch.randn(4)
-    gain, shift = torch.randn(6), torch.randn(6)
-    opcheck(torch.ops.insvp_fast.linear_fwd.default, (x, weight, bias, gain, shift, 1, 3, "auto"))
-    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), weight, bias, gain, shift, 1, 3, "auto"))
+    layer = weight, bias, torch.randn(6), torch.randn(6), torch.randn(4), 1, 3
+    opcheck(torch.ops.insvp_fast.linear_fwd.default, (x, *layer, "auto"))
+    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), *layer, "auto"))
 
 
 @PROVIDERS
@@ -138,7 +157,7 @@ def test_a_norms_affine_map_is_folded_in(how, weight_dtype):
     weight, bias, gain, shift = (torch.randn(n).to(weight_dtype) for n in ((48, 33), (48,), (33,), (33,)))
     x = torch.randn(5, 33, requires_grad=True)
     for constant in (bias, None):
-        y = ops.linear(x, FrozenLinear(weight, constant, gain, shift, 3, 40), impl=impl)
+        y = ops.linear(x, FrozenLinear(weight, constant, gain, shift, first=3, last=40), impl=impl)
         exact = (gain.double() * x.double() + shift.double()) @ weight[3:40].double().T
         exact = exact if constant is None else exact + constant[3:40].double()
         assert relative_error(y, exact) < 1e-6

@@ -18,27 +18,30 @@ IMPLS = ("auto", "onednn", pytest.param("native", marks=NEEDS_LIBRARY), "widened
 
 
 def mlp_inputs(dtype=torch.float32, requires_grad=True):
-    w1, b1, w2, b2, gain, shift = (torch.randn(n) / 6 for n in ((48, 33), (48,), (33, 48), (33,), (33,), (33,)))
-    return torch.randn(2, 5, 33).to(dtype).requires_grad_(requires_grad), (w1, b1, w2, b2), (1 + gain, shift)
+    """x, the weights of both layers, and the affine map before them and the layer scale behind."""
+    shapes = (48, 33), (48,), (33, 48), (33,), (33,), (33,), (33,)
+    w1, b1, w2, b2, gain, shift, scale = (torch.randn(n) / 6 for n in shapes)
+    x = torch.randn(2, 5, 33).to(dtype).requires_grad_(requires_grad)
+    return x, (w1, b1, w2, b2), (1 + gain, shift, 1 + scale)
 
 
-def run(x, w1, b1, w2, b2, gain=None, shift=None, **options):
-    return ops.mlp(x, FrozenLinear(w1, b1, gain, shift), FrozenLinear(w2, b2), **options)
+def run(x, w1, b1, w2, b2, gain=None, shift=None, scale=None, **options):
+    return ops.mlp(x, FrozenLinear(w1, b1, gain, shift), FrozenLinear(w2, b2, scale=scale), **options)
 
 
-def plain_mlp(x, w1, b1, w2, b2, gain, shift, activation="gelu"):
+def plain_mlp(x, w1, b1, w2, b2, gain, shift, scale, activation="gelu"):
     hidden = torch.nn.functional.linear(x * gain + shift, w1, b1)
-    return torch.nn.functional.linear(FORMULAS[activation](hidden)[0], w2, b2)
+    return scale * torch.nn.functional.linear(FORMULAS[activation](hidden)[0], w2, b2)
 
 
 def assert_parity(dtype, activation="gelu", **options):
-    x, weights, (gain, shift) = mlp_inputs(dtype)
+    x, weights, affine = mlp_inputs(dtype)
 
     def plain(x):
-        return plain_mlp(x, *(w.to(x.dtype) for w in (*weights, gain, shift)), activation)
+        return plain_mlp(x, *(w.to(x.dtype) for w in (*weights, *affine)), activation)
 
     exact, rough = with_gradients(plain, copies([x], torch.float64)), with_gradients(plain, [x])
-    values = with_gradients(lambda x: run(x, *weights, gain, shift, activation=activation, **options), [x])
+    values = with_gradients(lambda x: run(x, *weights, *affine, activation=activation, **options), [x])
     for value, low, expected in zip(values, rough, exact, strict=True):
         assert value.dtype == dtype
         assert_within_budget(value, low, expected, dtype)

@@ -42,9 +42,9 @@ def norm_insert(dtype):
 
 def products(dtype):
     vector, square = some(8), FrozenLinear(some(8, 8), some(8), some(8), some(8))
-    for layer in (square, FrozenLinear(some(8, 8)), square._replace(first=1, last=3)):
+    for layer in (square, FrozenLinear(some(8, 8)), square._replace(scale=vector, first=1, last=3)):
         yield ops.linear(some(2, 3, 8, dtype=dtype).requires_grad_(), layer)
-    last = FrozenLinear(some(8, 8), vector)
+    last = FrozenLinear(some(8, 8), vector, scale=vector)
     for keep in KEEP:
         x = some(2, 3, 8, dtype=dtype)
         ops.mlp(x, square, last)

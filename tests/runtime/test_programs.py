@@ -70,7 +70,7 @@ MODELS = {  # and how many native calls their programs have; a block has seven
     "all tokens": ("vit_tiny_patch16_224", {}, ALL_TOKENS, [6 * 7]),
     "one prompt for all": ("vit_tiny_patch16_224", {"common_prompt": False}, ALL_TOKENS, [6 * 7]),
     "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [2 * 7, 5 * 7]),  # a merging stands alone
-    "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, []),
+    "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7]),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
     "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True}, VIT, []),
 }
