@@ -297,8 +297,9 @@ class PromptedViT(Covered, PromptedReference):
             # without a branch the norm hands on its own input, whose gradients PyTorch would add
             twice = j == indices[0] and torch.is_grad_enabled()
             alone = not recordable or few or twice or not only_operations(self.backbone, j, options)
-            groups += [[j], []] if alone else []
-            if not alone:
+            if alone:
+                groups += [j], []
+            else:
                 groups[-1].append(j)
         return [group for group in groups if group]
 
@@ -312,7 +313,9 @@ class PromptedViT(Covered, PromptedReference):
         if self.reads_tokens or self.carry_prompts or self.gives_keys_values:
             return False
         # prompts that others make might be written again before they are read
-        if foreign(self, "block_prompts", "feature_prompt") or foreign(getattr(self, "method", None), "block_prompts"):
+        method = getattr(self, "method", None)
+        own = method is None or type(method).__module__.startswith("insvp_fast.")
+        if not own or foreign(self, "block_prompts", "feature_prompt") or foreign(method, "block_prompts"):
             return False
         return products.provider(dtype, tokens.device) == "native"
 

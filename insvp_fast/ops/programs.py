@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -13,21 +14,21 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from insvp_fast.ops.autograd import first_order
 from insvp_fast.runtime import recording, torch_private
-from insvp_fast.runtime.programs import Given, New, Program, Recorder
+from insvp_fast.runtime.programs import Given, Memory, New, Packed, Program, Recorder
 
 __all__ = ["Programs"]
 
-MOST = 8  # programs that are kept, for as many shapes of batches; a program is about 100 KB
+MOST = 64  # programs that are kept of a model: for each shape of batches some, with and without gradients
 
 Tensors = Sequence[Tensor | None]
 
 
 class _Pair(NamedTuple):
-    """A program, and that of its gradients, which reads ``kept`` of the former's memory besides its own."""
+    """A program, and that of its gradients, to which ``kept`` of the former's memory is given besides gradients."""
 
     forward: Program
     backward: Program
-    kept: Sequence[Given | New]
+    kept: Sequence[Given | New | Packed]
 
 
 class Programs:
@@ -37,7 +38,7 @@ class Programs:
         self._programs: OrderedDict[Hashable, Program | _Pair | None] = OrderedDict()
 
     def run(self, key: Hashable, inputs: Tensors, compute: Callable[[Tensors], Tensors]) -> Tensors:
-        """``compute(inputs)``, by a program from the second time on.
+        """``compute(inputs)``, by a program as soon as it, and its gradients if there are any, have been recorded.
 
         Args:
             key: with the layouts of the inputs, all that decides which native calls ``compute`` makes, but the values
@@ -48,16 +49,20 @@ class Programs:
         if torch_private.dispatches(inputs):
             return compute(inputs)
         needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-        given, layouts = _memory(inputs)
+        given, layouts = _given(inputs)
         key = key, needs, layouts
         program = self._programs.get(key)
         if program is None and key in self._programs:
             return compute(inputs)
         if program is not None:
+            with contextlib.suppress(KeyError):  # another thread may have dropped it
+                self._programs.move_to_end(key)
             forward = program.forward if isinstance(program, _Pair) else program
-            if (new := forward.run(_starts(given))) is not None:
-                return _Replayed.apply(program, new, *inputs) if any(needs) else forward.outputs(new)
+            if (memory := forward.run(_starts(given))) is not None:
+                return _Replayed.apply(program, memory, *inputs) if any(needs) else forward.outputs(memory)
         if any(needs):
+            if not _may_hook():
+                return compute(inputs)
             return cast(Tensors, _Recorded.apply(self, key, compute, *inputs))
         recorder = Recorder(given)
         outputs = recording.record(recorder, lambda: compute(inputs))
@@ -71,7 +76,16 @@ class Programs:
             self._programs.popitem(last=False)
 
 
-def _memory(inputs: Tensors) -> tuple[list[Tensor], Hashable]:
+def _may_hook() -> bool:
+    """Whether saved tensors may pass through hooks, see ``torch.autograd.graph.disable_saved_tensors_hooks``."""
+    try:
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            return True
+    except RuntimeError:
+        return False
+
+
+def _given(inputs: Tensors) -> tuple[list[Tensor], Hashable]:
     """One tensor for each storage of the inputs, and where in the storages these are."""
     numbers: dict[int, int] = {}
     given: list[Tensor] = []
@@ -98,10 +112,12 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, programs: Programs, key: Hashable, compute: Any, *inputs: Tensor | None) -> Any:
         own = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        saved, recorder = _Saved(), Recorder(_memory(own)[0])
+        saved, recorder = _Saved(), Recorder(_given(own)[0])
         with torch.enable_grad(), saved_tensors_hooks(saved.pack, saved.unpack):
             outputs = recording.record(recorder, lambda: compute(own))
-        ctx.save_for_backward(*saved.tensors)
+        # weights themselves, not aliases: only they tell whether their memory has been replaced
+        weights = {_place(w): w for w in recorder.uses.weights()}
+        ctx.save_for_backward(*(weights.get(_place(x), x) for x in saved.tensors))
         saved.tensors = ()
         forward = recorder.program(outputs)
         if forward is None:
@@ -112,7 +128,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (own, outputs, saved), (programs, key, before, forward) = ctx.graph, ctx.record
-        given = [g.clone(memory_format=torch.contiguous_format) for g in grads]  # memory of their own
+        given = [torch.empty(g.shape, dtype=g.dtype, device="cpu").copy_(g) for g in grads]  # memory of their own
         recorder = Recorder(given, before)
         wanted = [x for x in own if x is not None and x.requires_grad]
 
@@ -134,11 +150,15 @@ class _Recorded(torch.autograd.Function):
         return *(None,) * 3, *results
 
 
+def _place(x: Tensor) -> Hashable:
+    return id(x.untyped_storage()), x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
 def _agrees(program: Program, given: Sequence[int], expected: Tensors) -> bool:
     """Whether a program computes these bits; not if PyTorch has added gradients in the memory of native calls."""
-    if (new := program.run(given)) is None:
+    if (memory := program.run(given)) is None:
         return False
-    pairs = [(x, y) for x, y in zip(program.outputs(new), expected, strict=True) if x is not None and y is not None]
+    pairs = [(x, y) for x, y in zip(program.outputs(memory), expected, strict=True) if x is not None and y is not None]
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
 
@@ -163,18 +183,25 @@ class _Replayed(torch.autograd.Function):
     """What a program has computed, and its gradients by another."""
 
     @staticmethod
-    def forward(ctx: Any, pair: _Pair, new: Sequence[Tensor], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        given, _ = _memory(inputs)
-        kept = [(new if isinstance(piece, New) else given)[piece.number] for piece in pair.kept]
-        ctx.save_for_backward(*kept, *pair.backward.weights)  # weights, so that PyTorch sees if they are written
+    def forward(ctx: Any, pair: _Pair, memory: Memory, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        given, _ = _given(inputs)
+        kept = [given[piece.number] if isinstance(piece, Given) else memory.tensor(piece) for piece in pair.kept]
+        ctx.save_for_backward(*kept, *pair.backward.read)  # the latter, so that PyTorch sees whether they are written
         ctx.backward, ctx.num_kept = pair.backward, len(kept)
-        return pair.forward.outputs(new)
+        return pair.forward.outputs(memory)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = [g.contiguous() for g in grads]
         kept = ctx.saved_tensors[: ctx.num_kept]
-        new = ctx.backward.run([g.data_ptr() for g in given] + _starts(kept))
-        if new is None:
-            raise RuntimeError("frozen weights have another shape or dtype than in the forward pass")
-        return None, None, *ctx.backward.outputs(new)
+        given = [_plain(g) for g in grads]
+        memory = ctx.backward.run([g.data_ptr() for g in given] + _starts(kept))
+        if memory is None:
+            raise RuntimeError("frozen weights, or masks, have another shape, dtype or place than in the forward pass")
+        return None, None, *ctx.backward.outputs(memory)
+
+
+def _plain(grad: Tensor) -> Tensor:
+    """A gradient in memory that native calls can read."""
+    if torch_private.dispatches([grad]):  # zeros without memory, numbers without their sign
+        return torch.empty(grad.shape, dtype=grad.dtype, device="cpu").copy_(grad)
+    return grad.contiguous()

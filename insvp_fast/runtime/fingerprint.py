@@ -67,12 +67,13 @@ def fingerprint(regions: Sequence[Region], device: torch.device) -> Fingerprint:
     return NativeFingerprint(regions) if native.available() else PlainFingerprint(regions)
 
 
-def broken_together(fingerprints: Sequence[Fingerprint]) -> Callable[[], bool]:
-    """A function that tells whether any of these is broken, at once where the native library can."""
+def look_at(fingerprints: Sequence[Fingerprint]) -> Callable[[], bool]:
+    """A function that tells whether any of these is ``broken``, in one look where the native library can."""
     native_ones = [one for one in fingerprints if isinstance(one, NativeFingerprint)]
-    if native_ones and len(native_ones) == len(fingerprints):
-        return NativeFingerprint.broken_together(native_ones)
-    return lambda: any(one.broken() for one in fingerprints)
+    if len(native_ones) < len(fingerprints):
+        return lambda: sum(one.broken() for one in fingerprints) > 0
+    look = native.Look([one.checksums for one in native_ones])
+    return lambda: not look.hold([one.next_line() for one in native_ones])
 
 
 class NativeFingerprint:
@@ -81,31 +82,22 @@ class NativeFingerprint:
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions, self._line = regions, 0
         self._addresses = [region.address() for region in regions]
-        self._checksums = native.Checksums(
-            [(address, r.nbytes) for address, r in zip(self._addresses, regions, strict=True) if address is not None]
-        )
+        pieces = zip(self._addresses, regions, strict=True)
+        self.checksums = native.Checksums([(address, r.nbytes) for address, r in pieces if address is not None])
+        self._look = native.Look([self.checksums])
+
+    def next_line(self) -> int:
+        """That of the next look."""
+        self._line = (self._line + 1) % native.LINES
+        return self._line
 
     def broken(self) -> bool:
-        self._line = (self._line + 1) % native.LINES
-        return not self._checksums.hold(self._line)
-
-    @staticmethod
-    def broken_together(fingerprints: Sequence[NativeFingerprint]) -> Callable[[], bool]:
-        """``broken`` of all at once: a look at the same line of each, which counts for all of them."""
-        checksums = native.Checksums.of_all([one._checksums for one in fingerprints])
-
-        def broken() -> bool:
-            line = (fingerprints[0]._line + 1) % native.LINES
-            for one in fingerprints:
-                one._line = line
-            return not checksums.hold(line)
-
-        return broken
+        return not self._look.hold([self.next_line()])
 
     def broken_anywhere(self) -> bool:
         held = [region.storage() for region in self._regions]  # alive while it is read
         moved = None in held or self._addresses != [region.address() for region in self._regions]
-        return moved or not all(map(self._checksums.hold, range(native.LINES)))
+        return moved or not all(self._look.hold([line]) for line in range(native.LINES))
 
 
 class PlainFingerprint:

@@ -23,13 +23,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, UntypedStorage
 
 from insvp_fast.runtime import recording, torch_private
-from insvp_fast.runtime.fingerprint import Fingerprint, Region, broken_together, fingerprint
+from insvp_fast.runtime.fingerprint import Fingerprint, Region, fingerprint, look_at
 
 __all__ = ["clear", "packed", "verify"]
 
@@ -99,7 +99,7 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
         record = _records[key] = _new_record(key, weights, state)
     form = record.made.get(name)
     if form is None:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep it
             form = record.made[name] = _Form(make(), weights[0].device)
     made = form.in_order()
     if (noting := recording.current()) is not None:
@@ -110,26 +110,30 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
 class Use:
     """Asks for the same as a call of ``packed`` did."""
 
-    def __init__(
-        self, sources: Sequence[Tensor | None], name: object, make: Callable[[], Any], look: bool = False
-    ) -> None:
+    def __init__(self, sources: Sequence[Tensor | None], name: object, make: Callable[[], Any], look: bool) -> None:
         self.sources, self.name, self.make, self.look = sources, name, make, look
         self._sizes = _sizes(sources)
 
-    def record(self) -> tuple[object, _Record] | None:
-        """What is known of the weights, by its key, if all that PyTorch knows of them is as it was."""
+    def known(self) -> _Weights | None:
+        """What is known of the weights, if all that PyTorch knows of them is as it was."""
         described = _describe(self.sources)
         record = None if described is None else _records.get(described[0])
         if described is None or record is None or not _is_current(record, *described[1:], look=False):
             return None
-        return described[0], record
+        return _Weights(described[0], record, described[1])
 
-    def made(self, record: _Record | None) -> tuple[Tensor | None, ...] | None:
+    def made(self, weights: _Weights | None) -> tuple[Tensor | None, ...] | None:
         """What is made of the weights, without a look at them; None if these have other sizes than they had."""
         if _sizes(self.sources) != self._sizes:
             return None
-        form = None if record is None else record.made.get(self.name)
+        form = None if weights is None else weights.record.made.get(self.name)
         return _tensors(packed(self.sources, self.name, self.make, look=False) if form is None else form.value)
+
+
+class _Weights(NamedTuple):
+    key: object
+    record: _Record
+    storages: list[UntypedStorage]  # alive while they are looked at
 
 
 class Uses:
@@ -137,7 +141,7 @@ class Uses:
 
     def __init__(self) -> None:
         self._uses: list[Use] = []
-        # no records, which would keep alive what was made
+        # of these fingerprints; no records, which would keep alive what was made
         self._look: tuple[list[Fingerprint], Callable[[], bool]] = [], lambda: False
 
     def add(self, use: Use) -> int:
@@ -145,29 +149,24 @@ class Uses:
         self._uses.append(use)
         return len(self._uses) - 1
 
-    def without_look(self, number: int) -> Use:
-        """A use of the same, in a backward pass."""
-        use = self._uses[number]
-        return Use(use.sources, use.name, use.make)
-
     def weights(self) -> list[Tensor]:
         """All that is packed, each once."""
         return [*{id(w): w for use in self._uses for w in use.sources if w is not None}.values()]
 
     def made(self) -> list[tuple[Tensor | None, ...]] | None:
         """For each use what ``packed`` would return, with one look at all weights; None if a size is another."""
-        found = [use.record() for use in self._uses]
-        records = dict(known for use, known in zip(self._uses, found, strict=True) if use.look and known is not None)
-        fingerprints, broken = [record.fingerprint for record in records.values()], self._look[1]
-        if [*map(id, fingerprints)] != [*map(id, self._look[0])]:
-            broken = broken_together(fingerprints)
+        found = [use.known() for use in self._uses]
+        records = {w.key: w.record for use, w in zip(self._uses, found, strict=True) if use.look and w is not None}
+        fingerprints, (looked_at, broken) = [record.fingerprint for record in records.values()], self._look
+        if [*map(id, fingerprints)] != [*map(id, looked_at)]:
+            broken = look_at(fingerprints)
             self._look = fingerprints, broken
         if broken():
             _drop_broken(records)  # a look at each alone would be one at its next sample
             found = [None] * len(found)
         made = []
-        for use, known in zip(self._uses, found, strict=True):
-            if (own := use.made(None if known is None else known[1])) is None:
+        for use, weights in zip(self._uses, found, strict=True):
+            if (own := use.made(weights)) is None:
                 return None
             made.append(own)
         return made

@@ -24,7 +24,7 @@ from torch import Tensor, UntypedStorage
 from insvp_fast.runtime import buffers, native
 from insvp_fast.runtime.prepack import Use, Uses
 
-__all__ = ["Given", "New", "Piece", "Program", "Recorder"]
+__all__ = ["Given", "Lasting", "Memory", "New", "Packed", "Piece", "Program", "Recorder"]
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,44 @@ class New:
     number: int
 
 
-class _Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight."""
+
     use: int  # of ``prepack.Uses``
     number: int  # in the tuple of tensors that is used
 
 
-class _Lasting(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Lasting:
+    """A tensor that is there when a program runs."""
+
     tensor: Tensor
-    layout: tuple[torch.Size, tuple[int, ...], torch.dtype]
+    layout: object
 
 
-Piece = Given | New | _Packed | _Lasting
+Piece = Given | New | Packed | Lasting
+
+
+class Memory(NamedTuple):
+    """What a program has read and written."""
+
+    given: Sequence[int]  # addresses
+    new: Sequence[Tensor]
+    packed: Sequence[tuple[Tensor | None, ...]]
+
+    def start(self, piece: Piece) -> int:
+        """The address where a piece begins."""
+        if isinstance(piece, Given):
+            return self.given[piece.number]
+        x = self.tensor(piece)
+        return 0 if x is None else x.untyped_storage().data_ptr()
+
+    def tensor(self, piece: New | Packed | Lasting) -> Tensor | None:
+        """A tensor in a piece."""
+        if isinstance(piece, Lasting):
+            return piece.tensor
+        return self.new[piece.number] if isinstance(piece, New) else self.packed[piece.use][piece.number]
 
 
 class _Place(NamedTuple):
@@ -66,53 +93,43 @@ class Program:
     """Recorded calls. Of what they read and write, nothing is kept but tensors that last.
 
     Attributes:
-        weights: those of which the packed weights are made.
+        read: the weights of which the packed ones are made, and the tensors that last.
     """
 
     def __init__(self, recorder: Recorder, outputs: Sequence[tuple[int, Tensor] | None]) -> None:
         self._calls, self._pieces, self._uses = recorder.calls, recorder.pieces, recorder.uses
-        self.weights = recorder.uses.weights()
+        self._lasting = [piece for piece in recorder.pieces if isinstance(piece, Lasting)]
+        self.read = [*recorder.uses.weights(), *(piece.tensor for piece in self._lasting)]
         self._new: list[tuple[Sequence[int], torch.dtype]] = [((nbytes,), torch.uint8) for nbytes in recorder.sizes]
         self._outputs = [None if output is None else output[0] for output in outputs]
         for output in outputs:
             if output is not None:
                 self._new[output[0]] = output[1].shape, output[1].dtype
 
-    def run(self, given: Sequence[int]) -> list[Tensor] | None:
-        """Run the calls where given memory starts at other addresses; returns all new memory.
+    def run(self, given: Sequence[int]) -> Memory | None:
+        """Run the calls where given memory starts at other addresses.
 
         None, and nothing is done, if weights or tensors that last have other sizes than they had.
         """
         packed = self._uses.made()
-        if packed is None or any(_layout(p.tensor) != p.layout for p in self._pieces if isinstance(p, _Lasting)):
+        if packed is None or any(_layout(piece.tensor) != piece.layout for piece in self._lasting):
             return None
-        new = [buffers.empty(shape, dtype) for shape, dtype in self._new]
-        starts = [self._start(piece, given, new, packed) for piece in self._pieces]
+        memory = Memory(given, [buffers.empty(shape, dtype) for shape, dtype in self._new], packed)
+        starts = [*map(memory.start, self._pieces)]
         for call, places in self._calls:
             args = [*call.args]
             for argument, piece, offset in places:
                 args[argument] = starts[piece] + offset
             call.run(args)
-        return new
+        return memory
 
-    @staticmethod
-    def _start(
-        piece: Piece, given: Sequence[int], new: Sequence[Tensor], packed: Sequence[tuple[Tensor | None, ...]]
-    ) -> int:
-        if isinstance(piece, Given):
-            return given[piece.number]
-        if isinstance(piece, New):
-            return new[piece.number].data_ptr()
-        x = piece.tensor if isinstance(piece, _Lasting) else packed[piece.use][piece.number]
-        return 0 if x is None else x.untyped_storage().data_ptr()
-
-    def outputs(self, new: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """Of all new memory, that which the outputs are in."""
-        return tuple(None if number is None else new[number] for number in self._outputs)
+    def outputs(self, memory: Memory) -> tuple[Tensor | None, ...]:
+        """The outputs, which are new memory."""
+        return tuple(None if number is None else memory.new[number] for number in self._outputs)
 
 
-def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    return x.shape, x.stride(), x.dtype
+def _layout(x: Tensor) -> object:
+    return x.shape, x.stride(), x.storage_offset(), x.dtype
 
 
 class _Known(NamedTuple):
@@ -127,7 +144,7 @@ class Recorder:
 
     Args:
         given: tensors in all the memory that will be given when the program runs.
-        before: whose memory may be read; what is given and new in it is then given behind ``given``.
+        before: whose memory may be read. But for what lasts, it is given behind ``given``.
 
     Attributes:
         taken: what was read of the recorder before, and where that starts.
@@ -138,7 +155,7 @@ class Recorder:
         self.pieces: list[Piece] = []
         self.sizes: list[int] = []  # of new memory, in bytes
         self.uses = Uses()
-        self.taken: dict[Given | New, int] = {}
+        self.taken: dict[Given | New | Packed, int] = {}
         self._obstacle: str | None = None
         self._before, self._num_given = before, len(given)
         self._known: dict[int, _Known] = {}
@@ -169,10 +186,15 @@ class Recorder:
         number = self.uses.add(use)
         for i, x in enumerate(made):
             if x is not None and x.layout is torch.strided:  # not oneDNN's, which no native call reads
-                self._know(x.untyped_storage(), self._piece(_Packed(number, i)))
+                self._know(x.untyped_storage(), self._piece(Packed(number, i)))
 
     def lasts(self, x: Tensor) -> None:
-        self._know(x.untyped_storage(), self._piece(_Lasting(x, _layout(x))))
+        piece = self.find(x.untyped_storage())
+        known = None if piece is None else self.pieces[piece]
+        if known is None:
+            self._know(x.untyped_storage(), self._piece(Lasting(x, _layout(x))))
+        elif not (isinstance(known, Lasting) and known.tensor is x):
+            self._obstacle = "tensors share memory"  # and may be replaced one by one
 
     def find(self, storage: UntypedStorage) -> int | None:
         """The number of a piece; None if the memory is of another kind."""
@@ -182,9 +204,7 @@ class Recorder:
         if self._before is None or (number := self._before.find(storage)) is None:
             return None
         piece = self._before.pieces[number]
-        if isinstance(piece, _Packed):
-            piece = _Packed(self.uses.add(self._before.uses.without_look(piece.use)), piece.number)
-        elif isinstance(piece, Given | New):
+        if not isinstance(piece, Lasting):
             self.taken[piece] = storage.data_ptr()
             piece = Given(self._num_given + len(self.taken) - 1)
         self._know(storage, self._piece(piece))

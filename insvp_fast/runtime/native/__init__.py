@@ -17,7 +17,7 @@ from insvp_fast.runtime.native.attention import (
     window_attention_fwd,
 )
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
-from insvp_fast.runtime.native.fingerprint import LINES, Checksums
+from insvp_fast.runtime.native.fingerprint import LINES, Checksums, Look
 from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatus, available, native_status
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
@@ -30,6 +30,7 @@ __all__ = [
     "POINTER",
     "Call",
     "Checksums",
+    "Look",
     "NativeStatus",
     "Windows",
     "attention_bwd",

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from insvp_fast.runtime.native.library import call, i32, i64, ptr
 
-__all__ = ["LINES", "Checksums"]
+__all__ = ["LINES", "Checksums", "Look"]
 
 LINES = 128  # cache lines of a block of 8 KB
 
 _FILL = [ptr, i64, ptr]
-_SAME = [ptr, i64, i64, ptr]
+_SAME = [ptr, i64, ptr]
+_ROW = 4  # numbers of a row of the C struct Region
 
 
 class Checksums:
@@ -22,30 +23,28 @@ class Checksums:
     """
 
     def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
-        self._sums = [(ctypes.c_uint64 * LINES)() for _ in pieces]
-        self._pieces = [*pieces]
+        self._pieces, self._sums = pieces, [(ctypes.c_uint64 * LINES)() for _ in pieces]
         for piece, sums in zip(pieces, self._sums, strict=True):
             call("fingerprint", _FILL, *piece, ctypes.addressof(sums))
-        self._fill_table()
 
-    def _fill_table(self) -> None:
-        """Rows of the C struct Region."""
-        rows = [(*piece, ctypes.addressof(sums)) for piece, sums in zip(self._pieces, self._sums, strict=True)]
-        self._table = (i64 * (3 * len(rows)))(*(number for row in rows for number in row))
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        return [(*piece, ctypes.addressof(s), 0) for piece, s in zip(self._pieces, self._sums, strict=True)]
+
+
+class Look:
+    """A look at several ``Checksums`` at once."""
+
+    def __init__(self, several: Sequence[Checksums]) -> None:
+        self._several = several  # the table has addresses in them
+        rows = [row for one in several for row in one.rows]
+        self._counts, self._num_rows = [len(one.rows) for one in several], len(rows)
+        self._table = (i64 * (_ROW * len(rows)))(*(number for row in rows for number in row))
         self._address = ctypes.addressof(self._table)
 
-    @classmethod
-    def of_all(cls, several: Sequence[Checksums]) -> Checksums:
-        """Those of all pieces of several."""
-        joined = cls([])
-        for one in several:
-            joined._sums += one._sums
-            joined._pieces += one._pieces
-        joined._fill_table()
-        return joined
-
-    def hold(self, line: int) -> bool:
-        """Whether the memory has its old checksum of one line, or, up to 64 KB, of all."""
+    def hold(self, lines: Sequence[int]) -> bool:
+        """Whether the memory of each has its old checksum of one line, or, up to 64 KB, of all."""
+        self._table[_ROW - 1 :: _ROW] = [line for line, n in zip(lines, self._counts, strict=True) for _ in range(n)]
         same = i32()
-        call("fingerprint_same", _SAME, self._address, len(self._sums), line, ctypes.addressof(same))
+        call("fingerprint_same", _SAME, self._address, self._num_rows, ctypes.addressof(same))
         return bool(same.value)

@@ -40,6 +40,7 @@ struct Region {  // a row of the table in insvp_fast/runtime/native/fingerprint.
   const char* data;
   int64_t bytes;
   const uint64_t* sums;  // [128], of each line
+  int64_t line;          // to check
 };
 
 // The sum of line `line` of the blocks from `first` to before `last`.
@@ -80,13 +81,13 @@ INSVP_FAST_API int fingerprint(const char* data, int64_t bytes, uint64_t* sums, 
   return 0;
 }
 
-// Whether each region still has the checksum of one line, into *result; small regions are checked in full. Each line is
+// Whether each region still has the checksum of its line, into *result; small regions are checked in full. Each line is
 // in a page of its own: the search for the pages takes most of the time.
-INSVP_FAST_API int fingerprint_same(const Region* regions, int64_t count, int64_t line, int* result, int threads) {
+INSVP_FAST_API int fingerprint_same(const Region* regions, int64_t count, int* result, int threads) {
   bool all = true;
   for (const Region* r = regions; r < regions + count; ++r) {
     const bool small = r->bytes <= kSmall;
-    for (int64_t l = small ? 0 : line; l < (small ? kLines : line + 1); ++l) all = all && same(*r, l, threads);
+    for (int64_t l = small ? 0 : r->line; l < (small ? kLines : r->line + 1); ++l) all = all && same(*r, l, threads);
   }
   *result = all;
   return 0;
