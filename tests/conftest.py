@@ -37,13 +37,15 @@ def device() -> torch.device:
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill fresh floating-point memory with NaN, so that an element that nobody writes shows."""
+    """Fill fresh floating-point memory, and bytes, with NaN, so that an element that nobody writes shows."""
     from insvp_fast.runtime import buffers
 
     def poisoned(function):
         def call(*args, **kwargs):
             fresh = function(*args, **kwargs)
             with torch.no_grad():  # one that requires a gradient is filled too
+                if fresh.dtype == torch.uint8:
+                    return fresh.fill_(255)
                 return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
 
         return call
