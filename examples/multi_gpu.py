@@ -71,4 +71,5 @@ accelerator.print(f"test accuracy {hits / count:.1%} of {count} images, {acceler
 if accelerator.is_main_process:
     adapter = accelerator.unwrap_model(model)
     adapter.save_pretrained(arguments.output, class_names=data.class_names, preprocessing=preprocessing)
+accelerator.wait_for_everyone()  # one that exits while another still works can be aborted by PyTorch
 accelerator.end_training()

@@ -168,6 +168,7 @@ class RunLogger:
         selection = f"epoch selected on {split}" if split else "trained on train and val, last epoch"
         self.say(f"protocol {self.recipe.protocol}, {selection}, tested on test")
         self.say(f"\nrun folder: {self.folder}")
+        self.accelerator.wait_for_everyone()  # a process that exits while another still works can be aborted by PyTorch
         self.accelerator.end_training()
 
     def say(self, line: str) -> None:
