@@ -1,4 +1,4 @@
-"""Functions of tensors that run as programs of native calls from the second time on, with their gradients."""
+"""Functions of tensors that run as programs of native calls once these are recorded, with their gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from insvp_fast.ops.autograd import first_order
-from insvp_fast.runtime import recording, torch_private
+from insvp_fast.runtime import prepack, recording, torch_private
 from insvp_fast.runtime.programs import Given, Memory, New, Packed, Program, Recorder
 
 __all__ = ["Programs"]
@@ -116,8 +116,8 @@ class _Recorded(torch.autograd.Function):
         with torch.enable_grad(), saved_tensors_hooks(saved.pack, saved.unpack):
             outputs = recording.record(recorder, lambda: compute(own))
         # weights themselves, not aliases: only they tell whether their memory has been replaced
-        weights = {_place(w): w for w in recorder.uses.weights()}
-        ctx.save_for_backward(*(weights.get(_place(x), x) for x in saved.tensors))
+        weights = {prepack.place(w): w for w in recorder.uses.weights()}
+        ctx.save_for_backward(*(weights.get(prepack.place(x), x) for x in saved.tensors))
         saved.tensors = ()
         forward = recorder.program(outputs)
         if forward is None:
@@ -148,10 +148,6 @@ class _Recorded(torch.autograd.Function):
         finally:
             saved.tensors = ()
         return *(None,) * 3, *results
-
-
-def _place(x: Tensor) -> Hashable:
-    return id(x.untyped_storage()), x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
 def _agrees(program: Program, given: Sequence[int], expected: Tensors) -> bool:

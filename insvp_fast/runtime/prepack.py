@@ -21,7 +21,7 @@ what another has packed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -31,7 +31,7 @@ from torch import Tensor, UntypedStorage
 from insvp_fast.runtime import recording, torch_private
 from insvp_fast.runtime.fingerprint import Fingerprint, Region, fingerprint, look_at
 
-__all__ = ["clear", "packed", "verify"]
+__all__ = ["clear", "packed", "place", "verify"]
 
 T = TypeVar("T")
 
@@ -180,6 +180,11 @@ def _sizes(tensors: Sequence[Tensor | None]) -> list[object]:
     return [None if x is None else (x.shape, x.dtype) for x in tensors]
 
 
+def place(x: Tensor) -> Hashable:
+    """What names the part of its memory that a tensor is, as long as that lives."""
+    return id(x.untyped_storage()), x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
 def _describe(sources: Sequence[Tensor | None]) -> tuple[object, list[UntypedStorage], list[int]] | None:
     """What names weights as long as their storages live, also when these are moved; the storages; what PyTorch knows of
     writes to them and of moves. None if it does not count writes."""
@@ -194,7 +199,7 @@ def _describe(sources: Sequence[Tensor | None]) -> tuple[object, list[UntypedSto
             return None
         storage = w.untyped_storage()
         storages.append(storage)
-        places += id(storage), w.storage_offset(), w.shape, w.stride(), w.dtype
+        places.append(place(w))
         state += w._version, w.data_ptr()
     return tuple(places), storages, state
 

@@ -24,7 +24,7 @@ from torch import Tensor, UntypedStorage
 from insvp_fast.runtime import buffers, native
 from insvp_fast.runtime.prepack import Use, Uses
 
-__all__ = ["Given", "Lasting", "Memory", "New", "Packed", "Piece", "Program", "Recorder"]
+__all__ = ["Given", "Memory", "New", "Packed", "Program", "Recorder"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Recorder:
         self.sizes: list[int] = []  # of new memory, in bytes
         self.uses = Uses()
         self.taken: dict[Given | New | Packed, int] = {}
-        self._obstacle: str | None = None
+        self._runs_again = True
         self._before, self._num_given = before, len(given)
         self._known: dict[int, _Known] = {}
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # pieces of new memory that is gone, by size
@@ -194,7 +194,7 @@ class Recorder:
         if known is None:
             self._know(x.untyped_storage(), self._piece(Lasting(x, _layout(x))))
         elif not (isinstance(known, Lasting) and known.tensor is x):
-            self._obstacle = "tensors share memory"  # and may be replaced one by one
+            self._runs_again = False  # tensors that share memory may be replaced one by one
 
     def find(self, storage: UntypedStorage) -> int | None:
         """The number of a piece; None if the memory is of another kind."""
@@ -220,7 +220,7 @@ class Recorder:
         for argument, (kind, value) in enumerate(zip(call.argtypes, call.args, strict=False)):
             if kind is native.POINTER and value is not None:
                 if (place := self._pointers.get(value)) is None:
-                    self._obstacle = f"{call.name} reads or writes memory of another kind"
+                    self._runs_again = False
                 else:
                     places.append(_Place(argument, *place))
         self._pointers.clear()
@@ -228,7 +228,7 @@ class Recorder:
         call()
 
     def interrupt(self) -> None:
-        self._obstacle = "something else than native calls is between them"
+        self._runs_again = False
 
     def program(self, outputs: Sequence[Tensor | None]) -> Program | None:
         """What was recorded, with outputs that are new memory; None if it cannot run again."""
@@ -242,4 +242,4 @@ class Recorder:
             if not (isinstance(piece, New) and x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()):
                 return None
             found.append((piece.number, x))
-        return Program(self, found) if self._obstacle is None else None
+        return Program(self, found) if self._runs_again else None

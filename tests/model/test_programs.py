@@ -592,7 +592,10 @@ def test_training_after_weights_were_packed_in_inference_mode():
             with torch.inference_mode():
                 for _ in range(2):
                     model(image_of(2))
-            logits_and_gradients(model, image_of(2))
+            found = logits_and_gradients(model, image_of(2))
+            prepack.clear()
+            with no_programs():
+                assert_equal(found, logits_and_gradients(model, image_of(2)))
             prepack.clear()
 
 
