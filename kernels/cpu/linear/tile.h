@@ -28,7 +28,7 @@ constexpr bool kInParts = false;
 // The sums of a tile, the words of one row of a panel and one word of x fill the 16 registers, or the 32 of AVX-512.
 // With 16, a tile of 4 rows and 3 vectors takes fewer instructions than one of 6 by 2.
 constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kStep = 1;
-constexpr int kBlocks = 4, kFewestRows = 160, kMostRows = 160;  // with more rows, too little of K fits into the cache
+constexpr int kBlocks = 2, kFewestRows = 160, kMostRows = 160;  // with more rows, too little of K fits into the cache
 constexpr bool kInParts = true;
 #endif
 

@@ -23,10 +23,16 @@ struct Soon {
   int64_t line;
 };
 
-// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop. The run of words
-// in `soon` is prefetched line by line on the way: many requests at a time would hold up the product.
+// Memory that will be needed after this run: `step` bytes of it for each word of a sum.
+struct Later {
+  const char* data;
+  int64_t step;
+};
+
+// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop. The words in `soon`
+// and in `later` are prefetched on the way: many requests at a time would hold up the product.
 template <int ROWS, int VECTORS>
-inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first, const Soon* soon) {
+inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first, const Soon* soon, Later later) {
   vec acc[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; ++j)
@@ -34,6 +40,7 @@ inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool 
     for (int v = 0; v < VECTORS; ++v) acc[j][v] = vec{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(later.data + k * later.step, 0, 2);
     if (soon) __builtin_prefetch(soon->rows[k * kRows / kLine % kRows] + k / kLine * soon->line);
     words wk[VECTORS];
 #pragma GCC unroll 8
@@ -65,8 +72,8 @@ inline Soon soon(const Linear& a, const Run& r) {
 inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, float* sums, word* x, int64_t k,
                       const word* w, const word* next, int64_t depth, bool first, bool last) {
   const int64_t vectors = smaller(kVectors, ceil_div(a.N - column, kWidth));
-  int64_t share = ceil_div(depth * kColumns, b.rows);  // of `next`, to be prefetched with each row
-  if (share * kRows > 96 * 16) share = 0;              // so many requests at a time would delay each other
+  constexpr int64_t row_of_w = kColumns * sizeof(word), line = kLine * sizeof(float);
+  Later later{reinterpret_cast<const char*>(next), smaller(line, ceil_div(row_of_w, ceil_div(b.rows, kRows)))};
   const Finish finish = finish_of(a, column);
   for (int64_t j = 0; j < b.rows; j += kRows) {
     const int64_t rows = smaller(kRows, b.rows - j);
@@ -79,16 +86,16 @@ inline void panel_run(const Linear& a, const LinearBlock& b, int64_t column, flo
       else if (!last) next_rows = soon(a, {b.row, smaller(kRows, b.rows), k + depth, depth});
       if (left > 0 || !last) expected = &next_rows;
     }
-    for (int64_t i = j * share; i < (j + rows) * share; i += 16) __builtin_prefetch(next + i, 0, 2);
     for (int64_t m = b.row + j; last && m < b.row + j + rows; ++m) {
       expect(a.y, m * a.N + column);
       if (a.pre.data) expect(a.pre, m * a.N + column);
     }
     with_constant<kRows>(rows, [&](auto height) {
       with_constant<kVectors>(vectors, [&](auto width) {
-        tile<height.value, width.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first, expected);
+        tile<height.value, width.value>(sums + j * kColumns, x + j * kRowStride, w, depth, first, expected, later);
       });
     });
+    later.data += depth * later.step;
     if (last) finish(a, sums + j * kColumns, b.row + j, rows, column);
   }
 }
