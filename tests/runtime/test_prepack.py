@@ -216,6 +216,7 @@ WHOLE = {
     "zeroed": torch.Tensor.zero_,
     "shifted": lambda x: x.add_(1),
     "reversed": lambda x: x.copy_(x.flip(0)),
+    "with neighbors exchanged": lambda x: x.copy_(x.view(-1, 2).flip(1).flatten()),
 }
 
 
@@ -232,6 +233,20 @@ def test_a_fingerprint_sees_8_kilobytes_in_a_row_at_once(write, dtype):
         assert held.broken()
         part.copy_(before)
     assert not held.broken()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
+def test_signs_of_equal_numbers_do_not_cancel(fingerprint_of, dtype, value):
+    for size in (8, 64, 20_000, 100_000):
+        x = torch.full((size,), value, dtype=dtype)
+        held = fingerprint_of(x)
+        assert not held.broken()
+        for step in (1, 2, 3, 4):
+            x[::step].neg_()
+            assert held.broken_anywhere()
+            x[::step].neg_()
+        assert not held.broken()
 
 
 def test_tensors_of_any_strides_have_fingerprints(fingerprint_of):
