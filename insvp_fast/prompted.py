@@ -257,7 +257,7 @@ class PromptedViT(Covered, PromptedReference):
     ) -> list[Tensor]:
         """The blocks (eq. 11) up to the last of ``wanted``, and the tokens behind each of these."""
         keeps = "input" if self.recompute == "mlp" else "code" if self.gelu_in_8_bits else "pre"
-        backbone, family, depth, num_tokens = self.backbone, self._family, len(self.widths), tokens.shape[1]
+        backbone, family, num_tokens = self.backbone, self._family, tokens.shape[1]
         options = BlockOptions(dtype, self.fold_norm, self.attention, keeps, grid, family.shared(backbone, grid))
 
         def run(tokens: Tensor, context: Any, indices: range) -> Tensor:
@@ -265,12 +265,12 @@ class PromptedViT(Covered, PromptedReference):
             branch: Tensor | None = None
             for group in self._grouped(indices, tokens, options, num_queries):
                 if len(group) > 1:
-                    residual, branch = self._run_group(group, context, residual, branch, options)
+                    residual, branch = self._run_group(group, context, residual, branch, options, num_queries)
                     continue
                 (j,) = group
-                queries = num_queries if j == depth - 1 else None
                 residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
-                residual, branch = family.forward_block(backbone, j, residual, branch, prompts, options, queries)
+                rest = options, self._queries(j, num_queries)
+                residual, branch = family.forward_block(backbone, j, residual, branch, prompts, *rest)
             return residual if branch is None else residual + branch
 
         recomputes = self.recompute == "block" and torch.is_grad_enabled()
@@ -293,15 +293,19 @@ class PromptedViT(Covered, PromptedReference):
         recordable = self._may_record(tokens, options.dtype)
         groups: list[list[int]] = [[]]
         for j in indices:
-            few = num_queries is not None and j == len(self.widths) - 1
             # without a branch the norm hands on its own input, whose gradients PyTorch would add
             twice = j == indices[0] and torch.is_grad_enabled()
-            alone = not recordable or few or twice or not only_operations(self.backbone, j, options)
+            asked = self.backbone, j, options, tokens.shape[1], self._queries(j, num_queries)
+            alone = not recordable or twice or not only_operations(*asked)
             if alone:
                 groups += [j], []
             else:
                 groups[-1].append(j)
         return [group for group in groups if group]
+
+    def _queries(self, block: int, num_queries: int | None) -> int | None:
+        """How many tokens go on behind a block; all if None."""
+        return num_queries if block == len(self.widths) - 1 else None
 
     def _may_record(self, tokens: Tensor, dtype: torch.dtype) -> bool:
         """Whether blocks whose products are in this dtype may run without what leads to their native calls."""
@@ -320,7 +324,13 @@ class PromptedViT(Covered, PromptedReference):
         return products.provider(dtype, tokens.device) == "native"
 
     def _run_group(
-        self, blocks: list[int], context: Any, residual: Tensor, branch: Tensor | None, options: BlockOptions
+        self,
+        blocks: list[int],
+        context: Any,
+        residual: Tensor,
+        branch: Tensor | None,
+        options: BlockOptions,
+        num_queries: int | None,
     ) -> tuple[Tensor, Tensor | None]:
         prompts = [self.block_prompts(j, context, len(residual)) for j in blocks]
 
@@ -329,7 +339,8 @@ class PromptedViT(Covered, PromptedReference):
             for j, p in zip(blocks, prompts, strict=True):
                 inserted = tokens.pop()
                 own = None if p is None else p._replace(tokens=inserted)
-                residual, branch = self._family.forward_block(self.backbone, j, residual, branch, own, options)
+                rest = own, options, self._queries(j, num_queries)
+                residual, branch = self._family.forward_block(self.backbone, j, residual, branch, *rest)
             return residual, branch
 
         # of prompts that several blocks share, PyTorch adds the gradients in this order: those of the last come first
@@ -337,7 +348,7 @@ class PromptedViT(Covered, PromptedReference):
         if options.shared is not None or any(p is not None and p.lengths is not None for p in prompts):
             return compute(inputs)  # these decide by values
         programs = coverage.kept(self).setdefault("programs", Programs())
-        residual, branch = programs.run((tuple(blocks), options), inputs, compute)
+        residual, branch = programs.run((tuple(blocks), options, num_queries), inputs, compute)
         return residual, branch
 
     def _insert_prompts(

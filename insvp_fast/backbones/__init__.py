@@ -47,9 +47,12 @@ def family_of(backbone: nn.Module) -> BackboneFamily | None:
     return None
 
 
-def only_operations(backbone: nn.Module, block: int, options: BlockOptions) -> bool:
-    """Whether a block calls nothing but operations, if all tokens are queries and no keys and values are appended."""
-    answer: bool = getattr(family_of(backbone), "only_operations", lambda *_: False)(backbone, block, options)
+def only_operations(
+    backbone: nn.Module, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None
+) -> bool:
+    """Whether a block calls nothing but operations, if no keys and values are appended. All tokens ask where None do."""
+    ask = getattr(family_of(backbone), "only_operations", lambda *_: False)
+    answer: bool = ask(backbone, block, options, num_tokens, num_queries)
     return answer
 
 

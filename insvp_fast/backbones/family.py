@@ -41,9 +41,9 @@ class BackboneFamily(Protocol):
     None without it.
 
     A module has ``attention_choices(backbone)`` if its attention does not have all of ``ops.ATTENTION``, and
-    ``only_operations(backbone, block, options)`` if there are blocks that call nothing but operations, so that a
-    program can record them (``insvp_fast/runtime/programs.py``). Besides what they are given and packed weights, these
-    read only tensors of which they tell ``native.lasting``.
+    ``only_operations(backbone, block, options, num_tokens, num_queries)`` if there are blocks that call nothing but
+    operations, so that a program can record them (``insvp_fast/runtime/programs.py``). Besides what they are given and
+    packed weights, these read only tensors of which they tell ``native.lasting``.
 
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.

@@ -199,7 +199,9 @@ def forward_block(
     return residual, forward_mlp(mlp, y, affine, options.mlp_keeps)
 
 
-def only_operations(backbone: SwinTransformer, block: int, options: BlockOptions) -> bool:
+def only_operations(
+    backbone: SwinTransformer, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None
+) -> bool:
     """Not where patches are merged before the block, nor of an MLP with a norm of its own."""
     stage, number = locate(backbone, block)
     plain = isinstance(backbone.layers[stage].blocks[number].mlp, Mlp) and options.attention in ("auto", "native")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
-from insvp_fast.backbones.vit_blocks import block_requirements, run_block
+from insvp_fast.backbones.vit_blocks import absorbs, block_requirements, run_block
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops import FrozenLinear
@@ -219,10 +219,14 @@ def forward_block(
     return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
 
 
-def only_operations(backbone: VisionTransformer, block: int, options: BlockOptions) -> bool:
+def only_operations(
+    backbone: VisionTransformer, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None
+) -> bool:
     """Only of timm's plain ``Block``, without norms of heads, and with layer scales only where they are folded."""
     blk: Any = backbone.blocks[block]
     if not isinstance(blk, Block) or options.attention not in ("auto", "native"):  # the others call PyTorch's functions
+        return False
+    if num_queries is not None and not absorbs(blk.attn, num_queries, num_tokens, backbone.embed_dim):
         return False
     scales = () if options.folds_scale else (blk.ls1, blk.ls2)
     absent = blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm, *scales

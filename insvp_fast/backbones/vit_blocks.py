@@ -38,8 +38,10 @@ from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference.vision_transformer import require_block
 from insvp_fast.runtime import buffers
+from insvp_fast.runtime.copies import put
 
 __all__ = [
+    "absorbs",
     "attend_from_first",
     "block_requirements",
     "first_tokens",
@@ -322,14 +324,18 @@ def attend_from_first(
 
     ``bias``: [heads, num_queries, T], of the scores of the first T keys.
     """
-    S, D, H = y.shape[1], qkv.out_features // 3, attn.num_heads
-    plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity) and keys_values is None
-    if plain and H * num_queries * (D + S) < S * D:
-        return ops.absorbed_attention(y, num_queries, qkv, H, attn.scale, num_keys=num_keys, bias=bias)
+    if keys_values is None and absorbs(attn, num_queries, y.shape[1], qkv.out_features // 3):
+        return ops.absorbed_attention(y, num_queries, qkv, attn.num_heads, attn.scale, num_keys=num_keys, bias=bias)
     q, kv = ops.project_q_kv(y, num_queries, qkv)
     q = in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
     kv = _append(norm_heads(attn, kv, 2), keys_values, num_keys)
     return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys, bias=bias)
+
+
+def absorbs(attn: Any, num_queries: int, num_keys: int, width: int) -> bool:
+    """Whether few queries are attended to without keys and values; with more keys than these, too."""
+    plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    return plain and attn.num_heads * num_queries * (width + num_keys) < num_keys * width
 
 
 def _append(packed: Tensor, keys_values: Tensor | None, num_keys: Tensor | None) -> Tensor:
@@ -352,11 +358,13 @@ class _FirstTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
         ctx.shape = x.shape
-        return x[:, :n].contiguous()
+        first = buffers.empty((len(x), n, x.shape[2]), x.dtype, x.device)
+        put(first, x[:, :n])
+        return first
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         d_x = buffers.empty(ctx.shape, grad.dtype, grad.device)
-        d_x[:, : grad.shape[1]] = grad
-        d_x[:, grad.shape[1] :] = 0
+        put(d_x[:, : grad.shape[1]], grad)
+        put(d_x[:, grad.shape[1] :], None)
         return d_x, None

@@ -3,8 +3,8 @@
 One file per operation, all alike: the public function, which checks its arguments; the formula, ``<op>_reference``, and
 its gradient written out, ``<op>_bwd_reference``; the operands of the operators as named tuples; the autograd function;
 the implementations, each with the reason why it may not compute some operands; and their registration
-(``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, ``query_attention`` and
-``absorbed_attention`` one implementation, ``blend_prompts`` is no operator. Gradients are first-order only.
+(``registry.py``). ``linear``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas, ``query_attention``
+has one implementation, ``blend_prompts`` is no operator. Gradients are first-order only.
 ``programs.py`` runs the native calls of many operations in a row again.
 
 The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
@@ -13,6 +13,7 @@ superpose_reference``.
 Letters as in ``insvp_fast/reference``.
 """
 
+from insvp_fast.ops.absorbed_attention import absorbed_attention
 from insvp_fast.ops.attention import ATTENTION, attention
 from insvp_fast.ops.blend_prompts import blend_prompts
 from insvp_fast.ops.conv import conv
@@ -21,7 +22,7 @@ from insvp_fast.ops.gated_mlp import gated_mlp
 from insvp_fast.ops.linear import linear, project_q_kv
 from insvp_fast.ops.mlp import mlp
 from insvp_fast.ops.norm_insert import norm_insert
-from insvp_fast.ops.query_attention import absorbed_attention, query_attention
+from insvp_fast.ops.query_attention import query_attention
 from insvp_fast.ops.rotate import rotate
 from insvp_fast.ops.superpose import Blend, PatchWeights, superpose
 from insvp_fast.ops.window_attention import WINDOW_ATTENTION, window_attention

@@ -131,7 +131,7 @@ def _sums(words: Tensor) -> Tensor:
 
 
 def _mixed(words: Tensor, first: int, step: int) -> Tensor:
-    """Words, of which the first is number ``first`` and the next ``step`` further, mixed with their numbers (SplitMix64)."""
+    """Words, of which the first is number ``first`` and the next ``step`` further, mixed with their numbers."""
     x = words.long() + (first + step * torch.arange(len(words), device=words.device)) * _signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27)) * _signed(0x94D049BB133111EB)

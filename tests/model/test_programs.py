@@ -64,12 +64,14 @@ def model_of(name="vit_tiny_patch16_224", config=None, **sizes):
     return model.eval()
 
 
-MODELS = {  # and how many native calls their programs have; a block has seven
-    "ViT": ("vit_tiny_patch16_224", {}, VIT, [5 * 7]),  # the last block has one query and is prepared each time
+FEW = 13  # native calls of a last block with one query; backward has two more. Other blocks have seven
+MODELS = {  # and how many native calls their programs have
+    "ViT": ("vit_tiny_patch16_224", {}, VIT, [5 * 7 + FEW]),
+    "many heads": ("vit_tiny_patch16_224", {}, VIT | {"num_heads": 12}, [5 * 7]),  # the last makes keys and values
     "all tokens": ("vit_tiny_patch16_224", {}, ALL_TOKENS, [6 * 7]),
     "one prompt for all": ("vit_tiny_patch16_224", {"common_prompt": False}, ALL_TOKENS, [6 * 7]),
     "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [2 * 7, 5 * 7]),  # a merging stands alone
-    "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7]),
+    "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7 + FEW]),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
     "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True}, VIT, []),
 }
@@ -386,7 +388,8 @@ def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(name, config
     fewer = [calls - 7 if i == 0 else calls for i, calls in enumerate(expected)]
     fewer = [calls for calls in fewer if calls > 7]
     pairs = [program for program in programs_of(model) if program]
-    assert [len(pair.forward._calls) for pair in pairs] == 2 * fewer == [len(pair.backward._calls) for pair in pairs]
+    assert [len(pair.forward._calls) for pair in pairs] == 2 * fewer
+    assert [len(pair.backward._calls) for pair in pairs] == 2 * [calls + 2 * (calls % 7 > 0) for calls in fewer]
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])

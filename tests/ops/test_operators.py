@@ -29,6 +29,9 @@ def attention(dtype):
     for added in (None, some(2, 2, 2)):
         qkv = some(2, 5, 24, dtype=dtype).requires_grad_()
         yield ops.window_attention(qkv, 2, windows, added, added, 0.5)
+    for keys, added in ((None, None), (torch.tensor([4, 5]), None), (None, some(2, 3, 4))):
+        layer, x = FrozenLinear(some(24, 6)), some(2, 5, 6, dtype=dtype).requires_grad_()
+        yield ops.absorbed_attention(x, 3, layer, 2, 0.5, num_keys=keys, bias=added)
 
 
 def norm_insert(dtype):

@@ -1,12 +1,10 @@
-"""query_attention and absorbed_attention against the formula in double precision."""
+"""query_attention against the formula in double precision."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from insvp_fast import ops
-from insvp_fast.ops.attention import attention_reference
-from insvp_fast.ops.heads import merge_heads, split_packed
+from insvp_fast.ops.heads import merge_heads
 from insvp_fast.testing import assert_within_budget
 from tests.gradients import DTYPES, copies, with_gradients
 
@@ -48,41 +46,6 @@ def test_query_attention(dtype, B, S, T, num_keys):
     for value, low, expected in zip(fast, rough, exact, strict=True):
         assert value.dtype == dtype and value.shape == expected.shape
         assert_within_budget(value, low, expected, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize(("B", "S", "T", "num_keys"), [(0, 5, 1, None), (2, 9, 1, (9, 1)), (3, 21, 4, (4, 20, 11))])
-def test_absorbed_attention(dtype, affine, B, S, T, num_keys):
-    x = torch.randn(B, S, 16).to(dtype).requires_grad_()
-    weight = torch.randn(72, 16) / 4
-    bias, gain, shift = (torch.randn(72), torch.rand(16) + 0.5, torch.randn(16)) if affine else (None,) * 3
-    keys, of_scores = None if num_keys is None else torch.tensor(num_keys, dtype=torch.int64), bias_of(T, S)
-    rows = [*enumerate(num_keys or ())]
-
-    def plain(x):
-        tokens = x * gain.to(x) + shift.to(x) if affine else x
-        qkv = F.linear(tokens, weight.to(x), None if bias is None else bias.to(x))
-        q, k, v = split_packed(qkv, 3)
-        images = [formula(q[b : b + 1, :, :T], k[b : b + 1, :, :n], v[b : b + 1, :, :n], of_scores) for b, n in rows]
-        return torch.cat(images) if images else attention_reference(qkv, 3, T, 0.4)
-
-    exact, rough = (with_gradients(plain, inputs) for inputs in (copies([x], torch.float64), [x]))
-    layer = ops.FrozenLinear(weight, bias, gain, shift)
-    fast = with_gradients(lambda x: ops.absorbed_attention(x, T, layer, 3, 0.4, num_keys=keys, bias=of_scores), [x])
-    for value, low, expected in zip(fast, rough, exact, strict=True):
-        assert value.dtype == dtype and value.shape == expected.shape
-        assert_within_budget(value, low, expected, dtype)
-
-
-def test_absorbed_attention_says_what_does_not_fit():
-    x, layer = torch.randn(2, 5, 16), ops.FrozenLinear(torch.randn(72, 16))
-    with pytest.raises(ValueError, match="num_queries=6"):
-        ops.absorbed_attention(x, 6, layer, 3, 1.0)
-    with pytest.raises(ValueError, match="D in 5 heads"):
-        ops.absorbed_attention(x, 1, layer, 5, 1.0)
-    with pytest.raises(ValueError, match="requires_grad=False"):
-        ops.absorbed_attention(x, 1, ops.FrozenLinear(torch.randn(72, 16, requires_grad=True)), 3, 1.0)
 
 
 def test_a_bias_that_does_not_fit():

@@ -9,6 +9,11 @@ Raises:
     MemoryError: where there is no memory for the results or the workspace.
 """
 
+from insvp_fast.runtime.native.absorbed_attention import (
+    absorbed_attention_bwd_rows,
+    absorbed_attention_bwd_tokens,
+    absorbed_attention_fwd,
+)
 from insvp_fast.runtime.native.attention import (
     Windows,
     attention_bwd,
@@ -17,6 +22,7 @@ from insvp_fast.runtime.native.attention import (
     window_attention_fwd,
 )
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
+from insvp_fast.runtime.native.copy import copy
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums, Look
 from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatus, available, native_status
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
@@ -33,6 +39,9 @@ __all__ = [
     "Look",
     "NativeStatus",
     "Windows",
+    "absorbed_attention_bwd_rows",
+    "absorbed_attention_bwd_tokens",
+    "absorbed_attention_fwd",
     "attention_bwd",
     "attention_fwd",
     "available",
@@ -40,6 +49,7 @@ __all__ = [
     "conv_fwd",
     "conv_pool_bwd",
     "conv_pool_fwd",
+    "copy",
     "interrupt",
     "lasting",
     "linear",
