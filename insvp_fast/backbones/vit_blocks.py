@@ -358,7 +358,7 @@ class _FirstTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
         ctx.shape = x.shape
-        first = buffers.empty((len(x), n, x.shape[2]), x.dtype, x.device)
+        first = buffers.empty((x.shape[0], n, x.shape[2]), x.dtype, x.device)
         put(first, x[:, :n])
         return first
 

@@ -207,7 +207,7 @@ def _bwd_rows_fake(a: _BwdRows) -> tuple[Tensor, Tensor]:
 
 
 def _bwd_tokens_fake(a: _BwdTokens) -> Tensor:
-    return a.rows.new_empty(len(a.rows), a.p.shape[2], a.rows.shape[2])
+    return a.rows.new_empty(a.rows.shape[0], a.p.shape[2], a.rows.shape[2])
 
 
 register(
