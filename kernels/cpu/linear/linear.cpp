@@ -48,15 +48,13 @@ Range part(int64_t i, int64_t parts, int64_t size, int64_t unit) {
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
   const int64_t tiles = ceil_div(M, kernels.rows), panels = ceil_div(N, kernels.columns);
   const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
-  const int64_t resident_rows = resident_words() / (runs * kRowStride);
-  const int64_t most_rows = smaller(kernels.most_rows, larger(kernels.fewest_rows, resident_rows));
   const int64_t wanted = threads > 1 ? kernels.blocks * threads : 1;
   Division d = {};
   double least_work = 2.0;  // of a thread, as a part of all
   int64_t least_read = 0;
   for (int64_t across = 1; across <= smaller(wanted, larger(1, panels / kWorthCopyingPanels)); ++across) {
     const int64_t enough = smaller(ceil_div(wanted, across), ceil_div(M, kWorthCopyingRows));
-    const int64_t fewest = smaller(tiles, larger(ceil_div(M, most_rows), enough));
+    const int64_t fewest = smaller(tiles, larger(ceil_div(M, kernels.most_rows), enough));
     for (int64_t down = fewest; down <= smaller(tiles, 2 * fewest); ++down) {
       const int64_t blocks = down * across, read = down * N + across * M;
       const double work = static_cast<double>(ceil_div(blocks, threads)) / static_cast<double>(blocks);
@@ -67,7 +65,7 @@ Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, i
   d.rows = ceil_div(tiles, d.down) * kernels.rows;
   d.columns = ceil_div(panels, d.across) * kernels.columns;
   const int64_t resident_runs = larger(1, resident_words() / (d.rows * kRowStride));
-  const int64_t parts = kernels.in_parts ? ceil_div(runs, resident_runs) : 1;
+  const int64_t parts = ceil_div(runs, resident_runs);
   d.runs = ceil_div(runs, parts);
   d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : 2 * kernels.columns));
   return d;

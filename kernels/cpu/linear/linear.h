@@ -31,16 +31,15 @@ struct Linear {
 
 struct LinearBlock {
   int64_t row, rows, column, columns;  // of y; `column` is the first of a panel
-  int64_t runs;                        // of words of x, held at a time: all, unless LinearKernels say otherwise
+  int64_t runs;                        // of words of x, held at a time
 };
 
 struct LinearKernels {
-  int64_t rows, columns;           // of a tile
-  int64_t factors;                 // of x and w in a word
-  int64_t step;                    // the words of a sum are a multiple of it
-  int64_t blocks;                  // that each of several threads gets at least, so that none waits long at the end
-  int64_t fewest_rows, most_rows;  // of a block, by what the second-level cache holds
-  bool in_parts;                   // whether a block may hold a part of the words of x at a time
+  int64_t rows, columns;  // of a tile
+  int64_t factors;        // of x and w in a word
+  int64_t step;           // the words of a sum are a multiple of it
+  int64_t blocks;         // that each of several threads gets at least, so that none waits long at the end
+  int64_t most_rows;      // of a block
   void (*block)(const Linear&, const LinearBlock&, float* scratch);
 };
 

@@ -22,14 +22,12 @@ typedef float word;
 constexpr int kRows = 2 * kTile, kVectors = 2, kStep = kTile;
 // Tiles are multiplied so fast that what is read more than once from behind the second-level cache costs more than
 // waiting for the last thread: few blocks, of many rows.
-constexpr int kBlocks = 1, kFewestRows = kRows, kMostRows = 288;
-constexpr bool kInParts = false;
+constexpr int kBlocks = 1, kMostRows = 288;
 #else
 // The sums of a tile, the words of one row of a panel and one word of x fill the 16 registers, or the 32 of AVX-512.
 // With 16, a tile of 4 rows and 3 vectors takes fewer instructions than one of 6 by 2.
 constexpr int kRows = kWidth == 16 ? 8 : 4, kVectors = 3, kStep = 1;
-constexpr int kBlocks = 2, kFewestRows = 160, kMostRows = 160;  // with more rows, too little of K fits into the cache
-constexpr bool kInParts = true;
+constexpr int kBlocks = 2, kMostRows = 160;  // with more rows, too little of K fits into the cache
 #endif
 
 constexpr int kColumns = kVectors * kWidth;
