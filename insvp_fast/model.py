@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from insvp_fast import coverage, ops, prompters, reference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
+from insvp_fast.coverage import Covered
 from insvp_fast.prompted import PromptedViT, foreign
 from insvp_fast.reference import InsVPReference
 from insvp_fast.timm_interface import TimmInterface
@@ -96,6 +97,19 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             pixels = pixels if pixels.is_cuda and not self.config.simam else image
             patches, prompted = self._superpose(image, pixels, dtype)
             return patches, self.specific_prompt(image, prompted)
+
+    def _read_by_prompters(self) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
+        if self.compile_prompters or foreign(self, "specific_prompt") or not self._blends_at_once():
+            return None
+        decisions: list[Hashable] = [self.config, tuple(self.prompted_blocks)]
+        tensors: list[Tensor] = []
+        for prompter in self._prompters():
+            if not (isinstance(prompter, Covered) and coverage.covers(prompter)):
+                return None
+            kept = coverage.kept(prompter)  # is empty after every change of its modules
+            decisions.append(kept.setdefault("decision", object()))
+            tensors += kept.setdefault("parameters", [*prompter.parameters()])
+        return decisions, [*tensors, *(self.common_prompts or ())]
 
     def _embed_and_run(
         self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None

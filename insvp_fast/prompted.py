@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import coverage, reference
+from insvp_fast.backbone_settings import BackboneSettings
 from insvp_fast.backbones import (
     BackboneFamily,
     BlockOptions,
-    attention_choices,
     family_of,
-    has_gated_mlp,
     only_operations,
 )
 from insvp_fast.coverage import Covered, Requirements
@@ -24,7 +23,8 @@ from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
-from insvp_fast.runtime import hardware, products, torch_private
+from insvp_fast.runtime import buffers, hardware, native, products, torch_private
+from insvp_fast.runtime.elementwise import put_sum
 
 __all__ = ["PromptedViT", "foreign"]
 
@@ -43,67 +43,23 @@ def foreign(owner: object, *names: str) -> str | None:
     return None
 
 
-class PromptedViT(Covered, PromptedReference):
+def _sum(residual: Tensor, branch: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or not residual.is_cpu:
+        return residual + branch
+    total = buffers.empty(residual.shape, torch.promote_types(residual.dtype, branch.dtype))
+    put_sum(total, residual, 1, branch, 1)
+    return total
+
+
+class PromptedViT(BackboneSettings, Covered, PromptedReference):
     """A frozen backbone with prompts, on the fast path where that covers the backbone, else as ``PromptedReference``.
 
-    The attributes below may be set at any time; ``InsVPViT`` explains them.
-
-    Attributes:
-        recompute, fold_norm, attention, gelu_in_8_bits: how the backbone is computed.
+    How the backbone is computed is set by the attributes of ``BackboneSettings``, at any time.
     """
-
-    fold_norm: bool = True
-    _attention = "auto"
-    _recompute = "none"
-    _gelu_in_8_bits = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pixel_scales: dict[object, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def attention(self) -> str:
-        """The implementation of attention, one of ``ops.ATTENTION``.
-
-        Setting another, or one that this backbone's attention does not have, raises ValueError.
-        """
-        return self._attention
-
-    @attention.setter
-    def attention(self, impl: str) -> None:
-        if impl not in (choices := attention_choices(self.backbone)):
-            kind = type(self.backbone).__name__
-            raise ValueError(f"attention={impl!r}: expected one of {sorted(choices)} for a {kind}")
-        self._attention = impl
-
-    @property
-    def recompute(self) -> str:
-        """What backward computes again: "none", "mlp" or "block"; setting anything else raises ValueError."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, what: str) -> None:
-        if what not in ("none", "mlp", "block"):
-            raise ValueError(f"recompute={what!r}: expected 'none', 'mlp' or 'block'")
-        self._check_kept(what, self.gelu_in_8_bits)
-        self._recompute = what
-
-    @property
-    def gelu_in_8_bits(self) -> bool:
-        """Whether MLPs keep 8 bits for backward; raises ValueError if set where they cannot."""
-        return self._gelu_in_8_bits
-
-    @gelu_in_8_bits.setter
-    def gelu_in_8_bits(self, wanted: bool) -> None:
-        self._check_kept(self.recompute, wanted)
-        self._gelu_in_8_bits = wanted
-
-    def _check_kept(self, recompute: str, in_8_bits: bool) -> None:
-        if in_8_bits and recompute == "mlp":
-            raise ValueError("recompute='mlp' keeps nothing of GELU: expected gelu_in_8_bits=False with it")
-        if in_8_bits and has_gated_mlp(self.backbone):
-            kind = type(self.backbone).__name__
-            raise ValueError(f"the gated MLPs of this {kind} do not go with it: expected gelu_in_8_bits=False")
 
     # which path
 
@@ -197,7 +153,30 @@ class PromptedViT(Covered, PromptedReference):
     def _block_outputs(self, image: Tensor, blocks: Collection[int], num_queries: int | None = None) -> list[Tensor]:
         """The fast path: the tokens behind each of ``blocks``, of the last block only the first ``num_queries``."""
         self._family.check_image(self.backbone, image)
-        return self._embed_and_run(*self._prompted_patches(image), self._grid(image), blocks, num_queries)
+
+        def compute(_: Sequence[Any]) -> list[Tensor]:
+            return self._embed_and_run(*self._prompted_patches(image), self._grid(image), blocks, num_queries)
+
+        if torch.is_grad_enabled() or not self._may_record(image, self._precision(image)[0]):
+            return compute(())
+        if (reads := self._read_by_prompters()) is None:
+            return compute(())
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        settings = self.fold_norm, self.attention, self.gelu_in_8_bits, autocast
+        key, tensors = (*sorted({*blocks}), None, num_queries, *settings, *reads[0]), [image, *reads[1]]
+        outputs: Any = self._programs().run(key, tensors, compute)
+        return [*outputs]
+
+    def _read_by_prompters(self) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
+        """What decides over the calls that make prompts, and the tensors that they read but the image.
+
+        None where they call more than operations; then only blocks are programs.
+        """
+        return None
+
+    def _programs(self) -> Programs:
+        programs: Programs = coverage.kept(self).setdefault("programs", Programs())
+        return programs
 
     def _embed_and_run(
         self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None
@@ -267,11 +246,12 @@ class PromptedViT(Covered, PromptedReference):
                 if len(group) > 1:
                     residual, branch = self._run_group(group, context, residual, branch, options, num_queries)
                     continue
+                native.interrupt()  # PyTorch's operations, perhaps
                 (j,) = group
                 residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
                 rest = options, self._queries(j, num_queries)
                 residual, branch = family.forward_block(backbone, j, residual, branch, prompts, *rest)
-            return residual if branch is None else residual + branch
+            return residual if branch is None else _sum(residual, branch)
 
         recomputes = self.recompute == "block" and torch.is_grad_enabled()
         steps = range(BLOCKS_PER_CHECKPOINT, max(wanted) + 1, BLOCKS_PER_CHECKPOINT) if recomputes else ()
@@ -346,9 +326,10 @@ class PromptedViT(Covered, PromptedReference):
         # of prompts that several blocks share, PyTorch adds the gradients in this order: those of the last come first
         inputs = residual, branch, *(None if p is None else p.tokens for p in reversed(prompts))
         if options.shared is not None or any(p is not None and p.lengths is not None for p in prompts):
-            return compute(inputs)  # these decide by values
-        programs = coverage.kept(self).setdefault("programs", Programs())
-        residual, branch = programs.run((tuple(blocks), options, num_queries), inputs, compute)
+            native.interrupt()  # these decide by values
+            return compute(inputs)
+        outputs: Any = self._programs().run((tuple(blocks), options, num_queries), inputs, compute)
+        residual, branch = outputs
         return residual, branch
 
     def _insert_prompts(

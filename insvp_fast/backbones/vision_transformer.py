@@ -27,7 +27,9 @@ from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts, fold
 from insvp_fast.reference.structure import pixel_layer
-from insvp_fast.runtime import buffers
+from insvp_fast.runtime import buffers, torch_private
+from insvp_fast.runtime.elementwise import put, put_sum
+from insvp_fast.runtime.prepack import packed
 
 __all__ = [
     "add_positions",
@@ -161,10 +163,27 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
     else:
         tokens = embed_patches(backbone.patch_embed, patches)
         tokens = torch.unflatten(tokens, 1, grid) if backbone.dynamic_img_size else tokens
-    # timm adds to the embedding of zeros just what does not depend on the image: positions and prefix tokens
-    constant = backbone._pos_embed(tokens.new_zeros(1, *tokens.shape[1:]))
-    embedded: Tensor = backbone.norm_pre(add_positions(tokens.flatten(1, -2), constant))
+    embedded: Tensor = backbone.norm_pre(add_positions(tokens.flatten(1, -2), _constant(backbone, tokens)))
     return embedded
+
+
+def _constant(backbone: VisionTransformer, tokens: Tensor) -> Tensor:  # of [B, N, D] or [B, h, w, D] -> [1, T, D]
+    """Prefix tokens and positions, which do not depend on the image: timm adds just these to the embedding of zeros."""
+
+    def make() -> Tensor:
+        constant: Tensor = backbone._pos_embed(tokens.new_zeros(1, *tokens.shape[1:]))
+        return constant
+
+    sources = [getattr(backbone, name, None) for name in ("pos_embed", "cls_token", "reg_token", "dist_token")]
+    if torch.compiler.is_compiling() or torch_private.dispatches([tokens]) or not any(w is not None for w in sources):
+        return make()
+    numbers = [
+        (name, repr(value))
+        for module in (backbone, backbone.patch_embed)
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | tuple)
+    ]
+    return packed(sources, ("constant", tokens.shape[1:], tokens.dtype, *numbers), make)
 
 
 def _embed_image(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -194,8 +213,8 @@ class _AddPositions(torch.autograd.Function):
         ctx.prefix, ctx.dtype = constant.shape[1] - tokens.shape[1], tokens.dtype
         dtype = torch.promote_types(tokens.dtype, constant.dtype)
         x = buffers.empty((tokens.shape[0], *constant.shape[1:]), dtype, tokens.device)
-        x[:, : ctx.prefix] = constant[:, : ctx.prefix]
-        x[:, ctx.prefix :].copy_(tokens).add_(constant[:, ctx.prefix :])
+        put(x[:, : ctx.prefix], constant[:, : ctx.prefix].to(dtype).expand(x.shape[0], -1, -1))
+        put_sum(x[:, ctx.prefix :], tokens, 1, constant[:, ctx.prefix :], 1)
         return x
 
     @staticmethod

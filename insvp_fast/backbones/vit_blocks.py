@@ -38,7 +38,7 @@ from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference.vision_transformer import require_block
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.copies import put
+from insvp_fast.runtime.elementwise import put
 
 __all__ = [
     "absorbs",

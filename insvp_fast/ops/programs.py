@@ -46,7 +46,7 @@ class Programs:
             inputs: all tensors that it reads, but those that are ``native.lasting``. Where they have gradients, each
                 of them and of the results in between is used once, so that PyTorch adds no gradients.
         """
-        if torch_private.dispatches(inputs):
+        if torch_private.dispatches(inputs) or recording.current() is not None:
             return compute(inputs)
         needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
         given, layouts = _given(inputs)
@@ -66,7 +66,8 @@ class Programs:
             return cast(Tensors, _Recorded.apply(self, key, compute, *inputs))
         recorder = Recorder(given)
         outputs = recording.record(recorder, lambda: compute(inputs))
-        self.keep(key, recorder.program(outputs))
+        program = recorder.program(outputs)
+        self.keep(key, program if program is not None and _agrees(program, _starts(given), outputs) else None)
         return outputs
 
     def keep(self, key: Hashable, program: Program | _Pair | None) -> None:
@@ -151,8 +152,8 @@ class _Recorded(torch.autograd.Function):
 
 
 def _agrees(program: Program, given: Sequence[int], expected: Tensors) -> bool:
-    """Whether a program computes these bits; not if PyTorch has added gradients in the memory of native calls."""
-    if (memory := program.run(given)) is None:
+    """Whether a program computes these bits; not if PyTorch has written into the memory of native calls."""
+    if (memory := program.run(given, poison=True)) is None:
         return False
     pairs = [(x, y) for x, y in zip(program.outputs(memory), expected, strict=True) if x is not None and y is not None]
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)

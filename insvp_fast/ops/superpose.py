@@ -302,7 +302,7 @@ register(
     "(Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_reason),
+    native=Implementation(_fwd_native, _fwd_native_reason, recordable=True),
     triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(

@@ -106,15 +106,19 @@ class Program:
             if output is not None:
                 self._new[output[0]] = output[1].shape, output[1].dtype
 
-    def run(self, given: Sequence[int]) -> Memory | None:
+    def run(self, given: Sequence[int], *, poison: bool = False) -> Memory | None:
         """Run the calls where given memory starts at other addresses.
 
-        None, and nothing is done, if weights or tensors that last have other sizes than they had.
+        None, and nothing is done, if weights or tensors that last have other sizes than they had. With ``poison`` all
+        new memory is NaN before, so that what reads memory that no call has written gives other results.
         """
         packed = self._uses.made()
         if packed is None or any(_layout(piece.tensor) != piece.layout for piece in self._lasting):
             return None
         memory = Memory(given, [buffers.empty(shape, dtype) for shape, dtype in self._new], packed)
+        if poison:
+            for x in memory.new:
+                x.view(-1).view(torch.uint8).fill_(0xFF)
         starts = [*map(memory.start, self._pieces)]
         for call, places in self._calls:
             args = [*call.args]

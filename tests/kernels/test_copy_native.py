@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from insvp_fast.runtime import native
-from insvp_fast.runtime.copies import put
+from insvp_fast.runtime.elementwise import put
 from tests.kernels.native_checks import needs_library
 
 pytestmark = needs_library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,7 @@ def model_of(name="vit_tiny_patch16_224", config=None, **sizes):
 
 
 FEW = 13  # native calls of a last block with one query; backward has two more. Other blocks have seven
-MODELS = {  # and how many native calls their programs have
+MODELS = {  # and how many native calls the programs of their blocks have
     "ViT": ("vit_tiny_patch16_224", {}, VIT, [5 * 7 + FEW]),
     "many heads": ("vit_tiny_patch16_224", {}, VIT | {"num_heads": 12}, [5 * 7]),  # the last makes keys and values
     "all tokens": ("vit_tiny_patch16_224", {}, ALL_TOKENS, [6 * 7]),
@@ -77,10 +78,17 @@ MODELS = {  # and how many native calls their programs have
 }
 
 
-@pytest.mark.parametrize(("name", "config", "sizes", "expected"), MODELS.values(), ids=MODELS)
+# and what is before and behind the blocks, where all is one program: six of the prompters, a blend for each block, the
+# embedding with one class token or none, the last sum
+WHOLE = {"ViT": 6 + 6 + 3 + 1, "all tokens": 6 + 6 + 2 + 1, "layer scale": 6 + 6 + 3 + 1}
+
+
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @torch.no_grad()
-def test_a_program_gives_the_bits_of_what_is_prepared_anew(name, config, sizes, expected, autocast):
+def test_a_program_gives_the_bits_of_what_is_prepared_anew(kind, autocast):
+    name, config, sizes, expected = MODELS[kind]
+    expected = [calls + WHOLE.get(kind, 0) for calls in expected]
     if autocast and products.cpu_provider(torch.bfloat16) != "native":
         expected = []
     model = model_of(name, config, **sizes)
@@ -92,8 +100,7 @@ def test_a_program_gives_the_bits_of_what_is_prepared_anew(name, config, sizes, 
             for image, first, second in zip(images, found, again, strict=True):
                 assert torch.equal(first, second) and torch.equal(first, prepared(model, image))
                 assert first.isfinite().all()
-    counts = [len(program._calls) for program in programs_of(model) if program]
-    assert counts == 2 * expected
+    assert [len(program._calls) for program in programs_of(model) if program] == 2 * expected
 
 
 def first_block(model):
@@ -122,7 +129,44 @@ def replace_mask(model):
     shifted(model).attn_mask.data = shifted(model).attn_mask / 50
 
 
+def replace_parameter(model):
+    layer = model.specific_prompter.conv2
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+
+def replace_data_of_prompter(model):
+    layer = model.global_prompter.conv2
+    layer.weight.data = layer.weight.data * 2
+
+
+def replace_module_of_prompter(model):
+    model.patch_prompter.fc2 = deepcopy(model.patch_prompter.fc2).requires_grad_(False)
+    model.patch_prompter.fc2.bias.add_(1)
+
+
+def replace_part_of_method(model):
+    own = model.specific_prompt
+    model.specific_prompt = lambda image, prompted: 2 * own(image, prompted)
+
+
 CHANGES = {
+    "a prompter in place": lambda m: m.global_prompter.conv1.weight.mul_(2),
+    "a prompter, unseen by PyTorch": lambda m: m.patch_prompter.fc1.weight.data.add_(0.1),
+    "a parameter of a prompter": replace_parameter,
+    "the memory of a parameter": replace_data_of_prompter,
+    "a module of a prompter": replace_module_of_prompter,
+    "no prompter": lambda m: setattr(m, "global_prompter", None),
+    "a hook of a prompter": lambda m: m.global_prompter.register_forward_hook(lambda module, x, y: 2 * y),
+    "a hook in a prompter": lambda m: m.specific_prompter.conv3.register_forward_hook(lambda module, x, y: 2 * y),
+    "the dilation": lambda m: setattr(m.global_prompter.conv1, "dilation", (2, 2)),
+    "a blend": lambda m: setattr(m, "config", dataclasses.replace(m.config, image_weights=(0.9, 0.4))),
+    "the blend of prompts": lambda m: setattr(m, "config", dataclasses.replace(m.config, feature_weights=(0.9, 0.4))),
+    "which blocks have prompts": lambda m: setattr(m, "prompted_blocks", (1, 0, 2, 3, 4, 5)),
+    "a method": replace_part_of_method,
+    "the positions": lambda m: m.backbone.pos_embed.mul_(3),
+    "the positions, unseen by PyTorch": lambda m: m.backbone.pos_embed.data.add_(1),
+    "the class token": lambda m: m.backbone.cls_token.data.add_(1),
+    "the patch embedding": lambda m: m.backbone.patch_embed.proj.weight.mul_(1.5),
     "in place": lambda m: first_block(m).attn.proj.weight.mul_(1.5),
     "unseen by PyTorch": lambda m: first_block(m).mlp.fc2.weight.data.mul_(1.5),
     "through NumPy": lambda m: first_block(m).mlp.fc2.bias.numpy().__imul__(2),
@@ -153,6 +197,51 @@ def test_no_program_outlives_what_it_was_made_for(change):
         assert torch.equal(program, prepared(model, image))
     changed = not torch.equal(before[-1], prepared(model, image))
     assert changed or model.attention == "reference" or not model.fold_norm
+
+
+IMAGES = {
+    "other memory": lambda x: x.clone(),
+    "views": lambda x: torch.cat([x, x])[1 : 1 + len(x)],
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "one image": lambda x: x[:1].expand(len(x), -1, -1, -1),
+    "half of a pixel's memory": lambda x: torch.stack([x, x], -1)[..., 1],
+    "8 bits": lambda x: (30 * x + 128).clamp(0, 255).to(torch.uint8),
+    "NaN": lambda x: torch.full_like(x, float("nan")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@torch.no_grad()
+def test_images_of_any_kind_take_their_own_program_or_none(autocast):
+    model = model_of()
+    for _ in range(3):
+        for kind in IMAGES.values():
+            image = kind(image_of(3))
+            for enabled in (autocast, False):
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    found, expected = model(image), prepared(model, image)
+                assert found.dtype == expected.dtype and (found.equal(expected) or expected.isnan().all())
+                assert bool(found.isnan().all()) == bool(expected.isnan().all())
+
+
+@torch.no_grad()
+def test_dropout_draws_anew_in_every_pass():
+    model, image = model_of(config={"global_dropout": 0.5, "common_dropout": 0.5}), image_of(2)
+    expected = [model(image) for _ in range(2)]
+    model.train()
+    assert len({tuple(model(image).flatten().tolist()) for _ in range(4)}) == 4
+    model.eval()
+    assert torch.equal(*expected) and torch.equal(model(image), expected[0])
+
+
+@pytest.mark.parametrize("config", [{"specific_input": "prompted"}, {"simam": True}, {"common_prompt": False}], ids=str)
+@torch.no_grad()
+def test_what_pytorch_computes_before_the_blocks_is_in_no_program(config):
+    model = model_of(config=config)
+    for seed in range(4):
+        assert torch.equal(model(image_of(2, seed)), prepared(model, image_of(2, seed)))
+    assert len(programs_of(model)) == 2 and programs_of(model).count(None) == 1
 
 
 def behind_other_numbers(x):
@@ -210,7 +299,7 @@ def test_masks_in_one_piece_of_memory_are_in_no_program():
         block.attn_mask.data = mask
     for _ in range(2):
         assert torch.equal(model(image), prepared(model, image))
-    assert len(blocks) == 4 and sorted(map(bool, programs_of(model))) == [False, True]
+    assert len(blocks) == 4 and sorted(map(bool, programs_of(model))) == [False, False, True]  # of all, of a stage
 
 
 def shrink_weight(model):

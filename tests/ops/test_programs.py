@@ -47,6 +47,31 @@ def test_inputs_of_another_layout_are_another_program():
     assert all(kept._programs.values())
 
 
+@pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda to, x: to.add_(x), lambda to, x: to[:1].copy_(x[:1])])
+@torch.no_grad()
+def test_what_pytorch_writes_into_memory_of_native_calls_is_in_no_program(write):
+    def compute(x):
+        product = ops.linear(x, FIRST)
+        write(product, product.flip(0))
+        return [ops.linear(product, SECOND)]
+
+    kept = Programs()
+    for seed in range(4):
+        assert run(kept, torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)), compute) == [None]
+
+
+@torch.no_grad()
+def test_a_program_takes_the_calls_of_those_inside():
+    inner, outer, layer = Programs(), Programs(), FrozenLinear(torch.eye(4))
+
+    def nested(x):
+        return inner.run("inside", two_products(x), lambda inputs: [ops.linear(inputs[0], layer)])
+
+    for seed in range(3):
+        (program,) = run(outer, torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)), nested)
+        assert len(program._calls) == 3
+
+
 @torch.no_grad()
 def test_inputs_that_share_memory_are_read_where_they_are():
     kept, layer = Programs(), FrozenLinear(torch.eye(3))

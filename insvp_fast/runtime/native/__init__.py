@@ -28,6 +28,7 @@ from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatu
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
+from insvp_fast.runtime.native.weighted_sum import weighted_sum
 from insvp_fast.runtime.recording import interrupt, lasting
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "pack_linear",
     "superpose_bwd",
     "superpose_fwd",
+    "weighted_sum",
     "window_attention_bwd",
     "window_attention_fwd",
 ]

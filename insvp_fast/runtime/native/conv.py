@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i64, launch, pointer, ptr, require
 
 __all__ = ["conv_bwd", "conv_fwd", "conv_pool_bwd", "conv_pool_fwd"]
 
@@ -50,11 +50,11 @@ def _run_fwd(
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     bias = require("bias", bias, sizes[4:5], torch.float32)
     y = buffers.empty((sizes[0], sizes[4], height // pool, width // pool), dtype)
-    indices = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pool > 1 else None
-    call(
+    indices = buffers.empty(y.shape, torch.uint8) if pool > 1 else None
+    launch(
         "conv_fwd",
         _FWD,
-        *(*pointer(x), weight.data_ptr(), bias.data_ptr(), *pointer(y), address(indices)),
+        *(*pointer(x), address(weight), address(bias), *pointer(y), address(indices)),
         *(*sizes, dilation, pool, negative_slope),
     )
     return y, indices

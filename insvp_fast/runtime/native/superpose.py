@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, array, call, f32, i64, pointer, ptr, require
+from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i64, launch, pointer, ptr, require
 
 __all__ = ["superpose_bwd", "superpose_fwd"]
 
@@ -57,13 +57,12 @@ def superpose_fwd(
     w2 = require("w2", w2, (K, R), torch.float32)
     b2 = require("b2", b2, (K,), torch.float32)
     tokens = buffers.empty((B, N, K), dtype)
-    hidden = torch.empty((B, N, R), dtype=torch.float32, device="cpu")
-    call(
+    hidden = buffers.empty((B, N, R), torch.float32)
+    launch(
         "superpose_fwd",
         _FWD,
         *(*pointer(image), *pointer(global_prompt)),
-        *(w1.data_ptr(), b1.data_ptr(), w2.data_ptr(), b2.data_ptr()),
-        *(*pointer(tokens), hidden.data_ptr()),
+        *(*map(address, (w1, b1, w2, b2)), *pointer(tokens), address(hidden)),
         *(B, C, H, W, P, R, global_weight, patch_weight),
     )
     return tokens, hidden

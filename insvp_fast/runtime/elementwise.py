@@ -1,0 +1,40 @@
+"""Copies and sums that may be part of a program of native calls; where they cannot be, PyTorch computes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from insvp_fast.runtime import native, torch_private
+
+__all__ = ["put", "put_sum"]
+
+
+def put(to: Tensor, x: Tensor | None) -> None:
+    """``to.copy_(x)``, or ``to.zero_()`` without ``x``, which has the shape and the dtype of ``to``."""
+    if _is_plain(to, x):
+        native.copy(to, x)
+    else:
+        native.interrupt()
+        to.zero_() if x is None else to.copy_(x)
+
+
+def put_sum(to: Tensor, a: Tensor, w_a: float, b: Tensor | None, w_b: float) -> None:
+    """``to.copy_(w_a * a + w_b * b)``, of [B, ...] each, or w_a * a without ``b``; ``to`` has the dtype of the result.
+
+    a and b may have one image for all; an image is contiguous.
+    """
+    if _is_plain(to, a, b) and all(x is None or x.dtype in native.DTYPES for x in (to, a, b)):
+        native.weighted_sum(to, a, w_a, b, w_b)
+        return
+    native.interrupt()
+    to.copy_(a if w_a == 1 else w_a * a)
+    if b is not None:
+        to.add_(b if w_b == 1 else w_b * b)
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the native library may read and write these."""
+    if torch.compiler.is_compiling() or torch_private.dispatches(tensors) or not native.available():
+        return False
+    return all(x is None or x.is_cpu for x in tensors)
