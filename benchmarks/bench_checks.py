@@ -38,7 +38,7 @@ def bench_coverage(benchmark, warm):
 @pytest.mark.benchmark(group="checks of a forward pass")
 def bench_packed_weights(benchmark, warm):
     held = [record.fingerprint for record in prepack._records.values()]
-    assert len(held) == 12 * 4 + 1  # four products a block, and the patch embedding
+    assert len(held) == 12 * 4 + 2  # four products a block, the patch embedding, positions with the class token
     assert not benchmark(fingerprint.look_at(held))
 
 
