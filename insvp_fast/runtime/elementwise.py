@@ -22,9 +22,10 @@ def put(to: Tensor, x: Tensor | None) -> None:
 def put_sum(to: Tensor, a: Tensor, w_a: float, b: Tensor | None, w_b: float) -> None:
     """``to.copy_(w_a * a + w_b * b)``, of [B, ...] each, or w_a * a without ``b``; ``to`` has the dtype of the result.
 
-    a and b may have one image for all; an image is contiguous.
+    a and b may have one image for all.
     """
-    if _is_plain(to, a, b) and all(x is None or x.dtype in native.DTYPES for x in (to, a, b)):
+    covered = (x is None or (x.dtype in native.DTYPES and x[:1].is_contiguous()) for x in (to, a, b))
+    if _is_plain(to, a, b) and all(covered):
         native.weighted_sum(to, a, w_a, b, w_b)
         return
     native.interrupt()

@@ -48,6 +48,12 @@ def test_other_dtypes_are_pytorchs(dtype):
     assert torch.equal(found, a)
 
 
+def test_images_that_are_not_contiguous_are_pytorchs():
+    a, b, found = torch.randn(2, 5, 3).mT, torch.randn(1, 3, 5), torch.empty(2, 3, 5)
+    put_sum(found, a, 0.7, b, 0.3)
+    assert torch.equal(found, 0.7 * a + 0.3 * b)
+
+
 def test_what_is_refused():
     to = torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match="a has shape"):
