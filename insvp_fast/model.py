@@ -99,12 +99,16 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             return patches, self.specific_prompt(image, prompted)
 
     def _read_by_prompters(self) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
-        if self.compile_prompters or foreign(self, "specific_prompt") or not self._blends_at_once():
+        if self.compile_prompters or not self._blends_at_once():
+            return None
+        if foreign(self, "specific_prompt", "_prompted_patches", "_superpose", "_feature_prompts", "_embed_and_run"):
             return None
         decisions: list[Hashable] = [self.config, tuple(self.prompted_blocks)]
         tensors: list[Tensor] = []
         for prompter in self._prompters():
             if not (isinstance(prompter, Covered) and coverage.covers(prompter)):
+                return None
+            if foreign(prompter, "forward", "_tokens", "_convolve"):
                 return None
             kept = coverage.kept(prompter)  # is empty after every change of its modules
             decisions.append(kept.setdefault("decision", object()))

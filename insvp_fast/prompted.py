@@ -14,6 +14,7 @@ from insvp_fast.backbone_settings import BackboneSettings
 from insvp_fast.backbones import (
     BackboneFamily,
     BlockOptions,
+    embeds_by_operations,
     family_of,
     only_operations,
 )
@@ -159,7 +160,8 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
         if torch.is_grad_enabled() or not self._may_record(image, self._precision(image)[0]):
             return compute(())
-        if (reads := self._read_by_prompters()) is None:
+        reads = self._read_by_prompters() if embeds_by_operations(self.backbone) else None
+        if reads is None:
             return compute(())
         autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         settings = self.fold_norm, self.attention, self.gelu_in_8_bits, autocast

@@ -24,6 +24,7 @@ __all__ = [
     "BackboneFamily",
     "BlockOptions",
     "attention_choices",
+    "embeds_by_operations",
     "family_of",
     "has_gated_mlp",
     "only_operations",
@@ -53,6 +54,12 @@ def only_operations(
     """Whether a block calls nothing but operations, if no keys and values are appended. All ask where None do."""
     ask = getattr(family_of(backbone), "only_operations", lambda *_: False)
     answer: bool = ask(backbone, block, options, num_tokens, num_queries)
+    return answer
+
+
+def embeds_by_operations(backbone: nn.Module) -> bool:
+    """Whether the embedding of this backbone calls nothing but operations, as it is now."""
+    answer: bool = getattr(family_of(backbone), "embeds_by_operations", lambda _: False)(backbone)
     return answer
 
 

@@ -45,6 +45,8 @@ class BackboneFamily(Protocol):
     operations, so that a program can record them (``insvp_fast/runtime/programs.py``). Besides what they are given and
     packed weights, these read only tensors of which they tell ``native.lasting``.
 
+    It has ``embeds_by_operations(backbone)``, asked in every pass, if the same may be true of ``embed``.
+
     ``requirements`` says for which backbones the fast path computes what timm's modules compute: ``check_image``,
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """

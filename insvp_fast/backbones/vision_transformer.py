@@ -23,7 +23,7 @@ from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
 from insvp_fast.backbones.vit_blocks import absorbs, block_requirements, run_block
 from insvp_fast.coverage import Rule, Table, rule, watch
-from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution
+from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution, difference
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts, fold
 from insvp_fast.reference.structure import pixel_layer
@@ -37,6 +37,7 @@ __all__ = [
     "check_shape",
     "embed",
     "embed_patches",
+    "embeds_by_operations",
     "final_norm",
     "forward_block",
     "only_operations",
@@ -170,8 +171,10 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
 def _constant(backbone: VisionTransformer, tokens: Tensor) -> Tensor:  # of [B, N, D] or [B, h, w, D] -> [1, T, D]
     """Prefix tokens and positions, which do not depend on the image: timm adds just these to the embedding of zeros."""
 
+    shape, dtype, device = tokens.shape[1:], tokens.dtype, tokens.device  # what is kept must not keep the tokens
+
     def make() -> Tensor:
-        constant: Tensor = backbone._pos_embed(tokens.new_zeros(1, *tokens.shape[1:]))
+        constant: Tensor = backbone._pos_embed(torch.zeros(1, *shape, dtype=dtype, device=device))
         return constant
 
     sources = [getattr(backbone, name, None) for name in ("pos_embed", "cls_token", "reg_token", "dist_token")]
@@ -183,7 +186,7 @@ def _constant(backbone: VisionTransformer, tokens: Tensor) -> Tensor:  # of [B, 
         for name, value in vars(module).items()
         if isinstance(value, bool | int | float | str | tuple)
     ]
-    return packed(sources, ("constant", tokens.shape[1:], tokens.dtype, *numbers), make)
+    return packed(sources, ("constant", shape, dtype, *numbers), make)
 
 
 def _embed_image(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -250,6 +253,11 @@ def only_operations(
     scales = () if options.folds_scale else (blk.ls1, blk.ls2)
     absent = blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm, *scales
     return isinstance(blk.mlp, Mlp) and all(isinstance(module, nn.Identity) for module in absent)
+
+
+def embeds_by_operations(backbone: VisionTransformer) -> bool:
+    """Not where a network makes the tokens, nor with a norm before the blocks, which is called and may be anything."""
+    return not _is_hybrid(backbone) and difference(backbone.norm_pre, (IDENTITY,), False) is None
 
 
 def final_norm(backbone: VisionTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -30,7 +30,8 @@ def blend_prompts(
         J prompts [B, L, D], in the dtype that PyTorch promotes both to. Nothing is kept for backward. Gradients are
         sums over the blocks; on CPUs in the order of a graph of single blocks, the last first, with the same bits.
     """
-    if common[0].is_cpu:
+    fits = specific is None or (specific.shape == (batch, *common[0].shape) and specific.is_cpu)
+    if fits and all(c.is_cpu and c.shape == common[0].shape for c in common):
         return cast(tuple[Tensor, ...], apply(_BlendPrompts, w_c, w_s, batch, specific, *common))
     return blend_prompts_reference(w_c, w_s, batch, specific, *common)
 

@@ -98,7 +98,7 @@ def _given(inputs: Tensors) -> tuple[list[Tensor], Hashable]:
         number = numbers.setdefault(id(x.untyped_storage()), len(given))
         if number == len(given):
             given.append(x)
-        layouts.append((x.shape, x.stride(), x.storage_offset(), x.dtype, number))
+        layouts.append((x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, number))
     return given, tuple(layouts)
 
 

@@ -127,7 +127,10 @@ class Use:
         if _sizes(self.sources) != self._sizes:
             return None
         form = None if weights is None else weights.record.made.get(self.name)
-        return _tensors(packed(self.sources, self.name, self.make, look=False) if form is None else form.value)
+        if form is not None:
+            return _tensors(form.value)
+        with torch.autocast("cpu", enabled=False):  # as where the operations ask
+            return _tensors(packed(self.sources, self.name, self.make, look=False))
 
 
 class _Weights(NamedTuple):
