@@ -16,7 +16,8 @@ import torch
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
-from insvp_fast import AdapterBank, InsVPConfig, InsVPViT, coverage, ops, unsupported_reason
+from insvp_fast import AdapterBank, InsVPConfig, InsVPViT, coverage, ops, prompters, unsupported_reason
+from insvp_fast.backbones import vision_transformer
 from insvp_fast.methods import MethodViT
 from insvp_fast.methods.vpt import VPTDeep
 from insvp_fast.ops import FrozenLinear
@@ -225,6 +226,86 @@ def test_images_of_any_kind_take_their_own_program_or_none(autocast):
                 assert bool(found.isnan().all()) == bool(expected.isnan().all())
 
 
+class Clamps(nn.Module):
+    """Writes in place, which does nothing to most inputs."""
+
+    def forward(self, x):
+        return x.clamp_(-30, 30)
+
+
+class Clamped(prompters.GlobalPrompter):
+    def forward(self, image):
+        return super().forward(image).clamp_(-3, 3)
+
+
+def tripled(self, image, own=prompters.GlobalPrompter.forward):
+    return 3 * own(self, image)
+
+
+FOREIGN = {
+    "a norm before the blocks": lambda m, patch: setattr(m.backbone, "norm_pre", Clamps()),
+    "a hook there": lambda m, patch: m.backbone.norm_pre.register_forward_hook(lambda module, x, y: y.clamp_(-30, 30)),
+    "a prompter's subclass": lambda m, patch: setattr(m.global_prompter, "__class__", Clamped),
+    "a prompter's class": lambda m, patch: patch.setattr(prompters.GlobalPrompter, "forward", tripled),
+}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+@torch.no_grad()
+def test_what_others_have_written_is_called_in_every_pass(change, before, monkeypatch):
+    model = model_of()
+    if not before:
+        for _ in range(2):
+            model(image_of(2))
+    change(model, monkeypatch)
+    for scale in (1, 1, 1000, 1):
+        image = scale * image_of(2)
+        assert torch.equal(model(image), prepared(model, image))
+
+
+@torch.no_grad()
+def test_weights_are_packed_anew_with_the_same_bits_under_autocast():
+    model, image = model_of(), image_of(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            model(image)
+        for w in model.backbone.parameters():
+            w.mul_(1.1)
+            w.add_(0.01)
+        found = model(image)
+        prepack.clear()
+        assert torch.equal(found, prepared(model, image))
+
+
+@torch.no_grad()
+def test_a_program_keeps_no_tokens_alive(monkeypatch):
+    model, seen = model_of(), []
+    constant = vision_transformer._constant
+
+    def noted(backbone, tokens):
+        seen.append(weakref.ref(tokens.untyped_storage()))
+        return constant(backbone, tokens)
+
+    monkeypatch.setattr(vision_transformer, "_constant", noted)
+    model(image_of(2))
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("change", [lambda p: p.mT.contiguous().mT, lambda p: p[:, :1]], ids=["strides", "one for all"])
+def test_specific_prompts_of_any_layout(change, gradients):
+    model, image = model_of(), image_of(2)
+    own = model.specific_prompt
+    model.specific_prompt = lambda image, prompted: change(own(image, prompted))
+    with torch.set_grad_enabled(gradients):
+        found = model(image)
+        expected = torch.stack([model.feature_prompt(j, change(own(image, image)), 2) for j in range(6)])
+        prompts = model._feature_prompts(change(own(image, image)), 2)
+    assert found.isfinite().all() and torch.equal(torch.stack([prompts[j] for j in range(6)]), expected)
+
+
 @torch.no_grad()
 def test_dropout_draws_anew_in_every_pass():
     model, image = model_of(config={"global_dropout": 0.5, "common_dropout": 0.5}), image_of(2)
@@ -299,7 +380,7 @@ def test_masks_in_one_piece_of_memory_are_in_no_program():
         block.attn_mask.data = mask
     for _ in range(2):
         assert torch.equal(model(image), prepared(model, image))
-    assert len(blocks) == 4 and sorted(map(bool, programs_of(model))) == [False, False, True]  # of all, of a stage
+    assert len(blocks) == 4 and sorted(map(bool, programs_of(model))) == [False, True]
 
 
 def shrink_weight(model):
