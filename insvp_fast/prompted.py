@@ -45,6 +45,7 @@ def foreign(owner: object, *names: str) -> str | None:
 
 
 def _sum(residual: Tensor, branch: Tensor) -> Tensor:
+    """Without gradients one that a program can hold."""
     if torch.is_grad_enabled() or not residual.is_cpu:
         return residual + branch
     total = buffers.empty(residual.shape, torch.promote_types(residual.dtype, branch.dtype))

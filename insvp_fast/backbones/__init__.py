@@ -51,7 +51,10 @@ def family_of(backbone: nn.Module) -> BackboneFamily | None:
 def only_operations(
     backbone: nn.Module, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None
 ) -> bool:
-    """Whether a block calls nothing but operations, if no keys and values are appended. All ask where None do."""
+    """Whether a block calls nothing but operations, if no keys and values are appended.
+
+    ``num_queries``: how many of the tokens ask, as in ``forward_block``.
+    """
     ask = getattr(family_of(backbone), "only_operations", lambda *_: False)
     answer: bool = ask(backbone, block, options, num_tokens, num_queries)
     return answer

@@ -170,15 +170,18 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
 
 def _constant(backbone: VisionTransformer, tokens: Tensor) -> Tensor:  # of [B, N, D] or [B, h, w, D] -> [1, T, D]
     """Prefix tokens and positions, which do not depend on the image: timm adds just these to the embedding of zeros."""
-
     shape, dtype, device = tokens.shape[1:], tokens.dtype, tokens.device  # what is kept must not keep the tokens
 
     def make() -> Tensor:
         constant: Tensor = backbone._pos_embed(torch.zeros(1, *shape, dtype=dtype, device=device))
         return constant
 
-    sources = [getattr(backbone, name, None) for name in ("pos_embed", "cls_token", "reg_token", "dist_token")]
-    if torch.compiler.is_compiling() or torch_private.dispatches([tokens]) or not any(w is not None for w in sources):
+    # kept for programs, which are of CPUs; for images of any size it would be kept too often
+    if torch.compiler.is_compiling() or torch_private.dispatches([tokens]) or not tokens.is_cpu:
+        return make()
+    names = "pos_embed", "cls_token", "reg_token", "dist_token"
+    sources = [w for name in names if (w := getattr(backbone, name, None)) is not None]
+    if backbone.dynamic_img_size or not sources:
         return make()
     numbers = [
         (name, repr(value))

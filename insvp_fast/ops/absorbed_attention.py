@@ -142,10 +142,6 @@ class _BwdTokens(NamedTuple):
     d_first: Tensor  # [B, T, E], what else is the gradient of the first tokens
 
 
-def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor]:
-    return _fwd_formula(*a)
-
-
 @rows_apart
 def _fwd_formula(
     rows: Tensor, x: Tensor, num_heads: int, scale: float, num_keys: Tensor | None, bias: Tensor | None
@@ -156,10 +152,6 @@ def _fwd_formula(
     return p @ x, p
 
 
-def _bwd_rows_reference(a: _BwdRows) -> tuple[Tensor, Tensor]:
-    return _bwd_rows_formula(*a)
-
-
 @rows_apart
 def _bwd_rows_formula(d_means: Tensor, x: Tensor, p: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The gradients by the rows, and by their products with the tokens."""
@@ -167,27 +159,11 @@ def _bwd_rows_formula(d_means: Tensor, x: Tensor, p: Tensor, scale: float) -> tu
     return d_products @ x, d_products
 
 
-def _bwd_tokens_reference(a: _BwdTokens) -> Tensor:
-    return _bwd_tokens_formula(*a)
-
-
 @rows_apart
 def _bwd_tokens_formula(d_means: Tensor, p: Tensor, d_products: Tensor, rows: Tensor, d_first: Tensor) -> Tensor:
     d_x = torch.baddbmm(p.mT @ d_means, d_products.mT, rows)
     d_x[:, : d_first.shape[1]] += d_first
     return d_x
-
-
-def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
-    return native.absorbed_attention_fwd(a.rows, a.x, a.scale, a.num_keys)
-
-
-def _bwd_rows_native(a: _BwdRows) -> tuple[Tensor, Tensor]:
-    return native.absorbed_attention_bwd_rows(*a)
-
-
-def _bwd_tokens_native(a: _BwdTokens) -> Tensor:
-    return native.absorbed_attention_bwd_tokens(*a)
 
 
 def _fwd_native_reason(a: _Fwd) -> str | None:
@@ -215,22 +191,24 @@ register(
     _Fwd,
     "(Tensor, Tensor)",
     fake=_fwd_fake,
-    reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_reason, recordable=True),
+    reference=lambda a: _fwd_formula(*a),
+    native=Implementation(
+        lambda a: native.absorbed_attention_fwd(a.rows, a.x, a.scale, a.num_keys), _fwd_native_reason, recordable=True
+    ),
 )
 register(
     "absorbed_attention_bwd_rows",
     _BwdRows,
     "(Tensor, Tensor)",
     fake=_bwd_rows_fake,
-    reference=_bwd_rows_reference,
-    native=Implementation(_bwd_rows_native, _bwd_native_reason, recordable=True),
+    reference=lambda a: _bwd_rows_formula(*a),
+    native=Implementation(lambda a: native.absorbed_attention_bwd_rows(*a), _bwd_native_reason, recordable=True),
 )
 register(
     "absorbed_attention_bwd_tokens",
     _BwdTokens,
     "Tensor",
     fake=_bwd_tokens_fake,
-    reference=_bwd_tokens_reference,
-    native=Implementation(_bwd_tokens_native, _bwd_native_reason, recordable=True),
+    reference=lambda a: _bwd_tokens_formula(*a),
+    native=Implementation(lambda a: native.absorbed_attention_bwd_tokens(*a), _bwd_native_reason, recordable=True),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.runtime import buffers
+from insvp_fast.runtime import buffers, recording
 from insvp_fast.runtime.elementwise import put_sum
 
 __all__ = ["blend_prompts", "blend_prompts_reference"]
@@ -53,6 +53,8 @@ class _BlendPrompts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.weights, ctx.dtypes = (w_c, w_s), (common[0].dtype, None if specific is None else specific.dtype)
         ctx.set_materialize_grads(False)
+        if recording.current() is None:  # in fewer steps
+            return blend_prompts_reference(w_c, w_s, batch, specific, *common)
         dtype = common[0].dtype if specific is None else torch.promote_types(common[0].dtype, specific.dtype)
         images = 1 if specific is None else batch
         blended = buffers.empty((len(common), images, *common[0].shape), dtype)

@@ -27,7 +27,7 @@ struct AbsorbedTokens {
   Array d_x;                                        // [B, S, E]
 };
 
-// Each computes a few rows or tokens of an image; `scratch` holds what `floats` says.
+// Each computes a few rows or tokens of an image; `scratch` has floats_of_rows or floats_of_tokens.
 struct AbsorbedKernels {
   int64_t (*floats_of_rows)(const AbsorbedRows&);
   void (*rows)(const AbsorbedRows&, int64_t image, int64_t first, int64_t count, float* scratch);

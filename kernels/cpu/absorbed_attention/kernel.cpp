@@ -15,7 +15,7 @@ inline const T* at(Array a, int64_t offset) {
   return static_cast<const T*>(a.data) + offset;
 }
 
-// to[r * S + s] = rows[r] . x[s] for `count` tokens s
+// to[r * S + s] = rows[r] . x[s] for `TOKENS` tokens s
 template <int ROWS, int TOKENS, class T>
 inline void multiply(float* to, int64_t S, const float* rows, int64_t stride, const T* x, int64_t E) {
   vec acc[ROWS][TOKENS] = {};
@@ -56,7 +56,7 @@ inline void add_up(float* to, int64_t stride, const float* weights, int64_t S, i
 
 // products -> their softmax
 inline void soften(float* row, int64_t count, float scale) {
-  float most = -__builtin_inff(), total = 0.0f;
+  float most = -__builtin_inff();
   for (int64_t s = 0; s < count; ++s) most = scale * row[s] > most ? scale * row[s] : most;
   vec totals = {};
   for (int64_t s = 0; s < count; s += kWidth) {
@@ -64,7 +64,7 @@ inline void soften(float* row, int64_t count, float scale) {
     store_some(row + s, e, count - s);
     totals += count - s < kWidth ? (vec)((bits32)e & is_one_of_the_first(count - s)) : e;
   }
-  total = sum(totals);
+  const float total = sum(totals);
   for (int64_t s = 0; s < count; ++s) row[s] /= total;
 }
 
