@@ -17,9 +17,8 @@ const AttentionKernels& kernels(DType type) {
 // What forward and backward have in common.
 Attention attention(Array qkv, Array out, Array d_qkv, const int32_t* windows, const float* bias,
                     const float* mask, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d,
-                    float scale, int threads) {
-  Attention a{qkv,   out, d_qkv,   windows, bias,  mask, n, w, L, heads, d,
-              scale, B,   threads, n * w,   w + L, 0,    0, 0, 0, 0,     0};
+                    float scale) {
+  Attention a{qkv, out, d_qkv, windows, bias, mask, B, n, w, L, heads, d, scale, n * w, w + L, 0, 0, 0, 0, 0, 0};
   const int64_t step = kernels(qkv.type).step;
   const bool tiles = step > kLine;
   a.width = round_up(d, larger(kLine, step));
@@ -39,7 +38,7 @@ Array from(Array array, int64_t offset) {
 Attention cut(const Attention& a, int64_t image, int64_t L) {
   const int64_t D = a.heads * a.d, in_qkv = image * (a.T + a.L) * 3 * D;
   return attention(from(a.qkv, in_qkv), from(a.out, image * a.T * D), from(a.d_qkv, in_qkv), a.windows, a.bias, a.mask,
-                   1, a.n, a.w, L, a.heads, a.d, a.scale, a.threads);
+                   1, a.n, a.w, L, a.heads, a.d, a.scale);
 }
 
 template <class Kernel>
@@ -72,7 +71,7 @@ INSVP_FAST_API int attention_fwd(
     void* out, int64_t B, int64_t n, int64_t w, int64_t L, int64_t heads, int64_t d, float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a =
-      attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, B, n, w, L, heads, d, scale, threads);
+      attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, B, n, w, L, heads, d, scale);
   const int64_t scratch_size = kFwdTokens * a.tokens + kFwdScores * a.scores + a.lines;
   return for_each_head(a, B, num_keys, scratch_size, threads, kernels(type).fwd);
 }
@@ -97,7 +96,7 @@ INSVP_FAST_API int attention_bwd(
     float scale, int threads) {
   const DType type = DType(qkv_type);
   const Attention a =
-      attention({qkv, type}, {grad, type}, {d_qkv, type}, windows, bias, mask, B, n, w, L, heads, d, scale, threads);
+      attention({qkv, type}, {grad, type}, {d_qkv, type}, windows, bias, mask, B, n, w, L, heads, d, scale);
   for (int64_t b = 0; num_keys && b < B; ++b) {
     const int64_t row = 3 * heads * d, rows = a.T + L, behind = (rows - num_keys[b]) * row * size_of(type);
     std::memset(from(a.d_qkv, (b * rows + num_keys[b]) * row).data, 0, behind);

@@ -15,9 +15,8 @@ struct Attention {
   const int32_t* windows;  // [n, w]: the tokens of each; null: one window of all tokens in their order
   const float* bias;       // [heads, w, w]: added to the scores of tokens; null: none
   const float* mask;       // [n, w, w]: added to the scores of tokens; null: none
-  int64_t n, w, L, heads, d;
+  int64_t B, n, w, L, heads, d;
   float scale;
-  int64_t B, threads;  // how many images and threads there are: which head a thread will probably compute next
   int64_t T, S;
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length

@@ -91,7 +91,7 @@ struct Head {
 
     Head next = *this;
     if (++next.window == a.n) {
-      const int64_t job = image * a.heads + head + a.threads;
+      const int64_t job = image * a.heads + head + 1;
       next.image = job / a.heads, next.head = job % a.heads, next.window = 0;
     }
     if (next.image >= a.B) return;

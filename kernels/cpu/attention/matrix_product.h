@@ -10,7 +10,7 @@ namespace {
 // tiles; the depth is in words, of whole tiles. Words of a row of `a` follow one another.
 __attribute__((noinline)) void multiply(Sums c, Elements a, Rows b, int64_t rows, int64_t columns, int64_t depth,
                                         Soon& soon) {
-  constexpr int kLines = 16;  // to be prefetched with each step
+  constexpr int kLines = 8;  // to be prefetched with each step
   const auto word = [](const float* x) { return reinterpret_cast<const uint32_t*>(x); };
   for (int64_t n = 0; n < columns; n += 2 * kTile)
     for (int64_t m = 0; m < rows; m += 2 * kTile)

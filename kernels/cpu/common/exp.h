@@ -31,19 +31,37 @@ inline vec exp(vec x) {
   return x < -87.0f ? vec{} : p * power;
 }
 
-// 2^y for y <= 0; 0 below -125, where it ceases to be a normal number. y = n + f with |f| <= 1/2; `coefficients` are
-// those of the polynomial that replaces 2^f, and n is added to its exponent.
+#ifdef __AVX512DQ__
+// p * 2^n, with n rounded down; 0 where y is below -125.
+inline vec scaled(vec p, vec n, vec y) {
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)y, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+  return (vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+}
+#endif
+
+// 2^y for y <= 0; 0 below -125, where it ceases to be a normal number; NaN stays NaN. y = n + f with a whole number n;
+// `coefficients` are those of the polynomial that replaces 2^f, for |f| <= 1/2.
 template <class... Coefficients>
 inline vec exp2_of_negative(vec y, Coefficients... coefficients) {
+#ifdef __AVX512DQ__
+  const vec f = (vec)_mm512_maskz_reduce_ps(0xffff, (__m512)y, 0);  // gcc would warn of the form without a mask
+  return scaled(polynomial(f, coefficients...), y - f, y);
+#else
   const vec shifted = y + kRound, f = y - (shifted - kRound);
   const vec p = polynomial(f, coefficients...);
   const vec scaled = (vec)((bits32)p + ((bits32)shifted << 23));
   return y < -125.0f ? vec{} : scaled;
+#endif
 }
 
 // The same with a relative error of 1e-4, for results in 16 bits.
 inline vec rough_exp2_of_negative(vec y) {
+#ifdef __AVX512DQ__
+  const vec f = (vec)_mm512_maskz_reduce_ps(0xffff, (__m512)y, 1);  // 0 <= f < 1: scaling rounds down by itself
+  return scaled(polynomial(f, 0.078024523f, 0.22606716f, 0.69583354f, 0.99992522f), y, y);
+#else
   return exp2_of_negative(y, 5.517131e-2f, 2.4261113e-1f, 6.9326103e-1f, 9.9992807e-1f);
+#endif
 }
 
 constexpr float kLog2E = 1.44269504f;

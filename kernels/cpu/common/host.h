@@ -1,5 +1,6 @@
 // What the files with the C functions share: the choice of kernels, threads, memory. Kernels do not include it.
 #pragma once
+#include <atomic>
 #include <cstdlib>
 
 #ifdef _OPENMP
@@ -34,11 +35,31 @@ inline int thread_id() {
 // As many threads as there are jobs for, but one at least.
 inline int useful_threads(int threads, int64_t jobs) { return static_cast<int>(larger(1, smaller(threads, jobs))); }
 
-// Calls run(job, scratch) for each job; each thread has a part of `scratch_size` floats of `scratch`.
+// Calls run(job, scratch) for each job; each thread has a part of `scratch_size` floats of `scratch`. A thread begins
+// with a share of its own: the rows and images that stand at the same place in other operations, so that what it has
+// written there is still in its cache. Then it takes what others have not begun.
 template <class Run>
 void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, int64_t scratch_size, const Run& run) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t job = 0; job < jobs; ++job) run(job, scratch + thread_id() * scratch_size);
+#ifdef _OPENMP
+  constexpr int kMostShares = 64;
+  const int count = smaller(threads, kMostShares);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  } shares[kMostShares];
+  for (int i = 0; i < count; ++i) shares[i].next = i * jobs / count, shares[i].end = (i + 1) * jobs / count;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = thread_id();
+    for (int i = 0; i < count; ++i) {
+      Share& share = shares[(thread + i) % count];
+      for (int64_t job; (job = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        run(job, scratch + thread * scratch_size);
+    }
+  }
+#else
+  for (int64_t job = 0; job < jobs; ++job) run(job, scratch);
+#endif
 }
 
 // Adds `count` arrays of `size` floats, which follow one another, up in the first one. The order of the additions does
