@@ -47,7 +47,7 @@ Range part(int64_t i, int64_t parts, int64_t size, int64_t unit) {
 // computes most computes least, this is the one that reads the least of x and w.
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
   const int64_t tiles = ceil_div(M, kernels.rows), panels = ceil_div(N, kernels.columns);
-  const int64_t runs = larger(1, ceil_div(words(kernels, K), kDepth));
+  const int64_t runs = larger(1, ceil_div(words(kernels, K), kernels.depth));
   const int64_t wanted = threads > 1 ? kernels.blocks * threads : 1;
   Division d = {};
   double least_work = 2.0;  // of a thread, as a part of all
@@ -64,10 +64,10 @@ Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, i
   }
   d.rows = ceil_div(tiles, d.down) * kernels.rows;
   d.columns = ceil_div(panels, d.across) * kernels.columns;
-  const int64_t resident_runs = larger(1, resident_words() / (d.rows * kRowStride));
+  const int64_t stride = run_stride(kernels.depth), resident_runs = larger(1, resident_words() / (d.rows * stride));
   const int64_t parts = ceil_div(runs, resident_runs);
   d.runs = ceil_div(runs, parts);
-  d.scratch = d.rows * (d.runs * kRowStride + (parts > 1 ? d.columns : 2 * kernels.columns));
+  d.scratch = d.rows * (d.runs * stride + (parts > 1 ? d.columns : 2 * kernels.columns));
   return d;
 }
 

@@ -3,16 +3,17 @@
 // y = x @ w + bias, with M rows, K terms in a sum, N columns. Operands are held in words of 32 bits: one fp32 factor
 // or, where the instruction set multiplies pairs, two bf16 factors that are neighbors along K. A block of y is computed
 // in tiles that the registers hold. w is packed in panels as wide as a tile, word row after word row. The words of x
-// are taken in runs of kDepth: a run of a panel stays in the first-level cache while the rows of x in a block, which
+// are taken in runs, of a depth at which the sums leave the registers: a run of a panel stays in the first-level cache while the rows of x in a block, which
 // the second level holds, are multiplied with it.
 #pragma once
 #include "common/abi.h"
 #include "common/isa.h"
+#include "common/sizes.h"
 
 namespace insvp_fast {
 
-constexpr int64_t kDepth = 128;              // words summed before the sums leave the registers
-constexpr int64_t kRowStride = kDepth + 16;  // an odd number of cache lines: rows start in different cache sets
+// Between the rows of x in a run, in words: an odd number of cache lines, so that rows start in different cache sets.
+constexpr int64_t run_stride(int64_t depth) { return odd_lines(depth + 1); }
 
 // The codes are part of the C ABI.
 enum class Epilogue : int { none, activate, activate_bwd };
@@ -37,6 +38,7 @@ struct LinearBlock {
 struct LinearKernels {
   int64_t rows, columns;  // of a tile
   int64_t factors;        // of x and w in a word
+  int64_t depth;          // the words of a run
   int64_t step;           // the words of a sum are a multiple of it
   int64_t blocks;         // that each of several threads gets at least, so that none waits long at the end
   int64_t most_rows;      // of a block
