@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from insvp_fast import InsVPConfig, InsVPViT
+from insvp_fast.ops.attention import attention
 from insvp_fast.runtime import native
 from insvp_fast.testing import relative_error
 
@@ -56,6 +57,19 @@ def test_threads_may_change_between_calls(autocast, threads):
     for n in (2, 3):
         for one, several in zip(results[1], results[n], strict=True):
             assert relative_error(several, one.double()) < 1e-6
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native library")
+@pytest.mark.parametrize("n", [7, 70])
+def test_any_number_of_threads_computes_every_head(n, threads):
+    """Also more than processors, and than shares of the work (``for_each_job`` in kernels/cpu/common/host.h)."""
+    qkv = torch.randn(25, 7, 3 * 3 * 8)
+    threads(1)
+    expected = attention(qkv, 3, 5, 0.5, impl="native")
+    assert relative_error(expected, attention(qkv.double(), 3, 5, 0.5, impl="reference")) < 1e-6
+    threads(n)
+    for _ in range(20):
+        assert torch.equal(attention(qkv, 3, 5, 0.5, impl="native"), expected)
 
 
 def test_models_in_two_python_threads(threads):
