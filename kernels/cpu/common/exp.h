@@ -39,8 +39,8 @@ inline vec scaled(vec p, vec n, vec y) {
 }
 #endif
 
-// 2^y for y <= 0; 0 below -125, where it ceases to be a normal number; NaN stays NaN. y = n + f with a whole number n;
-// `coefficients` are those of the polynomial that replaces 2^f, for |f| <= 1/2.
+// 2^y for y <= 0; 0 below -125, where it ceases to be a normal number. With AVX-512 NaN stays NaN, else it may become any
+// number. y = n + f with a whole number n; `coefficients` are those of the polynomial that replaces 2^f, |f| <= 1/2.
 template <class... Coefficients>
 inline vec exp2_of_negative(vec y, Coefficients... coefficients) {
 #ifdef __AVX512DQ__
@@ -54,7 +54,7 @@ inline vec exp2_of_negative(vec y, Coefficients... coefficients) {
 #endif
 }
 
-// The same with a relative error of 1e-4, for results in 16 bits.
+// The same with a relative error of 1e-4, for results in 16 bits: of kernels with AVX-512, the others only compile it.
 inline vec rough_exp2_of_negative(vec y) {
 #ifdef __AVX512DQ__
   const vec f = (vec)_mm512_maskz_reduce_ps(0xffff, (__m512)y, 1);  // 0 <= f < 1: scaling rounds down by itself

@@ -36,10 +36,11 @@ inline int thread_id() {
 inline int useful_threads(int threads, int64_t jobs) { return static_cast<int>(larger(1, smaller(threads, jobs))); }
 
 // Calls run(job, scratch) for each job; each thread has a part of `scratch_size` floats of `scratch`. A thread begins
-// with a share of its own: the rows and images that stand at the same place in other operations, so that what it has
-// written there is still in its cache. Then it takes what others have not begun.
+// with a share of its own: of several images, those that were its own in other operations, as its cache may still hold
+// some of what it has written. Then it takes what others have not begun.
 template <class Run>
-void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, int64_t scratch_size, const Run& run) {
+void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, [[maybe_unused]] int64_t scratch_size,
+                  const Run& run) {
 #ifdef _OPENMP
   constexpr int kMostShares = 64;
   const int count = static_cast<int>(smaller(threads, kMostShares));

@@ -3,8 +3,8 @@
 // y = x @ w + bias, with M rows, K terms in a sum, N columns. Operands are held in words of 32 bits: one fp32 factor
 // or, where the instruction set multiplies pairs, two bf16 factors that are neighbors along K. A block of y is computed
 // in tiles that the registers hold. w is packed in panels as wide as a tile, word row after word row. The words of x
-// are taken in runs, of a depth at which the sums leave the registers: a run of a panel stays in the first-level cache while the rows of x in a block, which
-// the second level holds, are multiplied with it.
+// are taken in runs, after each of which the sums leave the registers: a run of a panel stays in the first-level cache
+// while the rows of x in a block, which the second level holds, are multiplied with it.
 #pragma once
 #include "common/abi.h"
 #include "common/isa.h"
@@ -13,7 +13,7 @@
 namespace insvp_fast {
 
 // Between the rows of x in a run, in words: an odd number of cache lines, so that rows start in different cache sets.
-constexpr int64_t run_stride(int64_t depth) { return odd_lines(depth + 1); }
+constexpr int64_t run_stride(int64_t depth) { return odd_lines(depth); }
 
 // The codes are part of the C ABI.
 enum class Epilogue : int { none, activate, activate_bwd };
