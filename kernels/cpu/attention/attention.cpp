@@ -42,9 +42,8 @@ Attention cut(const Attention& a, int64_t image, int64_t L) {
 }
 
 template <class Kernel>
-int for_each_head(
-    const Attention& a, int64_t B, const int64_t* num_keys, int64_t scratch_size, int threads, Kernel kernel) {
-  const int64_t jobs = B * a.heads;
+int for_each_head(const Attention& a, const int64_t* num_keys, int64_t scratch_size, int threads, Kernel kernel) {
+  const int64_t jobs = a.B * a.heads;
   threads = useful_threads(threads, jobs);
   Workspace memory(threads * scratch_size);
   if (!memory.base) return -1;
@@ -73,7 +72,7 @@ INSVP_FAST_API int attention_fwd(
   const Attention a =
       attention({qkv, type}, {out, type}, {nullptr, type}, windows, bias, mask, B, n, w, L, heads, d, scale);
   const int64_t scratch_size = kFwdTokens * a.tokens + kFwdScores * a.scores + a.lines;
-  return for_each_head(a, B, num_keys, scratch_size, threads, kernels(type).fwd);
+  return for_each_head(a, num_keys, scratch_size, threads, kernels(type).fwd);
 }
 
 // Whether windows of `count` tokens in all hold each of the tokens 0 to count - 1 once: 1 or 0; -1 without memory.
@@ -102,5 +101,5 @@ INSVP_FAST_API int attention_bwd(
     std::memset(from(a.d_qkv, (b * rows + num_keys[b]) * row).data, 0, behind);
   }
   const int64_t scratch_size = kBwdTokens * a.tokens + kBwdScores * a.scores + a.lines;
-  return for_each_head(a, B, num_keys, scratch_size, threads, kernels(type).bwd);
+  return for_each_head(a, num_keys, scratch_size, threads, kernels(type).bwd);
 }

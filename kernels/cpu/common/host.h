@@ -42,7 +42,7 @@ template <class Run>
 void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, [[maybe_unused]] int64_t scratch_size,
                   const Run& run) {
 #ifdef _OPENMP
-  constexpr int kMostShares = 64;
+  constexpr int kMostShares = 64;  // more threads than that begin together with others: the stack is small
   const int count = static_cast<int>(smaller(threads, kMostShares));
   struct alignas(64) Share {
     std::atomic<int64_t> next;

@@ -28,8 +28,8 @@ inline Tail normal_tail(vec x) {
                                1.368285889e-1f, 6.0781331e-2f, 1.025835243e-1f, 1.052628703e-1f, 1.057406232e-1f)};
 }
 
-// For results in 16 bits, whose rounding is 2e-3: bell * ratio has a relative error of 3e-4 up to t = 1 and 9e-4 up to 4.
-// Far out, where ratio is subtracted from a multiple of t, its own error is larger.
+// For results in 16 bits, whose rounding is 2e-3: bell * ratio has a relative error of 3e-4 up to t = 1 and 9e-4 up to
+// t = 4. Far out, where ratio is subtracted from a multiple of t, its own error is larger.
 inline Tail rough_normal_tail(vec x) {
   const vec t = magnitude(x), s = rough_reciprocal(t * 0.335f + 1.0f);
   return {rough_exp2_of_negative(t * t * kBell),

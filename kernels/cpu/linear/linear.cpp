@@ -43,8 +43,8 @@ Range part(int64_t i, int64_t parts, int64_t size, int64_t unit) {
   return {first, smaller(size, units * (i + 1) / parts * unit) - first};
 }
 
-// Blocks have as many rows as the kernels take, and are as many as the threads need. Of the divisions in which the thread that
-// computes most computes least, this is the one that reads the least of x and w.
+// Blocks have as many rows as the kernels take, and are as many as the threads need. Of the divisions in which the
+// thread that computes most computes least, this is the one that reads the least of x and w.
 Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
   const int64_t tiles = ceil_div(M, kernels.rows), panels = ceil_div(N, kernels.columns);
   const int64_t runs = larger(1, ceil_div(words(kernels, K), kernels.depth));
