@@ -35,7 +35,7 @@ from benchmarks.operations import Operation, evaluate
 from benchmarks.parity import assert_parity
 from benchmarks.rates import peak_bandwidth, peak_flops
 from insvp_fast import ops
-from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS, forward_backward
+from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS, Run, forward_backward
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.timing import Row, alternate, clock, compare, median_and_spread
@@ -288,19 +288,30 @@ def launches() -> Iterator[Row]:
 
 
 def graphs() -> Iterator[Row]:
-    """Inference and training steps launched kernel by kernel, and as one CUDA graph."""
+    """InsVPViT, which replays CUDA graphs of its own, without them, and inside of one graph of the whole job."""
     if not ON_GPU:
         raise NotImplementedError("CUDA graphs need a GPU")
-    cases = ("inference", 1), ("inference", 64), ("training step", 8), ("training step", 64)
-    for (job, batch), provider in itertools.product(cases, ("bare", "insvp_fast")):
-        capturable = {"capturable": True} if (job, provider) == ("training step", "insvp_fast") else {}
-        eager = JOBS[job](make_model(provider, NAME), batch, DTYPE)
-        graph = graphed(JOBS[job](make_model(provider, NAME), batch, DTYPE, **capturable))
-        seconds = alternate({"eager": eager, "graph": graph}, 20, warmup=1.0)
-        for launched, values in seconds.items():
+    for batch, job in itertools.product((1, 8, *BATCHES), ("inference", "training step")):
+        runs: dict[str, Run] = {}
+        for by, provider, options in GRAPHS:
+            model = make_model(provider, NAME, options=options)
+            whole = {"capturable": True} if by == "InsVPViT, one graph" and job != "inference" else {}
+            run = JOBS[job](model, batch, DTYPE, **whole)
+            runs[by] = graphed(run) if by.endswith("one graph") else run
+        seconds = alternate(runs, ROUNDS, warmup=1.0)
+        for by, values in seconds.items():
             median, p20, p80 = median_and_spread(values)
-            row: Row = {"job": f"{job} of {provider}", "batch": batch, "by": launched, "us": median * 1e6}
+            row: Row = {"job": job, "precision": "bf16", "batch": batch, "by": by, "us": median * 1e6}
             yield row | {"p20": p20 * 1e6, "p80": p80 * 1e6, "images/s": batch / median}
+
+
+GRAPHS: tuple[tuple[str, str, Row], ...] = (
+    ("bare", "bare", {}),
+    ("bare, one graph", "bare", {}),
+    ("InsVPViT", "insvp_fast", {}),
+    ("InsVPViT, kernel by kernel", "insvp_fast", {"cuda_graphs": False}),
+    ("InsVPViT, one graph", "insvp_fast", {"cuda_graphs": False}),
+)
 
 
 IN_ORDER = (

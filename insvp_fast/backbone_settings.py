@@ -15,11 +15,12 @@ class BackboneSettings(nn.Module):
     """``InsVPViT`` explains these.
 
     Attributes:
-        recompute, fold_norm, attention, gelu_in_8_bits: how the backbone is computed.
+        recompute, fold_norm, attention, gelu_in_8_bits, cuda_graphs: how the backbone is computed.
     """
 
     backbone: Any
     fold_norm: bool = True
+    cuda_graphs: bool = True
     _attention = "auto"
     _recompute = "none"
     _gelu_in_8_bits = False

@@ -106,6 +106,7 @@ class AdapterBank(PromptedViT):
                 model = InsVPViT.from_pretrained(source, self.backbone, **hub_kwargs)
         coverage.forget(model)  # the bank itself asks whether the fast path covers the backbone
         model.compile_prompters = False  # each adapter would be compiled by itself
+        model.cuda_graphs = False  # and have a graph of its own
         self._adapters[name] = model.requires_grad_(False).eval()
 
     def remove(self, name: str) -> None:

@@ -15,6 +15,7 @@ from insvp_fast.config import InsVPConfig
 from insvp_fast.coverage import Covered
 from insvp_fast.prompted import PromptedViT, foreign
 from insvp_fast.reference import InsVPReference
+from insvp_fast.runtime import cuda_graphs
 from insvp_fast.timm_interface import TimmInterface
 
 __all__ = ["InsVPViT"]
@@ -41,6 +42,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
         compile_prompters: run the convolutional prompters through ``torch.compile``.
+        cuda_graphs: on a GPU, launch all kernels from the image to the last block at once, as a CUDA graph, from the
+            second batch of a shape on, with the same bits; where this covers the model.
 
     Raises:
         ValueError: also for settings that the fast path of this backbone, or another setting, does not go with.
@@ -58,6 +61,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         attention: str = "auto",
         gelu_in_8_bits: bool = False,
         compile_prompters: bool = False,
+        cuda_graphs: bool = True,
         **backbone_kwargs: Any,
     ) -> None:
         if isinstance(backbone, str) and pretrained:
@@ -66,7 +70,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         for prompter in self._prompters():
             prompters.make_fast(prompter)
         self.recompute, self.fold_norm, self.attention = recompute, fold_norm, attention
-        self.gelu_in_8_bits, self.compile_prompters = gelu_in_8_bits, compile_prompters
+        self.gelu_in_8_bits, self.compile_prompters, self.cuda_graphs = gelu_in_8_bits, compile_prompters, cuda_graphs
         self._prompters_are_compiled = False
         coverage.covers(self)  # warns now rather than in the first forward pass
 
@@ -98,19 +102,19 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             patches, prompted = self._superpose(image, pixels, dtype)
             return patches, self.specific_prompt(image, prompted)
 
-    def _read_by_prompters(self) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
-        if self.compile_prompters or not self._blends_at_once():
+    def _read_by_prompters(self, image: Tensor) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
+        if self.compile_prompters or not (cuda_graphs.has_graphs(image.device) or self._blends_at_once()):
             return None
         if foreign(self, "specific_prompt", "_prompted_patches", "_superpose", "_feature_prompts", "_embed_and_run"):
             return None
-        decisions: list[Hashable] = [self.config, tuple(self.prompted_blocks)]
+        decisions: list[Hashable] = [self.config, tuple(self.prompted_blocks), self.training]
         tensors: list[Tensor] = []
         for prompter in self._prompters():
             if not (isinstance(prompter, Covered) and coverage.covers(prompter)):
                 return None
             if foreign(prompter, "forward", "_tokens", "_convolve"):
                 return None
-            kept = coverage.kept(prompter)  # is empty after every change of its modules
+            kept = coverage.kept(prompter)  # is another after every change of its modules
             decisions.append(kept.setdefault("decision", object()))
             tensors += kept.setdefault("parameters", [*prompter.parameters()])
         return decisions, [*tensors, *(self.common_prompts or ())]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,18 @@ from insvp_fast.backbones import (
 )
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
+from insvp_fast.ops.graphs import Graphs
 from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
-from insvp_fast.runtime import buffers, hardware, native, products, torch_private
+from insvp_fast.runtime import buffers, cuda_graphs, hardware, native, products, torch_private
 from insvp_fast.runtime.elementwise import put_sum
+from insvp_fast.twins import with_tensors
 
 __all__ = ["PromptedViT", "foreign"]
+
+T = TypeVar("T")
 
 # recompute="block" keeps the input of every second block, and in backward the activations of two blocks at a time. For
 # 12 blocks the sum of both is smallest with two.
@@ -155,31 +159,47 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
     def _block_outputs(self, image: Tensor, blocks: Collection[int], num_queries: int | None = None) -> list[Tensor]:
         """The fast path: the tokens behind each of ``blocks``, of the last block only the first ``num_queries``."""
         self._family.check_image(self.backbone, image)
+        on_gpu = cuda_graphs.has_graphs(image.device)
+        if on_gpu:
+            replays = self.cuda_graphs and self._may_replay()
+        else:
+            replays = not torch.is_grad_enabled() and self._may_record(image, self._precision(image)[0])
+        reads = self._read_by_prompters(image) if replays and embeds_by_operations(self.backbone) else None
+        decisions, read = reads or ((), ())
 
-        def compute(_: Sequence[Any]) -> list[Tensor]:
-            return self._embed_and_run(*self._prompted_patches(image), self._grid(image), blocks, num_queries)
+        def compute(inputs: Sequence[Any]) -> list[Tensor]:
+            image, *given = inputs
+            model = with_tensors(self, read, given, but=self.backbone)
+            return model._embed_and_run(*model._prompted_patches(image), self._grid(image), blocks, num_queries)
 
-        if torch.is_grad_enabled() or not self._may_record(image, self._precision(image)[0]):
-            return compute(())
-        reads = self._read_by_prompters() if embeds_by_operations(self.backbone) else None
+        inputs, device = [image, *read], image.device.type
         if reads is None:
-            return compute(())
-        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        settings = self.fold_norm, self.attention, self.gelu_in_8_bits, autocast
-        key, tensors = (*sorted({*blocks}), None, num_queries, *settings, *reads[0]), [image, *reads[1]]
-        outputs: Any = self._programs().run(key, tensors, compute)
+            return compute(inputs)
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        settings = self.fold_norm, self.attention, self.gelu_in_8_bits, self.recompute, self.carry_prompts, autocast
+        key = *sorted({*blocks}), None, num_queries, *settings, *decisions
+        if on_gpu:
+            return [*self._kept("graphs", Graphs).run(key, inputs, self._lasting(image), compute)]
+        outputs: Any = self._kept("programs", Programs).run(key, inputs, compute)
         return [*outputs]
 
-    def _read_by_prompters(self) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
+    def _read_by_prompters(self, image: Tensor) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
         """What decides over the calls that make prompts, and the tensors that they read but the image.
 
         None where they call more than operations; then only blocks are programs.
         """
         return None
 
-    def _programs(self) -> Programs:
-        programs: Programs = coverage.kept(self).setdefault("programs", Programs())
-        return programs
+    def _lasting(self, image: Tensor) -> list[Tensor]:
+        """All other tensors that are read."""
+        weights = self._kept("weights", lambda: [*self.backbone.parameters(), *self.backbone.buffers()])
+        return [*weights, *(self._pixel_scale(image.device) if image.dtype == torch.uint8 else ())]
+
+    def _kept(self, name: str, make: Callable[[], T]) -> T:
+        """What is kept as long as the decision about the backbone rests on what is there."""
+        kept = coverage.kept(self)
+        made: T = kept[name] if name in kept else kept.setdefault(name, make())
+        return made
 
     def _embed_and_run(
         self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None
@@ -292,19 +312,21 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     def _may_record(self, tokens: Tensor, dtype: torch.dtype) -> bool:
         """Whether blocks whose products are in this dtype may run without what leads to their native calls."""
-        if torch.compiler.is_compiling() or not tokens.is_cpu:
+        if self.reads_tokens or self.carry_prompts or self.gives_keys_values:
+            return False
+        return tokens.is_cpu and self._may_replay() and products.provider(dtype, tokens.device) == "native"
+
+    def _may_replay(self) -> bool:
+        """Whether what has run once may run again without the Python that has led to its kernels."""
+        if torch.compiler.is_compiling():
             return False
         # what is recomputed, or passes through hooks, is what operations have saved
         if torch.is_grad_enabled() and (self.recompute == "block" or torch_private.saving_hooks()):
             return False
-        if self.reads_tokens or self.carry_prompts or self.gives_keys_values:
-            return False
         # prompts that others make might be written again before they are read
         method = getattr(self, "method", None)
         own = method is None or type(method).__module__.startswith("insvp_fast.")
-        if not own or foreign(self, "block_prompts", "feature_prompt") or foreign(method, "block_prompts"):
-            return False
-        return products.provider(dtype, tokens.device) == "native"
+        return own and not (foreign(self, "block_prompts", "feature_prompt") or foreign(method, "block_prompts"))
 
     def _run_group(
         self,
@@ -331,7 +353,8 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         if options.shared is not None or any(p is not None and p.lengths is not None for p in prompts):
             native.interrupt()  # these decide by values
             return compute(inputs)
-        outputs: Any = self._programs().run((tuple(blocks), options, num_queries), inputs, compute)
+        programs = self._kept("programs", Programs)
+        outputs: Any = programs.run((tuple(blocks), options, num_queries), inputs, compute)
         residual, branch = outputs
         return residual, branch
 

@@ -18,7 +18,7 @@ LAYERS = [
     ["kernels"],
     ["runtime"],
     ["ops"],
-    ["coverage"],
+    ["coverage", "twins"],
     ["backbones", "prompters"],
     ["backbone_settings", "checkpoints", "timm_interface"],
     ["prompted"],

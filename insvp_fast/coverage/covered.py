@@ -100,11 +100,30 @@ class _Result(NamedTuple):
 
 
 class _Memo:
-    """The last result for a part, and what it rests on; a copy of the part starts without one."""
+    """The last result for a part, and what it rests on; a copy of the part starts without one.
+
+    And the one before that, as modules change to and fro between training and evaluation.
+    """
 
     def __init__(self) -> None:
         self.result: _Result | None = None
+        self.before: _Result | None = None
         self.reported: str | None = None
+
+    def find(self, depends_on: object) -> bool:
+        """Make a result that rests on what is there now the last one, if there is any."""
+        for result in (self.result, self.before):
+            if result is not None and result.depends_on == depends_on and result.snapshot.holds():
+                if result is not self.result:
+                    self.result, self.before = result, self.result
+                return True
+        return False
+
+    def add(self, result: _Result) -> None:
+        """Make a result the last one. Of one with other tensors nothing is kept alive."""
+        last = self.result
+        self.before = last if last is not None and last.snapshot.has_tensors_of(result.snapshot) else None
+        self.result = result
 
     def __reduce__(self) -> Any:
         return _Memo, ()
@@ -121,7 +140,10 @@ def forget(part: Covered) -> None:
 
 
 def kept(part: Covered) -> dict[str, Any]:
-    """Where to keep what rests on the last decision about a part: empty after every change of its modules."""
+    """Where to keep what rests on the decision about a part, and so on its modules: empty after a change of them.
+
+    But that of training is there again after an evaluation, and the other way around.
+    """
     result = _memo(part).result
     return {} if result is None else result.kept
 
@@ -130,9 +152,10 @@ def _judge(part: Covered) -> bool:
     reason = _changeable_reason(part)
     if reason is None:
         memo, key = _memo(part), part._requirements_depend_on()
-        if memo.result is None or memo.result.depends_on != key or not memo.result.snapshot.holds():
+        if not memo.find(key):
             reason, modules = _examine(part._requirements())
-            memo.result = _Result(key, reason, Snapshot(modules), {})
+            memo.add(_Result(key, reason, Snapshot(modules), {}))
+        assert memo.result is not None
         reason = memo.result.reason
     return _report(part, reason)
 

@@ -47,6 +47,10 @@ class Snapshot:
         same = same and [*map(len, self._named)] == self._sizes and all(map(operator.is_, tensors, self._tensors))
         return same and [*map(_properties, tensors)] == self._properties
 
+    def has_tensors_of(self, other: Snapshot) -> bool:
+        """Whether the parameters and buffers were the same objects."""
+        return len(self._tensors) == len(other._tensors) and all(map(operator.is_, self._tensors, other._tensors))
+
 
 def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
     return [*chain.from_iterable(map(dict.values, dictionaries))]

@@ -13,9 +13,9 @@ have changed. Two things are compared before each forward product:
   (``DeviceFingerprint``).
 
 A backward pass relies on the check of the forward pass. ``verify()`` compares everything, ``clear()`` drops everything.
-A CUDA graph reads the packed weights that it was captured with, so these live as long as the weights that they were
-made of: capture a graph after a warm-up, and again when weights have changed. Outside of graphs, a stream waits for
-what another has packed.
+A CUDA graph of the caller's reads the packed weights that it was captured with, so these live as long as the weights
+that they were made of: capture a graph after a warm-up, and again when weights have changed. Those of a model itself
+(``insvp_fast.ops.graphs``) are dropped then. Outside of graphs, a stream waits for what another has packed.
 """
 
 from __future__ import annotations
@@ -93,8 +93,12 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
     if capturing:
         if record is None or name not in record.made:  # memory taken during a capture belongs to the graph
             return make()
-        _keep_for_graphs(key, weights, record.made[name].value)
-        return cast(T, record.made[name].value)  # ``torch.cuda.graph`` has waited for all streams
+        made = record.made[name].value  # ``torch.cuda.graph`` has waited for all streams
+        if (noting := recording.current()) is None:
+            _keep_for_graphs(key, weights, made)
+        else:
+            noting.packed(_tensors(made), Use(sources, name, make, look))
+        return cast(T, made)
     if record is None:
         record = _records[key] = _new_record(key, weights, state)
     form = record.made.get(name)
@@ -129,7 +133,8 @@ class Use:
         form = None if weights is None else weights.record.made.get(self.name)
         if form is not None:
             return _tensors(form.value)
-        with torch.autocast("cpu", enabled=False):  # as where the operations ask
+        device = next(w.device.type for w in self.sources if w is not None)
+        with torch.autocast(device, enabled=False):  # as where the operations ask
             return _tensors(packed(self.sources, self.name, self.make, look=False))
 
 
@@ -140,10 +145,10 @@ class _Weights(NamedTuple):
 
 
 class Uses:
-    """All packed weights that a program of native calls uses."""
+    """All packed weights that a program of native calls, or a CUDA graph, uses."""
 
-    def __init__(self) -> None:
-        self._uses: list[Use] = []
+    def __init__(self, uses: Sequence[Use] = ()) -> None:
+        self._uses = [*uses]
         # of these fingerprints; no records, which would keep alive what was made
         self._look: tuple[list[Fingerprint], Callable[[], bool]] = [], lambda: False
 

@@ -125,7 +125,9 @@ def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def current_stream(device: torch.device) -> int:
     """What names the current stream of a GPU; PyTorch's object for it takes ten times as long to make."""
-    return torch.cuda.current_stream(device).cuda_stream if _raw_stream is None else _raw_stream(device.index)
+    if _raw_stream is None or device.index is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    return _raw_stream(device.index)
 
 
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)

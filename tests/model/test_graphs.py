@@ -1,0 +1,416 @@
+"""Models that run as CUDA graphs, against the same models kernel by kernel; without a GPU, graphs are acted."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from insvp_fast import InsVPConfig, InsVPViT, coverage
+from insvp_fast.ops import graphs
+from insvp_fast.ops.graphs import Graphs
+from insvp_fast.runtime import cuda_graphs, recording, torch_private
+from insvp_fast.testing import DEVICE, make_pair, trained_gradients
+
+ON_GPU = DEVICE.type == "cuda"
+SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "num_heads": 2, "depth": 3}
+CONFIGS = {
+    "paper": InsVPConfig(),
+    "released": InsVPConfig.released(),
+    "prompted image": InsVPConfig(specific_input="prompted"),
+    "no image prompt": InsVPConfig(global_prompt=False, patch_prompt=False),
+    "no specific prompt": InsVPConfig(specific_prompt=False),
+}
+
+
+class ActedSpace(cuda_graphs.Space):
+    """Calls the function again at each replay, and copies its results into the memory of the first ones."""
+
+    def __init__(self, device):
+        self._kept = None
+
+    def capture(self, function):
+        results = function()
+        memory = [None if x is None else x.detach() for x in results]
+
+        def replay():
+            with torch.enable_grad() if any(x.requires_grad for x in results if x is not None) else torch.no_grad():
+                again = function()
+            for to, x in zip(memory, again, strict=True):
+                if to is not None:
+                    to.copy_(x.detach())
+            if isinstance(results, list):
+                results[:] = again  # what backward differentiates
+
+        return results, replay
+
+
+@pytest.fixture(autouse=True)
+def acted(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setattr(cuda_graphs, "has_graphs", lambda device: True)
+        monkeypatch.setattr(cuda_graphs, "Space", ActedSpace)
+        monkeypatch.setattr(torch_private, "current_stream", lambda device: 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing may be launched one by one
+        yield
+
+
+def model_of(config="paper", **sizes):
+    _, model = make_pair("vit_tiny_patch16_224", CONFIGS[config], **(SIZES | sizes))
+    return model.eval()
+
+
+def image_of(batch=2, seed=0):
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def graphs_of(model):
+    kept = coverage.kept(model).get("graphs")
+    return [] if kept is None else [graph for graph in kept._graphs.values() if isinstance(graph, graphs._Graph)]
+
+
+@contextlib.contextmanager
+def one_by_one(model):
+    model.cuda_graphs = False
+    yield model
+    model.cuda_graphs = True
+
+
+def direct(model, function, *args, **kwargs):
+    with one_by_one(model):
+        return function(*args, **kwargs)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different
+    assert all(x.isfinite().all() for x in found.values())
+
+
+AUTOCAST = [None, torch.bfloat16]
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_inference_has_the_bits_of_kernels_launched_one_by_one(config, autocast):
+    model = model_of(config)
+    with torch.no_grad(), torch.autocast(DEVICE.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        for batch in (2, 1):
+            images = [image_of(batch, seed) for seed in range(4)]
+            found = [model(image) for image in images]
+            for image, result in zip(images, found, strict=True):
+                assert torch.equal(result, direct(model, model, image))
+    assert len(graphs_of(model)) == 2
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_training_has_the_bits_of_kernels_launched_one_by_one(config, autocast, recompute):
+    model = model_of(config).train()
+    model.recompute = recompute
+    other, optimizers = deepcopy(model), []
+    other.cuda_graphs = False
+    for trained in (model, other):
+        optimizers.append(torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.01))
+    for step in range(4):
+        image = image_of(seed=step)
+        found, expected = (trained_gradients(m, image, step, autocast) for m in (model, other))
+        assert_same(found, expected)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(graphs_of(model)) == 1 and not graphs_of(other)
+
+
+def prepared(model, image, times=3, **kwargs):
+    for seed in range(times):
+        trained_gradients(model, image, seed, **kwargs)
+    assert len(graphs_of(model)) == 1
+    return model
+
+
+def test_a_second_forward_pass_does_not_touch_what_the_first_has_kept():
+    model = prepared(model_of(), image_of())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    images = [image_of(seed=1), image_of(seed=2)]
+    expected = [direct(model, lambda x=x: torch.autograd.grad(model(x).sum(), parameters)) for x in images]
+    outputs = [model(image) for image in images]
+    with torch.no_grad():
+        model(images[1])
+    found = [torch.autograd.grad(y.sum(), parameters) for y in outputs]
+    for own, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, own, other))
+
+
+def test_two_backward_passes_of_one_forward_pass():
+    model, image = prepared(model_of(), image_of()), image_of(seed=3)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    y = model(image)
+    first = torch.autograd.grad(y.sum(), parameters, retain_graph=True)
+    assert torch.equal(model(image_of(seed=4)), direct(model, model, image_of(seed=4)))
+    second = torch.autograd.grad(y.sum(), parameters)
+    expected = direct(model, lambda: torch.autograd.grad(model(image).sum(), parameters))
+    assert all(map(torch.equal, first, expected)) and all(map(torch.equal, second, expected))
+    with pytest.raises(RuntimeError, match="second time|already been freed"):
+        torch.autograd.grad(y.sum(), parameters)
+
+
+def test_a_forward_pass_whose_result_is_dropped_keeps_nothing():
+    model = prepared(model_of(), image_of())
+    (graph,) = graphs_of(model)
+    y = model(image_of())
+    assert not graph.space.is_free()
+    del y
+    gc.collect()
+    assert graph.space.is_free()
+
+
+def test_results_and_gradients_are_not_written_again():
+    model, image = prepared(model_of(), image_of()), image_of(seed=5)
+    first = trained_gradients(model, image)
+    model.zero_grad(set_to_none=True)
+    model(image).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    copies = {name: g.clone() for name, g in gradients.items()}
+    with torch.no_grad():
+        result = [model(image_of(seed=s)) for s in range(3)][1]
+        copy = result.clone()
+    for seed in range(2):
+        model.zero_grad(set_to_none=True)
+        model(image_of(seed=seed)).sum().backward()
+        with torch.no_grad():
+            model(image_of(seed=seed))
+    assert torch.equal(result, copy) and all(torch.equal(g, copies[name]) for name, g in gradients.items())
+    assert first["logits"].isfinite().all()
+
+
+def layer(model):
+    return model.backbone.blocks[1].mlp.fc1
+
+
+def in_place(model):
+    with torch.no_grad():
+        layer(model).weight.mul_(1.5)
+
+
+def data(model):
+    layer(model).weight.data = layer(model).weight.data * 1.5
+
+
+def parameter(model):
+    layer(model).weight = nn.Parameter(layer(model).weight * 1.5, requires_grad=False)
+
+
+def positions(model):
+    model.backbone.pos_embed.data = model.backbone.pos_embed.data + 1
+
+
+def norm(model):
+    model.backbone.blocks[1].norm1.weight.data = model.backbone.blocks[1].norm1.weight.data * 1.5
+
+
+def prompter(model):
+    model.specific_prompter.conv2.weight.data = model.specific_prompter.conv2.weight.data * 2
+
+
+def prompter_in_place(model):
+    with torch.no_grad():
+        model.specific_prompter.conv2.weight.mul_(2)
+
+
+def prompter_replaced(model):
+    model.patch_prompter.fc2.weight = nn.Parameter(model.patch_prompter.fc2.weight.detach() * 2)
+
+
+def common(model):
+    model.common_prompts[1] = nn.Parameter(model.common_prompts[1].detach() + 1)
+
+
+def loaded(model):
+    model.load_state_dict({name: w * 1.1 for name, w in model.state_dict().items()})
+
+
+def setting(model):
+    model.fold_norm = not model.fold_norm
+
+
+def kept_in_8_bits(model):
+    model.gelu_in_8_bits = True
+
+
+CHANGES = [in_place, data, parameter, positions, norm, prompter, prompter_in_place, prompter_replaced, common, loaded]
+CHANGES += [setting, kept_in_8_bits]
+
+
+@pytest.mark.parametrize("fold_norm", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_model_is_seen(change, fold_norm):
+    model = model_of()
+    model.fold_norm = fold_norm
+    prepared(model, image_of())
+    with torch.no_grad():
+        before = model(image_of())
+    change(model)
+    for seed in range(3):
+        own, other = (partial(trained_gradients, model, image_of(seed=seed), seed) for _ in range(2))
+        assert_same(own(), direct(model, other))
+    with torch.no_grad():
+        after = model(image_of())
+        assert torch.equal(after, direct(model, model, image_of()))
+    assert change in (setting, kept_in_8_bits) or not torch.equal(after, before)
+
+
+def test_training_and_evaluation_in_turn_are_captured_once(monkeypatch):
+    captured = []
+    monkeypatch.setattr(Graphs, "_capture", lambda *args, do=Graphs._capture: captured.append(args) or do(*args))
+    model = model_of("released")
+    for epoch in range(4):
+        for seed in range(3):
+            trained_gradients(model.train(), image_of(seed=seed), seed)
+        with torch.no_grad():
+            for batch in (2, 1):
+                image = image_of(batch, seed=epoch)
+                assert torch.equal(model.eval()(image), direct(model, model, image))
+    assert len(captured) == 3 and len(graphs_of(model)) == 3
+
+
+def test_a_parameter_written_before_backward_is_an_error():
+    model = prepared(model_of(), image_of())
+    loss = model(image_of()).sum()
+    with torch.no_grad():
+        model.patch_prompter.fc1.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_gradient_of_an_image():
+    model = model_of()
+    for seed in range(3):
+        found, expected = image_of(seed=seed).requires_grad_(), image_of(seed=seed).requires_grad_()
+        model(2 * found).square().sum().backward()
+        with one_by_one(model):
+            model(2 * expected).square().sum().backward()
+        assert torch.equal(found.grad, expected.grad)
+    assert len(graphs_of(model)) == 1
+
+
+def test_8_bit_images_of_other_preprocessing():
+    model, image = model_of(), (50 * image_of().abs()).to(torch.uint8)
+    model.preprocessing = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    with torch.no_grad():
+        for mean in (0.5, 0.5, 0.5, 0.25, 0.25, 0.25):
+            model.preprocessing = {"mean": (mean,) * 3, "std": (0.5, 0.5, 0.5)}
+            assert torch.equal(model(image), direct(model, model, image))
+
+
+def test_hooks_of_parameters_run_once_for_a_step():
+    model, seen = model_of(), []
+    model.patch_prompter.fc1.weight.register_hook(seen.append)
+    for seed in range(4):
+        trained_gradients(model, image_of(seed=seed), seed)
+    assert len(graphs_of(model)) == 1 and len(seen) == 4
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "expanded", "slice"])
+def test_images_of_any_layout(layout):
+    model = model_of()
+    with torch.no_grad():
+        for seed in range(3):
+            image = image_of(seed=seed)
+            image = {
+                "channels_last": image.contiguous(memory_format=torch.channels_last),
+                "expanded": image[:1].expand(3, -1, -1, -1),
+                "slice": torch.cat([image, image], dim=3)[..., 32:96],
+            }[layout]
+            assert torch.equal(model(image), direct(model, model, image))
+
+
+def test_wanted_blocks_of_which_some_have_no_gradient():
+    model = model_of()
+    parameters = list(model.common_prompts.parameters())
+    for seed in range(3):
+        image = image_of(seed=seed)
+        found, expected = model.block_outputs(image, [0, 2]), direct(model, model.block_outputs, image, [0, 2])
+        assert all(map(torch.equal, found, expected))
+        grads = [torch.autograd.grad(y[0].square().sum(), parameters, allow_unused=True) for y in (found, expected)]
+        own, other = ([torch.zeros(1) if g is None else g for g in group] for group in grads)
+        assert all(torch.equal(x, y) or not (x.any() or y.any()) for x, y in zip(own, other, strict=True))
+    assert len(graphs_of(model)) == 1
+
+
+@pytest.mark.parametrize("refuse", ["cuda_graphs", "recompute", "hooks", "anomaly"])
+def test_where_nothing_is_captured(refuse):
+    model, around = model_of(), contextlib.nullcontext()
+    if refuse == "cuda_graphs":
+        model.cuda_graphs = False
+    elif refuse == "recompute":
+        model.recompute = "block"
+    elif refuse == "hooks":
+        around = torch.autograd.graph.save_on_cpu()
+    else:
+        warnings.simplefilter("default")
+        around = torch.autograd.detect_anomaly()
+    with around:
+        for seed in range(3):
+            trained_gradients(model, image_of(seed=seed), seed)
+    assert not graphs_of(model)
+
+
+def doubled(inputs):
+    return [2 * inputs[0]]
+
+
+def test_a_function_that_gives_other_bits_is_not_replayed():
+    calls, own = [], Graphs()
+
+    def counts(inputs):
+        calls.append(1)
+        return [inputs[0] + len(calls)]
+
+    x = torch.ones(3, device=DEVICE)
+    own.run("key", [x], [], counts)
+    with pytest.warns(UserWarning, match="gave other bits"):
+        own.run("key", [x], [], counts)
+    number = len(calls)
+    assert own.run("key", [x], [], counts)[0][0] == 2 + number
+
+
+def test_a_function_that_cannot_be_captured_runs_as_it_is():
+    own, x = Graphs(), torch.ones(3, device=DEVICE)
+
+    def waits(inputs):
+        if recording.current() is not None and not ON_GPU:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return [inputs[0] * inputs[0].sum().item()]
+
+    own.run("key", [x], [], waits)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        assert own.run("key", [x], [], waits)[0].sum() == 9
+    assert own.run("key", [x], [], waits)[0].sum() == 9
+    assert own.run("other", [x], [], doubled)[0].sum() == 6  # the GPU still works
+    assert own.run("other", [x], [], doubled)[0].sum() == 6
+
+
+def test_only_some_graphs_are_kept():
+    own = Graphs()
+    for batch in range(1, 40):
+        for _ in range(3):
+            assert own.run("key", [torch.ones(batch, device=DEVICE)], [], doubled)[0].sum() == 2 * batch
+    assert len(own._graphs) == graphs.MOST
+
+
+def test_a_copy_of_a_model_has_graphs_of_its_own():
+    model = prepared(model_of(), image_of())
+    copy = deepcopy(model)
+    assert isinstance(copy, InsVPViT) and not graphs_of(copy)
+    found = [trained_gradients(copy, image_of(seed=s), s) for s in range(3)]
+    assert_same(found[2], direct(model, trained_gradients, model, image_of(seed=2), 2))
+    assert graphs_of(copy)[0] is not graphs_of(model)[0]
