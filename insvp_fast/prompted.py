@@ -175,7 +175,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         inputs, device = [image, *read], image.device.type
         if reads is None:
             return compute(inputs)
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         settings = self.fold_norm, self.attention, self.gelu_in_8_bits, self.recompute, self.carry_prompts, autocast
         key = *sorted({*blocks}), None, num_queries, *settings, *decisions
         if on_gpu:

@@ -263,11 +263,18 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
             same | patches | conv_pool.launch_config("bwd_weight", OUT, pool, dtype, arch),
         )
         config = conv_pool.launch_config("bwd_map", C, conv_pool.SIDE, dtype, arch)
+        center = {"CENTER": (grid * pool, grid * pool), "MARGIN": (taps - 1 - margin,) * 2, "SIDE": conv_pool.SIDE}
         yield case(
             f"conv_pool_bwd_map-{label}",
             conv_pool._conv_pool_bwd_map_kernel,
-            pointers("*fp32", "grad", "weight") | pointers(x, "moved", "d_x") | result | scalars,
-            same | {"MARGIN": (taps - 1 - margin,) * 2, "SIDE": conv_pool.SIDE} | config,
+            pointers("*fp32", "weight") | pointers(x, "spread", "moved", "d_x") | {"M": "i32"},
+            {key: value for key, value in same.items() if key not in ("GRID", "POOL")} | center | config,
+        )
+        yield case(
+            f"conv_pool_spread-{label}",
+            conv_pool._conv_pool_spread_kernel,
+            pointers("*fp32", "grad") | pointers(x, "spread") | result | {"slope": "fp32"},
+            {"GRID": (grid, grid), "POOL": pool, "BLOCK": conv_pool.SPREAD},
         )
 
 

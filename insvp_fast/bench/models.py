@@ -58,9 +58,11 @@ def _compile(model: nn.Module) -> nn.Module:
 
 def make_images(model: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
     """Random images [batch, 3, H, W] of the size that the model takes, and targets [batch]; the same in every call."""
-    # Of the seeds tried, the one whose maxima in the specific prompter's pooling windows are the clearest. Where two
-    # pixels differ by less than fp32 rounding, the gradient of either is right and gradients cannot be compared.
-    torch.manual_seed(7)
+    # Of the seeds tried, the one whose maxima in the specific prompter's pooling windows are the clearest, in each of
+    # ``CONFIGS`` with 8 images. Where two pixels differ by less than fp32 rounding, the gradient of either is right and
+    # gradients cannot be compared.
+    torch.manual_seed(11)
     backbone: Any = getattr(model, "backbone", model)
     size = backbone.patch_embed.img_size
-    return torch.randn(batch, 3, *size, device=DEVICE), torch.randint(0, NUM_CLASSES, (batch,), device=DEVICE)
+    images, targets = torch.randn(batch, 3, *size, device="cpu"), torch.randint(0, NUM_CLASSES, (batch,), device="cpu")
+    return images.to(DEVICE), targets.to(DEVICE)

@@ -70,7 +70,7 @@ def fingerprint(regions: Sequence[Region], device: torch.device) -> Fingerprint:
 def look_at(fingerprints: Sequence[Fingerprint]) -> Callable[[], bool]:
     """A function that tells whether any of these is ``broken``, in one look where the native library can."""
     native_ones = [one for one in fingerprints if isinstance(one, NativeFingerprint)]
-    if len(native_ones) < len(fingerprints):
+    if not native_ones or len(native_ones) < len(fingerprints):
         return lambda: sum(one.broken() for one in fingerprints) > 0
     look = native.Look([one.checksums for one in native_ones])
     return lambda: not look.hold([one.next_line() for one in native_ones])

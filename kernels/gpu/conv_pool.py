@@ -8,7 +8,8 @@ A convolution with few channels is too narrow a matrix product, so all positions
 patches, [M, K], are multiplied by the weight moved to every position, [K, POOL·POOL·OUT], which has zeros between. A
 program has the sums of all positions of a window in registers, so that only maxima leave it. Backward to the weight
 multiplies the same patches by the gradients, each at the position of its maximum, and adds up what belongs to the same
-weight. Backward to the map is a convolution again, of these gradients and with windows of its own.
+weight. Backward to the map writes them at these positions first, with zeros between, and is a convolution of that with
+windows of its own.
 
 A zero times an infinity would give NaN to positions whose taps do not reach that pixel. A program that sees sums that
 are not finite therefore computes its windows again, tap by tap.
@@ -37,18 +38,6 @@ def _cells(image, m, o, OUT: tl.constexpr, GRID: tl.constexpr):
     """Places of the channels o of windows m in maps [B, OUT, rows, columns], [BLOCK_M, BLOCK_O]."""
     N: tl.constexpr = GRID[0] * GRID[1]
     return (image * (OUT * N) + m % N)[:, None] + o[None, :] * N
-
-
-@triton.jit
-def _chosen(grad_ptr, y_ptr, index_ptr, image, o, row, column, exists, slope,
-            OUT: tl.constexpr, GRID: tl.constexpr, POOL: tl.constexpr):  # fmt: skip
-    """The gradient of the convolution's result at channels o, rows and columns: 0 beside the maxima."""
-    inside = exists & (row >= 0) & (row < GRID[0] * POOL) & (column >= 0) & (column < GRID[1] * POOL)
-    place = image * (OUT * GRID[0] * GRID[1]) + (o * (GRID[0] * GRID[1]) + row // POOL * GRID[1] + column // POOL)
-    at = tl.load(index_ptr + place, inside, 255).to(tl.int32)
-    chosen = inside & (at == row % POOL * POOL + column % POOL)
-    grad = tl.load(grad_ptr + place, chosen, 0.0).to(tl.float32)
-    return tl.where(tl.load(y_ptr + place, chosen, 1.0) > 0, grad, slope * grad)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -145,10 +134,27 @@ def _conv_pool_bwd_weight_kernel(
         tl.store(d_bias_ptr + split * OUT + o, d_bias, o < OUT)
 
 
+@triton.jit
+def _conv_pool_spread_kernel(
+    grad_ptr, y_ptr, index_ptr, spread_ptr, slope, GRID: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradient of one channel of a convolution's result: that of the pooled one at the maxima, 0 beside them."""
+    WIDTH: tl.constexpr = GRID[1] * POOL
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, column, exists = pixel // WIDTH, pixel % WIDTH, pixel < GRID[0] * POOL * WIDTH
+    channel = tl.program_id(0).to(tl.int64)
+    cell = channel * (GRID[0] * GRID[1]) + (row // POOL * GRID[1] + column // POOL)
+    at = tl.load(index_ptr + cell, exists, 0).to(tl.int32)
+    chosen = exists & (at == row % POOL * POOL + column % POOL)
+    grad = tl.load(grad_ptr + cell, chosen, 0.0).to(tl.float32)
+    grad = tl.where(tl.load(y_ptr + cell, chosen, 1.0) > 0, grad, slope * grad)
+    tl.store(spread_ptr + channel * (GRID[0] * POOL * WIDTH) + pixel, grad.to(spread_ptr.dtype.element_ty), exists)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _conv_pool_bwd_map_kernel(
-    grad_ptr, y_ptr, index_ptr, moved_ptr, weight_ptr, d_x_ptr, M, slope,
-    C: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr, POOL: tl.constexpr, TAPS: tl.constexpr,
+    spread_ptr, moved_ptr, weight_ptr, d_x_ptr, M,
+    C: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, CENTER: tl.constexpr, TAPS: tl.constexpr,
     MARGIN: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     SIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -160,6 +166,7 @@ def _conv_pool_bwd_map_kernel(
     SIDES: tl.constexpr = (SIDE + TAPS[0] - 1, SIDE + TAPS[1] - 1)
     K: tl.constexpr = OUT * SIDES[0] * SIDES[1]
     N: tl.constexpr = SIDE * SIDE * BLOCK_O
+    X: tl.constexpr = (OUT * CENTER[0] * CENTER[1], CENTER[0] * CENTER[1], CENTER[1], 1)
     m, c, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O), tl.arange(0, GROUP * BLOCK_O)
     exists = m < M
     image, row, column = corners(m, TILES, SIDE, MARGIN, OFFSET)
@@ -168,12 +175,10 @@ def _conv_pool_bwd_map_kernel(
     sums = tl.zeros((BLOCK_M, GROUP * BLOCK_O), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        r, q = row[:, None] + (k // SIDES[1] % SIDES[0])[None, :], column[:, None] + (k % SIDES[1])[None, :]
-        within, channels = exists[:, None] & (k < K)[None, :], (k // (SIDES[0] * SIDES[1]))[None, :]
-        grads = _chosen(grad_ptr, y_ptr, index_ptr, image[:, None], channels, r, q, within, slope, OUT, GRID, POOL)
+        grads = patches(spread_ptr, image, row, column, exists, k, OUT, CENTER, SIDES, X, COMPUTE)
         moved = first * BLOCK_O + n
         w = tl.load(moved_ptr + k[:, None] * N + moved[None, :], (k < K)[:, None] & (moved < N)[None, :], 0.0)
-        sums = tl.dot(grads.to(COMPUTE), w.to(COMPUTE), sums, input_precision=PRECISION)
+        sums = tl.dot(grads, w.to(COMPUTE), sums, input_precision=PRECISION)
 
     position, channel = first + n // BLOCK_O, n % BLOCK_O
     known = exists[:, None] & ((position < SIDE * SIDE) & (channel < C))[None, :]
@@ -190,10 +195,12 @@ def _conv_pool_bwd_map_kernel(
         down, right = row + one // SIDE, column + one % SIDE
         for tap in range(OUT * TAPS[0] * TAPS[1]):
             o, i, j = tap // (TAPS[0] * TAPS[1]), tap // TAPS[1] % TAPS[0], tap % TAPS[1]
-            grad = _chosen(grad_ptr, y_ptr, index_ptr, image, o, down + i, right + j, exists, slope, OUT, GRID, POOL)
+            r, q = down + i, right + j
+            inside = exists & (r >= 0) & (r < CENTER[0]) & (q >= 0) & (q < CENTER[1])
+            grad = tl.load(spread_ptr + image * X[0] + (o * X[1] + r * X[2] + q), inside, 0.0).to(COMPUTE)
             turned = (o * C + c) * (TAPS[0] * TAPS[1]) + (TAPS[0] - 1 - i) * TAPS[1] + TAPS[1] - 1 - j
             w = tl.load(weight_ptr + turned, c < C, 0.0).to(COMPUTE).to(tl.float32)
-            value += grad.to(COMPUTE).to(tl.float32)[:, None] * w[None, :]
+            value += grad.to(tl.float32)[:, None] * w[None, :]
         down, right = down + MARGIN[0], right + MARGIN[1]
         pixel = (image * (C * MAP[0] * MAP[1]) + (down * MAP[1] + right))[:, None] + c[None, :] * (MAP[0] * MAP[1])
         inside = (exists & (one < SIDE * SIDE) & (down < MAP[0]) & (right < MAP[1]))[:, None] & (c < C)[None, :]
@@ -215,6 +222,8 @@ def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int 
     GROUP = min(reversed(groups), key=lambda group: triton.cdiv(positions, group) * (group * BLOCK_O + 128))
     if kind == "fwd" and not wide:
         BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32, 8 if arch == 80 else 4, 2
+    elif kind == "bwd_map" and not wide:
+        BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 64, 8, 2 if arch == "gfx942" else 3
     else:  # twice to three times as fast on an H200 as with loads ahead, for which registers are too few
         BLOCK_M, BLOCK_K, num_warps, num_stages = (64, 32, 8, 1) if wide else (32, 64, 4, 1)
     if arch == "gfx942":  # 64 lanes in a warp
@@ -243,6 +252,7 @@ def _at_every_position(moved: Tensor, weight: Tensor, pool: int) -> Tensor:
 
 
 SIDE = 4  # of the windows that divide the gradient of a map
+SPREAD = 1024  # pixels of a program that writes the gradients of maxima
 
 
 def _sizes(weight: Tensor, pool: int, BLOCK_O: int) -> tuple[int, int, int]:
@@ -325,16 +335,21 @@ def conv_pool_bwd_map(
     """The gradient of ``conv_pool_fwd`` by x, contiguous, in its dtype; arguments and errors as the other one's."""
     arch, (OUT, C, *taps), weight = chip.require_arch("conv_pool", grad), weight.shape, weight.contiguous()
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    config = launch_config("bwd_map", C, SIDE, x.dtype, arch)
+    config, grid = launch_config("bwd_map", C, SIDE, x.dtype, arch), tuple(grad.shape[2:])
+    center = grid[0] * pool, grid[1] * pool
     if M := len(x) * triton.cdiv(x.shape[2], SIDE) * triton.cdiv(x.shape[3], SIDE):
         turned = weight.transpose(0, 1).flip(2, 3)
         moved = torch.zeros(_sizes(turned, SIDE, config["BLOCK_O"]), dtype=x.dtype, device=x.device)
         _at_every_position(moved, turned, SIDE).copy_(turned)
+        spread = torch.empty(len(x), OUT, *center, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(grad):
+            _conv_pool_spread_kernel[(len(x) * OUT, triton.cdiv(center[0] * center[1], SPREAD))](
+                grad.contiguous(), y.contiguous(), index.contiguous(), spread, negative_slope,
+                GRID=grid, POOL=pool, BLOCK=SPREAD,
+            )  # fmt: skip
             _conv_pool_bwd_map_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(SIDE**2, config["GROUP"]))](
-                grad.contiguous(), y.contiguous(), index.contiguous(), moved, weight, d_x, M, negative_slope,
-                C=C, OUT=OUT, MAP=tuple(x.shape[2:]), GRID=tuple(grad.shape[2:]), POOL=pool, TAPS=tuple(taps),
-                MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE, OFFSET=windows.offset_dtype(x, y),
-                **chip.operands(x.dtype, arch), **config,
+                spread, moved, weight, d_x, M, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), CENTER=center, TAPS=tuple(taps),
+                MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE,
+                OFFSET=windows.offset_dtype(x, spread), **chip.operands(x.dtype, arch), **config,
             )  # fmt: skip
     return d_x
