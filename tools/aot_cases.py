@@ -262,6 +262,12 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
             pointers("*fp32", "grad", "d_moved", "d_bias") | pointers(x, "x") | result | scalars,
             same | patches | conv_pool.launch_config("bwd_weight", OUT, pool, dtype, arch),
         )
+        yield case(
+            f"conv_pool_spread-{label}",
+            conv_pool._conv_pool_spread_kernel,
+            pointers("*fp32", "grad") | pointers(x, "spread") | result | {"slope": "fp32"},
+            {"GRID": (grid, grid), "POOL": pool, "BLOCK": conv_pool.SPREAD},
+        )
         config = conv_pool.launch_config("bwd_map", C, conv_pool.SIDE, dtype, arch)
         center = {"CENTER": (grid * pool, grid * pool), "MARGIN": (taps - 1 - margin,) * 2, "SIDE": conv_pool.SIDE}
         yield case(
@@ -269,12 +275,6 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
             conv_pool._conv_pool_bwd_map_kernel,
             pointers("*fp32", "weight") | pointers(x, "spread", "moved", "d_x") | {"M": "i32"},
             {key: value for key, value in same.items() if key not in ("GRID", "POOL")} | center | config,
-        )
-        yield case(
-            f"conv_pool_spread-{label}",
-            conv_pool._conv_pool_spread_kernel,
-            pointers("*fp32", "grad") | pointers(x, "spread") | result | {"slope": "fp32"},
-            {"GRID": (grid, grid), "POOL": pool, "BLOCK": conv_pool.SPREAD},
         )
 
 

@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,17 @@ class Graphs:
             graph = self._graphs.pop(key, None)
             if graph is True:
                 graph = self._capture(self._space(stream, device), inputs, needs, compute)
-            elif isinstance(graph, _Graph) and not graph.holds():
-                graph = True
             self._keep(key, True if graph is None else graph)
             if not isinstance(graph, _Graph) or not graph.space.is_free():
                 return compute(inputs)
-            if any(needs):
-                replayed: Sequence[Tensor] = _Replayed.apply(self._lock, graph, *inputs)
-                return replayed
-            return graph.forward(inputs)
+            random = _random_state(device)
+            # first launched and then checked, while the GPU computes
+            results = _Replayed.apply(self._lock, graph, *inputs) if any(needs) else graph.forward(inputs)
+            if graph.holds():
+                return cast(Tensors, results)
+            self._keep(key, True)
+            _set_random_state(device, random)
+        return compute(inputs)
 
     def _keep(self, key: Hashable, graph: _Graph | bool) -> None:
         self._graphs[key] = graph
@@ -122,6 +124,14 @@ def _is_unusual(inputs: Tensors) -> bool:
 
 def _layout(x: Tensor) -> Hashable:
     return x.shape, x.stride(), x.dtype, x.data_ptr() if isinstance(x, nn.Parameter) else None
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def _same_random_numbers(device: torch.device) -> AbstractContextManager[None]:

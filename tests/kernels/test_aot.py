@@ -47,7 +47,8 @@ def test_shared_memory_is_within_the_chips_limit(aot):
 
 def test_matrix_units_are_used(aot):
     multiplying = "superpose", "attention", "conv_pool", "windows"
-    assert not failing(aot, lambda fact: fact["kernel"].startswith(multiplying) and not fact["matrix"])
+    found = [fact for fact in aot if fact["kernel"].startswith(multiplying) and "spread" not in fact["kernel"]]
+    assert len(found) > 20 and not failing(found, lambda fact: not fact["matrix"])
 
 
 def test_attention_was_not_compiled_to_a_stub(aot):

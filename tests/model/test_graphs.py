@@ -250,20 +250,20 @@ CHANGES = [in_place, data, parameter, positions, norm, prompter, prompter_in_pla
 CHANGES += [setting, kept_in_8_bits]
 
 
-@pytest.mark.parametrize("fold_norm", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["dropout", "no dropout"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_model_is_seen(change, fold_norm):
-    model = model_of()
-    model.fold_norm = fold_norm
+def test_a_change_of_the_model_is_seen(change, training):
+    model = model_of().train(training)
+    model.fold_norm = training
     prepared(model, image_of())
     with torch.no_grad():
-        before = model(image_of())
-    change(model)
+        before = model.eval()(image_of())
+    change(model.train(training))
     for seed in range(3):
         own, other = (partial(trained_gradients, model, image_of(seed=seed), seed) for _ in range(2))
         assert_same(own(), direct(model, other))
     with torch.no_grad():
-        after = model(image_of())
+        after = model.eval()(image_of())
         assert torch.equal(after, direct(model, model, image_of()))
     assert change in (setting, kept_in_8_bits) or not torch.equal(after, before)
 
