@@ -40,7 +40,8 @@ HEADER = """# Launches on a GPU
 What the paper's configuration around a ViT-B/16 launches under bf16 autocast with torch {version}, and the release's in
 training: PyTorch's operators without views and empty tensors, as its dispatcher sees them, and Triton kernels
 (`_..._kernel`) by name. A block is one between the first and the last. Not here are the loss, the optimizer and the
-look at the frozen weights.
+look at the frozen weights. From the second batch of a shape on, a [CUDA graph](performance.md#on-a-gpu) launches all of
+this but the norm behind the last block and the head: the kernels are the same, and the host calls once.
 
 `python -m tools.launches --write` makes this page, without a GPU, and a test makes it again.
 
@@ -114,7 +115,7 @@ def page() -> str:
 
 def version() -> str:
     """Of torch, without what its operators do not change with."""
-    return ".".join(torch.__version__.split(".")[:2])
+    return torch.__version__.partition("+")[0]
 
 
 def launches(depth: int, training: bool, config: InsVPConfig | None = None) -> Step:
