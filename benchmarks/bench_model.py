@@ -81,7 +81,7 @@ def bench_model(benchmark, tiny, provider, name, config, precision, batch, job):
     if backward:
         benchmark.extra_info["saved MB per image"] = saved_mb_per_image(provider, model, batch, amp)
     if DEVICE.type == "cuda":
-        benchmark.extra_info["peak MB"] = peak_bytes(run) / 1e6
+        benchmark.extra_info["peak MB"] = peak_bytes(run, model) / 1e6
     kind = "bare" if provider.startswith("bare") else "reference"
     add_rates(benchmark, amp or torch.float32, batch * needed_flops(kind, name, still, backward, **depth))
     if benchmark.stats is not None:

@@ -8,18 +8,18 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import InsVPReference
-from insvp_fast.runtime import hardware, products
-from insvp_fast.runtime.native import available
+from insvp_fast.runtime import cuda_graphs, hardware, native, products, torch_private
 from insvp_fast.testing import DEVICE
 
 __all__ = ["BlockProducts", "needed_flops"]
@@ -63,13 +63,10 @@ class BlockProducts:
             (random(batch * rows, d_in).to(dtype), products.FrozenLinear(random(d_out, d_in).to(dtype)))
             for rows, d_in, d_out in shapes
         ]
-
-        def run(how: str) -> None:
-            with torch.inference_mode():
-                for x, layer in operands * repeats:
-                    products.linear(x, layer, how)
-
-        self.runs = {TITLES[how]: functools.partial(run, how) for how in _providers(dtype)}
+        self.runs: dict[str, Callable[[], object]] = {}
+        for how in _providers(dtype):
+            run = functools.partial(_multiply, [_product(*pair, how) for pair in operands] * repeats)
+            self.runs[TITLES[how]] = run if DEVICE.type == "cpu" else _launched_at_once(run)
 
     def rates(self, seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """FLOP/s by provider, of the seconds that each of ``runs`` took in each round."""
@@ -88,12 +85,36 @@ class BlockProducts:
         return statistics.median(mine * self.flops / (flops * each) for mine, each in zip(step, best, strict=True))
 
 
+def _product(x: Tensor, layer: products.FrozenLinear, how: str) -> Callable[[], Tensor]:
+    """A product by itself: the weight is packed before, and nobody looks whether it has changed."""
+    if how == "native":
+        return functools.partial(native.linear, x, *layer.operands(how, x.dtype, "forward"), layer.out_features)
+    if how == "onednn":
+        return functools.partial(torch_private.packed_linear, x, layer.operands(how, x.dtype, "forward")[0], None)
+    if how == "widened":
+        return functools.partial(products.linear, x, layer, how)
+    return functools.partial(F.linear, x, layer.weight)
+
+
+def _multiply(all_products: Sequence[Callable[[], Tensor]]) -> None:
+    with torch.inference_mode():
+        for product in all_products:
+            product()
+
+
+def _launched_at_once(run: Callable[[], None]) -> Callable[[], None]:
+    """A run as a CUDA graph: at small batches, launching takes longer than multiplying."""
+    run()  # cuBLAS asks for memory
+    _, replay = cuda_graphs.Space(DEVICE).capture(run)
+    return replay
+
+
 def _providers(dtype: torch.dtype) -> list[str]:
     if DEVICE.type != "cpu":
         return ["plain"]
     if not hardware.has_products(dtype):
         return [products.cpu_provider(dtype)]  # the others take minutes
-    return ["plain"] + ["onednn"] * products.onednn_works(dtype) + ["native"] * available(dtype)
+    return ["plain"] + ["onednn"] * products.onednn_works(dtype) + ["native"] * native.available(dtype)
 
 
 def _block_shapes(backbone: Any, L: int) -> list[Shape]:

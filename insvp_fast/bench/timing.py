@@ -112,7 +112,7 @@ def compare(
         flops = batch * needed_flops(kind, name, CONFIGS[config], job != "inference", **_of_backbone(kwargs))
         row |= {"floor ratio": block.floor_ratio(seconds[provider], flops, seconds), "products": block.rates(seconds)}
         if DEVICE.type == "cuda":
-            row["peak MB"] = peak_bytes(runs[provider]) / 1e6
+            row["peak MB"] = peak_bytes(runs[provider], model) / 1e6
         if job == "inference":
             if kind not in exact:
                 exact[kind] = _exact_logits(kind, name, batch, config, **kwargs)
@@ -141,10 +141,18 @@ def saved_mb_per_image(provider: str, model: nn.Module, batch: int, amp: torch.d
     return saved_bytes(model, image, amp) / batch / 1e6
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Peak GPU memory of a run, beyond what was allocated before it."""
+def peak_bytes(run: Callable[[], object], model: Any = None) -> int:
+    """Peak GPU memory of a run, beyond what was allocated before it.
+
+    A ``model`` runs without its CUDA graphs, which take as much, but hold it before the run.
+    """
+    graphs = getattr(model, "cuda_graphs", None)
+    if graphs is not None:
+        model.cuda_graphs = False
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
+    if graphs is not None:
+        model.cuda_graphs = graphs
     return torch.cuda.max_memory_allocated() - before
