@@ -23,7 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -63,6 +63,7 @@ class _Form:
 class _Record:
     """What was made of some weights, and what these were like."""
 
+    key: object
     storages: tuple[weakref.ref[UntypedStorage], ...]
     state: list[int]  # the version and the address of each
     fingerprint: Fingerprint
@@ -71,6 +72,7 @@ class _Record:
 
 _records: dict[object, _Record] = {}  # by where the weights are; without those whose weights are gone
 _captured: dict[object, list[Any]] = {}  # by the same: what CUDA graphs read, until the weights are gone
+_changes = 0  # of the records: how often one was added or dropped
 
 
 def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T], *, look: bool = True) -> T:
@@ -100,7 +102,7 @@ def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T]
             noting.packed(_tensors(made), Use(sources, name, make, look))
         return cast(T, made)
     if record is None:
-        record = _records[key] = _new_record(key, weights, state)
+        record = _add(_new_record(key, weights, state))
     form = record.made.get(name)
     if form is None:
         with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep it
@@ -118,30 +120,26 @@ class Use:
         self.sources, self.name, self.make, self.look = sources, name, make, look
         self._sizes = _sizes(sources)
 
-    def known(self) -> _Weights | None:
+    def fits(self) -> bool:
+        """Whether the weights have the sizes that they had."""
+        return _sizes(self.sources) == self._sizes
+
+    def known(self) -> _Record | None:
         """What is known of the weights, if all that PyTorch knows of them is as it was."""
         described = _describe(self.sources)
         record = None if described is None else _records.get(described[0])
         if described is None or record is None or not _is_current(record, *described[1:], look=False):
             return None
-        return _Weights(described[0], record, described[1])
+        return record
 
-    def made(self, weights: _Weights | None) -> tuple[Tensor | None, ...] | None:
-        """What is made of the weights, without a look at them; None if these have other sizes than they had."""
-        if _sizes(self.sources) != self._sizes:
-            return None
-        form = None if weights is None else weights.record.made.get(self.name)
+    def made(self, record: _Record | None) -> tuple[Tensor | None, ...]:
+        """What is made of the weights, without a look at them."""
+        form = None if record is None else record.made.get(self.name)
         if form is not None:
             return _tensors(form.value)
         device = next(w.device.type for w in self.sources if w is not None)
         with torch.autocast(device, enabled=False):  # as where the operations ask
             return _tensors(packed(self.sources, self.name, self.make, look=False))
-
-
-class _Weights(NamedTuple):
-    key: object
-    record: _Record
-    storages: list[UntypedStorage]  # alive while they are looked at
 
 
 class Uses:
@@ -151,6 +149,9 @@ class Uses:
         self._uses = [*uses]
         # of these fingerprints; no records, which would keep alive what was made
         self._look: tuple[list[Fingerprint], Callable[[], bool]] = [], lambda: False
+        # what PyTorch knows of all weights, and what was known of them here when it knew the same
+        self._state: list[object] = []
+        self._known: list[weakref.ref[_Record] | None] = []
 
     def add(self, use: Use) -> int:
         """Its number."""
@@ -163,21 +164,26 @@ class Uses:
 
     def made(self) -> list[tuple[Tensor | None, ...]] | None:
         """For each use what ``packed`` would return, with one look at all weights; None if a size is another."""
-        found = [use.known() for use in self._uses]
-        records = {w.key: w.record for use, w in zip(self._uses, found, strict=True) if use.look and w is not None}
-        fingerprints, (looked_at, broken) = [record.fingerprint for record in records.values()], self._look
-        if [*map(id, fingerprints)] != [*map(id, looked_at)]:
+        state: list[object] = [_changes, len(self._uses)]
+        for use in self._uses:
+            state += [None if w is None else (place(w), w._version, w.data_ptr()) for w in use.sources]
+        found: list[_Record | None]
+        if state == self._state:  # and no storage is gone, or its record would have been dropped
+            found = [None if known is None else known() for known in self._known]
+        else:
+            if not all(use.fits() for use in self._uses):
+                return None
+            found = [use.known() for use in self._uses]
+            self._state, self._known = state, [None if r is None else weakref.ref(r) for r in found]
+        looked_at = {r.key: r for use, r in zip(self._uses, found, strict=True) if use.look and r is not None}
+        fingerprints, (before, broken) = [record.fingerprint for record in looked_at.values()], self._look
+        if [*map(id, fingerprints)] != [*map(id, before)]:
             broken = look_at(fingerprints)
             self._look = fingerprints, broken
         if broken():
-            _drop_broken(records)  # a look at each alone would be one at its next sample
+            _drop_broken(looked_at)  # a look at each alone would be one at its next sample
             found = [None] * len(found)
-        made = []
-        for use, weights in zip(self._uses, found, strict=True):
-            if (own := use.made(weights)) is None:
-                return None
-            made.append(own)
-        return made
+        return [use.made(record) for use, record in zip(self._uses, found, strict=True)]
 
 
 def _tensors(made: Any) -> tuple[Tensor | None, ...]:
@@ -221,7 +227,8 @@ def _keep_for_graphs(key: object, weights: Sequence[Tensor], made: Any) -> None:
 
 def clear() -> None:
     """Drop all packed weights, but those that CUDA graphs read; each is made anew when it is next used."""
-    _records.clear()
+    for key in list(_records):
+        _drop(key)
 
 
 def verify() -> int:
@@ -236,8 +243,20 @@ def verify() -> int:
 def _drop_broken(records: Mapping[object, _Record]) -> int:
     stale = [key for key, record in list(records.items()) if record.fingerprint.broken_anywhere()]
     for key in stale:
-        _records.pop(key, None)
+        _drop(key)
     return len(stale)
+
+
+def _add(record: _Record) -> _Record:
+    global _changes
+    _records[record.key], _changes = record, _changes + 1
+    return record
+
+
+def _drop(key: object) -> None:
+    global _changes
+    _changes += 1
+    _records.pop(key, None)
 
 
 def _is_current(record: _Record, storages: Sequence[UntypedStorage], state: list[int], look: bool) -> bool:
@@ -252,9 +271,9 @@ def _new_record(key: object, weights: Sequence[Tensor], state: list[int]) -> _Re
         record = _records.get(key)
         # a new storage may have the number of the old one, and a record of its own
         if record is not None and any(s is storage for s in record.storages):
-            _records.pop(key, None)
+            _drop(key)
 
     storages = tuple(weakref.ref(w.untyped_storage(), drop) for w in weights)
     regions = [Region.of(w, storage) for w, storage in zip(weights, storages, strict=True)]
     # before anything is made: a write between the two will be seen
-    return _Record(storages, state, fingerprint(regions, weights[0].device), {})
+    return _Record(key, storages, state, fingerprint(regions, weights[0].device), {})
