@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -27,7 +27,8 @@ def _twin(module: M, tensors: Mapping[int, Tensor], but: nn.Module) -> M:
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("_memo", None)  # of coverage, which rests on the tensors
-    twin._parameters = {name: tensors.get(id(p), p) for name, p in module._parameters.items()}
+    parameters: dict[str, Any] = {name: tensors.get(id(p), p) for name, p in module._parameters.items()}
+    twin._parameters = parameters
     twin._modules = {
         name: child if child is None or child is but else _twin(child, tensors, but)
         for name, child in module._modules.items()

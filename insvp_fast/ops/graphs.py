@@ -94,9 +94,7 @@ class Graphs:
             return True
         device = inputs[0].device
         with _same_random_numbers(device):
-            outputs, grads = _evaluate(compute, _own(inputs, needs), needs)
-            expected = [*(x.detach() for x in outputs), *grads]
-            del outputs, grads  # and all that is kept for backward
+            expected = _evaluate(compute, _own(inputs, needs), needs)
         try:
             with _same_random_numbers(device):
                 graph = _Graph(space, inputs, needs, compute)
@@ -105,9 +103,10 @@ class Graphs:
             warnings.warn(f"kernels are launched one by one: CUDA graphs cannot be captured: {reason}", stacklevel=2)
             return False
         with _same_random_numbers(device), torch.no_grad():
-            results = [*graph.forward(inputs)]
-            results += graph.backward([_some_gradient(x) for x in results]) if any(needs) else []
-        if all(map(_same_bits, expected, (x for x in results if x is not None))):
+            outputs = graph.forward(inputs)
+            grads = graph.backward([*map(_some_gradient, outputs)]) if any(needs) else []
+            found = [x for x in (*outputs, *grads) if x is not None]
+        if len(found) == len(expected) and all(map(_same_bits, found, expected)):
             return graph
         warnings.warn("kernels are launched one by one: a second run of them gave other bits", stacklevel=2)
         return False
@@ -163,15 +162,12 @@ def _some_gradient(x: Tensor) -> Tensor:
     return values.view(x.shape).to(x.dtype)
 
 
-def _evaluate(
-    compute: Callable[[Tensors], Tensors], own: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensors, list[Tensor]]:
+def _evaluate(compute: Callable[[Tensors], Tensors], own: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
     """The outputs, and the gradients of inputs that need one and have one, for some gradients of the outputs."""
     with _as_called(own[0].device, needs):
         outputs = compute(own)
-        if not any(needs):
-            return outputs, []
-        return outputs, [g for g in _differentiate(outputs, own, [*map(_some_gradient, outputs)]) if g is not None]
+        grads = _differentiate(outputs, own, [*map(_some_gradient, outputs)]) if any(needs) else []
+        return [x.detach() for x in (*outputs, *grads) if x is not None]
 
 
 def _differentiate(outputs: Tensors, own: Sequence[Tensor], grads: Tensors) -> Sequence[Tensor | None]:

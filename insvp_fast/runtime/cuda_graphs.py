@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,10 @@ class Space:
         """
         graph = torch.cuda.CUDAGraph()
         # other threads, as those that load data, may go on
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(self._stream.device),  # which may not be the current one
+            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+        ):
             results = function()
         return results, graph.replay
 
@@ -63,7 +66,8 @@ class Space:
 
 def settings() -> Hashable:
     """What of PyTorch's settings decides which kernels are launched."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
     return (
         torch.are_deterministic_algorithms_enabled(),
         cuda.matmul.fp32_precision,
