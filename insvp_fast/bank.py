@@ -125,9 +125,9 @@ class AdapterBank(PromptedViT):
         return f"one of {names[:20]}" + (f" or {len(names) - 20} others" if len(names) > 20 else "")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for model in list(self._adapters.values()):
-            model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            model._apply(fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> Self:

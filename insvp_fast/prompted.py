@@ -318,7 +318,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     def _may_replay(self) -> bool:
         """Whether what has run once may run again without the Python that has led to its kernels."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch_private.is_replica(self):
             return False
         # what is recomputed, or passes through hooks, is what operations have saved
         if torch.is_grad_enabled() and (self.recompute == "block" or torch_private.saving_hooks()):

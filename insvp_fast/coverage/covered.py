@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ class Covered(nn.Module):
     def _own_reason(self) -> str | None:
         """Why the fast path does not cover this module, if that is not a matter of the table; asked each time."""
         return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        forget(self)  # and what is kept, which may hold memory on the old device
+        return self
 
     # a method, because torch 2.11 takes no module as a constant argument
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -110,20 +115,21 @@ class _Memo:
         self.before: _Result | None = None
         self.reported: str | None = None
 
-    def find(self, depends_on: object) -> bool:
-        """Make a result that rests on what is there now the last one, if there is any."""
+    def find(self, depends_on: object) -> _Result | None:
+        """The result that rests on what is there now, which becomes the last one, if there is any."""
         for result in (self.result, self.before):
             if result is not None and result.depends_on == depends_on and result.snapshot.holds():
                 if result is not self.result:
                     self.result, self.before = result, self.result
-                return True
-        return False
+                return result
+        return None
 
-    def add(self, result: _Result) -> None:
-        """Make a result the last one. Of one with other tensors nothing is kept alive."""
+    def add(self, result: _Result) -> _Result:
+        """Make a result the last one; one that holds other parameters or buffers than it is dropped."""
         last = self.result
         self.before = last if last is not None and last.snapshot.has_tensors_of(result.snapshot) else None
         self.result = result
+        return result
 
     def __reduce__(self) -> Any:
         return _Memo, ()
@@ -152,11 +158,11 @@ def _judge(part: Covered) -> bool:
     reason = _changeable_reason(part)
     if reason is None:
         memo, key = _memo(part), part._requirements_depend_on()
-        if not memo.find(key):
+        result = memo.find(key)
+        if result is None:
             reason, modules = _examine(part._requirements())
-            memo.add(_Result(key, reason, Snapshot(modules), {}))
-        assert memo.result is not None
-        reason = memo.result.reason
+            result = memo.add(_Result(key, reason, Snapshot(modules), {}))
+        reason = result.reason
     return _report(part, reason)
 
 

@@ -33,7 +33,8 @@ class Graphs:
     def __init__(self) -> None:
         # False for what cannot be captured, True for what has been called once
         self._graphs: OrderedDict[Hashable, _Graph | bool] = OrderedDict()
-        self._spaces: weakref.WeakValueDictionary[int, cuda_graphs.Space] = weakref.WeakValueDictionary()
+        self._spaces: weakref.WeakValueDictionary[Hashable, cuda_graphs.Space] = weakref.WeakValueDictionary()
+        self._places: list[int] = []  # of parameters
         self._lock = threading.RLock()  # memory is written and read in turn
 
     def run(
@@ -54,8 +55,10 @@ class Graphs:
         with self._lock:
             needs = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
             stream = torch_private.current_stream(device)
-            where = tuple(x.data_ptr() for x in lasting)
-            key = key, needs, device, stream, cuda_graphs.settings(), where, tuple(map(_layout, inputs))
+            self._drop_where_moved([x.data_ptr() for x in (*inputs, *lasting) if isinstance(x, nn.Parameter)])
+            layouts = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+            where = tuple(x.data_ptr() for x in lasting if not isinstance(x, nn.Parameter))
+            key = key, needs, device, stream, cuda_graphs.settings(), layouts, where
             graph = self._graphs.pop(key, None)
             if graph is True:
                 graph = self._capture(self._space(stream, device), inputs, needs, compute)
@@ -64,12 +67,19 @@ class Graphs:
                 return compute(inputs)
             random = _random_state(device)
             # first launched and then checked, while the GPU computes
-            results = _Replayed.apply(self._lock, graph, *inputs) if any(needs) else graph.forward(inputs)
+            arguments = self._lock, graph, lasting, *inputs
+            results = _Replayed.apply(*arguments) if any(needs) else graph.forward(inputs)
             if graph.holds():
                 return cast(Tensors, results)
             self._keep(key, True)
             _set_random_state(device, random)
         return compute(inputs)
+
+    def _drop_where_moved(self, places: list[int]) -> None:
+        """Drop all graphs if parameters are elsewhere: they read the old places, and hold memory on the old device."""
+        if places != self._places:
+            self._graphs.clear()
+            self._places = places
 
     def _keep(self, key: Hashable, graph: _Graph | bool) -> None:
         self._graphs[key] = graph
@@ -77,9 +87,9 @@ class Graphs:
             self._graphs.popitem(last=False)
 
     def _space(self, stream: int, device: torch.device) -> cuda_graphs.Space:
-        space = self._spaces.get(stream)
+        space = self._spaces.get((device, stream))
         if space is None:
-            space = self._spaces[stream] = cuda_graphs.Space(device)
+            space = self._spaces[device, stream] = cuda_graphs.Space(device)
         return space
 
     def _capture(
@@ -92,23 +102,35 @@ class Graphs:
         """A graph that computes the bits that ``compute`` does; True, as before, while its memory is not free."""
         if not space.is_free():
             return True
+        try:
+            return self._compared(space, inputs, needs, compute)
+        except Exception as error:  # any, as too little memory for it: the step itself shall run
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"kernels are launched one by one, as a CUDA graph cannot be captured: {reason}", stacklevel=4)
+        return False
+
+    def _compared(
+        self,
+        space: cuda_graphs.Space,
+        inputs: Tensors,
+        needs: tuple[bool, ...],
+        compute: Callable[[Tensors], Tensors],
+    ) -> _Graph | bool:
         device = inputs[0].device
         with _same_random_numbers(device):
             expected = _evaluate(compute, _own(inputs, needs), needs)
-        try:
-            with _same_random_numbers(device):
-                graph = _Graph(space, inputs, needs, compute)
-        except RuntimeError as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            warnings.warn(f"kernels are launched one by one: CUDA graphs cannot be captured: {reason}", stacklevel=2)
+        if expected is None:
             return False
+        with _same_random_numbers(device):
+            graph = _Graph(space, inputs, needs, compute)
         with _same_random_numbers(device), torch.no_grad():
+            graph.poison()
             outputs = graph.forward(inputs)
             grads = graph.backward([*map(_some_gradient, outputs)]) if any(needs) else []
             found = [x for x in (*outputs, *grads) if x is not None]
         if len(found) == len(expected) and all(map(_same_bits, found, expected)):
             return graph
-        warnings.warn("kernels are launched one by one: a second run of them gave other bits", stacklevel=2)
+        warnings.warn("kernels are launched one by one, as a CUDA graph of them gave other bits", stacklevel=5)
         return False
 
 
@@ -119,10 +141,6 @@ def _is_unusual(inputs: Tensors) -> bool:
     if torch.is_grad_enabled() and torch_private.saving_hooks():
         return True
     return cuda_graphs.is_capturing(inputs[0].device)
-
-
-def _layout(x: Tensor) -> Hashable:
-    return x.shape, x.stride(), x.dtype, x.data_ptr() if isinstance(x, nn.Parameter) else None
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -162,20 +180,25 @@ def _some_gradient(x: Tensor) -> Tensor:
     return values.view(x.shape).to(x.dtype)
 
 
-def _evaluate(compute: Callable[[Tensors], Tensors], own: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """The outputs, and the gradients of inputs that need one and have one, for some gradients of the outputs."""
+def _evaluate(
+    compute: Callable[[Tensors], Tensors], own: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor] | None:
+    """The outputs, and the gradients of inputs that need one and have one, for some gradients of the outputs.
+
+    None if inputs need gradients, and an output has none.
+    """
     with _as_called(own[0].device, needs):
         outputs = compute(own)
+        if any(needs) and not all(x.requires_grad for x in outputs):
+            return None
         grads = _differentiate(outputs, own, [*map(_some_gradient, outputs)]) if any(needs) else []
         return [x.detach() for x in (*outputs, *grads) if x is not None]
 
 
 def _differentiate(outputs: Tensors, own: Sequence[Tensor], grads: Tensors) -> Sequence[Tensor | None]:
-    pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
     wanted = [x for x in own if x.requires_grad]
     # what has been kept stays where it is, for a second backward pass
-    given = [g for _, g in pairs]
-    return torch.autograd.grad([x for x, _ in pairs], wanted, given, retain_graph=True, allow_unused=True)
+    return torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True)
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
@@ -197,6 +220,7 @@ class _Graph:
         compute: Callable[[Tensors], Tensors],
     ) -> None:
         self.space, self._needs, weights = space, needs, _Weights()
+        self._found: list[Tensor | None] = []
         own = _own(inputs, needs)
         with _as_called(own[0].device, needs):
             outputs, self._forward = space.capture(lambda: recording.record(weights, lambda: compute(own)))
@@ -212,6 +236,12 @@ class _Graph:
         self._inputs = [None if isinstance(x, nn.Parameter) else y.detach() for x, y in zip(inputs, own, strict=True)]
         self._uses, self._held = prepack.Uses(weights.uses), weights.held
         self._made = self._uses.made()
+
+    def poison(self) -> None:
+        """Fill the outputs and gradients with NaN, so that what is not computed again is seen."""
+        for x in (*self._outputs, *self._found):
+            if x is not None:
+                x.fill_(torch.nan)
 
     def holds(self) -> bool:
         """Whether packed weights are where they were, with one look at them."""
@@ -266,13 +296,15 @@ class _Weights:
         pass
 
 
-@first_order("linear", "torch.nn.functional.linear")
+@first_order("graphs", "PyTorch's own modules")
 class _Replayed(torch.autograd.Function):
     """What a graph computes, and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, lock: Any, graph: _Graph, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, lock: Any, graph: _Graph, lasting: Tensors, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.lock, ctx.graph = lock, graph
+        # memory that backward reads, where the tensors have got another by then
+        ctx.storages = [x.untyped_storage() for x in (*lasting, *inputs)]
         ctx.set_materialize_grads(False)
         # parameters, so that PyTorch sees whether they are written before backward reads them
         ctx.save_for_backward(graph.space.lend(), *(x for x in inputs if isinstance(x, nn.Parameter)))
@@ -282,4 +314,4 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         assert ctx.saved_tensors  # raises if what was kept is gone
         with ctx.lock:
-            return None, None, *ctx.graph.backward(grads)
+            return *(None,) * 3, *ctx.graph.backward(grads)

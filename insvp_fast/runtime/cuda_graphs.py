@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from insvp_fast.runtime import torch_private
+
 __all__ = ["Space", "has_graphs", "is_capturing", "settings"]
 
 T = TypeVar("T")
@@ -66,21 +68,26 @@ class Space:
 
 def settings() -> Hashable:
     """What of PyTorch's settings decides which kernels are launched."""
-    cuda: Any = torch.backends.cuda
-    cudnn: Any = torch.backends.cudnn
+    backends: Any = torch.backends
+    cuda, cudnn = backends.cuda, backends.cudnn
     return (
         torch.are_deterministic_algorithms_enabled(),
+        backends.fp32_precision,
         cuda.matmul.fp32_precision,
         cuda.matmul.allow_fp16_accumulation,
         cuda.matmul.allow_fp16_reduced_precision_reduction,
         cuda.matmul.allow_bf16_reduced_precision_reduction,
+        getattr(cuda.matmul, "allow_fp16_reduced_precision_reduction_split_k", None),  # newer than the oldest torch
+        getattr(cuda.matmul, "allow_bf16_reduced_precision_reduction_split_k", None),
         cuda.preferred_blas_library(),
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
+        torch_private.sdpa_order(),
         cudnn.enabled,
         cudnn.benchmark,
         cudnn.deterministic,
+        cudnn.fp32_precision,
         cudnn.conv.fp32_precision,
     )

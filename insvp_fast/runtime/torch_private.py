@@ -24,10 +24,12 @@ __all__ = [
     "flash_attention_bwd",
     "function_modes",
     "global_hooks",
+    "is_replica",
     "pack_linear",
     "packed_linear",
     "saving_hooks",
     "sdpa_backend",
+    "sdpa_order",
     "softmax_bwd",
     "transforming",
 ]  # fmt: skip
@@ -123,6 +125,12 @@ def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     return name
 
 
+def sdpa_order() -> tuple[int, ...]:
+    """The order in which PyTorch's attention tries its kernels; empty where it does not tell."""
+    order: tuple[int, ...] = _attempt(lambda: tuple(torch._C._get_sdp_priority_order()), ())
+    return order
+
+
 def current_stream(device: torch.device) -> int:
     """What names the current stream of a GPU; PyTorch's object for it takes ten times as long to make."""
     if _raw_stream is None or device.index is None:
@@ -131,6 +139,11 @@ def current_stream(device: torch.device) -> int:
 
 
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def is_replica(module: torch.nn.Module) -> bool:
+    """Whether ``nn.DataParallel`` has made a module for one forward pass: its parameters are copies, and attributes."""
+    return getattr(module, "_is_replica", False) is True
 
 
 def global_hooks() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
+import weakref
 from copy import deepcopy
 from functools import partial
 
@@ -258,10 +259,13 @@ def test_a_change_of_the_model_is_seen(change, training):
     prepared(model, image_of())
     with torch.no_grad():
         before = model.eval()(image_of())
+    (old,) = [graph for graph in graphs_of(model) if graph._grads]
     change(model.train(training))
     for seed in range(3):
         own, other = (partial(trained_gradients, model, image_of(seed=seed), seed) for _ in range(2))
         assert_same(own(), direct(model, other))
+    # values of parameters are read where they are, and a graph of other settings may serve again
+    assert (old in graphs_of(model)) == (change in (prompter_in_place, setting, kept_in_8_bits))
     with torch.no_grad():
         after = model.eval()(image_of())
         assert torch.equal(after, direct(model, model, image_of()))
@@ -289,6 +293,40 @@ def test_a_parameter_written_before_backward_is_an_error():
         model.patch_prompter.fc1.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("change", [prompter, norm, data])
+def test_memory_that_backward_reads_is_there(change):
+    model = model_of()
+    model.fold_norm = False
+    prepared(model, image_of()).zero_grad()
+    loss, before = model(image_of()).square().sum(), deepcopy(model)
+    storages = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    change(model)
+    assert all(storage() is not None for storage in storages)
+    loss.backward()
+    with one_by_one(before):
+        before(image_of()).square().sum().backward()
+    for own, other in zip(model.parameters(), before.parameters(), strict=True):
+        # where graphs are acted, backward reads what frozen weights are now
+        same = own.grad is None or torch.equal(own.grad, other.grad)
+        assert same or (change is not prompter and not ON_GPU)
+
+
+def test_a_moved_model_keeps_no_graph():
+    model = prepared(model_of(), image_of())
+    graph = weakref.ref(graphs_of(model)[0])
+    model.to(torch.float64)
+    gc.collect()
+    assert graph() is None
+
+
+def test_devices_and_streams_have_memory_of_their_own():
+    own = Graphs()
+    spaces = [
+        own._space(stream, torch.device("cuda", i)) for stream in (0, 1) for i in range(torch.cuda.device_count() or 1)
+    ]
+    assert len({*map(id, spaces)}) == len(spaces) and own._space(0, torch.device("cuda", 0)) is spaces[0]
 
 
 def test_the_gradient_of_an_image():
@@ -346,9 +384,13 @@ def test_wanted_blocks_of_which_some_have_no_gradient():
     assert len(graphs_of(model)) == 1
 
 
-@pytest.mark.parametrize("refuse", ["cuda_graphs", "recompute", "hooks", "anomaly"])
+@pytest.mark.parametrize("refuse", ["cuda_graphs", "recompute", "hooks", "anomaly", "replica"])
 def test_where_nothing_is_captured(refuse):
     model, around = model_of(), contextlib.nullcontext()
+    if refuse == "replica":
+        replica = model._replicate_for_data_parallel()
+        assert not replica._may_replay() and model._may_replay()
+        return
     if refuse == "cuda_graphs":
         model.cuda_graphs = False
     elif refuse == "recompute":
@@ -362,6 +404,30 @@ def test_where_nothing_is_captured(refuse):
         for seed in range(3):
             trained_gradients(model, image_of(seed=seed), seed)
     assert not graphs_of(model)
+
+
+def test_a_block_before_all_prompts_has_no_gradient():
+    _, model = make_pair(
+        "vit_tiny_patch16_224", InsVPConfig(global_prompt=False, patch_prompt=False, prompted_blocks=(2,)), **SIZES
+    )
+    for seed in range(3):
+        found, expected = (
+            f(image_of(seed=seed), [0]) for f in (model.block_outputs, partial(direct, model, model.block_outputs))
+        )
+        assert torch.equal(found[0], expected[0]) and not found[0].requires_grad
+
+
+def test_a_setting_of_pytorch_is_seen():
+    model, before = prepared(model_of(), image_of()), torch.backends.cudnn.deterministic
+    try:
+        torch.backends.cudnn.deterministic = not before
+        for seed in range(3):
+            assert_same(
+                trained_gradients(model, image_of(), seed), direct(model, trained_gradients, model, image_of(), seed)
+            )
+    finally:
+        torch.backends.cudnn.deterministic = before
+    assert len(graphs_of(model)) == 2
 
 
 def doubled(inputs):
@@ -397,6 +463,21 @@ def test_a_function_that_cannot_be_captured_runs_as_it_is():
     assert own.run("key", [x], [], waits)[0].sum() == 9
     assert own.run("other", [x], [], doubled)[0].sum() == 6  # the GPU still works
     assert own.run("other", [x], [], doubled)[0].sum() == 6
+
+
+def test_too_little_memory_for_a_graph_does_not_end_the_step():
+    own, x, calls = Graphs(), torch.ones(3, device=DEVICE), []
+
+    def fills(inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [2 * inputs[0]]
+
+    own.run("key", [x], [], fills)
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert own.run("key", [x], [], fills)[0].sum() == 6
+    assert own.run("key", [x], [], fills)[0].sum() == 6 and len(calls) == 4
 
 
 def test_only_some_graphs_are_kept():
