@@ -216,8 +216,7 @@ def launch_config(kind: str, taps: int, OUT: int, arch: int | str) -> dict[str, 
         return {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
     BLOCK_T, BLOCK_O = min(64, max(16, triton.next_power_of_2(taps))), max(16, triton.next_power_of_2(OUT))
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_O": BLOCK_O, "BLOCK_M": 64}
-    few = arch == "gfx942" or (arch == 90 and BLOCK_T <= 32)  # 64 lanes in a warp on AMD
-    return tiles | {"num_warps": 1 if few else 2, "num_stages": 1}
+    return tiles | {"num_warps": 1 if arch == "gfx942" else 2, "num_stages": 1}  # 64 lanes in a warp on AMD
 
 
 def windows_config(kind: str, OUT: int, KW: int, margin: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
@@ -360,8 +359,7 @@ def _weight_sums(
     T, M, dtype = C * taps[0] * taps[1], len(x) * height * width, _compute(x, grad)
     config = launch_config("weight", T, OUT, arch)
     blocks = triton.cdiv(T, config["BLOCK_T"])
-    programs = 8 // config["num_warps"] * chip.MULTIPROCESSORS[arch]
-    S = max(1, min(triton.cdiv(M, config["BLOCK_M"]), programs // blocks))
+    S = max(1, min(triton.cdiv(M, config["BLOCK_M"]), 4 * chip.MULTIPROCESSORS[arch] // blocks))
     partial = [torch.empty((S, *size), dtype=torch.float32, device=x.device) for size in (weight.shape, (OUT,))]
     with torch.cuda.device_of(grad):
         _conv_bwd_weight_kernel[(blocks, S)](
