@@ -20,6 +20,7 @@ from insvp_fast.backbones import (
 )
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import full_name
+from insvp_fast.module_copies import with_tensors
 from insvp_fast.ops.graphs import Graphs
 from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
@@ -27,7 +28,6 @@ from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.runtime import buffers, cuda_graphs, hardware, native, products, torch_private
 from insvp_fast.runtime.elementwise import put_sum
-from insvp_fast.twins import with_tensors
 
 __all__ = ["PromptedViT", "foreign"]
 

@@ -18,7 +18,7 @@ LAYERS = [
     ["kernels"],
     ["runtime"],
     ["ops"],
-    ["coverage", "twins"],
+    ["coverage", "module_copies"],
     ["backbones", "prompters"],
     ["backbone_settings", "checkpoints", "timm_interface"],
     ["prompted"],

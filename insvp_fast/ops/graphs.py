@@ -102,43 +102,29 @@ class Graphs:
         """A graph that computes the bits that ``compute`` does; True, as before, while its memory is not free."""
         if not space.is_free():
             return True
-        try:
-            return self._compared(space, inputs, needs, compute)
-        except Exception as error:  # any, as too little memory for it: the step itself shall run
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"kernels are launched one by one, as a CUDA graph cannot be captured: {reason}", stacklevel=4)
-        return False
-
-    def _compared(
-        self,
-        space: cuda_graphs.Space,
-        inputs: Tensors,
-        needs: tuple[bool, ...],
-        compute: Callable[[Tensors], Tensors],
-    ) -> _Graph | bool:
         device = inputs[0].device
-        with _same_random_numbers(device):
-            expected = _evaluate(compute, _own(inputs, needs), needs)
-        if expected is None:
-            return False
-        with _same_random_numbers(device):
-            graph = _Graph(space, inputs, needs, compute)
-        with _same_random_numbers(device), torch.no_grad():
-            graph.poison()
-            outputs = graph.forward(inputs)
-            grads = graph.backward([*map(_some_gradient, outputs)]) if any(needs) else []
-            found = [x for x in (*outputs, *grads) if x is not None]
-        if len(found) == len(expected) and all(map(_same_bits, found, expected)):
-            return graph
-        warnings.warn("kernels are launched one by one, as a CUDA graph of them gave other bits", stacklevel=5)
+        try:
+            with _same_random_numbers(device):
+                expected = _evaluate(compute, _own(inputs, needs), needs)
+            if expected is None:
+                return False
+            with _same_random_numbers(device):
+                graph = _Graph(space, inputs, needs, compute)
+            with _same_random_numbers(device):
+                found = graph.evaluate(inputs)
+        except Exception as error:  # any, as too little memory for it: the step itself shall run
+            reason = f"cannot be captured: {(str(error) or type(error).__name__).splitlines()[0]}"
+        else:
+            if len(found) == len(expected) and all(map(_same_bits, found, expected)):
+                return graph
+            reason = "gave other bits"
+        warnings.warn(f"kernels are launched one by one, as a CUDA graph of them {reason}", stacklevel=4)
         return False
 
 
 def _is_unusual(inputs: Tensors) -> bool:
     """Whether something else is going on than the computation, which a graph would not do."""
     if torch_private.dispatches(inputs) or recording.current() is not None or torch.is_anomaly_enabled():
-        return True
-    if torch.is_grad_enabled() and torch_private.saving_hooks():
         return True
     return cuda_graphs.is_capturing(inputs[0].device)
 
@@ -237,11 +223,15 @@ class _Graph:
         self._uses, self._held = prepack.Uses(weights.uses), weights.held
         self._made = self._uses.made()
 
-    def poison(self) -> None:
-        """Fill the outputs and gradients with NaN, so that what is not computed again is seen."""
-        for x in (*self._outputs, *self._found):
-            if x is not None:
-                x.fill_(torch.nan)
+    def evaluate(self, inputs: Tensors) -> list[Tensor]:
+        """As the function ``_evaluate``; before, all is NaN, so that what is not computed again is seen."""
+        with torch.no_grad():
+            for x in (*self._outputs, *self._found):
+                if x is not None:
+                    x.fill_(torch.nan)
+            outputs = self.forward(inputs)
+            grads = self.backward([*map(_some_gradient, outputs)]) if self._grads else []
+            return [x for x in (*outputs, *grads) if x is not None]
 
     def holds(self) -> bool:
         """Whether packed weights are where they were, with one look at them."""

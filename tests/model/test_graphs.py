@@ -144,6 +144,7 @@ def test_a_second_forward_pass_does_not_touch_what_the_first_has_kept():
     images = [image_of(seed=1), image_of(seed=2)]
     expected = [direct(model, lambda x=x: torch.autograd.grad(model(x).sum(), parameters)) for x in images]
     outputs = [model(image) for image in images]
+    assert not graphs_of(model)[0].space.is_free()
     with torch.no_grad():
         model(images[1])
     found = [torch.autograd.grad(y.sum(), parameters) for y in outputs]
@@ -155,6 +156,7 @@ def test_two_backward_passes_of_one_forward_pass():
     model, image = prepared(model_of(), image_of()), image_of(seed=3)
     parameters = [p for p in model.parameters() if p.requires_grad]
     y = model(image)
+    assert not graphs_of(model)[0].space.is_free()
     first = torch.autograd.grad(y.sum(), parameters, retain_graph=True)
     assert torch.equal(model(image_of(seed=4)), direct(model, model, image_of(seed=4)))
     second = torch.autograd.grad(y.sum(), parameters)
@@ -323,9 +325,8 @@ def test_a_moved_model_keeps_no_graph():
 
 def test_devices_and_streams_have_memory_of_their_own():
     own = Graphs()
-    spaces = [
-        own._space(stream, torch.device("cuda", i)) for stream in (0, 1) for i in range(torch.cuda.device_count() or 1)
-    ]
+    devices = torch.cuda.device_count() if ON_GPU else 2
+    spaces = [own._space(stream, torch.device("cuda", i)) for stream in (0, 1) for i in range(devices)]
     assert len({*map(id, spaces)}) == len(spaces) and own._space(0, torch.device("cuda", 0)) is spaces[0]
 
 

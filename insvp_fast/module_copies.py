@@ -1,4 +1,4 @@
-"""Modules that compute with other tensors in the place of their own."""
+"""Shallow copies of modules, which compute with other tensors in the place of their own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def with_tensors(module: M, own: Sequence[Tensor], given: Sequence[Tensor], but:
     """
     if all(x is y for x, y in zip(own, given, strict=True)):
         return module
-    return _twin(module, {id(x): y for x, y in zip(own, given, strict=True)}, but)
+    return _copy(module, {id(x): y for x, y in zip(own, given, strict=True)}, but)
 
 
-def _twin(module: M, tensors: Mapping[int, Tensor], but: nn.Module) -> M:
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__.pop("_memo", None)  # of coverage, which rests on the tensors
+def _copy(module: M, tensors: Mapping[int, Tensor], but: nn.Module) -> M:
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.pop("_memo", None)  # of coverage, which rests on the tensors
     parameters: dict[str, Any] = {name: tensors.get(id(p), p) for name, p in module._parameters.items()}
-    twin._parameters = parameters
-    twin._modules = {
-        name: child if child is None or child is but else _twin(child, tensors, but)
+    copy._parameters = parameters
+    copy._modules = {
+        name: child if child is None or child is but else _copy(child, tensors, but)
         for name, child in module._modules.items()
     }
-    return twin
+    return copy
