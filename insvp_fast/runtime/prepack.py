@@ -23,7 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -142,16 +142,20 @@ class Use:
             return _tensors(packed(self.sources, self.name, self.make, look=False))
 
 
+class _Known(NamedTuple):
+    """What is known of the weights of ``Uses``; no records, which would keep alive what was made."""
+
+    state: list[object]  # what PyTorch knew of them
+    records: list[weakref.ref[_Record] | None]
+    broken: Callable[[], bool]  # by one look at all of these
+
+
 class Uses:
     """All packed weights that a program of native calls, or a CUDA graph, uses."""
 
     def __init__(self, uses: Sequence[Use] = ()) -> None:
         self._uses = [*uses]
-        # of these fingerprints; no records, which would keep alive what was made
-        self._look: tuple[list[Fingerprint], Callable[[], bool]] = [], lambda: False
-        # what PyTorch knows of all weights, and what was known of them here when it knew the same
-        self._state: list[object] = []
-        self._known: list[weakref.ref[_Record] | None] = []
+        self._last: _Known | None = None  # at once, as other threads may ask
 
     def add(self, use: Use) -> int:
         """Its number."""
@@ -167,23 +171,23 @@ class Uses:
         state: list[object] = [_changes, len(self._uses)]
         for use in self._uses:
             state += [None if w is None else (place(w), w._version, w.data_ptr()) for w in use.sources]
-        found: list[_Record | None]
-        if state == self._state:  # and no storage is gone, or its record would have been dropped
-            found = [None if known is None else known() for known in self._known]
+        last, found = self._last, list[_Record | None]()
+        if last is not None and state == last.state:  # and no storage is gone, or its record would have been dropped
+            found = [None if known is None else known() for known in last.records]
         else:
             if not all(use.fits() for use in self._uses):
                 return None
             found = [use.known() for use in self._uses]
-            self._state, self._known = state, [None if r is None else weakref.ref(r) for r in found]
-        looked_at = {r.key: r for use, r in zip(self._uses, found, strict=True) if use.look and r is not None}
-        fingerprints, (before, broken) = [record.fingerprint for record in looked_at.values()], self._look
-        if [*map(id, fingerprints)] != [*map(id, before)]:
-            broken = look_at(fingerprints)
-            self._look = fingerprints, broken
-        if broken():
-            _drop_broken(looked_at)  # a look at each alone would be one at its next sample
+            records = [None if r is None else weakref.ref(r) for r in found]
+            look = look_at([record.fingerprint for record in self._looked_at(found).values()])
+            last = self._last = _Known(state, records, look)
+        if last.broken():
+            _drop_broken(self._looked_at(found))  # a look at each alone would be one at its next sample
             found = [None] * len(found)
         return [use.made(record) for use, record in zip(self._uses, found, strict=True)]
+
+    def _looked_at(self, found: Sequence[_Record | None]) -> dict[object, _Record]:
+        return {r.key: r for use, r in zip(self._uses, found, strict=True) if use.look and r is not None}
 
 
 def _tensors(made: Any) -> tuple[Tensor | None, ...]:

@@ -2,9 +2,9 @@
 
 A model of twelve blocks calls the native library some ninety times, and twice as often in a training step. Between two
 calls Python checks arguments, looks up packed weights and asks for memory, while the processor waits with cold caches.
-A program runs the same calls in the same order, so it computes the same bits; only memory differs. The address of each
-tensor is recorded as a place in a piece of memory, which is found again when the program runs: given memory, new memory
-for what the calls write, a packed weight, or a tensor that lasts.
+A program makes the same calls in the same order, within one call of the library, so it computes the same bits; only
+memory differs. The address of each tensor is recorded as a place in a piece of memory, which is found again when the
+program runs: given memory, new memory for what the calls write, a packed weight, or a tensor that lasts.
 
 A tensor of which nothing is known would have an address that means nothing later. So one that comes from anywhere else,
 or something else than native calls between them, makes what is recorded no program.
@@ -81,14 +81,6 @@ class Memory(NamedTuple):
         return self.new[piece.number] if isinstance(piece, New) else self.packed[piece.use][piece.number]
 
 
-class _Place(NamedTuple):
-    """Where an argument points to."""
-
-    argument: int
-    piece: int
-    offset: int  # bytes
-
-
 class Program:
     """Recorded calls. Of what they read and write, nothing is kept but tensors that last.
 
@@ -97,7 +89,7 @@ class Program:
     """
 
     def __init__(self, recorder: Recorder, outputs: Sequence[tuple[int, Tensor] | None]) -> None:
-        self._calls, self._pieces, self._uses = recorder.calls, recorder.pieces, recorder.uses
+        self.steps, self._pieces, self._uses = native.Steps(recorder.calls), recorder.pieces, recorder.uses
         self._lasting = [piece for piece in recorder.pieces if isinstance(piece, Lasting)]
         self.read = [*recorder.uses.weights(), *(piece.tensor for piece in self._lasting)]
         self._new: list[tuple[Sequence[int], torch.dtype]] = [((nbytes,), torch.uint8) for nbytes in recorder.sizes]
@@ -119,12 +111,7 @@ class Program:
         if poison:
             for x in memory.new:
                 x.view(-1).view(torch.uint8).fill_(0xFF)
-        starts = [*map(memory.start, self._pieces)]
-        for call, places in self._calls:
-            args = [*call.args]
-            for argument, piece, offset in places:
-                args[argument] = starts[piece] + offset
-            call.run(args)
+        self.steps.run([*map(memory.start, self._pieces)])
         return memory
 
     def outputs(self, memory: Memory) -> tuple[Tensor | None, ...]:
@@ -155,7 +142,7 @@ class Recorder:
     """
 
     def __init__(self, given: Sequence[Tensor], before: Recorder | None = None) -> None:
-        self.calls: list[tuple[native.Call, list[_Place]]] = []
+        self.calls: list[tuple[native.Call, list[native.Place]]] = []
         self.pieces: list[Piece] = []
         self.sizes: list[int] = []  # of new memory, in bytes
         self.uses = Uses()
@@ -226,7 +213,7 @@ class Recorder:
                 if (place := self._pointers.get(value)) is None:
                     self._runs_again = False
                 else:
-                    places.append(_Place(argument, *place))
+                    places.append(native.Place(argument, *place))
         self._pointers.clear()
         self.calls.append((call, places))
         call()

@@ -101,7 +101,7 @@ def test_a_program_gives_the_bits_of_what_is_prepared_anew(kind, autocast):
             for image, first, second in zip(images, found, again, strict=True):
                 assert torch.equal(first, second) and torch.equal(first, prepared(model, image))
                 assert first.isfinite().all()
-    assert [len(program._calls) for program in programs_of(model) if program] == 2 * expected
+    assert [len(program.steps) for program in programs_of(model) if program] == 2 * expected
 
 
 def first_block(model):
@@ -558,8 +558,8 @@ def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(name, config
     fewer = [calls - 7 if i == 0 else calls for i, calls in enumerate(expected)]
     fewer = [calls for calls in fewer if calls > 7]
     pairs = [program for program in programs_of(model) if program]
-    assert [len(pair.forward._calls) for pair in pairs] == 2 * fewer
-    assert [len(pair.backward._calls) for pair in pairs] == 2 * [calls + 2 * (calls % 7 > 0) for calls in fewer]
+    assert [len(pair.forward.steps) for pair in pairs] == 2 * fewer
+    assert [len(pair.backward.steps) for pair in pairs] == 2 * [calls + 2 * (calls % 7 > 0) for calls in fewer]
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])

@@ -69,7 +69,7 @@ def test_a_program_takes_the_calls_of_those_inside():
 
     for seed in range(3):
         (program,) = run(outer, torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)), nested)
-        assert len(program._calls) == 3
+        assert len(program.steps) == 3
 
 
 @torch.no_grad()

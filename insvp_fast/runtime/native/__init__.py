@@ -27,6 +27,7 @@ from insvp_fast.runtime.native.fingerprint import LINES, Checksums, Look
 from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatus, available, native_status
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
+from insvp_fast.runtime.native.program import Place, Steps
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
 from insvp_fast.runtime.native.weighted_sum import weighted_sum
 from insvp_fast.runtime.recording import interrupt, lasting
@@ -39,6 +40,8 @@ __all__ = [
     "Checksums",
     "Look",
     "NativeStatus",
+    "Place",
+    "Steps",
     "Windows",
     "absorbed_attention_bwd_rows",
     "absorbed_attention_bwd_tokens",

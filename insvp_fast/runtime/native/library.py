@@ -18,7 +18,7 @@ from torch import Tensor
 
 from insvp_fast.runtime import recording
 
-ABI = 10  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
+ABI = 11  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(TYPE_CODES)
@@ -179,7 +179,7 @@ def call(name: str, argtypes: Sequence[type], *args: object) -> None:
 
 
 def launch(name: str, argtypes: Sequence[type], *args: object) -> None:
-    """As ``call``, of what a program may run again on other memory (``runtime/programs.py``).
+    """As ``call``, of what a program may run again on other memory (``runtime/programs.py``): in C++ it is a step too.
 
     Its tensors have to be given by ``pointer`` or ``address``, and their values may decide over nothing here.
     """

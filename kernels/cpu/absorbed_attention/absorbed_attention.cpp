@@ -4,6 +4,7 @@
 #include "absorbed_attention.h"
 
 #include "common/host.h"
+#include "common/step.h"
 
 namespace insvp_fast {
 namespace {
@@ -51,3 +52,6 @@ INSVP_FAST_API int absorbed_attention_tokens(
                             array(d_x)};
   return for_parts(kernels.tokens, args, B, S, kTokens, kernels.floats_of_tokens(args), threads);
 }
+
+INSVP_FAST_STEP(absorbed_attention_rows)
+INSVP_FAST_STEP(absorbed_attention_tokens)

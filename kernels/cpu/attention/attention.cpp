@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/host.h"
+#include "common/step.h"
 
 namespace insvp_fast {
 namespace {
@@ -103,3 +104,6 @@ INSVP_FAST_API int attention_bwd(
   const int64_t scratch_size = kBwdTokens * a.tokens + kBwdScores * a.scores + a.lines;
   return for_each_head(a, num_keys, scratch_size, threads, kernels(type).bwd);
 }
+
+INSVP_FAST_STEP(attention_fwd)
+INSVP_FAST_STEP(attention_bwd)

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "common/step.h"
 #include "layout.h"
 
 namespace insvp_fast {
@@ -204,3 +205,5 @@ INSVP_FAST_API int conv_pool_bwd(
   if (d_x && pool_input_gradient(a, w, threads)) return -1;
   return pool_weight_gradient(a, dw, db, threads);
 }
+
+INSVP_FAST_STEP(conv_fwd)

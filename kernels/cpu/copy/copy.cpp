@@ -1,8 +1,8 @@
 // copy: from one strided tensor to another, or zeros. Numbers that follow one another in both are one run of bytes.
 #include <cstring>
 
-#include "common/abi.h"
 #include "common/sizes.h"
+#include "common/step.h"
 
 namespace {
 
@@ -26,3 +26,5 @@ INSVP_FAST_API int copy(void* to, const void* from, int64_t run, int64_t n0, int
         }
   return 0;
 }
+
+INSVP_FAST_STEP(copy)

@@ -6,6 +6,7 @@
 
 #include "common/bf16.h"
 #include "common/host.h"
+#include "common/step.h"
 
 namespace insvp_fast {
 namespace {
@@ -148,3 +149,5 @@ INSVP_FAST_API int linear(
   });
   return 0;
 }
+
+INSVP_FAST_STEP(linear)

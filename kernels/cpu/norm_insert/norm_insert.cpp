@@ -3,6 +3,7 @@
 #include "norm_insert.h"
 
 #include "common/host.h"
+#include "common/step.h"
 
 namespace insvp_fast {
 namespace {
@@ -49,3 +50,6 @@ INSVP_FAST_API int norm_insert_bwd(
       {d_prompts, DType(d_prompts_type)}};
   return for_rows(best_kernels<NormInsertKernels>(isa()).bwd, args, B, threads);
 }
+
+INSVP_FAST_STEP(norm_insert_fwd)
+INSVP_FAST_STEP(norm_insert_bwd)

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/host.h"
+#include "common/step.h"
 
 namespace insvp_fast {
 namespace {
@@ -129,3 +130,5 @@ INSVP_FAST_API int superpose_bwd(
   finish(out, partial_at(partials, g), patch_weight, g);
   return 0;
 }
+
+INSVP_FAST_STEP(superpose_fwd)

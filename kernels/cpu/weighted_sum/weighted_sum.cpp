@@ -3,6 +3,7 @@
 #include "weighted_sum.h"
 
 #include "common/host.h"
+#include "common/step.h"
 
 using namespace insvp_fast;
 
@@ -23,3 +24,5 @@ INSVP_FAST_API int weighted_sum(
   }
   return 0;
 }
+
+INSVP_FAST_STEP(weighted_sum)

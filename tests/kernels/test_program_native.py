@@ -1,0 +1,110 @@
+"""Native calls that run one after another in C++, against the same calls one by one."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from insvp_fast.runtime import native, recording
+from insvp_fast.runtime.native import attention, library
+from insvp_fast.runtime.programs import Recorder
+from tests.kernels.native_checks import needs_library
+
+pytestmark = needs_library
+
+
+def some_calls(to, middle, x):
+    """With numbers with a fraction, strides and offsets in bytes, and an absent tensor."""
+    native.weighted_sum(middle, x, -0.3, None, 0.0)
+    native.copy(to, middle.expand(2, *middle.shape))
+    native.copy(middle[0], None)
+
+
+def memory(seed):
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed))
+    return torch.full((2, 3, 50), torch.nan), torch.full_like(x, torch.nan), x
+
+
+def recorded(function, tensors):
+    recorder = Recorder(tensors)
+    recording.record(recorder, lambda: function(*tensors))
+    return recorder.calls
+
+
+def steps_of(function, tensors):
+    return native.Steps(recorded(function, tensors))
+
+
+def run(steps, tensors):
+    steps.run([x.untyped_storage().data_ptr() for x in tensors])
+
+
+def test_calls_run_again_on_other_memory():
+    steps = steps_of(some_calls, memory(0))
+    assert len(steps) == 3
+    for seed in range(1, 4):
+        found, expected = memory(seed), memory(seed)
+        run(steps, found)
+        some_calls(*expected)
+        assert all(map(torch.equal, found, expected)) and not found[0].isnan().any()
+
+
+def test_places_are_offsets_in_pieces_of_memory():
+    def halves(x):
+        native.copy(x[4:], x[:4])
+
+    steps = steps_of(halves, [torch.zeros(8)])
+    x = torch.arange(8.0)
+    run(steps, [x])
+    assert x.tolist() == [0, 1, 2, 3] * 2
+
+
+def test_threads_may_run_the_same_calls():
+    steps = steps_of(some_calls, memory(0))
+    found = [memory(seed) for seed in range(8)]
+
+    def repeat(tensors):
+        for _ in range(200):
+            run(steps, tensors)
+
+    threads = [threading.Thread(target=repeat, args=(tensors,)) for tensors in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, tensors in enumerate(found):
+        expected = memory(seed)
+        some_calls(*expected)
+        assert all(map(torch.equal, tensors, expected))
+
+
+def test_the_first_failure_ends_the_run():
+    x, to = torch.ones(4), torch.zeros(4)
+    too_large = [None, 0, *[None] * 4, None, 1, 1, 1, 2**40, 1, 1, 1.0]  # attention to a million million prompts
+    failing = library.Call("attention_fwd", None, attention._FWD, too_large)
+    before, after = (recorded(lambda to, x, n=n: native.copy(to[n : n + 2], x[n : n + 2]), (to, x)) for n in (0, 2))
+    to.zero_()
+    with pytest.raises(MemoryError, match="program"):
+        run(native.Steps([*before, (failing, []), *after]), (to, x))
+    assert to.tolist() == [1, 1, 0, 0]
+
+
+def test_no_calls():
+    native.Steps([]).run([])
+
+
+def test_what_may_be_recorded_is_a_step_and_nothing_else():
+    native_folder, kernels = Path(library.__file__).parent, Path(__file__).parents[2] / "kernels" / "cpu"
+    launched = {
+        name for file in native_folder.glob("*.py") for name in re.findall(r'launch\(\s*"(\w+)"', file.read_text())
+    }
+    steps = [
+        name
+        for file in kernels.glob("*/*.cpp")
+        for name in re.findall(r"^INSVP_FAST_STEP\((\w+)\)", file.read_text(), re.M)
+    ]
+    assert launched and sorted(launched) == sorted(steps)
