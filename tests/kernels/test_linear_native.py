@@ -60,6 +60,18 @@ def test_parity(isa, dtype, M, K, N):
     check_activation(torch.randn(M, N).to(dtype), weight.T, None)  # the transposed weight, as in backward
 
 
+@pytest.mark.parametrize("N", [3072, 3080])
+def test_the_argument_of_an_activation_that_leaves_the_caches(isa, threads, N):
+    """With matrix tiles 4 MB of whole lines are written past them: the same bits as a small matrix at a time."""
+    threads(2)
+    x, weight, bias = inputs(700, 33, N, BF16)
+    packed, code = native.pack_linear(weight, BF16), ACTIVATIONS.index("gelu")
+    pre, hidden = native.linear_activation(x, packed, bias, N, code)
+    parts = [native.linear_activation(part, packed, bias, N, code) for part in x.split(97)]
+    assert torch.equal(pre, torch.cat([part for part, _ in parts]))
+    assert torch.equal(hidden, torch.cat([part for _, part in parts]))
+
+
 @each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_parity_of_activations(isa, dtype, activation):

@@ -72,6 +72,15 @@ Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, i
   return d;
 }
 
+// Whether a matrix is so large that it has left the caches when backward reads it, and consists of whole cache lines, each
+// a row of a panel.
+bool leaves_caches(const LinearKernels& kernels, Array pre, int64_t M, int64_t N) {
+  constexpr int64_t kLineBytes = 64, kLarge = 4 << 20;
+  const int64_t size = size_of(pre.type);
+  return pre.data && kernels.columns * size == kLineBytes && N * size % kLineBytes == 0 &&
+         reinterpret_cast<uintptr_t>(pre.data) % kLineBytes == 0 && M * N * size >= kLarge;
+}
+
 struct Weight {
   const void* data;
   int64_t N, K, row_stride, column_stride;
@@ -140,8 +149,10 @@ INSVP_FAST_API int linear(
   Workspace memory(threads * d.scratch);
   if (!memory.base) return -1;
 
-  const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)},
-                    {pre, DType(pre_type)}, Epilogue(epilogue), Activation(activation), N, K};
+  const Array kept{pre, DType(pre_type)};
+  const bool pre_leaves = Epilogue(epilogue) == Epilogue::activate && leaves_caches(k, kept, M, N);
+  const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)}, kept,
+                    pre_leaves, Epilogue(epilogue), Activation(activation), N, K};
   for_each_job(d.down * d.across, threads, memory.base, d.scratch, [&](int64_t block, float* own) {
     const Range rows = part(block / d.across, d.down, M, k.rows);
     const Range columns = part(block % d.across, d.across, N, k.columns);

@@ -25,6 +25,7 @@ struct Linear {
   const void* w;
   const float* bias;  // null: absent
   Array y, pre;       // [M, N]
+  bool pre_leaves;    // the caches before it is read, so that it is written past them
   Epilogue epilogue;
   Activation activation;
   int64_t N, K;
