@@ -14,8 +14,11 @@ inline void for_each(int64_t size, F f) {
   if (i < size) f(i, size - i);
 }
 
-// Prefetches a line of the next row, which will be written.
-inline void expect(Array to, int64_t at) {
+// Prefetches a line of the next row, to be read, or to be written. The processor does so only within a page of memory.
+inline void expect(Array from, int64_t at) {
+  if (from.data) __builtin_prefetch(static_cast<const char*>(from.data) + at * size_of(from.type), 0);
+}
+inline void expect_write(Array to, int64_t at) {
   if (to.data) __builtin_prefetch(static_cast<const char*>(to.data) + at * size_of(to.type), 1);
 }
 
@@ -48,8 +51,10 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
       vec v = load_some(x + i, n) - mean;
       if (n < kWidth) v = (vec)((bits32)v & is_one_of_the_first(n));
       squares += v * v;
-      expect(a.total, token + D + i);
-      expect(a.normed, (row + 1) * D + i);
+      expect(a.residual, token + D + i);
+      expect(a.branch, token + D + i);
+      expect_write(a.total, token + D + i);
+      expect_write(a.normed, (row + 1) * D + i);
     });
     const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / D + a.eps);
     a.rstd[row] = rstd;
@@ -75,8 +80,11 @@ __attribute__((flatten)) void norm_insert_bwd_rows(const NormInsertBwd& args, in
       store_some(g + i, v, n);
       sums += v;
       products += v * read(a.xhat, row * D + i, n);
-      expect(a.d_residual, token + D + i);
-      expect(a.d_branch, token + D + i);
+      expect(a.grad_normed, (row + 1) * D + i);
+      expect(a.xhat, (row + 1) * D + i);
+      expect(a.grad_total, token + D + i);
+      expect_write(a.d_residual, token + D + i);
+      expect_write(a.d_branch, token + D + i);
     });
     const float mean = a.center ? sum(sums) / D : 0.0f, along = sum(products) / D, rstd = a.rstd[row];
     for_each(D, [&](int64_t i, int64_t n) {
