@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md: who imports whom, where imports stand, and how long files and functions are."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,13 @@ def test_nobody_edits_the_path_or_draws_rules(path):
 )
 def test_native_sources_are_short(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def names_in(paths, pattern):
+    return sorted({name for path in paths for name in re.findall(pattern, path.read_text(), re.MULTILINE)})
+
+
+def test_programs_can_call_what_is_launched_and_nothing_else():
+    launched = names_in((PACKAGE / "runtime" / "native").glob("*.py"), r'launch\(\s*"(\w+)"')
+    steps = names_in((ROOT / "kernels" / "cpu").glob("*/*.cpp"), r"^INSVP_FAST_STEP\((\w+)\)")
+    assert launched and launched == steps

@@ -20,6 +20,7 @@ that they were made of: capture a graph after a warm-up, and again when weights 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,8 @@ class _Record:
 
 _records: dict[object, _Record] = {}  # by where the weights are; without those whose weights are gone
 _captured: dict[object, list[Any]] = {}  # by the same: what CUDA graphs read, until the weights are gone
-_changes = 0  # of the records: how often one was added or dropped
+_counter = itertools.count(1)
+_changes = 0  # another number whenever a record was added or dropped
 
 
 def packed(sources: Sequence[Tensor | None], name: object, make: Callable[[], T], *, look: bool = True) -> T:
@@ -142,10 +144,10 @@ class Use:
             return _tensors(packed(self.sources, self.name, self.make, look=False))
 
 
-class _Known(NamedTuple):
-    """What is known of the weights of ``Uses``; no records, which would keep alive what was made."""
+class _Found(NamedTuple):
+    """What ``Uses`` found last; the records by weak references, as they would keep alive what was made."""
 
-    state: list[object]  # what PyTorch knew of them
+    state: list[object]  # what PyTorch knew of the weights
     records: list[weakref.ref[_Record] | None]
     broken: Callable[[], bool]  # by one look at all of these
 
@@ -155,7 +157,7 @@ class Uses:
 
     def __init__(self, uses: Sequence[Use] = ()) -> None:
         self._uses = [*uses]
-        self._last: _Known | None = None  # at once, as other threads may ask
+        self._last: _Found | None = None  # one object, of which another thread never sees half
 
     def add(self, use: Use) -> int:
         """Its number."""
@@ -180,7 +182,7 @@ class Uses:
             found = [use.known() for use in self._uses]
             records = [None if r is None else weakref.ref(r) for r in found]
             look = look_at([record.fingerprint for record in self._looked_at(found).values()])
-            last = self._last = _Known(state, records, look)
+            last = self._last = _Found(state, records, look)
         if last.broken():
             _drop_broken(self._looked_at(found))  # a look at each alone would be one at its next sample
             found = [None] * len(found)
@@ -253,14 +255,15 @@ def _drop_broken(records: Mapping[object, _Record]) -> int:
 
 def _add(record: _Record) -> _Record:
     global _changes
-    _records[record.key], _changes = record, _changes + 1
+    _records[record.key] = record
+    _changes = next(_counter)
     return record
 
 
 def _drop(key: object) -> None:
     global _changes
-    _changes += 1
     _records.pop(key, None)
+    _changes = next(_counter)
 
 
 def _is_current(record: _Record, storages: Sequence[UntypedStorage], state: list[int], look: bool) -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from insvp_fast.runtime import native
 from insvp_fast.runtime.activations import ACTIVATIONS
+from insvp_fast.runtime.native.library import address, call, pointer
+from insvp_fast.runtime.native.linear import _LINEAR
 from insvp_fast.testing import assert_within_budget
 from tests.activations import FORMULAS
 from tests.kernels.native_checks import BF16, F32, assert_same_bits, needs_library
@@ -60,16 +62,32 @@ def test_parity(isa, dtype, M, K, N):
     check_activation(torch.randn(M, N).to(dtype), weight.T, None)  # the transposed weight, as in backward
 
 
+@each_dtype
 @pytest.mark.parametrize("N", [3072, 3080])
-def test_the_argument_of_an_activation_that_leaves_the_caches(isa, threads, N):
-    """With matrix tiles 4 MB of whole lines are written past them: the same bits as a small matrix at a time."""
+def test_a_large_argument_of_an_activation(isa, threads, dtype, N):
+    """With matrix tiles, 4 MB of whole cache lines are written past the caches: the bits of a few rows at a time."""
     threads(2)
-    x, weight, bias = inputs(700, 33, N, BF16)
-    packed, code = native.pack_linear(weight, BF16), ACTIVATIONS.index("gelu")
+    x, weight, bias = inputs(700, 33, N, dtype)
+    packed, code = native.pack_linear(weight, dtype), ACTIVATIONS.index("gelu")
     pre, hidden = native.linear_activation(x, packed, bias, N, code)
     parts = [native.linear_activation(part, packed, bias, N, code) for part in x.split(97)]
     assert torch.equal(pre, torch.cat([part for part, _ in parts]))
     assert torch.equal(hidden, torch.cat([part for _, part in parts]))
+
+
+def test_a_large_argument_that_begins_within_a_cache_line(isa):
+    M, K, N = 700, 33, 3072
+    x, weight, bias = inputs(M, K, N, BF16)
+    packed, code = native.pack_linear(weight, BF16), ACTIVATIONS.index("gelu")
+    shifted, hidden = torch.empty(M * N + 1, dtype=BF16)[1:].view(M, N), torch.empty(M, N, dtype=BF16)
+    pointers = [number for t in (x, packed) for number in pointer(t)] + [
+        address(bias),
+        *pointer(hidden),
+        *pointer(shifted),
+    ]
+    call("linear", _LINEAR, *pointers, 1, code, M, N, K, M, 0, K)
+    pre, expected = native.linear_activation(x, packed, bias, N, code)
+    assert torch.equal(shifted, pre) and torch.equal(hidden, expected)
 
 
 @each_dtype

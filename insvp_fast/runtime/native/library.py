@@ -158,14 +158,10 @@ class Call:
 
     def __call__(self) -> None:
         """Raises MemoryError where there is no memory for its workspace."""
-        self.run(self.args)
-
-    def run(self, args: Sequence[Any]) -> None:
-        """As the call, with other arguments."""
         global _computed_in_threads
         count = torch.get_num_threads()
         _computed_in_threads |= count > 1
-        if self.compute(*args, count):
+        if self.compute(*self.args, count):
             raise MemoryError(f"{self.name}: no memory for the workspace")
 
 

@@ -36,15 +36,16 @@ class Steps:
             steps += ctypes.cast(step, ptr).value or 0, len(slots)
             for place in own:
                 places += len(slots) + place.argument, place.piece, place.offset
-            slots += map(_slot, one.args, one.argtypes)
+            slots += [_slot(value, kind) for value, kind in zip(one.args, one.argtypes, strict=True)]
         self._tables = [(i64 * len(numbers))(*numbers) for numbers in (steps, slots, places)]
-        counts = len(steps) // 2, len(slots), len(places) // 3
+        self._count = len(calls)
+        counts = len(calls), len(slots), len(places) // 3
         self._arguments = [
             x for table, n in zip(self._tables, counts, strict=True) for x in (ctypes.addressof(table), n)
         ]
 
     def __len__(self) -> int:
-        return self._arguments[1]
+        return self._count
 
     def run(self, starts: Sequence[int]) -> None:
         """Run the calls where the pieces of memory begin at these addresses.

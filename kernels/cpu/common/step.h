@@ -11,9 +11,10 @@ namespace {
 struct Slot {
   uint64_t bits;
 
-  // A number that is shorter is in the low bits, which come first in memory.
+  // A number that is shorter is in the low bits.
   template <class T>
   operator T() const {
+    static_assert(sizeof(T) <= sizeof bits && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
     T value;
     __builtin_memcpy(&value, &bits, sizeof value);
     return value;

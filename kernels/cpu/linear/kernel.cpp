@@ -8,6 +8,7 @@
 
 template <>
 const LinearKernels& insvp_fast::kernels_for<LinearKernels, Isa::INSVP_FAST_ISA>() {
-  static constexpr LinearKernels kernels{kRows, kColumns, kFactors, kDepth, kStep, kBlocks, kMostRows, linear_block};
+  static constexpr LinearKernels kernels{kRows,   kColumns,  kFactors,    kDepth,      kStep,
+                                         kBlocks, kMostRows, kPastCaches, linear_block};
   return kernels;
 }

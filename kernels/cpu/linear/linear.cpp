@@ -72,13 +72,13 @@ Division divide(const LinearKernels& kernels, int64_t M, int64_t N, int64_t K, i
   return d;
 }
 
-// Whether a matrix is so large that it has left the caches when backward reads it, and consists of whole cache lines, each
-// a row of a panel.
-bool leaves_caches(const LinearKernels& kernels, Array pre, int64_t M, int64_t N) {
-  constexpr int64_t kLineBytes = 64, kLarge = 4 << 20;
-  const int64_t size = size_of(pre.type);
-  return pre.data && kernels.columns * size == kLineBytes && N * size % kLineBytes == 0 &&
-         reinterpret_cast<uintptr_t>(pre.data) % kLineBytes == 0 && M * N * size >= kLarge;
+// Whether a matrix that is written here is better written past the caches: whole cache lines, and so many that writing
+// them so was measured to be faster.
+bool goes_past_caches(const LinearKernels& kernels, Array pre, int64_t M, int64_t N) {
+  constexpr int64_t kLineBytes = 64, kMany = 4 << 20;
+  const int64_t row = N * size_of(pre.type);
+  const bool lines = row % kLineBytes == 0 && reinterpret_cast<uintptr_t>(pre.data) % kLineBytes == 0;
+  return kernels.past_caches && pre.data && pre.type == DType::bf16 && lines && M * row >= kMany;
 }
 
 struct Weight {
@@ -150,9 +150,9 @@ INSVP_FAST_API int linear(
   if (!memory.base) return -1;
 
   const Array kept{pre, DType(pre_type)};
-  const bool pre_leaves = Epilogue(epilogue) == Epilogue::activate && leaves_caches(k, kept, M, N);
+  const bool past_caches = Epilogue(epilogue) == Epilogue::activate && goes_past_caches(k, kept, M, N);
   const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)}, kept,
-                    pre_leaves, Epilogue(epilogue), Activation(activation), N, K};
+                    past_caches, Epilogue(epilogue), Activation(activation), N, K};
   for_each_job(d.down * d.across, threads, memory.base, d.scratch, [&](int64_t block, float* own) {
     const Range rows = part(block / d.across, d.down, M, k.rows);
     const Range columns = part(block % d.across, d.across, N, k.columns);

@@ -25,7 +25,7 @@ struct Linear {
   const void* w;
   const float* bias;  // null: absent
   Array y, pre;       // [M, N]
-  bool pre_leaves;    // the caches before it is read, so that it is written past them
+  bool pre_past_caches;  // whether pre, which backward reads much later, is written past them
   Epilogue epilogue;
   Activation activation;
   int64_t N, K;
@@ -43,6 +43,7 @@ struct LinearKernels {
   int64_t step;           // the words of a sum are a multiple of it
   int64_t blocks;         // that each of several threads gets at least, so that none waits long at the end
   int64_t most_rows;      // of a block
+  bool past_caches;       // whether bf16 can be written past the caches
   void (*block)(const Linear&, const LinearBlock&, float* scratch);
 };
 

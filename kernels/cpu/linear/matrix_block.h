@@ -23,7 +23,7 @@ struct Unfinished {
     finish(a, sums, row, rows, column);
     for (int64_t m = row; m < row + rows && next_column > column; ++m) {
       expect(a.y, m * a.N + next_column);
-      if (a.pre.data && !a.pre_leaves) expect(a.pre, m * a.N + next_column);
+      if (a.pre.data && !a.pre_past_caches) expect(a.pre, m * a.N + next_column);
     }
     row += rows;
     sums += rows * kColumns;
@@ -70,7 +70,7 @@ void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
     }
   }
   before.finish_some(a, b.rows);
-  if (a.pre_leaves) _mm_sfence();  // for threads that read it
+  if (a.pre_past_caches) _mm_sfence();  // for threads that read it
 }
 
 }  // namespace

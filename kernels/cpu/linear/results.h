@@ -44,15 +44,16 @@ inline void write_row(Array to, int64_t at, const Row& row, int64_t columns) {
   else write_row(static_cast<bf16*>(to.data) + at, row, columns);
 }
 
-#ifdef INSVP_FAST_AMX
-// Writes a row of a WHOLE panel in bf16: a cache line, which is then not read before.
+// Writes a row of a WHOLE panel in bf16. With matrix tiles it is a cache line, which is then not read before.
 inline void write_past_caches(Array to, int64_t at, const Row& row) {
+#ifdef INSVP_FAST_AMX
+  static_assert(kColumns * sizeof(bf16) == 64);
   const __m512bh line = _mm512_cvtne2ps_pbh((__m512)row.at[1], (__m512)row.at[0]);
   _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<bf16*>(to.data) + at), (__m512i)line);
-}
 #else
-inline void write_past_caches(Array, int64_t, const Row&) {}
+  write_row(to, at, row, kColumns);
 #endif
+}
 
 // Makes rows of results, of a WHOLE panel or of one at the edge of y, from their sums.
 template <Epilogue EPILOGUE, Activation ACTIVATION, bool WHOLE>
@@ -65,7 +66,7 @@ void finish_rows(const Linear& a, const float* sums, int64_t row, int64_t rows, 
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) y.at[v] = load(sums + v * kWidth) + bias.at[v];
     if constexpr (EPILOGUE == Epilogue::activate) {
-      if (WHOLE && a.pre_leaves) write_past_caches(a.pre, at, y);
+      if (WHOLE && a.pre_past_caches) write_past_caches(a.pre, at, y);
       else if (a.pre.data) write_row(a.pre, at, y, columns);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) y.at[v] = activate<kRough>(ACTIVATION, y.at[v]);

@@ -14,8 +14,8 @@ inline void for_each(int64_t size, F f) {
   if (i < size) f(i, size - i);
 }
 
-// Prefetches a line of the next row, to be read, or to be written. The processor does so only within a page of memory.
-inline void expect(Array from, int64_t at) {
+// Prefetch a line of the next row, which may be in another page of memory: there the processor's own prefetching ends.
+inline void expect_read(Array from, int64_t at) {
   if (from.data) __builtin_prefetch(static_cast<const char*>(from.data) + at * size_of(from.type), 0);
 }
 inline void expect_write(Array to, int64_t at) {
@@ -29,6 +29,7 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
   const int64_t S = a.T + a.L, D = a.D;
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = row / S, s = row % S, token = (b * a.T + s) * D;
+    const bool next_is_token = s + 1 < a.T;
     vec total = {};
     if (s < a.T) {
       for_each(D, [&](int64_t i, int64_t n) {
@@ -51,9 +52,11 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
       vec v = load_some(x + i, n) - mean;
       if (n < kWidth) v = (vec)((bits32)v & is_one_of_the_first(n));
       squares += v * v;
-      expect(a.residual, token + D + i);
-      expect(a.branch, token + D + i);
-      expect_write(a.total, token + D + i);
+      if (next_is_token) {
+        expect_read(a.residual, token + D + i);
+        expect_read(a.branch, token + D + i);
+        expect_write(a.total, token + D + i);
+      }
       expect_write(a.normed, (row + 1) * D + i);
     });
     const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / D + a.eps);
@@ -73,6 +76,7 @@ __attribute__((flatten)) void norm_insert_bwd_rows(const NormInsertBwd& args, in
   const int64_t S = a.T + a.L, D = a.D;
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = row / S, s = row % S, token = (b * a.T + s) * D, prompt = (b * a.L + s - a.T) * D;
+    const bool next_is_token = s + 1 < a.T;
     vec sums = {}, products = {};
     for_each(D, [&](int64_t i, int64_t n) {
       vec v = read(a.grad_normed, row * D + i, n);
@@ -80,11 +84,13 @@ __attribute__((flatten)) void norm_insert_bwd_rows(const NormInsertBwd& args, in
       store_some(g + i, v, n);
       sums += v;
       products += v * read(a.xhat, row * D + i, n);
-      expect(a.grad_normed, (row + 1) * D + i);
-      expect(a.xhat, (row + 1) * D + i);
-      expect(a.grad_total, token + D + i);
-      expect_write(a.d_residual, token + D + i);
-      expect_write(a.d_branch, token + D + i);
+      expect_read(a.grad_normed, (row + 1) * D + i);
+      expect_read(a.xhat, (row + 1) * D + i);
+      if (next_is_token) {
+        expect_read(a.grad_total, token + D + i);
+        expect_write(a.d_residual, token + D + i);
+        expect_write(a.d_branch, token + D + i);
+      }
     });
     const float mean = a.center ? sum(sums) / D : 0.0f, along = sum(products) / D, rstd = a.rstd[row];
     for_each(D, [&](int64_t i, int64_t n) {
