@@ -57,7 +57,6 @@ class Steps:
 
 
 def _slot(value: int | float | None, argtype: type) -> int:
-    """The 64 bits of an argument."""
-    if argtype is f32:
-        return ctypes.c_uint32.from_buffer(f32(value)).value
-    return int(value or 0)
+    """The 64 bits of an argument; a null pointer is None."""
+    number = value or 0
+    return ctypes.c_uint32.from_buffer(f32(number)).value if argtype is f32 else int(number)
