@@ -296,14 +296,11 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         recordable = self._may_record(tokens, options.dtype)
         groups: list[list[int]] = [[]]
         for j in indices:
-            # without a branch the norm hands on its own input, whose gradients PyTorch would add
-            twice = j == indices[0] and torch.is_grad_enabled()
             asked = self.backbone, j, options, tokens.shape[1], self._queries(j, num_queries)
-            alone = not recordable or twice or not only_operations(*asked)
-            if alone:
-                groups += [j], []
-            else:
+            if recordable and only_operations(*asked):
                 groups[-1].append(j)
+            else:
+                groups += [j], []
         return [group for group in groups if group]
 
     def _queries(self, block: int, num_queries: int | None) -> int | None:

@@ -33,6 +33,7 @@ from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
 from insvp_fast.runtime import buffers, native, torch_private
+from insvp_fast.runtime.elementwise import put, put_sum
 from insvp_fast.runtime.fingerprint import SMALL
 from insvp_fast.runtime.prepack import packed
 
@@ -202,10 +203,9 @@ def forward_block(
 def only_operations(
     backbone: SwinTransformer, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None
 ) -> bool:
-    """Not where patches are merged before the block, nor of an MLP with a norm of its own."""
+    """Not of an MLP with a norm of its own."""
     stage, number = locate(backbone, block)
-    plain = isinstance(backbone.layers[stage].blocks[number].mlp, Mlp) and options.attention in ("auto", "native")
-    return plain and (stage == 0 or number > 0)
+    return isinstance(backbone.layers[stage].blocks[number].mlp, Mlp) and options.attention in ("auto", "native")
 
 
 def _position_bias(attn: WindowAttention) -> Tensor:  # [heads, w, w]
@@ -241,18 +241,26 @@ class _Squares(torch.autograd.Function):
         B, tokens, D = residual.shape
         dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
         squares = buffers.empty((B, tokens // 4, 4 * D), dtype, residual.device)
-        into = _of_squares(squares, ctx.grid).copy_(_of_rows(residual, ctx.grid))
-        if branch is not None:
-            into.add_(_of_rows(branch, ctx.grid))
+        into = _of_squares(squares, ctx.grid)
+        if branch is None:
+            put(into, _of_rows(residual, ctx.grid))
+        elif residual.is_cpu:  # where the native library adds what is contiguous
+            total = buffers.empty(residual.shape, dtype)
+            put_sum(total, residual, 1, branch, 1)
+            put(into, _of_rows(total, ctx.grid))
+        else:
+            put_sum(into, _of_rows(residual, ctx.grid), 1, _of_rows(branch, ctx.grid), 1)
         return squares
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         B, T, D4 = grad.shape
-        grads = {}
-        for dtype in {*ctx.dtypes} - {None}:
-            grads[dtype] = buffers.empty((B, 4 * T, D4 // 4), dtype, grad.device)
-            _of_rows(grads[dtype], ctx.grid).copy_(_of_squares(grad, ctx.grid))
+        rows = buffers.empty((B, 4 * T, D4 // 4), grad.dtype, grad.device)
+        put(_of_rows(rows, ctx.grid), _of_squares(grad, ctx.grid))
+        grads = {grad.dtype: rows}
+        for dtype in {*ctx.dtypes} - {None, grad.dtype}:
+            grads[dtype] = buffers.empty(rows.shape, dtype, grad.device)
+            put_sum(grads[dtype], rows, 1, None, 0)
         d_residual, d_branch = map(grads.get, ctx.dtypes)
         return d_residual, d_branch, None, None
 

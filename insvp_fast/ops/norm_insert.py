@@ -60,7 +60,7 @@ def norm_insert(
     operands = _Fwd(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype, center)
     require("norm_insert_fwd", impl, operands)
     total, normed = apply(_NormInsert, *operands, impl)
-    return residual if branch is None else total, normed
+    return residual if total is None else total, normed
 
 
 def _check(
@@ -157,7 +157,11 @@ class _NormInsert(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         dtypes = a.residual.dtype, (a.residual if a.branch is None else a.branch).dtype
         ctx.rest = a.residual.shape[1], *dtypes, a.center, impl, None if a.prompts is None else a.prompts.dtype
-        return None if a.branch is None else total, normed
+        if a.branch is None:
+            # as a result of this function it has one gradient here, and none that PyTorch adds to it
+            handed_on = a.residual.requires_grad and not torch.compiler.is_compiling()
+            return a.residual if handed_on else None, normed
+        return total, normed
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -72,7 +72,7 @@ MODELS = {  # and how many native calls the programs of their blocks have
     "many heads": ("vit_tiny_patch16_224", {}, VIT | {"num_heads": 12}, [5 * 7]),  # the last makes keys and values
     "all tokens": ("vit_tiny_patch16_224", {}, ALL_TOKENS, [6 * 7]),
     "one prompt for all": ("vit_tiny_patch16_224", {"common_prompt": False}, ALL_TOKENS, [6 * 7]),
-    "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [2 * 7, 5 * 7]),  # a merging stands alone
+    "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [8 * 7 + 4]),  # four for a merging
     "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7 + FEW]),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
     "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True}, VIT, []),
@@ -380,7 +380,7 @@ def test_masks_in_one_piece_of_memory_are_in_no_program():
         block.attn_mask.data = mask
     for _ in range(2):
         assert torch.equal(model(image), prepared(model, image))
-    assert len(blocks) == 4 and sorted(map(bool, programs_of(model))) == [False, True]
+    assert len(blocks) == 4 and programs_of(model) == [None]
 
 
 def shrink_weight(model):
@@ -539,6 +539,11 @@ def assert_equal(found, expected):
     assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(found, expected, strict=True))
 
 
+def of_backward(calls, autocast):
+    """A last block with one query has two more; a merging one less, but where the branch has a dtype of its own."""
+    return calls + {FEW % 7: 2, 4: int(autocast) - 1}.get(calls % 7, 0)
+
+
 @pytest.mark.parametrize(("name", "config", "sizes", "expected"), MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(name, config, sizes, expected, autocast):
@@ -554,12 +559,9 @@ def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(name, config
             assert_equal(first, second)
             with no_programs():
                 assert_equal(first, run(image))
-    # the first block hands on its own input
-    fewer = [calls - 7 if i == 0 else calls for i, calls in enumerate(expected)]
-    fewer = [calls for calls in fewer if calls > 7]
     pairs = [program for program in programs_of(model) if program]
-    assert [len(pair.forward.steps) for pair in pairs] == 2 * fewer
-    assert [len(pair.backward.steps) for pair in pairs] == 2 * [calls + 2 * (calls % 7 > 0) for calls in fewer]
+    assert [len(pair.forward.steps) for pair in pairs] == 2 * expected
+    assert [len(pair.backward.steps) for pair in pairs] == 2 * [of_backward(calls, autocast) for calls in expected]
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
