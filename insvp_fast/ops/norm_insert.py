@@ -158,7 +158,7 @@ class _NormInsert(torch.autograd.Function):
         dtypes = a.residual.dtype, (a.residual if a.branch is None else a.branch).dtype
         ctx.rest = a.residual.shape[1], *dtypes, a.center, impl, None if a.prompts is None else a.prompts.dtype
         if a.branch is None:
-            # as a result of this function it has one gradient here, and none that PyTorch adds to it
+            # as a result of this function: its gradient is added in backward here, and not by PyTorch
             handed_on = a.residual.requires_grad and not torch.compiler.is_compiling()
             return a.residual if handed_on else None, normed
         return total, normed

@@ -12,7 +12,7 @@ struct Step {  // a row of the table in insvp_fast/runtime/native/program.py
   int64_t first;  // of its slots
 };
 
-struct Place {  // as well
+struct Place {  // a row of another
   int64_t slot;   // gets an address
   int64_t piece;  // of memory
   int64_t offset;
