@@ -241,15 +241,8 @@ class _Squares(torch.autograd.Function):
         B, tokens, D = residual.shape
         dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
         squares = buffers.empty((B, tokens // 4, 4 * D), dtype, residual.device)
-        into = _of_squares(squares, ctx.grid)
-        if branch is None:
-            put(into, _of_rows(residual, ctx.grid))
-        elif residual.is_cpu:  # where the native library adds what is contiguous
-            total = buffers.empty(residual.shape, dtype)
-            put_sum(total, residual, 1, branch, 1)
-            put(into, _of_rows(total, ctx.grid))
-        else:
-            put_sum(into, _of_rows(residual, ctx.grid), 1, _of_rows(branch, ctx.grid), 1)
+        added = None if branch is None else _of_rows(branch, ctx.grid)
+        put_sum(_of_squares(squares, ctx.grid), _of_rows(residual, ctx.grid), 1, added, 1)
         return squares
 
     @staticmethod

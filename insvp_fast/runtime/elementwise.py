@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from insvp_fast.runtime import native, torch_private
+from insvp_fast.runtime import buffers, native, torch_private
 
 __all__ = ["put", "put_sum"]
 
@@ -24,9 +24,12 @@ def put_sum(to: Tensor, a: Tensor, w_a: float, b: Tensor | None, w_b: float) -> 
 
     a and b may have one image for all.
     """
-    covered = (x is None or (x.dtype in native.DTYPES and x[:1].is_contiguous()) for x in (to, a, b))
-    if _is_plain(to, a, b) and all(covered):
-        native.weighted_sum(to, a, w_a, b, w_b)
+    covered = (x is None or (x.dtype in native.DTYPES and x[:1].is_contiguous()) for x in (a, b))
+    if _is_plain(to, a, b) and to.dtype in native.DTYPES and all(covered):
+        total = to if to[:1].is_contiguous() else buffers.empty(to.shape, to.dtype)
+        native.weighted_sum(total, a, w_a, b, w_b)
+        if total is not to:
+            native.copy(to, total)
         return
     native.interrupt()
     to.copy_(a if w_a == 1 else w_a * a)

@@ -93,10 +93,6 @@ def test_the_first_failure_ends_the_run():
     assert to.tolist() == [1, 1, 0, 0]
 
 
-def test_no_calls():
-    native.Steps([]).run([])
-
-
 def test_numbers_may_be_negative():
     x, to = torch.arange(4.0), torch.empty(4)
     backward = [None, None, 4, 1, 1, 1, 4, 0, 0, 0, 4, 0, 0, 0, -4]  # runs of 4 bytes, read from the last one on
