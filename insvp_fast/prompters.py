@@ -21,7 +21,7 @@ __all__ = ["GlobalPrompter", "PatchPrompter", "PyramidPrompter", "SpecificPrompt
 watch("forward __call__", reference.GlobalPrompter, reference.PatchPrompter, reference.SpecificPrompter)
 watch("forward __call__", reference.PyramidPrompter, nn.ModuleList)
 watch("trunk", reference.SpecificPrompter)
-watch("leaky_relu max_pool2d adaptive_max_pool2d pad", F)
+watch("leaky_relu max_pool2d adaptive_max_pool2d pad dropout", F)
 
 DROPOUT = (IDENTITY, rule(nn.Dropout, "p", inplace=False))  # runs, on a tensor that backward needs unchanged
 
@@ -44,8 +44,7 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
             x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
             x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)
-        prompt: Tensor = self.dropout(x)
-        return prompt
+        return _dropped(self.dropout, x)
 
 
 class PatchPrompter(Covered, reference.PatchPrompter):
@@ -91,8 +90,10 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
             # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest
             x = ops.conv_pool(image.to(operands) if image.is_cuda else image, w1, b1, H, W, pool, dtype=torch.float32)
-            x = ops.conv_pool(self.dropout(x).to(operands), w2, b2, 3 * grid, 3 * grid, 3, dtype=torch.float32)
-            x = self.dropout(x)
+            x = ops.conv_pool(
+                _dropped(self.dropout, x).to(operands), w2, b2, 3 * grid, 3 * grid, 3, dtype=torch.float32
+            )
+            x = _dropped(self.dropout, x)
             if not image.is_cuda:
                 return self._tokens(x, dtype)
         return self._tokens(x, None)
@@ -167,6 +168,14 @@ def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torc
         return None
     dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
     return dtype if dtype in dtypes else None
+
+
+def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
+    """``dropout(x)``, on CPUs with masks drawn by this package; compiled code draws its own."""
+    active = isinstance(dropout, nn.Dropout) and dropout.training and 0 < dropout.p < 1
+    own = active and x.is_cpu and not torch.compiler.is_compiling()
+    dropped: Tensor = ops.dropout(x, dropout.p) if own else dropout(x)
+    return dropped
 
 
 def _on_cpu_or(triton_reason: Callable[..., str | None], image: Tensor, *cases: tuple[Any, ...]) -> bool:

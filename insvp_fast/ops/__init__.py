@@ -18,6 +18,7 @@ from insvp_fast.ops.attention import ATTENTION, attention
 from insvp_fast.ops.blend_prompts import blend_prompts
 from insvp_fast.ops.conv import conv
 from insvp_fast.ops.conv_pool import conv_pool
+from insvp_fast.ops.dropout import dropout
 from insvp_fast.ops.gated_mlp import gated_mlp
 from insvp_fast.ops.linear import linear, project_q_kv
 from insvp_fast.ops.mlp import mlp
@@ -39,6 +40,7 @@ __all__ = [
     "blend_prompts",
     "conv",
     "conv_pool",
+    "dropout",
     "gated_mlp",
     "linear",
     "mlp",

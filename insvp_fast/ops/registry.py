@@ -78,6 +78,7 @@ def register(
     fake: Callable[[Any], Any],
     reference: Callable[[Any], Any],
     auto: Callable[[Any], Sequence[str]] | None = None,
+    random: bool = False,
     **implementations: Implementation,
 ) -> None:
     """Declare the operator ``insvp_fast::name`` and what carries it out.
@@ -89,6 +90,7 @@ def register(
         fake: of the operands, empty results of the right shapes and dtypes, for tracing.
         reference: of the operands, the results by the formula, for every device and dtype.
         auto: of the operands, the names to try for ``impl="auto"`` in this order; the device's ``PREFERRED`` if None.
+        random: whether it draws random numbers, so that compiled code must not drop, merge or repeat its calls.
         implementations: what there is besides the reference.
 
     Gradients are the business of the autograd functions: an exported program calls the operators without them.
@@ -98,7 +100,8 @@ def register(
     arguments = [f"{SCHEMA[hints[field]]} {field}" for field in operands._fields if field not in optional]
     behind, at = [f"{SCHEMA[hints[field]]} {field}=None" for field in optional], len(arguments)
     schema = ", ".join([*arguments, "str impl", *behind])
-    LIBRARY.define(f"{name}({schema}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.pt2_compliant_tag, *(torch.Tag.nondeterministic_seeded,) * random)
+    LIBRARY.define(f"{name}({schema}) -> {returns}", tags=tags)
     table = {"reference": Implementation(reference, lambda operands: None), **implementations}
 
     def trace(*arguments: Any) -> Any:

@@ -60,6 +60,8 @@ CASES = {
     "project_q_kv: queries": (lambda: ops.project_q_kv(X, 6, FrozenLinear(torch.randn(72, D))), "num_queries=6"),
     "mlp: second layer": (lambda: ops.mlp(X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT)), r"expected \[D_out, 48\]"),
     "conv: dimensions": (lambda: ops.conv(X[0], X[0], X[0, 0], 1, 1, 1), r"expected \[B, C, H, W\]"),
+    "dropout: all": (lambda: ops.dropout(X, 1.0), "p=1.0: expected a probability above 0 and below 1"),
+    "dropout: none": (lambda: ops.dropout(X, 0), "p=0: expected"),
     "superpose: dimensions": (
         lambda: ops.superpose(X, None, PATCH, Blend(4, 0.7, 0.3)),
         "image has shape",

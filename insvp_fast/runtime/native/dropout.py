@@ -1,0 +1,53 @@
+"""dropout in C++, forward and backward, with the random numbers of PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from insvp_fast.runtime import buffers
+from insvp_fast.runtime.native.library import TYPE_CODES, array, call, f32, i64, pointer, ptr, require
+
+__all__ = ["dropout_bwd", "dropout_fwd"]
+
+_FWD = [ptr, *array, *[ptr] * 3, i64, ctypes.c_uint64, f32]
+_BWD = [ptr, *array, ptr, i64, f32]
+
+
+def dropout_fwd(x: Tensor, p: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """``F.dropout(x, p)`` of a contiguous x, and where it kept an element (bool), from the numbers of ``generator``.
+
+    x in float32 or bfloat16, p above 0 and below 1. Errors: see ``native``.
+    """
+    x = require("x", x, tuple(x.shape), *TYPE_CODES)
+    y, kept = buffers.empty(x.shape, x.dtype), buffers.empty(x.shape, torch.bool)
+    if not x.numel():
+        return y, kept
+    below = math.ceil((1 - p) * 2**53)
+    while True:
+        before = generator.get_state()
+        after = before.clone()
+        operands = pointer(x)[0], *pointer(y), kept.data_ptr(), before.data_ptr(), after.data_ptr()
+        call("dropout_fwd", _FWD, *operands, x.numel(), below, _scale(x.dtype, p))
+        if torch.equal(generator.get_state(), before):  # else another thread has drawn the same numbers meanwhile
+            generator.set_state(after)
+            return y, kept
+
+
+def dropout_bwd(grad: Tensor, kept: Tensor, p: float) -> Tensor:
+    """The gradient by x, of what ``dropout_fwd`` has kept."""
+    grad = require("grad", grad, tuple(kept.shape), *TYPE_CODES)
+    kept = require("kept", kept, tuple(kept.shape), torch.bool)
+    d_x = buffers.empty(grad.shape, grad.dtype)
+    if grad.numel():
+        operands = pointer(grad)[0], *pointer(d_x), kept.data_ptr()
+        call("dropout_bwd", _BWD, *operands, grad.numel(), _scale(grad.dtype, p))
+    return d_x
+
+
+def _scale(dtype: torch.dtype, p: float) -> float:
+    """What PyTorch multiplies a kept element of this dtype by: 1 / (1 - p), as it rounds it."""
+    return torch.ones((), dtype=dtype, device="cpu").div_(1 - p).item()
