@@ -86,13 +86,13 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
             x = _conv(self.conv2, self.dropout(F.leaky_relu(x)), 3 * grid, 3 * grid)
             return self._tokens(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))), None)
         (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
-        operands = dtype if image.is_cuda else torch.float32  # of products: 16 bits are for matrix units
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
             # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest
-            x = ops.conv_pool(image.to(operands) if image.is_cuda else image, w1, b1, H, W, pool, dtype=torch.float32)
-            x = ops.conv_pool(
-                _dropped(self.dropout, x).to(operands), w2, b2, 3 * grid, 3 * grid, 3, dtype=torch.float32
-            )
+            x = image.to(dtype) if image.is_cuda else image
+            x = ops.conv_pool(x, w1, b1, H, W, pool, dtype=torch.float32, operands=dtype)
+            x = _dropped(self.dropout, x)
+            x = x.to(dtype) if image.is_cuda else x
+            x = ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3, dtype=torch.float32, operands=dtype)
             x = _dropped(self.dropout, x)
             if not image.is_cuda:
                 return self._tokens(x, dtype)

@@ -43,6 +43,7 @@ def conv_pool(
     negative_slope: float = 0.01,
     *,
     dtype: torch.dtype | None = None,
+    operands: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """``conv`` without dilation, then max-pooling in windows of ``pool`` x ``pool``, then LeakyReLU.
@@ -52,6 +53,7 @@ def conv_pool(
         height, width: of the center that is convolved, at most H and W.
         pool: at most 16, and a divisor of height and width.
         negative_slope: of the LeakyReLU; not negative.
+        operands: on CPUs, the dtype to which x and weight may be rounded for matrix units, in forward; None for none.
 
     Returns:
         [B, O, height / pool, width / pool]
@@ -65,9 +67,9 @@ def conv_pool(
     if not negative_slope >= 0:  # else the sign of the result would not tell the sign of the maximum
         raise ValueError(f"negative_slope={negative_slope}: expected at least 0")
     check_shapes(x, weight, bias, height, width, pool)
-    operands = _Fwd(x, weight, bias, height, width, pool, float(negative_slope), dtype or x.dtype)
-    require("conv_pool_fwd", impl, operands)
-    return cast(Tensor, apply(_ConvPool, *operands, impl))
+    arguments = _Fwd(x, weight, bias, height, width, pool, float(negative_slope), dtype or x.dtype, operands)
+    require("conv_pool_fwd", impl, arguments)
+    return cast(Tensor, apply(_ConvPool, *arguments, impl))
 
 
 def conv_pool_reference(
@@ -114,6 +116,7 @@ class _Fwd(NamedTuple):
     pool: Size
     negative_slope: float
     dtype: torch.dtype
+    operands: torch.dtype | None = None
 
 
 class _Bwd(NamedTuple):
@@ -134,7 +137,7 @@ class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        y, indices = call("conv_pool_fwd", *a, impl)
+        y, indices = call("conv_pool_fwd", *a[:-1], impl, a.operands)
         ctx.save_for_backward(a.x, y, indices, a.weight)
         ctx.geometry, ctx.impl = (a.height, a.width, a.pool, a.negative_slope), impl
         return cast(Tensor, y)

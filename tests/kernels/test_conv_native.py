@@ -135,6 +135,40 @@ def test_conv_pool_parity_bf16(isa, shape, dtypes):
     check_conv_pool(shape, dtypes)
 
 
+def rounded(t: Tensor) -> Tensor:
+    return t.to(BF16).float()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [*CONV_POOL_SHAPES, (1, 5, 20, 37, 40, 2, 9, 20, 36, 2)], ids=str)
+def test_operands_are_rounded_for_matrix_tiles_alone(isa, shape, dtype):
+    *sizes, height, width, pool = shape
+    x, weight, bias = inputs(*sizes, dtype)
+    y, indices = native.conv_pool_fwd(x, weight, bias, height, width, pool, SLOPE, F32, BF16)
+    tiles = isa == "amx" and pool > 1
+    operands = (rounded(x), rounded(weight), bias) if tiles else (x, weight, bias)
+    assert_close("y", y, conv_pool_formula(*(t.double() for t in operands), height, width, pool))
+    _, places = native.conv_pool_fwd(*operands, height, width, pool, SLOPE, F32)
+    assert torch.equal(indices, places)  # no two sums of random numbers are as near as their errors
+    if x.numel() and tiles and dtype == F32:
+        assert not torch.equal(y, native.conv_pool_fwd(x, weight, bias, height, width, pool, SLOPE, F32)[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3.4e38])  # the last is infinite in bf16
+@pytest.mark.parametrize("where", ["image", "weight"])
+def test_what_bf16_cannot_hold_is_not_rounded(isa, where, bad):
+    """A tile multiplies numbers beside the windows by zero; a channel of the weight has reach over all of them."""
+    x, weight, bias = inputs(2, 3, 52, 56, 5, 7, 7)
+    (x[0, 1] if where == "image" else weight[3, 1])[2, 3] = bad
+    y, indices = native.conv_pool_fwd(x, weight, bias, 48, 52, 4, SLOPE, F32, BF16)
+    exact, places = native.conv_pool_fwd(x, weight, bias, 48, 52, 4, SLOPE, F32)
+    finite = exact.isfinite()
+    assert 0 < (~finite).sum() < finite.numel() or bad == 3.4e38
+    torch.testing.assert_close(y[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices[~finite], places[~finite])
+    torch.testing.assert_close(y[finite], exact[finite], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("pool", [2, 3, 4])
 def test_the_same_maximum_as_torch_among_equals_and_nans(isa, pool):
     torch.manual_seed(pool)
@@ -192,7 +226,7 @@ def test_same_bits_for_every_number_of_threads(isa, threads):
     for n in (1, 2, 3, 2):
         threads(n)
         y = native.conv_fwd(x, weight, bias, 1, 144, 144, True, F32)
-        pooled, indices = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32)
+        pooled, indices = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32, BF16)
         dense = native.conv_bwd(grad, x, y, weight, 1, 144, 144, True)
         sparse = native.conv_pool_bwd(small, x, pooled, indices, weight, 144, 144, 4, SLOPE, True)
         runs.append((y, pooled, indices, *dense, *sparse))

@@ -9,11 +9,23 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i64, launch, pointer, ptr, require
+from insvp_fast.runtime.native.library import (
+    TYPE_CODES,
+    address,
+    array,
+    call,
+    f32,
+    i32,
+    i64,
+    launch,
+    pointer,
+    ptr,
+    require,
+)
 
 __all__ = ["conv_bwd", "conv_fwd", "conv_pool_bwd", "conv_pool_fwd"]
 
-_FWD = [*array, ptr, ptr, *array, ptr, *[i64] * 11, f32]
+_FWD = [*array, ptr, ptr, *array, ptr, *[i64] * 11, f32, i32]
 _BWD = [*array * 3, ptr, *array, ptr, ptr, *[i64] * 10]
 _POOL_BWD = [*array * 2, ptr, *array, ptr, *array, ptr, ptr, *[i64] * 10, f32]
 
@@ -42,6 +54,7 @@ def _run_fwd(
     pool: int,
     negative_slope: float,
     dtype: torch.dtype,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     sizes = _sizes(x, weight, height, width, pool)
     if dtype not in TYPE_CODES:
@@ -55,7 +68,7 @@ def _run_fwd(
         "conv_fwd",
         _FWD,
         *(*pointer(x), address(weight), address(bias), *pointer(y), address(indices)),
-        *(*sizes, dilation, pool, negative_slope),
+        *(*sizes, dilation, pool, negative_slope, TYPE_CODES.get(operands, 0)),
     )
     return y, indices
 
@@ -80,15 +93,17 @@ def conv_pool_fwd(
     pool: int,
     negative_slope: float,
     dtype: torch.dtype,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``conv_fwd``, then max-pooling in windows of ``pool`` x ``pool``, then LeakyReLU, and the indices of the maxima.
 
     Returns y [B, O, height / pool, width / pool] in ``dtype`` and, in uint8, the index of each maximum in its window,
     row by row: the first of equal ones, the last NaN. The arguments are those of ``conv_fwd``; ``pool`` is at most 16.
+    With ``operands`` bfloat16, x and weight may be rounded to it where they are multiplied; other dtypes change nothing.
     """
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
-    y, indices = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype)
+    y, indices = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype, operands)
     return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if indices is None else indices
 
 

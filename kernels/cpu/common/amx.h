@@ -25,8 +25,13 @@ struct TileShapes {
 
 // The compilers' functions for single tiles take numbers that a template cannot give, and do not say what they read.
 template <int TILE>
+inline void load_tile_of_bytes(const void* from, int64_t bytes) {
+  asm volatile("tileloadd (%1, %2, 1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(bytes) : "memory");
+}
+// Its rows begin `words` apart, as below.
+template <int TILE>
 inline void load_tile(const void* from, int64_t words) {
-  asm volatile("tileloadd (%1, %2, 1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(4 * words) : "memory");
+  load_tile_of_bytes<TILE>(from, 4 * words);
 }
 // The same for what will not be needed again soon and may leave the first-level cache to the rest.
 template <int TILE>

@@ -4,8 +4,10 @@
 
 #include <cstring>
 
+#include "common/bf16.h"
 #include "common/step.h"
 #include "layout.h"
+#include "tiles.h"
 
 namespace insvp_fast {
 namespace {
@@ -16,18 +18,51 @@ ConvShape shape(int64_t B, int64_t C, int64_t H, int64_t W, int64_t O, int64_t O
   return {B, C, H, W, O, OH, OW, KH, KW, dilation, pool, top, left};
 }
 
-// y = the convolution of x with the weights element(o, tap).
+// Fills TileWeights with the weights element(o, tap). Returns whether all are finite when they are rounded.
 template <class Element>
-int correlate(ConvFwd a, const Element& element, int threads) {
+bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float* bias, const Element& element,
+                    [[maybe_unused]] int threads) {
+  constexpr int64_t T = kTileRows, K = kTileNumbers;
+  const ConvShape& s = a.s;
+  const int64_t row = t.weights / s.KH;
+  bool finite = true;
+  for (int64_t n = 0; n < t.columns; ++n) bias[n] = a.bias && n < s.pool * s.O ? a.bias[n % s.O] : 0;
+#pragma omp parallel for num_threads(threads) reduction(&& : finite)
+  for (int64_t i = 0; i < s.KH; ++i) {
+    uint32_t* to = pairs + i * row;
+    std::memset(to, 0, row * sizeof(uint32_t));
+    for (int64_t o = 0; o < s.O; ++o)
+      for (int64_t c = 0; c < s.C; ++c)
+        for (int64_t j = 0; j < s.KW; ++j) {
+          bf16 number;
+          narrow(number, element(o, (c * s.KH + i) * s.KW + j));
+          finite = finite && (number & 0x7f80) != 0x7f80;
+          for (int64_t place = 0; place < s.pool; ++place) {
+            const int64_t k = (place + j) * s.C + c, n = place * s.O + o, tile = k / K * (t.columns / T) + n / T;
+            to[(tile * K / 2 + k % K / 2) * T + n % T] |= uint32_t{number} << k % 2 * 16;
+          }
+        }
+  }
+  return finite;
+}
+
+// y = the convolution of x with the weights element(o, tap). With `rounded`, operands may be rounded to bf16.
+template <class Element>
+int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   const ConvShape& s = a.s;
   const int64_t taps = s.taps(), phases = s.pool * s.pool;
   a.block = block_of(s.O);
   a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1));
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);
-  const int64_t scratch_size = whole_lines(phases * s.C * a.l.plane + kSlack + 2 * a.block * a.l.out_plane +
-                                           spare_floats(s, a.l));
+  const TileSizes sizes(s);
+  const bool tiles = rounded && s.pool > 1 && kernels().tiles;
+  const int64_t scratch_size = whole_lines(larger(
+      tiles ? TileScratch(s, sizes, a.l.rows).all : 0,
+      phases * s.C * a.l.plane + kSlack + 2 * a.block * a.l.out_plane + spare_floats(s, a.l)));
+  const int64_t packed = tiles ? sizes.columns + sizes.weights : 0;
   threads = useful_threads(threads, jobs);
-  Workspace memory(whole_lines(s.O * taps) + whole_lines(phases * taps) + whole_lines(n) + threads * scratch_size);
+  Workspace memory(whole_lines(s.O * taps) + whole_lines(phases * taps) + whole_lines(n) + packed +
+                   threads * scratch_size);
   if (!memory.base) return -1;
   float* w = memory.take(whole_lines(s.O * taps));
   int32_t *offsets = take_integers(memory, phases * taps), *positions = take_integers(memory, n);
@@ -41,6 +76,11 @@ int correlate(ConvFwd a, const Element& element, int threads) {
   a.w = w;
   a.offsets = offsets;
   a.positions = positions;
+  if (tiles) {
+    float* bias = memory.take(packed);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(bias + sizes.columns);
+    if (pack_for_tiles(a, sizes, pairs, bias, element, threads)) a.tiles = {pairs, bias};
+  }
   const auto kernel = kernels().fwd;
   for_each_job(jobs, threads, scratch, scratch_size, [&](int64_t job, float* own) { kernel(a, job, own); });
   return 0;
@@ -78,7 +118,7 @@ int input_gradient(const ConvBwdWeights& a, Array d_x, const float* w, int threa
   to.negative_slope = 1.0f;
   const int64_t window = s.KH * s.KW, C = s.C;
   const auto element = [=](int64_t c, int64_t t) { return w[(t / window * C + c) * window + window - 1 - t % window]; };
-  return correlate(to, element, threads);
+  return correlate(to, element, false, threads);
 }
 
 int weight_gradient(ConvBwdWeights a, float* dw, float* db, int threads) {
@@ -162,11 +202,12 @@ using namespace insvp_fast;
 // All return 0, or -1 if there is no memory for the workspace. Tensors are contiguous: x [B, C, H, W],
 // w [O, C, KH, KW], bias [O], y, grad and indices [B, O, OH / pool, OW / pool]. The result is LeakyReLU of the maxima
 // in windows of pool x pool of the central OH x OW of a convolution with "same" padding. Slope 0 is ReLU, 1 is none.
+// x and w may be rounded to operand_type where they are multiplied.
 
 INSVP_FAST_API int conv_fwd(
     void* x, int x_type, const float* w, const float* bias, void* y, int y_type, uint8_t* indices, int64_t B, int64_t C,
     int64_t H, int64_t W, int64_t O, int64_t OH, int64_t OW, int64_t KH, int64_t KW, int64_t dilation, int64_t pool,
-    float negative_slope, int threads) {
+    float negative_slope, int operand_type, int threads) {
   ConvFwd a{};
   a.s = shape(B, C, H, W, O, OH, OW, KH, KW, dilation, pool);
   a.x = {x, DType(x_type)};
@@ -175,7 +216,8 @@ INSVP_FAST_API int conv_fwd(
   a.bias = bias;
   a.negative_slope = negative_slope;
   const int64_t taps = a.s.taps();
-  return correlate(a, [=](int64_t o, int64_t t) { return w[o * taps + t]; }, threads);
+  const auto element = [=](int64_t o, int64_t t) { return w[o * taps + t]; };
+  return correlate(a, element, DType(operand_type) == DType::bf16, threads);
 }
 
 // Without pooling; y is the result of ReLU, or null if there was none. A null d_x is not needed.

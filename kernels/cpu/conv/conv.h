@@ -30,6 +30,12 @@ struct ConvLayout {
   bool flat;  // whether vectors run on from row to row, through the padding between them
 };
 
+// The second operand of products in matrix tiles (tiles.h); null: absent.
+struct TileWeights {
+  const uint32_t* pairs;
+  const float* bias;
+};
+
 struct ConvFwd {
   ConvShape s;
   ConvLayout l;
@@ -41,6 +47,8 @@ struct ConvFwd {
   const int32_t* positions;  // of the vectors of a job
   int64_t block;
   float negative_slope;
+
+  TileWeights tiles;  // absent: `pairs` is null
 };
 
 // The gradient of the weights without pooling.
@@ -69,6 +77,7 @@ struct ConvPoolBwd {
 struct ConvKernels {
   int64_t width;     // floats of a vector
   int64_t channels;  // of a block, at most
+  bool tiles;        // whether fwd takes weights for matrix tiles
   void (*fwd)(const ConvFwd&, int64_t job, float* scratch);
   void (*bwd_weights)(const ConvBwdWeights&, int64_t job, float* scratch, float* dw, float* db);
   void (*pool_bwd_weights)(const ConvPoolBwd&, int64_t job, float* scratch, float* dw, float* db);

@@ -25,6 +25,19 @@ inline void products(vec (&acc)[M][V], const float* x, const int32_t* offsets, i
   }
 }
 
+// Keeps the larger of `best`, whose place in the window is `place`, and the later `sum`; also a later NaN, as in torch.
+inline void keep_larger(vec& best, vec& place, vec sum, int64_t phase) {
+  const vec here = vec{} + static_cast<float>(phase);
+  const auto take = (sum > best) | (sum != sum);
+  place = take ? here : place;
+  best = take ? sum : best;
+}
+
+inline vec leaky_relu(vec x, float negative_slope) {
+  const vec none = {}, below = negative_slope == 0 ? none : negative_slope * x;  // 0, not NaN, for -infinity
+  return x < none ? below : x;
+}
+
 // M channels at `count` vectors: the sums or, with pooling, the maximum of each window and the place of the first one.
 template <int M>
 inline void correlate(const ConvFwd& a, const float* x, const float* w, const float* bias, int64_t count, float* out,
@@ -42,27 +55,22 @@ inline void correlate(const ConvFwd& a, const float* x, const float* w, const fl
         for (int v = 0; v < V; ++v) place[m][v] = vec{};
       for (int64_t phase = 1; phase < phases; ++phase) {
         products(acc, x, a.offsets + phase * taps, taps, w, bias, p);
-        const vec here = vec{} + static_cast<float>(phase);
         for (int m = 0; m < M; ++m)
-          for (int v = 0; v < V; ++v) {
-            const auto take = (acc[m][v] > best[m][v]) | (acc[m][v] != acc[m][v]);  // a later NaN too, as in torch
-            place[m][v] = take ? here : place[m][v];
-            best[m][v] = take ? acc[m][v] : best[m][v];
-          }
+          for (int v = 0; v < V; ++v) keep_larger(best[m][v], place[m][v], acc[m][v], phase);
       }
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) store(indices + m * a.l.out_plane + p[v], place[m][v]);
     }
-    const vec slope = vec{} + a.negative_slope, none = vec{};
     for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) {
-        const vec below = a.negative_slope == 0 ? none : slope * best[m][v];  // 0, not NaN, for -infinity
-        store(out + m * a.l.out_plane + p[v], best[m][v] < none ? below : best[m][v]);
-      }
+      for (int v = 0; v < V; ++v) store(out + m * a.l.out_plane + p[v], leaky_relu(best[m][v], a.negative_slope));
   }
 }
 
-void conv_fwd_job(const ConvFwd& a, int64_t job, float* scratch) {
+inline void write_places(uint8_t* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(static_cast<int>(from[i]));
+}
+
+void conv_fwd_in_vectors(const ConvFwd& a, int64_t job, float* scratch) {
   const ConvShape& s = a.s;
   const ConvLayout& l = a.l;
   const int64_t b = job / l.bands, first = job % l.bands * l.rows, rows = smaller(l.rows, s.rows_out() - first);
@@ -80,10 +88,7 @@ void conv_fwd_job(const ConvFwd& a, int64_t job, float* scratch) {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t to = ((b * s.O + o + m) * s.rows_out() + first + r) * s.cols_out();
         write(a.y, to, out + m * l.out_plane + r * l.stride, s.cols_out());
-        const float* place = indices + m * l.out_plane + r * l.stride;
-        if (s.pool > 1)
-          for (int64_t i = 0; i < s.cols_out(); ++i)
-            a.indices[to + i] = static_cast<uint8_t>(static_cast<int>(place[i]));
+        if (s.pool > 1) write_places(a.indices + to, indices + m * l.out_plane + r * l.stride, s.cols_out());
       }
   }
 }

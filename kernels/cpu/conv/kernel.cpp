@@ -3,10 +3,19 @@
 #include "bwd_weights.h"
 #include "conv.h"
 #include "fwd.h"
+#include "fwd_tiles.h"
+
+namespace {
+
+void conv_fwd_job(const ConvFwd& a, int64_t job, float* scratch) {
+  if (!a.tiles.pairs || !conv_fwd_in_tiles(a, job, scratch)) conv_fwd_in_vectors(a, job, scratch);
+}
+
+}  // namespace
 
 template <>
 const ConvKernels& insvp_fast::kernels_for<ConvKernels, Isa::INSVP_FAST_ISA>() {
-  static constexpr ConvKernels kernels{kWidth, kChannels, conv_fwd_job, conv_bwd_weights_job,
+  static constexpr ConvKernels kernels{kWidth, kChannels, kHasTiles, conv_fwd_job, conv_bwd_weights_job,
                                        conv_pool_bwd_weights_job, conv_pool_bwd_input_job};
   return kernels;
 }
