@@ -99,7 +99,7 @@ def conv_pool_fwd(
 
     Returns y [B, O, height / pool, width / pool] in ``dtype`` and, in uint8, the index of each maximum in its window,
     row by row: the first of equal ones, the last NaN. The arguments are those of ``conv_fwd``; ``pool`` is at most 16.
-    With ``operands`` bfloat16, x and weight may be rounded to it where they are multiplied; other dtypes change nothing.
+    With ``operands`` in bfloat16, x and weight may be rounded to it where they are multiplied.
     """
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
