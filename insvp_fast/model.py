@@ -131,24 +131,31 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         return p_s.get(block) if isinstance(p_s, dict) else super().feature_prompt(block, p_s, batch)
 
     def _blends_at_once(self) -> bool:
-        """Whether the prompts of all blocks may be made together: none of them is dropped, overridden or made again."""
-        dropped = self.training and self.config.common_dropout > 0  # block by block, in the order of the reference
+        """Whether the prompts of all blocks may be made together: none of them is overridden or made again.
+
+        On GPUs the masks of dropout depend on the calls that draw them, so that those of the reference take a call each.
+        """
+        common = self.common_prompts or ()
+        dropped = self._common_dropout() > 0 and not all(prompts.is_cpu for prompts in common)
         made_again = torch.compiler.is_compiling() or (self.recompute == "block" and torch.is_grad_enabled())
-        mixed = len({prompts.dtype for prompts in self.common_prompts or ()}) > 1
+        mixed = len({prompts.dtype for prompts in common}) > 1
         return not (dropped or made_again or mixed or foreign(self, "feature_prompt", "block_prompts"))
+
+    def _common_dropout(self) -> float:
+        return self.config.common_dropout if self.training else 0.0
 
     def _feature_prompts(self, p_s: Any, batch: int) -> dict[int, Tensor]:
         """``feature_prompt`` of every block, bit for bit: few launches, and few more in backward.
 
         On CPUs the gradients too have the bits that they would have block by block, elsewhere those of other sums.
         """
-        (w_c, w_s), prompts = self.config.blend_feature, dict[int, Tensor]()
+        (w_c, w_s), p, prompts = self.config.blend_feature, self._common_dropout(), dict[int, Tensor]()
         for i, width in enumerate(self.prompt_widths):
             blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
             if self.common_prompts is not None:
                 common = [self.common_prompts[self.prompted_blocks.index(j)] for j in blocks]
-                prompts |= zip(blocks, ops.blend_prompts(common, own_p_s, w_c, w_s, batch), strict=True)
+                prompts |= zip(blocks, ops.blend_prompts(common, own_p_s, w_c, w_s, batch, p), strict=True)
             elif own_p_s is not None:
                 prompts |= dict.fromkeys(blocks, w_s * own_p_s)  # w_s is 1 without common prompts
         return prompts

@@ -309,7 +309,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     def _may_record(self, tokens: Tensor, dtype: torch.dtype) -> bool:
         """Whether blocks whose products are in this dtype may run without what leads to their native calls."""
-        if self.reads_tokens or self.carry_prompts or self.gives_keys_values:
+        if self.reads_tokens or self._carries_prompts or self.gives_keys_values:
             return False
         return tokens.is_cpu and self._may_replay() and products.provider(dtype, tokens.device) == "native"
 

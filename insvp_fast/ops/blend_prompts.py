@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.registry import call
 from insvp_fast.runtime import buffers, recording
 from insvp_fast.runtime.elementwise import put_sum
 
@@ -16,32 +18,41 @@ __all__ = ["blend_prompts", "blend_prompts_reference"]
 
 
 def blend_prompts(
-    common: Sequence[Tensor], specific: Tensor | None, w_c: float, w_s: float, batch: int
+    common: Sequence[Tensor], specific: Tensor | None, w_c: float, w_s: float, batch: int, p: float = 0.0
 ) -> tuple[Tensor, ...]:
     """w_c·c_j + w_s·p_s for each of J blocks (equation 10 of the paper), bit for bit as block by block.
+
+    On CPUs also with dropout, whose random numbers are those of one block after another.
 
     Args:
         common: c_j [L, D] of each block, all in one floating dtype.
         specific: p_s [B, L, D], or None.
         w_c, w_s: of the blend.
         batch: B, the number of images.
+        p: the probability that a number of c_j is dropped, for each image by itself; below 1.
 
     Returns:
-        J prompts [B, L, D], in the dtype that PyTorch promotes both to. Nothing is kept for backward. Gradients are
-        sums over the blocks; on CPUs in the order of a graph of single blocks, the last first, with the same bits.
+        J prompts [B, L, D], in the dtype that PyTorch promotes both to. Nothing but dropout's mask is kept for
+        backward. Gradients are sums over the blocks; on CPUs in the order of a graph of single blocks, the last first,
+        with the same bits.
     """
     fits = specific is None or (specific.shape == (batch, *common[0].shape) and specific.is_cpu)
     if fits and all(c.is_cpu and c.shape == common[0].shape for c in common):
-        return cast(tuple[Tensor, ...], apply(_BlendPrompts, w_c, w_s, batch, specific, *common))
-    return blend_prompts_reference(w_c, w_s, batch, specific, *common)
+        return cast(tuple[Tensor, ...], apply(_BlendPrompts, w_c, w_s, batch, p, specific, *common))
+    return blend_prompts_reference(w_c, w_s, batch, p, specific, *common)
 
 
 def blend_prompts_reference(
-    w_c: float, w_s: float, batch: int, specific: Tensor | None, *common: Tensor
+    w_c: float, w_s: float, batch: int, p: float, specific: Tensor | None, *common: Tensor
 ) -> tuple[Tensor, ...]:
     """The formula of ``blend_prompts``."""
-    blended = torch.mul(torch.stack(common), w_c).unsqueeze(1)  # [J, 1, L, D]
-    blended = blended.expand(-1, batch, -1, -1) if specific is None else blended + w_s * specific
+    stacked = torch.stack(common).unsqueeze(1)  # [J, 1, L, D]
+    stacked = F.dropout(stacked.repeat(1, batch, 1, 1), p) if p else stacked
+    return _blended(stacked * w_c, w_s, batch, specific)
+
+
+def _blended(common: Tensor, w_s: float, batch: int, specific: Tensor | None) -> tuple[Tensor, ...]:
+    blended = common.expand(-1, batch, -1, -1) if specific is None else common + w_s * specific
     return blended.unbind(0)
 
 
@@ -49,12 +60,18 @@ def blend_prompts_reference(
 class _BlendPrompts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, w_c: float, w_s: float, batch: int, specific: Tensor | None, *common: Tensor
+        ctx: Any, w_c: float, w_s: float, batch: int, p: float, specific: Tensor | None, *common: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.weights, ctx.dtypes = (w_c, w_s), (common[0].dtype, None if specific is None else specific.dtype)
         ctx.set_materialize_grads(False)
+        ctx.p = p
+        if p:
+            stacked = torch.stack(common).unsqueeze(1).repeat(1, batch, 1, 1)
+            dropped, kept = call("dropout_fwd", stacked, p, "auto")
+            ctx.save_for_backward(kept)
+            return _blended(dropped.mul_(w_c), w_s, batch, specific)
         if recording.current() is None:  # in fewer steps
-            return blend_prompts_reference(w_c, w_s, batch, specific, *common)
+            return blend_prompts_reference(w_c, w_s, batch, p, specific, *common)
         dtype = common[0].dtype if specific is None else torch.promote_types(common[0].dtype, specific.dtype)
         images = 1 if specific is None else batch
         blended = buffers.empty((len(common), images, *common[0].shape), dtype)
@@ -65,13 +82,14 @@ class _BlendPrompts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (w_c, w_s), (dtype, specific_dtype), d_specific = ctx.weights, ctx.dtypes, None
-        _, _, _, needs_specific, *needs_common = ctx.needs_input_grad
-        d_common = [
-            (grad.to(dtype) * w_c).sum(0) if grad is not None and needed else None
-            for grad, needed in zip(grads, needs_common, strict=True)
-        ]
+        *_, needs_specific = ctx.needs_input_grad[: -len(grads)]
+        d_common: list[Tensor | None] = [None] * len(grads)
+        for j, (grad, needed) in enumerate(zip(grads, ctx.needs_input_grad[-len(grads) :], strict=True)):
+            if grad is not None and needed:
+                d = grad.to(dtype) * w_c
+                d_common[j] = (call("dropout_bwd", d, ctx.saved_tensors[0][j], ctx.p, "auto") if ctx.p else d).sum(0)
         if needs_specific:
             for grad in reversed([grad for grad in grads if grad is not None]):
                 d = grad.to(specific_dtype) * w_s
                 d_specific = d if d_specific is None else d_specific.add_(d)
-        return None, None, None, d_specific, *d_common
+        return *(None,) * 4, d_specific, *d_common

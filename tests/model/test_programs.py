@@ -75,13 +75,14 @@ MODELS = {  # and how many native calls the programs of their blocks have
     "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [8 * 7 + 4]),  # four for a merging
     "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7 + FEW]),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
-    "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True}, VIT, []),
+    "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True, "prompted_blocks": (0, 2)}, VIT, []),
+    "no prompt to carry": ("vit_tiny_patch16_224", {"carry_prompts": True}, VIT, [5 * 7 + FEW]),
 }
 
 
 # and what is before and behind the blocks, where all is one program: six of the prompters, a blend for each block, the
 # embedding with one class token or none, the last sum
-WHOLE = {"ViT": 6 + 6 + 3 + 1, "all tokens": 6 + 6 + 2 + 1, "layer scale": 6 + 6 + 3 + 1}
+WHOLE = dict.fromkeys(("ViT", "layer scale", "no prompt to carry"), 6 + 6 + 3 + 1) | {"all tokens": 6 + 6 + 2 + 1}
 
 
 @pytest.mark.parametrize("kind", MODELS)
