@@ -13,6 +13,7 @@ from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
 from insvp_fast.coverage import Covered
+from insvp_fast.ops.dropout import dropout_mask
 from insvp_fast.prompted import PromptedViT, foreign
 from insvp_fast.reference import InsVPReference
 from insvp_fast.runtime import cuda_graphs
@@ -133,7 +134,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _blends_at_once(self) -> bool:
         """Whether the prompts of all blocks may be made together: none of them is overridden or made again.
 
-        On GPUs the masks of dropout depend on the calls that draw them, so that those of the reference take a call each.
+        On GPUs masks of dropout depend on the calls that draw them, so that those of the reference take a call each.
         """
         common = self.common_prompts or ()
         dropped = self._common_dropout() > 0 and not all(prompts.is_cpu for prompts in common)
@@ -197,10 +198,9 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
     def _can_superpose(self, prompter: reference.PatchPrompter, image: Tensor) -> bool:
         """Whether ``ops.superpose`` computes what this patch prompter would, in dtypes that PyTorch accepts."""
-        # only the GPU kernels take a mask; they take no rate of 1, which draws none
-        refused = _drops_out(prompter) and not (image.is_cuda and prompter.dropout.p < 1)
+        draws_none = _drops_out(prompter) and prompter.dropout.p == 1
         return (
-            not refused
+            not draws_none
             and coverage.covers(prompter)
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
@@ -214,10 +214,13 @@ def _drops_out(prompter: nn.Module) -> bool:
 
 
 def _draw_kept(image: Tensor, p: float) -> Tensor:
-    """Where ``nn.Dropout`` keeps the patch prompt of an image, drawn by the same call from the same random numbers.
+    """Where ``nn.Dropout`` keeps the patch prompt of an image, drawn from the same random numbers.
 
     These depend on the dtype of the patch prompt, but not on its values, which are not known yet.
     """
     device = image.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image.dtype
-    return torch.native_dropout(torch.empty(image.shape, dtype=dtype, device=image.device), p, True)[1]
+    prompt = torch.empty(image.shape, dtype=dtype, device=image.device)
+    if image.is_cuda:
+        return torch.native_dropout(prompt, p, True)[1]
+    return dropout_mask(prompt, p)

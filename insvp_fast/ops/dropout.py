@@ -13,7 +13,7 @@ from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.registry import Implementation, call, native_reason, register, require
 from insvp_fast.runtime import native
 
-__all__ = ["dropout", "dropout_bwd_reference", "dropout_reference"]
+__all__ = ["dropout", "dropout_bwd_reference", "dropout_mask", "dropout_reference"]
 
 
 def dropout(x: Tensor, p: float, *, impl: str = "auto") -> Tensor:
@@ -38,6 +38,11 @@ def dropout(x: Tensor, p: float, *, impl: str = "auto") -> Tensor:
     operands = _Fwd(x, float(p))
     require("dropout_fwd", impl, operands)
     return cast(Tensor, apply(_Dropout, *operands, impl))
+
+
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """Where ``dropout(x, p)`` would keep x, which it draws without a look at x."""
+    return cast(Tensor, call("dropout_fwd", x, p, "auto")[1])
 
 
 def dropout_reference(x: Tensor, p: float) -> tuple[Tensor, Tensor]:

@@ -231,26 +231,22 @@ def _bwd_reference(a: _Bwd) -> tuple[Tensor, ...]:
 
 
 def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
-    return native.superpose_fwd(_pixels(a), a.global_prompt, *a.weights, *a.blend, a.dtype)
+    return native.superpose_fwd(_pixels(a), a.global_prompt, *a.weights, *a.blend, a.dtype, a.kept)
 
 
 def _bwd_native(a: _Bwd) -> tuple[Tensor, ...]:
     needs = a.need_image, a.need_global
-    d_image, *grads = native.superpose_bwd(a.grad, _pixels(a), a.hidden, a.w1, a.w2, *a.blend, *needs)
+    d_image, *grads = native.superpose_bwd(a.grad, _pixels(a), a.hidden, a.w1, a.w2, *a.blend, *needs, a.kept)
     return d_image.to(a.image.dtype), *grads
 
 
 def _fwd_native_reason(a: _Fwd) -> str | None:
     maps = _pixel_dtype(a), a.dtype, *(() if a.global_prompt is None else (a.global_prompt.dtype,))
-    return native_reason(a.image.device, *maps, weights=a.weights) or _dropout_reason(a)
+    return native_reason(a.image.device, *maps, weights=a.weights)
 
 
 def _bwd_native_reason(a: _Bwd) -> str | None:
-    return native_reason(a.image.device, a.grad.dtype, _pixel_dtype(a), weights=(a.w1, a.w2)) or _dropout_reason(a)
-
-
-def _dropout_reason(a: _Fwd | _Bwd) -> str | None:
-    return None if a.kept is None else "does not cover dropout of the patch prompt"
+    return native_reason(a.image.device, a.grad.dtype, _pixel_dtype(a), weights=(a.w1, a.w2))
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ def unfold(x: Tensor, P: int) -> Tensor:
     return x.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // P**2, C * P * P)
 
 
-def formula(image, global_prompt, w1, b1, w2, b2, P: int) -> tuple[Tensor, Tensor]:
+def formula(image, global_prompt, w1, b1, w2, b2, P: int, kept=None) -> tuple[Tensor, Tensor]:
     u = unfold(image, P)
     hidden = torch.relu(u @ w1.T + b1)
-    tokens = u + PATCH_WEIGHT * (hidden @ w2.T + b2)
+    patch_prompt = hidden @ w2.T + b2
+    tokens = u + PATCH_WEIGHT * (patch_prompt if kept is None else patch_prompt * unfold(kept, P))
     return tokens if global_prompt is None else tokens + GLOBAL_WEIGHT * unfold(global_prompt, P), hidden
 
 
@@ -34,19 +35,19 @@ def inputs(B: int, C: int, H: int, W: int, P: int, R: int, dtypes=(F32, F32, F32
     return (image, global_prompt, *weights), torch.randn(B, N, K).to(dtypes[2])
 
 
-def check(args: tuple[Tensor, ...], grad: Tensor, P: int) -> None:
+def check(args: tuple[Tensor, ...], grad: Tensor, P: int, kept: Tensor | None = None) -> None:
     """Forward and every gradient against float64 autograd."""
     leaves = [x.double().requires_grad_() for x in args]
-    tokens64, hidden64 = formula(*leaves, P)
+    tokens64, hidden64 = formula(*leaves, P, kept)
     expected = torch.autograd.grad(tokens64, leaves, grad.double())
 
-    tokens, hidden = native.superpose_fwd(*args, P, GLOBAL_WEIGHT, PATCH_WEIGHT, grad.dtype)
+    tokens, hidden = native.superpose_fwd(*args, P, GLOBAL_WEIGHT, PATCH_WEIGHT, grad.dtype, kept)
     assert (tokens.dtype, hidden.dtype) == (grad.dtype, F32)
     assert_close("tokens", tokens, tokens64.detach())
     assert_close("hidden", hidden, hidden64.detach())
 
     image, _, w1, _, w2, _ = args
-    got = native.superpose_bwd(grad, image, hidden, w1, w2, P, GLOBAL_WEIGHT, PATCH_WEIGHT, True, True)
+    got = native.superpose_bwd(grad, image, hidden, w1, w2, P, GLOBAL_WEIGHT, PATCH_WEIGHT, True, True, kept)
     assert [x.dtype for x in got] == [image.dtype, grad.dtype, F32, F32, F32, F32]
     for name, out, want in zip(("image", "global", "w1", "b1", "w2", "b2"), got, expected, strict=True):
         assert_close(f"d_{name}", out, want)
@@ -75,6 +76,19 @@ def test_parity_fp32(isa, shape):
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_parity_bf16(isa, shape, dtypes):
     check(*inputs(*shape, dtypes), P=shape[4])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity_under_a_mask(isa, shape):
+    args, grad = inputs(*shape)
+    check(args, grad, shape[4], torch.rand(args[0].shape) < 0.7)
+
+
+def test_a_mask_of_another_image_is_refused():
+    args, _ = inputs(2, 3, 32, 48, 16, 5)
+    for kept, error in ((args[0] > 0)[:1], ValueError), (args[0], TypeError):
+        with pytest.raises(error, match="kept has"):
+            native.superpose_fwd(*args, 16, GLOBAL_WEIGHT, PATCH_WEIGHT, F32, kept)
 
 
 def test_without_global_prompt(isa):

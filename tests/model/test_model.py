@@ -187,7 +187,7 @@ def test_dropout_under_the_same_masks(config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_is_that_of_dropout(dtype):
-    """The one that ``superpose`` takes on GPUs, of the dtype that the patch prompt has."""
+    """The one that ``superpose`` takes, of the dtype that the patch prompt has."""
     image = torch.randn(3, 3, 16, 48, device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         torch.manual_seed(1)

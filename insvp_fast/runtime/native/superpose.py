@@ -14,8 +14,8 @@ from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, 
 
 __all__ = ["superpose_bwd", "superpose_fwd"]
 
-_FWD = [*array * 2, *[ptr] * 4, *array, ptr, *[i64] * 6, f32, f32]
-_BWD = [*array * 2, *[ptr] * 3, *array * 2, *[ptr] * 4, *[i64] * 6, f32, f32]
+_FWD = [*array * 2, *[ptr] * 5, *array, ptr, *[i64] * 6, f32, f32]
+_BWD = [*array * 2, *[ptr] * 4, *array * 2, *[ptr] * 4, *[i64] * 6, f32, f32]
 
 
 def _sizes(image: Tensor, w1: Tensor, patch_size: int) -> tuple[int, int, int, int, int, int, int, int]:
@@ -29,6 +29,10 @@ def _sizes(image: Tensor, w1: Tensor, patch_size: int) -> tuple[int, int, int, i
     return B, C, H, W, P, R, (H // P) * (W // P), C * P * P
 
 
+def _mask(kept: Tensor | None, image: Tensor) -> Tensor | None:
+    return None if kept is None else require("kept", kept, tuple(image.shape), torch.bool)
+
+
 def superpose_fwd(
     image: Tensor,
     global_prompt: Tensor | None,
@@ -40,8 +44,11 @@ def superpose_fwd(
     global_weight: float,
     patch_weight: float,
     dtype: torch.dtype,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unfolded ``image + global_weight * global_prompt + patch_weight * mlp(image)``, and the hidden layer of the MLP.
+
+    With ``kept`` [B, C, H, W], bool, the MLP's result is multiplied by it.
 
     image, global_prompt [B, C, H, W] in float32 or bfloat16; w1 [R, K], b1 [R], w2 [K, R], b2 [K] in float32. Returns
     tokens [B, N, K] in ``dtype`` and hidden [B, N, R] in float32. Errors: see ``native``.
@@ -56,13 +63,14 @@ def superpose_fwd(
     b1 = require("b1", b1, (R,), torch.float32)
     w2 = require("w2", w2, (K, R), torch.float32)
     b2 = require("b2", b2, (K,), torch.float32)
+    kept = _mask(kept, image)
     tokens = buffers.empty((B, N, K), dtype)
     hidden = buffers.empty((B, N, R), torch.float32)
     launch(
         "superpose_fwd",
         _FWD,
         *(*pointer(image), *pointer(global_prompt)),
-        *(*map(address, (w1, b1, w2, b2)), *pointer(tokens), address(hidden)),
+        *(*map(address, (w1, b1, w2, b2, kept)), *pointer(tokens), address(hidden)),
         *(B, C, H, W, P, R, global_weight, patch_weight),
     )
     return tokens, hidden
@@ -79,6 +87,7 @@ def superpose_bwd(
     patch_weight: float,
     need_image: bool,
     need_global: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``superpose_fwd`` for ``grad`` of its tokens: d_image, d_global, dw1, db1, dw2, db2.
 
@@ -92,6 +101,7 @@ def superpose_bwd(
     hidden = require("hidden", hidden, (B, N, R), torch.float32)
     w1 = require("w1", w1, (R, K), torch.float32)
     w2 = require("w2", w2, (K, R), torch.float32)
+    kept = _mask(kept, image)
     d_image = buffers.empty(image.shape if need_image else (0,), image.dtype)
     d_global = buffers.empty(image.shape if need_global else (0,), grad.dtype)
     shapes = ((R, K), (R,), (K, R), (K,))
@@ -99,7 +109,7 @@ def superpose_bwd(
     call(
         "superpose_bwd",
         _BWD,
-        *(*pointer(grad), *pointer(image), hidden.data_ptr(), w1.data_ptr(), w2.data_ptr()),
+        *(*pointer(grad), *pointer(image), hidden.data_ptr(), w1.data_ptr(), w2.data_ptr(), address(kept)),
         *(*pointer(d_image), *pointer(d_global)),
         *(dw1.data_ptr(), db1.data_ptr(), dw2.data_ptr(), db2.data_ptr()),
         *(B, C, H, W, P, R, global_weight, patch_weight),

@@ -46,6 +46,15 @@ inline void fold(Array image, const float* x, const Tile& t, const Geometry& g, 
   for_each_row(t, g, [&](int64_t from, int64_t to) { write(image, to, x + from, g.P, scale); });
 }
 
+// to[i] = [to[i] +] x[i] where the patch prompt is kept, else 0 * x[i]
+template <bool ADD>
+inline void keep(float* to, const float* x, const uint8_t* kept, const Tile& t, const Geometry& g) {
+  for_each_row(t, g, [&](int64_t row, int64_t from) {
+    for (int64_t i = 0; i < g.P; ++i)
+      to[row + i] = (ADD ? to[row + i] : 0.0f) + static_cast<float>(kept[from + i]) * x[row + i];
+  });
+}
+
 template <int ROWS>
 inline void project_rows(float* out, const float* x, const float* w, const Geometry& g) {
   constexpr int M = 3;  // M * ROWS sums and the operands fill 16 registers
@@ -143,7 +152,13 @@ void superpose_fwd_tile(const SuperposeFwd& a, int64_t first, int64_t count, flo
     unfold(p, a.global_prompt, tile, g, a.global_weight);
     for (int64_t i = 0; i < kTile * g.stride; i += kWidth) store(x + i, load(x + i) + load(p + i));
   }
-  expand(x, h, a.w2, g.R + 1, g);
+  if (a.kept) {
+    __builtin_memset(p, 0, kTile * g.stride * sizeof(float));
+    expand(p, h, a.w2, g.R + 1, g);
+    keep<true>(x, p, a.kept, tile, g);
+  } else {
+    expand(x, h, a.w2, g.R + 1, g);
+  }
   for (int64_t m = 0; m < count; ++m) {
     write(a.tokens, (first + m) * g.K, x + m * g.stride, g.K);
     __builtin_memcpy(a.hidden + (first + m) * g.R, h + m * g.ld, g.R * sizeof(float));
@@ -165,15 +180,21 @@ void superpose_bwd_tile(const SuperposeBwd& a, int64_t first, int64_t count, flo
   if (a.d_global.data) fold(a.d_global, grad, tile, g, a.global_weight);
 
   if (!a.need_weights && !a.d_image.data) return;
-  project(dh, grad, a.w2, g);
+  const float* d_patch = grad;
+  if (a.kept) {
+    keep<false>(x, grad, a.kept, tile, g);
+    clear_rest(x, tile, g);
+    d_patch = x;
+  }
+  project(dh, d_patch, a.w2, g);
   for (int64_t m = 0; m < kTile; ++m)
     for (int64_t r = 0; r < g.R; ++r)
       if (h[m * g.ld + r] <= 0) dh[m * g.ld + r] = 0;  // for a NaN the gradient stays, as in torch's relu
 
   if (a.need_weights) {
+    accumulate(sums.dw2, h, d_patch, g.R + 1, g);
     unfold(x, a.image, tile, g, 1.0f);
     accumulate(sums.dw1, dh, x, g.R, g);
-    accumulate(sums.dw2, h, grad, g.R + 1, g);
     for (int64_t m = 0; m < count; ++m)
       for (int64_t r = 0; r < g.R; ++r) sums.db1[r] += dh[m * g.ld + r];
   }

@@ -65,14 +65,14 @@ void finish(const WeightGrads& out, const Partial& sums, float patch_weight, con
 
 using namespace insvp_fast;
 
-// Both return 0, or -1 if there is no memory for the workspace. A null global_prompt is absent, a null gradient is not
-// needed. Tensors are contiguous: images [B, C, H, W], tokens and grad [B, N, K], hidden [B, N, R], w1 [R, K],
-// w2 [K, R].
+// Both return 0, or -1 if there is no memory for the workspace. A null global_prompt or mask is absent, a null gradient
+// is not needed. Tensors are contiguous: images and the mask [B, C, H, W], tokens and grad [B, N, K], hidden [B, N, R],
+// w1 [R, K], w2 [K, R].
 
 INSVP_FAST_API int superpose_fwd(
     void* image, int image_type, void* global_prompt, int global_type, const float* w1, const float* b1,
-    const float* w2, const float* b2, void* tokens, int tokens_type, float* hidden, int64_t B, int64_t C, int64_t H,
-    int64_t W, int64_t P, int64_t R, float global_weight, float patch_weight, int threads) {
+    const float* w2, const float* b2, const uint8_t* kept, void* tokens, int tokens_type, float* hidden, int64_t B,
+    int64_t C, int64_t H, int64_t W, int64_t P, int64_t R, float global_weight, float patch_weight, int threads) {
   const Geometry g = geometry(C, H, W, P, R);
   const int64_t patches = B * g.N, tiles = ceil_div(patches, kTile), scratch_size = scratch_floats(g);
   threads = useful_threads(threads, tiles);
@@ -87,7 +87,7 @@ INSVP_FAST_API int superpose_fwd(
   for (int64_t k = 0; k < g.K; ++k) packed2[R * g.stride + k] = patch_weight * b2[k];
 
   const SuperposeFwd args{g, {image, DType(image_type)}, {global_prompt, DType(global_type)},
-                          {tokens, DType(tokens_type)}, hidden, packed1, b1, packed2, global_weight};
+                          {tokens, DType(tokens_type)}, hidden, packed1, b1, packed2, kept, global_weight};
   const auto kernel = best_kernels<SuperposeKernels>(isa()).fwd;
   for_each_job(tiles, threads, scratch, scratch_size, [&](int64_t tile, float* own) {
     kernel(args, tile * kTile, smaller(kTile, patches - tile * kTile), own);
@@ -97,7 +97,7 @@ INSVP_FAST_API int superpose_fwd(
 
 INSVP_FAST_API int superpose_bwd(
     void* grad, int grad_type, void* image, int image_type, const float* hidden, const float* w1, const float* w2,
-    void* d_image, int d_image_type, void* d_global, int d_global_type, float* dw1, float* db1, float* dw2, float* db2,
+    const uint8_t* kept, void* d_image, int d_image_type, void* d_global, int d_global_type, float* dw1, float* db1, float* dw2, float* db2,
     int64_t B, int64_t C, int64_t H, int64_t W, int64_t P, int64_t R, float global_weight, float patch_weight,
     int threads) {
   const Geometry g = geometry(C, H, W, P, R);
@@ -115,7 +115,7 @@ INSVP_FAST_API int superpose_bwd(
   pack_w2(packed2, w2, patch_weight, g);
 
   const SuperposeBwd args{g, {grad, DType(grad_type)}, {image, DType(image_type)}, {d_image, DType(d_image_type)},
-                          {d_global, DType(d_global_type)}, hidden, packed1, packed2, global_weight, out.any()};
+                          {d_global, DType(d_global_type)}, hidden, packed1, packed2, kept, global_weight, out.any()};
   const auto kernel = best_kernels<SuperposeKernels>(isa()).bwd;
   for_each_job(chunks, threads, scratch, scratch_size, [&](int64_t c, float* own) {
     const Partial sums = out.any() ? partial_at(partials + c * size, g) : Partial{};

@@ -24,6 +24,7 @@ struct SuperposeFwd {
   const float* w1;  // [R, stride]
   const float* b1;  // [R]
   const float* w2;  // [R + 1, stride], transposed, times patch_weight; the last row is the bias
+  const uint8_t* kept;  // [B, C, H, W]: the patch prompt counts where it is 1 and not 0; null: everywhere
   float global_weight;
 };
 
@@ -32,6 +33,7 @@ struct SuperposeBwd {
   Array grad, image, d_image, d_global;
   const float* hidden;  // [B*N, R]
   const float *w1, *w2;  // as above, w2 without the bias
+  const uint8_t* kept;
   float global_weight;
   bool need_weights;
 };
