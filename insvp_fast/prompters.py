@@ -42,8 +42,8 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
             return super().forward(image)
         (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
-            x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype)
-            x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W)
+            x = ops.conv(image, w1, b1, self.conv1.dilation[0], H, W, relu=True, dtype=dtype, operands=dtype)
+            x = ops.conv(x, w2, b2, self.conv2.dilation[0], H, W, operands=dtype)
         return _dropped(self.dropout, x)
 
 
@@ -87,14 +87,12 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
             return self._tokens(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))), None)
         (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
-            # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest;
-            # on CPUs, where the gradient goes there, operands are not rounded either: it would be off by 6 %, not 0.6
-            operands = None if torch.is_grad_enabled() else dtype
+            # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest
             x = image.to(dtype) if image.is_cuda else image
-            x = ops.conv_pool(x, w1, b1, H, W, pool, dtype=torch.float32, operands=operands)
+            x = ops.conv_pool(x, w1, b1, H, W, pool, dtype=torch.float32, operands=dtype)
             x = _dropped(self.dropout, x)
             x = x.to(dtype) if image.is_cuda else x
-            x = ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3, dtype=torch.float32, operands=operands)
+            x = ops.conv_pool(x, w2, b2, 3 * grid, 3 * grid, 3, dtype=torch.float32, operands=dtype)
             x = _dropped(self.dropout, x)
             if not image.is_cuda:
                 return self._tokens(x, dtype)

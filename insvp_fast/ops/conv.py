@@ -35,6 +35,7 @@ def conv(
     relu: bool = False,
     *,
     dtype: torch.dtype | None = None,
+    operands: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The central ``height`` x ``width`` of a "same" convolution with stride 1, after ReLU if wanted.
@@ -48,6 +49,8 @@ def conv(
         dtype: of the result; that of x if not given. Arithmetic is fp32, but on GPUs the operands of matrix
             products have 16 bits if x or the result has. These compute the gradient of the weight, and all where the
             weight is large.
+        operands: on CPUs, the dtype to which factors may be rounded for matrix units; None for none. It does not change
+            what a ReLU decides for gradients.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
@@ -58,9 +61,9 @@ def conv(
         RuntimeError: if the implementation asked for cannot run here.
     """
     check_shapes(x, weight, bias, height, width, 1)
-    operands = _Fwd(x, weight, bias, dilation, height, width, relu, dtype or x.dtype)
-    require("conv_fwd", impl, operands)
-    return cast(Tensor, apply(_Conv, *operands, impl))
+    arguments = _Fwd(x, weight, bias, dilation, height, width, relu, dtype or x.dtype, operands)
+    require("conv_fwd", impl, arguments)
+    return cast(Tensor, apply(_Conv, *arguments, impl))
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, pool: int) -> None:
@@ -121,6 +124,7 @@ class _Fwd(NamedTuple):
     width: Size
     relu: bool
     dtype: torch.dtype
+    operands: torch.dtype | None = None
 
 
 class _Bwd(NamedTuple):
@@ -132,6 +136,7 @@ class _Bwd(NamedTuple):
     height: Size
     width: Size
     need_x: bool
+    operands: torch.dtype | None = None
 
 
 @first_order("conv", "conv_reference of the module insvp_fast.ops.conv")
@@ -139,15 +144,17 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        y = call("conv_fwd", *a, impl)
+        # rounding would decide on which side of a ReLU some sums are, and so where the gradient goes
+        exact = a.relu and any(ctx.needs_input_grad)
+        y = call("conv_fwd", *a[:-1], impl, None if exact else a.operands)
         ctx.save_for_backward(a.x, y if a.relu else None, a.weight)
-        ctx.geometry, ctx.impl = (a.dilation, a.height, a.width), impl
+        ctx.geometry, ctx.operands, ctx.impl = (a.dilation, a.height, a.width), a.operands, impl
         return cast(Tensor, y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a = _Bwd._make((grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0]))
-        grads = call("conv_bwd", *a, ctx.impl)
+        a = _Bwd._make((grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[0], ctx.operands))
+        grads = call("conv_bwd", *a[:-1], ctx.impl, a.operands)
         return only_needed(ctx, grads)
 
 

@@ -53,7 +53,8 @@ def conv_pool(
         height, width: of the center that is convolved, at most H and W.
         pool: at most 16, and a divisor of height and width.
         negative_slope: of the LeakyReLU; not negative.
-        operands: on CPUs, the dtype to which x and weight may be rounded for matrix units, in forward; None for none.
+        operands: on CPUs, the dtype to which x and weight may be rounded for matrix units where no gradient follows;
+            None for none.
 
     Returns:
         [B, O, height / pool, width / pool]
@@ -137,7 +138,8 @@ class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        y, indices = call("conv_pool_fwd", *a[:-1], impl, a.operands)
+        # rounding would decide which of two neighbors is the largest, and so where the gradient goes
+        y, indices = call("conv_pool_fwd", *a[:-1], impl, None if any(ctx.needs_input_grad) else a.operands)
         ctx.save_for_backward(a.x, y, indices, a.weight)
         ctx.geometry, ctx.impl = (a.height, a.width, a.pool, a.negative_slope), impl
         return cast(Tensor, y)

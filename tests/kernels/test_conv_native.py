@@ -139,6 +139,60 @@ def rounded(t: Tensor) -> Tensor:
     return t.to(BF16).float()
 
 
+# as CONV_SHAPES, but so many products that matrix tiles pay
+LARGE_SHAPES = [
+    (3, 3, 40, 37, 6, 11, 11, 1, 40, 37),
+    (2, 6, 30, 70, 3, 25, 25, 1, 28, 69),  # most rows of the kernel lie in the padding
+    (1, 6, 60, 61, 3, 25, 25, 3, 60, 61),  # dilated: not the gradient of the weight
+    (1, 4, 23, 90, 20, 9, 10, 1, 23, 85),  # more channels out than a tile has columns; an even kernel
+    (1, 11, 24, 33, 35, 5, 6, 1, 20, 33),  # several tiles of columns
+    (1, 2, 70, 49, 5, 3, 70, 1, 70, 49),  # a kernel wider than two tiles
+    (2, 5, 130, 224, 4, 9, 9, 1, 121, 219),  # several jobs for each image
+    (0, 3, 16, 16, 2, 11, 11, 1, 16, 16),
+]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F32, BF16)], ids=str)
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+def test_factors_are_rounded_for_matrix_tiles_alone(isa, shape, dtypes, relu):
+    *sizes, dilation, height, width = shape
+    (x, weight, bias), tiles = inputs(*sizes, dtypes[0]), isa == "amx"
+    where, window = (dilation, height, width), (*sizes[4:5], height, width)
+    factors = (rounded(x), rounded(weight)) if tiles else (x.float(), weight)
+    y = native.conv_fwd(x, weight, bias, *where, relu, dtypes[1], BF16)
+    assert_close("y", y, conv_formula(*(t.double() for t in (*factors, bias)), *where, relu))
+
+    grad = torch.randn(x.shape[0], *window).to(dtypes[1])
+    masked = grad.float() * (y > 0) if relu else grad.float()
+    got = native.conv_bwd(grad, x, y if relu else None, weight, *where, True, BF16)
+    factor = rounded(masked) if tiles else masked
+    _, (d_x, d_weight, _) = expected(lambda *t: conv_formula(*t, *where, False), (*factors, bias), factor)
+    if tiles and dilation > 1:
+        operands = x.float(), weight, bias
+        _, (_, d_weight, _) = expected(lambda *t: conv_formula(*t, *where, False), operands, masked)
+    assert_close("d_x", got[0], d_x)
+    assert_close("d_weight", got[1], d_weight)
+    assert_close("d_bias", got[2], masked.double().sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("where", ["x", "grad", "weight"])
+def test_what_bf16_cannot_hold_is_not_rounded_in_convolutions(isa, where):
+    """3.4e38 is infinite in bf16: times the zeros beside a window it would not be zero."""
+    x, weight, bias = inputs(1, 3, 30, 44, 4, 11, 11)
+    grad, large = torch.randn(1, 4, 30, 44), 3.4e38
+    {"x": x, "grad": grad, "weight": weight}[where][0, 1, 2, 3] = large
+    y = native.conv_fwd(x, weight, bias, 1, 30, 44, False, F32, BF16)
+    gradients = native.conv_bwd(grad, x, None, weight, 1, 30, 44, True, BF16)
+    leaves, exact = (x, weight, bias), lambda *t: conv_formula(*t, 1, 30, 44, False)
+    y64, gradients64 = expected(exact, leaves, grad)
+    for value, double in zip((y, *gradients), (y64, *gradients64), strict=True):
+        assert torch.equal(value.isnan(), torch.zeros_like(value, dtype=torch.bool))
+        near = double.abs() < 1e30  # what does not read the large number
+        assert near.all() or (value[~near].abs() > 1e30).all()
+        torch.testing.assert_close(value[near].double(), double[near], rtol=0.02, atol=0.02 * double[near].abs().max())
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [*CONV_POOL_SHAPES, (1, 5, 20, 37, 40, 2, 9, 20, 36, 2)], ids=str)
 def test_operands_are_rounded_for_matrix_tiles_alone(isa, shape, dtype):
@@ -229,7 +283,8 @@ def test_same_bits_for_every_number_of_threads(isa, threads):
         pooled, indices = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32, BF16)
         dense = native.conv_bwd(grad, x, y, weight, 1, 144, 144, True)
         sparse = native.conv_pool_bwd(small, x, pooled, indices, weight, 144, 144, 4, SLOPE, True)
-        runs.append((y, pooled, indices, *dense, *sparse))
+        large = native.conv_bwd(grad, x, None, weight.repeat(1, 1, 2, 2), 1, 144, 144, True, BF16)
+        runs.append((y, pooled, indices, *dense, *sparse, *large))
     assert_same_bits(runs)
 
 

@@ -46,6 +46,16 @@ def test_operations_in_every_dtype(run, dtype):
 
 
 @pytest.mark.parametrize("run", [run_conv, run_conv_pool])
+def test_rounding_does_not_decide_where_gradients_go(run):
+    x, weight, bias = operands(size=(32, 40), kernel=(11, 11))
+    tiles = native.native_status().isa == "amx"
+    for needed in (True, False):
+        x.requires_grad_(needed), weight.requires_grad_(needed), bias.requires_grad_(needed)
+        exact, found = run(x, weight, bias), run(x, weight, bias, operands=torch.bfloat16)
+        assert torch.equal(exact, found) == (needed or not tiles)
+
+
+@pytest.mark.parametrize("run", [run_conv, run_conv_pool])
 def test_gradcheck(run):
     assert torch.autograd.gradcheck(run, operands(torch.float64, B=1, C=2, out=2))
 

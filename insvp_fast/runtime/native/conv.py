@@ -26,7 +26,7 @@ from insvp_fast.runtime.native.library import (
 __all__ = ["conv_bwd", "conv_fwd", "conv_pool_bwd", "conv_pool_fwd"]
 
 _FWD = [*array, ptr, ptr, *array, ptr, *[i64] * 11, f32, i32]
-_BWD = [*array * 3, ptr, *array, ptr, ptr, *[i64] * 10]
+_BWD = [*array * 3, ptr, *array, ptr, ptr, *[i64] * 10, i32]
 _POOL_BWD = [*array * 2, ptr, *array, ptr, *array, ptr, ptr, *[i64] * 10, f32]
 
 
@@ -74,14 +74,23 @@ def _run_fwd(
 
 
 def conv_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, dilation: int, height: int, width: int, relu: bool, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dilation: int,
+    height: int,
+    width: int,
+    relu: bool,
+    dtype: torch.dtype,
+    operands: torch.dtype | None = None,
 ) -> Tensor:
     """The central ``height`` x ``width`` of a "same" convolution, after ReLU if wanted.
 
     x [B, C, H, W] in float32 or bfloat16, weight [O, C, kh, kw] and bias [O] in float32; returns [B, O, height, width]
-    in ``dtype``. Errors: see ``native``.
+    in ``dtype``. With ``operands`` in bfloat16, x and weight may be rounded to it where they are multiplied. Errors:
+    see ``native``.
     """
-    return _run_fwd(x, weight, bias, dilation, height, width, 1, 0.0 if relu else 1.0, dtype)[0]
+    return _run_fwd(x, weight, bias, dilation, height, width, 1, 0.0 if relu else 1.0, dtype, operands)[0]
 
 
 def conv_pool_fwd(
@@ -99,7 +108,6 @@ def conv_pool_fwd(
 
     Returns y [B, O, height / pool, width / pool] in ``dtype`` and, in uint8, the index of each maximum in its window,
     row by row: the first of equal ones, the last NaN. The arguments are those of ``conv_fwd``; ``pool`` is at most 16.
-    With ``operands`` in bfloat16, x and weight may be rounded to it where they are multiplied.
     """
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
@@ -122,6 +130,7 @@ def conv_bwd(
     height: int,
     width: int,
     need_x: bool,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``conv_fwd`` for ``grad`` of its result: d_x, d_weight, d_bias.
 
@@ -140,7 +149,7 @@ def conv_bwd(
         "conv_bwd",
         _BWD,
         *(*pointer(grad), *pointer(y), *pointer(x), weight.data_ptr(), *pointer(d_x)),
-        *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, dilation),
+        *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, dilation, TYPE_CODES.get(operands, 0)),
     )
     return d_x, d_weight, d_bias
 

@@ -34,7 +34,7 @@ inline void accumulate(const ConvBwdWeights& a, float* dw, const float* g, const
   }
 }
 
-void conv_bwd_weights_job(const ConvBwdWeights& a, int64_t job, float* scratch, float* dw, float* db) {
+void conv_bwd_weights_in_vectors(const ConvBwdWeights& a, int64_t job, float* scratch, float* dw, float* db) {
   const ConvShape& s = a.s;
   const ConvLayout& l = a.l;
   const int64_t b = job / l.bands, first = job % l.bands * l.rows, rows = smaller(l.rows, s.OH - first);

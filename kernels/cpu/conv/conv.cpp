@@ -26,7 +26,7 @@ bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float
   const ConvShape& s = a.s;
   const int64_t row = t.weights / s.KH;
   bool finite = true;
-  for (int64_t n = 0; n < t.columns; ++n) bias[n] = a.bias && n < s.pool * s.O ? a.bias[n % s.O] : 0;
+  for (int64_t n = 0; n < t.columns; ++n) bias[n] = a.bias && n < t.across * s.O ? a.bias[n % s.O] : 0;
 #pragma omp parallel for num_threads(threads) reduction(&& : finite)
   for (int64_t i = 0; i < s.KH; ++i) {
     uint32_t* to = pairs + i * row;
@@ -37,8 +37,8 @@ bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float
           bf16 number;
           narrow(number, element(o, (c * s.KH + i) * s.KW + j));
           finite = finite && (number & 0x7f80) != 0x7f80;
-          for (int64_t place = 0; place < s.pool; ++place) {
-            const int64_t k = (place + j) * s.C + c, n = place * s.O + o, tile = k / K * (t.columns / T) + n / T;
+          for (int64_t place = 0; place < t.across; ++place) {
+            const int64_t k = (place + j * s.dilation) * s.C + c, n = place * s.O + o, tile = k / K * (t.columns / T) + n / T;
             to[(tile * K / 2 + k % K / 2) * T + n % T] |= uint32_t{number} << k % 2 * 16;
           }
         }
@@ -55,7 +55,7 @@ int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1));
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const TileSizes sizes(s);
-  const bool tiles = rounded && s.pool > 1 && kernels().tiles;
+  const bool tiles = rounded && tiles_pay(s) && kernels().tiles;
   const int64_t scratch_size = whole_lines(larger(
       tiles ? TileScratch(s, sizes, a.l.rows).all : 0,
       phases * s.C * a.l.plane + kSlack + 2 * a.block * a.l.out_plane + spare_floats(s, a.l)));
@@ -107,7 +107,7 @@ int64_t sum_jobs_floats(int64_t jobs, int64_t size, int64_t scratch_size, int th
 }
 
 // d_x is a convolution of the gradient with the weights turned around.
-int input_gradient(const ConvBwdWeights& a, Array d_x, const float* w, int threads) {
+int input_gradient(const ConvBwdWeights& a, Array d_x, const float* w, bool rounded, int threads) {
   const ConvShape& s = a.s;
   ConvFwd to{};
   to.s = {s.B, s.O, s.OH, s.OW, s.C, s.H, s.W, s.KH, s.KW, s.dilation, 1, -s.top - (s.KH - 1) * s.dilation,
@@ -118,16 +118,19 @@ int input_gradient(const ConvBwdWeights& a, Array d_x, const float* w, int threa
   to.negative_slope = 1.0f;
   const int64_t window = s.KH * s.KW, C = s.C;
   const auto element = [=](int64_t c, int64_t t) { return w[(t / window * C + c) * window + window - 1 - t % window]; };
-  return correlate(to, element, false, threads);
+  return correlate(to, element, rounded, threads);
 }
 
-int weight_gradient(ConvBwdWeights a, float* dw, float* db, int threads) {
+int weight_gradient(ConvBwdWeights a, float* dw, float* db, bool rounded, int threads) {
   const ConvShape& s = a.s;
   a.block = block_of(s.O);
   a.l = layout(s, s.O);
   const int64_t taps = s.taps(), weights = s.O * taps, jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const int64_t size = whole_lines(weights + s.O);
-  const int64_t scratch_size = whole_lines(s.C * a.l.plane + kSlack + s.O * a.l.out_plane + spare_floats(s, a.l));
+  a.tiles = rounded && weight_tiles_pay(s) && kernels().tiles;
+  const int64_t scratch_size =
+      whole_lines(larger(a.tiles ? WeightTiles(s, a.l.rows).all : 0,
+                         s.C * a.l.plane + kSlack + s.O * a.l.out_plane + spare_floats(s, a.l)));
   threads = useful_threads(threads, jobs);
   Workspace memory(whole_lines(taps) + whole_lines(n) + sum_jobs_floats(jobs, size, scratch_size, threads));
   if (!memory.base) return -1;
@@ -202,7 +205,7 @@ using namespace insvp_fast;
 // All return 0, or -1 if there is no memory for the workspace. Tensors are contiguous: x [B, C, H, W],
 // w [O, C, KH, KW], bias [O], y, grad and indices [B, O, OH / pool, OW / pool]. The result is LeakyReLU of the maxima
 // in windows of pool x pool of the central OH x OW of a convolution with "same" padding. Slope 0 is ReLU, 1 is none.
-// x and w may be rounded to operand_type where they are multiplied.
+// Factors may be rounded to operand_type where they are multiplied.
 
 INSVP_FAST_API int conv_fwd(
     void* x, int x_type, const float* w, const float* bias, void* y, int y_type, uint8_t* indices, int64_t B, int64_t C,
@@ -224,14 +227,15 @@ INSVP_FAST_API int conv_fwd(
 INSVP_FAST_API int conv_bwd(
     void* grad, int grad_type, void* y, int y_type, void* x, int x_type, const float* w, void* d_x, int d_x_type,
     float* dw, float* db, int64_t B, int64_t C, int64_t H, int64_t W, int64_t O, int64_t OH, int64_t OW, int64_t KH,
-    int64_t KW, int64_t dilation, int threads) {
+    int64_t KW, int64_t dilation, int operand_type, int threads) {
   ConvBwdWeights a{};
   a.s = shape(B, C, H, W, O, OH, OW, KH, KW, dilation, 1);
   a.grad = {grad, DType(grad_type)};
   a.mask = {y, DType(y_type)};
   a.x = {x, DType(x_type)};
-  if (d_x && input_gradient(a, {d_x, DType(d_x_type)}, w, threads)) return -1;
-  return weight_gradient(a, dw, db, threads);
+  const bool rounded = DType(operand_type) == DType::bf16;
+  if (d_x && input_gradient(a, {d_x, DType(d_x_type)}, w, rounded, threads)) return -1;
+  return weight_gradient(a, dw, db, rounded, threads);
 }
 
 // With pooling; y and indices are results of conv_fwd. A null d_x is not needed.

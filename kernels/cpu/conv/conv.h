@@ -58,6 +58,7 @@ struct ConvBwdWeights {
   Array grad, mask, x;
   const int32_t *offsets, *positions;  // as in ConvFwd
   int64_t block;
+  bool tiles;  // whether matrix tiles may round factors
 };
 
 // The gradients through max-pooling, of which one position of a window has any. The others would contribute 0 times an

@@ -1,6 +1,6 @@
 // The arithmetic of the convolutions on one job.
 #include "bwd_pool.h"
-#include "bwd_weights.h"
+#include "bwd_weights_tiles.h"
 #include "conv.h"
 #include "fwd.h"
 #include "fwd_tiles.h"
@@ -9,6 +9,11 @@ namespace {
 
 void conv_fwd_job(const ConvFwd& a, int64_t job, float* scratch) {
   if (!a.tiles.pairs || !conv_fwd_in_tiles(a, job, scratch)) conv_fwd_in_vectors(a, job, scratch);
+}
+
+void conv_bwd_weights_job(const ConvBwdWeights& a, int64_t job, float* scratch, float* dw, float* db) {
+  if (!a.tiles || !conv_bwd_weights_in_tiles(a, job, scratch, dw, db))
+    conv_bwd_weights_in_vectors(a, job, scratch, dw, db);
 }
 
 }  // namespace
