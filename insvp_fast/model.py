@@ -16,7 +16,8 @@ from insvp_fast.coverage import Covered
 from insvp_fast.ops.dropout import dropout_mask
 from insvp_fast.prompted import PromptedViT, foreign
 from insvp_fast.reference import InsVPReference
-from insvp_fast.runtime import cuda_graphs
+from insvp_fast.runtime import buffers, cuda_graphs
+from insvp_fast.runtime.elementwise import put, put_sum
 from insvp_fast.timm_interface import TimmInterface
 
 __all__ = ["InsVPViT"]
@@ -193,8 +194,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             patches = ops.superpose(
                 pixels, p_g, weights, ops.Blend(P, w_g, w_l), dtype=wide, scale=scale, shift=shift, kept=kept
             )
-        prompted = reference.fold(patches, P, *image.shape[-2:]) if folded else image
-        return patches.to(dtype), prompted
+        return _cast(patches, dtype), _fold(patches, P, *image.shape[-2:]) if folded else image
 
     def _can_superpose(self, prompter: reference.PatchPrompter, image: Tensor) -> bool:
         """Whether ``ops.superpose`` computes what this patch prompter would, in dtypes that PyTorch accepts."""
@@ -205,6 +205,26 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
         )
+
+
+def _fold(patches: Tensor, P: int, height: int, width: int) -> Tensor:
+    """``reference.fold``, on CPUs without gradients as a call that a program can hold."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not patches.is_cpu:
+        return reference.fold(patches, P, height, width)
+    B, _, K = patches.shape
+    C, h, w = K // P**2, height // P, width // P
+    image = buffers.empty((B, C, height, width), patches.dtype)
+    put(image.view(B, C, h, P, w, P), patches.view(B, h, w, C, P, P).permute(0, 3, 1, 4, 2, 5))
+    return image
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, on CPUs without gradients as a call that a program can hold."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype == dtype:
+        return x.to(dtype)
+    cast = buffers.empty(x.shape, dtype)
+    put_sum(cast, x, 1, None, 0)
+    return cast
 
 
 def _drops_out(prompter: nn.Module) -> bool:

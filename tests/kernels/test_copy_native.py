@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from insvp_fast.reference import fold
 from insvp_fast.runtime import native
 from insvp_fast.runtime.elementwise import put
 from tests.kernels.native_checks import needs_library
@@ -40,6 +41,16 @@ def test_a_copy_writes_what_it_should_and_nothing_else(dtype, write, read):
     assert torch.equal(target, expected)
 
 
+@pytest.mark.parametrize("size", [(2, 3, 4), (3, 1, 1), (1, 5, 2)], ids=str)
+def test_patches_become_an_image(size):
+    """Six dimensions, of which none continues its neighbor in both tensors."""
+    (B, C, P), (h, w) = size, (3, 5)
+    patches = torch.randn(B, h * w, C * P * P)
+    image = torch.full((B, C, h * P, w * P), float("nan"))
+    native.copy(image.view(B, C, h, P, w, P), patches.view(B, h, w, C, P, P).permute(0, 3, 1, 4, 2, 5))
+    assert torch.equal(image, fold(patches, P, h * P, w * P))
+
+
 def test_large_copies_are_shared(threads):
     source = torch.randn(3, 700, 300)
     for count in (1, 3):
@@ -55,7 +66,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="expected torch.int8"):
         native.copy(torch.zeros(3, dtype=torch.int8), torch.zeros(3))
     with pytest.raises(ValueError, match="too many dimensions"):
-        native.copy(torch.zeros(2, 3, 4, 5, 6).permute(4, 3, 2, 1, 0), torch.zeros(6, 5, 4, 3, 2))
+        native.copy(torch.zeros(2, 3, 4, 5, 6, 7).permute(5, 4, 3, 2, 1, 0), torch.zeros(7, 6, 5, 4, 3, 2))
 
 
 def test_what_the_library_cannot_write_pytorch_copies():

@@ -8,7 +8,7 @@ from insvp_fast.runtime.native.library import address, i64, launch, ptr
 
 __all__ = ["copy"]
 
-_MOST = 4  # dimensions, of which those that are one in both tensors count as one
+_MOST = 5  # dimensions, of which those that are one in both tensors count as one
 _COPY = [ptr, ptr, i64, *[i64] * 3 * _MOST]
 
 
