@@ -12,18 +12,10 @@ namespace {
 
 #ifdef INSVP_FAST_AMX
 
-inline bits32 rounded_bits(const float* from, vec& odd) {
-  bf16 numbers[kWidth];
-  store(numbers, load(from));
-  const vec rounded = load(numbers);
-  odd += rounded - rounded;  // becomes NaN where a number is not finite
-  return (bits32)rounded;
-}
-
 // to[i] = the numbers i and i + 1 of a row, as a pair. `from` has a number more than there are pairs in whole vectors.
 inline void write_pairs(uint32_t* to, const float* from, int64_t n, vec& odd) {
   for (int64_t i = 0; i < n; i += kWidth) {
-    const bits32 pairs = rounded_bits(from + i, odd) >> 16 | (rounded_bits(from + i + 1, odd) & 0xffff0000u);
+    const bits32 pairs = (bits32)rounded(from + i, odd) >> 16 | (bits32)rounded(from + i + 1, odd);
     __builtin_memcpy(to + i, &pairs, sizeof pairs);
   }
 }
@@ -55,8 +47,7 @@ bool conv_bwd_weights_in_tiles(const ConvBwdWeights& a, int64_t job, float* scra
       g.row(row, s.OW, o, r, spare);
       vec total = {};
       for (int64_t i = 0; i < t.pitch; i += kWidth) {
-        const vec rounded = (vec)rounded_bits(row + i, odd);
-        store(grad + ((r + s.KH - 1) * s.O + o) * t.pitch + i, rounded);
+        store(grad + ((r + s.KH - 1) * s.O + o) * t.pitch + i, rounded(row + i, odd));
         total += load(row + i);
       }
       bias[o] += sum(total);

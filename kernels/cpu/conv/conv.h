@@ -47,8 +47,7 @@ struct ConvFwd {
   const int32_t* positions;  // of the vectors of a job
   int64_t block;
   float negative_slope;
-
-  TileWeights tiles;  // absent: `pairs` is null
+  TileWeights tiles;
 };
 
 // The gradient of the weights without pooling.
@@ -78,7 +77,7 @@ struct ConvPoolBwd {
 struct ConvKernels {
   int64_t width;     // floats of a vector
   int64_t channels;  // of a block, at most
-  bool tiles;        // whether fwd takes weights for matrix tiles
+  bool tiles;        // whether there are matrix tiles
   void (*fwd)(const ConvFwd&, int64_t job, float* scratch);
   void (*bwd_weights)(const ConvBwdWeights&, int64_t job, float* scratch, float* dw, float* db);
   void (*pool_bwd_weights)(const ConvPoolBwd&, int64_t job, float* scratch, float* dw, float* db);

@@ -11,7 +11,7 @@ constexpr bool kHasTiles = true;
 
 // Fills a map [rows, cols, C] in bf16. Returns whether all of it is finite.
 inline bool fill_rounded(bf16* to, const Padded& from, int64_t rows, int64_t cols, float* row, float* spare) {
-  vec odd = {};  // becomes NaN where a number is not finite
+  vec odd = {};
   const int64_t C = from.C;
   for (int64_t y = 0; y < rows; ++y, to += cols * C)
     for (int64_t c = 0; c < C; ++c) {
@@ -19,9 +19,7 @@ inline bool fill_rounded(bf16* to, const Padded& from, int64_t rows, int64_t col
       bf16* out = to + c;
       for (int64_t i = 0; i < cols; i += kWidth) {
         bf16 numbers[kWidth];
-        store(numbers, load(row + i));
-        const vec rounded = load(numbers);
-        odd += rounded - rounded;
+        store(numbers, rounded(row + i, odd));
         const int64_t n = smaller(kWidth, cols - i);
         for (int64_t k = 0; k < n; ++k, out += C) *out = numbers[k];
       }

@@ -12,6 +12,15 @@ inline void zero(float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = 0;
 }
 
+// A vector rounded to bf16; `odd` becomes NaN where a number is then not finite.
+inline vec rounded(const float* from, vec& odd) {
+  bf16 numbers[kWidth];
+  store(numbers, load(from));
+  const vec v = load(numbers);
+  odd += v - v;
+  return v;
+}
+
 // Image `b` of a map [B, C, H, W], masked if `mask` is there, from (top, left) on, with zeros around it.
 struct Padded {
   Array x, mask;
