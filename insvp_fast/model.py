@@ -13,7 +13,7 @@ from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
 from insvp_fast.coverage import Covered
-from insvp_fast.ops.dropout import dropout_mask
+from insvp_fast.ops.dropout import draws_natively, dropout_mask
 from insvp_fast.prompted import PromptedViT, foreign
 from insvp_fast.reference import InsVPReference
 from insvp_fast.runtime import buffers, cuda_graphs
@@ -125,7 +125,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         self, patches: Tensor, context: Any, grid: tuple[int, int], blocks: Collection[int], num_queries: int | None
     ) -> list[Tensor]:
         if self._blends_at_once():
-            context = self._feature_prompts(context, len(patches))
+            context = self._feature_prompts(context, len(patches), max(blocks))
         return super()._embed_and_run(patches, context, grid, blocks, num_queries)
 
     def feature_prompt(self, block: int, p_s: Any, batch: int) -> Tensor | None:
@@ -135,10 +135,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _blends_at_once(self) -> bool:
         """Whether the prompts of all blocks may be made together: none of them is overridden or made again.
 
-        On GPUs masks of dropout depend on the calls that draw them, so that those of the reference take a call each.
+        Where PyTorch draws the masks of dropout, they depend on its calls: those of the reference take one for a block.
         """
         common = self.common_prompts or ()
-        dropped = self._common_dropout() > 0 and not all(prompts.is_cpu for prompts in common)
+        dropped = self._common_dropout() > 0 and not all(c.is_cpu and draws_natively(c.dtype) for c in common)
         made_again = torch.compiler.is_compiling() or (self.recompute == "block" and torch.is_grad_enabled())
         mixed = len({prompts.dtype for prompts in common}) > 1
         return not (dropped or made_again or mixed or foreign(self, "feature_prompt", "block_prompts"))
@@ -146,14 +146,16 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _common_dropout(self) -> float:
         return self.config.common_dropout if self.training else 0.0
 
-    def _feature_prompts(self, p_s: Any, batch: int) -> dict[int, Tensor]:
-        """``feature_prompt`` of every block, bit for bit: few launches, and few more in backward.
+    def _feature_prompts(self, p_s: Any, batch: int, last: int) -> dict[int, Tensor]:
+        """``feature_prompt`` of every block up to ``last``, bit for bit: few launches, and few more in backward.
 
         On CPUs the gradients too have the bits that they would have block by block, elsewhere those of other sums.
         """
         (w_c, w_s), p, prompts = self.config.blend_feature, self._common_dropout(), dict[int, Tensor]()
         for i, width in enumerate(self.prompt_widths):
-            blocks = [j for j in self.prompted_blocks if self.widths[j] == width]
+            blocks = sorted(j for j in self.prompted_blocks if self.widths[j] == width and j <= last)
+            if not blocks:
+                continue
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
             if self.common_prompts is not None:
                 common = [self.common_prompts[self.prompted_blocks.index(j)] for j in blocks]
@@ -198,9 +200,10 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
     def _can_superpose(self, prompter: reference.PatchPrompter, image: Tensor) -> bool:
         """Whether ``ops.superpose`` computes what this patch prompter would, in dtypes that PyTorch accepts."""
-        draws_none = _drops_out(prompter) and prompter.dropout.p == 1
+        # a rate of 1 draws no mask; with patches of one pixel the reference draws it in another order of memory
+        other_mask = _drops_out(prompter) and (prompter.dropout.p == 1 or self.patch_size == 1)
         return (
-            not draws_none
+            not other_mask
             and coverage.covers(prompter)
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
@@ -210,7 +213,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 def _fold(patches: Tensor, P: int, height: int, width: int) -> Tensor:
     """``reference.fold``, on CPUs without gradients as a call that a program can hold."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not patches.is_cpu:
-        return reference.fold(patches, P, height, width)
+        return reference.fold(patches, P, height, width).contiguous()
     B, _, K = patches.shape
     C, h, w = K // P**2, height // P, width // P
     image = buffers.empty((B, C, height, width), patches.dtype)
@@ -236,11 +239,10 @@ def _drops_out(prompter: nn.Module) -> bool:
 def _draw_kept(image: Tensor, p: float) -> Tensor:
     """Where ``nn.Dropout`` keeps the patch prompt of an image, drawn from the same random numbers.
 
-    These depend on the dtype of the patch prompt, but not on its values, which are not known yet.
+    On GPUs these depend on the dtype of the patch prompt, but nowhere on its values, which are not known yet.
     """
+    if image.is_cpu:
+        return dropout_mask(image.contiguous(), p)
     device = image.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image.dtype
-    prompt = torch.empty(image.shape, dtype=dtype, device=image.device)
-    if image.is_cuda:
-        return torch.native_dropout(prompt, p, True)[1]
-    return dropout_mask(prompt, p)
+    return torch.native_dropout(torch.empty(image.shape, dtype=dtype, device=image.device), p, True)[1]

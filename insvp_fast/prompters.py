@@ -87,7 +87,7 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
             return self._tokens(self.dropout(F.leaky_relu(F.max_pool2d(x, 3))), None)
         (w1, b1), (w2, b2) = _weights(self.conv1), _weights(self.conv2)
         with torch.autocast(image.device.type, enabled=False):  # the operations choose their own precision
-            # in fp32 between them: the maps are small, and rounding would change which of two neighbors is the largest
+            # in fp32 between them: the maps are small, and the largest of neighbors are near each other
             x = image.to(dtype) if image.is_cuda else image
             x = ops.conv_pool(x, w1, b1, H, W, pool, dtype=torch.float32, operands=dtype)
             x = _dropped(self.dropout, x)

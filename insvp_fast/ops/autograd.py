@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from insvp_fast.runtime import torch_private
 
-__all__ = ["apply", "first_order", "only_needed"]
+__all__ = ["apply", "differentiates", "first_order", "only_needed"]
 
 
 def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
@@ -68,11 +68,14 @@ def apply(function: type[Function], *arguments: Any) -> Any:
         return function.apply(*arguments)
     if torch_private.transforming(*arguments):
         raise RuntimeError(function.refusal)  # type: ignore[attr-defined]
-    if torch.is_grad_enabled():
-        for x in arguments:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return function.apply(*arguments)
+    if differentiates(arguments):
+        return function.apply(*arguments)
     return function.forward(_NoBackward(), *arguments)
+
+
+def differentiates(arguments: Sequence[Any]) -> bool:
+    """Whether PyTorch will ask for gradients by one of these."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 class _NoBackward:

@@ -29,13 +29,15 @@ def blend_prompts(
         specific: p_s [B, L, D], or None.
         w_c, w_s: of the blend.
         batch: B, the number of images.
-        p: the probability that a number of c_j is dropped, for each image by itself; below 1.
+        p: the probability that a number of c_j is dropped, for each image by itself.
 
     Returns:
         J prompts [B, L, D], in the dtype that PyTorch promotes both to. Nothing but dropout's mask is kept for
         backward. Gradients are sums over the blocks; on CPUs in the order of a graph of single blocks, the last first,
         with the same bits.
     """
+    if not 0 <= p < 1:
+        raise ValueError(f"p={p}: expected a probability below 1")
     fits = specific is None or (specific.shape == (batch, *common[0].shape) and specific.is_cpu)
     if fits and all(c.is_cpu and c.shape == common[0].shape for c in common):
         return cast(tuple[Tensor, ...], apply(_BlendPrompts, w_c, w_s, batch, p, specific, *common))
@@ -83,11 +85,12 @@ class _BlendPrompts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (w_c, w_s), (dtype, specific_dtype), d_specific = ctx.weights, ctx.dtypes, None
         *_, needs_specific = ctx.needs_input_grad[: -len(grads)]
+        kept = ctx.saved_tensors[0] if ctx.p else None
         d_common: list[Tensor | None] = [None] * len(grads)
         for j, (grad, needed) in enumerate(zip(grads, ctx.needs_input_grad[-len(grads) :], strict=True)):
             if grad is not None and needed:
                 d = grad.to(dtype) * w_c
-                d_common[j] = (call("dropout_bwd", d, ctx.saved_tensors[0][j], ctx.p, "auto") if ctx.p else d).sum(0)
+                d_common[j] = (d if kept is None else call("dropout_bwd", d, kept[j], ctx.p, "auto")).sum(0)
         if needs_specific:
             for grad in reversed([grad for grad in grads if grad is not None]):
                 d = grad.to(specific_dtype) * w_s

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from insvp_fast.ops.autograd import apply, first_order, only_needed
+from insvp_fast.ops.autograd import apply, differentiates, first_order, only_needed
 from insvp_fast.ops.registry import (
     Implementation,
     Size,
@@ -49,8 +49,8 @@ def conv(
         dtype: of the result; that of x if not given. Arithmetic is fp32, but on GPUs the operands of matrix
             products have 16 bits if x or the result has. These compute the gradient of the weight, and all where the
             weight is large.
-        operands: on CPUs, the dtype to which factors may be rounded for matrix units; None for none. It does not change
-            what a ReLU decides for gradients.
+        operands: on CPUs, the dtype to which factors may be rounded for matrix units; None for none. With gradients
+            those in front of the ReLU are not: it decides where gradients go.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 
     Returns:
@@ -61,9 +61,12 @@ def conv(
         RuntimeError: if the implementation asked for cannot run here.
     """
     check_shapes(x, weight, bias, height, width, 1)
-    arguments = _Fwd(x, weight, bias, dilation, height, width, relu, dtype or x.dtype, operands)
+    # rounding would decide on which side of the ReLU some sums are, and so where the gradient goes
+    exact = relu and differentiates((x, weight, bias))
+    rest = relu, dtype or x.dtype, None if exact else operands
+    arguments = _Fwd(x, weight, bias, dilation, height, width, *rest)
     require("conv_fwd", impl, arguments)
-    return cast(Tensor, apply(_Conv, *arguments, impl))
+    return cast(Tensor, apply(_Conv, *arguments, operands, impl))
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, pool: int) -> None:
@@ -143,12 +146,10 @@ class _Bwd(NamedTuple):
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        # rounding would decide on which side of a ReLU some sums are, and so where the gradient goes
-        exact = a.relu and any(ctx.needs_input_grad)
-        y = call("conv_fwd", *a[:-1], impl, None if exact else a.operands)
+        a, operands, impl = _Fwd(*arguments[:-2]), *arguments[-2:]
+        y = call("conv_fwd", *a[:-1], impl, a.operands)
         ctx.save_for_backward(a.x, y if a.relu else None, a.weight)
-        ctx.geometry, ctx.operands, ctx.impl = (a.dilation, a.height, a.width), a.operands, impl
+        ctx.geometry, ctx.operands, ctx.impl = (a.dilation, a.height, a.width), operands, impl
         return cast(Tensor, y)
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, only_needed
+from insvp_fast.ops.autograd import apply, differentiates, first_order, only_needed
 from insvp_fast.ops.conv import (
     check_shapes,
     conv_bwd_reference,
@@ -53,8 +53,8 @@ def conv_pool(
         height, width: of the center that is convolved, at most H and W.
         pool: at most 16, and a divisor of height and width.
         negative_slope: of the LeakyReLU; not negative.
-        operands: on CPUs, the dtype to which x and weight may be rounded for matrix units where no gradient follows;
-            None for none.
+        operands: on CPUs, the dtype to which x and weight may be rounded for matrix units; None for none. With
+            gradients they are not: a maximum decides where those go.
 
     Returns:
         [B, O, height / pool, width / pool]
@@ -68,6 +68,8 @@ def conv_pool(
     if not negative_slope >= 0:  # else the sign of the result would not tell the sign of the maximum
         raise ValueError(f"negative_slope={negative_slope}: expected at least 0")
     check_shapes(x, weight, bias, height, width, pool)
+    # rounding would decide which of two neighbors is the largest, and so where the gradient goes
+    operands = None if differentiates((x, weight, bias)) else operands
     arguments = _Fwd(x, weight, bias, height, width, pool, float(negative_slope), dtype or x.dtype, operands)
     require("conv_pool_fwd", impl, arguments)
     return cast(Tensor, apply(_ConvPool, *arguments, impl))
@@ -138,8 +140,7 @@ class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
-        # rounding would decide which of two neighbors is the largest, and so where the gradient goes
-        y, indices = call("conv_pool_fwd", *a[:-1], impl, None if any(ctx.needs_input_grad) else a.operands)
+        y, indices = call("conv_pool_fwd", *a[:-1], impl, a.operands)
         ctx.save_for_backward(a.x, y, indices, a.weight)
         ctx.geometry, ctx.impl = (a.height, a.width, a.pool, a.negative_slope), impl
         return cast(Tensor, y)

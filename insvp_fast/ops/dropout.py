@@ -11,9 +11,9 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.registry import Implementation, call, native_reason, register, require
-from insvp_fast.runtime import native
+from insvp_fast.runtime import native, torch_private
 
-__all__ = ["dropout", "dropout_bwd_reference", "dropout_mask", "dropout_reference"]
+__all__ = ["draws_natively", "dropout", "dropout_bwd_reference", "dropout_mask", "dropout_reference"]
 
 
 def dropout(x: Tensor, p: float, *, impl: str = "auto") -> Tensor:
@@ -41,7 +41,7 @@ def dropout(x: Tensor, p: float, *, impl: str = "auto") -> Tensor:
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """Where ``dropout(x, p)`` would keep x, which it draws without a look at x."""
+    """Where ``dropout(x, p)`` would keep x, in whatever is there."""
     return cast(Tensor, call("dropout_fwd", x, p, "auto")[1])
 
 
@@ -103,11 +103,18 @@ def _fwd_native_reason(a: _Fwd) -> str | None:
         return reason
     if not a.x.is_contiguous():
         return "cannot draw in the order of memory that is not contiguous"
+    if torch_private.dispatch_modes():  # traced, or asked again by the kernel
+        return None
     return None if _draws_as_pytorch() else "cannot draw the random numbers of this version of PyTorch"
 
 
 def _bwd_native_reason(a: _Bwd) -> str | None:
     return native_reason(a.grad.device, a.grad.dtype)
+
+
+def draws_natively(dtype: torch.dtype) -> bool:
+    """Whether masks for contiguous tensors of this dtype on CPUs are drawn by the native library."""
+    return native.available(dtype) and not torch_private.dispatch_modes() and _draws_as_pytorch()
 
 
 @cache
@@ -117,7 +124,7 @@ def _draws_as_pytorch() -> bool:
     They rest on the layout of a generator's state, and on how its bits are compared with a probability: PyTorch
     promises neither.
     """
-    generator, ones = torch.Generator("cpu"), torch.ones(701, device="cpu")
+    generator, ones = torch.Generator("cpu"), torch.ones(701, dtype=torch.float32, device="cpu")
     for p in (0.1, 0.9):
         state = generator.get_state()
         expected = torch.empty_like(ones).bernoulli_(1 - p, generator=generator), generator.get_state()

@@ -90,7 +90,7 @@ def register(
         fake: of the operands, empty results of the right shapes and dtypes, for tracing.
         reference: of the operands, the results by the formula, for every device and dtype.
         auto: of the operands, the names to try for ``impl="auto"`` in this order; the device's ``PREFERRED`` if None.
-        random: whether it draws random numbers, so that compiled code must not drop, merge or repeat its calls.
+        random: whether it draws random numbers, so that compiled code must not merge or repeat its calls.
         implementations: what there is besides the reference.
 
     Gradients are the business of the autograd functions: an exported program calls the operators without them.
@@ -100,7 +100,9 @@ def register(
     arguments = [f"{SCHEMA[hints[field]]} {field}" for field in operands._fields if field not in optional]
     behind, at = [f"{SCHEMA[hints[field]]} {field}=None" for field in optional], len(arguments)
     schema = ", ".join([*arguments, "str impl", *behind])
-    tags = (torch.Tag.pt2_compliant_tag, *(torch.Tag.nondeterministic_seeded,) * random)
+    tags = [torch.Tag.pt2_compliant_tag]
+    if random:
+        tags.append(torch.Tag.nondeterministic_seeded)
     LIBRARY.define(f"{name}({schema}) -> {returns}", tags=tags)
     table = {"reference": Implementation(reference, lambda operands: None), **implementations}
 

@@ -193,19 +193,40 @@ def test_what_bf16_cannot_hold_is_not_rounded_in_convolutions(isa, where):
         torch.testing.assert_close(value[near].double(), double[near], rtol=0.02, atol=0.02 * double[near].abs().max())
 
 
+LARGE_POOL_SHAPES = [
+    *(CONV_POOL_SHAPES[i] for i in (0, 1, 6, 8)),
+    (1, 5, 20, 37, 40, 2, 9, 20, 36, 2),  # several tiles of columns
+    (2, 3, 64, 67, 5, 9, 9, 48, 64, 16),  # the largest windows
+    (0, 3, 16, 16, 9, 7, 7, 16, 16, 4),
+]
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("shape", [*CONV_POOL_SHAPES, (1, 5, 20, 37, 40, 2, 9, 20, 36, 2)], ids=str)
+@pytest.mark.parametrize("shape", LARGE_POOL_SHAPES, ids=str)
 def test_operands_are_rounded_for_matrix_tiles_alone(isa, shape, dtype):
     *sizes, height, width, pool = shape
     x, weight, bias = inputs(*sizes, dtype)
     y, indices = native.conv_pool_fwd(x, weight, bias, height, width, pool, SLOPE, F32, BF16)
-    tiles = isa == "amx" and pool > 1
-    operands = (rounded(x), rounded(weight), bias) if tiles else (x, weight, bias)
+    operands = (rounded(x), rounded(weight), bias) if isa == "amx" else (x, weight, bias)
     assert_close("y", y, conv_pool_formula(*(t.double() for t in operands), height, width, pool))
     _, places = native.conv_pool_fwd(*operands, height, width, pool, SLOPE, F32)
     assert torch.equal(indices, places)  # no two sums of random numbers are as near as their errors
-    if x.numel() and tiles and dtype == F32:
-        assert not torch.equal(y, native.conv_pool_fwd(x, weight, bias, height, width, pool, SLOPE, F32)[0])
+
+
+@pytest.mark.parametrize("shape", [CONV_POOL_SHAPES[i] for i in (2, 3, 5, 7)], ids=str)
+def test_few_products_are_not_rounded(isa, shape):
+    """For these, matrix tiles would take longer than vectors."""
+    *sizes, height, width, pool = shape
+    tensors, rest = inputs(*sizes), (height, width, pool, SLOPE, F32)
+    assert_same_bits([native.conv_pool_fwd(*tensors, *rest, operands) for operands in (None, BF16)])
+    x, weight, bias = inputs(1, 40, 20, 21, 3, 3, 3)
+    assert_same_bits([[native.conv_fwd(x, weight, bias, 12, 20, 21, False, F32, dtype)] for dtype in (None, BF16)])
+
+
+def test_kernels_without_a_row():
+    x, weight, bias = torch.randn(2, 3, 8, 9), torch.zeros(5, 3, 0, 3), torch.randn(5)
+    y, _ = native.conv_pool_fwd(x, weight, bias, 8, 8, 2, SLOPE, F32, BF16)
+    assert_close("y", y, F.leaky_relu(bias.double(), SLOPE).view(5, 1, 1).expand(2, 5, 4, 4))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3.4e38])  # the last is infinite in bf16
@@ -283,8 +304,10 @@ def test_same_bits_for_every_number_of_threads(isa, threads):
         pooled, indices = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32, BF16)
         dense = native.conv_bwd(grad, x, y, weight, 1, 144, 144, True)
         sparse = native.conv_pool_bwd(small, x, pooled, indices, weight, 144, 144, 4, SLOPE, True)
-        large = native.conv_bwd(grad, x, None, weight.repeat(1, 1, 2, 2), 1, 144, 144, True, BF16)
-        runs.append((y, pooled, indices, *dense, *sparse, *large))
+        wide = weight.repeat(1, 1, 2, 2)  # for matrix tiles
+        large = native.conv_fwd(x, wide, bias, 1, 144, 144, True, F32, BF16)
+        large_grads = native.conv_bwd(grad, x, None, wide, 1, 144, 144, True, BF16)
+        runs.append((y, pooled, indices, *dense, *sparse, large, *large_grads))
     assert_same_bits(runs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,7 @@ def test_numbers_of_a_normal_distribution_that_wait_are_kept():
     assert torch.equal(torch.zeros(3).normal_(generator=ours), torch.zeros(3).normal_(generator=theirs))
 
 
-def test_numbers_that_another_thread_has_drawn_are_not_drawn_again():
+def test_numbers_that_another_thread_draws_meanwhile_are_not_drawn_again():
     class Shared:
         """Another thread draws from it after its state has been asked for the first time."""
 
@@ -81,6 +83,13 @@ def test_numbers_that_another_thread_has_drawn_are_not_drawn_again():
     torch.rand(3, generator=alone)
     assert torch.equal(kept, expected_mask(400, 0.5, alone))
     assert shared.asked == 4 and torch.equal(shared.generator.get_state(), alone.get_state())
+
+
+def test_threads_that_draw_at_once_draw_different_numbers():
+    x = torch.ones(40_000)
+    with ThreadPoolExecutor(4) as pool:
+        masks = [*pool.map(lambda _: native.dropout_fwd(x, 0.5, torch.default_generator)[1], range(60))]
+    assert len({mask.numpy().tobytes() for mask in masks}) == len(masks)
 
 
 def test_what_is_refused():

@@ -95,14 +95,8 @@ def test_the_first_failure_ends_the_run():
 
 def test_numbers_may_be_negative():
     x, to = torch.arange(4.0), torch.empty(4)
-    backward = [
-        None,
-        None,
-        4,
-        *(1, 1, 1, 1, 4),
-        *(0, 0, 0, 0, 4),
-        *(0, 0, 0, 0, -4),
-    ]  # runs of 4 bytes, from the last one on
+    ones, bytes_to, bytes_from = (1, 1, 1, 1, 4), (0, 0, 0, 0, 4), (0, 0, 0, 0, -4)
+    backward = [None, None, 4, *ones, *bytes_to, *bytes_from]  # runs of 4 bytes, read from the last one on
     places = [native.Place(0, 0, 0), native.Place(1, 1, 12)]
     run(native.Steps([(library.Call("copy", None, _COPY, backward), places)]), (to, x))
     assert to.tolist() == [3, 2, 1, 0]

@@ -1,6 +1,7 @@
 """The fast model against the reference: logits and every trained gradient, in all ways it can be configured and run."""
 
 import copy
+import importlib
 import os
 import pickle
 import subprocess
@@ -22,6 +23,8 @@ from insvp_fast.reference import crop_center, pool_center, simam
 from insvp_fast.runtime import native, products
 from insvp_fast.testing import DEVICE, assert_within_budget, make_pair, relative_error, saved_bytes, trained_gradients
 from tests.model.parity import assert_equal_numbers, assert_low_precision
+
+dropout = importlib.import_module("insvp_fast.ops.dropout")  # the function hides it
 
 TINY = {"img_size": 32, "depth": 2}
 VARIANTS = {  # of timm's ViT, that have a fast path
@@ -183,6 +186,36 @@ def test_dropout_under_the_same_masks(config):
     assert_equal_numbers(reference, fast, image)
     assert relative_error(trained_gradients(fast, image, seed=2)["logits"], values["logits"]) > 1e-4
     assert torch.equal(fast.eval()(image), fast(image))
+
+
+ALL_DROPOUTS = {f"{name}_dropout": 0.3 for name in ("global", "patch", "common", "specific")}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="elsewhere masks of the reference depend on each call")
+@pytest.mark.parametrize("drawn_by", ["library", "PyTorch"])
+@pytest.mark.parametrize("blocks", [[0], [1, 2], [3]], ids=str)
+def test_random_numbers_are_left_as_the_reference_leaves_them(blocks, drawn_by, monkeypatch):
+    """Also behind the outputs of the first blocks, whose prompts alone are drawn."""
+    if drawn_by == "PyTorch":
+        monkeypatch.setattr(dropout, "_draws_as_pytorch", lambda: False)
+    config = InsVPConfig(prompt_length=2, prompted_blocks=(0, 1, 3), **ALL_DROPOUTS)
+    reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY | {"depth": 4})
+    image, found = images(fast), []
+    for model in (reference, fast):
+        torch.manual_seed(5)
+        outputs = model.block_outputs(image, blocks)
+        tokens = [getattr(x, "tokens", x) for x in outputs]
+        found.append((torch.stack([x[:, :5] for x in tokens]), torch.rand(3)))
+    assert torch.equal(found[0][1], found[1][1]) and relative_error(found[1][0], found[0][0]) < 1e-5
+
+
+@pytest.mark.parametrize("specific_input", ["image", "prompted"])
+def test_dropout_with_patches_of_one_pixel(specific_input):
+    """The reference folds them to an image whose memory has another order, in which its masks are drawn."""
+    config = InsVPConfig(prompt_length=2, specific_kernels=(3, 3, 3), specific_input=specific_input, **ALL_DROPOUTS)
+    sizes = {"img_size": 12, "patch_size": 1, "embed_dim": 12, "num_heads": 2, "depth": 1}
+    reference, fast = make_pair("vit_tiny_patch16_224", config, **sizes)
+    assert_equal_numbers(reference, fast, images(fast))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -666,7 +699,7 @@ def check_prompts_made_together(model):
         return
     p_s, batch = model.specific_prompt(*[torch.randn(3, 3, *model.backbone.patch_embed.img_size, device=DEVICE)] * 2), 3
     torch.manual_seed(0)
-    made = model._feature_prompts(p_s, batch)
+    made = model._feature_prompts(p_s, batch, last=len(model.widths) - 1)
     drawn = torch.get_rng_state()
     torch.manual_seed(0)
     alone = {j: p for j in range(len(model.widths)) if (p := model.feature_prompt(j, p_s, batch)) is not None}

@@ -305,16 +305,28 @@ def test_specific_prompts_of_any_layout(change, gradients):
     with torch.set_grad_enabled(gradients):
         found = model(image)
         expected = torch.stack([model.feature_prompt(j, change(own(image, image)), 2) for j in range(6)])
-        prompts = model._feature_prompts(change(own(image, image)), 2)
+        prompts = model._feature_prompts(change(own(image, image)), 2, last=5)
     assert found.isfinite().all() and torch.equal(torch.stack([prompts[j] for j in range(6)]), expected)
+
+
+DROPOUTS = {"global", "patch", "common", "specific"}
 
 
 @torch.no_grad()
 def test_dropout_draws_anew_in_every_pass():
-    model, image = model_of(config={"global_dropout": 0.5, "common_dropout": 0.5}), image_of(2)
+    model = model_of(config=dict.fromkeys((f"{name}_dropout" for name in DROPOUTS), 0.5))
+    image = image_of(2)
     expected = [model(image) for _ in range(2)]
     model.train()
     assert len({tuple(model(image).flatten().tolist()) for _ in range(4)}) == 4
+    for name in DROPOUTS:  # of one alone
+        model.config = InsVPConfig(
+            **{f"{name}_dropout": 0.5} | {f"{other}_dropout": 0.0 for other in DROPOUTS - {name}}
+        )
+        for other, prompter in (("global", model.global_prompter), ("patch", model.patch_prompter)):
+            prompter.dropout.p = 0.5 * (other == name)
+        model.specific_prompter.dropout.p = 0.5 * (name == "specific")
+        assert len({tuple(model(image).flatten().tolist()) for _ in range(4)}) == 4
     model.eval()
     assert torch.equal(*expected) and torch.equal(model(image), expected[0])
 

@@ -45,14 +45,23 @@ def test_operations_in_every_dtype(run, dtype):
         assert_within_budget(value, rough, expected, dtype)
 
 
-@pytest.mark.parametrize("run", [run_conv, run_conv_pool])
+def run_conv_alone(x, weight, bias, **kwargs):
+    return ops.conv(x, weight, bias, 1, 32, 40, **kwargs)
+
+
+@pytest.mark.skipif(native.native_status().isa != "amx", reason="only matrix tiles take rounded factors")
+@pytest.mark.parametrize("run", [run_conv, run_conv_pool, run_conv_alone])
 def test_rounding_does_not_decide_where_gradients_go(run):
-    x, weight, bias = operands(size=(32, 40), kernel=(11, 11))
-    tiles = native.native_status().isa == "amx"
-    for needed in (True, False):
-        x.requires_grad_(needed), weight.requires_grad_(needed), bias.requires_grad_(needed)
-        exact, found = run(x, weight, bias), run(x, weight, bias, operands=torch.bfloat16)
-        assert torch.equal(exact, found) == (needed or not tiles)
+    """Sums in front of a ReLU or a maximum are not rounded if there are gradients; these themselves may be."""
+    inputs = operands(size=(32, 40), kernel=(11, 11))
+    exact, found = (with_gradients(lambda *t, d=d: run(*t, operands=d), inputs) for d in (None, torch.bfloat16))
+    assert torch.equal(exact[0], found[0]) == (run is not run_conv_alone)
+    assert torch.equal(exact[2], found[2]) == (run is not run_conv_alone)  # dilated and pooled weights have vectors
+    with torch.no_grad():
+        assert not torch.equal(run(*inputs), run(*inputs, operands=torch.bfloat16))
+    traced = torch.compile(lambda *t: run(*t, operands=torch.bfloat16), backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(traced(*inputs), run(*inputs, operands=torch.bfloat16))
 
 
 @pytest.mark.parametrize("run", [run_conv, run_conv_pool])

@@ -72,6 +72,17 @@ def test_another_version_of_pytorch_draws_itself(monkeypatch):
         module._draws_as_pytorch.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_other_default_dtypes(dtype):
+    module._draws_as_pytorch.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        assert ops.dropout(torch.ones(5, dtype=torch.float32), 0.5).dtype == torch.float32
+        assert module._draws_as_pytorch.cache_info().hits + module._draws_as_pytorch.cache_info().misses > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_gradients_are_written_out():
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(0)

@@ -68,11 +68,12 @@ def images(dtype):
     for stored, need_x in itertools.product({dtype, torch.float32}, EITHER):
         x = some(2, 3, 8, 8, dtype=stored).requires_grad_(need_x)
         yield ops.conv(x, weight, bias, 2, 7, 8, relu=need_x, dtype=dtype)
-        yield ops.conv_pool(x, weight, bias, 8, 8, 4, dtype=dtype)
+        yield ops.conv_pool(x, weight, bias, 8, 8, 4, dtype=dtype, operands=torch.bfloat16 if need_x else None)
         yield ops.dropout(x if need_x else bias, 0.5)
         prompter = PatchWeights(*(w.requires_grad_() for w in (some(2, 48), some(2), some(48, 2), some(48))))
         prompt = some(2, 3, 8, 8, dtype=dtype).requires_grad_() if need_x else None
-        yield ops.superpose(x, prompt, prompter, Blend(4, 0.7, 0.3), dtype=dtype)
+        kept = torch.rand(x.shape) < 0.5 if need_x else None
+        yield ops.superpose(x, prompt, prompter, Blend(4, 0.7, 0.3), dtype=dtype, kept=kept)
     stored, scale = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8), some(3)
     yield ops.superpose(stored, None, prompter, Blend(4, 0.7, 0.3), scale=scale, shift=scale, dtype=dtype)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import threading
 
 import torch
 from torch import Generator, Tensor
@@ -21,20 +23,38 @@ def dropout_fwd(x: Tensor, p: float, generator: Generator) -> tuple[Tensor, Tens
     """``F.dropout(x, p)`` of a contiguous x, and where it kept an element (bool), from the numbers of ``generator``.
 
     x in float32 or bfloat16, p above 0 and below 1. Errors: see ``native``.
+
+    Threads draw one after another. Where another thread lets PyTorch itself draw meanwhile, masks are drawn again; only
+    what it draws between the last two steps, without a call between them, is drawn twice.
     """
     x = require("x", x, tuple(x.shape), *TYPE_CODES)
     y, kept = buffers.empty(x.shape, x.dtype), buffers.empty(x.shape, torch.bool)
     if not x.numel():
         return y, kept
     below = math.ceil((1 - p) * 2**53)
-    while True:
-        before = generator.get_state()
-        after = before.clone()
-        operands = pointer(x)[0], *pointer(y), kept.data_ptr(), before.data_ptr(), after.data_ptr()
-        call("dropout_fwd", _FWD, *operands, x.numel(), below, _scale(x.dtype, p))
-        if torch.equal(generator.get_state(), before):  # else another thread has drawn the same numbers meanwhile
-            generator.set_state(after)
-            return y, kept
+    with _lock:
+        while True:
+            before = generator.get_state()
+            after = before.clone()
+            operands = pointer(x)[0], *pointer(y), kept.data_ptr(), before.data_ptr(), after.data_ptr()
+            call("dropout_fwd", _FWD, *operands, x.numel(), below, _scale(x.dtype, p))
+            unchanged = before.numpy().tobytes()
+            if generator.get_state().numpy().tobytes() == unchanged:  # bytes: nothing here lets other threads run
+                generator.set_state(after)
+                return y, kept
+
+
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A thread that a forked process has not might hold it forever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def dropout_bwd(grad: Tensor, kept: Tensor, p: float) -> Tensor:

@@ -1,8 +1,8 @@
 // The gradient of the weights without pooling in matrix tiles, of one job, with factors rounded to bf16.
 //
-// For a row of the map it is a product: a row of the first operand is a row of the gradient, of one channel, that a row of
-// the kernel brings together with the row of the map; the columns of the second one are the columns of the kernel. The sum
-// runs along the row.
+// For a row of the map it is a product: a row of the first operand is a row of the gradient, of one channel, that a row
+// of the kernel brings together with the row of the map; the columns of the second one are the columns of the kernel.
+// The sum runs along the row.
 #pragma once
 #include "bwd_weights.h"
 #include "common/amx.h"
@@ -64,7 +64,8 @@ bool conv_bwd_weights_in_tiles(const ConvBwdWeights& a, int64_t job, float* scra
           for (int64_t y = 0; y < t.map_rows; ++y) {
             const uint32_t* from = reinterpret_cast<const uint32_t*>(grad) + (y * s.O + m) * words;
             const uint32_t* to = pairs + (c * t.map_rows + y) * t.map_pitch + n;
-            multiply_tiles<down.value, across.value, Once::no>({sums, stride}, {from, words}, {to, 2}, words, y > 0, [] {});
+            multiply_tiles<down.value, across.value, Once::no>({sums, stride}, {from, words}, {to, 2}, words, y > 0,
+                                                               [] {});
           }
         });
         for (int64_t q = m; q < smaller(products, m + stride); ++q) {

@@ -24,7 +24,7 @@ bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float
                     [[maybe_unused]] int threads) {
   constexpr int64_t T = kTileRows, K = kTileNumbers;
   const ConvShape& s = a.s;
-  const int64_t row = t.weights / s.KH;
+  const int64_t row = t.chunks * t.columns * T;
   bool finite = true;
   for (int64_t n = 0; n < t.columns; ++n) bias[n] = a.bias && n < t.across * s.O ? a.bias[n % s.O] : 0;
 #pragma omp parallel for num_threads(threads) reduction(&& : finite)
@@ -38,7 +38,8 @@ bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float
           narrow(number, element(o, (c * s.KH + i) * s.KW + j));
           finite = finite && (number & 0x7f80) != 0x7f80;
           for (int64_t place = 0; place < t.across; ++place) {
-            const int64_t k = (place + j * s.dilation) * s.C + c, n = place * s.O + o, tile = k / K * (t.columns / T) + n / T;
+            const int64_t k = (place + j * s.dilation) * s.C + c, n = place * s.O + o;
+            const int64_t tile = k / K * (t.columns / T) + n / T;
             to[(tile * K / 2 + k % K / 2) * T + n % T] |= uint32_t{number} << k % 2 * 16;
           }
         }

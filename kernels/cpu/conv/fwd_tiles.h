@@ -36,8 +36,8 @@ inline void for_each_constant(F f) {
   }
 }
 
-// The sums of ROWS times 16 windows, whose first inputs are `step` numbers apart, for TILES tiles of columns: a tile alone
-// would wait for its own sums. `w` and `bias` are those of the first tile.
+// The sums of ROWS times 16 windows, whose first inputs are `step` numbers apart, for TILES tiles of columns: a tile
+// alone would wait for its own sums. `w` and `bias` are those of the first tile.
 template <int ROWS, int TILES>
 inline void tile_sums(float* sums, const ConvShape& s, const TileSizes& t, const bf16* x, int64_t step,
                       const uint32_t* w, const float* bias) {
@@ -60,7 +60,8 @@ inline void tile_sums(float* sums, const ConvShape& s, const TileSizes& t, const
 }
 
 // The same for all columns and any number of rows.
-inline void all_tile_sums(float* sums, const ConvFwd& a, const TileSizes& t, const bf16* x, int64_t step, int64_t rows) {
+inline void all_tile_sums(float* sums, const ConvFwd& a, const TileSizes& t, const bf16* x, int64_t step,
+                          int64_t rows) {
   for (int64_t c = 0; c < t.columns; c += kSums * kTile)
     with_constant<kSums>(smaller(kSums, (t.columns - c) / kTile), [&](auto tiles) {
       constexpr int most = kSums / tiles.value;

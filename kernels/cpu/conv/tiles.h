@@ -1,9 +1,9 @@
 // A convolution as a product in matrix tiles: the sizes of its operands.
 //
 // A window is a window of max-pooling or, without pooling, a few neighbors in a row. A row of the first operand is the
-// part of a row of the map, channels last, that a row of a window reaches, in bf16. Those of 16 neighboring windows are a
-// tile, which is read from the map itself. The columns of the second operand are the weights of all channels at the first
-// place in a row of the window, then at the second one, and so on. The sum runs over KH rows of the map.
+// part of a row of the map, channels last, that a row of a window reaches, in bf16. Those of 16 neighboring windows are
+// a tile, which is read from the map itself. The columns of the second operand are the weights of all channels at the
+// first place in a row of the window, then at the second one, and so on. The sum runs over KH rows of the map.
 #pragma once
 #include "common/sizes.h"
 #include "conv.h"
@@ -20,7 +20,7 @@ struct TileSizes {
   int64_t windows;  // in a row of the output
   int64_t chunks;   // tiles that a row of the map takes for a window
   int64_t columns;  // whole tiles
-  int64_t weights;  // words: [KH, chunks, tiles of columns, 16, 16], of two numbers each; zeros where there is no weight
+  int64_t weights;  // pairs of numbers, [KH, chunks, tiles of columns, 16, 16]; zeros where there is no weight
   int64_t cols;     // of the map
   int64_t behind;   // numbers behind the last row of the map that are read
   explicit TileSizes(const ConvShape& s)
@@ -33,8 +33,8 @@ struct TileSizes {
         behind(kTileRows * across * s.C + chunks * kTileNumbers) {}
 };
 
-// The scratch of a job of `rows` pooled rows, in floats: its part of the map, the sums of 16 windows or, without pooling,
-// of several times 16, a row of results, one of the places of maxima, a row of the map and one of its mask.
+// The scratch of a job of `rows` pooled rows, in floats: its part of the map, the sums of 16 windows or, without
+// pooling, of several times 16, a row of results, one of the places of maxima, a row of the map and one of its mask.
 struct TileScratch {
   int64_t map_rows, map, sums, stride, results, row, all;
   TileScratch(const ConvShape& s, const TileSizes& t, int64_t rows)
@@ -47,9 +47,9 @@ struct TileScratch {
         all(map + sums + 2 * results + row + whole_lines(s.W)) {}
 };
 
-// The scratch of a job of the gradient of the weights, in floats: rows of the gradient in bf16, with rows of zeros around
-// them, and the rows of the map as pairs of neighbors, each pair a word; then the sums of four tiles and of the bias, a row
-// of the map and one of its mask.
+// The scratch of a job of the gradient of the weights, in floats: rows of the gradient in bf16, with rows of zeros
+// around them, and the rows of the map as pairs of neighbors, each pair a word; then the sums of four tiles and of the
+// bias, a row of the map and one of its mask.
 struct WeightTiles {
   int64_t map_rows, pitch, map_pitch, grad, pairs, row, all;
   WeightTiles(const ConvShape& s, int64_t rows)
@@ -62,8 +62,14 @@ struct WeightTiles {
         all(grad + pairs + 4 * kTileRows * kTileRows + whole_lines(s.O) + row + whole_lines(larger(s.W, s.OW))) {}
 };
 
-// Whether so many products pay for the rounding and the order of the map.
-constexpr bool tiles_pay(const ConvShape& s) { return s.pool > 1 || s.KH * s.KW * s.C > 300; }
-constexpr bool weight_tiles_pay(const ConvShape& s) { return s.dilation == 1 && tiles_pay(s); }
+// Whether tiles take fewer cycles for an output than vectors: about 25 for a product of tiles, whose operands often
+// begin inside of a cache line, and a few to round and turn each number of the map, and to turn results without pooling.
+inline bool tiles_pay(const ConvShape& s) {
+  const TileSizes t(s);
+  const double products = 25.0 * s.KH * t.chunks * t.columns / (kTileRows * kTileRows * t.across);
+  const double vectors = s.KH * s.KW * s.C * s.O / 32.0;
+  return products + 2.5 * s.C + (s.pool > 1 ? 0 : 1.5 * s.O) < vectors;
+}
+inline bool weight_tiles_pay(const ConvShape& s) { return s.dilation == 1 && tiles_pay(s); }
 
 }  // namespace
