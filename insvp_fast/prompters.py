@@ -172,9 +172,10 @@ def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torc
 
 def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
     """``dropout(x)``, on CPUs with masks drawn by this package; compiled code draws its own."""
-    active = isinstance(dropout, nn.Dropout) and dropout.training and 0 < dropout.p < 1
-    own = active and x.is_cpu and not torch.compiler.is_compiling()
-    dropped: Tensor = ops.dropout(x, dropout.p) if own else dropout(x)
+    own = x.is_cpu and dropout.training and not torch.compiler.is_compiling()
+    if own and isinstance(dropout, nn.Dropout) and 0 < dropout.p < 1:
+        return ops.dropout(x, dropout.p)
+    dropped: Tensor = dropout(x)
     return dropped
 
 

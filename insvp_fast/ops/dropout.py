@@ -148,9 +148,9 @@ register(
     "dropout_fwd",
     _Fwd,
     "(Tensor, Tensor)",
+    True,
     fake=_fwd_fake,
     reference=_fwd_reference,
-    random=True,
     native=Implementation(_fwd_native, _fwd_native_reason),
 )
 register(

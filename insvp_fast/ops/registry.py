@@ -74,11 +74,12 @@ def register(
     name: str,
     operands: type[Any],
     returns: str,
+    random: bool = False,
+    /,
     *,
     fake: Callable[[Any], Any],
     reference: Callable[[Any], Any],
     auto: Callable[[Any], Sequence[str]] | None = None,
-    random: bool = False,
     **implementations: Implementation,
 ) -> None:
     """Declare the operator ``insvp_fast::name`` and what carries it out.
@@ -87,10 +88,10 @@ def register(
         operands: a named tuple, whose fields are the operator's arguments; behind them it takes ``str impl``, and then
             those that have the default None, so that programs exported before there was one still run.
         returns: in the language of ``torch.library.define``.
+        random: whether it draws random numbers, so that compiled code must not merge or repeat its calls.
         fake: of the operands, empty results of the right shapes and dtypes, for tracing.
         reference: of the operands, the results by the formula, for every device and dtype.
         auto: of the operands, the names to try for ``impl="auto"`` in this order; the device's ``PREFERRED`` if None.
-        random: whether it draws random numbers, so that compiled code must not merge or repeat its calls.
         implementations: what there is besides the reference.
 
     Gradients are the business of the autograd functions: an exported program calls the operators without them.

@@ -44,6 +44,11 @@ def _weight_shape(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes[4], sizes[1], *sizes[7:]
 
 
+def _operand_code(operands: torch.dtype | None) -> int:
+    """Of the dtype to which factors may be rounded; one that no kernel has is none."""
+    return TYPE_CODES.get(operands or torch.float32, TYPE_CODES[torch.float32])
+
+
 def _run_fwd(
     x: Tensor,
     weight: Tensor,
@@ -68,7 +73,7 @@ def _run_fwd(
         "conv_fwd",
         _FWD,
         *(*pointer(x), address(weight), address(bias), *pointer(y), address(indices)),
-        *(*sizes, dilation, pool, negative_slope, TYPE_CODES.get(operands, 0)),
+        *(*sizes, dilation, pool, negative_slope, _operand_code(operands)),
     )
     return y, indices
 
@@ -149,7 +154,7 @@ def conv_bwd(
         "conv_bwd",
         _BWD,
         *(*pointer(grad), *pointer(y), *pointer(x), weight.data_ptr(), *pointer(d_x)),
-        *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, dilation, TYPE_CODES.get(operands, 0)),
+        *(d_weight.data_ptr(), d_bias.data_ptr(), *sizes, dilation, _operand_code(operands)),
     )
     return d_x, d_weight, d_bias
 
