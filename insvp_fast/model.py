@@ -200,10 +200,9 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
     def _can_superpose(self, prompter: reference.PatchPrompter, image: Tensor) -> bool:
         """Whether ``ops.superpose`` computes what this patch prompter would, in dtypes that PyTorch accepts."""
-        # a rate of 1 draws no mask; with patches of one pixel the reference draws it in another order of memory
-        other_mask = _drops_out(prompter) and (prompter.dropout.p == 1 or self.patch_size == 1)
+        drawn = image.device.type in ("cpu", "cuda") and self.patch_size > 1  # else in another order of memory
         return (
-            not other_mask
+            (not _drops_out(prompter) or (drawn and prompter.dropout.p < 1))  # a rate of 1 draws none
             and coverage.covers(prompter)
             and prompter.patch_size == self.patch_size
             and coverage.dtypes_fit(image, *prompter.parameters())
