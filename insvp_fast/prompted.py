@@ -164,7 +164,8 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
             replays = self.cuda_graphs and self._may_replay()
         else:
             replays = not torch.is_grad_enabled() and self._may_record(image, self._precision(image)[0])
-        reads = self._read_by_prompters(image) if replays and embeds_by_operations(self.backbone) else None
+        embedding = replays and embeds_by_operations(self.backbone)
+        reads = self._read_by_prompters(image) if embedding else None
         decisions, read = reads or ((), ())
 
         def compute(inputs: Sequence[Any]) -> list[Tensor]:
@@ -177,7 +178,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
             return compute(inputs)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         settings = self.fold_norm, self.attention, self.gelu_in_8_bits, self.recompute, self.carry_prompts, autocast
-        key = *sorted({*blocks}), None, num_queries, *settings, *decisions
+        key = *sorted({*blocks}), None, num_queries, embedding, *settings, *decisions
         if on_gpu:
             return [*self._kept("graphs", Graphs).run(key, inputs, self._lasting(image), compute)]
         outputs: Any = self._kept("programs", Programs).run(key, inputs, compute)

@@ -6,6 +6,8 @@ it below. Its structure has to be in ``insvp_fast/reference``, which says what i
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
@@ -60,9 +62,12 @@ def only_operations(
     return answer
 
 
-def embeds_by_operations(backbone: nn.Module) -> bool:
-    """Whether the embedding of this backbone calls nothing but operations, as it is now."""
-    answer: bool = getattr(family_of(backbone), "embeds_by_operations", lambda _: False)(backbone)
+def embeds_by_operations(backbone: nn.Module) -> Hashable:
+    """Whether the embedding of this backbone calls nothing but operations, as it is now; and what decides over them.
+
+    False if it calls others. What the table of the backbone's modules has need not be told.
+    """
+    answer: Hashable = getattr(family_of(backbone), "embeds_by_operations", lambda _: False)(backbone)
     return answer
 
 

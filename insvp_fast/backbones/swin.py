@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import timm.models.swin_transformer as timm_swin
@@ -28,7 +29,7 @@ from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import DROP_PATH_OFF, forward_mlp, mlp_requirements, norm_insert, norm_requirements
 from insvp_fast.backbones.vision_transformer import check_image, pixel_weight
 from insvp_fast.coverage import Table, rule, watch
-from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution
+from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution, difference
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
@@ -41,6 +42,7 @@ __all__ = [
     "attention_choices",
     "check_image",
     "embed",
+    "embeds_by_operations",
     "final_norm",
     "forward_block",
     "only_operations",
@@ -165,9 +167,23 @@ def shared(backbone: SwinTransformer, grid: tuple[int, int]) -> None:
 def embed(backbone: SwinTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, N, D]
     """The patch embedding as a product, and its norm (eq. 1)."""
     projection, norm = backbone.patch_embed.proj, backbone.patch_embed.norm
-    tokens = ops.linear(patches, FrozenLinear.of(projection))
-    embedded: Tensor = norm(tokens if isinstance(norm, nn.Identity) else tokens.to(projection.weight.dtype))
+    tokens, dtype = ops.linear(patches, FrozenLinear.of(projection)), projection.weight.dtype
+    if embeds_by_operations(backbone) and not isinstance(norm, nn.Identity):
+        native.lasting(norm.weight, norm.bias)
+        return ops.norm_insert(tokens, None, None, norm.weight, norm.bias, norm.eps, dtype=dtype)[1]
+    embedded: Tensor = norm(tokens if isinstance(norm, nn.Identity) else tokens.to(dtype))
     return embedded
+
+
+def embeds_by_operations(backbone: SwinTransformer) -> Hashable:
+    """The epsilon where the norm of the embedding, which may be anything, is a LayerNorm.
+
+    Not on GPUs, where no graph of a Swin was tried.
+    """
+    projection, norm = backbone.patch_embed.proj, backbone.patch_embed.norm
+    layer_norm, of_timm, _ = norm_requirements(projection.out_channels)
+    known = difference(norm, (IDENTITY, layer_norm, of_timm), frozen=True) is None
+    return projection.weight.is_cpu and known and ("eps", getattr(norm, "eps", None))
 
 
 def forward_block(
