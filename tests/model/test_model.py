@@ -692,10 +692,10 @@ def test_prompts_of_several_widths_made_together_are_those_of_each_block():
 def check_prompts_made_together(model):
     """Bit for bit; on CPUs the gradients too, which elsewhere are the same sums in another order.
 
-    Elsewhere dropout of the common prompts draws other masks for all of them than for one after another.
+    PyTorch's own dropout may draw other masks for all of them than for one after another.
     """
     if not model._blends_at_once():
-        assert DEVICE.type != "cpu" and model.config.common_dropout
+        assert model.config.common_dropout and not (DEVICE.type == "cpu" and native.available())
         return
     p_s, batch = model.specific_prompt(*[torch.randn(3, 3, *model.backbone.patch_embed.img_size, device=DEVICE)] * 2), 3
     torch.manual_seed(0)
