@@ -241,7 +241,7 @@ def _draw_kept(image: Tensor, p: float) -> Tensor:
     On GPUs these depend on the dtype of the patch prompt, but nowhere on its values, which are not known yet.
     """
     if image.is_cpu:
-        return dropout_mask(image.contiguous(), p)
+        return dropout_mask(image.shape, p)
     device = image.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image.dtype
     return torch.native_dropout(torch.empty(image.shape, dtype=dtype, device=image.device), p, True)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -40,9 +41,12 @@ def dropout(x: Tensor, p: float, *, impl: str = "auto") -> Tensor:
     return cast(Tensor, apply(_Dropout, *operands, impl))
 
 
-def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """Where ``dropout(x, p)`` would keep x, in whatever is there."""
-    return cast(Tensor, call("dropout_fwd", x, p, "auto")[1])
+def dropout_mask(shape: Sequence[int], p: float) -> Tensor:
+    """Where ``dropout`` keeps an element of a contiguous tensor of this shape on the CPU."""
+    if not torch.compiler.is_compiling() and draws_natively(torch.float32):
+        native.interrupt()  # values of random numbers are in no program
+        return native.dropout_mask(shape, p, torch.default_generator)
+    return F.dropout(torch.ones(shape, device="cpu"), p) != 0
 
 
 def dropout_reference(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -148,7 +152,7 @@ register(
     "dropout_fwd",
     _Fwd,
     "(Tensor, Tensor)",
-    True,
+    True,  # random
     fake=_fwd_fake,
     reference=_fwd_reference,
     native=Implementation(_fwd_native, _fwd_native_reason),

@@ -33,6 +33,7 @@ def test_masks_from_every_word(isa, n, words):
         y, kept = native.dropout_fwd(x, p, ours)
         assert torch.equal(kept, expected_mask(n, p, theirs))
         assert torch.equal(y, torch.where(kept, x * (torch.ones(()) / (1 - p)), x * 0))
+        assert torch.equal(native.dropout_mask((n,), p, ours), expected_mask(n, p, theirs))
         assert torch.equal(ours.get_state(), theirs.get_state())
     assert torch.equal(torch.rand(9, generator=ours), torch.rand(9, generator=theirs))
 

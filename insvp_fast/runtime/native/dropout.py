@@ -6,6 +6,8 @@ import ctypes
 import math
 import os
 import threading
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Generator, Tensor
@@ -13,7 +15,7 @@ from torch import Generator, Tensor
 from insvp_fast.runtime import buffers
 from insvp_fast.runtime.native.library import TYPE_CODES, array, call, f32, i64, pointer, ptr, require
 
-__all__ = ["dropout_bwd", "dropout_fwd"]
+__all__ = ["dropout_bwd", "dropout_fwd", "dropout_mask"]
 
 _FWD = [ptr, *array, *[ptr] * 3, i64, ctypes.c_uint64, f32]
 _BWD = [ptr, *array, ptr, i64, f32]
@@ -29,19 +31,31 @@ def dropout_fwd(x: Tensor, p: float, generator: Generator) -> tuple[Tensor, Tens
     """
     x = require("x", x, tuple(x.shape), *TYPE_CODES)
     y, kept = buffers.empty(x.shape, x.dtype), buffers.empty(x.shape, torch.bool)
-    if not x.numel():
-        return y, kept
+    if x.numel():
+        _draw((pointer(x)[0], *pointer(y)), kept, p, _scale(x.dtype, p), generator)
+    return y, kept
+
+
+def dropout_mask(shape: Sequence[int], p: float, generator: Generator) -> Tensor:
+    """Where ``dropout_fwd`` keeps an element of a tensor of this shape."""
+    kept = buffers.empty(shape, torch.bool)
+    if kept.numel():
+        _draw((None, None, 0), kept, p, 0.0, generator)
+    return kept
+
+
+def _draw(operands: Sequence[object], kept: Tensor, p: float, scale: float, generator: Generator) -> None:
     below = math.ceil((1 - p) * 2**53)
     with _lock:
         while True:
             before = generator.get_state()
             after = before.clone()
-            operands = pointer(x)[0], *pointer(y), kept.data_ptr(), before.data_ptr(), after.data_ptr()
-            call("dropout_fwd", _FWD, *operands, x.numel(), below, _scale(x.dtype, p))
+            rest = kept.data_ptr(), before.data_ptr(), after.data_ptr(), kept.numel(), below, scale
+            call("dropout_fwd", _FWD, *operands, *rest)
             unchanged = before.numpy().tobytes()
             if generator.get_state().numpy().tobytes() == unchanged:  # bytes: nothing here lets other threads run
                 generator.set_state(after)
-                return y, kept
+                return
 
 
 _lock = threading.Lock()
@@ -68,6 +82,7 @@ def dropout_bwd(grad: Tensor, kept: Tensor, p: float) -> Tensor:
     return d_x
 
 
+@cache
 def _scale(dtype: torch.dtype, p: float) -> float:
     """What PyTorch multiplies a kept element of this dtype by: 1 / (1 - p), as it rounds it."""
     return torch.ones((), dtype=dtype, device="cpu").div_(1 - p).item()

@@ -20,7 +20,7 @@ inline void write_pairs(uint32_t* to, const float* from, int64_t n, vec& odd) {
   }
 }
 
-// Returns false, with nothing done, where a factor is not finite.
+// Returns false, with nothing added, where a factor is not finite.
 bool conv_bwd_weights_in_tiles(const ConvBwdWeights& a, int64_t job, float* scratch, float* dw, float* db) {
   const ConvShape& s = a.s;
   const int64_t b = job / a.l.bands, first = job % a.l.bands * a.l.rows, rows = smaller(a.l.rows, s.OH - first);

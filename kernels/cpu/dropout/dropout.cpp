@@ -23,7 +23,8 @@ void for_each_share(int64_t n, int threads, const Run& run) {
 
 using namespace insvp_fast;
 
-// Both compute n elements of one type, and return 0. See dropout.h; the generators may not be the same memory.
+// Both compute n elements of one type, and return 0. See dropout.h; null x and y are absent, and the generators may not
+// be the same memory.
 
 INSVP_FAST_API int dropout_fwd(void* x, void* y, int type, uint8_t* kept, const void* from, void* to, int64_t n,
                                uint64_t below, float scale, int threads) {

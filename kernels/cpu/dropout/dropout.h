@@ -18,7 +18,7 @@ struct Generator {
 
 // y = x * scale where an element is kept, else x * 0.
 struct Dropout {
-  Array x, y;
+  Array x, y;     // null where only the mask is drawn
   uint8_t* kept;  // 1 or 0 for each element: written by draw, read by apply
   float scale;
 };

@@ -104,7 +104,7 @@ void draw(const Dropout& a, int64_t first, int64_t last, uint64_t below, const G
       __builtin_memcpy(kept + i, &keep, sizeof keep);
     }
     __builtin_memcpy(a.kept + first, kept, n);
-    apply_chunk(a, first, n, kept);
+    if (a.y.data) apply_chunk(a, first, n, kept);
   }
   if (to) twister.write(to);
 }

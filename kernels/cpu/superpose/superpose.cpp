@@ -98,8 +98,8 @@ INSVP_FAST_API int superpose_fwd(
 INSVP_FAST_API int superpose_bwd(
     void* grad, int grad_type, void* image, int image_type, const float* hidden, const float* w1, const float* w2,
     const uint8_t* kept, void* d_image, int d_image_type, void* d_global, int d_global_type, float* dw1, float* db1,
-    float* dw2, float* db2, int64_t B, int64_t C, int64_t H, int64_t W, int64_t P, int64_t R, float global_weight, float patch_weight,
-    int threads) {
+    float* dw2, float* db2, int64_t B, int64_t C, int64_t H, int64_t W, int64_t P, int64_t R, float global_weight,
+    float patch_weight, int threads) {
   const Geometry g = geometry(C, H, W, P, R);
   const WeightGrads out{dw1, db1, dw2, db2};
   const int64_t patches = B * g.N, chunk = chunk_size(patches), chunks = ceil_div(patches, chunk);
