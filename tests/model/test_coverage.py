@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import pickle
 import pkgutil
 import warnings
 
@@ -31,6 +32,11 @@ def originals(**kwargs):
 
 
 @functools.cache
+def pickled_originals(**kwargs):
+    return pickle.dumps(originals(**kwargs))
+
+
+@functools.cache
 def image():
     torch.manual_seed(3)
     return torch.randn(2, 3, 32, 32)
@@ -38,7 +44,7 @@ def image():
 
 def in_use(change, **kwargs):
     """A reference and a fast model, both changed, the latter after a forward pass."""
-    models = copy.deepcopy(originals(**kwargs))
+    models = pickle.loads(pickled_originals(**kwargs))  # a thousand times: in two thirds of the time of a deep copy
     with torch.no_grad():
         assert unsupported_reason(models[1]) is None
         models[1](image())
