@@ -17,8 +17,9 @@ if not torch.cuda.is_available():
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could choose the interpreter"
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-    for devices in (torch.cuda, torch.xpu, torch.mtia):
-        devices.manual_seed_all = lambda seed: None  # each seed would be kept, with a traceback, for a device to come
+for devices in (torch.cuda, torch.xpu, torch.mtia):
+    if not devices.is_available():  # each seed would be kept, with a traceback, for the day that there is one
+        devices.manual_seed_all = lambda seed: None
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 parity is meant to the last bits
 
