@@ -514,6 +514,8 @@ class FakeHub:
 def test_uploads_only_when_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(AdapterCheckpoint, "push_to_hub", lambda *args, **kwargs: pytest.fail("uploaded"))
     make_model().save_pretrained(tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="uploaded"):
+        make_model().save_pretrained(tmp_path, push_to_hub=True)
 
 
 def test_uploads_the_three_files(tmp_path, monkeypatch):

@@ -101,7 +101,8 @@ inline void all_sums(const ConvFwd& a, const TileSizes& t, float* sums, float* v
     for (int64_t o = 0; o < a.s.O; ++o) values[o * stride] = sums[o];
 }
 
-// Returns false, with nothing written but scratch, where an input is not finite: numbers of the map are also multiplied by zeros.
+// Returns false, with nothing written but scratch, where an input is not finite: numbers of the map are also multiplied
+// by zeros.
 bool conv_fwd_in_tiles(const ConvFwd& a, int64_t job, float* scratch) {
   const ConvShape& s = a.s;
   const int64_t b = job / a.l.bands, first = job % a.l.bands * a.l.rows, rows = smaller(a.l.rows, s.rows_out() - first);
