@@ -106,7 +106,11 @@ def _launched_at_once(run: Callable[[], None]) -> Callable[[], None]:
     """A run as a CUDA graph: at small batches, launching takes longer than multiplying."""
     run()  # cuBLAS asks for memory
     _, replay = cuda_graphs.Space(DEVICE).capture(run)
-    return replay
+
+    def again(keep: Callable[[], None] = run) -> None:  # whose operands the graph reads
+        replay()
+
+    return again
 
 
 def _providers(dtype: torch.dtype) -> list[str]:

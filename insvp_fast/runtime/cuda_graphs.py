@@ -43,6 +43,8 @@ class Space:
     def capture(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """What ``function`` returns, which has no values yet, and what computes these, as often as it is called.
 
+        The latter reads the memory that ``function`` read, which the caller keeps alive.
+
         Raises:
             RuntimeError: for a function that waits for the GPU, or if there is not enough memory.
         """
