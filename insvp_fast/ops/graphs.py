@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from insvp_fast.ops.autograd import first_order
 from insvp_fast.runtime import cuda_graphs, prepack, recording, torch_private
 
-__all__ = ["Graphs"]
+__all__ = ["Graphs", "Launch"]
 
 MOST = 16  # graphs that are kept of a model: for each shape of batches one or two
 
@@ -35,10 +35,33 @@ class Graphs:
         self._graphs: OrderedDict[Hashable, _Graph | bool] = OrderedDict()
         self._spaces: weakref.WeakValueDictionary[Hashable, cuda_graphs.Space] = weakref.WeakValueDictionary()
         self._places: list[int] = []  # of parameters
+        # for each kind of call the last key, and the tensors that its graph reads where they are, with their places
+        self._last: OrderedDict[Hashable, tuple[Hashable, list[Tensor], list[int]]] = OrderedDict()
         self._lock = threading.RLock()  # memory is written and read in turn
 
+    def launch(self, kind: Hashable, image: Tensor) -> Launch | None:
+        """Launch the graph that ``run`` used last for such images: the GPU computes while the right one is looked for.
+
+        If that is another one, nothing has changed. None if there is no such graph, or its memory is not free.
+        """
+        if _is_unusual([image]):
+            return None
+        with self._lock:
+            key, tensors, places = self._last.get(_kind(kind, image), (None, [], []))
+            graph = self._graphs.get(key)
+            # the memory that a graph reads has to be there, whether or not it is that of the model
+            if not isinstance(graph, _Graph) or not graph.space.is_free() or [x.data_ptr() for x in tensors] != places:
+                return None
+            return Launch(graph, [image])
+
     def run(
-        self, key: Hashable, inputs: Tensors, lasting: Tensors, compute: Callable[[Tensors], Tensors]
+        self,
+        key: Hashable,
+        inputs: Tensors,
+        lasting: Tensors,
+        compute: Callable[[Tensors], Tensors],
+        kind: Hashable = None,
+        ahead: Launch | None = None,
     ) -> Sequence[Tensor]:
         """``compute(inputs)``, by a graph as soon as it has been captured.
 
@@ -48,6 +71,7 @@ class Graphs:
             inputs: all tensors that it reads, but ``lasting`` and packed weights. Parameters are read where they are,
                 others are copied.
             lasting: frozen tensors, which are read where they are.
+            kind, ahead: what ``launch`` got and gave, for this image.
         """
         device = inputs[0].device
         if _is_unusual(inputs):
@@ -60,25 +84,36 @@ class Graphs:
             where = tuple(x.data_ptr() for x in lasting if not isinstance(x, nn.Parameter))
             key = key, needs, device, stream, cuda_graphs.settings(), layouts, where
             graph = self._graphs.pop(key, None)
+            if ahead is not None and ahead.graph is not graph:
+                ahead.drop()
+                ahead = None
             if graph is True:
                 graph = self._capture(self._space(stream, device), inputs, needs, compute)
             self._keep(key, True if graph is None else graph)
-            if not isinstance(graph, _Graph) or not graph.space.is_free():
+            if not isinstance(graph, _Graph) or (ahead is None and not graph.space.is_free()):
                 return compute(inputs)
-            random = _random_state(device)
-            # first launched and then checked, while the GPU computes
-            arguments = self._lock, graph, lasting, *inputs
-            results = _Replayed.apply(*arguments) if any(needs) else graph.forward(inputs)
+            if ahead is None:
+                self._note(_kind(kind, inputs[0]), key, graph, [*inputs[1:], *lasting])
+                ahead = Launch(graph, inputs)
+            # weights are looked at while the GPU computes
             if graph.holds():
-                return cast(Tensors, results)
+                return ahead.adopt(self._lock, lasting, inputs)
+            ahead.drop()
             self._keep(key, True)
-            _set_random_state(device, random)
         return compute(inputs)
+
+    def _note(self, kind: Hashable, key: Hashable, graph: _Graph, tensors: list[Tensor]) -> None:
+        if not graph.copies_image_alone:
+            return
+        self._last[kind] = key, tensors, [x.data_ptr() for x in tensors]
+        while len(self._last) > MOST:
+            self._last.popitem(last=False)
 
     def _drop_where_moved(self, places: list[int]) -> None:
         """Drop all graphs if parameters are elsewhere: they read the old places, and hold memory on the old device."""
         if places != self._places:
             self._graphs.clear()
+            self._last.clear()
             self._places = places
 
     def _keep(self, key: Hashable, graph: _Graph | bool) -> None:
@@ -120,6 +155,14 @@ class Graphs:
             reason = "gave other bits"
         warnings.warn(f"kernels are launched one by one, as a CUDA graph of them {reason}", stacklevel=4)
         return False
+
+
+def _kind(kind: Hashable, image: Tensor) -> Hashable:
+    """What tells calls apart before anything of the model is looked at."""
+    device = image.device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    layout = image.shape, image.stride(), image.dtype, device, image.requires_grad
+    return kind, layout, torch.is_grad_enabled(), autocast, torch_private.current_stream(device)
 
 
 def _is_unusual(inputs: Tensors) -> bool:
@@ -196,6 +239,7 @@ class _Graph:
 
     Attributes:
         space: its memory. Of it are held what goes in and out, but nothing that is kept for backward.
+        copies_image_alone: whether all inputs but the first are read where they are.
     """
 
     def __init__(
@@ -205,7 +249,7 @@ class _Graph:
         needs: Sequence[bool],
         compute: Callable[[Tensors], Tensors],
     ) -> None:
-        self.space, self._needs, weights = space, needs, _Weights()
+        self.space, self._needs, self.has_gradients, weights = space, needs, any(needs), _Weights()
         self._found: list[Tensor | None] = []
         own = _own(inputs, needs)
         with _as_called(own[0].device, needs):
@@ -220,6 +264,7 @@ class _Graph:
                 found, self._backward = space.capture(lambda: recording.record(weights, differentiate))
                 self._found = [None if x is None else x.detach() for x in found]
         self._inputs = [None if isinstance(x, nn.Parameter) else y.detach() for x, y in zip(inputs, own, strict=True)]
+        self.copies_image_alone = not any(x is not None for x in self._inputs[1:])
         self._uses, self._held = prepack.Uses(weights.uses), weights.held
         self._made = self._uses.made()
 
@@ -230,7 +275,7 @@ class _Graph:
                 if x is not None:
                     x.fill_(torch.nan)
             outputs = self.forward(inputs)
-            grads = self.backward([*map(_some_gradient, outputs)]) if self._grads else []
+            grads = self.backward([*map(_some_gradient, outputs)]) if self.has_gradients else []
             return [x for x in (*outputs, *grads) if x is not None]
 
     def holds(self) -> bool:
@@ -241,9 +286,9 @@ class _Graph:
         return all(x is y for new, old in zip(made, self._made, strict=True) for x, y in zip(new, old, strict=True))
 
     def forward(self, inputs: Tensors) -> list[Tensor]:
-        """The outputs, in memory of their own."""
+        """The outputs, in memory of their own; of the inputs may be left out at the end what is read where it is."""
         with torch.no_grad():
-            for own, x in zip(self._inputs, inputs, strict=True):
+            for own, x in zip(self._inputs, inputs, strict=False):
                 if own is not None:
                     own.copy_(x)
             self._forward()
@@ -257,6 +302,31 @@ class _Graph:
         found = iter(self._found)
         results = [next(found) if needed else None for needed in self._needs]
         return [None if x is None else x.clone() for x in results]
+
+
+class Launch:
+    """A graph that has been launched, but whose random numbers and memory count as not used until it is adopted."""
+
+    def __init__(self, graph: _Graph, inputs: Tensors) -> None:
+        device = inputs[0].device
+        before = _random_state(device)
+        self.graph, self._outputs = graph, graph.forward(inputs)
+        self._device, self._random = device, _random_state(device)
+        _set_random_state(device, before)
+        self._kept = graph.space.lend() if graph.has_gradients else None
+
+    def drop(self) -> None:
+        """What it has kept for its backward pass is not needed."""
+        self._kept = None
+
+    def adopt(self, lock: threading.RLock, lasting: Tensors, inputs: Tensors) -> Tensors:
+        """The outputs, with gradients where the graph has them."""
+        _set_random_state(self._device, self._random)
+        if self._kept is None:
+            return self._outputs
+        kept, self._kept = self._kept, None
+        results: Tensors = _Replayed.apply(lock, self.graph, self._outputs, kept, lasting, *inputs)
+        return results
 
 
 class _Weights:
@@ -291,17 +361,19 @@ class _Replayed(torch.autograd.Function):
     """What a graph computes, and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, lock: Any, graph: _Graph, lasting: Tensors, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, lock: Any, graph: _Graph, outputs: Tensors, kept: Tensor, lasting: Tensors, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.lock, ctx.graph = lock, graph
         # memory that backward reads, where the tensors have got another by then
         ctx.storages = [x.untyped_storage() for x in (*lasting, *inputs)]
         ctx.set_materialize_grads(False)
         # parameters, so that PyTorch sees whether they are written before backward reads them
-        ctx.save_for_backward(graph.space.lend(), *(x for x in inputs if isinstance(x, nn.Parameter)))
-        return tuple(graph.forward(inputs))
+        ctx.save_for_backward(kept, *(x for x in inputs if isinstance(x, nn.Parameter)))
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         assert ctx.saved_tensors  # raises if what was kept is gone
         with ctx.lock:
-            return *(None,) * 3, *ctx.graph.backward(grads)
+            return *(None,) * 5, *ctx.graph.backward(grads)

@@ -276,6 +276,72 @@ def test_a_change_of_the_model_is_seen(change, training):
     assert change in (setting, kept_in_8_bits) or not torch.equal(after, before)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_is_launched_before_modules_and_weights_are_looked_at(training, monkeypatch):
+    model, order = model_of().train(training), []
+    with torch.set_grad_enabled(training):
+        for seed in range(3):
+            model(image_of(seed=seed))
+
+    def noting(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: order.append(name) or function(*args, **kwargs))
+
+    noting(graphs._Graph, "forward")
+    noting(graphs._Graph, "holds")
+    noting(coverage, "covers")
+    with torch.set_grad_enabled(training):
+        model(image_of(seed=1))
+    assert order == ["forward", *["covers"] * order.count("covers"), "holds"]
+
+
+@pytest.mark.parametrize("change", [data, norm, positions, prompter, common])
+def test_a_graph_is_not_launched_if_memory_that_it_reads_may_be_gone(change):
+    model, image = prepared(model_of(), image_of()), image_of(seed=1)
+    own = coverage.kept(model)["graphs"]
+    assert own.launch(model.training, image) is not None and own.launch(model.training, image_of(1)) is None
+    change(model)
+    # the graph knows the tensors themselves: of one that has been replaced, they keep the memory
+    assert (own.launch(model.training, image) is None) == (change is not common)
+
+
+def hooked(model):
+    model.backbone.blocks[1].register_forward_hook(lambda module, inputs, output: None)
+
+
+def hooked_everywhere(model):
+    return torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+
+
+def own_prompts(model):
+    model.feature_prompt = type(model).feature_prompt.__get__(model)
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_everywhere, own_prompts, setting, norm, prompter])
+def test_a_graph_that_is_not_the_right_one_leaves_nothing_behind(change):
+    model = prepared(model_of("released").train(), image_of())
+    with torch.no_grad():
+        for seed in range(3):
+            model(image_of(seed=seed))
+    before, other = graphs_of(model), deepcopy(model)
+    other.cuda_graphs = False
+    handles = [change(m) for m in (model, other)]
+    warnings.simplefilter("ignore")  # of the general path
+    try:
+        states = []
+        for m in (model, other):
+            torch.manual_seed(7)
+            with torch.no_grad():
+                states.append([m(image_of(seed=1)), torch.rand(3, device=DEVICE)])
+            states.append([m(image_of(seed=1)), torch.rand(3, device=DEVICE)])
+    finally:
+        for handle in filter(None, handles):
+            handle.remove()
+    for found, expected in zip(states[:2], states[2:], strict=True):
+        assert all(map(torch.equal, found, expected))
+    assert len(before) == 2 and all(graph.space.is_free() for graph in before)
+
+
 def test_training_and_evaluation_in_turn_are_captured_once(monkeypatch):
     captured = []
     monkeypatch.setattr(Graphs, "_capture", lambda *args, do=Graphs._capture: captured.append(args) or do(*args))
