@@ -13,8 +13,9 @@ from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
 from insvp_fast.coverage import Covered
+from insvp_fast.coverage.rules import foreign
 from insvp_fast.ops.dropout import draws_natively, dropout_mask
-from insvp_fast.prompted import PromptedViT, foreign
+from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import InsVPReference
 from insvp_fast.runtime import buffers, cuda_graphs
 from insvp_fast.runtime.elementwise import put, put_sum

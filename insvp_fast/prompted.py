@@ -19,42 +19,23 @@ from insvp_fast.backbones import (
     only_operations,
 )
 from insvp_fast.coverage import Covered, Requirements
-from insvp_fast.coverage.rules import full_name
+from insvp_fast.coverage.rules import foreign, full_name
 from insvp_fast.module_copies import with_tensors
 from insvp_fast.ops.graphs import Graphs, Launch
 from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
-from insvp_fast.runtime import buffers, cuda_graphs, hardware, native, products, torch_private
-from insvp_fast.runtime.elementwise import put_sum
+from insvp_fast.runtime import cuda_graphs, hardware, native, products, torch_private
+from insvp_fast.runtime.elementwise import sum_of
 
-__all__ = ["PromptedViT", "foreign"]
+__all__ = ["PromptedViT"]
 
 T = TypeVar("T")
 
 # recompute="block" keeps the input of every second block, and in backward the activations of two blocks at a time. For
 # 12 blocks the sum of both is smallest with two.
 BLOCKS_PER_CHECKPOINT = 2
-
-
-def foreign(owner: object, *names: str) -> str | None:
-    """The first of these methods of an object that is there and not this package's."""
-    for name in names:
-        method = getattr(type(owner), name, None)
-        replaced = name in getattr(owner, "__dict__", ())
-        if replaced or (method is not None and not method.__module__.startswith("insvp_fast.")):
-            return name
-    return None
-
-
-def _sum(residual: Tensor, branch: Tensor) -> Tensor:
-    """Without gradients one that a program can hold."""
-    if torch.is_grad_enabled() or not residual.is_cpu:
-        return residual + branch
-    total = buffers.empty(residual.shape, torch.promote_types(residual.dtype, branch.dtype))
-    put_sum(total, residual, 1, branch, 1)
-    return total
 
 
 class PromptedViT(BackboneSettings, Covered, PromptedReference):
@@ -294,7 +275,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
                 residual, branch, prompts = self._insert_prompts(j, context, num_tokens, residual, branch)
                 rest = options, self._queries(j, num_queries)
                 residual, branch = family.forward_block(backbone, j, residual, branch, prompts, *rest)
-            return residual if branch is None else _sum(residual, branch)
+            return residual if branch is None else sum_of(residual, branch)
 
         recomputes = self.recompute == "block" and torch.is_grad_enabled()
         steps = range(BLOCKS_PER_CHECKPOINT, max(wanted) + 1, BLOCKS_PER_CHECKPOINT) if recomputes else ()

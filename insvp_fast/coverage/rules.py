@@ -20,6 +20,7 @@ __all__ = [
     "Table",
     "convolution",
     "difference",
+    "foreign",
     "full_name",
     "rule",
 ]
@@ -116,6 +117,16 @@ def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) 
     if rate is not None and module.training and getattr(module, rate, 0) != 0:
         return f"is in training mode with {rate}={getattr(module, rate)}"
     return _different_attribute(module, found) or _different_tensor(module, found, frozen)
+
+
+def foreign(owner: object, *names: str) -> str | None:
+    """The first of these methods that an object has and that is not this package's."""
+    for name in names:
+        method = getattr(type(owner), name, None)
+        replaced = name in getattr(owner, "__dict__", ())
+        if replaced or (method is not None and not method.__module__.startswith("insvp_fast.")):
+            return name
+    return None
 
 
 def full_name(cls: type[nn.Module]) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from insvp_fast.runtime import buffers, native, torch_private
 
-__all__ = ["put", "put_sum"]
+__all__ = ["put", "put_sum", "sum_of"]
 
 
 def put(to: Tensor, x: Tensor | None) -> None:
@@ -35,6 +35,15 @@ def put_sum(to: Tensor, a: Tensor, w_a: float, b: Tensor | None, w_b: float) -> 
     to.copy_(a if w_a == 1 else w_a * a)
     if b is not None:
         to.add_(b if w_b == 1 else w_b * b)
+
+
+def sum_of(residual: Tensor, branch: Tensor) -> Tensor:
+    """``residual + branch``, on CPUs without gradients as a call that a program can hold."""
+    if torch.is_grad_enabled() or not residual.is_cpu:
+        return residual + branch
+    total = buffers.empty(residual.shape, torch.promote_types(residual.dtype, branch.dtype))
+    put_sum(total, residual, 1, branch, 1)
+    return total
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
