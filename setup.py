@@ -54,12 +54,15 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", str(ROOT), "-B", str(work), "-DCMAKE_BUILD_TYPE=Release"]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        # pip removes the cmake and ninja it fetched for a build, and a tree that names them is then useless.
-        key, stamp = "\n".join([*configure, compiler]), work / "configured_by.txt"
-        if work.exists() and not (stamp.exists() and stamp.read_text() == key):
-            shutil.rmtree(work)
-        subprocess.check_call(configure, env={**os.environ, "CXX": compiler})
-        stamp.write_text(key)
+        stamp = work / "compiler.txt"  # CMake keeps to the one that it began with
+        if not (stamp.exists() and stamp.read_text() == compiler):
+            shutil.rmtree(work, ignore_errors=True)
+        environment = {**os.environ, "CXX": compiler}
+        # pip fetches CMake for each build; another version than the one that began this tree may not go on with it
+        if not work.exists() or subprocess.call(configure, env=environment):
+            shutil.rmtree(work, ignore_errors=True)
+            subprocess.check_call(configure, env=environment)
+        stamp.write_text(compiler)
         subprocess.check_call([cmake, "--build", str(work), "--parallel"])
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(".new")
