@@ -21,7 +21,7 @@ from insvp_fast.backbones import (
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import foreign, full_name
 from insvp_fast.module_copies import with_tensors
-from insvp_fast.ops.graphs import Graphs, Launch
+from insvp_fast.ops.graphs import Ahead, Graphs
 from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.prompted import PromptedReference
@@ -105,19 +105,23 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
             ValueError: for an image of a size or shape that the backbone cannot take, or such a mask. On the general
                 path the backbone's modules raise errors of their own.
         """
-        ahead = self._launch_ahead(image) if attn_mask is None else None
-        family = family_of(self.backbone)
-        read = None if family is None else family.read_tokens(self.backbone)
-        few = read is not None and attn_mask is None and self._takes_fast_path(image)
-        features = self._features(image, read, ahead) if few else self.forward_features(image, attn_mask)
+        ahead = None if attn_mask is not None else self._launch_ahead(image)
+        try:
+            if self._takes_fast_path(image, attn_mask):
+                features = self._features(image, self._family.read_tokens(self.backbone), ahead)
+            else:
+                features = self.forward_features(image, attn_mask)
+        finally:
+            if ahead is not None:
+                ahead.drop()
         return self.forward_head(features)
 
-    def _launch_ahead(self, image: Tensor) -> Launch | None:
-        """Launch the CUDA graph that ran last, before it is known whether it is still that of the model."""
+    def _launch_ahead(self, image: Tensor) -> Ahead | None:
+        """Launch the CUDA graph that this pass will probably take, before it is known whether it does."""
         if not (isinstance(image, Tensor) and self._graphs_for(image)):
             return None
         graphs: Graphs | None = coverage.kept(self).get("graphs")
-        return None if graphs is None else graphs.launch(self.training, image)
+        return None if graphs is None else graphs.ahead(self.training, image)
 
     def _graphs_for(self, image: Tensor) -> bool:
         return cuda_graphs.has_graphs(image.device) and self.cuda_graphs and self._may_replay()
@@ -141,7 +145,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         result: tuple[Any, Tensor | None] = checkpoint(super().apply_block, block, h, prompts, use_reentrant=False)
         return result
 
-    def _features(self, image: Tensor, num_queries: int | None, ahead: Launch | None = None) -> Tensor:
+    def _features(self, image: Tensor, num_queries: int | None, ahead: Ahead | None = None) -> Tensor:
         """The fast path: all tokens after the last norm, or only the first ``num_queries``."""
         (tokens,) = self._block_outputs(image, [len(self.widths) - 1], num_queries, ahead)
         return self._family.final_norm(self.backbone, tokens, self._grid(image))
@@ -154,7 +158,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         image: Tensor,
         blocks: Collection[int],
         num_queries: int | None = None,
-        ahead: Launch | None = None,
+        ahead: Ahead | None = None,
     ) -> list[Tensor]:
         """The fast path: the tokens behind each of ``blocks``, of the last block only the first ``num_queries``."""
         self._family.check_image(self.backbone, image)
@@ -180,7 +184,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         key = *sorted({*blocks}), None, num_queries, embedding, *settings, *decisions
         if on_gpu:
             graphs = self._kept("graphs", Graphs)
-            return [*graphs.run(key, inputs, self._lasting(image), compute, self.training, ahead)]
+            return [*graphs.run(key, inputs, self._lasting(image), compute, ahead)]
         outputs: Any = self._kept("programs", Programs).run(key, inputs, compute)
         return [*outputs]
 

@@ -106,11 +106,12 @@ def _launched_at_once(run: Callable[[], None]) -> Callable[[], None]:
     """A run as a CUDA graph: at small batches, launching takes longer than multiplying."""
     run()  # cuBLAS asks for memory
     _, replay = cuda_graphs.Space(DEVICE).capture(run)
+    return functools.partial(_replay, replay, run)
 
-    def again(keep: Callable[[], None] = run) -> None:  # whose operands the graph reads
-        replay()
 
-    return again
+def _replay(replay: Callable[[], None], run: Callable[[], None]) -> None:
+    """``run`` holds the operands that the graph reads."""
+    replay()
 
 
 def _providers(dtype: torch.dtype) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPViT, coverage
-from insvp_fast.ops import graphs
+from insvp_fast.ops import captured, graphs
 from insvp_fast.ops.graphs import Graphs
 from insvp_fast.runtime import cuda_graphs, recording, torch_private
 from insvp_fast.testing import DEVICE, make_pair, trained_gradients
@@ -74,7 +74,7 @@ def image_of(batch=2, seed=0):
 
 def graphs_of(model):
     kept = coverage.kept(model).get("graphs")
-    return [] if kept is None else [graph for graph in kept._graphs.values() if isinstance(graph, graphs._Graph)]
+    return [] if kept is None else [graph for graph in kept._graphs.values() if isinstance(graph, captured.Graph)]
 
 
 @contextlib.contextmanager
@@ -276,33 +276,63 @@ def test_a_change_of_the_model_is_seen(change, training):
     assert change in (setting, kept_in_8_bits) or not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_graph_is_launched_before_modules_and_weights_are_looked_at(training, monkeypatch):
-    model, order = model_of().train(training), []
-    with torch.set_grad_enabled(training):
-        for seed in range(3):
-            model(image_of(seed=seed))
+def expected(model, image, gradients=True, calls=5):
+    """Call the model until its graph is launched ahead."""
+    with torch.set_grad_enabled(gradients):
+        for _ in range(calls):
+            model(image)
+    return model
 
-    def noting(owner, name):
+
+@pytest.fixture
+def order(monkeypatch):
+    """What happens in a forward pass, in its order."""
+    seen = []
+
+    def note(owner, name):
         function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: order.append(name) or function(*args, **kwargs))
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: seen.append(name) or function(*args, **kwargs))
 
-    noting(graphs._Graph, "forward")
-    noting(graphs._Graph, "holds")
-    noting(coverage, "covers")
-    with torch.set_grad_enabled(training):
+    for owner, name in [(captured.Graph, "forward"), (captured.Graph, "holds"), (captured.Launch, "adopt")]:
+        note(owner, name)
+    note(coverage, "covers")
+    return seen
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_graph_is_launched_before_modules_and_weights_are_looked_at(gradients, pool, order):
+    model = expected(model_of(global_pool=pool).train(), image_of(), gradients)
+    order.clear()
+    with torch.set_grad_enabled(gradients):
         model(image_of(seed=1))
-    assert order == ["forward", *["covers"] * order.count("covers"), "holds"]
+    checks = order.count("covers")
+    assert checks > 0 and order == ["forward", *["covers"] * checks, "holds", "adopt"]
 
 
 @pytest.mark.parametrize("change", [data, norm, positions, prompter, common])
 def test_a_graph_is_not_launched_if_memory_that_it_reads_may_be_gone(change):
-    model, image = prepared(model_of(), image_of()), image_of(seed=1)
+    model, image = expected(model_of(), image_of()), image_of(seed=1)
     own = coverage.kept(model)["graphs"]
-    assert own.launch(model.training, image) is not None and own.launch(model.training, image_of(1)) is None
+    launched = own.ahead(model.training, image)
+    assert launched.launch is not None and own.ahead(model.training, image_of(1)).launch is None
+    own._guesses[launched.call] = launched.guess
+    launched.drop()
     change(model)
     # the graph knows the tensors themselves: of one that has been replaced, they keep the memory
-    assert (own.launch(model.training, image) is None) == (change is not common)
+    assert (own.ahead(model.training, image).launch is None) == (change is not common)
+
+
+def test_an_image_that_is_read_where_it_is_is_not_read_later():
+    model = expected(model_of(), nn.Parameter(image_of()))
+    own = coverage.kept(model)["graphs"]
+    for image in (image_of(seed=1).requires_grad_(), nn.Parameter(image_of(seed=1))):
+        assert own.ahead(model.training, image).launch is None
+        assert torch.equal(model(image), direct(model, model, image))
+    plain = image_of(seed=2).requires_grad_()
+    own = coverage.kept(expected(model, plain))["graphs"]
+    assert own.ahead(model.training, nn.Parameter(plain.detach())).launch is None
+    assert own.ahead(model.training, plain) is not None
 
 
 def hooked(model):
@@ -313,33 +343,96 @@ def hooked_everywhere(model):
     return torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
 
 
-def own_prompts(model):
-    model.feature_prompt = type(model).feature_prompt.__get__(model)
-
-
-@pytest.mark.parametrize("change", [hooked, hooked_everywhere, own_prompts, setting, norm, prompter])
-def test_a_graph_that_is_not_the_right_one_leaves_nothing_behind(change):
-    model = prepared(model_of("released").train(), image_of())
-    with torch.no_grad():
-        for seed in range(3):
-            model(image_of(seed=seed))
-    before, other = graphs_of(model), deepcopy(model)
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("change", [hooked, hooked_everywhere, setting])
+def test_a_graph_that_is_not_the_right_one_leaves_nothing_behind(change, gradients, order):
+    model = expected(model_of("released").train(), image_of(), gradients)
+    (graph,) = graphs_of(model)
+    other = deepcopy(model)
     other.cuda_graphs = False
     handles = [change(m) for m in (model, other)]
     warnings.simplefilter("ignore")  # of the general path
+    order.clear()
     try:
-        states = []
+        results = []
         for m in (model, other):
             torch.manual_seed(7)
-            with torch.no_grad():
-                states.append([m(image_of(seed=1)), torch.rand(3, device=DEVICE)])
-            states.append([m(image_of(seed=1)), torch.rand(3, device=DEVICE)])
+            with torch.set_grad_enabled(gradients):
+                results.append([m(image_of(seed=1)), torch.rand(3, device=DEVICE)])
+            if m is model:
+                assert order[0] == "forward" and "adopt" not in order and graph.space.is_free()
+                order.clear()
+                m(image_of(seed=1))
+                assert "forward" not in order or change is setting  # a wrong guess is not made again
     finally:
         for handle in filter(None, handles):
             handle.remove()
-    for found, expected in zip(states[:2], states[2:], strict=True):
-        assert all(map(torch.equal, found, expected))
-    assert len(before) == 2 and all(graph.space.is_free() for graph in before)
+    assert all(map(torch.equal, *results))
+
+
+def test_another_graph_runs_in_the_call_that_was_guessed_wrong(order):
+    model = model_of("released").train()
+    for _ in range(2):
+        setting(model)
+        expected(model, image_of())
+    setting(model)
+    order.clear()
+    model(image_of())
+    assert order.count("forward") == 2 and order.count("adopt") == 1
+
+
+def test_settings_in_turn_are_not_guessed(order):
+    model = model_of()
+    with torch.no_grad():
+        for _ in range(10):
+            order.clear()
+            setting(model)
+            model(image_of())
+            model.block_outputs(image_of(), [0])
+    assert order.count("forward") == order.count("adopt") == 2
+
+
+def test_an_error_on_the_general_path_leaves_the_memory_free():
+    model = expected(model_of().train(), image_of())
+    (graph,) = graphs_of(model)
+
+    def fails(module, inputs, output):
+        raise ArithmeticError("of a hook")
+
+    model.backbone.blocks[1].register_forward_hook(fails)
+    with pytest.warns(UserWarning, match="general path"), pytest.raises(ArithmeticError) as kept:
+        model(image_of())
+    assert kept.traceback and graph.space.is_free()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_random_numbers_go_on_behind_those_of_graphs(gradients):
+    model = expected(model_of("released").train(), image_of(), gradients)
+    results = []
+    for graphs_on in (True, False):
+        model.cuda_graphs = graphs_on
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(gradients):
+            results.append([*(model(image_of(seed=1)) for _ in range(3)), torch.rand(3, device=DEVICE)])
+    assert all(map(torch.equal, *results)) and not torch.equal(results[0][0], results[0][1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_random_numbers_that_another_thread_draws_meanwhile_are_not_drawn_again(training, monkeypatch):
+    model, image = expected(model_of("released").train(training), image_of(), False), image_of(seed=1)
+    draws, holds = [], captured.Graph.holds
+
+    def draw():
+        draws.append(torch.rand(3, device=DEVICE))
+
+    torch.manual_seed(7)
+    with torch.no_grad():
+        monkeypatch.setattr(captured.Graph, "holds", lambda graph: draw() or holds(graph))
+        found = [model(image), *draws, torch.rand(3, device=DEVICE)]
+        torch.manual_seed(7)
+        draw()
+        other = [direct(model, model, image), draws[-1], torch.rand(3, device=DEVICE)]
+    assert all(map(torch.equal, found, other))
 
 
 def test_training_and_evaluation_in_turn_are_captured_once(monkeypatch):
