@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from insvp_fast.ops.captured import Graph, Launch, Tensors, evaluate, same_random_numbers
+from insvp_fast.ops.captured_graph import Graph, Launch, Tensors, evaluate, same_random_numbers
 from insvp_fast.runtime import cuda_graphs, recording, torch_private
 
 __all__ = ["Ahead", "Graphs"]
@@ -49,8 +49,10 @@ class Graphs:
             graph = self._graphs.get(guess.key) if guess is not None and guess.again else None
             if guess is None or not isinstance(graph, Graph) or not graph.space.is_free():
                 return Ahead(call)
+            if isinstance(image, nn.Parameter):  # which graphs read where it is
+                return Ahead(call)
             del self._guesses[call]  # it is there again when it was right
-            if isinstance(image, nn.Parameter) or guess.places != _places(guess.tensors):
+            if guess.places != _places(guess.tensors):
                 return Ahead(call)
             return Ahead(call, guess, Launch(graph, [image]))
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPViT, coverage
-from insvp_fast.ops import captured, graphs
+from insvp_fast.ops import captured_graph, graphs
 from insvp_fast.ops.graphs import Graphs
 from insvp_fast.runtime import cuda_graphs, recording, torch_private
 from insvp_fast.testing import DEVICE, make_pair, trained_gradients
@@ -74,7 +74,7 @@ def image_of(batch=2, seed=0):
 
 def graphs_of(model):
     kept = coverage.kept(model).get("graphs")
-    return [] if kept is None else [graph for graph in kept._graphs.values() if isinstance(graph, captured.Graph)]
+    return [] if kept is None else [graph for graph in kept._graphs.values() if isinstance(graph, captured_graph.Graph)]
 
 
 @contextlib.contextmanager
@@ -293,7 +293,11 @@ def order(monkeypatch):
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: seen.append(name) or function(*args, **kwargs))
 
-    for owner, name in [(captured.Graph, "forward"), (captured.Graph, "holds"), (captured.Launch, "adopt")]:
+    for owner, name in [
+        (captured_graph.Graph, "forward"),
+        (captured_graph.Graph, "holds"),
+        (captured_graph.Launch, "adopt"),
+    ]:
         note(owner, name)
     note(coverage, "covers")
     return seen
@@ -332,7 +336,7 @@ def test_an_image_that_is_read_where_it_is_is_not_read_later():
     plain = image_of(seed=2).requires_grad_()
     own = coverage.kept(expected(model, plain))["graphs"]
     assert own.ahead(model.training, nn.Parameter(plain.detach())).launch is None
-    assert own.ahead(model.training, plain) is not None
+    assert own.ahead(model.training, plain).launch is not None
 
 
 def hooked(model):
@@ -420,14 +424,14 @@ def test_random_numbers_go_on_behind_those_of_graphs(gradients):
 @pytest.mark.parametrize("training", [True, False])
 def test_random_numbers_that_another_thread_draws_meanwhile_are_not_drawn_again(training, monkeypatch):
     model, image = expected(model_of("released").train(training), image_of(), False), image_of(seed=1)
-    draws, holds = [], captured.Graph.holds
+    draws, holds = [], captured_graph.Graph.holds
 
     def draw():
         draws.append(torch.rand(3, device=DEVICE))
 
     torch.manual_seed(7)
     with torch.no_grad():
-        monkeypatch.setattr(captured.Graph, "holds", lambda graph: draw() or holds(graph))
+        monkeypatch.setattr(captured_graph.Graph, "holds", lambda graph: draw() or holds(graph))
         found = [model(image), *draws, torch.rand(3, device=DEVICE)]
         torch.manual_seed(7)
         draw()

@@ -25,6 +25,7 @@ class Graph:
         space: its memory. Of it are held what goes in and out, but nothing that is kept for backward.
         has_gradients: whether it keeps something for a backward pass, of which it has a graph too.
         copies_only_image: whether all inputs but the first are read where they are.
+        draws: whether it draws random numbers, which is known once it has been evaluated.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Graph:
     ) -> None:
         self.space, self._needs, self.has_gradients, weights = space, needs, any(needs), _Weights()
         self._found: list[Tensor | None] = []
+        self.draws = False
         own = _own(inputs, needs)
         with _as_called(own[0].device, needs):
             outputs, self._forward = space.capture(lambda: recording.record(weights, lambda: compute(own)))
@@ -59,7 +61,9 @@ class Graph:
             for x in (*self._outputs, *self._found):
                 if x is not None:
                     x.fill_(torch.nan)
+            before = _random_state(inputs[0].device)
             outputs = self.forward(inputs)
+            self.draws = not torch.equal(_random_state(inputs[0].device), before)
             grads = self.backward([*map(_some_gradient, outputs)]) if self.has_gradients else []
             return [x for x in (*outputs, *grads) if x is not None]
 
@@ -98,11 +102,11 @@ class Launch:
 
     def __init__(self, graph: Graph, inputs: Tensors) -> None:
         self.graph, self._device = graph, inputs[0].device
-        self._before = _random_state(self._device)
+        if graph.draws:
+            self._before = _random_state(self._device)
         self._outputs = graph.forward(inputs)
-        self._after = _random_state(self._device)
-        self._draws = not torch.equal(self._before, self._after)
-        if self._draws:
+        if graph.draws:
+            self._after = _random_state(self._device)
             _set_random_state(self._device, self._before)
         self._kept = graph.space.lend() if graph.has_gradients else None
 
@@ -112,10 +116,11 @@ class Launch:
 
     def adopt(self, lock: threading.RLock, lasting: Tensors, inputs: Tensors) -> Tensors:
         """The outputs, with gradients where the graph has them; random numbers go on behind those that it has drawn."""
-        if self._draws and torch.equal(_random_state(self._device), self._before):
-            _set_random_state(self._device, self._after)
-        elif self._draws:  # another thread has drawn these meanwhile
-            self._outputs = self.graph.forward(inputs)
+        if self.graph.draws:
+            if torch.equal(_random_state(self._device), self._before):
+                _set_random_state(self._device, self._after)
+            else:  # another thread has drawn these meanwhile
+                self._outputs = self.graph.forward(inputs)
         if not self.graph.has_gradients:
             return self._outputs
         kept, self._kept = self._kept, None
