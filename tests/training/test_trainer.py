@@ -135,6 +135,7 @@ def test_how_it_is_computed_changes_nothing(pictures, tmp_path, monkeypatch, set
     monkeypatch.setattr(models, "insvp_config", lambda _: InsVPConfig(prompt_length=2, global_dropout=0.0))
     # traced and differentiated as with inductor, which takes twice as long and is tested in tests/model
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr("insvp_fast.training.run._plot_prompts", lambda *args: None)  # which would be traced too
     plain, other = (train(quick(pictures, tmp_path, batch_size=6, **more)) for more in ({}, settings))
     for one, two in zip(read_records(plain), read_records(other), strict=True):
         assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=1e-4)
