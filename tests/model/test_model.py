@@ -508,6 +508,7 @@ def test_vit_base_saves_little_per_image(recompute, megabytes):
     assert saved_bytes(fast, images(fast, 1), torch.bfloat16) < megabytes * 1e6
 
 
+@pytest.mark.slow
 def test_vit_base_in_full():
     """The paper's configuration on ViT-B/16, random weights, batch 2."""
     torch.manual_seed(0)
@@ -586,6 +587,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_gradients_of_one(tmp_path):
     meeting = (tmp_path / "meeting").as_uri()  # a file: a free port may be taken before it is used
     command = [sys.executable, "-c", WORKER]
