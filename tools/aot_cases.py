@@ -266,7 +266,7 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
             f"conv_pool_spread-{label}",
             conv_pool._conv_pool_spread_kernel,
             pointers("*fp32", "grad") | pointers(x, "spread") | result | {"slope": "fp32"},
-            {"GRID": (grid, grid), "POOL": pool, "BLOCK": conv_pool.SPREAD},
+            {"GRID": (grid, grid), "POOL": pool, **conv_pool.SPREAD},
         )
         config = conv_pool.launch_config("bwd_map", C, conv_pool.SIDE, dtype, arch)
         center = {"CENTER": (grid * pool, grid * pool), "MARGIN": (taps - 1 - margin,) * 2, "SIDE": conv_pool.SIDE}

@@ -103,7 +103,7 @@ def _activation_bwd_kernel(grad_ptr, kept_ptr, out_ptr, N, ACTIVATION: tl.conste
     tl.store(out_ptr + offs, (grad * d).to(out_ptr.dtype.element_ty), offs < N)
 
 
-BLOCK = {"BLOCK": 2048, "num_warps": 4, "num_stages": 1}  # 16 values per thread: at least two 16-byte loads in flight
+BLOCK = {"BLOCK": 2048, **chip.launch_options(4, 1)}  # 16 values per thread: at least two 16-byte loads in flight
 
 
 def covers(device: torch.device, dtype: torch.dtype) -> bool:

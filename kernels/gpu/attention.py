@@ -140,14 +140,14 @@ def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str
     few_registers = arch in (80, "gfx942")  # operands of products share them with the sums
     if kind == "fwd":
         stages = 1 if few_registers and S > 208 else 2  # queries loaded ahead would leave too few for the scores
-        return {"KEYS": key_tiles(S), "BLOCK_T": 64, "BLOCK_D": BLOCK_D, "num_warps": 4, "num_stages": stages}
+        return {"KEYS": key_tiles(S), "BLOCK_T": 64, "BLOCK_D": BLOCK_D, **chip.launch_options(4, stages)}
     BLOCK_S = max(16, triton.next_power_of_2(S))
     num_warps = 8 if BLOCK_S >= 128 else 4  # so that d_k and d_v take at most half of a thread's registers
     if arch == "gfx942":
         num_warps //= 2  # 64 lanes in a warp
     BLOCK_T = 32 if arch == 90 else 16  # elsewhere 32 need more registers than there are
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D}
-    return tiles | {"num_warps": num_warps, "num_stages": 3 if arch == 90 else 2}
+    return tiles | chip.launch_options(num_warps, 3 if arch == 90 else 2)
 
 
 def key_tiles(S: int) -> tuple[tuple[int, int], ...]:

@@ -42,6 +42,11 @@ def require_arch(operation: str, x: Tensor) -> int | str:
     return found
 
 
+def launch_options(num_warps: int, num_stages: int, fused: bool = True) -> dict[str, int]:
+    """Options of a launch; ``fused`` products and sums are rounded once, which Triton 3.10 does no longer by itself."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fused}
+
+
 def operands(dtype: torch.dtype, arch: int | str) -> dict[str, object]:
     """The dtype of operands of matrix products, and how they are multiplied where it is fp32: to its full accuracy."""
     compute = tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))

@@ -59,7 +59,7 @@ def _conv_kernel(
                 place = image * X[0] + (c * X[1] + r * X[2] + q * X[3])
                 x = tl.load(x_ptr + place, inside, 0.0).to(tl.float32)
                 if mask_ptr is not None:
-                    x = tl.where(tl.load(mask_ptr + place, inside, 1.0) <= 0, 0.0, x)
+                    x = tl.where(tl.load(mask_ptr + place, inside, 1.0).to(tl.float32) <= 0, 0.0, x)
                 more = ()
                 for o in tl.static_range(OUT):
                     w = tl.load(weight_ptr + (o * WEIGHT[0] + c * WEIGHT[1] + i * WEIGHT[2] + j * WEIGHT[3]))
@@ -97,7 +97,7 @@ def _conv_bwd_weight_kernel(
         place = (image * (OUT * N) + m % N)[None, :] + o[:, None] * N
         grad = tl.load(grad_ptr + place, exists, 0.0)
         if y_ptr is not None:
-            grad = tl.where(tl.load(y_ptr + place, exists, 1.0) <= 0, 0.0, grad)
+            grad = tl.where(tl.load(y_ptr + place, exists, 1.0).to(tl.float32) <= 0, 0.0, grad)
         d_weight = tl.dot(x.to(COMPUTE), tl.trans(grad.to(COMPUTE)), d_weight, input_precision=PRECISION)
         d_bias += tl.sum(grad.to(tl.float32), 1)
 
@@ -161,7 +161,7 @@ def _conv_windows_kernel(
     start = image * (OUT * CENTER[0] * CENTER[1]) + (row * CENTER[1] + column)
     within = n // SIDE % SIDE * CENTER[1] + n % SIDE
     place = start[:, None] + (o * (CENTER[0] * CENTER[1]) + within)[None, :]
-    known = exists[:, None] & (o < OUT)[None, :] & (again == 0)
+    known = exists[:, None] & (o < OUT * (1 - again))[None, :]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), known)
 
     own = first + tl.arange(0, GROUP)
@@ -213,10 +213,10 @@ def _conv_windows_bwd_weight_kernel(
 def launch_config(kind: str, taps: int, OUT: int, arch: int | str) -> dict[str, int]:
     """Tiles, warps and stages of kernel ``kind`` ("map" or "weight"); ``taps`` are those of all channels."""
     if kind == "map":
-        return {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK": 512, **chip.launch_options(4, 1)}
     BLOCK_T, BLOCK_O = min(64, max(16, triton.next_power_of_2(taps))), max(16, triton.next_power_of_2(OUT))
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_O": BLOCK_O, "BLOCK_M": 64}
-    return tiles | {"num_warps": 1 if arch == "gfx942" else 2, "num_stages": 1}  # 64 lanes in a warp on AMD
+    return tiles | chip.launch_options(1 if arch == "gfx942" else 2, 1)  # 64 lanes in a warp on AMD
 
 
 def windows_config(kind: str, OUT: int, KW: int, margin: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
@@ -229,7 +229,7 @@ def windows_config(kind: str, OUT: int, KW: int, margin: int, dtype: torch.dtype
     shift = -margin % 4  # the pixel from which a row of a patch begins at a multiple of 4
     tiles = {"SIDE": SIDE, "WIDTH": 8 * triton.cdiv(shift + SIDE + KW - 1, 8), "SHIFT": shift, "GROUP": GROUP}
     tiles |= {"BLOCK_M": 128, "BLOCK_K": 32} if kind == "map" else {"BLOCK_M": 32, "BLOCK_K": 128}
-    return tiles | {"num_warps": 4 if arch == "gfx942" else 8, "num_stages": 2 if arch == "gfx942" else 4}
+    return tiles | chip.launch_options(*((4, 2) if arch == "gfx942" else (8, 4)))
 
 
 def covers(weight: Tensor, dilation: int, *sides: int) -> bool:

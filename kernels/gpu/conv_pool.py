@@ -57,7 +57,6 @@ def _conv_pool_fwd_kernel(
 
     top = tl.full((BLOCK_M, BLOCK_O), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for first in range(0, POOL * POOL, GROUP):
         sums = tl.zeros((BLOCK_M, GROUP * BLOCK_O), tl.float32)
         for k0 in range(0, K, BLOCK_K):
@@ -68,13 +67,13 @@ def _conv_pool_fwd_kernel(
             sums = tl.dot(x, w.to(COMPUTE), sums, input_precision=PRECISION)
         values = tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O))
         position = (first + tl.arange(0, GROUP))[None, :, None]
-        total += tl.sum(values, 1)
+        values = tl.where(values == values, values, float("inf"))
         values = tl.where(position < POOL * POOL, values, float("-inf"))
         value = tl.max(values, 1)
         place = tl.min(tl.where(values == value[:, None, :], position, POOL * POOL), 1)
         top, at = _larger(top, at, value, place)
 
-    again = any_odd(total, BLOCK_M * BLOCK_O)
+    again = any_odd(top, BLOCK_M * BLOCK_O)
     top, at = tl.where(again > 0, float("-inf"), top), tl.where(again > 0, 0, at)
     for position in range(again * POOL * POOL):
         value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
@@ -119,8 +118,8 @@ def _conv_pool_bwd_weight_kernel(
         x = patches(x_ptr, image, row, column, exists, k, C, MAP, SIDES, X, COMPUTE)
         known = exists[:, None] & (o < OUT)[None, :]
         place = _cells(image, m, o, OUT, GRID)
-        grad, y = tl.load(grad_ptr + place, known, 0.0).to(tl.float32), tl.load(y_ptr + place, known, 1.0)
-        grad = tl.where(y > 0, grad, slope * grad)
+        grad = tl.load(grad_ptr + place, known, 0.0).to(tl.float32)
+        grad = tl.where(tl.load(y_ptr + place, known, 1.0).to(tl.float32) > 0, grad, slope * grad)
         at = tl.load(index_ptr + place, known, 0).to(tl.int32)
         spread = tl.where(at[:, None, :] == position, grad[:, None, :], 0.0).to(COMPUTE)
         spread = tl.reshape(spread, (BLOCK_M, GROUP * BLOCK_O))
@@ -147,7 +146,7 @@ def _conv_pool_spread_kernel(
     at = tl.load(index_ptr + cell, exists, 0).to(tl.int32)
     chosen = exists & (at == row % POOL * POOL + column % POOL)
     grad = tl.load(grad_ptr + cell, chosen, 0.0).to(tl.float32)
-    grad = tl.where(tl.load(y_ptr + cell, chosen, 1.0) > 0, grad, slope * grad)
+    grad = tl.where(tl.load(y_ptr + cell, chosen, 1.0).to(tl.float32) > 0, grad, slope * grad)
     tl.store(spread_ptr + channel * (GRID[0] * POOL * WIDTH) + pixel, grad.to(spread_ptr.dtype.element_ty), exists)
 
 
@@ -187,7 +186,7 @@ def _conv_pool_bwd_map_kernel(
     place = (image * (C * MAP[0] * MAP[1]))[:, None] + (channel[None, :] * (MAP[0] * MAP[1]) + rows * MAP[1] + columns)
     total = tl.sum(tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O)), 1)
     again = any_odd(total, BLOCK_M * BLOCK_O)
-    known &= (rows < MAP[0]) & (columns < MAP[1]) & (again == 0)
+    known &= (rows < MAP[0] * (1 - again)) & (columns < MAP[1])
     tl.store(d_x_ptr + place, sums.to(d_x_ptr.dtype.element_ty), known)
 
     for one in range(first, first + again * min(GROUP, SIDE * SIDE)):
@@ -229,7 +228,7 @@ def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int 
     if arch == "gfx942":  # 64 lanes in a warp
         num_warps //= 2
     tiles = {"GROUP": GROUP, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_O": BLOCK_O}
-    return tiles | {"num_warps": num_warps, "num_stages": num_stages}
+    return tiles | chip.launch_options(num_warps, num_stages)
 
 
 def covers(weight: Tensor, pool: int) -> bool:
@@ -252,7 +251,7 @@ def _at_every_position(moved: Tensor, weight: Tensor, pool: int) -> Tensor:
 
 
 SIDE = 4  # of the windows that divide the gradient of a map
-SPREAD = 1024  # pixels of a program that writes the gradients of maxima
+SPREAD = {"BLOCK": 1024, **chip.launch_options(4, 1)}  # of the kernel that writes the gradients of maxima
 
 
 def _sizes(weight: Tensor, pool: int, BLOCK_O: int) -> tuple[int, int, int]:
@@ -343,9 +342,9 @@ def conv_pool_bwd_map(
         _at_every_position(moved, turned, SIDE).copy_(turned)
         spread = torch.empty(len(x), OUT, *center, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(grad):
-            _conv_pool_spread_kernel[(len(x) * OUT, triton.cdiv(center[0] * center[1], SPREAD))](
+            _conv_pool_spread_kernel[(len(x) * OUT, triton.cdiv(center[0] * center[1], SPREAD["BLOCK"]))](
                 grad.contiguous(), y.contiguous(), index.contiguous(), spread, negative_slope,
-                GRID=grid, POOL=pool, BLOCK=SPREAD,
+                GRID=grid, POOL=pool, **SPREAD,
             )  # fmt: skip
             _conv_pool_bwd_map_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(SIDE**2, config["GROUP"]))](
                 spread, moved, weight, d_x, M, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), CENTER=center, TAPS=tuple(taps),

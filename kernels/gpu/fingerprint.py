@@ -12,7 +12,7 @@ from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
 LINE = tl.constexpr(16)  # words in a line
-CONSTANTS = {"LINES": 128, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+CONSTANTS = {"LINES": 128, "BLOCK": 64, **chip.launch_options(4, 2)}
 
 
 @triton.jit

@@ -99,7 +99,7 @@ def _norm_insert_bwd_kernel(
         tl.store(d_branch_ptr + tokens, d.to(d_branch_ptr.dtype.element_ty), token_mask)
 
 
-def launch_config(D: int) -> dict[str, int | bool]:
+def launch_config(D: int) -> dict[str, int]:
     """Rows, warps and stages of both kernels on every architecture.
 
     A warp has at most 2048 values, 64 per lane and on AMD 32. Raises ValueError for a width above 16384.
@@ -111,8 +111,7 @@ def launch_config(D: int) -> dict[str, int | bool]:
         raise ValueError(f"norm_insert: the width must be 1 to 16384, got {D}")
     BLOCK_D = triton.next_power_of_2(D)
     rows, warps = max(1, min(8, 2048 // BLOCK_D)), max(1, BLOCK_D // 2048)
-    tiles: dict[str, int | bool] = {"BLOCK_M": rows, "BLOCK_D": BLOCK_D}
-    return tiles | {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    return {"BLOCK_M": rows, "BLOCK_D": BLOCK_D, **chip.launch_options(warps, 1, fused=False)}
 
 
 def covers(device: torch.device, D: int, *dtypes: torch.dtype) -> bool:

@@ -7,7 +7,10 @@ from torch import Tensor
 
 @triton.jit
 def any_odd(x, SIZE: tl.constexpr):
-    """1 if x has an infinity or NaN, else 0. In one dimension: triton 3.6 fails to reduce two on sm_100."""
+    """1 if x has an infinity or NaN, else 0. In one dimension: triton 3.6 fails to reduce two on sm_100.
+
+    A mask takes it as a factor of a bound, since the interpreter of triton 3.9 refuses a scalar condition in masks.
+    """
     return tl.max(tl.reshape((x - x != 0).to(tl.int32), (SIZE,)), 0)
 
 

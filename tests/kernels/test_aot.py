@@ -45,6 +45,12 @@ def test_shared_memory_is_within_the_chips_limit(aot):
     assert not failing(aot, lambda fact: fact["shared"] > SHARED_LIMIT[fact["target"]])
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_launch_says_whether_products_and_sums_are_fused(target):
+    """Triton's default changes in 3.10, and 3.9 warns where it is relied on."""
+    assert [case.name for case in cases(target) if "enable_fp_fusion" not in case.constants] == []
+
+
 def test_matrix_units_are_used(aot):
     multiplying = "superpose", "attention", "conv_pool", "windows"
     found = [fact for fact in aot if fact["kernel"].startswith(multiplying) and "spread" not in fact["kernel"]]

@@ -201,6 +201,21 @@ def test_a_bad_pixel_reaches_only_what_reads_it(device):
     assert d_x.isfinite().sum() > d_x.numel() / 2
 
 
+@pytest.mark.parametrize("bad", ["an infinite weight", "a weight that is not a number", "sums that overflow"])
+def test_what_is_not_finite_in_one_position_is_in_its_window(device, bad):
+    x, weight, bias = (t.detach() for t in inputs(1, 2, 12, 12, 3, 3, 3, torch.float32, device))
+    if bad == "sums that overflow":  # an infinity less an infinity, in one position of its window only
+        x[0, :, 4, 4], x[0, 0, 5, 5], x[0, 1, 5, 6] = 0, 2e38, 2e38
+        weight[0] *= 1e-3
+        weight[0, 0, 1, 1], weight[0, 1, 1, 2] = 2, -2
+    else:
+        weight[0, 1, 0, 2] = torch.inf if bad == "an infinite weight" else torch.nan
+    y, _ = kernel.conv_pool_fwd(x, weight, bias, (1, 1), 12, 12, 4, SLOPE, torch.float32)
+    want = conv_pool_formula(x, weight, bias, 12, 12, 4)
+    assert not want[0, 0, 1, 1].isfinite()
+    torch.testing.assert_close(y, want, equal_nan=True)
+
+
 def test_a_bad_pixel_reaches_only_the_windows_that_read_it(device, small_windows):
     for bad, relu in ((torch.inf, True), (torch.nan, False)):
         x, weight, bias = (t.detach() for t in inputs(2, 2, 6, 8, 3, 4, 3, torch.float32, device))
