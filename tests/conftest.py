@@ -11,7 +11,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each, or the workers would w
 import torch
 from hypothesis import settings
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 will change what an unset variable means
 if not torch.cuda.is_available():
     # Triton reads the variable while it is imported; set later, half of its functions would not be interpreted.
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could choose the interpreter"
