@@ -75,8 +75,8 @@ def _check(
         )
     if prompts is not None and (prompts.ndim != 3 or prompts.shape != (B, prompts.shape[1], D)):
         raise ValueError(f"prompts have shape {tuple(prompts.shape)}: expected [{B}, L, {D}]")
-    if weight is None and bias is None:
-        return
+    if weight is None and bias is not None:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected None, as no weight was given")
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.shape != (D,):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {(D,)}")

@@ -126,7 +126,7 @@ def _attention_bwd_kernel(
         d_s = (p * (d_p - (weighted * inverse)[None, :])).to(COMPUTE)
         d_k = tl.dot(d_s, q, d_k)
         d_q = scale * tl.trans(tl.dot(k_t, d_s))
-        _store(d_q_ptr, d_q, t0, S, d, 3 * D, BLOCK_T, BLOCK_D)  # zero for rows from T on, where grad is loaded as zero
+        _store(d_q_ptr, d_q, t0, S, d, 3 * D, BLOCK_T, BLOCK_D)  # zero from T on: so is grad
 
     for t0 in range((T + BLOCK_T - 1) // BLOCK_T * BLOCK_T, S, BLOCK_T):
         _store(d_q_ptr, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), t0, S, d, 3 * D, BLOCK_T, BLOCK_D)
@@ -134,7 +134,7 @@ def _attention_bwd_kernel(
     _store(d_q_ptr + 2 * D, d_v, 0, S, d, 3 * D, BLOCK_S, BLOCK_D)
 
 
-def launch_config(kind: str, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
+def launch_config(kind: str, S: int, d: int, arch: int | str) -> dict:
     """Tiles, warps and stages of kernel ``kind`` ("fwd" or "bwd") for S keys of width d."""
     BLOCK_D = max(64, triton.next_power_of_2(d))  # at least 64: these are the rows of the transposed d_q, for wgmma
     few_registers = arch in (80, "gfx942")  # operands of products share them with the sums
@@ -163,7 +163,7 @@ def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
 def constants(kind: str, H: int, T: int, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
     """The compile-time constants and launch options of kernel ``kind``, without the strides of its inputs."""
     compute = tl.float32 if chip.INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
-    return {"H": H, "T": T, "S": S, "d": d, "COMPUTE": compute} | launch_config(kind, S, d, dtype, arch)
+    return {"H": H, "T": T, "S": S, "d": d, "COMPUTE": compute} | launch_config(kind, S, d, arch)
 
 
 def covers(device: torch.device, S: int, d: int, dtype: torch.dtype) -> bool:
@@ -225,7 +225,7 @@ def attention_bwd(grad: Tensor, qkv: Tensor, num_heads: int, num_queries: int, s
         grad: [B, num_queries, D] in the dtype of ``qkv``; the rest as in forward.
 
     Returns:
-        [B, S, 3*D], contiguous; zero in the first D columns of tokens that are no queries.
+        [B, S, 3*D], contiguous; zero in the first D columns of tokens that are no queries, where all is finite.
 
     Raises:
         RuntimeError, ValueError: as forward does.

@@ -313,7 +313,7 @@ def conv_fwd(
         RuntimeError: for a CPU tensor outside of the interpreter.
     """
     y = torch.empty(len(x), len(weight), height, width, dtype=dtype, device=x.device)
-    _convolve(x, weight, bias.contiguous(), y, dilation, margin, relu)
+    _convolve(windows.near(x), weight, bias.contiguous(), y, dilation, margin, relu)
     return y
 
 
@@ -333,7 +333,7 @@ def conv_bwd(
         RuntimeError: as forward does.
     """
     OUT, _, KH, KW = weight.shape
-    grad, y = grad.contiguous(), None if y is None else y.contiguous()
+    x, grad, y = windows.near(x), grad.contiguous(), None if y is None else y.contiguous()
     d_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
     few = _has_few_taps(weight)
     if y is not None and not few:

@@ -17,6 +17,8 @@ are not finite therefore computes its windows again, tap by tap.
 Arithmetic: sums are in fp32; the operands of the matrix products have the dtype of the map, COMPUTE.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -67,16 +69,20 @@ def _conv_pool_fwd_kernel(
             sums = tl.dot(x, w.to(COMPUTE), sums, input_precision=PRECISION)
         values = tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O))
         position = (first + tl.arange(0, GROUP))[None, :, None]
-        values = tl.where(values == values, values, float("inf"))
+        values = tl.where(
+            values - values == 0, values, float("inf")
+        )  # so that the maximum shows those that are not finite
         values = tl.where(position < POOL * POOL, values, float("-inf"))
         value = tl.max(values, 1)
         place = tl.min(tl.where(values == value[:, None, :], position, POOL * POOL), 1)
         top, at = _larger(top, at, value, place)
 
+    bias = tl.load(bias_ptr + o, o < OUT, 0.0).to(tl.float32)[None, :]
+    top += bias
     again = any_odd(top, BLOCK_M * BLOCK_O)
     top, at = tl.where(again > 0, float("-inf"), top), tl.where(again > 0, 0, at)
     for position in range(again * POOL * POOL):
-        value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32) + bias
         for tap in range(C * TAPS[0] * TAPS[1]):
             r = row + (position // POOL + tap // TAPS[1] % TAPS[0])
             q = column + (position % POOL + tap % TAPS[1])
@@ -86,7 +92,6 @@ def _conv_pool_fwd_kernel(
             value += tl.load(x_ptr + place, inside, 0.0).to(tl.float32)[:, None] * w[None, :]
         top, at = _larger(top, at, value, position)
 
-    top += tl.load(bias_ptr + o, o < OUT, 0.0).to(tl.float32)[None, :]
     top = tl.where(top > 0, top, slope * top)
     written = exists[:, None] & (o < OUT)[None, :]
     place = _cells(image, m, o, OUT, GRID)
@@ -170,17 +175,17 @@ def _conv_pool_bwd_map_kernel(
     exists = m < M
     image, row, column = corners(m, TILES, SIDE, MARGIN, OFFSET)
     first = tl.program_id(1) * GROUP
+    tl.static_assert(SIDE * SIDE % GROUP == 0)
 
     sums = tl.zeros((BLOCK_M, GROUP * BLOCK_O), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         grads = patches(spread_ptr, image, row, column, exists, k, OUT, CENTER, SIDES, X, COMPUTE)
-        moved = first * BLOCK_O + n
-        w = tl.load(moved_ptr + k[:, None] * N + moved[None, :], (k < K)[:, None] & (moved < N)[None, :], 0.0)
+        w = tl.load(moved_ptr + k[:, None] * N + (first * BLOCK_O + n)[None, :], (k < K)[:, None], 0.0)
         sums = tl.dot(grads, w.to(COMPUTE), sums, input_precision=PRECISION)
 
     position, channel = first + n // BLOCK_O, n % BLOCK_O
-    known = exists[:, None] & ((position < SIDE * SIDE) & (channel < C))[None, :]
+    known = exists[:, None] & (channel < C)[None, :]
     rows = (row + MARGIN[0])[:, None] + (position // SIDE)[None, :]
     columns = (column + MARGIN[1])[:, None] + (position % SIDE)[None, :]
     place = (image * (C * MAP[0] * MAP[1]))[:, None] + (channel[None, :] * (MAP[0] * MAP[1]) + rows * MAP[1] + columns)
@@ -189,7 +194,7 @@ def _conv_pool_bwd_map_kernel(
     known &= (rows < MAP[0] * (1 - again)) & (columns < MAP[1])
     tl.store(d_x_ptr + place, sums.to(d_x_ptr.dtype.element_ty), known)
 
-    for one in range(first, first + again * min(GROUP, SIDE * SIDE)):
+    for one in range(first, first + again * GROUP):
         value = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         down, right = row + one // SIDE, column + one % SIDE
         for tap in range(OUT * TAPS[0] * TAPS[1]):
@@ -202,7 +207,7 @@ def _conv_pool_bwd_map_kernel(
             value += grad.to(tl.float32)[:, None] * w[None, :]
         down, right = down + MARGIN[0], right + MARGIN[1]
         pixel = (image * (C * MAP[0] * MAP[1]) + (down * MAP[1] + right))[:, None] + c[None, :] * (MAP[0] * MAP[1])
-        inside = (exists & (one < SIDE * SIDE) & (down < MAP[0]) & (right < MAP[1]))[:, None] & (c < C)[None, :]
+        inside = (exists & (down < MAP[0]) & (right < MAP[1]))[:, None] & (c < C)[None, :]
         tl.store(d_x_ptr + pixel, value.to(d_x_ptr.dtype.element_ty), inside)
 
 
@@ -234,11 +239,15 @@ def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int 
 def covers(weight: Tensor, pool: int) -> bool:
     """Whether the kernels compute with a weight [OUT, C, KH, KW], in windows of ``pool`` x ``pool``.
 
-    They do where at most three of four products are by zeros, and the moved weight is small.
+    They do where at most three of four products are by zeros, and the moved weights are small.
     """
     (OUT, C, KH, KW), patch = weight.shape, (pool + weight.shape[2] - 1) * (pool + weight.shape[3] - 1)
-    few = 0 < OUT <= 64 and 0 < C <= 64 and weight.numel() > 0
-    return few and patch <= 4 * KH * KW and C * patch * pool**2 * max(16, triton.next_power_of_2(OUT)) <= 2**24
+    few = 0 < OUT <= 64 and 0 < C <= 64 and weight.numel() > 0 and patch <= 4 * KH * KW
+    return few and _moved_numel(weight, pool) <= 2**24 and _moved_numel(weight.transpose(0, 1), SIDE) <= 2**24
+
+
+def _moved_numel(weight: Tensor, pool: int) -> int:
+    return math.prod(_sizes(weight, pool, max(16, triton.next_power_of_2(len(weight)))))
 
 
 def _at_every_position(moved: Tensor, weight: Tensor, pool: int) -> Tensor:
@@ -274,7 +283,7 @@ def conv_pool_fwd(
     Raises:
         RuntimeError: for a CPU tensor outside of the interpreter.
     """
-    arch, (OUT, C, *taps) = chip.require_arch("conv_pool", x), weight.shape
+    arch, (OUT, C, *taps), x = chip.require_arch("conv_pool", x), weight.shape, windows.near(x)
     grid = height // pool, width // pool
     y = torch.empty(len(x), OUT, *grid, dtype=dtype, device=x.device)
     index = torch.empty_like(y, dtype=torch.uint8)
@@ -315,6 +324,7 @@ def conv_pool_bwd_weight(
     S = max(1, min(triton.cdiv(M, config["BLOCK_M"]), 2 * chip.MULTIPROCESSORS[arch] // (blocks[0] * blocks[1])))
     if not M:
         return torch.zeros_like(weight), weight.new_zeros(OUT)
+    x = windows.near(x)
     d_moved = torch.empty(S, K, positions, BLOCK_O, dtype=torch.float32, device=x.device)
     d_bias = torch.empty(S, OUT, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(grad):
@@ -349,6 +359,6 @@ def conv_pool_bwd_map(
             _conv_pool_bwd_map_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(SIDE**2, config["GROUP"]))](
                 spread, moved, weight, d_x, M, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), CENTER=center, TAPS=tuple(taps),
                 MARGIN=(taps[0] - 1 - margin[0], taps[1] - 1 - margin[1]), SIDE=SIDE,
-                OFFSET=windows.offset_dtype(x, spread), **chip.operands(x.dtype, arch), **config,
+                OFFSET=windows.offset_dtype(d_x, spread), **chip.operands(x.dtype, arch), **config,
             )  # fmt: skip
     return d_x

@@ -153,6 +153,7 @@ def norm_insert_fwd(
     rstd = torch.empty((B, S), dtype=torch.float32, device=device)
     if prompts is not None:
         prompts = None if L == 0 else prompts if prompts.stride()[1:] == (D, 1) else prompts.contiguous()
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
     if B * S:
         with torch.cuda.device_of(residual):
             _norm_insert_fwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
@@ -196,7 +197,7 @@ def norm_insert_bwd(
         with torch.cuda.device_of(xhat):
             _norm_insert_bwd_kernel[(triton.cdiv(B * S, config["BLOCK_M"]),)](
                 None if grad_residual is None else grad_residual.contiguous(), grad_normed.contiguous(),
-                xhat.contiguous(), rstd.contiguous(), weight,
+                xhat.contiguous(), rstd.contiguous(), None if weight is None else weight.contiguous(),
                 d_residual, d_branch if apart else None, d_prompts if L else None, B * S, T, L,
                 CENTER=center, D=D, **config,
             )  # fmt: skip

@@ -116,6 +116,8 @@ def _superpose_fwd_kernel(
     hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu does
     tl.store(hidden_ptr + rows * R + offs_r[None, :], hidden, mask_m & (offs_r < R)[None, :])
 
+    if R < BLOCK_R:  # the layer's sums of no unit may be an infinity times zero
+        hidden = tl.where((offs_r < R)[None, :], hidden, 0.0)
     hidden = hidden.to(COMPUTE)
     global_ptrs = global_ptr + _patch_offsets(offs_m, P, GRID, GLOBAL)[:, None]
     kept_places = _patch_offsets(offs_m, P, GRID, KEPT)[:, None]
@@ -222,7 +224,7 @@ def _superpose_bwd_weight_kernel(
         tl.store(db1_ptr + split * R + offs_r, db1, mask_r)
 
 
-def launch_config(kind: str, P: int, K: int, R: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
+def launch_config(kind: str, K: int, R: int, dtype: torch.dtype, arch: int | str) -> dict[str, int]:
     """Tiles, warps and stages of kernel ``kind`` ("fwd", "bwd" or "bwd_weight").
 
     Args:
@@ -267,7 +269,7 @@ def constants(kind: str, shape: tuple, P: int, R: int, dtypes: tuple, arch: int 
     """
     _, C, H, W = shape
     compute = torch.promote_types(*(torch.float32 if dtype == torch.uint8 else dtype for dtype in dtypes))
-    config = launch_config(kind, P, C * P * P, R, compute, arch)
+    config = launch_config(kind, C * P * P, R, compute, arch)
     fixed = {"K": C * P * P, "P": P, "R": R, "GRID": (H // P, W // P)}
     return fixed | chip.operands(compute, arch) | config
 
@@ -321,6 +323,7 @@ def superpose_fwd(
     arch = chip.require_arch("superpose", image)
     (B, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image = _dense(image)
+    scale, shift = (None if x is None else x.contiguous() for x in (scale, shift))
     prompt = image if global_prompt is None else _dense(global_prompt)
     const = constants("fwd", image.shape, P, R, (image.dtype, dtype), arch)
     N = (H // P) * (W // P)
@@ -362,6 +365,7 @@ def superpose_bwd(
     arch = chip.require_arch("superpose", grad)
     (_, C, H, W), P, (R, K) = image.shape, patch_size, w1.shape
     image, grad, hidden, kept = _dense(image), grad.contiguous(), hidden.contiguous(), _bytes(kept)
+    scale, shift = (None if x is None else x.contiguous() for x in (scale, shift))
     dense = C * H * W, H * W, W, 1
     M, dtypes = hidden.numel() // R, (image.dtype, grad.dtype)
     d_image = torch.empty(image.shape if need_image else 0, dtype=image.dtype, device=grad.device)

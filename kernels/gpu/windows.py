@@ -32,6 +32,11 @@ def patches(x_ptr, image, row, column, exists, k, C: tl.constexpr, MAP: tl.const
     return tl.load(x_ptr + start[:, None] + (c * X[1] + r * X[2] + q * X[3])[None, :], inside, 0.0).to(COMPUTE)
 
 
+def near(x: Tensor) -> Tensor:
+    """A map, copied if places within an image are beyond the reach of 32 bits: the kernels widen those of images."""
+    return x if offset_dtype(x[:1]) is tl.int32 else x.contiguous()
+
+
 def offset_dtype(*maps: Tensor) -> tl.dtype:
     """The dtype of places in maps, whatever their strides, and of places some rows outside of them."""
     spans = (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) for x in maps)

@@ -149,6 +149,39 @@ def test_offsets_are_wide_where_strides_are():
     assert frames[:, 0].numel() < 2**31 and windows.offset_dtype(frames[:, 0]) is kernel.tl.int64
 
 
+@pytest.mark.parametrize("far", [(2**32, 2**30, 8, 1), (192, 64, 2**29, 1)], ids=["channels", "rows"])
+def test_an_image_beyond_the_reach_of_32_bits_is_copied(far, device, monkeypatch):
+    wide = torch.empty_strided((2, 3, 8, 8), far, device="meta")
+    assert windows.near(wide).is_contiguous()
+    frames = torch.empty(2**20, 64, 3, 224, 224, device="meta")[:, 0]
+    assert windows.near(frames) is frames  # places of images are wide anyhow
+    x, weight, bias = (t.detach() for t in inputs(2, 3, 8, 8, 3, 3, 3, torch.float32, device))
+    y, indices = kernel.conv_pool_fwd(x, weight, bias, (1, 1), 8, 8, 4, SLOPE, torch.float32)
+    copied = []
+    monkeypatch.setattr(windows, "near", lambda x: copied.append(x) or x)
+    conv.conv_bwd(conv.conv_fwd(x, weight, bias, 1, (1, 1), 8, 8, False, x.dtype), x, None, weight, 1, (1, 1), True)
+    kernel.conv_pool_fwd(x, weight, bias, (1, 1), 8, 8, 4, SLOPE, torch.float32)
+    kernel.conv_pool_bwd_weight(y, x, y, indices, weight, (1, 1), 4, SLOPE)
+    assert len(copied) == 4 and all(map(x.is_set_to, copied))
+
+
+def test_a_gradient_that_is_larger_than_the_map_has_wide_offsets(monkeypatch):
+    """A map that is expanded along the batch is small, and its gradient is not."""
+    found = []
+    monkeypatch.setattr(windows, "offset_dtype", lambda *maps: found.append(maps) or kernel.tl.int32)
+    x, weight, bias = (t.detach() for t in inputs(1, 2, 8, 8, 3, 3, 3, torch.float32, "cpu"))
+    x = x.expand(5, -1, -1, -1)
+    y, indices = kernel.conv_pool_fwd(x, weight, bias, (1, 1), 8, 8, 4, SLOPE, torch.float32)
+    found.clear()
+    d_x = kernel.conv_pool_bwd_map(y, x, y, indices, weight, (1, 1), 4, SLOPE)
+    assert any(map(d_x.is_set_to, found[0]))
+
+
+def test_weights_that_are_large_at_every_position_are_not_covered():
+    weight = torch.empty(64, 1, 512, 512, device="meta")
+    assert not kernel.covers(weight, 1) and kernel.covers(weight[:, :, :9, :9], 1)
+
+
 def test_operands_with_any_strides(device):
     """The bias, and what backward gets, as views of larger tensors."""
     x, weight, bias = (t.detach() for t in inputs(1, 2, 8, 8, 3, 3, 3, torch.float32, device))
@@ -199,17 +232,23 @@ def test_a_bad_pixel_reaches_only_what_reads_it(device):
     beside = ~(want.isnan() & d_x.isfinite())  # PyTorch also multiplies infinities by the zeros beside the maxima
     torch.testing.assert_close(d_x[beside], want.float()[beside], equal_nan=True)
     assert d_x.isfinite().sum() > d_x.numel() / 2
+    for o, r, q in ((0, 1, 1), (2, 0, 2)):  # each reaches all taps around its maximum
+        row, column = 4 * r + indices[0, o, r, q] // 4, 4 * q + indices[0, o, r, q] % 4
+        around = d_x[0, :, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+        assert around.numel() and not around.isfinite().any()
 
 
-@pytest.mark.parametrize("bad", ["an infinite weight", "a weight that is not a number", "sums that overflow"])
+@pytest.mark.parametrize("bad", ["infinite weight", "weight that is no number", "infinite bias", "overflow"])
 def test_what_is_not_finite_in_one_position_is_in_its_window(device, bad):
     x, weight, bias = (t.detach() for t in inputs(1, 2, 12, 12, 3, 3, 3, torch.float32, device))
-    if bad == "sums that overflow":  # an infinity less an infinity, in one position of its window only
+    if bad == "overflow":  # an infinity less an infinity, in one position of its window only
         x[0, :, 4, 4], x[0, 0, 5, 5], x[0, 1, 5, 6] = 0, 2e38, 2e38
         weight[0] *= 1e-3
         weight[0, 0, 1, 1], weight[0, 1, 1, 2] = 2, -2
+    elif bad == "infinite bias":  # and the other infinity in sums of its window that are not the largest
+        x[0, 0, 5, 5], weight[0, 0], bias[0] = -torch.inf, weight[0, 0].abs(), torch.inf
     else:
-        weight[0, 1, 0, 2] = torch.inf if bad == "an infinite weight" else torch.nan
+        weight[0, 1, 0, 2] = torch.inf if bad == "infinite weight" else torch.nan
     y, _ = kernel.conv_pool_fwd(x, weight, bias, (1, 1), 12, 12, 4, SLOPE, torch.float32)
     want = conv_pool_formula(x, weight, bias, 12, 12, 4)
     assert not want[0, 0, 1, 1].isfinite()
@@ -217,7 +256,7 @@ def test_what_is_not_finite_in_one_position_is_in_its_window(device, bad):
 
 
 def test_a_bad_pixel_reaches_only_the_windows_that_read_it(device, small_windows):
-    for bad, relu in ((torch.inf, True), (torch.nan, False)):
+    for bad, relu in ((torch.inf, True), (torch.nan, False), (torch.nan, True)):
         x, weight, bias = (t.detach() for t in inputs(2, 2, 6, 8, 3, 4, 3, torch.float32, device))
         x[0, 0, 2, 7], x[1, 1, 5, 1] = bad, -torch.inf
         leaf, truth = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -232,6 +271,17 @@ def test_a_bad_pixel_reaches_only_the_windows_that_read_it(device, small_windows
             torch.autograd.grad(y, leaf, grad), torch.autograd.grad(want, truth, grad.double()), strict=True
         ):
             torch.testing.assert_close(got, expected.float(), equal_nan=True)
+
+
+def test_the_gradient_passes_where_relu_gave_nan(device):
+    tensors = inputs(1, 2, 6, 7, 3, 3, 3, torch.float32, device)
+    with torch.no_grad():
+        tensors[0][0, 0, 2, 3] = torch.nan
+    got = outcome(run_conv, tensors, (1, 6, 7, True))
+    want = outcome(conv_formula, copies(tensors, torch.float64), (1, 6, 7, True))
+    for value, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(value, truth.float(), equal_nan=True)
+    assert got[1].isfinite().all() and got[3].isfinite().all()  # d_x and d_bias, which shows what passed
 
 
 def test_what_windows_do_not_cover(device):

@@ -101,6 +101,15 @@ def test_an_affine_map_without_bias(device, poison):
     check((*tensors, None), torch.float32, device)
 
 
+@pytest.mark.parametrize("layout", ["expanded", "strided"])
+def test_an_affine_map_of_any_layout(layout, device, poison):
+    *tensors, _, _ = inputs(2, 5, 3, 100, torch.float32, device)
+    affine = (
+        torch.randn(1, 2, device=device).expand(100, 2) if layout == "expanded" else torch.randn(100, 2, device=device)
+    )
+    check((*tensors, *affine.unbind(1)), torch.float32, device)
+
+
 @pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
 def test_a_wide_stream_and_narrow_products(narrow, device, poison):
     check(inputs(2, 5, 3, 100, torch.float32, device, narrow), narrow, device)

@@ -146,9 +146,10 @@ def test_fp32_image_with_16_bit_tokens_is_exact_before_the_last_rounding(device,
 
 
 def eight_bit(B, C, H, W, device):
-    """An 8-bit image, its scale and shift, and the values that it stands for."""
+    """An 8-bit image, its scale and shift, columns of one table, and the values that it stands for."""
     image = torch.randint(256, (B, C, H, W), dtype=torch.uint8, device=device)
-    scale, shift = torch.rand(C, device=device) / 50 + 0.01, torch.randn(C, device=device)
+    table = torch.stack([torch.rand(C, device=device) / 50 + 0.01, torch.randn(C, device=device)], 1)
+    scale, shift = table.unbind(1)
     return image, scale, shift, image.double() * scale[:, None, None] + shift[:, None, None]
 
 
@@ -205,6 +206,17 @@ def test_nan_is_not_hidden_by_relu(device):
     actual = computed(tensors, grad, 8)
     assert actual["hidden"][0, 0].isnan().all() and actual["tokens"][0, 0].isnan().all()
     assert not actual["tokens"][0, 1].isnan().any()
+    truth = expected(tensors, grad, 8, torch.float64)["db1"].float()
+    torch.testing.assert_close(actual["db1"], truth)  # the gradient passes where ReLU gave NaN
+
+
+def test_units_that_only_fill_a_tile_make_no_nan(device):
+    (image, _, w1, *weights), grad = inputs(1, 3, 8, 8, 8, 8, torch.float32, device, with_prompt=False)
+    image[0, 1, 2, 3], w1 = torch.inf, -w1.abs()  # no unit of the layer is active
+    tensors = image, None, w1, *weights
+    torch.testing.assert_close(
+        computed(tensors, grad, 8)["tokens"], expected(tensors, grad, 8, torch.float64)["tokens"].float()
+    )
 
 
 def test_the_hidden_width_is_bounded(device):
@@ -224,7 +236,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 @pytest.mark.parametrize("R", [1, 16, 17, 64, 128])
 def test_the_weight_grid_is_bounded(arch, R):
     for P, M in ((4, 1), (16, 50176), (32, 10**6)):
-        config = superpose.launch_config("bwd_weight", P, 3 * P * P, R, torch.bfloat16, arch)
+        config = superpose.launch_config("bwd_weight", 3 * P * P, R, torch.bfloat16, arch)
         splits = superpose.weight_splits(M, 3 * P * P, config, arch)
         programs = splits * -(-3 * P * P // config["BLOCK_K"])
         assert splits == 1 or 1 < programs <= 2 * chip.MULTIPROCESSORS[arch]

@@ -29,6 +29,10 @@ CASES = {
         lambda: norm_insert(X, prompts=X[:1]),
         r"shape \(1, 5, 24\): expected \[2, L",
     ),
+    "norm_insert: bias": (
+        lambda: norm_insert(X, bias=X[0, 0]),
+        r"bias has shape \(24,\): expected None, as no weight was given",
+    ),
     "norm_insert: weight": (lambda: norm_insert(X, weight=X[0, 0, :5]), r"weight has shape \(5,\): expected \(24,\)"),
     "linear: width": (
         lambda: ops.linear(X[..., :5], FrozenLinear(WEIGHT)),
@@ -69,8 +73,8 @@ CASES = {
 }
 
 
-def norm_insert(residual, branch=None, prompts=None, weight=None):
-    return ops.norm_insert(residual, branch, prompts, weight, None, 1e-6)
+def norm_insert(residual, branch=None, prompts=None, weight=None, bias=None):
+    return ops.norm_insert(residual, branch, prompts, weight, bias, 1e-6)
 
 
 @pytest.mark.parametrize(("call", "message"), CASES.values(), ids=CASES)
