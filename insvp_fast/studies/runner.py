@@ -103,7 +103,7 @@ def _launch(launcher: Sequence[str], arguments: Sequence[str], log: Path | None)
 def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["insvp_fast.training.run"])
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
     child = context.Process(target=_train, args=(recipe, resume, log, threads))
     with _asking:
         child.start()
@@ -116,14 +116,13 @@ def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int) -> i
 _asking = Lock()  # a start asks how all children are; of two that ask at once, one is told the status, the other 255
 
 
-def _train(recipe: Recipe, resume: Path | None, log: Path | None, threads: int | None) -> None:
-    """In the forked process."""
+def _train(recipe: Recipe, resume: Path | None, log: Path | None, threads: int) -> None:
+    """In the forked process, which would compute in one thread."""
     if log is not None:
         stream = _open(log)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     try:
         train(None if resume else recipe, resume)
     except InsVPError as error:

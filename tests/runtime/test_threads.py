@@ -3,6 +3,8 @@
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -118,3 +120,21 @@ def test_a_forked_process_computes(threads):
     workers = {"num_workers": 1, "multiprocessing_context": "fork", "timeout": 30}
     (logits,) = torch.utils.data.DataLoader([image], batch_size=None, collate_fn=torch.no_grad()(model), **workers)
     assert torch.equal(logits, expected[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_after_pytorch_alone_has_computed_does_not_hang():
+    program = """if True:
+        import os, signal, torch
+        from insvp_fast import ops
+
+        torch.set_num_threads(2)
+        torch.rand(1000, 1000).exp()
+        if (pid := os.fork()) == 0:
+            signal.alarm(30)
+            ops.attention(torch.rand(4, 20, 48), 2, 20, 0.3)
+            os._exit(0)
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0)
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -158,10 +158,7 @@ class Call:
 
     def __call__(self) -> None:
         """Raises MemoryError where there is no memory for its workspace."""
-        global _computed_in_threads
-        count = torch.get_num_threads()
-        _computed_in_threads |= count > 1
-        if self.compute(*self.args, count):
+        if self.compute(*self.args, torch.get_num_threads()):
             raise MemoryError(f"{self.name}: no memory for the workspace")
 
 
@@ -182,13 +179,9 @@ def launch(name: str, argtypes: Sequence[type], *args: object) -> None:
     recording.run(Call(name, function(name, argtypes, threads=True), argtypes, args))
 
 
-_computed_in_threads = False
-
-
 def _after_fork() -> None:
-    """GNU's OpenMP would wait forever for the threads that the parent has started and a forked process has not."""
-    if _computed_in_threads:
-        torch.set_num_threads(1)  # PyTorch's own operations would wait as well
+    """GNU's OpenMP would wait forever, in PyTorch too, for threads that the parent, or PyTorch in it, has started."""
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
