@@ -69,9 +69,8 @@ def _conv_pool_fwd_kernel(
             sums = tl.dot(x, w.to(COMPUTE), sums, input_precision=PRECISION)
         values = tl.reshape(sums, (BLOCK_M, GROUP, BLOCK_O))
         position = (first + tl.arange(0, GROUP))[None, :, None]
-        values = tl.where(
-            values - values == 0, values, float("inf")
-        )  # so that the maximum shows those that are not finite
+        # so that the maximum shows what is not finite
+        values = tl.where(values - values == 0, values, float("inf"))
         values = tl.where(position < POOL * POOL, values, float("-inf"))
         value = tl.max(values, 1)
         place = tl.min(tl.where(values == value[:, None, :], position, POOL * POOL), 1)

@@ -116,7 +116,7 @@ def _superpose_fwd_kernel(
     hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu does
     tl.store(hidden_ptr + rows * R + offs_r[None, :], hidden, mask_m & (offs_r < R)[None, :])
 
-    if R < BLOCK_R:  # the layer's sums of no unit may be an infinity times zero
+    if R < BLOCK_R:  # what only fills the tile may be an infinity times zero
         hidden = tl.where((offs_r < R)[None, :], hidden, 0.0)
     hidden = hidden.to(COMPUTE)
     global_ptrs = global_ptr + _patch_offsets(offs_m, P, GRID, GLOBAL)[:, None]
