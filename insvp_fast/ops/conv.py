@@ -43,7 +43,7 @@ def conv(
     Args:
         x: [B, C, H, W], in any floating dtype.
         weight, bias: [O, C, kh, kw] and [O].
-        dilation: of the kernel.
+        dilation: of the kernel, from 1 on.
         height, width: of the result, at most H and W.
         relu: whether to end in a ReLU.
         dtype: of the result; that of x if not given. Arithmetic is fp32, but on GPUs the operands of matrix
@@ -57,10 +57,14 @@ def conv(
         [B, O, height, width]
 
     Raises:
-        ValueError: for shapes that do not fit, or an unknown ``impl``.
+        ValueError: for shapes or a dilation that do not fit, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
     check_shapes(x, weight, bias, height, width, 1)
+    if dilation != int(dilation) or not 0 < dilation * max(1, *weight.shape[2:]) < 2**30:
+        raise ValueError(
+            f"dilation={dilation}: expected an integer from 1 on, with which a kernel spans < 2**30 pixels"
+        )
     # rounding would decide on which side of the ReLU some sums are, and so where the gradient goes
     exact = relu and differentiates((x, weight, bias))
     rest = relu, dtype or x.dtype, None if exact else operands

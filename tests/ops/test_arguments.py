@@ -1,5 +1,6 @@
 """Wrong arguments are refused before any work, in the same words whatever would carry the operation out."""
 
+import functools
 import importlib
 import inspect
 
@@ -63,6 +64,13 @@ CASES = {
     ),
     "project_q_kv: queries": (lambda: ops.project_q_kv(X, 6, FrozenLinear(torch.randn(72, D))), "num_queries=6"),
     "mlp: second layer": (lambda: ops.mlp(X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT)), r"expected \[D_out, 48\]"),
+    **{
+        f"conv: dilation {dilation}": (
+            functools.partial(ops.conv, torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3), X[0, 0, :1], dilation, 8, 8),
+            f"dilation={dilation}: expected an integer from 1 on",
+        )
+        for dilation in (0, -2, 1.5, 2**62)
+    },
     "conv: dimensions": (lambda: ops.conv(X[0], X[0], X[0, 0], 1, 1, 1), r"expected \[B, C, H, W\]"),
     "dropout: all": (lambda: ops.dropout(X, 1.0), "p=1.0: expected a probability above 0 and below 1"),
     "dropout: none": (lambda: ops.dropout(X, 0), "p=0: expected"),
