@@ -42,6 +42,16 @@ def _attempt(function: Callable[[], Any], otherwise: Any) -> Any:
         return otherwise
 
 
+def _works(self_test: Callable[[], bool]) -> bool:
+    """In one thread: those that an import started would be missing in forked processes, which wait for them forever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return bool(_attempt(self_test, False))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _has_products(onednn_says_so: Callable[[], bool], *instructions: str) -> bool:
     found = torch.cpu.get_capabilities()
     if found["architecture"] != "x86_64":
@@ -75,7 +85,7 @@ def _softmax_works() -> bool:
 
 
 # gradient of a softmax over the last dimension by its argument, of that by the probabilities `p`
-softmax_bwd = _softmax_bwd if _attempt(_softmax_works, False) else _softmax_bwd_formula
+softmax_bwd = _softmax_bwd if _works(_softmax_works) else _softmax_bwd_formula
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -104,7 +114,7 @@ def _flash_works() -> bool:
 
 
 # whether the two above are there; without them, the plain products
-HAS_FLASH = _attempt(_flash_works, False)
+HAS_FLASH = _works(_flash_works)
 
 
 def pack_linear(matrix: Tensor) -> Tensor:

@@ -123,6 +123,24 @@ def test_a_forked_process_computes(threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_import_starts_no_threads_that_a_forked_process_would_wait_for():
+    program = """if True:
+        import os, signal, torch
+        import insvp_fast.training.run
+
+        if (pid := os.fork()) == 0:
+            signal.alarm(30)
+            torch.set_num_threads(2)
+            torch.rand(1000, 1000).exp()
+            os._exit(0)
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0)
+    """
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_forked_after_pytorch_alone_has_computed_does_not_hang():
     program = """if True:
         import os, signal, torch
