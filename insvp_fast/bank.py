@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from insvp_fast import coverage
 from insvp_fast.checkpoints.backbone import create_backbone
+from insvp_fast.coverage.rules import foreign
+from insvp_fast.coverage.snapshot import HOOKS
 from insvp_fast.model import InsVPViT
 from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import Prompts
@@ -89,7 +91,7 @@ class AdapterBank(PromptedViT):
         """Add an adapter, or replace the one of this name.
 
         Args:
-            source: a folder, or a repository on the Hub; or a model, whose adapter is copied.
+            source: a folder, or a repository on the Hub; or a model, which is copied as it is now, but its backbone.
             hub_kwargs: of ``InsVPViT.from_pretrained``, such as ``revision`` or ``allow_backbone_mismatch``.
 
         Raises:
@@ -196,9 +198,10 @@ class AdapterBank(PromptedViT):
     def _mixes(self, image: Tensor, groups: Sequence[_Group]) -> bool:
         """Whether these groups can pass through the backbone together."""
         models = [group.model for group in groups]
-        if not self._takes_fast_path(image) or any(m._own_reason() or m._carries_prompts for m in models):
+        if not (self._takes_fast_path(image) and all(m is self or _has_usual_steps(m) for m in models)):
             return False
-        same = len({_lengths(group.model) for group in groups}) == 1
+        lengths = {_lengths(model) for model in models}
+        same = len(lengths) == 1 and None not in lengths
         return same or "lengths" in getattr(self._family, "SUPPORTS", ())
 
     def _alone(self, group: _Group, image: Tensor, features: bool = False) -> Tensor:
@@ -206,7 +209,7 @@ class AdapterBank(PromptedViT):
         model, image = group.model, group.of(image)
         if model is self:
             return super().forward_features(image) if features else super().forward(image)
-        return model.forward_features(image) if features else model.forward(image)
+        return model.forward_features(image) if features else model(image)
 
     def _mixed(self, image: Tensor, groups: Sequence[_Group], num_queries: int | None) -> Tensor:
         """As ``_features``, with the prompts of each image's adapter."""
@@ -241,11 +244,23 @@ class AdapterBank(PromptedViT):
         return Prompts(tokens, lengths)
 
 
-def _lengths(model: PromptedViT) -> tuple[int, ...]:
-    """The numbers of prompts that a model has in its blocks."""
+def _has_usual_steps(model: PromptedViT) -> bool:
+    """Whether a model's result is its head's, of what the backbone makes of its patches and its prompts."""
+    if any(vars(model)[hooks] for hooks in HOOKS) or foreign(model, "forward", "block_prompts", "feature_prompt"):
+        return False
+    return not (model._own_reason() or model._carries_prompts)
+
+
+def _lengths(model: PromptedViT) -> tuple[int, ...] | None:
+    """The numbers of prompts that a model has in its blocks; None if a prompter that is not known decides."""
     if not isinstance(model, InsVPViT):
         return (0,) * len(model.widths)
-    return tuple(model.config.prompt_length * (block in model.prompted_blocks) for block in range(len(model.widths)))
+    specific: Any = model.specific_prompter
+    if specific is not None and not coverage.covers(specific):
+        return None
+    made = 0 if specific is None else specific.conv1.out_channels
+    length = made if model.common_prompts is None else max(made, model.config.prompt_length)
+    return tuple(length * (block in model.prompted_blocks) for block in range(len(model.widths)))
 
 
 def _whole(groups: Sequence[_Group], parts: Sequence[Tensor], batch: int, padding: float = 0.0) -> Tensor:

@@ -23,6 +23,8 @@ from insvp_fast.timm_interface import TimmInterface
 
 __all__ = ["InsVPViT"]
 
+STEPS = ("prompt_image", "_image_prompt", "specific_prompt")  # of the reference, which the fast path takes at once
+
 
 class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     """InsVP around a frozen backbone of timm, with the constructor, keys and numbers of ``InsVPReference``.
@@ -95,6 +97,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
         self._compile_prompters()
+        if foreign(self, *STEPS):
+            return super()._prompted_patches(image)
         dtype, autocast = self._precision(image)
         with torch.autocast(image.device.type, dtype, enabled=autocast):
             pixels = image
@@ -108,7 +112,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _read_by_prompters(self, image: Tensor) -> tuple[Sequence[Hashable], Sequence[Tensor]] | None:
         if self.compile_prompters or not (cuda_graphs.has_graphs(image.device) or self._blends_at_once()):
             return None
-        if foreign(self, "specific_prompt", "_prompted_patches", "_superpose", "_feature_prompts", "_embed_and_run"):
+        if foreign(self, *STEPS, "_prompted_patches", "_superpose", "_feature_prompts", "_embed_and_run"):
             return None
         decisions: list[Hashable] = [self.config, tuple(self.prompted_blocks), self.training]
         tensors: list[Tensor] = []
@@ -182,11 +186,12 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         ``pixels`` are the image, perhaps still in 8 bits.
         """
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
-        if prompter is None or not self._can_superpose(prompter, image):
+        folded = self.config.specific_input == "prompted" and self.specific_prompter is not None
+        any_layout = not folded or image.is_contiguous() or _takes_any_layout(self.specific_prompter)
+        if prompter is None or not any_layout or not self._can_superpose(prompter, image):
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted
         p_g = None if self.global_prompter is None else self.global_prompter(image)
-        folded = self.config.specific_input == "prompted" and self.specific_prompter is not None
         weights = ops.PatchWeights(prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias)
         scale, shift = self._pixel_scale(pixels.device) if pixels.dtype == torch.uint8 else (None, None)
         wide = torch.promote_types(image.dtype, dtype) if folded else dtype
@@ -234,6 +239,11 @@ def _drops_out(prompter: nn.Module) -> bool:
     """Whether dropout is on behind the last layer of a patch prompter."""
     dropout = getattr(prompter, "dropout", None)
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _takes_any_layout(prompter: nn.Module) -> bool:
+    """Whether what a specific prompter makes of an image is the same for each order of its memory: no mask is drawn."""
+    return coverage.covers(prompter) and not _drops_out(prompter)
 
 
 def _draw_kept(image: Tensor, p: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from insvp_fast import coverage, ops, reference
 from insvp_fast.coverage import Covered, Requirements, Rule, Table, rule, watch
-from insvp_fast.coverage.rules import IDENTITY, convolution
+from insvp_fast.coverage.rules import IDENTITY, convolution, foreign
 from insvp_fast.ops.conv import conv_reference, conv_triton_reason
 from insvp_fast.ops.conv_pool import conv_pool_triton_reason
 from insvp_fast.ops.registry import FLOATS
@@ -52,10 +52,11 @@ class PatchPrompter(Covered, reference.PatchPrompter):
 
     def _requirements(self) -> Requirements:
         linear = (rule(nn.Linear, "in_features out_features", required="weight bias"),)
-        # the fast path does not call this module, so that a subclass must not have a forward of its own
-        own = type(self) if type(self).forward is reference.PatchPrompter.forward else PatchPrompter
-        table = {"": (rule(own, "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT}
+        table = {"": (rule(type(self), "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT}
         return Requirements("patch_prompter", self, table)
+
+    def _own_reason(self) -> str | None:
+        return _replaced("patch_prompter", self, "forward")  # the fast path does not call this module
 
 
 class SpecificPrompter(Covered, reference.SpecificPrompter):
@@ -68,6 +69,9 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
         convolutions = dict.fromkeys(("conv1", "conv2", "conv3"), _same_convolution(dilation=1))
         table = {"": (rule(type(self), "token_channels grid"),), **convolutions, "dropout": DROPOUT}
         return Requirements("specific_prompter", self, table)
+
+    def _own_reason(self) -> str | None:
+        return _replaced("specific_prompter", self, "trunk")  # the fast path computes it in other steps
 
     def forward(self, image: Tensor) -> Any:
         if not coverage.covers(self) or not coverage.dtypes_fit(image, *self.parameters()):
@@ -137,6 +141,11 @@ def make_fast(prompter: nn.Module) -> None:
         KeyError: for a module of any other type.
     """
     prompter.__class__ = FAST[type(prompter)]
+
+
+def _replaced(name: str, prompter: nn.Module, method: str) -> str | None:
+    """Why a fast path does not cover a prompter whose reference calls this method, if it is another one."""
+    return f"{name} has a {method} of its own" if foreign(prompter, method) else None
 
 
 def _same_convolution(dilation: int) -> tuple[Rule, ...]:

@@ -220,12 +220,13 @@ class AdapterCheckpoint(
         return model.eval()
 
     def _around(self, backbone: nn.Module) -> Self:
-        """A model with a copy of this adapter around another backbone, which must have the same weights."""
+        """A copy of this model, as it is now, around another backbone, which must have the same weights."""
         if backbone is not self.backbone:
             BackboneRecord.of(self.backbone).require_same_weights(backbone, type(self).__name__)
-        model = type(self)(backbone, self.num_classes, self.config)
-        _assign(model, _adapter_part(self.state_dict()), saved=next(self.backbone.parameters()).dtype)
-        model.describe_as(self)
+        weight, own = next(backbone.parameters()), next(self.backbone.parameters())
+        model = copy.deepcopy(self, {id(self.backbone): nn.Identity()})  # the backbone itself is not copied
+        model.to(weight.device, None if weight.dtype == own.dtype else weight.dtype)
+        model.backbone = backbone
         return model.eval()
 
 

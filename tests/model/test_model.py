@@ -209,6 +209,28 @@ def test_random_numbers_are_left_as_the_reference_leaves_them(blocks, drawn_by, 
     assert torch.equal(found[0][1], found[1][1]) and relative_error(found[1][0], found[0][0]) < 1e-5
 
 
+LAYOUTS = {  # of an image in memory
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "slice of channels last": lambda x: F.pad(x, (0, 3)).to(memory_format=torch.channels_last)[..., :-3],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "slice": lambda x: F.pad(x, (0, 3))[..., :-3],
+    "one image expanded": lambda x: x[:1].expand_as(x),
+    "one channel expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="elsewhere masks of the reference depend on each call")
+@pytest.mark.parametrize("prompts", ["both", "global_prompt", "patch_prompt", "neither"])
+@pytest.mark.parametrize("specific_input", ["image", "prompted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_of_images_in_any_layout(layout, specific_input, prompts):
+    """Masks are drawn in the order of memory, which what is made of an image has from the image."""
+    made = {name: prompts in (name, "both") for name in ("global_prompt", "patch_prompt")}
+    config = InsVPConfig(prompt_length=2, specific_input=specific_input, **made, **ALL_DROPOUTS)
+    reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
+    assert_equal_numbers(reference, fast, LAYOUTS[layout](images(fast)))
+
+
 @pytest.mark.parametrize("specific_input", ["image", "prompted"])
 def test_dropout_with_patches_of_one_pixel(specific_input):
     """The reference folds them to an image whose memory has another order, in which its masks are drawn."""
