@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import gc
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ from insvp_fast.commands.completion import PrintCompletion
 from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import InsVPError
 
-__all__ = ["COMMANDS", "INTERRUPTED", "main"]
+__all__ = ["COMMANDS", "INTERRUPTED", "main", "run"]
 
 COMMANDS = (
     "train",
@@ -52,7 +51,16 @@ EXTRAS = {  # which one installs a package, by the name of its import
 }
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
 
-atexit.register(gc.freeze)  # or the interpreter, at its end, looks through all that torch has loaded for garbage
+_statuses: list[int] = []  # the exit status of ``run``, when it is known
+
+
+@atexit.register  # before torch is imported, so that it is called after all that torch's packages have registered
+def _end_at_once() -> None:
+    """End the process of ``run``, which would look a second longer for garbage in all that torch has loaded."""
+    if _statuses:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_statuses.pop())
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors = (result or {}).get("errors", ())
         for error in errors:
             print(f"insvp: error: {error}", file=sys.stderr)
+        sys.stdout.flush()
         return 1 if errors else 0
     except InsVPError as error:
         message = " ".join(line.strip() for line in str(error).splitlines())
@@ -94,6 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = f"insvp-fast[{EXTRAS[error.name]}]"
         print(f"insvp: error: {error.name} is not installed: pip install '{extra}'", file=sys.stderr)
         return 1
+
+
+def run() -> NoReturn:
+    """The process ``insvp``: ``main``, and the end of the process."""
+    _statuses.append(main())
+    sys.exit(_statuses[0])
 
 
 @contextmanager

@@ -57,6 +57,20 @@ def test_help_is_quick_and_does_without_torch(arguments):
     assert done.stdout.startswith(" ".join(["usage: insvp", *arguments]))
 
 
+@pytest.mark.parametrize(("backbone", "status"), [("vit_tiny_patch16_224", 0), ("no_such_backbone", 1)])
+def test_a_process_ends_with_its_status_after_all_that_was_registered_for_its_end(backbone, status):
+    program = (
+        "import sys\nfrom insvp_fast.commands.cli import run\nimport atexit, threading, time, torch\n"
+        "atexit.register(print, 'registered')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.1), threading.main_thread().join(), print('thread'))).start()\n"
+        "sys.argv = ['insvp', 'info', sys.argv[1]]\nrun()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, backbone], capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stdout.endswith("thread\nregistered\n")
+    assert len(done.stderr.splitlines()) == status and done.stderr.startswith("insvp: error: " * status), done.stderr
+
+
 def test_every_setting_says_what_it_is():
     assert [field.name for field in dataclasses.fields(Recipe) if not field.metadata["help"]] == []
     assert all(f"\n    {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
