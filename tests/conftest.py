@@ -84,3 +84,8 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)  # a sixteenth of the time of tests of whole models
+
+
+def pytest_unconfigure():
+    """Extensions report what is left of them at the end."""
+    gc.unfreeze()
