@@ -6,6 +6,8 @@ import operator
 from itertools import starmap
 from typing import Any
 
+import torch
+
 from insvp_fast.runtime import torch_private
 
 __all__ = ["surroundings_reason", "watch"]
@@ -35,7 +37,8 @@ def surroundings_reason() -> str | None:
     functions = starmap(getattr, _WATCHED)
     if not all(map(operator.is_, functions, _WATCHED.values())):
         owner, name = next(place for place, function in _WATCHED.items() if getattr(*place) is not function)
-        return f"{owner.__name__}.{name} has been replaced"
+        tracing = "torch.export traces without strict=True, so that " if torch.compiler.is_exporting() else ""
+        return f"{tracing}{owner.__name__}.{name} has been replaced"
     if torch_private.function_modes():
         return "a torch function mode is active"
     if torch_private.transforming():

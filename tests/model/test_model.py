@@ -379,9 +379,9 @@ def test_compiles_whole(backend):
 def test_exports_with_any_batch_size():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
     fast.eval()
-    program = torch.export.export(
-        fast, (images(fast, 3),), dynamic_shapes=({0: torch.export.Dim("B", min=1, max=64)},)
-    ).module()
+    any_batch = ({0: torch.export.Dim("B", min=1, max=64)},)
+    with pytest.warns(UserWarning, match="takes the general path.* without strict=True"):
+        program = torch.export.export(fast, (images(fast, 3),), strict=False, dynamic_shapes=any_batch).module()
     for batch in (1, 7):
         torch.testing.assert_close(program(image := images(fast, batch)), fast(image))
 
