@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.heads import add_bias, check_bias, check_num_keys, without_padding
+from insvp_fast.ops.heads import add_bias, check_bias, check_heads, check_num_keys, without_padding
 from insvp_fast.ops.linear import frozen_operands
-from insvp_fast.ops.registry import Implementation, call, native_reason, register, require
+from insvp_fast.ops.registry import AnyTensor, Implementation, call, native_reason, register, require
 from insvp_fast.runtime import buffers, native, torch_private
 from insvp_fast.runtime.elementwise import put
 from insvp_fast.runtime.products import FrozenLinear
@@ -51,7 +51,9 @@ def absorbed_attention(
         ValueError: for shapes that do not fit, a weight or bias that requires a gradient, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
+    check_heads(num_heads)
     *sources, first, last = frozen_operands(x, layer)
+    require("linear_fwd", "auto", (x, *sources, first, last))
     if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or first or last % (3 * num_heads):
         found = f"x of shape {tuple(x.shape)}, num_queries={num_queries} and {last - first} outputs"
         raise ValueError(f"found {found}: expected [B, S, E], 0 to S, and 3*D with D in {num_heads} heads")
@@ -123,7 +125,7 @@ class _Fwd(NamedTuple):
     x: Tensor  # [B, S, E]
     num_heads: int
     scale: float
-    num_keys: Tensor | None = None
+    num_keys: AnyTensor | None = None
     bias: Tensor | None = None
 
 

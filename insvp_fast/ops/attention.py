@@ -12,6 +12,7 @@ from torch import Tensor
 from insvp_fast.ops.attention_by_image import attention_by_image, attention_by_image_bwd
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import (
+    check_heads,
     check_num_keys,
     keys_exist,
     merge_heads,
@@ -22,6 +23,7 @@ from insvp_fast.ops.heads import (
 )
 from insvp_fast.ops.registry import (
     FLOATS,
+    AnyTensor,
     Implementation,
     call,
     cpu_reason,
@@ -69,17 +71,18 @@ def attention(
     """
     if impl not in ATTENTION:
         raise ValueError(f"impl={impl!r}: expected one of {sorted(ATTENTION)}")
+    check_heads(num_heads)
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}: expected [B, S, 3*D] with D in {num_heads} equal heads")
     if not 0 <= num_queries <= qkv.shape[1]:
         raise ValueError(f"num_queries={num_queries}: expected 0 to {qkv.shape[1]}, the number of tokens")
     check_num_keys(num_keys, qkv, num_queries)
-    operands = _Fwd(qkv, num_heads, num_queries, scale, num_keys)
+    operands = _Fwd(qkv, num_heads, num_queries, float(scale), num_keys)
+    require("attention_fwd", "auto" if impl in _COMPOSED else impl, operands)
     if impl == "auto" and qkv.device.type != "cpu" and _triton_reason(operands):
         impl = "sdpa"
     if impl in _COMPOSED:
         return _COMPOSED[impl](*operands)
-    require("attention_fwd", impl, operands)
     return cast(Tensor, apply(_Attention, *operands, impl))
 
 
@@ -159,7 +162,7 @@ class _Fwd(NamedTuple):
     num_heads: int
     num_queries: int
     scale: float
-    num_keys: Tensor | None = None
+    num_keys: AnyTensor | None = None
 
 
 class _Bwd(NamedTuple):

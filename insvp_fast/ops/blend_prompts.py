@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.registry import call
+from insvp_fast.ops.registry import call, check_tensors, tensor_fields
 from insvp_fast.runtime import buffers, recording
 from insvp_fast.runtime.elementwise import put_sum
 
@@ -38,10 +38,26 @@ def blend_prompts(
     """
     if not 0 <= p < 1:
         raise ValueError(f"p={p}: expected a probability below 1")
+    if not common:
+        raise ValueError("common is empty: expected the prompts of at least one block")
+    if batch < 0:
+        raise ValueError(f"batch={batch}: expected at least 0")
+    if specific is not None and specific.ndim == 3 and len(specific) not in (1, batch):
+        raise ValueError(f"specific has shape {tuple(specific.shape)}: expected [{batch}, L, D]")
+    for prompts in common:
+        check_tensors((prompts, specific), FIELDS)
     fits = specific is None or (specific.shape == (batch, *common[0].shape) and specific.is_cpu)
     if fits and all(c.is_cpu and c.shape == common[0].shape for c in common):
         return cast(tuple[Tensor, ...], apply(_BlendPrompts, w_c, w_s, batch, p, specific, *common))
     return blend_prompts_reference(w_c, w_s, batch, p, specific, *common)
+
+
+class _Tensors(NamedTuple):
+    common: Tensor
+    specific: Tensor | None
+
+
+FIELDS = tensor_fields(_Tensors)
 
 
 def blend_prompts_reference(

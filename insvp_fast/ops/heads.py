@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = [
     "add_bias",
     "check_bias",
+    "check_heads",
     "check_num_keys",
     "keys_exist",
     "merge_heads",
@@ -43,6 +44,12 @@ def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, heads, T or S, d] ->
     parts[:, :T, 0], parts[:, T:, 0] = q.transpose(1, 2), 0
     parts[:, :, 1], parts[:, :, 2] = k.transpose(1, 2), v.transpose(1, 2)
     return parts.flatten(2)
+
+
+def check_heads(num_heads: int) -> None:
+    """Raise ValueError where there is no head."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads={num_heads}: expected at least 1")
 
 
 def check_num_keys(num_keys: Tensor | None, tokens: Tensor, num_queries: int) -> None:

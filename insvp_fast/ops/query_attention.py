@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,12 +11,14 @@ from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import (
     add_bias,
     check_bias,
+    check_heads,
     check_num_keys,
     merge_heads,
     split_heads,
     split_packed,
     without_padding,
 )
+from insvp_fast.ops.registry import check_tensors, tensor_fields
 from insvp_fast.runtime import buffers, torch_private
 from insvp_fast.runtime.rows import rows_apart
 
@@ -48,12 +50,23 @@ def query_attention(
     Raises:
         ValueError: for shapes that do not fit, or a bias that would be trained.
     """
+    check_heads(num_heads)
     if q.ndim != 3 or kv.shape != (len(q), *kv.shape[1:-1], 2 * q.shape[2]) or q.shape[2] % num_heads:
         shapes = tuple(q.shape), tuple(kv.shape)
         raise ValueError(f"q and kv have shapes {shapes}: expected [B, T, D] and [B, S, 2*D], D in {num_heads} heads")
     check_num_keys(num_keys, kv, q.shape[1])
     check_bias(bias, num_heads, q.shape[1], kv.shape[1])
+    check_tensors((q, kv, bias), FIELDS)
     return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, scale, num_keys, bias))
+
+
+class _Tensors(NamedTuple):
+    q: Tensor
+    kv: Tensor
+    bias: Tensor | None
+
+
+FIELDS = tensor_fields(_Tensors)
 
 
 @first_order("query_attention", "attention_reference of the module insvp_fast.ops.attention")

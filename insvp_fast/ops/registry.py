@@ -21,15 +21,18 @@ from torch.library import Library, register_fake
 from insvp_fast.runtime import native, torch_private
 
 __all__ = [
+    "AnyTensor",
     "Implementation",
     "Size",
     "call",
+    "check_tensors",
     "cpu_reason",
     "dtype_reason",
     "implementation",
     "native_reason",
     "register",
     "require",
+    "tensor_fields",
     "triton_reason",
     "widened",
 ]
@@ -37,10 +40,14 @@ __all__ = [
 LIBRARY = Library("insvp_fast", "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PREFERRED = {"cpu": ("native",), "cuda": ("triton",)}  # a ROCm device is "cuda" to PyTorch as well
+DTYPES = (*FLOATS, torch.float64)  # of operands and results
+AnyTensor = Annotated[Tensor, "of dtypes that the operation checks itself"]
 Size = Annotated[int, torch.SymInt]  # a number that a compiled graph may leave open
 SCHEMA = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    AnyTensor: "Tensor",
+    AnyTensor | None: "Tensor?",
     int: "int",
     Size: "SymInt",
     float: "float",
@@ -61,10 +68,19 @@ class Implementation(NamedTuple):
     recordable: bool = False  # nothing but native calls reads or writes tensors, and no value decides which calls
 
 
+class _Field(NamedTuple):
+    """An operand that is a tensor or a dtype."""
+
+    at: int  # its place among the operands
+    name: str
+    kind: Any  # the annotation, without "or None"
+
+
 class _Operator(NamedTuple):
     kernel: Callable[..., Any]
     auto: Callable[[Any], Sequence[str]]
     table: dict[str, Implementation]
+    fields: Sequence[_Field]
 
 
 _operators: dict[str, _Operator] = {}
@@ -122,7 +138,7 @@ def register(
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    _operators[name] = _Operator(kernel, auto or _preferred, table)
+    _operators[name] = _Operator(kernel, auto or _preferred, table, tensor_fields(operands))
 
 
 def _without_gradients(run: Callable[[Any], Any], given: Any) -> Any:
@@ -156,7 +172,7 @@ def implementation(name: str, impl: str, operands: Any) -> str:
         ValueError: for an unknown ``impl``.
         RuntimeError: if ``impl`` is one that cannot compute these operands here.
     """
-    _, auto, table = _operators[name]
+    _, auto, table, _ = _operators[name]
     if impl == "auto":
         for other in auto(operands):
             if other in table and table[other].reason(operands) is None:
@@ -170,10 +186,40 @@ def implementation(name: str, impl: str, operands: Any) -> str:
 
 
 def require(name: str, impl: str, operands: Any) -> None:
-    """Raise as ``implementation`` does; a compiled graph asks when it runs."""
+    """Raise as ``check_tensors`` and ``implementation`` do; a compiled graph asks the latter when it runs."""
+    check_tensors(operands, _operators[name].fields)
     if impl == "auto" or (impl in _operators[name].table and torch.compiler.is_compiling()):
         return
     implementation(name, impl, operands)
+
+
+def tensor_fields(operands: type[Any]) -> Sequence[_Field]:
+    """What ``check_tensors`` looks at in operands of this named tuple."""
+    hints = get_type_hints(operands, include_extras=True)
+    kinds = {kind | None: kind for kind in (Tensor, AnyTensor, torch.dtype)}
+    fields = (_Field(at, name, kinds.get(hints[name], hints[name])) for at, name in enumerate(operands._fields))
+    return [field for field in fields if field.kind in kinds.values()]
+
+
+def check_tensors(operands: Sequence[Any], fields: Sequence[_Field]) -> None:
+    """Refuse tensors and dtypes that are not those of floating-point numbers, and tensors on several devices.
+
+    Raises:
+        ValueError: for such an operand.
+    """
+    device, first = None, ""
+    for at, name, kind in fields:
+        x = operands[at]
+        if x is None:
+            continue
+        dtype = x if kind is torch.dtype else x.dtype
+        if dtype not in DTYPES and kind is not AnyTensor:
+            raise ValueError(f"{name} is {dtype}: expected {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
+        if kind is torch.dtype or x.device == device:
+            continue
+        if device is not None:
+            raise ValueError(f"{name} is on {x.device}: expected {device}, where {first} is")
+        device, first = x.device, name
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:

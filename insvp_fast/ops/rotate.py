@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.heads import check_heads
 from insvp_fast.ops.registry import Size, call, register, require
 from insvp_fast.runtime import buffers
 
@@ -35,6 +36,7 @@ def rotate(
     Raises:
         ValueError: for shapes that do not fit, a rotation that would be trained, or an unknown ``impl``.
     """
+    check_heads(num_heads)
     N, d = rotation.shape[-2], rotation.shape[-1] // 2
     if packed.ndim != 3 or not d or d % 2 or packed.shape[2] not in (2 * num_heads * d, 3 * num_heads * d):
         shapes = tuple(packed.shape), tuple(rotation.shape)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, only_needed
 from insvp_fast.ops.registry import (
+    DTYPES,
+    AnyTensor,
     Implementation,
     call,
     native_reason,
@@ -92,6 +94,8 @@ def _check(
     if image.ndim != 4:
         raise ValueError(f"image has shape {tuple(image.shape)}: expected [B, C, H, W]")
     (_, C, H, W), P = image.shape, blend.patch_size
+    if P < 1:
+        raise ValueError(f"patch_size={P}: expected at least 1")
     K, R = C * P**2, weights.w1.shape[0]
     if H % P or W % P:
         raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch size {P}")
@@ -103,6 +107,8 @@ def _check(
     for name, weight, shape in zip(PatchWeights._fields, weights, shapes, strict=True):
         if weight.shape != shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected {shape}")
+    if image.dtype not in (*DTYPES, torch.uint8):
+        raise ValueError(f"image is {image.dtype}: expected floating-point numbers or torch.uint8")
     if (image.dtype == torch.uint8) != (scale is not None) or (scale is None) != (shift is None):
         raise ValueError(f"image is {image.dtype}: expected scale and shift for uint8, and for nothing else")
     for name, vector in (("scale", scale), ("shift", shift)):
@@ -143,7 +149,7 @@ def superpose_bwd_reference(
 
 
 class _Fwd(NamedTuple):
-    image: Tensor
+    image: AnyTensor
     global_prompt: Tensor | None
     w1: Tensor
     b1: Tensor
@@ -155,7 +161,7 @@ class _Fwd(NamedTuple):
     dtype: torch.dtype
     scale: Tensor | None
     shift: Tensor | None
-    kept: Tensor | None = None
+    kept: AnyTensor | None = None
 
     @property
     def weights(self) -> PatchWeights:

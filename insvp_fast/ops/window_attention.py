@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.heads import merge_heads, split_heads, split_packed
-from insvp_fast.ops.registry import Implementation, call, native_reason, register, require, widened
+from insvp_fast.ops.heads import check_heads, merge_heads, split_heads, split_packed
+from insvp_fast.ops.registry import AnyTensor, Implementation, call, native_reason, register, require, widened
 from insvp_fast.runtime import native
 
 __all__ = ["WINDOW_ATTENTION", "window_attention", "window_attention_bwd_reference", "window_attention_reference"]
@@ -55,9 +55,11 @@ def window_attention(
         raise ValueError(
             f"impl={impl!r}: expected one of {sorted(WINDOW_ATTENTION)} for attention in windows or with a bias"
         )
+    check_heads(num_heads)
     _check(qkv, num_heads, windows, bias, mask)
+    require("window_attention_fwd", "auto", _Fwd(qkv, num_heads, windows, bias, mask, scale))
     bias, mask = (None if x is None else x.to(widened(x.dtype)) for x in (bias, mask))
-    operands = _Fwd(qkv, num_heads, windows, bias, mask, scale)
+    operands = _Fwd(qkv, num_heads, windows, bias, mask, float(scale))
     if impl == "auto" and qkv.device.type != "cpu":
         impl = "sdpa"
     if impl == "sdpa":
@@ -84,7 +86,7 @@ def _check(qkv: Tensor, num_heads: int, windows: Tensor, bias: Tensor | None, ma
 class _Fwd(NamedTuple):
     qkv: Tensor
     num_heads: int
-    windows: Tensor
+    windows: AnyTensor
     bias: Tensor | None
     mask: Tensor | None
     scale: float

@@ -74,11 +74,110 @@ CASES = {
     "conv: dimensions": (lambda: ops.conv(X[0], X[0], X[0, 0], 1, 1, 1), r"expected \[B, C, H, W\]"),
     "dropout: all": (lambda: ops.dropout(X, 1.0), "p=1.0: expected a probability above 0 and below 1"),
     "dropout: none": (lambda: ops.dropout(X, 0), "p=0: expected"),
+    **{
+        f"superpose: patches of {size}": (
+            functools.partial(ops.superpose, torch.randn(2, 3, 8, 8), None, PATCH, Blend(size, 0.7, 0.3)),
+            f"patch_size={size}: expected at least 1",
+        )
+        for size in (0, -4)
+    },
+    "norm_insert: eps": (lambda: ops.norm_insert(X, None, None, None, None, -1e-6), "eps=-1e-06: expected at least 0"),
+    "blend_prompts: none": (lambda: ops.blend_prompts([], X, 0.5, 0.5, B), "common is empty"),
+    "blend_prompts: batch": (lambda: ops.blend_prompts([X[0]], X, 0.5, 0.5, 3), r"specific has shape \(2, 5, 24\)"),
+    "blend_prompts: negative batch": (lambda: ops.blend_prompts([X[0]], None, 0.5, 0.5, -1), "batch=-1: expected"),
     "superpose: dimensions": (
         lambda: ops.superpose(X, None, PATCH, Blend(4, 0.7, 0.3)),
         "image has shape",
     ),
 }
+
+
+LAYER = FrozenLinear(WEIGHT, WEIGHT[:, 0].clone(), X[0, 0].clone(), X[0, 1].clone(), WEIGHT[:, 1].clone())
+BACK = FrozenLinear(WEIGHT.T.contiguous(), X[0, 0].clone())
+QKV, QKV_LAYER = torch.randn(B, T, 3 * D), FrozenLinear(torch.randn(3 * D, D))
+IMAGE, KERNEL = torch.randn(B, 3, 8, 8), torch.randn(4, 3, 3, 3)
+INDICES, SCORES = torch.arange(4, dtype=torch.int32).view(2, 2), torch.randn(2, 2, 2)
+RIGHT = {  # arguments of every operation
+    "absorbed_attention": {"x": X, "num_queries": 1, "layer": QKV_LAYER, "num_heads": 2, "scale": 0.5},
+    "attention": {"qkv": QKV, "num_heads": 2, "num_queries": 3, "scale": 0.5, "num_keys": torch.tensor([3, 5])},
+    "blend_prompts": {"common": [X[0]] * 2, "specific": X, "w_c": 0.5, "w_s": 0.5, "batch": B},
+    "conv": {"x": IMAGE, "weight": KERNEL, "bias": KERNEL[:, 0, 0, 0], "dilation": 1, "height": 8, "width": 8},
+    "conv_pool": {"x": IMAGE, "weight": KERNEL, "bias": KERNEL[:, 0, 0, 0], "height": 8, "width": 8, "pool": 2},
+    "dropout": {"x": X, "p": 0.5},
+    "gated_mlp": {"x": X, "gate": FrozenLinear(WEIGHT), "value": FrozenLinear(WEIGHT), "fc2": BACK, "eps": None},
+    "linear": {"x": X, "layer": LAYER},
+    "mlp": {"x": X, "fc1": LAYER._replace(scale=None), "fc2": BACK},
+    "norm_insert": {"residual": X, "branch": X, "prompts": X, "weight": X[0, 0], "bias": X[0, 0], "eps": 1e-6},
+    "project_q_kv": {"x": X, "num_queries": 1, "layer": QKV_LAYER},
+    "query_attention": {"q": X[:, :1], "kv": QKV[..., D:], "num_heads": 2, "scale": 0.5},
+    "rotate": {"packed": QKV, "num_heads": 2, "rotation": torch.randn(4, D), "first": 1},
+    "superpose": {"image": IMAGE, "global_prompt": IMAGE, "weights": PATCH, "blend": Blend(4, 0.7, 0.3)},
+    "window_attention": {
+        "qkv": QKV, "num_heads": 2, "windows": INDICES, "bias": SCORES, "mask": SCORES, "scale": 0.5
+    },
+}  # fmt: skip
+
+
+def with_one_changed(value, change):
+    """The values in which one tensor is changed, which may be a part of this one."""
+    if isinstance(value, torch.Tensor):
+        yield change(value)
+    elif isinstance(value, (list, FrozenLinear, PatchWeights)):
+        for at, part in enumerate(value):
+            for other in with_one_changed(part, change):
+                parts = [*value[:at], other, *value[at + 1 :]]
+                yield parts if isinstance(value, list) else type(value)(*parts)
+
+
+def calls_with_one_changed(name, change):
+    for argument, value in RIGHT[name].items():
+        for other in with_one_changed(value, change):
+            yield functools.partial(getattr(ops, name), **RIGHT[name] | {argument: other}), argument
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_arguments_are_taken(name):
+    getattr(ops, name)(**RIGHT[name])
+
+
+def test_there_are_right_arguments_for_every_operation():
+    assert {*RIGHT} == {name for name in ops.__all__ if name.islower()}
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", RIGHT)
+def test_tensors_of_other_dtypes_are_refused(name, dtype):
+    calls = [*calls_with_one_changed(name, lambda x: x.to(dtype))]
+    assert calls
+    for call, argument in calls:
+        with pytest.raises(ValueError, match=rf" is {dtype}.*: expected"):
+            print(name, argument, call())
+
+
+@pytest.mark.parametrize("name", [name for name in RIGHT if name != "dropout"])
+def test_tensors_on_several_devices_are_refused(name):
+    for call, argument in calls_with_one_changed(name, lambda x: x.to("meta")):
+        with pytest.raises(ValueError, match=r" is .*on (cpu|meta).*: expected"):
+            print(name, argument, call())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, "float32"], ids=str)
+@pytest.mark.parametrize("name", ["conv", "conv_pool", "norm_insert", "superpose"])
+def test_other_dtypes_of_results_are_refused(name, dtype):
+    with pytest.raises(ValueError, match=f"dtype is {dtype}: expected torch.float32, "):
+        getattr(ops, name)(**RIGHT[name], dtype=dtype)
+
+
+@pytest.mark.parametrize("number", [0, -1, -2])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, "num_heads") for name in RIGHT if "num_heads" in RIGHT[name]]
+    + [(name, size) for name in ("conv", "conv_pool") for size in ("height", "width")]
+    + [("conv_pool", "pool")],
+)
+def test_sizes_below_one_are_refused(name, argument, number):
+    with pytest.raises(ValueError, match=str(number)):
+        getattr(ops, name)(**RIGHT[name] | {argument: number})
 
 
 def norm_insert(residual, branch=None, prompts=None, weight=None, bias=None):
