@@ -34,8 +34,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     ``copy.deepcopy`` and ``torch.export``. Products are computed in the autocast dtype, else in that of the backbone.
     A backbone without a fast path runs through the reference's own path, exactly, and a warning says so once.
 
-    Args, shapes and errors: see ``InsVPReference``. With ``pretrained``, a backbone's name is anything that
-    ``create_backbone`` takes. The arguments below are attributes as well, which may be set later.
+    Args, shapes and errors: see ``InsVPReference``. A backbone's name is anything that ``create_backbone`` takes. The
+    arguments below are attributes as well, which may be set later.
 
     Args:
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
@@ -69,8 +69,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         cuda_graphs: bool = True,
         **backbone_kwargs: Any,
     ) -> None:
-        if isinstance(backbone, str) and pretrained:
-            backbone, pretrained, backbone_kwargs = create_backbone(backbone, **backbone_kwargs), False, {}
+        if isinstance(backbone, str):
+            backbone, pretrained, backbone_kwargs = create_backbone(backbone, pretrained, **backbone_kwargs), False, {}
         super().__init__(backbone, num_classes, config, pretrained=pretrained, **backbone_kwargs)
         for prompter in self._prompters():
             prompters.make_fast(prompter)

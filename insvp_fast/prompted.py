@@ -24,7 +24,8 @@ from insvp_fast.module_copies import with_tensors
 from insvp_fast.ops.graphs import Ahead, Graphs
 from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
-from insvp_fast.reference.prompted import PromptedReference
+from insvp_fast.reference.images import check_image_type
+from insvp_fast.reference.prompted import PromptedReference, check_blocks
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.runtime import cuda_graphs, hardware, native, products, torch_private
 from insvp_fast.runtime.elementwise import sum_of
@@ -82,8 +83,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
     def _takes_fast_path(self, image: Tensor, attn_mask: Tensor | None = None) -> bool:
-        if not isinstance(image, Tensor):
-            raise TypeError(f"image is a {type(image).__name__}: expected a tensor [B, C, H, W], of whole images")
+        check_image_type(image)
         if attn_mask is not None:
             return coverage.covers(self, "attn_mask was given")
         if image.is_meta or not coverage.covers(self):
@@ -134,6 +134,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     def block_outputs(self, image: Tensor, blocks: Collection[int], attn_mask: Tensor | None = None) -> list[Any]:
         """As ``PromptedReference.block_outputs``; what comes from the fast path is always the tokens, [B, T, D]."""
+        check_blocks(blocks, len(self.widths))
         if self._takes_fast_path(image, attn_mask):
             return self._block_outputs(image, blocks)
         return super().block_outputs(image if image.dtype != torch.uint8 else self._normalize(image), blocks, attn_mask)

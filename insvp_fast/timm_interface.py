@@ -17,6 +17,7 @@ from insvp_fast import reference
 from insvp_fast.backbones import family_of
 from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import structure_of, take_head
+from insvp_fast.reference.heads import reset_classifier
 from insvp_fast.reference.masks import require_masks
 from insvp_fast.timm_models import in_backbone, prompted_cfg
 
@@ -99,7 +100,7 @@ class TimmInterface(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a new trained head, on the backbone's device and in its dtype; 0 classes for features."""
-        self.backbone.reset_classifier(num_classes, global_pool)
+        reset_classifier(self.backbone, num_classes, global_pool)
         self.num_classes, self.head = num_classes, take_head(self.backbone).requires_grad_(True)
         self.head.train(self.training)
 

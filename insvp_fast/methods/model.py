@@ -55,8 +55,8 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
         gelu_in_8_bits: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
-        if isinstance(backbone, str) and pretrained:
-            backbone, pretrained, backbone_kwargs = create_backbone(backbone, **backbone_kwargs), False, {}
+        if isinstance(backbone, str):
+            backbone, pretrained, backbone_kwargs = create_backbone(backbone, pretrained, **backbone_kwargs), False, {}
         super().__init__(backbone, num_classes, method=method, pretrained=pretrained, **backbone_kwargs)
         if isinstance(self.method, DAMVP):
             self.method.attach(PromptedViT(self.backbone, method=PromptMethod))

@@ -13,7 +13,7 @@ from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
 from insvp_fast.methods.tuning import Branch, Tuning
 from insvp_fast.reference import structure_of, take_head
-from insvp_fast.reference.heads import DistilledHead
+from insvp_fast.reference.heads import DistilledHead, reset_classifier
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.timm_interface import TimmInterface
 
@@ -62,7 +62,7 @@ class TunedViT(MethodCheckpoint):
             raise ValueError("the backbone has the branches of another model: expected a copy of its own")
         self._record, weight = BackboneRecord.of(module), pixel_layer(module).weight
         if num_classes is not None:
-            module.reset_classifier(num_classes)
+            reset_classifier(module, num_classes)
         self.num_classes: int = module.num_classes
         head = take_head(module)
         if isinstance(head, DistilledHead):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from timm.layers import ClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 
-__all__ = ["DistilledHead", "take_head"]
+__all__ = ["DistilledHead", "reset_classifier", "take_head"]
 
 
 class DistilledHead(nn.Module):
@@ -20,6 +21,17 @@ class DistilledHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = (self.class_head(tokens[:, 0]) + self.distillation_head(tokens[:, 1])) / 2
         return logits
+
+
+def reset_classifier(backbone: Any, num_classes: int, *global_pool: str | None) -> None:
+    """Give a backbone a new head, by timm's method.
+
+    Raises:
+        ValueError: for a number of classes that is no integer, or below 0.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
+        raise ValueError(f"num_classes={num_classes!r}: expected an integer of at least 0")
+    backbone.reset_classifier(num_classes, *global_pool)
 
 
 def take_head(backbone: Any) -> nn.Module:

@@ -44,7 +44,7 @@ class InsVPReference(PromptedReference):
     specific prompter has a last convolution for each.
 
     Raises:
-        TypeError: if the backbone is no model of timm, or has more than one head.
+        TypeError: if the backbone is no model of timm, or has more than one head, or ``config`` is something else.
         ValueError: if its patches are not square, or the configuration asks for what it does not have.
     """
 
@@ -57,6 +57,8 @@ class InsVPReference(PromptedReference):
         pretrained: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
+        if not isinstance(config, InsVPConfig | None):
+            raise TypeError(f"config is a {type(config).__name__}: expected an InsVPConfig")
         super().__init__(backbone, num_classes, pretrained=pretrained, **backbone_kwargs)
         self.config = config = config or InsVPConfig()
         self.carry_prompts = config.carry_prompts

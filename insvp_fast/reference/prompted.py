@@ -9,13 +9,19 @@ import torch
 from timm import create_model
 from torch import Tensor, nn
 
-from insvp_fast.reference.heads import DistilledHead, take_head
+from insvp_fast.reference.heads import DistilledHead, reset_classifier, take_head
 from insvp_fast.reference.masks import with_mask
 from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.structure import Prompts, in_channels, pixel_layer
 from insvp_fast.reference.structures import structure_of
 
-__all__ = ["PromptedReference"]
+__all__ = ["PromptedReference", "check_blocks"]
+
+
+def check_blocks(blocks: Collection[int], depth: int) -> None:
+    """Raise ValueError for no block, or one that is neither -1, the input of the first, nor one of ``depth``."""
+    if not blocks or not all(-1 <= block < depth for block in blocks):
+        raise ValueError(f"blocks={[*blocks]}: expected at least one of -1 to {depth - 1}")
 
 
 class PromptedReference(nn.Module):
@@ -57,7 +63,7 @@ class PromptedReference(nn.Module):
         structure = structure_of(module)
         self.patch_size = structure.patch_size(module)
         if num_classes is not None:
-            module.reset_classifier(num_classes)
+            reset_classifier(module, num_classes)
         self.num_classes: int = module.num_classes
         self.head = take_head(module)
         self.backbone: Any = module.requires_grad_(False).eval()
@@ -111,7 +117,11 @@ class PromptedReference(nn.Module):
         """h behind each of ``blocks``, in the order in which they run; -1 stands for what is before the first.
 
         What is behind the last of them does not run. ``attn_mask``: see ``forward``.
+
+        Raises:
+            ValueError: for no block, or one that the backbone does not have.
         """
+        check_blocks(blocks, len(self.widths))
         structure, carried = structure_of(self.backbone), None
         prompted, context = self.prompt_image(image)
         h: Any = structure.embed(self.backbone, prompted)  # (1)

@@ -55,7 +55,8 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
         model = load_model(source, backbone)
         if model.preprocessing is None:
             raise TrainingError(
-                f"{source} does not say how images are prepared: its preprocessing is null in {ADAPTER_FILE}"
+                f"{source} does not say how images are prepared: its preprocessing is null in {ADAPTER_FILE};"
+                " give it to save_pretrained as preprocessing=timm.data.resolve_model_data_config(model)"
             )
         run = Run(None, model, model.preprocessing, model.class_names)
     if class_names is None:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
-from insvp_fast import InsVPViT
+from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.commands import cli
 from insvp_fast.data import load_data, load_test_data, transform_for
 from insvp_fast.data.decode import read_image
+from insvp_fast.errors import TrainingError
 from insvp_fast.export import Facts
 from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
@@ -119,6 +121,15 @@ def test_an_adapter_is_tested_on_what_training_held_out(run, images, bare, tmp_p
     assert count == 41 and "the adapter does not say which images it was trained on" in said
     assert "give as --data a folder with a test split" in said
     assert "may be among them" not in test(tmp_path / "adapter", images)[1]
+
+
+def test_an_adapter_that_does_not_say_how_images_are_prepared_is_told_how_to(tmp_path):
+    model = InsVPViT(load_backbone(), 5, InsVPConfig(prompt_length=2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match="save_pretrained as preprocessing=timm.data.resolve_model_data_config"):
+        load_classifier(tmp_path)
+    model.save_pretrained(tmp_path, preprocessing=timm.data.resolve_model_data_config(model))
+    assert load_classifier(tmp_path).image_shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("turned", [True, False])

@@ -1,11 +1,14 @@
 """The reference against timm, PyTorch's operators and autograd."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 
-from insvp_fast import InsVPConfig, InsVPReference, reference
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, reference
 from insvp_fast.ops import Blend, PatchWeights
 from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
 from insvp_fast.ops.norm_insert import norm_insert_bwd_reference, norm_insert_reference
@@ -199,8 +202,40 @@ def test_common_prompts_start_uniform():
             ValueError,
             "asks for block 2",
         ),
+        ({"backbone": VisionTransformer}, TypeError, "backbone is the class VisionTransformer: expected a model"),
+        ({"backbone": "vit_tiny_patch16_224", "config": {"prompt_length": 2}}, TypeError, "config is a dict: expected"),
+        *(
+            ({"backbone": "vit_tiny_patch16_224", "num_classes": number}, ValueError, "num_classes=.*: expected an int")
+            for number in (-1, 1.5, "3", True, ["cat", "dog"])
+        ),
     ],
 )
-def test_unfit_backbones_are_refused(arguments, error, message):
+@pytest.mark.parametrize("model", [InsVPReference, InsVPViT])
+def test_unfit_backbones_and_arguments_are_refused(model, arguments, error, message):
     with pytest.raises(error, match=message):
-        InsVPReference(**arguments)
+        model(**arguments)
+
+
+@pytest.mark.parametrize("model", [InsVPReference, InsVPViT])
+@pytest.mark.parametrize("blocks", [[], [2], [-2], [0, 5]], ids=str)
+def test_blocks_that_there_are_not_are_refused(model, blocks):
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    with pytest.raises(ValueError, match="expected at least one of -1 to 1"):
+        model(backbone).block_outputs(torch.randn(1, 3, 32, 32), blocks)
+
+
+def test_the_input_of_the_first_block_is_its_own_output():
+    backbone, image = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2), torch.randn(1, 3, 32, 32)
+    expected = backbone._pos_embed(backbone.patch_embed(image))
+    config = InsVPConfig(**OFF)
+    for model in (InsVPReference(copy.deepcopy(backbone), 3, config), InsVPViT(backbone, 3, config)):
+        first, second = model.block_outputs(image, [0, -1])
+        assert torch.allclose(first, expected, atol=1e-6) and not torch.allclose(second, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_images_of_other_dtypes_are_refused(dtype):
+    model = InsVPViT(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1))
+    for call in (model, model.forward_features, lambda image: model.block_outputs(image, [0])):
+        with pytest.raises(TypeError, match=f"image is {dtype}: expected floating-point numbers, or torch.uint8"):
+            call(torch.ones(1, 3, 32, 32).to(dtype))
