@@ -40,8 +40,10 @@ __all__ = [
 LIBRARY = Library("insvp_fast", "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PREFERRED = {"cpu": ("native",), "cuda": ("triton",)}  # a ROCm device is "cuda" to PyTorch as well
-DTYPES = (*FLOATS, torch.float64)  # of operands and results
+DTYPES = frozenset((*FLOATS, torch.float64))  # of operands and results
 AnyTensor = Annotated[Tensor, "of dtypes that the operation checks itself"]
+_CHECKED: Any = (Tensor, AnyTensor, torch.dtype)
+_EXPECTED = f"{', '.join(map(str, FLOATS))} or torch.float64"
 Size = Annotated[int, torch.SymInt]  # a number that a compiled graph may leave open
 SCHEMA = {
     Tensor: "Tensor",
@@ -68,19 +70,20 @@ class Implementation(NamedTuple):
     recordable: bool = False  # nothing but native calls reads or writes tensors, and no value decides which calls
 
 
-class _Field(NamedTuple):
-    """An operand that is a tensor or a dtype."""
+class _Fields(NamedTuple):
+    """Where the operands of a named tuple are tensors of numbers, other tensors, and dtypes; and all their names."""
 
-    at: int  # its place among the operands
-    name: str
-    kind: Any  # the annotation, without "or None"
+    numbers: Sequence[int]
+    others: Sequence[int]
+    dtypes: Sequence[int]
+    names: Sequence[str]
 
 
 class _Operator(NamedTuple):
     kernel: Callable[..., Any]
     auto: Callable[[Any], Sequence[str]]
     table: dict[str, Implementation]
-    fields: Sequence[_Field]
+    fields: _Fields
 
 
 _operators: dict[str, _Operator] = {}
@@ -193,33 +196,41 @@ def require(name: str, impl: str, operands: Any) -> None:
     implementation(name, impl, operands)
 
 
-def tensor_fields(operands: type[Any]) -> Sequence[_Field]:
+def tensor_fields(operands: type[Any]) -> _Fields:
     """What ``check_tensors`` looks at in operands of this named tuple."""
     hints = get_type_hints(operands, include_extras=True)
-    kinds = {kind | None: kind for kind in (Tensor, AnyTensor, torch.dtype)}
-    fields = (_Field(at, name, kinds.get(hints[name], hints[name])) for at, name in enumerate(operands._fields))
-    return [field for field in fields if field.kind in kinds.values()]
+    kinds = [hints[name] for name in operands._fields]
+    places = (tuple(at for at, kind in enumerate(kinds) if kind in (own, own | None)) for own in _CHECKED)
+    return _Fields(*places, operands._fields)
 
 
-def check_tensors(operands: Sequence[Any], fields: Sequence[_Field]) -> None:
+def check_tensors(operands: Sequence[Any], fields: _Fields) -> None:
     """Refuse tensors and dtypes that are not those of floating-point numbers, and tensors on several devices.
 
     Raises:
         ValueError: for such an operand.
     """
-    device, first = None, ""
-    for at, name, kind in fields:
+    device = None
+    for at in fields.numbers:
         x = operands[at]
         if x is None:
             continue
-        dtype = x if kind is torch.dtype else x.dtype
-        if dtype not in DTYPES and kind is not AnyTensor:
-            raise ValueError(f"{name} is {dtype}: expected {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
-        if kind is torch.dtype or x.device == device:
-            continue
-        if device is not None:
-            raise ValueError(f"{name} is on {x.device}: expected {device}, where {first} is")
-        device, first = x.device, name
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{fields.names[at]} is {x.dtype}: expected {_EXPECTED}")
+        if x.device != device:
+            device = _only_device(x, device, fields.names[at])
+    for at in fields.others:
+        if (x := operands[at]) is not None and x.device != device:
+            device = _only_device(x, device, fields.names[at])
+    for at in fields.dtypes:
+        if (dtype := operands[at]) is not None and dtype not in DTYPES:
+            raise ValueError(f"{fields.names[at]} is {dtype}: expected {_EXPECTED}")
+
+
+def _only_device(x: Tensor, device: torch.device | None, name: str) -> torch.device:
+    if device is None:
+        return x.device
+    raise ValueError(f"{name} is on {x.device}: expected {device}, where the other operands are")
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:

@@ -143,15 +143,16 @@ def _conv_pool_spread_kernel(
 ):
     """The gradient of one channel of a convolution's result: that of the pooled one at the maxima, 0 beside them."""
     WIDTH: tl.constexpr = GRID[1] * POOL
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row, column, exists = pixel // WIDTH, pixel % WIDTH, pixel < GRID[0] * POOL * WIDTH
-    channel = tl.program_id(0).to(tl.int64)
+    PIXELS: tl.constexpr = GRID[0] * POOL * WIDTH
+    channel = (tl.program_id(0) // tl.cdiv(PIXELS, BLOCK)).to(tl.int64)
+    pixel = tl.program_id(0) % tl.cdiv(PIXELS, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    row, column, exists = pixel // WIDTH, pixel % WIDTH, pixel < PIXELS
     cell = channel * (GRID[0] * GRID[1]) + (row // POOL * GRID[1] + column // POOL)
     at = tl.load(index_ptr + cell, exists, 0).to(tl.int32)
     chosen = exists & (at == row % POOL * POOL + column % POOL)
     grad = tl.load(grad_ptr + cell, chosen, 0.0).to(tl.float32)
     grad = tl.where(tl.load(y_ptr + cell, chosen, 1.0).to(tl.float32) > 0, grad, slope * grad)
-    tl.store(spread_ptr + channel * (GRID[0] * POOL * WIDTH) + pixel, grad.to(spread_ptr.dtype.element_ty), exists)
+    tl.store(spread_ptr + channel * PIXELS + pixel, grad.to(spread_ptr.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -351,7 +352,7 @@ def conv_pool_bwd_map(
         _at_every_position(moved, turned, SIDE).copy_(turned)
         spread = torch.empty(len(x), OUT, *center, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(grad):
-            _conv_pool_spread_kernel[(len(x) * OUT, triton.cdiv(center[0] * center[1], SPREAD["BLOCK"]))](
+            _conv_pool_spread_kernel[(len(x) * OUT * triton.cdiv(center[0] * center[1], SPREAD["BLOCK"]),)](
                 grad.contiguous(), y.contiguous(), index.contiguous(), spread, negative_slope,
                 GRID=grid, POOL=pool, **SPREAD,
             )  # fmt: skip

@@ -125,7 +125,7 @@ def test_an_adapter_is_tested_on_what_training_held_out(run, images, bare, tmp_p
 
 def test_an_adapter_that_does_not_say_how_images_are_prepared_is_told_how_to(tmp_path):
     model = InsVPViT(load_backbone(), 5, InsVPConfig(prompt_length=2))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, [*"abcde"])
     with pytest.raises(TrainingError, match="save_pretrained as preprocessing=timm.data.resolve_model_data_config"):
         load_classifier(tmp_path)
     model.save_pretrained(tmp_path, preprocessing=timm.data.resolve_model_data_config(model))
