@@ -186,8 +186,9 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         ``pixels`` are the image, perhaps still in 8 bits.
         """
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
-        folded = self.config.specific_input == "prompted" and self.specific_prompter is not None
-        any_layout = not folded or image.is_contiguous() or _takes_any_layout(self.specific_prompter)
+        specific = self.specific_prompter if self.config.specific_input == "prompted" else None
+        folded = specific is not None
+        any_layout = specific is None or image.is_contiguous() or _takes_any_layout(specific)
         if prompter is None or not any_layout or not self._can_superpose(prompter, image):
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted

@@ -200,8 +200,10 @@ def tensor_fields(operands: type[Any]) -> _Fields:
     """What ``check_tensors`` looks at in operands of this named tuple."""
     hints = get_type_hints(operands, include_extras=True)
     kinds = [hints[name] for name in operands._fields]
-    places = (tuple(at for at, kind in enumerate(kinds) if kind in (own, own | None)) for own in _CHECKED)
-    return _Fields(*places, operands._fields)
+    numbers, others, dtypes = (
+        tuple(at for at, kind in enumerate(kinds) if kind in (own, own | None)) for own in _CHECKED
+    )
+    return _Fields(numbers, others, dtypes, operands._fields)
 
 
 def check_tensors(operands: Sequence[Any], fields: _Fields) -> None:
