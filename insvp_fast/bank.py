@@ -91,7 +91,7 @@ class AdapterBank(PromptedViT):
         """Add an adapter, or replace the one of this name.
 
         Args:
-            source: a folder, or a repository on the Hub; or a model, which is copied as it is now, but its backbone.
+            source: a folder, or a repository on the Hub; or a model, which is copied as it is but for its backbone.
             hub_kwargs: of ``InsVPViT.from_pretrained``, such as ``revision`` or ``allow_backbone_mismatch``.
 
         Raises:
