@@ -58,8 +58,8 @@ _statuses: list[int] = []  # the exit status of ``run``, when it is known
 def _end_at_once() -> None:
     """End the process of ``run``, which would look a second longer for garbage in all that torch has loaded."""
     if _statuses:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: was closed when the process began
+            stream.flush()
         os._exit(_statuses.pop())
 
 
@@ -77,14 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json", False)
     try:
-        with _everything_to_stderr() if as_json else nullcontext():
+        with _everything_to_stderr() if as_json and sys.stdout else nullcontext():
             result = command(**options)
         if as_json and result is not None:
             print(json.dumps(result, default=str))
         errors = (result or {}).get("errors", ())
         for error in errors:
             print(f"insvp: error: {error}", file=sys.stderr)
-        sys.stdout.flush()
+        print(end="", flush=True)  # here, where its errors are caught
         return 1 if errors else 0
     except InsVPError as error:
         message = " ".join(line.strip() for line in str(error).splitlines())
@@ -96,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `insvp predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at exit
+        return 1
+    except OSError as error:  # a disk that is full, a folder that must not be written
+        print(f"insvp: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:

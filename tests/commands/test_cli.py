@@ -71,6 +71,20 @@ def test_a_process_ends_with_its_status_after_all_that_was_registered_for_its_en
     assert len(done.stderr.splitlines()) == status and done.stderr.startswith("insvp: error: " * status), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("output", "status", "said"),
+    [("> /dev/full", 1, ["insvp: error: [Errno 28] No space left on device"]), (">&-", 0, []), ("| true", 1, [])],
+    ids=["full", "closed", "broken pipe"],
+)
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_an_output_that_takes_nothing(output, status, said, option):
+    command = f"{sys.executable} -m insvp_fast methods {option}"
+    wait = f"set -o pipefail; (sleep 0.5; {command}) {output}"
+    done = subprocess.run(["bash", "-c", wait], capture_output=True, text=True)
+    faults = ("insvp:", "Traceback", "Exception")  # with --json, lines of text are there as well
+    assert (done.returncode, [line for line in done.stderr.splitlines() if line.startswith(faults)]) == (status, said)
+
+
 def test_every_setting_says_what_it_is():
     assert [field.name for field in dataclasses.fields(Recipe) if not field.metadata["help"]] == []
     assert all(f"\n    {field.name}: " in Recipe.__doc__ for field in dataclasses.fields(Recipe))
