@@ -16,7 +16,7 @@ from insvp_fast import coverage
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.coverage.rules import foreign
 from insvp_fast.coverage.snapshot import HOOKS
-from insvp_fast.model import InsVPViT
+from insvp_fast.model import STEPS, InsVPViT
 from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import Prompts
 
@@ -91,12 +91,13 @@ class AdapterBank(PromptedViT):
         """Add an adapter, or replace the one of this name.
 
         Args:
-            source: a folder, or a repository on the Hub; or a model, which is copied as it is but for its backbone.
+            source: a folder, or a repository on the Hub; or a model, which is copied as it is, around the bank's
+                backbone. What is not a part of it, as a variable that a replaced method reads, stays shared.
             hub_kwargs: of ``InsVPViT.from_pretrained``, such as ``revision`` or ``allow_backbone_mismatch``.
 
         Raises:
             CheckpointError: if these are not the files of an adapter of InsVP, or its backbone has other weights.
-            TypeError: for a model with another method.
+            TypeError: for a model with another method, or one that ``copy.deepcopy`` does not take.
         """
         if isinstance(source, nn.Module) and not isinstance(source, InsVPViT):
             method = type(getattr(source, "method", source)).__name__
@@ -246,17 +247,19 @@ class AdapterBank(PromptedViT):
 
 def _has_usual_steps(model: PromptedViT) -> bool:
     """Whether a model's result is its head's, of what the backbone makes of its patches and its prompts."""
-    if any(vars(model)[hooks] for hooks in HOOKS) or foreign(model, "forward", "block_prompts", "feature_prompt"):
+    if any(vars(model)[hooks] for hooks in HOOKS) or type(model).__call__ is not nn.Module.__call__:
+        return False
+    if foreign(model, *model.replaced_methods, "forward", "block_prompts", "feature_prompt"):
         return False
     return not (model._own_reason() or model._carries_prompts)
 
 
 def _lengths(model: PromptedViT) -> tuple[int, ...] | None:
-    """The numbers of prompts that a model has in its blocks; None if a prompter that is not known decides."""
+    """The numbers of prompts that a model has in its blocks; None if what is not known decides."""
     if not isinstance(model, InsVPViT):
         return (0,) * len(model.widths)
     specific: Any = model.specific_prompter
-    if specific is not None and not coverage.covers(specific):
+    if foreign(model, *STEPS) or not (specific is None or coverage.covers(specific)):
         return None
     made = 0 if specific is None else specific.conv1.out_channels
     length = made if model.common_prompts is None else max(made, model.config.prompt_length)

@@ -157,12 +157,17 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         On CPUs the gradients too have the bits that they would have block by block, elsewhere those of other sums.
         """
         (w_c, w_s), p, prompts = self.config.blend_feature, self._common_dropout(), dict[int, Tensor]()
+        feature_prompt = super().feature_prompt
         for i, width in enumerate(self.prompt_widths):
             blocks = sorted(j for j in self.prompted_blocks if self.widths[j] == width and j <= last)
             if not blocks:
                 continue
             own_p_s = p_s[i] if isinstance(p_s, tuple) else p_s
-            if self.common_prompts is not None:
+            shape = batch, self.config.prompt_length, width
+            if own_p_s is not None and own_p_s.shape != shape:  # of another prompter, to be broadcast perhaps
+                made = [(j, feature_prompt(j, p_s, batch)) for j in blocks]
+                prompts |= {j: p_j for j, p_j in made if p_j is not None}
+            elif self.common_prompts is not None:
                 common = [self.common_prompts[self.prompted_blocks.index(j)] for j in blocks]
                 prompts |= zip(blocks, ops.blend_prompts(common, own_p_s, w_c, w_s, batch, p), strict=True)
             elif own_p_s is not None:
@@ -188,7 +193,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         P, prompter, device = self.patch_size, self.patch_prompter, image.device.type
         specific = self.specific_prompter if self.config.specific_input == "prompted" else None
         folded = specific is not None
-        any_layout = specific is None or image.is_contiguous() or _takes_any_layout(specific)
+        any_layout = specific is None or prompters.in_row_order(image) or _takes_any_layout(specific)
         if prompter is None or not any_layout or not self._can_superpose(prompter, image):
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted

@@ -45,6 +45,8 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
     How the backbone is computed is set by the attributes of ``BackboneSettings``, at any time.
     """
 
+    replaced_methods = ("forward_features", "forward_head", "block_outputs", "apply_block")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pixel_scales: dict[object, tuple[Tensor, Tensor]] = {}
@@ -67,8 +69,6 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
     def _own_reason(self) -> str | None:
         if family_of(self.backbone) is None:
             return f"backbone is {full_name(type(self.backbone))}, which has no fast path"
-        if name := foreign(self, "forward_features", "forward_head", "block_outputs", "apply_block"):
-            return f"the model has a {name} of its own"
         return self._method_reason()
 
     def _method_reason(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from insvp_fast import coverage, ops, reference
 from insvp_fast.coverage import Covered, Requirements, Rule, Table, rule, watch
-from insvp_fast.coverage.rules import IDENTITY, convolution, foreign
+from insvp_fast.coverage.rules import IDENTITY, convolution
 from insvp_fast.ops.conv import conv_reference, conv_triton_reason
 from insvp_fast.ops.conv_pool import conv_pool_triton_reason
 from insvp_fast.ops.registry import FLOATS
 
-__all__ = ["GlobalPrompter", "PatchPrompter", "PyramidPrompter", "SpecificPrompter", "make_fast"]
+__all__ = ["GlobalPrompter", "PatchPrompter", "PyramidPrompter", "SpecificPrompter", "in_row_order", "make_fast"]
 
 watch("forward __call__", reference.GlobalPrompter, reference.PatchPrompter, reference.SpecificPrompter)
 watch("forward __call__", reference.PyramidPrompter, nn.ModuleList)
@@ -50,13 +51,12 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
 class PatchPrompter(Covered, reference.PatchPrompter):
     """G_l, whose fast path is a part of ``ops.superpose`` in ``InsVPViT``; called, it is the reference."""
 
+    replaced_methods = ("forward",)
+
     def _requirements(self) -> Requirements:
         linear = (rule(nn.Linear, "in_features out_features", required="weight bias"),)
         table = {"": (rule(type(self), "patch_size"),), "fc1": linear, "fc2": linear, "dropout": DROPOUT}
         return Requirements("patch_prompter", self, table)
-
-    def _own_reason(self) -> str | None:
-        return _replaced("patch_prompter", self, "forward")  # the fast path does not call this module
 
 
 class SpecificPrompter(Covered, reference.SpecificPrompter):
@@ -65,13 +65,12 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
     LeakyReLU is increasing, so it may be exchanged with the maximum; behind it the map is 16 times smaller.
     """
 
+    replaced_methods = ("trunk",)
+
     def _requirements(self) -> Requirements:
         convolutions = dict.fromkeys(("conv1", "conv2", "conv3"), _same_convolution(dilation=1))
         table = {"": (rule(type(self), "token_channels grid"),), **convolutions, "dropout": DROPOUT}
         return Requirements("specific_prompter", self, table)
-
-    def _own_reason(self) -> str | None:
-        return _replaced("specific_prompter", self, "trunk")  # the fast path computes it in other steps
 
     def forward(self, image: Tensor) -> Any:
         if not coverage.covers(self) or not coverage.dtypes_fit(image, *self.parameters()):
@@ -143,11 +142,6 @@ def make_fast(prompter: nn.Module) -> None:
     prompter.__class__ = FAST[type(prompter)]
 
 
-def _replaced(name: str, prompter: nn.Module, method: str) -> str | None:
-    """Why a fast path does not cover a prompter whose reference calls this method, if it is another one."""
-    return f"{name} has a {method} of its own" if foreign(prompter, method) else None
-
-
 def _same_convolution(dilation: int) -> tuple[Rule, ...]:
     return (convolution(stride=(1, 1), padding="same", dilation=(dilation, dilation)),)
 
@@ -161,13 +155,13 @@ def _dilation(conv: object) -> int:
 def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torch.dtype | None:
     """The dtype of these convolutions' result, or None where PyTorch's own have to run.
 
-    Those run in fp64, and on CPUs in fp16. They also run before an active dropout if the image is not contiguous: they
-    would keep its layout, and the mask is drawn in the order of memory.
+    Those run in fp64, and on CPUs in fp16. They also run before an active dropout if an image or weight is in another
+    order of memory than that of its dimensions: the result would be as well, and the mask is drawn in its order.
     """
     device = image.device.type
     if device not in ("cpu", "cuda") or image.shape[1] != convs[0].weight.shape[1]:
         return None
-    if dropout.training and not image.is_contiguous():
+    if dropout.training and not all(map(in_row_order, (image, *(conv.weight for conv in convs)))):
         return None
     if any(w.dtype != torch.float32 for conv in convs for w in _weights(conv)):
         return None
@@ -177,6 +171,15 @@ def _result_dtype(image: Tensor, dropout: nn.Dropout, *convs: nn.Conv2d) -> torc
         return None
     dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
     return dtype if dtype in dtypes else None
+
+
+def in_row_order(x: Tensor) -> bool:
+    """Whether the strides of a tensor are those of a new one of its shape.
+
+    ``is_contiguous`` asks nothing of dimensions of size 1, whose strides tell PyTorch's convolutions the order of
+    channels.
+    """
+    return all(stride == math.prod(x.shape[at + 1 :]) for at, stride in enumerate(x.stride()))
 
 
 def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -223,11 +223,21 @@ class AdapterCheckpoint(
         """A copy of this model, as it is now, around another backbone, which must have the same weights."""
         if backbone is not self.backbone:
             BackboneRecord.of(self.backbone).require_same_weights(backbone, type(self).__name__)
+        try:
+            model = copy.deepcopy(self, dict(_counterparts(self.backbone, backbone)))
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(f"the {type(self).__name__} cannot be copied by copy.deepcopy: {error}") from error
         weight, own = next(backbone.parameters()), next(self.backbone.parameters())
-        model = copy.deepcopy(self, {id(self.backbone): nn.Identity()})  # the backbone itself is not copied
-        model.to(weight.device, None if weight.dtype == own.dtype else weight.dtype)
-        model.backbone = backbone
+        if (weight.device, weight.dtype) != (own.device, own.dtype):
+            model.to(weight.device, None if weight.dtype == own.dtype else weight.dtype)
         return model.eval()
+
+
+def _counterparts(module: nn.Module, other: nn.Module) -> Iterator[tuple[int, Any]]:
+    """For ``copy.deepcopy``: what stands for each part of one backbone in another of the same architecture."""
+    for parts in (nn.Module.named_modules, nn.Module.named_parameters, nn.Module.named_buffers):
+        others: dict[str, Any] = dict(parts(other))
+        yield from ((id(part), others[name]) for name, part in parts(module) if name in others)
 
 
 def _adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:

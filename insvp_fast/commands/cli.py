@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The process ``insvp``: ``main``, and the end of the process."""
+    """The process ``insvp``: ``main``, and the end, without what was registered for it before this module's import."""
     _statuses.append(main())
     sys.exit(_statuses[0])
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from insvp_fast.coverage.rules import CALLED, Table, difference, full_name
+from insvp_fast.coverage.rules import CALLED, Table, difference, foreign, full_name
 from insvp_fast.coverage.snapshot import Snapshot
 from insvp_fast.coverage.surroundings import surroundings_reason
 
@@ -27,7 +27,13 @@ class Requirements(NamedTuple):
 
 
 class Covered(nn.Module):
-    """A module with a fast path and a general path; its ``forward`` asks ``covers(self)`` which one to take."""
+    """A module with a fast path and a general path; its ``forward`` asks ``covers(self)`` which one to take.
+
+    Attributes:
+        replaced_methods: methods of the reference whose steps the fast path takes itself; none may be overridden.
+    """
+
+    replaced_methods: tuple[str, ...] = ()
 
     def _requirements(self) -> Requirements:
         """What the fast path requires, for the module as it is now."""
@@ -77,6 +83,7 @@ def covers(part: nn.Module, obstacle: str | None = None) -> bool:
         return not torch.compiler.is_compiling() and _report(part, reason)
     if torch.compiler.is_compiling():
         _guard(part)
+        foreign(part, *part.replaced_methods)  # for the same purpose
     covered: bool = part._is_covered()
     return covered
 
@@ -186,6 +193,8 @@ def _levels_to_caller() -> int:
 
 def _changeable_reason(part: Covered) -> str | None:
     """A reason that no snapshot notices, so that it is looked for each time."""
+    if name := foreign(part, *part.replaced_methods):
+        return f"it has a {name} of its own"
     return surroundings_reason() or part._own_reason()
 
 

@@ -122,11 +122,17 @@ def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) 
 def foreign(owner: object, *names: str) -> str | None:
     """The first of these methods that an object has and that is not this package's."""
     for name in names:
-        method = getattr(type(owner), name, None)
-        replaced = name in getattr(owner, "__dict__", ())
-        if replaced or (method is not None and not method.__module__.startswith("insvp_fast.")):
+        method = getattr(owner, name, None)  # as a call looks it up, so that compiled code asks again after a change
+        home = _home(getattr(method, "__func__", method))
+        if name in getattr(owner, "__dict__", ()) or (method is not None and not home.startswith("insvp_fast.")):
             return name
     return None
+
+
+def _home(function: Any) -> str:
+    """The module in which a function was written, whatever a decorator says; "" if that is not known."""
+    name: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return name
 
 
 def full_name(cls: type[nn.Module]) -> str:

@@ -52,6 +52,7 @@ def absorbed_attention(
         RuntimeError: if the implementation asked for cannot run here.
     """
     check_heads(num_heads)
+    scale = float(scale)
     *sources, first, last = frozen_operands(x, layer)
     require("linear_fwd", "auto", (x, *sources, first, last))
     if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or first or last % (3 * num_heads):

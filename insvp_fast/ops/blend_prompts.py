@@ -42,12 +42,16 @@ def blend_prompts(
         raise ValueError("common is empty: expected the prompts of at least one block")
     if batch < 0:
         raise ValueError(f"batch={batch}: expected at least 0")
-    if specific is not None and specific.ndim == 3 and len(specific) not in (1, batch):
-        raise ValueError(f"specific has shape {tuple(specific.shape)}: expected [{batch}, L, D]")
+    shape = common[0].shape
     for prompts in common:
         check_tensors((prompts, specific), FIELDS)
-    fits = specific is None or (specific.shape == (batch, *common[0].shape) and specific.is_cpu)
-    if fits and all(c.is_cpu and c.shape == common[0].shape for c in common):
+        if prompts.ndim != 2 or prompts.shape != shape:
+            raise ValueError(
+                f"common has shapes {[tuple(c.shape) for c in common]}: expected one [L, D] for all blocks"
+            )
+    if specific is not None and specific.shape != (batch, *shape):
+        raise ValueError(f"specific has shape {tuple(specific.shape)}: expected {(batch, *shape)}")
+    if common[0].is_cpu and not torch.compiler.is_compiling():
         return cast(tuple[Tensor, ...], apply(_BlendPrompts, w_c, w_s, batch, p, specific, *common))
     return blend_prompts_reference(w_c, w_s, batch, p, specific, *common)
 

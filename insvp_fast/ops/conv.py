@@ -61,7 +61,7 @@ def conv(
         RuntimeError: if the implementation asked for cannot run here.
     """
     check_shapes(x, weight, bias, height, width, 1)
-    if dilation != int(dilation) or not 0 < dilation * max(1, *weight.shape[2:]) < 2**30:
+    if not 0 < dilation * max(1, *weight.shape[2:]) < 2**30 or dilation != int(dilation):
         raise ValueError(
             f"dilation={dilation}: expected an integer from 1 on, with which a kernel spans < 2**30 pixels"
         )

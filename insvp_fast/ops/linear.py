@@ -78,6 +78,8 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     Raises:
         ValueError: if a weight is trained, or a layer does not fit x or the layer before.
     """
+    if not x.ndim:
+        raise ValueError("x is a single number: expected [..., D]")
     sources: list[Tensor | None] = []
     features = x.shape[-1]
     for layer in layers:
@@ -96,7 +98,7 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
 def _check(layer: FrozenLinear, features: int) -> int:
     """The number of outputs of a layer that fits."""
     weight, bias, gain, shift, scale, first, last = layer
-    outputs = weight.shape[0]
+    outputs = len(weight) if weight.ndim else 0
     last = outputs if last is None else last
     if weight.ndim < 2 or layer.in_features != features:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [D_out, {features}] for its input")

@@ -57,7 +57,7 @@ def query_attention(
     check_num_keys(num_keys, kv, q.shape[1])
     check_bias(bias, num_heads, q.shape[1], kv.shape[1])
     check_tensors((q, kv, bias), FIELDS)
-    return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, scale, num_keys, bias))
+    return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, float(scale), num_keys, bias))
 
 
 class _Tensors(NamedTuple):

@@ -37,6 +37,8 @@ def rotate(
         ValueError: for shapes that do not fit, a rotation that would be trained, or an unknown ``impl``.
     """
     check_heads(num_heads)
+    if rotation.ndim < 2:
+        raise ValueError(f"rotation has shape {tuple(rotation.shape)}: expected [N, 2*d] or [{num_heads}, N, 2*d]")
     N, d = rotation.shape[-2], rotation.shape[-1] // 2
     if packed.ndim != 3 or not d or d % 2 or packed.shape[2] not in (2 * num_heads * d, 3 * num_heads * d):
         shapes = tuple(packed.shape), tuple(rotation.shape)

@@ -96,7 +96,7 @@ def _check(
     (_, C, H, W), P = image.shape, blend.patch_size
     if P < 1:
         raise ValueError(f"patch_size={P}: expected at least 1")
-    K, R = C * P**2, weights.w1.shape[0]
+    K, R = C * P**2, weights.b1.numel()
     if H % P or W % P:
         raise ValueError(f"image of {H}x{W} pixels: expected multiples of the patch size {P}")
     if global_prompt is not None and global_prompt.shape != image.shape:

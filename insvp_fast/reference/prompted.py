@@ -20,7 +20,7 @@ __all__ = ["PromptedReference", "check_blocks"]
 
 def check_blocks(blocks: Collection[int], depth: int) -> None:
     """Raise ValueError for no block, or one that is neither -1, the input of the first, nor one of ``depth``."""
-    if not blocks or not all(-1 <= block < depth for block in blocks):
+    if not len(blocks) or not all(-1 <= block < depth for block in blocks):
         raise ValueError(f"blocks={[*blocks]}: expected at least one of -1 to {depth - 1}")
 
 

@@ -210,6 +210,7 @@ def test_random_numbers_are_left_as_the_reference_leaves_them(blocks, drawn_by, 
 
 
 LAYOUTS = {  # of an image in memory
+    "rows": lambda x: x,
     "channels last": lambda x: x.to(memory_format=torch.channels_last),
     "slice of channels last": lambda x: F.pad(x, (0, 3)).to(memory_format=torch.channels_last)[..., :-3],
     "transposed": lambda x: x.mT.contiguous().mT,
@@ -223,11 +224,14 @@ LAYOUTS = {  # of an image in memory
 @pytest.mark.parametrize("prompts", ["both", "global_prompt", "patch_prompt", "neither"])
 @pytest.mark.parametrize("specific_input", ["image", "prompted"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dropout_of_images_in_any_layout(layout, specific_input, prompts):
-    """Masks are drawn in the order of memory, which what is made of an image has from the image."""
+@pytest.mark.parametrize(("channels", "weights"), [(3, "rows"), (3, "channels last"), (1, "rows")], ids=str)
+def test_dropout_in_any_layout(channels, weights, layout, specific_input, prompts):
+    """Masks are drawn in the order of memory, which what convolutions make has from image and weights."""
     made = {name: prompts in (name, "both") for name in ("global_prompt", "patch_prompt")}
     config = InsVPConfig(prompt_length=2, specific_input=specific_input, **made, **ALL_DROPOUTS)
-    reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
+    reference, fast = make_pair("vit_tiny_patch16_224", config, **TINY | {"in_chans": channels})
+    if weights == "channels last":
+        reference, fast = (model.to(memory_format=torch.channels_last) for model in (reference, fast))
     assert_equal_numbers(reference, fast, LAYOUTS[layout](images(fast)))
 
 

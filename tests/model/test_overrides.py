@@ -1,7 +1,9 @@
 """Models whose methods or modules are not the package's: what the reference would call is called, by a bank as well."""
 
 import copy
+import functools
 import sys
+import threading
 import types
 
 import pytest
@@ -76,10 +78,11 @@ def override(path, name, where):
         def own(self, *args, **kwargs):
             return tree_map(shifted, usual(self, *args, **kwargs))
 
-        if where == "class":
-            module.__class__ = type("Own", (type(module),), {name: own})
-        else:
+        if where == "instance":
             setattr(module, name, types.MethodType(own, module))
+        else:
+            method = functools.wraps(usual)(own) if where == "decorator" else own
+            module.__class__ = type("Own", (type(module),), {name: method})
 
     return change
 
@@ -97,7 +100,7 @@ def test_the_methods_are_found():
     }
 
 
-@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize("where", ["class", "decorator", "instance"])
 @pytest.mark.parametrize(("config", "path", "name"), CASES)
 @pytest.mark.filterwarnings("ignore:.*takes the general path")
 def test_an_own_method_is_called(config, path, name, where):
@@ -112,6 +115,18 @@ def test_an_own_method_is_called(config, path, name, where):
         reference.eval(), fast.eval()
         for _ in range(2):  # the second pass may be a program
             assert relative_error(fast(image), reference(image)) < 1e-5
+
+
+@pytest.mark.parametrize(("path", "name"), METHODS["paper"])
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@torch.no_grad()
+def test_compiled_code_calls_a_method_that_is_replaced_later(path, name):
+    reference, fast = (model.eval() for model in make_models("paper"))
+    image, compiled = images(), torch.compile(fast, backend="eager")
+    compiled(image)
+    for model in (reference, fast):
+        override(path, name, "instance")(model)
+    assert relative_error(compiled(image), reference(image)) < 1e-5
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="elsewhere masks of the reference depend on each call")
@@ -147,7 +162,36 @@ def tokens_of_pixels(count):
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, count * 48), nn.Unflatten(1, (count, 48)))
 
 
+class OfTheBackbone(nn.Module):
+    """A prompter that reads what the backbone makes of the image."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.linear = backbone, nn.Linear(48, 3 * 48)
+
+    def forward(self, image):
+        return self.linear(self.backbone.patch_embed(image).mean(1)).unflatten(1, (3, 48))
+
+
+class Louder(InsVPViT):
+    def __call__(self, image):
+        return 2 * super().__call__(image)
+
+
+class LouderReference(InsVPReference):
+    def __call__(self, image):
+        return 2 * super().__call__(image)
+
+
+def call_louder(model):
+    model.__class__ = Louder if isinstance(model, InsVPViT) else LouderReference
+
+
 CHANGES = {
+    "a call of its own": call_louder,
+    "a prompter that holds the backbone": lambda model: setattr(
+        model, "specific_prompter", OfTheBackbone(model.backbone)
+    ),
     "another global prompter": replace("global_prompter", lambda _: nn.Conv2d(3, 3, 1)),
     "another specific prompter": replace("specific_prompter", lambda _: tokens_of_pixels(3)),
     "another dilation": lambda model: setattr(model.global_prompter.conv1, "dilation", (3, 3)),
@@ -181,7 +225,14 @@ def test_a_bank_computes_what_a_changed_model_does(change):
     assert relative_error(values[1:2], usual(image[1:2])) < 1e-5
 
 
-@pytest.mark.parametrize("change", ["two tokens", "no prompts"])
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = make_models("paper")[1]
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match="the InsVPViT cannot be copied by copy.deepcopy: .*lock"):
+        AdapterBank(copy.deepcopy(model.backbone)).add("locked", model)
+
+
+@pytest.mark.parametrize("change", ["two tokens", "no prompts", "specific_prompt", "prompt_image"])
 @torch.no_grad()
 def test_a_bank_with_other_prompts_than_a_configuration_names(change):
     """In a family whose blocks take no padding, so that images with fewer prompts must run by themselves."""
@@ -190,7 +241,13 @@ def test_a_bank_with_other_prompts_than_a_configuration_names(change):
         parameter.add_(0.1 * torch.randn_like(parameter))
     config = InsVPConfig(prompt_length=3, common_prompt=False)
     models = {name: InsVPViT(copy.deepcopy(backbone), 5, config).eval() for name in ("usual", "changed")}
-    models["changed"].specific_prompter = tokens_of_pixels(2) if change == "two tokens" else None
+    changed = models["changed"]
+    if change in ("two tokens", "no prompts"):
+        changed.specific_prompter = tokens_of_pixels(2) if change == "two tokens" else None
+    elif change == "specific_prompt":
+        changed.specific_prompt = lambda image, prompted: changed.specific_prompter(image)[:, :1]
+    else:
+        changed.prompt_image = lambda image: (image, changed.specific_prompter(image)[:, :1])
     bank, image = AdapterBank.from_pretrained(backbone, models).to(DEVICE), images()
     values = bank(image, ["usual", "changed"])
     for row, x, model in zip(values, image, models.values(), strict=True):

@@ -84,6 +84,8 @@ CASES = {
     "norm_insert: eps": (lambda: ops.norm_insert(X, None, None, None, None, -1e-6), "eps=-1e-06: expected at least 0"),
     "blend_prompts: none": (lambda: ops.blend_prompts([], X, 0.5, 0.5, B), "common is empty"),
     "blend_prompts: batch": (lambda: ops.blend_prompts([X[0]], X, 0.5, 0.5, 3), r"specific has shape \(2, 5, 24\)"),
+    "blend_prompts: one image": (lambda: ops.blend_prompts([X[0]], X[:1], 0.5, 0.5, 2), r"expected \(2, 5, 24\)"),
+    "blend_prompts: lengths": (lambda: ops.blend_prompts([X[0], X[0, 1:]], X, 0.5, 0.5, 2), "common has shapes"),
     "blend_prompts: negative batch": (lambda: ops.blend_prompts([X[0]], None, 0.5, 0.5, -1), "batch=-1: expected"),
     "superpose: dimensions": (
         lambda: ops.superpose(X, None, PATCH, Blend(4, 0.7, 0.3)),
@@ -159,6 +161,15 @@ def test_tensors_on_several_devices_are_refused(name):
     for call, argument in calls_with_one_changed(name, lambda x: x.to("meta")):
         with pytest.raises(ValueError, match=r" is .*on (cpu|meta).*: expected"):
             print(name, argument, call())
+
+
+@pytest.mark.parametrize("dimensions", [0, 7])
+@pytest.mark.parametrize("name", [name for name in RIGHT if name != "dropout"])
+def test_tensors_of_other_dimensions_are_refused(name, dimensions):
+    for call, argument in calls_with_one_changed(name, lambda x: x.flatten()[0].expand([1] * dimensions)):
+        if (name, argument, dimensions) not in (("linear", "x", 7), ("mlp", "x", 7), ("gated_mlp", "x", 7)):
+            with pytest.raises(ValueError, match=r"expected"):
+                print(name, argument, call())
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, "float32"], ids=str)
