@@ -138,8 +138,12 @@ def calls_with_one_changed(name, change):
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_arguments_are_taken(name):
-    getattr(ops, name)(**RIGHT[name])
+def test_every_operation_traces_whole(name):
+    operation, found = getattr(ops, name), []
+    for run in (operation, torch.compile(operation, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        found.append(run(**RIGHT[name]))
+    torch.testing.assert_close(*found)
 
 
 def test_there_are_right_arguments_for_every_operation():
