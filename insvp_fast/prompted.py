@@ -24,7 +24,6 @@ from insvp_fast.module_copies import with_tensors
 from insvp_fast.ops.graphs import Ahead, Graphs
 from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts
-from insvp_fast.reference.images import check_image_type
 from insvp_fast.reference.prompted import PromptedReference, check_blocks
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.runtime import cuda_graphs, hardware, native, products, torch_private
@@ -83,7 +82,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
     def _takes_fast_path(self, image: Tensor, attn_mask: Tensor | None = None) -> bool:
-        check_image_type(image)
+        coverage.check_image_type(image)
         if attn_mask is not None:
             return coverage.covers(self, "attn_mask was given")
         if image.is_meta or not coverage.covers(self):

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at exit
         return 1
     except OSError as error:  # a disk that is full, a folder that must not be written
-        print(f"insvp: error: {error}", file=sys.stderr)
+        print(f"insvp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:

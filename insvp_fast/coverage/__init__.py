@@ -13,10 +13,20 @@ in evaluation mode.
 - ``surroundings.py``: what outside of a model changes its modules, such as global hooks and replaced functions.
 
 ``torch.compile`` evaluates the decision while it traces. It traces again when a module is replaced, hooked (not with
-torch 2.11), trained or set to training; after other changes to a compiled model call ``torch.compiler.reset()``.
+torch 2.11), trained or set to training, or a method of the reference is; after other changes to a compiled model call
+``torch.compiler.reset()``.
 """
 
-from insvp_fast.coverage.covered import Covered, Requirements, covers, dtypes_fit, forget, kept, unsupported_reason
+from insvp_fast.coverage.covered import (
+    Covered,
+    Requirements,
+    check_image_type,
+    covers,
+    dtypes_fit,
+    forget,
+    kept,
+    unsupported_reason,
+)
 from insvp_fast.coverage.rules import Rule, Table, rule
 from insvp_fast.coverage.surroundings import watch
 
@@ -25,6 +35,7 @@ __all__ = [
     "Requirements",
     "Rule",
     "Table",
+    "check_image_type",
     "covers",
     "dtypes_fit",
     "forget",

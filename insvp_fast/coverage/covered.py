@@ -14,7 +14,16 @@ from insvp_fast.coverage.rules import CALLED, Table, difference, foreign, full_n
 from insvp_fast.coverage.snapshot import Snapshot
 from insvp_fast.coverage.surroundings import surroundings_reason
 
-__all__ = ["Covered", "Requirements", "covers", "dtypes_fit", "forget", "kept", "unsupported_reason"]
+__all__ = [
+    "Covered",
+    "Requirements",
+    "check_image_type",
+    "covers",
+    "dtypes_fit",
+    "forget",
+    "kept",
+    "unsupported_reason",
+]
 
 
 class Requirements(NamedTuple):
@@ -86,6 +95,14 @@ def covers(part: nn.Module, obstacle: str | None = None) -> bool:
         foreign(part, *part.replaced_methods)  # for the same purpose
     covered: bool = part._is_covered()
     return covered
+
+
+def check_image_type(image: object) -> None:
+    """Raise TypeError for what is neither a tensor of floating-point numbers nor one of 8-bit pixels."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image is a {type(image).__name__}: expected a tensor [B, C, H, W], of whole images")
+    if not (image.is_floating_point() or image.dtype == torch.uint8):
+        raise TypeError(f"image is {image.dtype}: expected floating-point numbers, or torch.uint8 for 8-bit pixels")
 
 
 def dtypes_fit(image: Tensor, *weights: Tensor) -> bool:

@@ -54,7 +54,7 @@ def absorbed_attention(
     check_heads(num_heads)
     scale = float(scale)
     *sources, first, last = frozen_operands(x, layer)
-    require("linear_fwd", "auto", (x, *sources, first, last))
+    require("linear_fwd", "auto", (x, *sources, first, last))  # checks the layer, of which the operator below sees none
     if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or first or last % (3 * num_heads):
         found = f"x of shape {tuple(x.shape)}, num_queries={num_queries} and {last - first} outputs"
         raise ValueError(f"found {found}: expected [B, S, E], 0 to S, and 3*D with D in {num_heads} heads")

@@ -35,6 +35,9 @@ def blend_prompts(
         J prompts [B, L, D], in the dtype that PyTorch promotes both to. Nothing but dropout's mask is kept for
         backward. Gradients are sums over the blocks; on CPUs in the order of a graph of single blocks, the last first,
         with the same bits.
+
+    Raises:
+        ValueError: for shapes or a batch that do not fit, or another p.
     """
     if not 0 <= p < 1:
         raise ValueError(f"p={p}: expected a probability below 1")

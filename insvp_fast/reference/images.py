@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_image_type", "crop_center", "fold", "normalize", "pool_center", "simam", "unfold"]
-
-
-def check_image_type(image: object) -> None:
-    """Raise TypeError for what is neither a tensor of floating-point numbers nor one of 8-bit pixels."""
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image is a {type(image).__name__}: expected a tensor [B, C, H, W], of whole images")
-    if not (image.is_floating_point() or image.dtype == torch.uint8):
-        raise TypeError(f"image is {image.dtype}: expected floating-point numbers, or torch.uint8 for 8-bit pixels")
+__all__ = ["crop_center", "fold", "normalize", "pool_center", "simam", "unfold"]
 
 
 def unfold(image: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, K]
