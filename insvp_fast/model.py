@@ -97,7 +97,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
     def _prompted_patches(self, image: Tensor) -> tuple[Tensor, Any]:
         self._compile_prompters()
-        if foreign(self, *STEPS):
+        if coverage.overridden(self, *STEPS):
             return super()._prompted_patches(image)
         dtype, autocast = self._precision(image)
         with torch.autocast(image.device.type, dtype, enabled=autocast):

@@ -25,6 +25,7 @@ from insvp_fast.coverage.covered import (
     dtypes_fit,
     forget,
     kept,
+    overridden,
     unsupported_reason,
 )
 from insvp_fast.coverage.rules import Rule, Table, rule
@@ -40,6 +41,7 @@ __all__ = [
     "dtypes_fit",
     "forget",
     "kept",
+    "overridden",
     "rule",
     "unsupported_reason",
     "watch",

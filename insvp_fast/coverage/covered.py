@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "dtypes_fit",
     "forget",
     "kept",
+    "overridden",
     "unsupported_reason",
 ]
 
@@ -66,6 +67,10 @@ class Covered(nn.Module):
     def _is_covered(self) -> bool:
         return _judge(self)
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _is_overridden(self, *methods: str) -> bool:
+        return foreign(self, *methods) is not None
+
 
 def unsupported_reason(part: Covered) -> str | None:
     """Why a model or a prompter takes the general path, in words; None if it takes the fast path.
@@ -92,7 +97,7 @@ def covers(part: nn.Module, obstacle: str | None = None) -> bool:
         return not torch.compiler.is_compiling() and _report(part, reason)
     if torch.compiler.is_compiling():
         _guard(part)
-        foreign(part, *part.replaced_methods)  # for the same purpose
+        _look_up(part, part.replaced_methods)
     covered: bool = part._is_covered()
     return covered
 
@@ -119,6 +124,20 @@ def _guard(module: nn.Module) -> int:
     for child in module.children():
         read += _guard(child)
     return read
+
+
+def _look_up(part: nn.Module, methods: Iterable[str]) -> None:
+    """While a model is traced, look methods up as a call does, so that PyTorch traces again when one is overridden."""
+    for name in methods:
+        getattr(part, name, None)
+
+
+def overridden(part: Covered, *methods: str) -> bool:
+    """Whether one of these methods is not this package's, also in compiled code."""
+    if torch.compiler.is_compiling():
+        _look_up(part, methods)
+    found: bool = part._is_overridden(*methods)
+    return found
 
 
 class _Result(NamedTuple):

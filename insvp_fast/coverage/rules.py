@@ -122,7 +122,7 @@ def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) 
 def foreign(owner: object, *names: str) -> str | None:
     """The first of these methods that an object has and that is not this package's."""
     for name in names:
-        method = getattr(owner, name, None)  # as a call looks it up, so that compiled code asks again after a change
+        method = getattr(owner, name, None)
         home = _home(getattr(method, "__func__", method))
         if name in getattr(owner, "__dict__", ()) or (method is not None and not home.startswith("insvp_fast.")):
             return name

@@ -122,7 +122,8 @@ def test_an_own_method_is_called(config, path, name, where):
 @torch.no_grad()
 def test_compiled_code_calls_a_method_that_is_replaced_later(path, name):
     reference, fast = (model.eval() for model in make_models("paper"))
-    image, compiled = images(), torch.compile(fast, backend="eager")
+    torch.compiler.reset()  # or the tests before would reach the limit of traces
+    image, compiled = images(), torch.compile(fast, backend="eager", fullgraph=True)
     compiled(image)
     for model in (reference, fast):
         override(path, name, "instance")(model)

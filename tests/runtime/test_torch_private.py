@@ -50,6 +50,7 @@ ALLOWED = {
     "_hub_mixin_info": "huggingface_hub's, of the mixin that the model inherits",
     "_reset_state": "accelerate's",
     "_Pickler": "the standard library's, in Python",
+    "_exit": "in Python's documentation of os",
     "_actions": "argparse's, which shtab and others read: the options of a parser",
     "_SubParsersAction": "argparse's, as above",
 }
