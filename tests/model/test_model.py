@@ -221,10 +221,14 @@ LAYOUTS = {  # of an image in memory
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="elsewhere masks of the reference depend on each call")
-@pytest.mark.parametrize("prompts", ["both", "global_prompt", "patch_prompt", "neither"])
 @pytest.mark.parametrize("specific_input", ["image", "prompted"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("channels", "weights"), [(3, "rows"), (3, "channels last"), (1, "rows")], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "weights", "prompts"),
+    [(3, "rows", prompts) for prompts in ("both", "global_prompt", "patch_prompt", "neither")]
+    + [(3, "channels last", "both"), (1, "rows", "both")],
+    ids=str,
+)
 def test_dropout_in_any_layout(channels, weights, layout, specific_input, prompts):
     """Masks are drawn in the order of memory, which what convolutions make has from image and weights."""
     made = {name: prompts in (name, "both") for name in ("global_prompt", "patch_prompt")}
