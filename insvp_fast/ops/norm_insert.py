@@ -53,10 +53,12 @@ def norm_insert(
         1/sigma of each row.
 
     Raises:
-        ValueError: for shapes that do not fit, or an unknown ``impl``.
+        ValueError: for shapes that do not fit, an eps below 0, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
-    _check(residual, branch, prompts, weight, bias, eps)
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: expected at least 0")
+    _check(residual, branch, prompts, weight, bias)
     operands = _Fwd(residual, branch, prompts, weight, bias, eps, dtype or residual.dtype, center)
     require("norm_insert_fwd", impl, operands)
     total, normed = apply(_NormInsert, *operands, impl)
@@ -64,15 +66,8 @@ def norm_insert(
 
 
 def _check(
-    residual: Tensor,
-    branch: Tensor | None,
-    prompts: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    residual: Tensor, branch: Tensor | None, prompts: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}: expected at least 0")
     if residual.ndim != 3:
         raise ValueError(f"residual has shape {tuple(residual.shape)}: expected [B, T, D]")
     B, _, D = residual.shape

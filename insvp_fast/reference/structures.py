@@ -32,7 +32,7 @@ def structure_of(backbone: nn.Module) -> Structure:
     """The structure of a backbone, by its type or a base of that; other models of timm take image prompts alone.
 
     Raises:
-        TypeError: if it is no module, or has not the methods of timm's models.
+        TypeError: if it is a class, or has not the methods of timm's models.
     """
     if isinstance(backbone, type):
         raise TypeError(f"backbone is the class {backbone.__name__}: expected a model, which it makes when called")
