@@ -11,6 +11,7 @@ the user's wish, so an operator has one kernel for all devices, which looks into
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -137,17 +138,20 @@ def register(
         run, _, _, recordable = table[implementation(name, arguments[at], given)]
         if not recordable:
             native.interrupt()
-        return _without_gradients(run, given)
+        return _as_alone(run, given)
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _operators[name] = _Operator(kernel, auto or _preferred, table, tensor_fields(operands))
 
 
-def _without_gradients(run: Callable[[Any], Any], given: Any) -> Any:
-    if not torch.is_grad_enabled():
+def _as_alone(run: Callable[[Any], Any], given: Any) -> Any:
+    """Run without gradients and autocast, which would compute in another dtype than that of the operands."""
+    device = _device_type(given)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which does not know the meta device
+    if not autocast and not torch.is_grad_enabled():
         return run(given)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else nullcontext():
         return run(given)
 
 
@@ -162,10 +166,14 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def _preferred(operands: Sequence[Any]) -> Sequence[str]:
+    return PREFERRED.get(_device_type(operands), ())
+
+
+def _device_type(operands: Sequence[Any]) -> str:
     for x in operands:
         if isinstance(x, Tensor):
-            return PREFERRED.get(x.device.type, ())
-    return ()
+            return x.device.type
+    raise AssertionError("an operator without a tensor")
 
 
 def implementation(name: str, impl: str, operands: Any) -> str:

@@ -14,6 +14,7 @@ from insvp_fast import ops
 from insvp_fast.ops import Blend, FrozenLinear, PatchWeights, registry
 from insvp_fast.ops.gated_mlp import KEEP as GATED_KEEP
 from insvp_fast.ops.mlp import KEEP
+from insvp_fast.runtime import prepack
 
 EITHER = (False, True)
 
@@ -91,37 +92,69 @@ class Recorded(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+def recorded_calls(dtype):
+    """The operators with their arguments, and once more for each implementation of theirs."""
+    with Recorded() as recorded:
+        for results in itertools.chain(*(make(dtype) for make in (attention, norm_insert, products, rotate, images))):
+            differentiable = [x for x in (results if isinstance(results, tuple) else (results,)) if x.requires_grad]
+            torch.autograd.backward(differentiable, [torch.randn_like(x) for x in differentiable])
+    assert {operator._opname for operator, _ in recorded.calls} == set(registry._operators)
+    for operator, arguments in recorded.calls:
+        at = [argument.name for argument in operator._schema.arguments].index("impl")
+        for impl in ("auto", *registry._operators[operator._opname].table):
+            if impl == "triton" and dtype != torch.bfloat16:  # the interpreter is slow
+                continue
+            yield operator, impl, [*arguments[:at], impl, *arguments[at + 1 :]]
+
+
 def run(operator, arguments):
-    """What the results are, or None if this implementation does not cover the arguments."""
+    """The results, or None if this implementation does not cover the arguments."""
     try:
         results = operator(*arguments)
     except RuntimeError as error:
         if 'impl="' not in str(error):
             raise
         return None
-    results = results if isinstance(results, tuple) else (results,)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def described(results):
     return [(x.dtype, x.device, tuple(x.shape), x.stride() if x.numel() else None) for x in results]
 
 
 @pytest.mark.parametrize("dtype", [*registry.FLOATS, torch.float64], ids=str)
 def test_traced_results_are_the_real_ones(dtype):
-    with Recorded() as recorded:
-        for results in itertools.chain(*(make(dtype) for make in (attention, norm_insert, products, rotate, images))):
-            differentiable = [x for x in (results if isinstance(results, tuple) else (results,)) if x.requires_grad]
-            torch.autograd.backward(differentiable, [torch.randn_like(x) for x in differentiable])
-    assert {operator._opname for operator, _ in recorded.calls} == set(registry._operators)
     tracing, wrong = FakeTensorMode(), set()
-    for operator, arguments in recorded.calls:
-        at = [argument.name for argument in operator._schema.arguments].index("impl")
-        for impl in ("auto", *registry._operators[operator._opname].table):
-            if impl == "triton" and dtype != torch.bfloat16:  # the interpreter is slow
-                continue
-            arguments[at] = impl
-            if (real := run(operator, arguments)) is None:
-                continue
-            with tracing:
-                fake = [tracing.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-                traced = run(operator, fake)
-            if traced != real:
-                wrong.add(f"{operator._opname}, {impl}: traced {traced}, computed {real}")
+    for operator, impl, arguments in recorded_calls(dtype):
+        if (real := run(operator, arguments)) is None:
+            continue
+        with tracing:
+            fake = [tracing.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            traced = run(operator, fake)
+        if described(traced) != described(real):
+            wrong.add(f"{operator._opname}, {impl}: traced {described(traced)}, computed {described(real)}")
     assert not wrong
+
+
+def test_autocast_changes_no_operator():
+    """They compute in the dtypes of their operands, and keep no weight that was packed in another."""
+    different = set()
+    for operator, impl, arguments in recorded_calls(torch.float32):
+
+        def computed(operator=operator, arguments=arguments):
+            torch.manual_seed(0)
+            return run(operator, arguments)
+
+        prepack.clear()
+        if (expected := computed()) is None:
+            continue
+        prepack.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = computed()
+        if not all(map(same_bits, found, expected)) or not all(map(same_bits, computed(), expected)):
+            different.add(f"{operator._opname}, {impl}")
+    assert not different
+
+
+def same_bits(x, y):
+    return x.dtype == y.dtype and torch.equal(x, y)
