@@ -280,7 +280,7 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
 
 def fingerprint_cases() -> Iterator[Case]:
     """The checksums of packed weights."""
-    signature = {"table_ptr": "*i64", "sums_ptr": "*i64", "first_line": "i32"}
+    signature = {"table_ptr": "*i64", "sums_ptr": "*i64", "first_line": "i32", "small": "i32"}
     yield Case("fingerprint", fingerprint._fingerprint_kernel, signature, fingerprint.CONSTANTS)
 
 

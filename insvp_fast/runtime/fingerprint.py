@@ -5,6 +5,7 @@ A look at a fingerprint reads a sample of the memory, another one each time, and
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -166,12 +167,12 @@ class DeviceFingerprint:
         return self.sums
 
     def rows(self) -> list[tuple[int, int]]:
-        """The address and the number of whole words of 4 bytes of each region that is still there."""
+        """The address and the number of bytes of each region that is still there."""
         rows = []
         for reference, offset, nbytes in self.regions:  # ``Region.address`` in fewer steps: this is done for every pass
             storage = reference()
             if storage is not None and offset + nbytes <= storage.nbytes():
-                rows.append((storage.data_ptr() + offset, nbytes // 4))
+                rows.append((storage.data_ptr() + offset, nbytes))
         return rows
 
     def broken(self) -> bool:
@@ -180,7 +181,8 @@ class DeviceFingerprint:
 
     def broken_anywhere(self) -> bool:
         held = [region.storage() for region in self.regions]  # alive while it is read
-        return None in held or not torch.equal(self._watch.sums(self.rows()), self.sums)
+        self.found = None in held or not torch.equal(self._watch.sums(self.rows()), self.sums)
+        return self.found
 
 
 class _Pass(NamedTuple):
@@ -190,7 +192,7 @@ class _Pass(NamedTuple):
     rows: list[tuple[int, int]]
     stream: int | None
     table: Tensor  # the rows, on the device
-    sums: Tensor  # [n, LINES]
+    sums: Tensor  # [n, LINES], what a look at each line has to find
     changed: Tensor  # [n], on the host
 
 
@@ -198,7 +200,7 @@ class _Watch:
     """The fingerprints of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._line = device, 0
+        self._device, self._line, self._lock = device, 0, threading.Lock()
         self._asked: dict[DeviceFingerprint, None] = {}  # in this pass, in their order
         self._last: DeviceFingerprint | None = None
         self._pass: _Pass | None = None
@@ -206,18 +208,22 @@ class _Watch:
 
     def asked(self, one: DeviceFingerprint) -> None:
         """Note that a forward product asks; where that begins a new pass, see what the last look has found and look."""
-        if one is self._last:  # once more, as the products with two parts of a weight do
-            self._last = None
-            return
-        if one in self._asked:
-            if self._pass is not None and self._looking is not None and self._looking.query():
-                self._looking = None
-                if self._pass.changed.any():
-                    self._find(self._pass)
-            if self._looking is None:
-                self._look()
-            self._asked.clear()
-        self._asked[one], self._last = None, one
+        with self._lock:
+            if one is self._last:  # once more, as the products with two parts of a weight do
+                self._last = None
+                return
+            if one in self._asked:
+                self._begin_pass()
+            self._asked[one], self._last = None, one
+
+    def _begin_pass(self) -> None:
+        if self._pass is not None and self._looking is not None and self._looking.query():
+            self._looking = None
+            if self._pass.changed.any():
+                self._find(self._pass)
+        if self._looking is None:
+            self._look()
+        self._asked.clear()
 
     def _find(self, seen: _Pass) -> None:
         owners = [held for held in seen.held for _ in held.regions]
@@ -227,10 +233,10 @@ class _Watch:
     def _look(self) -> None:
         self._line = (self._line + 1) % native.LINES
         own = self._pass = self._gather()
-        changed = self._checksums(own.table, self._line, 1)[:, 0] != own.sums[:, self._line]
+        changed = self._checksums(own.table, self._line, 1, SMALL)[:, 0] != own.sums[:, self._line]
         own.changed.copy_(changed, non_blocking=True)
         self._looking = torch.cuda.Event()
-        self._looking.record()
+        self._looking.record(torch.cuda.current_stream(self._device))
 
     def _gather(self) -> _Pass:
         held, rows, cuda = [], [], self._device.type == "cuda"
@@ -242,13 +248,11 @@ class _Watch:
         stream = torch_private.current_stream(self._device) if cuda else None  # which wrote the table
         if self._pass is not None and self._pass[:3] == (held, rows, stream):
             return self._pass
-        sums = (
-            torch.cat([one.sums_in_order() for one in held])
-            if held
-            else torch.empty(0, native.LINES, dtype=torch.int64)
-        )
+        table = self._table(rows)
+        sums = torch.cat([table.new_empty(0, native.LINES), *(one.sums_in_order() for one in held)])
+        sums = torch.where(table[:, 1:] <= SMALL, sums.sum(1, keepdim=True), sums)
         on_host = torch.empty(len(rows), dtype=torch.bool, pin_memory=cuda)
-        return _Pass(held, rows, stream, self._table(rows), sums.to(self._device), on_host)
+        return _Pass(held, rows, stream, table, sums, on_host)
 
     def sums(self, rows: list[tuple[int, int]]) -> Tensor:
         """The checksums of all lines of pieces of memory, [n, LINES]."""
@@ -259,10 +263,11 @@ class _Watch:
         # pinned: a copy from other memory would wait for the GPU
         return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
 
-    def _checksums(self, table: Tensor, first_line: int, num_lines: int) -> Tensor:
+    def _checksums(self, table: Tensor, first_line: int, num_lines: int, small: int = 0) -> Tensor:
+        """``small``: bytes of a piece up to which each checksum is the sum of all lines."""
         from insvp_fast.kernels.gpu import fingerprint as kernel
 
-        return kernel.fingerprint(table, first_line, num_lines)
+        return kernel.fingerprint(table, first_line, num_lines, small)
 
 
 _watch = cache(_Watch)

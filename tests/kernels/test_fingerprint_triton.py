@@ -1,5 +1,7 @@
 """The fingerprints of GPU memory: the Triton kernel, and comparisons that do not wait for the GPU."""
 
+import sys
+import threading
 import weakref
 
 import pytest
@@ -13,19 +15,23 @@ from insvp_fast.runtime.fingerprint import DeviceFingerprint, Region
 
 
 def table_of(*tensors):
-    rows = [(x.data_ptr(), x.nbytes // 4) for x in tensors]
+    rows = [(x.data_ptr(), x.nbytes) for x in tensors]
     return torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_parity(device, dtype):
-    tensors = [torch.randn(n, device=device).to(dtype) for n in (2, 30, 4096, 5000, 70_002)]
+    tensors = [torch.randn(n + 1, device=device).to(dtype)[1:] for n in (1, 30, 4096, 5000, 70_001)]
     sums = kernel.fingerprint(table_of(*tensors), 0, 128)
     for x, own in zip(tensors, sums, strict=True):
-        mixed = fingerprint._mixed(x.view(torch.int32), 0, 1)
-        padded = torch.nn.functional.pad(mixed, (0, -len(mixed) % 2048))
-        assert torch.equal(own, padded.view(-1, 128, 16).sum((0, 2)))
+        mixed = fingerprint._mixed(x.view(torch.int16), 0, 1)
+        padded = torch.nn.functional.pad(mixed, (0, -len(mixed) % 4096))
+        assert torch.equal(own, padded.view(-1, 128, 32).sum((0, 2)))
     assert torch.equal(kernel.fingerprint(table_of(*tensors), 77, 1), sums[:, 77:78])
+    whole = [x.nbytes <= 16384 for x in tensors]
+    assert sorted(set(whole)) == [False, True]
+    for x, own, found in zip(whole, sums, kernel.fingerprint(table_of(*tensors), 77, 1, 16384), strict=True):
+        assert found == (own.sum() if x else own[77])
 
 
 def test_an_empty_table(device):
@@ -37,7 +43,7 @@ class Event:
 
     reached = True
 
-    def record(self):
+    def record(self, stream):
         pass
 
     def query(self):
@@ -49,9 +55,10 @@ def held(device, monkeypatch):
     """Three weights with their fingerprints."""
     if device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
         monkeypatch.setattr(Event, "reached", True)
     fingerprint._watch.cache_clear()
-    weights = [torch.randn(40, 512, device=device) for _ in range(3)]
+    weights = [torch.randn(rows, 512, device=device) for rows in (8, 40, 40)]
     return [(w, DeviceFingerprint([Region.of(w, weakref.ref(w.untyped_storage()))], device)) for w in weights]
 
 
@@ -92,3 +99,38 @@ def test_freed_memory_is_not_read(held):
     for _ in range(3):
         a_pass(held)
     assert held[2][1].broken_anywhere()
+
+
+def test_any_write_to_a_small_weight_is_found_and_a_write_that_was_undone_forgotten(held):
+    (weight, own), value = held[0], held[0][0][3, 5].item()
+    for _ in range(3):
+        a_pass(held)
+    weight[3, 5] = value + 1
+    assert any(a_pass(held)[0] for _ in range(3))
+    weight[3, 5] = value
+    for _ in range(2):
+        a_pass(held)
+    assert not own.broken_anywhere() and not any(a_pass(held)[0] for _ in range(3))
+
+
+def test_threads_may_ask_at_once(held):
+    """As they go on from one to the other in between."""
+    before, errors = sys.getswitchinterval(), []
+
+    def ask():
+        try:
+            for number in range(300):
+                held[number % 3][1].broken()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
