@@ -132,8 +132,13 @@ class Launch:
 def _own(inputs: Tensors, needs: Sequence[bool]) -> list[Tensor]:
     """The inputs without what is in their graph, as hooks; other inputs than parameters in memory of their own."""
     with torch.inference_mode(False), torch.no_grad():
-        aliases = [x.detach() if isinstance(x, nn.Parameter) else x.detach().clone() for x in inputs]
+        aliases = [x.detach() if isinstance(x, nn.Parameter) else _copy(x) for x in inputs]
     return [x.requires_grad_(needed) for x, needed in zip(aliases, needs, strict=True)]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """In the same strides; ``clone`` closes gaps, and what computes may depend on these."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _as_called(device: torch.device, needs: Sequence[bool]) -> ExitStack:

@@ -152,7 +152,7 @@ register(
     "dropout_fwd",
     _Fwd,
     "(Tensor, Tensor)",
-    True,  # random
+    torch.Tag.nondeterministic_seeded,
     fake=_fwd_fake,
     reference=_fwd_reference,
     native=Implementation(_fwd_native, _fwd_native_reason),

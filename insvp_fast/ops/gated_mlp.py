@@ -11,7 +11,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
-from insvp_fast.ops.registry import Implementation, call, register, require
+from insvp_fast.ops.registry import PACKS, Implementation, call, register, require
 from insvp_fast.runtime import products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
 from insvp_fast.runtime.products import FrozenLinear
@@ -193,6 +193,7 @@ register(
     "gated_mlp_fwd",
     _Fwd,
     "(Tensor, Tensor, Tensor)",
+    PACKS,
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=_auto,
@@ -202,6 +203,7 @@ register(
     "gated_mlp_bwd",
     _Bwd,
     "Tensor",
+    PACKS,
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=_auto,

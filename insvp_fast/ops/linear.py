@@ -12,6 +12,7 @@ from torch import Tensor
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.registry import (
     FLOATS,
+    PACKS,
     Implementation,
     call,
     cpu_reason,
@@ -209,6 +210,7 @@ register(
     "linear_fwd",
     _Fwd,
     "Tensor",
+    PACKS,
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=_auto,
@@ -218,6 +220,7 @@ register(
     "linear_bwd",
     _Bwd,
     "Tensor",
+    PACKS,
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=_auto,

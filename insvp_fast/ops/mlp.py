@@ -11,7 +11,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
-from insvp_fast.ops.registry import Implementation, call, register, require, triton_reason, widened
+from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason, widened
 from insvp_fast.runtime import native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate_bwd
 from insvp_fast.runtime.products import FrozenLinear
@@ -204,6 +204,7 @@ register(
     "mlp_fwd",
     _Fwd,
     "(Tensor, Tensor)",
+    PACKS,
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=_auto,
@@ -214,6 +215,7 @@ register(
     "mlp_bwd",
     _Bwd,
     "Tensor",
+    PACKS,
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=_auto,

@@ -22,6 +22,7 @@ from torch.library import Library, register_fake
 from insvp_fast.runtime import native, torch_private
 
 __all__ = [
+    "PACKS",
     "AnyTensor",
     "Implementation",
     "Size",
@@ -45,6 +46,8 @@ DTYPES = frozenset((*FLOATS, torch.float64))  # of operands and results
 AnyTensor = Annotated[Tensor, "of dtypes that the operation checks itself"]
 _CHECKED: Any = (Tensor, AnyTensor, torch.dtype)
 _EXPECTED = f"{', '.join(map(str, FLOATS))} or torch.float64"
+# of an operator that looks at weights and keeps what it packs: torch.compile leaves it out of its own CUDA graphs
+PACKS = torch.Tag.cudagraph_unsafe
 Size = Annotated[int, torch.SymInt]  # a number that a compiled graph may leave open
 SCHEMA = {
     Tensor: "Tensor",
@@ -94,9 +97,7 @@ def register(
     name: str,
     operands: type[Any],
     returns: str,
-    random: bool = False,
-    /,
-    *,
+    *tags: torch.Tag,
     fake: Callable[[Any], Any],
     reference: Callable[[Any], Any],
     auto: Callable[[Any], Sequence[str]] | None = None,
@@ -108,7 +109,8 @@ def register(
         operands: a named tuple, whose fields are the operator's arguments; behind them it takes ``str impl``, and then
             those that have the default None, so that programs exported before there was one still run.
         returns: in the language of ``torch.library.define``.
-        random: whether it draws random numbers, so that compiled code must not merge or repeat its calls.
+        tags: ``torch.Tag.nondeterministic_seeded`` of what draws random numbers, whose calls compiled code may not
+            merge or repeat; ``PACKS`` of what packs weights.
         fake: of the operands, empty results of the right shapes and dtypes, for tracing.
         reference: of the operands, the results by the formula, for every device and dtype.
         auto: of the operands, the names to try for ``impl="auto"`` in this order; the device's ``PREFERRED`` if None.
@@ -121,10 +123,7 @@ def register(
     arguments = [f"{SCHEMA[hints[field]]} {field}" for field in operands._fields if field not in optional]
     behind, at = [f"{SCHEMA[hints[field]]} {field}=None" for field in optional], len(arguments)
     schema = ", ".join([*arguments, "str impl", *behind])
-    tags = [torch.Tag.pt2_compliant_tag]
-    if random:
-        tags.append(torch.Tag.nondeterministic_seeded)
-    LIBRARY.define(f"{name}({schema}) -> {returns}", tags=tags)
+    LIBRARY.define(f"{name}({schema}) -> {returns}", tags=[torch.Tag.pt2_compliant_tag, *tags])
     table = {"reference": Implementation(reference, lambda operands: None), **implementations}
 
     def trace(*arguments: Any) -> Any:

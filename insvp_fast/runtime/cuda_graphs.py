@@ -6,6 +6,7 @@ kernels of a step in one call: the same kernels with the same arguments, so it c
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from insvp_fast.runtime import torch_private
 __all__ = ["Space", "has_graphs", "is_capturing", "settings"]
 
 T = TypeVar("T")
+
+_one_at_a_time = threading.Lock()  # PyTorch captures one graph in a process
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -51,7 +54,9 @@ class Space:
         graph = torch.cuda.CUDAGraph()
         # other threads, as those that load data, may go on
         with (
+            _one_at_a_time,
             torch.cuda.device(self._stream.device),  # which may not be the current one
+            torch.cuda.stream(torch.cuda.current_stream(self._stream.device)),  # again, also where capturing fails
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
         ):
             results = function()

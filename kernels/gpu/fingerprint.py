@@ -1,8 +1,8 @@
 """Checksums of memory that should not change, such as frozen weights: Triton kernel and launcher.
 
 Memory is divided as in kernels/cpu/fingerprint, into blocks of 128 lines of 64 bytes. Checksum l covers line l of
-all blocks; it is the sum of a hash of each word and its position. Here a word has 2 bytes, as the smallest number, which
-may stand at any multiple of these. A look at one line reads small pieces in full: the sum of all their lines.
+all blocks; it is the sum of a hash of each word and its position. Here a word has 2 bytes, as the smallest numbers that
+are packed, which may stand at any multiple of these. A look at one line reads all lines of a small piece.
 """
 
 import torch

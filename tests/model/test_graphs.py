@@ -523,18 +523,21 @@ def test_hooks_of_parameters_run_once_for_a_step():
     assert len(graphs_of(model)) == 1 and len(seen) == 4
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["channels_last", "expanded", "slice"])
-def test_images_of_any_layout(layout):
-    model = model_of()
-    with torch.no_grad():
-        for seed in range(3):
-            image = image_of(seed=seed)
-            image = {
-                "channels_last": image.contiguous(memory_format=torch.channels_last),
-                "expanded": image[:1].expand(3, -1, -1, -1),
-                "slice": torch.cat([image, image], dim=3)[..., 32:96],
-            }[layout]
-            assert torch.equal(model(image), direct(model, model, image))
+def test_images_of_any_layout(layout, training):
+    """Graphs read copies, which have the same gaps; of what is in one place several times there is none."""
+    model = model_of("released").train(training)
+    for seed in range(4):
+        image = image_of(seed=seed)
+        image = {
+            "channels_last": image.contiguous(memory_format=torch.channels_last),
+            "expanded": image[:1].expand(3, -1, -1, -1),
+            "slice": torch.cat([image, image], dim=3)[..., 32:96],
+        }[layout]
+        found = trained_gradients(model, image, seed)
+        assert_same(found, direct(model, trained_gradients, model, image, seed))
+    assert len(graphs_of(model)) == (layout != "expanded")
 
 
 def test_wanted_blocks_of_which_some_have_no_gradient():
@@ -623,9 +626,11 @@ def test_a_function_that_cannot_be_captured_runs_as_it_is():
             raise RuntimeError("operation not permitted when stream is capturing")
         return [inputs[0] * inputs[0].sum().item()]
 
+    stream = torch_private.current_stream(DEVICE)
     own.run("key", [x], [], waits)
     with pytest.warns(UserWarning, match="cannot be captured"):
         assert own.run("key", [x], [], waits)[0].sum() == 9
+    assert torch_private.current_stream(DEVICE) == stream and torch.rand(9, device=DEVICE).sum() > 0
     assert own.run("key", [x], [], waits)[0].sum() == 9
     assert own.run("other", [x], [], doubled)[0].sum() == 6  # the GPU still works
     assert own.run("other", [x], [], doubled)[0].sum() == 6

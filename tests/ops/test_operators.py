@@ -158,3 +158,18 @@ def test_autocast_changes_no_operator():
 
 def same_bits(x, y):
     return x.dtype == y.dtype and torch.equal(x, y)
+
+
+def test_what_packs_weights_is_left_out_of_graphs_of_compiled_code(monkeypatch):
+    """Which would not look at the weights again, and would hold what is packed in memory of their own."""
+    packing = []
+
+    def packed(*arguments, **options):
+        packing.append(True)
+        return prepack.packed(*arguments, **options)
+
+    monkeypatch.setattr("insvp_fast.runtime.products.packed", packed)
+    for operator, impl, arguments in recorded_calls(torch.float32):
+        packing.clear()
+        run(operator, arguments)
+        assert registry.PACKS in operator.tags or not packing, f"{operator._opname}, {impl}"
