@@ -28,7 +28,7 @@ from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.model_card import make_model_card
 from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.released import infer_config, read_released, to_ours, to_released
-from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes, read_adapter_weights
+from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes, read_adapter_weights, skeleton
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
 
@@ -82,8 +82,8 @@ class AdapterCheckpoint(
             config: only for the hub mixin's signature, must be None: the model's own configuration is saved.
 
         Raises:
-            ValueError: if there is not one class name for each class, or if weights of the backbone are trainable,
-                which would not be saved.
+            ValueError: if there is not one class name for each class, or for what would not be saved: trainable weights
+                of the backbone, and modules and attributes of the model that its configuration does not make.
         """
         if config is not None:
             raise ValueError("config was given: expected None, an adapter is saved with the model's own configuration")
@@ -111,6 +111,7 @@ class AdapterCheckpoint(
             backbone=BackboneRecord.of(self.backbone),
             **self.description(),
         )
+        _require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
         weights = {key: value.detach().cpu().contiguous() for key, value in _adapter_part(self.state_dict()).items()}
         save_directory.mkdir(parents=True, exist_ok=True)
         write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
@@ -243,6 +244,27 @@ def _counterparts(module: nn.Module, other: nn.Module) -> Iterator[tuple[int, An
 def _adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a mapping by state-dict keys holds outside the backbone."""
     return {key: value for key, value in values.items() if not key.startswith("backbone.")}
+
+
+def _require_described(model: nn.Module, described: nn.Module) -> None:
+    """Raise ValueError for a module or public attribute beside backbone and head that is not as in the other model."""
+    found, expected = (_beside_backbone_and_head(each) for each in (model, described))
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        own, other = found.get(name), expected.get(name)
+        classes = [None if part is None else type(part).__name__ for part in (own, other)]
+        if name and classes[0] != classes[1]:  # the model itself may be of any class with this constructor
+            raise ValueError(f"{name} is {classes[0]}: {_expected(classes[1])}")
+        for key, value in vars(other).items():
+            if not key.startswith("_") and key != "training" and vars(own).get(key) != value:
+                raise ValueError(f"{name and f'{name}.'}{key} is {vars(own).get(key)}: {_expected(value)}")
+
+
+def _beside_backbone_and_head(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: part for n, part in model.named_modules() if n.partition(".")[0] not in ("backbone", "head")}
+
+
+def _expected(value: object) -> str:
+    return f"expected {value}, as the model's config makes it: with the weights, that is all that is saved"
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], saved: torch.dtype) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "other_state_dicts",
     "read_adapter_weights",
     "rename",
+    "skeleton",
     "unwrap_state_dict",
 ]
 
@@ -111,6 +112,16 @@ def expected_shapes(
     """The keys and shapes of a model's state dict, without changing the backbone or copying its weights.
 
     Raises:
+        CheckpointError, TypeError: as ``skeleton``.
+    """
+    model = skeleton(backbone, num_classes, config, where)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def skeleton(backbone: nn.Module, num_classes: int, config: InsVPConfig, where: object) -> InsVPReference:
+    """The model that is described, on the meta device, around a copy of the backbone.
+
+    Raises:
         CheckpointError: if the configuration does not fit the backbone.
         TypeError: if the backbone is of a class that cannot be prompted, or has more than one head.
     """
@@ -120,10 +131,9 @@ def expected_shapes(
     }
     weights |= {id(b): b.to("meta") for b in backbone.buffers()}
     try:
-        skeleton = InsVPReference(copy.deepcopy(backbone, weights), num_classes, config)
+        return InsVPReference(copy.deepcopy(backbone, weights), num_classes, config)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    return {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: object) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,43 @@ def test_refuses_to_lose_trained_weights_of_the_backbone(tmp_path):
     with pytest.raises(ValueError, match=r"backbone.norm.weight is trainable: expected a frozen backbone"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@models
+def test_refuses_to_lose_any_attribute_that_was_changed_by_hand(model_type, tmp_path):
+    """Of the model and its prompters; its configuration and number of classes are saved."""
+    model, tried = make_model(model_type), []
+    for name, part in make_model().named_modules():
+        if name.partition(".")[0] in ("backbone", "head"):
+            continue
+        own = model.get_submodule(name)
+        for key, value in vars(part).items():
+            if key.startswith("_") or key in ("training", "config", "num_classes"):
+                continue
+            setattr(own, key, "another")
+            path = f"{name}.{key}".lstrip(".")
+            with pytest.raises(ValueError, match=f"^{re.escape(path)} is another: expected .*all that is saved"):
+                model.save_pretrained(tmp_path / "adapter")
+            setattr(own, key, value)
+            tried.append(path)
+    assert {"global_prompter.conv1.dilation", "patch_prompter.dropout.p", "prompted_blocks"} < {*tried}
+    assert not (tmp_path / "adapter").exists()
+    model.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "removed"])
+def test_refuses_to_lose_modules(change, tmp_path):
+    model = make_model()
+    if change == "replaced":
+        model.global_prompter.conv1 = nn.Identity()
+    elif change == "added":
+        model.patch_prompter.more = nn.Identity()
+    else:
+        model.specific_prompter = None
+    with pytest.raises(
+        ValueError, match=r"(conv1|more) is Identity: expected|specific_prompter is None: expected Spec"
+    ):
+        model.save_pretrained(tmp_path / "adapter")
 
 
 def test_the_description_says_what_to_build(folder):
