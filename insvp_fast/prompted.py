@@ -385,15 +385,16 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         """8-bit pixels to what the backbone was trained with, in its dtype."""
-        weight = pixel_layer(self.backbone).weight
-        return reference.normalize(pixels, *self._pixel_scale(pixels.device)).to(weight.dtype)
+        normalized = reference.normalize(pixels, *self._pixel_scale(pixels.device))
+        return normalized.to(pixel_layer(self.backbone).weight.dtype)
 
     def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Factor and summand that normalize 8-bit pixels, [C] each."""
+        """See ``reference.pixel_scale``; kept, but in traces, modes and transforms, which make tensors of their own."""
         facts: Any = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
         key = device, tuple(facts["mean"]), tuple(facts["std"])
-        if key not in self._pixel_scales:
+        if (scale := self._pixel_scales.get(key)) is None:
             with torch.inference_mode(False):  # backward may keep them
-                mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in key[1:])
-                self._pixel_scales = {key: (1 / (255 * std), -mean / std)}
-        return self._pixel_scales[key]
+                scale = reference.pixel_scale(*key[1:], device)
+            if not (torch.compiler.is_compiling() or torch_private.dispatch_modes() or torch_private.transforming()):
+                self._pixel_scales = {key: scale}
+        return scale

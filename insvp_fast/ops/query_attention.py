@@ -18,7 +18,7 @@ from insvp_fast.ops.heads import (
     split_packed,
     without_padding,
 )
-from insvp_fast.ops.registry import check_tensors, tensor_fields
+from insvp_fast.ops.registry import check_tensors, run_alone, tensor_fields
 from insvp_fast.runtime import buffers, torch_private
 from insvp_fast.runtime.rows import rows_apart
 
@@ -75,14 +75,15 @@ class _QueryAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, kv: Tensor, num_heads: int, scale: float, num_keys: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        out, p = _attended(q, kv, num_heads, scale, num_keys, bias)
+        out, p = run_alone(lambda a: _attended(*a), (q, kv, num_heads, scale, num_keys, bias))
         ctx.save_for_backward(q, kv, p)
         ctx.shape = num_heads, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_attended_bwd(grad, *ctx.saved_tensors, *ctx.shape), *(None,) * 4
+        grads = run_alone(lambda a: _attended_bwd(*a), (grad, *ctx.saved_tensors, *ctx.shape))
+        return *grads, *(None,) * 4
 
 
 @rows_apart

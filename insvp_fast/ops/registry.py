@@ -34,6 +34,7 @@ __all__ = [
     "native_reason",
     "register",
     "require",
+    "run_alone",
     "tensor_fields",
     "triton_reason",
     "widened",
@@ -137,21 +138,21 @@ def register(
         run, _, _, recordable = table[implementation(name, arguments[at], given)]
         if not recordable:
             native.interrupt()
-        return _as_alone(run, given)
+        return run_alone(run, given)
 
     register_fake(f"insvp_fast::{name}", trace, lib=LIBRARY)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _operators[name] = _Operator(kernel, auto or _preferred, table, tensor_fields(operands))
 
 
-def _as_alone(run: Callable[[Any], Any], given: Any) -> Any:
+def run_alone(run: Callable[[Any], Any], operands: Any) -> Any:
     """Run without gradients and autocast, which would compute in another dtype than that of the operands."""
-    device = _device_type(given)
+    device = _device_type(operands)
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # which does not know the meta device
     if not autocast and not torch.is_grad_enabled():
-        return run(given)
+        return run(operands)
     with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return run(given)
+        return run(operands)
 
 
 def call(name: str, *arguments: Any) -> Any:

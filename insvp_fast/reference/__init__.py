@@ -9,7 +9,7 @@ J blocks.
 """
 
 from insvp_fast.reference.heads import DistilledHead, take_head
-from insvp_fast.reference.images import crop_center, fold, normalize, pool_center, simam, unfold
+from insvp_fast.reference.images import crop_center, fold, normalize, pixel_scale, pool_center, simam, unfold
 from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.model import ImagePrompt, InsVPReference, split_common_prompts
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
@@ -32,6 +32,7 @@ __all__ = [
     "crop_center",
     "fold",
     "normalize",
+    "pixel_scale",
     "pool_center",
     "simam",
     "split_common_prompts",

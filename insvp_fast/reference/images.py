@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["crop_center", "fold", "normalize", "pool_center", "simam", "unfold"]
+__all__ = ["crop_center", "fold", "normalize", "pixel_scale", "pool_center", "simam", "unfold"]
 
 
 def unfold(image: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, K]
@@ -34,6 +37,12 @@ def fold(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:  
 def normalize(image: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # [B, C, H, W], uint8
     """The values u·scale + shift that an 8-bit image stands for; both [C], the dataset's mean and deviation in them."""
     return image.to(scale.dtype) * scale[:, None, None] + shift[:, None, None]
+
+
+def pixel_scale(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The scale and shift of ``normalize``, [C] each, for the mean and deviation of a data set."""
+    center, deviation = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
+    return 1 / (255 * deviation), -center / deviation
 
 
 def simam(image: Tensor) -> Tensor:  # [B, C, H, W]

@@ -93,8 +93,11 @@ class PromptedReference(nn.Module):
 
     def train(self, mode: bool = True) -> PromptedReference:
         """Set the mode of what is trained; the frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.eval()
+        if not isinstance(mode, bool):
+            raise ValueError(f"mode={mode!r}: expected True or False")
+        self.training = mode
+        for name, child in self.named_children():
+            child.train(mode and name != "backbone")  # at no time: other models may use it in other threads
         return self
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:

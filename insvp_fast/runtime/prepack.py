@@ -247,7 +247,8 @@ def verify() -> int:
 
 
 def _drop_broken(records: Mapping[object, _Record]) -> int:
-    stale = [key for key, record in list(records.items()) if record.fingerprint.broken_anywhere()]
+    held = [(key, records.get(key)) for key in list(records)]  # records may go meanwhile, with their weights
+    stale = [key for key, record in held if record is not None and record.fingerprint.broken_anywhere()]
     for key in stale:
         _drop(key)
     return len(stale)

@@ -11,6 +11,7 @@ exact but for the rounding of W*g. So is a frozen factor of its outputs, the lay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from math import prod
@@ -114,7 +115,8 @@ class FrozenLinear(NamedTuple):
     def _constant(self) -> Tensor | None:
         constant = self.bias
         if self.shift is not None:
-            constant = self.weight.flatten(1).to(_wide(self.weight)) @ self.shift.to(_wide(self.weight))
+            # a matrix product would have the precision that PyTorch is set to, and this is kept for other settings
+            constant = (self.weight.flatten(1).to(_wide(self.weight)) * self.shift.to(_wide(self.weight))).sum(1)
             constant = constant if self.bias is None else constant + self.bias
         if constant is None or self.scale is None:
             return constant
@@ -259,7 +261,15 @@ def onednn_works(dtype: torch.dtype) -> bool:
 
 @cache
 def _works(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:
-    x, w = torch.linspace(-1, 1, 7 * 48).view(7, 48).to(dtype), torch.linspace(1, -1, 64 * 48).view(64, 48).to(dtype)
+    with ThreadPoolExecutor(1) as thread:  # which modes, transforms and the default device of the caller do not reach
+        return thread.submit(_gives_products, product, dtype).result()
+
+
+def _gives_products(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bool:
+    def numbers(first: float, rows: int) -> Tensor:
+        return torch.linspace(first, -first, rows * 48, dtype=torch.float32).view(rows, 48).to(dtype)
+
+    x, w = numbers(-1, 7), numbers(1, 64)
     try:
         y = product(x, w)
     except (AttributeError, RuntimeError):  # private operators: absent from this build, or refused on this CPU

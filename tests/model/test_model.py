@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.optim import param_groups_weight_decay
+from torch._subclasses import FakeTensorMode
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, prompters, unsupported_reason
 from insvp_fast.model import _draw_kept
@@ -456,6 +457,23 @@ def test_a_replaced_layer_of_the_patch_prompter_is_called(layer):
         new.load_state_dict(old.state_dict())
         setattr(model.patch_prompter, layer, new)
     assert_equal_numbers(reference, fast, images(fast))
+
+
+@pytest.mark.parametrize("surroundings", ["fake tensors", "a transform"])
+def test_8_bit_images_elsewhere_do_not_change_the_next_pass(surroundings):
+    reference, fast = (model.eval() for model in make_pair("vit_tiny_patch16_224", **TINY))
+    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
+    with torch.no_grad():
+        if surroundings == "fake tensors":
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fast(mode.from_tensor(pixels))
+        else:
+            values = {name: p.detach() for name, p in fast.named_parameters() if p.requires_grad}
+            torch.func.grad(lambda values: torch.func.functional_call(fast, values, (pixels,)).sum())(values)
+        mean, std = (torch.tensor(fast.backbone.pretrained_cfg[key], device=DEVICE) for key in ("mean", "std"))
+        expected = reference((pixels / 255 - mean[:, None, None]) / std[:, None, None])
+        assert relative_error(copy.deepcopy(fast)(pixels), expected) < 1e-5
+        assert relative_error(fast(pixels), expected) < 1e-5
 
 
 def test_8_bit_images_in_inference_do_not_hinder_training():

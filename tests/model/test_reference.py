@@ -21,6 +21,18 @@ def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def test_a_backbone_is_at_no_time_in_training_mode():
+    """It may be that of other models, which run in other threads."""
+    model, seen = InsVPReference("vit_tiny_patch16_224", 3, img_size=32, depth=1), []
+    for module in model.backbone.modules():
+        module.train = lambda mode=True, module=module: (seen.append(mode), type(module).train(module, mode))[1]
+    for mode in (True, False):
+        assert model.train(mode).training == model.global_prompter.dropout.training == mode
+    assert seen and not any(seen)
+    with pytest.raises(ValueError, match="mode=1: expected True or False"):
+        model.train(1)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8, 12), (2, 1, 16, 8), (3, 3, 28, 42)])
 def test_unfold_is_that_of_pytorch(shape):
     P = 14 if shape[-1] == 42 else 4

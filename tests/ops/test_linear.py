@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from insvp_fast import ops
@@ -28,6 +29,22 @@ def test_linear(dtype, weight_dtype):
     for value, rough, expected in zip(fast, plain, exact, strict=True):
         assert value.dtype == dtype
         assert_within_budget(value, rough, expected, dtype)
+
+
+@pytest.mark.parametrize("surroundings", [lambda: torch.device("meta"), FakeTensorMode, torch.inference_mode])
+def test_where_a_provider_is_first_asked_for_does_not_matter(surroundings):
+    expected = products.cpu_provider(torch.float32)
+    for cached in (products._cpu_provider, products._works):
+        cached.cache_clear()
+    with surroundings():
+        assert products.cpu_provider(torch.float32) == expected
+
+
+def test_what_is_kept_does_not_depend_on_the_precision_that_is_set(monkeypatch):
+    weight, shift = torch.randn(512, 768), torch.randn(768)
+    layer = FrozenLinear(weight, None, None, shift)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", None)  # whose precision is a setting
+    assert relative_error(layer._constant(), (weight.double() * shift.double()).sum(1)) < 1e-6
 
 
 @PROVIDERS

@@ -160,6 +160,32 @@ def same_bits(x, y):
     return x.dtype == y.dtype and torch.equal(x, y)
 
 
+def few_queries(dtype):
+    q, kv = some(2, 3, 8, dtype=dtype).requires_grad_(), some(2, 5, 16, dtype=dtype).requires_grad_()
+    yield ops.query_attention(q, kv, 2, 0.5)
+    common, specific = some(3, 8).requires_grad_(), some(2, 3, 8, dtype=dtype).requires_grad_()
+    yield ops.blend_prompts([common, common], specific, 0.5, 0.5, 2)
+
+
+@pytest.mark.parametrize("make", [attention, norm_insert, products, rotate, images, few_queries])
+def test_autocast_changes_no_function(make):
+    """Forward and backward; none gives another number or dtype, or fails."""
+
+    def computed():
+        torch.manual_seed(0)
+        for results in make(torch.float32):
+            results = results if isinstance(results, tuple) else (results,)
+            differentiable = [x for x in results if x.requires_grad]
+            torch.autograd.backward(differentiable, [torch.ones_like(x) for x in differentiable])
+            yield from results
+
+    prepack.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [*computed()]
+    expected = [*computed()]
+    assert len(found) == len(expected) and all(map(same_bits, found, expected))
+
+
 def test_what_packs_weights_is_left_out_of_graphs_of_compiled_code(monkeypatch):
     """Which would not look at the weights again, and would hold what is packed in memory of their own."""
     packing = []

@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from insvp_fast import InsVPConfig
 from insvp_fast.runtime import hardware, native, prepack, products
 from insvp_fast.runtime.fingerprint import NativeFingerprint, PlainFingerprint, Region
+from insvp_fast.runtime.native import fingerprint as native_fingerprint
 from insvp_fast.runtime.products import FrozenLinear
 from insvp_fast.testing import make_pair, relative_error, trained_gradients
 
@@ -406,6 +407,23 @@ def test_threads_that_look_at_once_all_see_a_write():
     for thread in threads:
         thread.join()
     assert len(seen) == 1200 and all(seen)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native library")
+def test_a_look_of_another_thread_does_not_change_which_line_is_compared(monkeypatch):
+    x = torch.randn(100_000)
+    held = NativeFingerprint([Region.of(x, weakref.ref(x.untyped_storage()))])
+    x[3] += 1  # in line 0 alone
+    library_call, others = native_fingerprint.call, []
+
+    def call(*arguments):
+        if not others:
+            others.append(True)
+            held._look.hold([5])
+        library_call(*arguments)
+
+    monkeypatch.setattr(native_fingerprint, "call", call)
+    assert not held._look.hold([0]) and others
 
 
 def test_a_storage_that_moves_takes_its_packed_weights_along(product):

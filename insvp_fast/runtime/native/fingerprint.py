@@ -40,11 +40,10 @@ class Look:
         rows = [row for one in several for row in one.rows]
         self._counts, self._num_rows = [len(one.rows) for one in several], len(rows)
         self._table = (i64 * (_ROW * len(rows)))(*(number for row in rows for number in row))
-        self._address = ctypes.addressof(self._table)
 
     def hold(self, lines: Sequence[int]) -> bool:
         """Whether the memory of each has its old checksum of one line, or, up to 64 KB, of all."""
-        self._table[_ROW - 1 :: _ROW] = [line for line, n in zip(lines, self._counts, strict=True) for _ in range(n)]
-        same = i32()
-        call("fingerprint_same", _SAME, self._address, self._num_rows, ctypes.addressof(same))
+        table, same = type(self._table).from_buffer_copy(self._table), i32()  # of this thread alone
+        table[_ROW - 1 :: _ROW] = [line for line, n in zip(lines, self._counts, strict=True) for _ in range(n)]
+        call("fingerprint_same", _SAME, ctypes.addressof(table), self._num_rows, ctypes.addressof(same))
         return bool(same.value)

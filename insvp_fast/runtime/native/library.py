@@ -143,7 +143,7 @@ def function(name: str, argtypes: Sequence[type], restype: type = i32, *, thread
         raise RuntimeError(str(status))
     found = getattr(lib, name)
     if found.argtypes is None:
-        found.argtypes, found.restype = [*argtypes, *[i32] * threads], restype
+        found.restype, found.argtypes = restype, [*argtypes, *[i32] * threads]  # in this order, for other threads
     return found
 
 
