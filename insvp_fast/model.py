@@ -17,6 +17,7 @@ from insvp_fast.coverage.rules import foreign
 from insvp_fast.ops.dropout import draws_natively, dropout_mask
 from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import InsVPReference
+from insvp_fast.reference.heads import leaves_backbone
 from insvp_fast.runtime import buffers, cuda_graphs
 from insvp_fast.runtime.elementwise import put, put_sum
 from insvp_fast.timm_interface import TimmInterface
@@ -54,6 +55,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         ValueError: also for settings that the fast path of this backbone, or another setting, does not go with.
     """
 
+    @leaves_backbone
     def __init__(
         self,
         backbone: str | nn.Module,

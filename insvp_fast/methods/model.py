@@ -15,6 +15,7 @@ from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
 from insvp_fast.methods.dam_vp import DAMVP
 from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import Geometry, ImagePrompt, PromptMethod
+from insvp_fast.reference.heads import leaves_backbone
 from insvp_fast.timm_interface import TimmInterface
 
 __all__ = ["MethodViT"]
@@ -42,6 +43,7 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
     prompt_widths = ()
     common_prompts = global_prompter = patch_prompter = specific_prompter = None
 
+    @leaves_backbone
     def __init__(
         self,
         backbone: str | nn.Module,

@@ -13,7 +13,7 @@ from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
 from insvp_fast.methods.tuning import Branch, Tuning
 from insvp_fast.reference import structure_of, take_head
-from insvp_fast.reference.heads import DistilledHead, reset_classifier
+from insvp_fast.reference.heads import DistilledHead, leaves_backbone, reset_classifier
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.timm_interface import TimmInterface
 
@@ -40,6 +40,7 @@ class TunedViT(MethodCheckpoint):
 
     KIND = Tuning
 
+    @leaves_backbone
     def __init__(
         self,
         backbone: str | nn.Module,

@@ -78,7 +78,7 @@ class _QueryAttention(torch.autograd.Function):
         out, p = run_alone(lambda a: _attended(*a), (q, kv, num_heads, scale, num_keys, bias))
         ctx.save_for_backward(q, kv, p)
         ctx.shape = num_heads, scale
-        return out
+        return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from timm.layers import ClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 
-__all__ = ["DistilledHead", "reset_classifier", "take_head"]
+__all__ = ["DistilledHead", "leaves_backbone", "reset_classifier", "take_head"]
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 class DistilledHead(nn.Module):
@@ -21,6 +26,27 @@ class DistilledHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = (self.class_head(tokens[:, 0]) + self.distillation_head(tokens[:, 1])) / 2
         return logits
+
+
+def leaves_backbone(init: Init) -> Init:
+    """A constructor that takes the head of a backbone, and where it fails leaves the backbone as it was."""
+
+    @functools.wraps(init)
+    def construct(self: Any, backbone: Any, *args: Any, **kwargs: Any) -> None:
+        modules = [*backbone.modules()] if isinstance(backbone, nn.Module) else []
+        before = [{k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(m).items()} for m in modules]
+        trained = [p for p in backbone.parameters() if p.requires_grad] if modules else []
+        try:
+            init(self, backbone, *args, **kwargs)
+        except BaseException:
+            for module, state in zip(modules, before, strict=True):
+                vars(module).clear()
+                vars(module).update(state)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+
+    return cast(Init, construct)
 
 
 def reset_classifier(backbone: Any, num_classes: int, *global_pool: str | None) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from insvp_fast.config import InsVPConfig
+from insvp_fast.reference.heads import leaves_backbone
 from insvp_fast.reference.images import simam
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
@@ -48,6 +49,7 @@ class InsVPReference(PromptedReference):
         ValueError: if its patches are not square, or the configuration asks for what it does not have.
     """
 
+    @leaves_backbone
     def __init__(
         self,
         backbone: str | nn.Module,

@@ -9,7 +9,7 @@ import torch
 from timm import create_model
 from torch import Tensor, nn
 
-from insvp_fast.reference.heads import DistilledHead, reset_classifier, take_head
+from insvp_fast.reference.heads import DistilledHead, leaves_backbone, reset_classifier, take_head
 from insvp_fast.reference.masks import with_mask
 from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.structure import Prompts, in_channels, pixel_layer
@@ -43,6 +43,7 @@ class PromptedReference(nn.Module):
     carry_prompts = PromptMethod.carry_prompts
     prompted_blocks: tuple[int, ...]
 
+    @leaves_backbone
     def __init__(
         self,
         backbone: str | nn.Module,

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, reference
+from insvp_fast.methods.lora import LoRA
+from insvp_fast.methods.model import MethodViT
+from insvp_fast.methods.tuned import TunedViT
 from insvp_fast.ops import Blend, PatchWeights
 from insvp_fast.ops.attention import attention_bwd_reference, attention_reference
 from insvp_fast.ops.norm_insert import norm_insert_bwd_reference, norm_insert_reference
@@ -19,6 +22,33 @@ OFF = {"global_prompt": False, "patch_prompt": False, "common_prompt": False, "s
 
 def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def fails_late(backbone):
+    LoRA(backbone)
+    raise ValueError("too late")
+
+
+FAILING = {
+    "configuration": lambda backbone: InsVPReference(backbone, 7, InsVPConfig(prompted_blocks=(99,))),
+    "fast configuration": lambda backbone: InsVPViT(backbone, config=InsVPConfig(prompted_blocks=(99,))),
+    "attention": lambda backbone: InsVPViT(backbone, 7, attention="none"),
+    "recompute": lambda backbone: InsVPViT(backbone, recompute="all"),
+    "method": lambda backbone: MethodViT(backbone, method=fails_late),
+    "tuning": lambda backbone: TunedViT(backbone, method=fails_late),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_constructor_that_fails_leaves_the_backbone_as_it_was(kind):
+    """Or the next one would find it without its head."""
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5)
+    twin, head, image = copy.deepcopy(backbone), backbone.head, torch.randn(2, 3, 32, 32)
+    with pytest.raises((ValueError, AttributeError)):
+        FAILING[kind](backbone)
+    assert backbone.head is head and backbone.training and all(p.requires_grad for p in backbone.parameters())
+    assert torch.equal(backbone(image), twin(image))
+    assert InsVPViT(backbone).num_classes == 5
 
 
 def test_a_backbone_is_at_no_time_in_training_mode():
