@@ -130,6 +130,8 @@ def skeleton(backbone: nn.Module, num_classes: int, config: InsVPConfig, where: 
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in backbone.parameters()
     }
     weights |= {id(b): b.to("meta") for b in backbone.buffers()}
+    for module in backbone.modules():  # no hooks, which may hold what cannot be copied
+        weights |= {id(value): type(value)() for name, value in vars(module).items() if name.endswith("_hooks")}
     try:
         return InsVPReference(copy.deepcopy(backbone, weights), num_classes, config)
     except ValueError as error:

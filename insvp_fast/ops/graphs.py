@@ -138,6 +138,8 @@ class Graphs:
         compute: Callable[[Tensors], Tensors],
     ) -> Graph | bool:
         """A graph that computes the bits that ``compute`` does; True, as before, while its memory is not free."""
+        if any(0 in x.stride() for x in inputs if not isinstance(x, nn.Parameter)):
+            return False  # prompters choose by how images are laid out, and a copy has no expanded dimensions
         if not space.is_free():
             return True
         device = inputs[0].device
@@ -198,8 +200,7 @@ def _is_unusual(inputs: Tensors) -> bool:
     """Whether something else is going on than the computation, which a graph would not do."""
     if torch_private.dispatches(inputs) or recording.current() is not None or torch.is_anomaly_enabled():
         return True
-    # one place several times is what no copy has, and by how images are laid out prompters choose what computes them
-    return cuda_graphs.is_capturing(inputs[0].device) or any(0 in x.stride() for x in inputs)
+    return cuda_graphs.is_capturing(inputs[0].device)
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:

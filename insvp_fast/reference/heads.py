@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from numbers import Integral
@@ -34,7 +33,7 @@ def leaves_backbone(init: Init) -> Init:
     @functools.wraps(init)
     def construct(self: Any, backbone: Any, *args: Any, **kwargs: Any) -> None:
         modules = [*backbone.modules()] if isinstance(backbone, nn.Module) else []
-        before = [{k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(m).items()} for m in modules]
+        before = [{k: v.copy() if isinstance(v, dict) else v for k, v in vars(m).items()} for m in modules]
         trained = [p for p in backbone.parameters() if p.requires_grad] if modules else []
         try:
             init(self, backbone, *args, **kwargs)

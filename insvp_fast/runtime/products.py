@@ -193,9 +193,6 @@ def linear_activation_bwd(grad: Tensor, w: FrozenLinear, pre: Tensor, activation
 def _by_rows(
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, matrix: Tensor, constant: Tensor | None
 ) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):  # the dtype of x is that of the product
-            return _by_rows(product, x, matrix, constant)
     # two dimensions, or PyTorch may take a batched product for one with a transposed weight
     y = product(x.reshape(-1, x.shape[-1]), matrix, constant)
     return y.view(*x.shape[:-1], y.shape[-1])

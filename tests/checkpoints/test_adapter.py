@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,23 @@ def test_refuses_to_lose_any_attribute_that_was_changed_by_hand(model_type, tmp_
     assert {"global_prompter.conv1.dilation", "patch_prompter.dropout.p", "prompted_blocks"} < {*tried}
     assert not (tmp_path / "adapter").exists()
     model.save_pretrained(tmp_path / "adapter")
+
+
+def test_hooks_of_the_backbone_are_no_matter(tmp_path):
+    """They may belong to what cannot be copied."""
+
+    class Watching:
+        def __init__(self):
+            self.own_lock = threading.Lock()
+
+        def watch(self, module, args, output):
+            pass
+
+    model = make_model()
+    for part in (model.backbone, model.backbone.blocks[0]):
+        part.register_forward_hook(Watching().watch)
+    model.save_pretrained(tmp_path / "adapter")
+    assert model.backbone._forward_hooks
 
 
 @pytest.mark.parametrize("change", ["replaced", "added", "removed"])

@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from insvp_fast import ops
 from insvp_fast.ops import FrozenLinear
-from insvp_fast.runtime import hardware, native, products
+from insvp_fast.runtime import hardware, native, prepack, products
 from insvp_fast.testing import assert_within_budget, relative_error
 from tests.gradients import DTYPES, copies, with_gradients
 
@@ -40,11 +40,18 @@ def test_where_a_provider_is_first_asked_for_does_not_matter(surroundings):
         assert products.cpu_provider(torch.float32) == expected
 
 
-def test_what_is_kept_does_not_depend_on_the_precision_that_is_set(monkeypatch):
-    weight, shift = torch.randn(512, 768), torch.randn(768)
-    layer = FrozenLinear(weight, None, None, shift)
-    monkeypatch.setattr(torch.Tensor, "__matmul__", None)  # whose precision is a setting
-    assert relative_error(layer._constant(), (weight.double() * shift.double()).sum(1)) < 1e-6
+def test_what_is_kept_does_not_depend_on_the_precision_that_is_set():
+    weight, shift, before = torch.randn(512, 768), torch.randn(768), torch.get_float32_matmul_precision()
+    x, results = torch.zeros(1, 768), []
+    for precision in ("medium", "high", "highest"):
+        prepack.clear()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            results.append(ops.linear(x, FrozenLinear(weight, None, None, shift)))
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
+    assert relative_error(results[0][0], (weight.double() * shift.double()).sum(1)) < 1e-6
 
 
 @PROVIDERS
