@@ -46,10 +46,10 @@ def poison(monkeypatch):
     def poisoned(function):
         def call(*args, **kwargs):
             fresh = function(*args, **kwargs)
-            with torch.no_grad():  # one that requires a gradient is filled too
-                if fresh.dtype == torch.uint8:
-                    return fresh.fill_(255)
-                return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+            if fresh.dtype == torch.uint8 or fresh.is_floating_point():
+                # through .data, for which PyTorch counts no write and asks for no gradient
+                fresh.data.fill_(255 if fresh.dtype == torch.uint8 else float("nan"))
+            return fresh
 
         return call
 

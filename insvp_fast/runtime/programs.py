@@ -128,6 +128,12 @@ class _Known(NamedTuple):
 
     storage: weakref.ref[UntypedStorage]
     piece: int
+    version: int | None = None  # of the tensor that native calls write
+
+
+def _version(x: Tensor) -> int | None:
+    """How often PyTorch has written into a tensor or its views; None in inference mode, which does not count."""
+    return None if x.is_inference() else x._version
 
 
 class Recorder:
@@ -171,7 +177,7 @@ class Recorder:
             piece = self._piece(New(len(self.sizes)))
             self.sizes.append(storage.nbytes())
         # what is written later may be where this was
-        self._known[id(storage)] = _Known(weakref.ref(storage, lambda _: free.append(piece)), piece)
+        self._known[id(storage)] = _Known(weakref.ref(storage, lambda _: free.append(piece)), piece, _version(x))
 
     def packed(self, made: Sequence[Tensor | None], use: Use) -> None:
         number = self.uses.add(use)
@@ -201,9 +207,17 @@ class Recorder:
         self._know(storage, self._piece(piece))
         return len(self.pieces) - 1
 
+    def _find_written(self, x: Tensor) -> int | None:
+        """The number of a piece, in which PyTorch must not have written what native calls would have to."""
+        storage = x.untyped_storage()
+        piece = self.find(storage)
+        if piece is not None and (version := self._known[id(storage)].version) is not None:
+            self._runs_again &= _version(x) == version
+        return piece
+
     def hold(self, x: Tensor) -> None:
         storage, address = x.untyped_storage(), x.data_ptr()
-        piece = self.find(storage)
+        piece = self._find_written(x)
         self._pointers[address] = None if piece is None else (piece, address - storage.data_ptr())
 
     def run(self, call: native.Call) -> None:
@@ -228,7 +242,7 @@ class Recorder:
             if x is None:
                 found.append(None)
                 continue
-            number = self.find(x.untyped_storage())
+            number = self._find_written(x)
             piece = None if number is None else self.pieces[number]
             if not (isinstance(piece, New) and x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()):
                 return None

@@ -47,17 +47,23 @@ def test_inputs_of_another_layout_are_another_program():
     assert all(kept._programs.values())
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda to, x: to.add_(x), lambda to, x: to[:1].copy_(x[:1])])
-@torch.no_grad()
-def test_what_pytorch_writes_into_memory_of_native_calls_is_in_no_program(write):
+def test_what_pytorch_writes_into_memory_of_native_calls_is_in_no_program(write, last, gradients):
     def compute(x):
         product = ops.linear(x, FIRST)
-        write(product, product.flip(0))
-        return [ops.linear(product, SECOND)]
+        write(product, product.detach().flip(0))
+        return [product] if last else [ops.linear(product, SECOND)]
 
     kept = Programs()
     for seed in range(4):
-        assert run(kept, torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)), compute) == [None]
+        x = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)).requires_grad_(gradients)
+        (found,), (expected,) = kept.run("key", [x], lambda inputs: compute(*inputs)), compute(x)
+        assert torch.equal(found, expected)
+        if gradients:
+            assert_equal(torch.autograd.grad(found.sum(), [x]), torch.autograd.grad(expected.sum(), [x]))
+        assert [*kept._programs.values()] == [None]
 
 
 @torch.no_grad()
