@@ -11,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each, or the workers would w
 import torch
 from hypothesis import settings
 
+gc.disable()  # until the tests are collected; what that makes is no garbage
+
 if not torch.cuda.is_available():
     # Triton reads the variable while it is imported; set later, half of its functions would not be interpreted.
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could choose the interpreter"
@@ -83,6 +85,7 @@ def pytest_collection_finish():
     """What is imported by now stays: collections of garbage need not look at it again, and are wanted more seldom."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(100_000, 20, 20)  # a sixteenth of the time of tests of whole models
 
 

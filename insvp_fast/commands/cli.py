@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import json
 import os
 import sys
@@ -110,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The process ``insvp``: ``main``, and the end, without what was registered for it before this module's import."""
+    # six times the imports would have all objects looked through for garbage, of which they make none: a sixth of them
+    gc.set_threshold(*gc.get_threshold()[:2], 100)
     _statuses.append(main())
     sys.exit(_statuses[0])
 

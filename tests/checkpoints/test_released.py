@@ -37,7 +37,7 @@ CASES = [
     (1, 2, 2, 16, (7, 9, 3), False),
     (2, 3, 2, 9, (9, 5, 3), True),
     (1, 2, 1, 20, (7, 9, 3), True),
-    (1, 12, 12, 16, (7, 9, 3), False),
+    pytest.param((1, 12, 12, 16, (7, 9, 3), False), marks=pytest.mark.slow),
 ]
 
 

@@ -535,6 +535,11 @@ def test_the_norms_may_be_folded_or_not(autocast):
     assert not torch.equal(results[0]["logits"], results[1]["logits"])  # the option has an effect
 
 
+def keeps_attended() -> bool:
+    """Whether attention keeps its result for backward in bf16, as PyTorch's does."""
+    return DEVICE.type == "cpu" and cpu_attention(torch.bfloat16) == "flash"
+
+
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
 def test_saved_for_backward_is_the_minimum(recompute):
     """A block keeps both normalized buffers, QKV, attended values and, unless computed again, GELU's input, in bf16."""
@@ -544,16 +549,18 @@ def test_saved_for_backward_is_the_minimum(recompute):
     fast.recompute = shallow.recompute = recompute
     image = images(fast, 4)
     T, S, D = 17, 26, 192
-    attended = T * D if DEVICE.type == "cpu" and cpu_attention(torch.bfloat16) == "flash" else 0
+    attended = T * D if keeps_attended() else 0
     block = 4 * 2 * (S * D + 3 * S * D + attended + T * D + (4 * T * D if recompute == "none" else 0))
     measured = saved_bytes(fast, image, torch.bfloat16) - saved_bytes(shallow, image, torch.bfloat16)
     assert block <= measured < 1.03 * block  # the rest is a few numbers for each token
 
 
-@pytest.mark.parametrize(("recompute", "megabytes"), [("none", 36), ("mlp", 20), ("block", 6)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "megabytes"), [("none", 33), ("mlp", 19.5), ("block", 5)])
 def test_vit_base_saves_little_per_image(recompute, megabytes):
     fast = InsVPViT("vit_base_patch16_224", 200, recompute=recompute).to(DEVICE)
-    assert saved_bytes(fast, images(fast, 1), torch.bfloat16) < megabytes * 1e6
+    attended = 12 * 2 * 197 * 768 if keeps_attended() and recompute != "block" else 0
+    assert saved_bytes(fast, images(fast, 1), torch.bfloat16) < megabytes * 1e6 + attended
 
 
 @pytest.mark.slow
