@@ -74,11 +74,12 @@ inline void sum_arrays(float* arrays, int64_t count, int64_t size, [[maybe_unuse
 }
 
 // Aligned memory, handed out piece by piece. Pieces of whole cache lines stay aligned. `base` is null where there is no
-// memory.
+// memory. It is of whole lines, as systems other than Linux refuse other multiples of the alignment.
 struct Workspace {
   float *base, *next;
   explicit Workspace(int64_t floats)
-      : base(static_cast<float*>(std::aligned_alloc(64, larger(floats, kLine) * sizeof(float)))), next(base) {}
+      : base(static_cast<float*>(std::aligned_alloc(64, whole_lines(larger(floats, 1)) * sizeof(float)))),
+        next(base) {}
   ~Workspace() { std::free(base); }
   float* take(int64_t floats) {
     float* piece = next;
