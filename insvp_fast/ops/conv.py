@@ -61,9 +61,9 @@ def conv(
         RuntimeError: if the implementation asked for cannot run here.
     """
     check_shapes(x, weight, bias, height, width, 1)
-    if not 0 < dilation * max(1, *weight.shape[2:]) < 2**30 or dilation != int(dilation):
+    if not 0 < dilation * max(weight.shape[2:]) < 2**24 or dilation != int(dilation):
         raise ValueError(
-            f"dilation={dilation}: expected an integer from 1 on, with which a kernel spans < 2**30 pixels"
+            f"dilation={dilation}: expected an integer from 1 on, with which a kernel spans < 2**24 pixels"
         )
     # rounding would decide on which side of the ReLU some sums are, and so where the gradient goes
     exact = relu and differentiates((x, weight, bias))
@@ -78,6 +78,8 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: in
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or bias.shape != weight.shape[:1]:
         shapes = tuple(x.shape), tuple(weight.shape), tuple(bias.shape)
         raise ValueError(f"x, weight and bias have shapes {shapes}: expected [B, C, H, W], [O, C, kh, kw] and [O]")
+    if min(weight.shape) < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [O, C, kh, kw], each from 1 on")
     H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:
         raise ValueError(f"a center of {height}x{width}: expected at most {H}x{W}, in windows of {pool}x{pool}")
@@ -210,7 +212,7 @@ def _fwd_native_reason(a: _Fwd) -> str | None:
 
 def _bwd_native_reason(a: _Bwd) -> str | None:
     reason = native_reason(a.x.device, a.grad.dtype, a.x.dtype, weights=(a.weight,))
-    return reason or not_finite_reason(a.grad, a.x)
+    return reason or not_finite_reason(a.grad, a.x, a.weight)
 
 
 def margin(x: Tensor, weight: Tensor, dilation: int, height: Size, width: Size) -> tuple[int, int]:

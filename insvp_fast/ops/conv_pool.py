@@ -180,7 +180,7 @@ def _fwd_native_reason(a: _Fwd) -> str | None:
 
 def _bwd_native_reason(a: _Bwd) -> str | None:
     reason = native_reason(a.x.device, a.grad.dtype, a.x.dtype, weights=(a.weight,))
-    return reason or not_finite_reason(a.grad, a.x)
+    return reason or not_finite_reason(a.grad, a.x, a.weight)
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:

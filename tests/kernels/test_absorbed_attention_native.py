@@ -92,3 +92,17 @@ def test_what_is_refused():
         native.absorbed_attention_fwd(rows.bfloat16(), x, 1.0)
     with pytest.raises(TypeError, match="x has dtype"):
         native.absorbed_attention_fwd(rows.double(), x.double(), 1.0)
+    for keys in (0, 6, 10**8, -(10**8)):
+        with pytest.raises(ValueError, match="expected 1 to 5"):
+            native.absorbed_attention_fwd(rows, x, 1.0, torch.tensor([5, keys]))
+
+
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e15])
+def test_large_scores(isa, size):
+    """The largest one, in a row of its own size, is subtracted as it was rounded."""
+    x = size * torch.eye(3, 19)[None]
+    rows = torch.eye(3, 19)[None] * torch.tensor([size, -size, 1.0])[:, None]
+    means, weights = native.absorbed_attention_fwd(rows, x, 0.33)
+    p = (0.33 * rows.double() @ x.double().mT).softmax(-1)
+    assert_close("weights", weights, p)
+    assert_close("means", means, p @ x.double())

@@ -222,12 +222,6 @@ def test_few_products_are_not_rounded(isa, shape):
     assert_same_bits([[native.conv_fwd(x, weight, bias, 12, 20, 21, False, F32, dtype)] for dtype in (None, BF16)])
 
 
-def test_kernels_without_a_row():
-    x, weight, bias = torch.randn(2, 3, 8, 9), torch.zeros(5, 3, 0, 3), torch.randn(5)
-    y, _ = native.conv_pool_fwd(x, weight, bias, 8, 8, 2, SLOPE, F32, BF16)
-    assert_close("y", y, F.leaky_relu(bias.double(), SLOPE).view(5, 1, 1).expand(2, 5, 4, 4))
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3.4e38])  # the last is infinite in bf16
 @pytest.mark.parametrize("where", ["image", "weight"])
 def test_what_bf16_cannot_hold_is_not_rounded(isa, where, bad):
@@ -323,6 +317,11 @@ def test_wrong_arguments_are_refused():
         native.conv_fwd(x.to("meta"), weight, bias, 1, 12, 12, True, F32)
     with pytest.raises(ValueError, match=r"weight has shape .* expected \(2, 3, 3, 3\)"):
         native.conv_fwd(x, weight[:, :1], bias, 1, 12, 12, True, F32)
+    for empty in (weight[:0], weight[:, :, :0], weight[..., :0]):
+        with pytest.raises(ValueError, match="not empty"):
+            native.conv_fwd(x, empty, bias[: len(empty)], 1, 12, 12, True, F32)
+    with pytest.raises(MemoryError):  # 64 TB, with places that integers of 32 bits do not hold
+        native.conv_fwd(x, weight, bias, 2**21, 12, 12, True, F32)
     with pytest.raises(ValueError, match="13x12 is no center of 12x12"):
         native.conv_fwd(x, weight, bias, 1, 13, 12, True, F32)
     with pytest.raises(ValueError, match="12x10 is no center of 12x12 in windows of 4x4"):

@@ -163,6 +163,18 @@ def test_operations(isa, draw, dtype):
             assert torch.equal(value.isfinite(), exact.isfinite()), f"seed {seed}, {constants}"
 
 
+@pytest.mark.parametrize("draw", [draw_conv, draw_conv_pool])
+def test_convolutions_by_weights_that_are_not_finite(isa, draw):
+    for seed in range(24):
+        torch.manual_seed(seed)
+        formula, operation, (x, weight, bias), _, constants = draw()
+        inputs = [x, spoil(weight), bias]
+        grads = [torch.randn_like(formula(*inputs, *constants))]
+        expected = values(formula, inputs, constants, grads)
+        for value, exact in zip(values(operation, inputs, constants, grads), expected, strict=True):
+            assert torch.equal(value.isfinite(), exact.isfinite()), f"seed {seed}, {constants}"
+
+
 @pytest.mark.parametrize("size", [1, 5, 12])
 @pytest.mark.parametrize("pool", [1, 2, 3])
 def test_the_maximum_of_a_window_with_nan_is_nan(pool, size):

@@ -105,6 +105,10 @@ def test_written_out_gradients_are_those_of_autograd(kernel, relu):
     [
         (lambda x, w, b: ops.conv(x, w[:, :1], b, 1, 9, 10), "expected"),
         (lambda x, w, b: ops.conv(x, w, b[:1], 1, 9, 10), "expected"),
+        (lambda x, w, b: ops.conv(x, w[..., :0], b, 1, 9, 10), r"weight has shape \(.*, 0\).* each from 1 on"),
+        (lambda x, w, b: ops.conv(x, w[:0], b[:0], 1, 9, 10), r"weight has shape \(0, .* each from 1 on"),
+        (lambda x, w, b: ops.conv_pool(x[:, :0], w[:, :0], b, 8, 8, 2), "each from 1 on"),
+        (lambda x, w, b: ops.conv(x, w, b, 2**23, 9, 10), r"dilation=8388608.* spans < 2\*\*24"),
         (lambda x, w, b: ops.conv(x, w, b, 1, 10, 10), "a center of 10x10: expected at most 9x10"),
         (lambda x, w, b: ops.conv_pool(x, w, b, 8, 8, 3), "in windows of 3x3"),
         (lambda x, w, b: ops.conv_pool(x, w, b, 8, 8, 17), "windows of 17x17"),

@@ -5,11 +5,10 @@ Letters: ``B`` images of ``S`` tokens of ``E`` numbers, and ``R`` rows, one for 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, f32, i32, i64, launch, ptr, require
+from insvp_fast.runtime.native.library import TYPE_CODES, address, checked_keys, f32, i32, i64, launch, ptr, require
 
 __all__ = ["absorbed_attention_bwd_rows", "absorbed_attention_bwd_tokens", "absorbed_attention_fwd"]
 
@@ -44,8 +43,7 @@ def _rows(
     rows = require("rows", rows, (B, R, E), dtype)
     if softmax is not None:
         softmax = require("weights", softmax, (B, R, S), dtype)
-    if num_keys is not None:
-        num_keys = require("num_keys", num_keys, (B,), torch.int64)
+    num_keys = checked_keys(num_keys, B, S, 1)
     means, weights = buffers.empty((B, R, E), dtype), buffers.empty((B, R, S), dtype)
     launch(
         "absorbed_attention_rows",

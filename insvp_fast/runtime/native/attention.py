@@ -14,6 +14,7 @@ from insvp_fast.runtime import buffers
 from insvp_fast.runtime.native.library import (
     TYPE_CODES,
     address,
+    checked_keys,
     f32,
     function,
     i32,
@@ -87,7 +88,7 @@ def _fwd(
 ) -> Tensor:
     d = _head_width(qkv, heads)
     (B, S, _), (n, w) = qkv.shape, shape
-    num_keys = _checked_keys(num_keys, B, S, n * w)
+    num_keys = checked_keys(num_keys, B, S, n * w)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
     out = buffers.empty((B, n * w, heads * d), qkv.dtype)
     sizes = B, n, w, S - n * w, heads, d
@@ -107,7 +108,7 @@ def _bwd(
 ) -> Tensor:
     d = _head_width(qkv, heads)
     (B, S, _), (n, w) = qkv.shape, shape
-    num_keys = _checked_keys(num_keys, B, S, n * w)
+    num_keys = checked_keys(num_keys, B, S, n * w)
     qkv = require("qkv", qkv, tuple(qkv.shape), *TYPE_CODES)
     grad = require("grad", grad, (B, n * w, heads * d), qkv.dtype)
     d_qkv = buffers.empty_like(qkv)
@@ -126,16 +127,6 @@ def _head_width(qkv: Tensor, num_heads: int) -> int:
 def _check_queries(qkv: Tensor, num_queries: int) -> None:
     if qkv.ndim == 3 and not 0 <= num_queries <= qkv.shape[1]:
         raise ValueError(f"num_queries is {num_queries}: expected 0 to {qkv.shape[1]}, the number of tokens")
-
-
-def _checked_keys(num_keys: Tensor | None, B: int, S: int, T: int) -> Tensor | None:
-    """``num_keys``, contiguous, after a check: other values would let C++ read and write anywhere."""
-    if num_keys is None:
-        return None
-    num_keys = require("num_keys", num_keys, (B,), torch.int64)
-    if B and not max(T, 1) <= int(num_keys.min()) <= int(num_keys.max()) <= S:
-        raise ValueError(f"num_keys is {num_keys.tolist()}: expected {max(T, 1)} to {S}, queries to tokens")
-    return num_keys
 
 
 def _checked(qkv: Tensor, num_heads: int, given: Windows) -> Windows:

@@ -32,8 +32,9 @@ _POOL_BWD = [*array * 2, ptr, *array, ptr, *array, ptr, ptr, *[i64] * 10, f32]
 
 def _sizes(x: Tensor, weight: Tensor, height: int, width: int, pool: int = 1) -> tuple[int, ...]:
     """B, C, H, W, O, height, width, kh, kw."""
-    if x.ndim != 4 or weight.ndim != 4:
-        raise ValueError(f"expected x [B, C, H, W] and weight [O, C, kh, kw], got {x.shape} and {weight.shape}")
+    if x.ndim != 4 or weight.ndim != 4 or 0 in weight.shape:
+        shapes = tuple(x.shape), tuple(weight.shape)
+        raise ValueError(f"x and weight have shapes {shapes}: expected [B, C, H, W] and [O, C, kh, kw], not empty")
     H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:
         raise ValueError(f"{height}x{width} is no center of {H}x{W} in windows of {pool}x{pool}")

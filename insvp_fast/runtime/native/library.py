@@ -112,6 +112,16 @@ def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) 
     return x if x.is_contiguous() else contiguous(x)
 
 
+def checked_keys(num_keys: Tensor | None, B: int, S: int, T: int) -> Tensor | None:
+    """``num_keys``, contiguous, after a check: other values would let C++ read and write anywhere."""
+    if num_keys is None:
+        return None
+    num_keys = require("num_keys", num_keys, (B,), torch.int64)
+    if B and not max(T, 1) <= int(num_keys.min()) <= int(num_keys.max()) <= S:
+        raise ValueError(f"num_keys is {num_keys.tolist()}: expected {max(T, 1)} to {S}, queries to tokens")
+    return num_keys
+
+
 def contiguous(x: Tensor) -> Tensor:
     """A contiguous copy of ``x``."""
     recording.interrupt()

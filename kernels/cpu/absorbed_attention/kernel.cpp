@@ -57,10 +57,13 @@ inline void add_up(float* to, int64_t stride, const float* weights, int64_t S, i
 // products -> their softmax
 inline void soften(float* row, int64_t count, float scale) {
   float most = -__builtin_inff();
-  for (int64_t s = 0; s < count; ++s) most = scale * row[s] > most ? scale * row[s] : most;
+  for (int64_t s = 0; s < count; ++s) {
+    row[s] *= scale;  // stored, as the rounding of a product that is subtracted while it is made would remain
+    most = row[s] > most ? row[s] : most;
+  }
   vec totals = {};
   for (int64_t s = 0; s < count; s += kWidth) {
-    const vec e = exp(scale * load_some(row + s, count - s) - most);
+    const vec e = exp(load_some(row + s, count - s) - most);
     store_some(row + s, e, count - s);
     totals += count - s < kWidth ? (vec)((bits32)e & is_one_of_the_first(count - s)) : e;
   }

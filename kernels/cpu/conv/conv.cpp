@@ -54,6 +54,7 @@ int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   const int64_t taps = s.taps(), phases = s.pool * s.pool;
   a.block = block_of(s.O);
   a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1));
+  if (!has_places(s, a.l)) return -1;
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const TileSizes sizes(s);
   const bool tiles = rounded && tiles_pay(s) && kernels().tiles;
@@ -126,6 +127,7 @@ int weight_gradient(ConvBwdWeights a, float* dw, float* db, bool rounded, int th
   const ConvShape& s = a.s;
   a.block = block_of(s.O);
   a.l = layout(s, s.O);
+  if (!has_places(s, a.l)) return -1;
   const int64_t taps = s.taps(), weights = s.O * taps, jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const int64_t size = whole_lines(weights + s.O);
   a.tiles = rounded && weight_tiles_pay(s) && kernels().tiles;
@@ -203,10 +205,10 @@ int pool_weight_gradient(const ConvPoolBwd& a, float* dw, float* db, int threads
 
 using namespace insvp_fast;
 
-// All return 0, or -1 if there is no memory for the workspace. Tensors are contiguous: x [B, C, H, W],
-// w [O, C, KH, KW], bias [O], y, grad and indices [B, O, OH / pool, OW / pool]. The result is LeakyReLU of the maxima
-// in windows of pool x pool of the central OH x OW of a convolution with "same" padding. Slope 0 is ReLU, 1 is none.
-// Factors may be rounded to operand_type where they are multiplied.
+// All return 0, or -1 if there is no memory for the workspace, or if that of a job would have 8 GB. Tensors are
+// contiguous: x [B, C, H, W], w [O, C, KH, KW], bias [O], y, grad and indices [B, O, OH / pool, OW / pool]. The result
+// is LeakyReLU of the maxima in windows of pool x pool of the central OH x OW of a convolution with "same" padding.
+// Slope 0 is ReLU, 1 is none. Factors may be rounded to operand_type where they are multiplied.
 
 INSVP_FAST_API int conv_fwd(
     void* x, int x_type, const float* w, const float* bias, void* y, int y_type, uint8_t* indices, int64_t B, int64_t C,
@@ -245,6 +247,7 @@ INSVP_FAST_API int conv_pool_bwd(
     void* d_x, int d_x_type, float* dw, float* db, int64_t B, int64_t C, int64_t H, int64_t W, int64_t O, int64_t OH,
     int64_t OW, int64_t KH, int64_t KW, int64_t pool, float negative_slope, int threads) {
   const ConvShape s = shape(B, C, H, W, O, OH, OW, KH, KW, 1, pool);
+  if (OH + KH > INT32_MAX / pool_row(s)) return -1;  // places in a map are integers of 32 bits
   const int64_t chunk = round_up(KW * C, kernels().width);
   const int64_t rows = rows_of_job(s.rows_out(), pool * pool_row(s) + 2 * s.cols_out(), (KH - 1) * pool_row(s));
   const ConvPoolBwd a{s, {grad, DType(grad_type)}, {y, DType(y_type)}, {x, DType(x_type)}, {d_x, DType(d_x_type)},

@@ -36,6 +36,11 @@ inline int64_t spare_floats(const ConvShape& s, const ConvLayout& l) {
   return larger(s.W, s.OW) + kSlack + s.pool * l.stride;
 }
 
+// Whether places in a job's maps are integers of 32 bits, as the kernels take them.
+inline bool has_places(const ConvShape& s, const ConvLayout& l) {
+  return l.plane <= INT32_MAX / (s.pool * s.pool * s.C + 1);
+}
+
 // The number of vectors of a job, at most.
 inline int64_t most_positions(const ConvShape& s, const ConvLayout& l) {
   return l.rows * ceil_div(larger(l.stride, s.cols_out()), kernels().width) + 1;
