@@ -52,7 +52,8 @@ def conv_pool(
         x, weight, bias, dtype, impl: as in ``conv``, but on GPUs the operands of all products have the dtype of x.
         height, width: of the center that is convolved, at most H and W.
         pool: at most 16, and a divisor of height and width.
-        negative_slope: of the LeakyReLU; not negative.
+        negative_slope: of the LeakyReLU; not negative. With 0 the native kernel makes 0 of -infinity, as ReLU does,
+            where the formula makes NaN.
         operands: on CPUs, the dtype to which x and weight may be rounded for matrix units; None for none. With
             gradients they are not: a maximum decides where those go.
 

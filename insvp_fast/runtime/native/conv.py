@@ -142,8 +142,8 @@ def conv_bwd(
 
     grad and y [B, O, height, width] in float32 or bfloat16, the rest as in ``conv_fwd``; y is the result where that
     ended in ReLU, else None. d_x has the dtype of x, and size 0 where not needed; the others are float32, and the same
-    bits for every number of threads. The caller makes sure that grad and x are finite: 0 times a number counts as 0.
-    Errors: see ``native``.
+    bits for every number of threads. The caller makes sure that grad, x and weight are finite: 0 times a number counts
+    as 0. Errors: see ``native``.
     """
     sizes = _sizes(x, weight, height, width)
     grad = require("grad", grad, (sizes[0], sizes[4], height, width), *TYPE_CODES)

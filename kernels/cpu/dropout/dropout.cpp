@@ -1,4 +1,4 @@
-// dropout: the mask, the numbers and the generator's state of PyTorch, bit for bit.
+// dropout: the mask, the numbers and the generator's state of PyTorch, bit for bit; but NaN has any bits.
 // The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "dropout.h"
 

@@ -18,7 +18,7 @@ struct Tail {
 
 constexpr float kBell = -0.72134752044f;  // exp(-t^2 / 2) = 2^(kBell * t^2)
 
-// For results in fp32. 2^f has a relative error of 2e-9; ratio / s is a minimax polynomial in s = 1 / (1 + 0.265 t),
+// For results in fp32. 2^f has a relative error of 2e-8; ratio / s is a minimax polynomial in s = 1 / (1 + 0.265 t),
 // with one of 2e-8.
 inline Tail normal_tail(vec x) {
   const vec t = magnitude(x), s = 1.0f / (t * 0.265f + 1.0f);
