@@ -339,7 +339,8 @@ class Recipe:
         if value is None and type_name != field.type:
             return
         if type_name in TYPES:
-            self._check(name, isinstance(value, TYPES[type_name]), f"a value of type {type_name}")
+            fits = isinstance(value, TYPES[type_name]) and (type_name == "bool" or not isinstance(value, bool))
+            self._check(name, fits, f"a value of type {type_name}")
         elif isinstance(value, (list, tuple)):
             value = tuple(value)  # JSON and TOML have no tuples
             value = value[0] if "float" in type_name and len(value) == 1 else value

@@ -58,7 +58,10 @@ class RunLogger:
             self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
 
     def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data) -> None:
-        """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers."""
+        """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers.
+
+        Raises TrainingError if the data of the run to resume are others now: what was held out might be trained on.
+        """
         metric = score_name(self.recipe.metric_for(data.multi_label))
         self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
         for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
@@ -87,7 +90,9 @@ class RunLogger:
             "working_folder": str(Path.cwd()),
         }
         file = self.folder / CONFIG_FILE
-        if self.active and not file.exists():
+        if file.exists():
+            _require_same_data(read_json(file, TrainingError), content)
+        elif self.active:
             write_file(file, (json.dumps(content, indent=2) + "\n").encode())
         names = [candidate.name for candidate in candidates_of(self.recipe)]
         start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
@@ -184,6 +189,14 @@ class RunLogger:
     def _run_id(self) -> str:
         """What distinguishes this run from all others; a resumed run has its own again."""
         return str(read_json(self.folder / CONFIG_FILE, TrainingError).get("id", "")) if self.active else ""
+
+
+def _require_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise TrainingError where the data have other classes, or other numbers of images, than when the run began."""
+    for key in ("class_names", "images"):
+        if key in before and before[key] != now[key]:
+            what = f"{key.replace('_', ' ')} were {before[key]} when the run began and are {now[key]} now"
+            raise TrainingError(f"`data` is not that of the run: {what}; expected the same, or a new run")
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -153,6 +154,28 @@ def test_an_unreadable_image_is_named_in_one_line(tmp_path, workers):
     recipe = Recipe(data=str(data), output=str(tmp_path), epochs=1, batch_size=4, probe=False, workers=workers)
     with pytest.raises(InsVPError, match=r"^\S*train/3/\d+.png: not an image that can be read"):
         train(recipe)
+
+
+def rename_a_class(data: Path) -> None:
+    for split in data.iterdir():
+        (split / "3").rename(split / "z")
+
+
+CHANGES = {
+    "an image is gone": lambda data: next((data / "train" / "3").iterdir()).unlink(),
+    "a test image more": lambda data: shutil.copy(next((data / "test" / "3").iterdir()), data / "test/3/more.png"),
+    "a class has another name": rename_a_class,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_run_goes_on_with_its_own_data_alone(change, tmp_path):
+    data = make_digits(tmp_path / "few", train=30, held_out=10)
+    folder = train(Recipe(data=str(data), output=str(tmp_path), epochs=1, batch_size=10, probe=False, pictures=False))
+    train(resume=folder)
+    change(data)
+    with pytest.raises(InsVPError, match="`data` is not that of the run: .* were .* and are .* now"):
+        train(resume=folder)
 
 
 def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
