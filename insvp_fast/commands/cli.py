@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The process ``insvp``: ``main``, and the end, without what was registered for it before this module's import."""
-    # six times the imports would have all objects looked through for garbage, of which they make none: a sixth of them
+    # imports make no garbage, but so many objects that all would be searched for it six times
     gc.set_threshold(*gc.get_threshold()[:2], 100)
     _statuses.append(main())
     sys.exit(_statuses[0])

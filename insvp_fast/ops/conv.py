@@ -78,7 +78,7 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: in
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or bias.shape != weight.shape[:1]:
         shapes = tuple(x.shape), tuple(weight.shape), tuple(bias.shape)
         raise ValueError(f"x, weight and bias have shapes {shapes}: expected [B, C, H, W], [O, C, kh, kw] and [O]")
-    if min(weight.shape) < 1:
+    if 0 in weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [O, C, kh, kw], each from 1 on")
     H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:

@@ -51,7 +51,7 @@ BELOW_ONE = Limits(lambda value: 0 <= value < 1, "a number in [0, 1)")
 PROBABILITY = Limits(lambda value: 0 <= value <= 1, "a number in [0, 1]")
 SEED = Limits(lambda value: 0 <= value < 2**32, "an integer from 0 to 2^32-1")
 NAMED_VALUES = Limits(
-    lambda values: all(name.isidentifier() and value for name, _, value in (v.partition("=") for v in values)),
+    lambda values: all(name.isidentifier() and value for name, _, value in (str(v).partition("=") for v in values)),
     "NAME=VALUE, such as rank=8",
 )
 

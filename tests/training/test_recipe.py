@@ -22,6 +22,7 @@ from insvp_fast.training.recipe import Recipe
         ("trackers", ("mlflow",), "some of tensorboard, wandb"),
         ("trackers", None, "some of tensorboard, wandb"),
         ("epochs", "ten", "a value of type int"),
+        ("method_options", [8], "NAME=VALUE"),
         ("epochs", True, "a value of type int"),
         ("lr", True, "a value of type float"),
         ("data", None, "a value of type str"),
