@@ -13,7 +13,7 @@ from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.errors import CheckpointError
 from insvp_fast.json_files import read_json
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
-from insvp_fast.training.run_folder import SLOW_LOADER, read_config, read_metrics
+from insvp_fast.training.run_folder import SLOW_LOADER, read_config, read_metrics, read_results
 
 __all__ = ["adapter_warnings", "run_warnings"]
 
@@ -28,6 +28,8 @@ def run_warnings(run: Path) -> Iterator[str]:
     waits = [record["data_wait"] for record in read_metrics(run) if "data_wait" in record]
     if waits and (mean := sum(waits) / len(waits)) > SLOW_LOADER:
         yield f"{mean:.0%} of the training time was spent waiting for images: use more --workers, or --cache"
+    if not read_results(run):
+        yield f"the run is not finished: `insvp train --resume {run}` goes on where it stopped"
     if recipe.backbone == "vit_base_patch16_224":
         yield f"backbone {recipe.backbone} does not say which weights; timm has changed which ones it takes then"
     if recipe.selection_split == "test":

@@ -65,7 +65,7 @@ def run(
     from insvp_fast.studies.report import report
     from insvp_fast.training.terminal import print_markdown
 
-    _refuse(what, methods, given)
+    _refuse(what, methods, rates, given)
     study = STUDIES["table1" if what == "figure5" else "table5" if what == "figure7" else what]
     if methods:
         study = study._replace(rows=method_rows(tuple(methods)))
@@ -109,8 +109,8 @@ def _name(data: str) -> str:
     return data if data in SETS else Path(data).resolve().name
 
 
-def _refuse(what: str, methods: Sequence[str] | None, given: dict[str, Any]) -> None:
-    """Refuse settings that a study chooses itself.
+def _refuse(what: str, methods: Sequence[str] | None, rates: Sequence[float], given: dict[str, Any]) -> None:
+    """Refuse settings that a study chooses itself, and what would train the same twice.
 
     Raises:
         CommandError: naming the option.
@@ -122,6 +122,9 @@ def _refuse(what: str, methods: Sequence[str] | None, given: dict[str, Any]) -> 
             raise CommandError(f"`{name}` is given: expected none, as a study has {instead}")
     if methods and what in ("table5", "figure7"):
         raise CommandError(f"--methods is {' '.join(methods)}: expected none, {what} compares InsVP with itself")
+    for option, values in (("methods", methods or ()), ("rates", rates)):
+        if len(set(values)) < len(values):
+            raise CommandError(f"--{option} is {' '.join(map(str, values))}: expected each value once")
 
 
 def _require_all(rows: Sequence[Any], seeds: int) -> None:

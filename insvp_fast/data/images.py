@@ -19,7 +19,7 @@ from insvp_fast.data.decode import read_image
 from insvp_fast.data.lists import class_indices
 from insvp_fast.errors import DataError
 
-__all__ = ["Images", "Part", "Splits", "TarMember", "images_of_classes", "require_files"]
+__all__ = ["Images", "Part", "Splits", "TarMember", "images_of_classes", "names_sha256", "require_files"]
 
 
 class Images(Dataset):
@@ -110,6 +110,17 @@ class Part(Subset):
     def name(self, index: int) -> str:
         """As ``Images`` does."""
         return self.dataset.name(self.indices[index])  # type: ignore[attr-defined]
+
+
+def names_sha256(images: Images | Part) -> str:
+    """A SHA-256 of the images' names without folders and of their classes, in their order.
+
+    It says which images these are, whatever is in their files; of pixels in an array, only how many and the classes.
+    """
+    digest = hashlib.sha256(np.asarray(images.classes, dtype=np.float32).tobytes())
+    for index in range(len(images)):
+        digest.update(os.fsencode(f"/{os.path.basename(images.name(index))}"))
+    return digest.hexdigest()
 
 
 class TarMember(NamedTuple):

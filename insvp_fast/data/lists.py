@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from insvp_fast.data.sets import SPLIT_NAMES, SPLITS, split_of
 from insvp_fast.data.tables import Listed, delimiter_of, parse_table
@@ -47,6 +48,8 @@ def read_lists(files: Mapping[str, Path]) -> Lists:
     classes = next((names for _, _, names in found.values() if names), None)
     multi_label = classes is not None or any(len(image.labels) > 1 for image in images)
     source = next(iter(files.values()))
+    for file, listed, _ in found.values():
+        _check_repetitions(file, listed)
     if not multi_label:
         _check_labels(source, images)
     splits = {split: (file, listed) for split, (file, listed, _) in found.items()}
@@ -66,13 +69,23 @@ def _read(file: Path) -> tuple[list[Listed], list[str] | None]:
         if delimiter is not None:
             images, classes = parse_table(text, delimiter)
         else:
-            pairs = _from_json(json.loads(text)) if file.suffix == ".json" else _from_lines(text)
+            pairs = _from_json(text) if file.suffix == ".json" else _from_lines(text)
             images, classes = [Listed(path, (label,)) for path, label in pairs], None
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: not a list of images that can be read ({error})") from error
     if not images:
         raise DataError(f"{file}: found an empty list: expected images and labels")
     return images, classes
+
+
+def _check_repetitions(file: Path, images: Sequence[Listed]) -> None:
+    """Check that a list has each image once: of two, one might be trained on and the other tested."""
+    known: dict[tuple[str | None, str], Listed] = {}
+    for image in images:
+        first = known.setdefault((image.split, os.path.normpath(image.path)), image)
+        if first is not image:
+            labels = " and as ".join(dict.fromkeys(", ".join(one.labels) or "nothing" for one in (first, image)))
+            raise DataError(f"{file}: found {image.path} twice, as {labels}: expected each image once")
 
 
 def _check_labels(file: Path, images: Sequence[Listed]) -> None:
@@ -109,13 +122,14 @@ def _from_lines(text: str) -> Pairs:
     return pairs
 
 
-def _from_json(content: Any) -> Pairs:
-    entries = list(content.items()) if isinstance(content, dict) else content
-    for entry in entries if isinstance(entries, list) else [entries]:
+def _from_json(text: str) -> Pairs:
+    # as pairs: of a name that an object has twice, a dict would hold the last value alone
+    content = json.loads(text, object_pairs_hook=list)
+    for entry in content if isinstance(content, list) else [content]:
         is_pair = isinstance(entry, list | tuple) and len(entry) >= 2
         if not (is_pair and isinstance(entry[0], str) and isinstance(entry[1], int | float | str)):
             raise ValueError(f"found {str(entry)[:60]}: expected an object path -> label, or an array of [path, label]")
-    return [(entry[0], str(entry[1])) for entry in entries]
+    return [(entry[0], str(entry[1])) for entry in content]
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ def load_data(
     for images in splits.values():
         images.exif_rotation = exif_rotation
     parts, words = _divide(source, splits, class_names, seed, protocol)
+    words += _describe_overlap(splits)
     view = _views(splits, transforms, cache, Path(source).resolve().name)
 
     def part(name: str, training: bool) -> Dataset:
@@ -188,6 +190,19 @@ def _divide(
         parts["test"] = parts["val"]
         words = f"no test was found, so val is only tested on; {words}"
     return parts | _in_two(train, val), f"{protocol}: {words}"
+
+
+def _describe_overlap(splits: dict[str, Images]) -> str:
+    """How many files of val and test are in train as well, in words; nothing where there are none."""
+    files = {split: _files(images) for split, images in splits.items()}
+    common = {split: len(files[split] & files["train"]) for split in ("val", "test") if split in files}
+    found = [f"{count} of the {len(files[split])} images of {split}" for split, count in common.items() if count]
+    return f"; {' and '.join(found)} are in train as well" if found else ""
+
+
+def _files(images: Images) -> set[str]:
+    items = images.items if isinstance(images.items, list) else ()
+    return {os.path.normpath(item) for item in items if isinstance(item, str | Path)}
 
 
 def _origin(source: str, splits: dict[str, Images], seed: int, words: str) -> dict[str, Any]:

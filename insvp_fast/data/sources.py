@@ -35,9 +35,9 @@ def read_source(source: str, seed: int = 0, root: str | None = None) -> Splits:
     if source.startswith(PREFIXES):
         return read_timm_format(source, root)
     path = Path(source)
-    if not path.exists():
+    if not source or not path.exists():
         names = ", ".join(VTAB) if source.startswith("vtab/") else f"{DIGITS}, {SETS_IN_WORDS}"
-        raise DataError(f"`data` is {source}: no such folder or list; the names known are {names}")
+        raise DataError(f"`data` is {source or repr(source)}: no such folder or list; the names known are {names}")
     lists, folders = _locate(path)
     if lists:
         return _read_lists(lists, root)
@@ -58,7 +58,7 @@ def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, roo
         DataError: if there is no such data set, it cannot be read, or an image has another class.
     """
     path = Path(source)
-    if source in (DIGITS, *SETS) or source.startswith(PREFIXES) or not path.exists():
+    if source in (DIGITS, *SETS, "") or source.startswith(PREFIXES) or not path.exists():
         return read_source(source, seed, root)
     lists, folders = _locate(path)
     if lists:

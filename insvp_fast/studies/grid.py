@@ -21,7 +21,7 @@ def read_grid(file: Path, output: Path) -> Iterator[Entry]:
     """The runs of a grid file; the last setting of the grid varies fastest.
 
     Raises:
-        CommandError: if the file is not a grid.
+        CommandError: if the file is not a grid, or two of its runs would be the same.
         TrainingError: if it has a name that is no setting, or an invalid value.
     """
     try:
@@ -35,9 +35,14 @@ def read_grid(file: Path, output: Path) -> Iterator[Entry]:
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise CommandError(f"{file}: [grid] {name} is {values!r}: expected a list of values")
+    seen: list[Recipe] = []
     for combination in itertools.product(*grid.values()):
         varied = dict(zip(grid, combination, strict=True))
-        yield make_entry(varied, fixed | varied, output, str(file))
+        entry = make_entry(varied, fixed | varied, output, str(file))
+        if entry.recipe in seen:
+            raise CommandError(f"{file}: [grid] has the run {varied} twice: expected different values")
+        seen.append(entry.recipe)
+        yield entry
 
 
 def make_entry(values: dict[str, Any], settings: Mapping[str, Any], output: Path, where: str) -> Entry:

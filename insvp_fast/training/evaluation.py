@@ -66,7 +66,8 @@ def evaluate_run(
     if recipe is None and data is None:
         raise TrainingError(f"{run} is an adapter, which does not say what it is tested on: expected `data`")
     trained = recipe or Recipe()
-    source, root = data or trained.data, root or (trained.root if data in (None, trained.data) else None)
+    source = trained.data if data is None else data
+    root = root or (trained.root if source == trained.data else None)
     names = names or _names_of_data(source, root, model.num_classes)
     images: Images | Part
     if data is None and root == trained.root:

@@ -341,6 +341,7 @@ class Recipe:
         if type_name in TYPES:
             fits = isinstance(value, TYPES[type_name]) and (type_name == "bool" or not isinstance(value, bool))
             self._check(name, fits, f"a value of type {type_name}")
+            self._check(name, value != "", "a name or a path")  # of an empty one pathlib makes the current folder
         elif isinstance(value, (list, tuple)):
             value = tuple(value)  # JSON and TOML have no tuples
             value = value[0] if "float" in type_name and len(value) == 1 else value
@@ -355,7 +356,8 @@ class Recipe:
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            raise TrainingError(f"`{name}` is {getattr(self, name)}: expected {expected}")
+            value = getattr(self, name)
+            raise TrainingError(f"`{name}` is {repr(value) if value == '' else value}: expected {expected}")
 
 
 def _add_arguments(docstring: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from insvp_fast.atomic_files import replace_folder
 from insvp_fast.checkpoints.backbone import is_name, weights_report
 from insvp_fast.data import Data, load_data
-from insvp_fast.errors import TrainingError
+from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
 from insvp_fast.figures.runs import plot_curves
 from insvp_fast.model import InsVPViT
@@ -31,6 +31,7 @@ from insvp_fast.training.models import build_model
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
 from insvp_fast.training.run_folder import read_config
+from insvp_fast.training.run_lock import locked
 from insvp_fast.training.run_logger import RunLogger
 from insvp_fast.training.trainer import Trainer
 from insvp_fast.training.warm_start import warm_start
@@ -57,8 +58,8 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     wanted = recipe.batch_size
     recipe, backbone, data, preprocessing = _prepare(recipe, accelerator, begins=resume is None)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
-    with _advice_to_resume(logger.folder):
-        logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data)
+    with _advice_to_resume(logger.folder), locked(logger.folder) if logger.active else nullcontext():
+        logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data, backbone)
         if report := weights_report(backbone):
             logger.say(f"backbone: {report}")
         if recipe.batch_size != wanted:
@@ -235,10 +236,12 @@ def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:
 
 @contextmanager
 def _advice_to_resume(folder: Path) -> Iterator[None]:
-    """Add to an interruption by a file system or the user how to resume the run."""
+    """Add to an interruption by a file system, an image that cannot be read or the user how to resume the run."""
     advice = f"the last good state is kept, go on with `resume` {folder}"
     try:
         yield
+    except DataError as error:
+        raise DataError(f"{error}; put another image in its place: {advice}") from error
     except OSError as error:
         reason = f"{error.strerror}: {error.filename or folder}" if error.strerror else str(error)
         raise TrainingError(f"{reason}; {advice}") from error

@@ -14,12 +14,15 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from insvp_fast import __version__
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.backbone import is_name
+from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
+from insvp_fast.data.images import names_sha256
 from insvp_fast.errors import TrainingError
 from insvp_fast.json_files import read_json
 from insvp_fast.training.candidates import candidates_of
@@ -30,6 +33,9 @@ from insvp_fast.training.terminal import print_table
 from insvp_fast.training.trackers import log_to_trackers, start_trackers
 
 __all__ = ["RunLogger"]
+
+# what config.json says of what a run begins with, and the setting that says where it is
+INPUTS = {"class_names": "data", "images": "data", "images_sha256": "data", "backbone_sha256": "backbone"}
 
 WORDS = {"mean_per_class": "per class ", "f1": "F1 ", "map": "mAP "}  # for scores that are not the accuracy
 
@@ -57,16 +63,19 @@ class RunLogger:
         if self.active and folder is None:
             self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
 
-    def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data) -> None:
+    def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data, backbone: nn.Module) -> None:
         """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers.
 
-        Raises TrainingError if the data of the run to resume are others now: what was held out might be trained on.
+        Raises:
+            TrainingError: if the run to resume began with other images, of which those that it held out might be
+                trained on, or around another backbone.
         """
         metric = score_name(self.recipe.metric_for(data.multi_label))
         self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
         for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
             leftover.unlink(missing_ok=True)
-        images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
+        splits = {split: getattr(data, split) for split in ("train", "val", "test")}
+        images = {split: len(part) for split, part in splits.items()}
         content = {
             "id": secrets.token_hex(8),
             "recipe": absolute_paths(self.recipe, is_name).to_dict(),
@@ -76,6 +85,8 @@ class RunLogger:
             "class_names": data.class_names,
             "multi_label": data.multi_label,
             "images": images,
+            "images_sha256": {split: names_sha256(part) for split, part in splits.items()},
+            "backbone_sha256": backbone_sha256(backbone, torch.float32),
             "protocol": data.protocol,
             "selected_on": self.recipe.selection_split,
             "processes": self.accelerator.num_processes,
@@ -91,7 +102,7 @@ class RunLogger:
         }
         file = self.folder / CONFIG_FILE
         if file.exists():
-            _require_same_data(read_json(file, TrainingError), content)
+            _require_same_inputs(read_json(file, TrainingError), content)
         elif self.active:
             write_file(file, (json.dumps(content, indent=2) + "\n").encode())
         names = [candidate.name for candidate in candidates_of(self.recipe)]
@@ -191,12 +202,18 @@ class RunLogger:
         return str(read_json(self.folder / CONFIG_FILE, TrainingError).get("id", "")) if self.active else ""
 
 
-def _require_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise TrainingError where the data have other classes, or other numbers of images, than when the run began."""
-    for key in ("class_names", "images"):
-        if key in before and before[key] != now[key]:
-            what = f"{key.replace('_', ' ')} were {before[key]} when the run began and are {now[key]} now"
-            raise TrainingError(f"`data` is not that of the run: {what}; expected the same, or a new run")
+def _require_same_inputs(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise TrainingError where a run would go on with other images or weights than those it began with."""
+    for key, setting in INPUTS.items():
+        was, found = before.get(key, now[key]), now[key]  # earlier versions did not write every one
+        if was == found:
+            continue
+        if key == "images_sha256":
+            splits = ", ".join(split for split in found if was.get(split) != found[split])
+            what = f"the images of {splits} had other names or classes when the run began"
+        else:
+            what = f"{key.replace('_', ' ')} was {was} when the run began and is {found} now"
+        raise TrainingError(f"`{setting}` is not that of the run: {what}; expected the same, or a new run")
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -117,6 +117,16 @@ def test_doctor_tells_a_specific_prompter_that_was_never_trained(run, tmp_path):
     assert not any("looks untrained" in text for text in diagnostics.adapter_warnings(trained))
 
 
+def test_doctor_says_that_a_run_is_not_finished(run, tmp_path):
+    def told() -> bool:
+        return f"not finished: `insvp train --resume {tmp_path}`" in " ".join(diagnostics.run_warnings(tmp_path))
+
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    assert told()
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    assert not told()
+
+
 def test_doctor_warns_of_a_run_that_waits_for_its_data(run, tmp_path):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
     for share, warned in ((0.6, True), (0.1, False)):

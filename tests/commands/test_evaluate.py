@@ -65,3 +65,5 @@ def test_eval_refuses_other_classes(run, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "test" / "wolf" / "0.png")
     assert cli.main(["eval", str(run), "--data", str(tmp_path)]) == 1
     assert "found the class wolf: expected some of the 6 classes of train: ant, bee" in capsys.readouterr().err
+    assert cli.main(["eval", str(run), "--data", ""]) == 1
+    assert "--data is '': no such folder or list" in capsys.readouterr().err

@@ -137,6 +137,8 @@ def test_a_dry_run_trains_nothing(grid, trainer, capsys):
         ("[grid]\nlr = 1", "lr is 1: expected a list of values"),
         ("[grid]\nrate = [1]", "rate is no setting"),
         ("[seeds]\na = 1", "expected the tables [recipe] and [grid], found seeds"),
+        ("[grid]\nlr = [0.001, 0.1, 1e-3]", "[grid] has the run {'lr': 0.001} twice"),
+        ("[grid]\nimage_weights = [[0.7], 0.2, 0.7]\nseed = [4]", "{'image_weights': 0.7, 'seed': 4} twice"),
         ("[grid]\nepochs = [1, 0]", "--epochs is 0"),
         ("grid", "cannot read"),
     ],

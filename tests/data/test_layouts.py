@@ -181,6 +181,10 @@ def test_tables_beside_each_other_and_a_table_alone(tmp_path):
         ("path,species,age\na.png,elk,7\n", "line 2: expected a column `label`, or 0 or 1 in every column but"),
         ("path,label,split\na.png,elk,extra\n", "line 2: found the split 'extra': expected train, val or test"),
         ("path,label\na.png,elk\nb.png,\n", "found no label of b.png: expected one for each image"),
+        ("path,label\na.png,elk\na.png,owl\n", "found a.png twice, as elk and as owl: expected each image once"),
+        ("path,labels\na.png,elk;owl\na.png,\n", "found a.png twice, as elk, owl and as nothing"),
+        ("path,elk,owl\na.png,0,1\n./a.png,1,0\n", "found ./a.png twice, as owl and as elk"),
+        ("path,label,split\na.png,elk,test\nb.png,elk,train\na.png,owl,test\n", "found a.png twice, as elk and as owl"),
         ("path,label\na.png,0.5\nb.png,2\n", "found the labels 0.5: expected classes; predicting numbers"),
     ],
 )

@@ -370,11 +370,12 @@ def test_arrays_and_plain_values_are_unpickled(protocol, tmp_path):
 
 
 def test_a_set_in_mat_files_needs_scipy(fakes, monkeypatch):
+    roots = {name: fakes(name) for name in ("svhn", "flowers", "dogs")}  # which need scipy themselves
     for module in ("scipy", "scipy.io"):
         monkeypatch.setitem(sys.modules, module, None)
-    for name in ("svhn", "flowers", "dogs"):
+    for name, root in roots.items():
         with pytest.raises(DataError, match=rf"{name} comes with .mat files.*pip install 'insvp-fast\[data\]'"):
-            read_set(name, fakes(name))
+            read_set(name, root)
 
 
 # Check

@@ -82,6 +82,10 @@ def test_lists_of_each_kind(name, tmp_path):
         ("list.json", '{"a.png": [1]}', "expected an object path -> label, or an array"),
         ("list.json", '{"a.png": null}', "expected an object path -> label, or an array"),
         ("list.txt", b"\xff\xfe\x00", "not a list of images that can be read"),
+        ("list.txt", "a.png elk\nb.png owl\na.png owl\n", "found a.png twice, as elk and as owl: expected each"),
+        ("list.txt", "a.png elk\n./a.png elk\n", "found ./a.png twice, as elk: expected each image once"),
+        ("list.json", '{"a.png": 1, "b.png": 2, "a.png": 2}', "found a.png twice, as 1 and as 2"),
+        ("list.json", '[["x/a.png", 1], ["x/../x/a.png", 1]]', "found x/../x/a.png twice, as 1"),
     ],
 )
 def test_wrong_lists_are_refused(name, content, message, tmp_path):
@@ -128,6 +132,24 @@ def test_a_list_without_val_is_divided_by_seed(tmp_path):
     assert first.val.indices == again.val.indices != other.val.indices
     assert not set(first.train.indices) & set(first.val.indices)
     assert first.protocol == "paper: train/val 90/10 of every class of train, seed 0"
+
+
+def test_images_of_train_that_are_tested_as_well_are_counted(tmp_path):
+    write_images(tmp_path, [f"{n}.png" for n in range(6)])
+    for split, numbers in (("train", [0, 1, 2]), ("val", [3]), ("test", [2, 4, 5])):
+        (tmp_path / f"{split}.txt").write_text("".join(f"./{n}.png {n % 2}\n" for n in numbers))
+    told = "paper: the splits as they are; 1 of the 3 images of test are in train as well"
+    assert load_data(str(tmp_path), SMALL, 0).protocol == told
+    (tmp_path / "test.txt").write_text("4.png 0\n5.png 1\n")
+    assert load_data(str(tmp_path), SMALL, 0).protocol == "paper: the splits as they are"
+
+
+@pytest.mark.parametrize("load", [load_data, lambda *args: load_test_data(*args, ["elk", "owl"])])
+def test_an_empty_name_is_not_the_current_folder(load, tmp_path, monkeypatch):
+    make_fake_dataset("folder", tmp_path, images_per_class=10)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="`data` is '': no such folder or list"):
+        load("", SMALL, 0)
 
 
 def test_a_name_that_is_nothing_is_told_what_there_is():

@@ -90,6 +90,8 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
         (["table5", "--seed", "7"], "--seed is given: expected none, as a study has --seeds"),
         (["table1", "--retrain"], "--retrain is given: expected none"),
         (["table5", "--methods", "vp"], "--methods is vp: expected none, table5 compares InsVP with itself"),
+        (["table1", "--methods", "vp", "full", "vp"], "--methods is vp full vp: expected each value once"),
+        (["table1", "--rates", "0.1", "1e-1"], "--rates is 0.1 0.1: expected each value once"),
     ],
 )
 def test_what_a_study_chooses_itself_is_refused(options, message, trained, capsys):

@@ -26,6 +26,7 @@ from insvp_fast.training.recipe import Recipe
         ("epochs", True, "a value of type int"),
         ("lr", True, "a value of type float"),
         ("data", None, "a value of type str"),
+        *((name, "", "a name or a path") for name in ("data", "root", "backbone", "checkpoint", "init_from", "output")),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(field, value, expected):

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from insvp_fast.checkpoints.backbone import save_backbone, shipped_backbone
 from insvp_fast.errors import InsVPError
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
+from insvp_fast.training.run_lock import locked
 from insvp_fast.training.trainer import Trainer
 from tests.training.killed_runs import make_digits, outcome, start
 
@@ -161,21 +163,102 @@ def rename_a_class(data: Path) -> None:
         (split / "3").rename(split / "z")
 
 
+def rename_an_image(data: Path) -> None:
+    image = next((data / "train" / "3").iterdir())
+    image.rename(image.with_name("renamed.png"))
+
+
+def exchange_classes(data: Path) -> None:
+    one, other = (next((data / "val" / name).iterdir()) for name in "35")
+    one.rename(data / "val" / "5" / one.name)
+    other.rename(data / "val" / "3" / other.name)
+
+
 CHANGES = {
-    "an image is gone": lambda data: next((data / "train" / "3").iterdir()).unlink(),
-    "a test image more": lambda data: shutil.copy(next((data / "test" / "3").iterdir()), data / "test/3/more.png"),
-    "a class has another name": rename_a_class,
+    "an image is gone": (lambda data: next((data / "train" / "3").iterdir()).unlink(), "images was .* is .* now"),
+    "a test image more": (
+        lambda data: shutil.copy(next((data / "test" / "3").iterdir()), data / "test/3/more.png"),
+        "images was .* is .* now",
+    ),
+    "a class has another name": (rename_a_class, "class names was .* is .* now"),
+    "an image has another name": (rename_an_image, "the images of train had other names"),
+    "two images have other classes": (exchange_classes, "the images of val had other names or classes"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_run_goes_on_with_its_own_data_alone(change, tmp_path):
-    data = make_digits(tmp_path / "few", train=30, held_out=10)
-    folder = train(Recipe(data=str(data), output=str(tmp_path), epochs=1, batch_size=10, probe=False, pictures=False))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished")
+    data = make_digits(root / "few", train=30, held_out=10)
+    recipe = Recipe(data=str(data), output=str(root), epochs=1, batch_size=10, probe=False, pictures=False)
+    return data, train(recipe)
+
+
+def move_data(folder: Path, data: Path) -> None:
+    """Let a run have its data elsewhere."""
+    config = json.loads((folder / "config.json").read_text())
+    config["recipe"]["data"] = str(data)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES.values(), ids=CHANGES)
+def test_a_run_goes_on_with_its_own_data_alone(change, words, finished, tmp_path):
+    data, folder = (Path(shutil.copytree(path, tmp_path / path.name)) for path in finished)
+    move_data(folder, data)
     train(resume=folder)
     change(data)
-    with pytest.raises(InsVPError, match="`data` is not that of the run: .* were .* and are .* now"):
+    with pytest.raises(InsVPError, match=f"`data` is not that of the run: {words}"):
         train(resume=folder)
+
+
+@pytest.mark.parametrize("key", ["images_sha256", "backbone_sha256"])
+def test_runs_of_earlier_versions_go_on(key, finished, tmp_path):
+    folder = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert train(resume=folder) == folder
+
+
+def test_a_run_goes_on_around_its_own_backbone_alone(digits, tmp_path):
+    save_backbone(backbone := shipped_backbone("vit_shapes_32", num_classes=0), file := tmp_path / "own.safetensors")
+    settings = {"data": str(digits), "output": str(tmp_path), "epochs": 1, "probe": False, "pictures": False}
+    folder = train(Recipe(backbone="vit_shapes_32", checkpoint=str(file), **settings))
+    train(resume=folder)
+    with torch.no_grad():
+        backbone.blocks[3].mlp.fc1.bias[5] += 1e-3
+    save_backbone(backbone, file)
+    with pytest.raises(InsVPError, match="`backbone` is not that of the run: backbone sha256 was .* is .* now"):
+        train(resume=folder)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_run_goes_on_when_a_broken_image_is_replaced(split, tmp_path):
+    data = make_digits(tmp_path / "few", train=30, held_out=10)
+    settings = {"epochs": 2, "batch_size": 10, "probe": False, "pictures": False, "head_init": "random"}
+    whole = train(recipe := Recipe(data=str(data), output=str(tmp_path), **settings))
+    image = next((data / split / "3").iterdir())
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InsVPError, match=rf"{image.name}: not an image .*; put another .* `resume` \S*few-2$"):
+        train(recipe)
+    image.write_bytes(content)
+    folder = train(resume=whole.with_name("few-2"))
+    assert outcome(folder) == outcome(whole)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(digits, tmp_path):
+    settings = {"data": str(digits), "output": str(tmp_path), "epochs": 100, "batch_size": 16, "probe": False}
+    child = start(settings, log=tmp_path / "log")
+    folder = tmp_path / "few-1"
+    while child.is_alive() and not (folder / "last").exists():
+        child.join(0.05)
+    with pytest.raises(InsVPError, match=f"few-1 is being trained by process {child.pid} on "):
+        train(resume=folder)
+    child.kill()
+    child.join()
+    with locked(folder):
+        pass
 
 
 def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
