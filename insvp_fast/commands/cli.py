@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from insvp_fast import __version__
 from insvp_fast.commands.completion import PrintCompletion
@@ -65,7 +65,10 @@ def _end_at_once() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose error messages are one line, without the usage."""
+    """A parser whose error messages are one line, without the usage; options are given by their whole names."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)  # an option added later would change what --see means
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

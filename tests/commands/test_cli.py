@@ -297,6 +297,7 @@ def test_a_recipe_is_not_its_own_base(tmp_path):
         (["--backbone", "a@b", "--checkpoint", "c"], "--backbone is a@b: expected a name without @FILE"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--color", "red"], "unrecognized arguments: --color red"),
+        (["--see", "3"], "unrecognized arguments: --see 3"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
         (["--resume", "nowhere", "--lr", "1"], "--resume goes on with the settings of nowhere: expected no --lr"),
     ],
