@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder until the block or the process ends, whatever ends it.
+    """Hold a run folder until the block or the process ends, whatever ends it; warn where the file system has no locks.
 
     Raises:
         TrainingError: naming the process that holds it.
@@ -29,7 +30,12 @@ def locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:  # POSIX leaves it to the system which
             file.seek(0)
             raise TrainingError(f"{folder} is being trained by {file.read().strip() or 'another process'}") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        except OSError as error:  # of clusters, some have none
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror}): train in it by one process alone", stacklevel=3
+            )
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
         yield

@@ -1,5 +1,7 @@
 """A run that is killed and resumed ends like one that never was: same adapter, same metrics."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -258,6 +260,18 @@ def test_one_process_at_a_time_trains_in_a_folder(digits, tmp_path):
     child.kill()
     child.join()
     with locked(folder):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with (
+        pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\): train in it by one"),
+        locked(tmp_path),
+    ):
         pass
 
 
