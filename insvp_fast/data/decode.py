@@ -29,6 +29,7 @@ SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torch
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+TILE = 322, 323  # TIFF tags: width and height
 
 
 def read_image(
@@ -50,6 +51,9 @@ def read_image(
         with Image.open(source, formats=_installed_formats()) as image:
             if max_pixels is not None:
                 _check_size(*image.size, max_pixels)
+                tile = [_tags(image).get(tag, 1) for tag in TILE]
+                if tile[0] * tile[1] > max_pixels:  # each is decoded whole, also where the image is smaller
+                    raise ValueError(f"it has tiles of {tile[0]}x{tile[1]} pixels: expected at most {max_pixels:,}")
             return to_rgb(image, exif_rotation)
     except UnidentifiedImageError as error:  # whose message would show the address of an open file
         raise DataError(f"{name or source}: not an image that can be read (none of {', '.join(FORMATS)})") from error

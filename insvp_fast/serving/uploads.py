@@ -74,6 +74,8 @@ async def open_uploads(request: Request, limits: Limits) -> AsyncIterator[list[U
         except TimeoutError as error:
             message = f"the body did not arrive within {limits.upload_seconds:g} seconds"
             raise Refusal("slow_upload", message) from error
+        except UnicodeError as error:  # of some charsets that a client may name
+            raise Refusal("malformed_upload", "a name in the body is not in the charset that it declares") from error
         except ClientDisconnect as error:
             raise Refusal("incomplete_upload", "the connection was closed before the whole body had arrived") from error
         except HTTPException as error:

@@ -111,6 +111,13 @@ def test_a_name_that_no_answer_can_hold_is_shown_without_it(client, expected):
     assert [prediction["file"] for prediction in answer.json()["predictions"]] == ["?.png"]
 
 
+def test_a_charset_that_does_not_decode_a_name_is_refused(client, expected):
+    part = b'--b\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
+    answer = client.post("/predict?model=run", content=part + next(iter(expected)) + b"\r\n--b--\r\n", headers=headers)
+    assert (answer.status_code, answer.json()["kind"]) == (400, "malformed_upload")
+
+
 def test_an_unreadable_image_spoils_no_other(client, expected):
     good, *_ = expected
     damaged = encoded((40, 40))[:60]

@@ -426,3 +426,17 @@ def test_a_cache_is_not_shared_with_another_rotation(tmp_path):
     (tmp_path / "0.jpg").write_bytes(turned(6)[0])
     files = {cache_images(Images([tmp_path / "0.jpg"], [0], None, r), [], tmp_path, "x").file for r in (True, False)}
     assert len(files) == 2
+
+
+@pytest.mark.parametrize(("width", "refused"), [(64, False), (2**20, True)])
+def test_tiles_count_as_pixels(width, refused, tmp_path):
+    """A tile is decoded whole, so one that is larger than its image would pass by the image's size."""
+    Image.new("L", (16, 16)).save(file := tmp_path / "tiled.tif")
+    planar, tiles = struct.pack("<HHII", 284, 3, 1, 1), struct.pack("<HHII", 322, 4, 1, width)
+    content = file.read_bytes()
+    assert content.count(planar) == 1
+    file.write_bytes(content.replace(planar, tiles))
+    if refused:
+        with pytest.raises(DataError, match="tiles of 1048576x1 pixels: expected at most 10,000"):
+            read_image(file, max_pixels=10_000)
+    assert read_image(file, max_pixels=None if refused else 10_000).size == (16, 16)
