@@ -67,8 +67,8 @@ def _end_at_once() -> None:
 class Parser(argparse.ArgumentParser):
     """A parser whose error messages are one line, without the usage; options are given by their whole names."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)  # an option added later would change what --see means
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # an option added later would change what --see means
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
