@@ -156,16 +156,20 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
         raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")
 
 
-def backbone_sha256(backbone: nn.Module, dtype: torch.dtype) -> str:
+def backbone_sha256(backbone: nn.Module, dtype: torch.dtype, positions: bool = True) -> str:
     """The SHA-256 of a backbone: names, shapes and fp32 bytes of its state dict, sorted by name, without the head.
 
     Weights are first rounded to ``dtype``, in which the backbone was when the adapter was saved. So an adapter that was
     trained around a bf16 copy recognizes both the copy and the fp32 original, and one that was trained around the
     original rejects the copy, whose weights differ.
+
+    Args:
+        positions: False leaves embeddings of positions out: resampled for other image sizes, their last bits depend on
+            the CPU.
     """
     digest, heads = hashlib.sha256(), head_prefixes(backbone)
     for name, tensor in sorted(backbone.state_dict().items()):
-        if not name.startswith(heads):
+        if not name.startswith(heads) and (positions or "pos" not in name):
             tensor = tensor.detach().cpu()
             tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).float()
             digest.update(f"{name}{list(tensor.shape)}".encode())

@@ -37,8 +37,11 @@ class Lists(NamedTuple):
     multi_label: bool  # whether an image may have several labels
 
 
-def read_lists(files: Mapping[str, Path]) -> Lists:
+def read_lists(files: Mapping[str, Path], root: str | None = None) -> Lists:
     """Read the list of each split, or divide a single table by its column of splits; labels are text, as in the file.
+
+    Args:
+        root: the folder that paths are relative to; None for that of their list.
 
     Raises:
         DataError: naming the file and what is wrong in it, or if the labels are measurements instead of classes.
@@ -49,7 +52,7 @@ def read_lists(files: Mapping[str, Path]) -> Lists:
     multi_label = classes is not None or any(len(image.labels) > 1 for image in images)
     source = next(iter(files.values()))
     for file, listed, _ in found.values():
-        _check_repetitions(file, listed)
+        _check_repetitions(file, listed, root or file.parent)
     if not multi_label:
         _check_labels(source, images)
     splits = {split: (file, listed) for split, (file, listed, _) in found.items()}
@@ -78,11 +81,12 @@ def _read(file: Path) -> tuple[list[Listed], list[str] | None]:
     return images, classes
 
 
-def _check_repetitions(file: Path, images: Sequence[Listed]) -> None:
+def _check_repetitions(file: Path, images: Sequence[Listed], folder: str | Path) -> None:
     """Check that a list has each image once: of two, one might be trained on and the other tested."""
     known: dict[tuple[str | None, str], Listed] = {}
     for image in images:
-        first = known.setdefault((image.split, os.path.normpath(image.path)), image)
+        path = os.path.abspath(os.path.join(folder, image.path))
+        first = known.setdefault((image.split, path), image)
         if first is not image:
             labels = " and as ".join(dict.fromkeys(", ".join(one.labels) or "nothing" for one in (first, image)))
             raise DataError(f"{file}: found {image.path} twice, as {labels}: expected each image once")
@@ -135,7 +139,8 @@ def _from_json(text: str) -> Pairs:
 def sorted_labels(labels: Iterable[str]) -> list[str]:
     """The distinct labels, sorted by value if all are numbers, else as text."""
     distinct = set(labels)
-    return sorted(distinct, key=int) if all(label.isdecimal() for label in distinct) else sorted(distinct)
+    numbers = all(label.isdecimal() for label in distinct)
+    return sorted(distinct, key=lambda label: (int(label), label) if numbers else label)  # 1 and 01 are two
 
 
 def class_indices(labels: Sequence[str], classes: Sequence[str], where: object) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -193,16 +194,16 @@ def _divide(
 
 
 def _describe_overlap(splits: dict[str, Images]) -> str:
-    """How many files of val and test are in train as well, in words; nothing where there are none."""
-    files = {split: _files(images) for split, images in splits.items()}
-    common = {split: len(files[split] & files["train"]) for split in ("val", "test") if split in files}
-    found = [f"{count} of the {len(files[split])} images of {split}" for split, count in common.items() if count]
-    return f"; {' and '.join(found)} are in train as well" if found else ""
+    """How many files of a split are in another as well, in words; nothing where there are none."""
+    files = {split: _files(splits[split]) for split in ("train", "val", "test") if split in splits}
+    counts = [(one, other, len(files[one] & files[other])) for one, other in itertools.combinations(files, 2)]
+    found = [f"{count} of the {len(files[b])} images of {b} are in {a} as well" for a, b, count in counts if count]
+    return "".join(f"; {words}" for words in found)
 
 
 def _files(images: Images) -> set[str]:
     items = images.items if isinstance(images.items, list) else ()
-    return {os.path.normpath(item) for item in items if isinstance(item, str | Path)}
+    return {os.path.abspath(item) for item in items if isinstance(item, str | Path)}
 
 
 def _origin(source: str, splits: dict[str, Images], seed: int, words: str) -> dict[str, Any]:

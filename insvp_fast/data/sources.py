@@ -97,7 +97,7 @@ def _read_digits(seed: int) -> Splits:
 
 def _read_lists(files: dict[str, Path], root: str | None, class_names: Sequence[str] | None = None) -> Splits:
     """Read lists; with the ``class_names`` of a model only what it is tested on."""
-    lists = read_lists(files)
+    lists = read_lists(files, root)
     splits, classes = lists.splits, class_names
     if classes is not None:
         splits = {split: splits[split] for split in (_tested(splits),)}

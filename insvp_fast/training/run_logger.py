@@ -86,7 +86,7 @@ class RunLogger:
             "multi_label": data.multi_label,
             "images": images,
             "images_sha256": {split: names_sha256(part) for split, part in splits.items()},
-            "backbone_sha256": backbone_sha256(backbone, torch.float32),
+            "backbone_sha256": backbone_sha256(backbone, torch.float32, positions=False),
             "protocol": data.protocol,
             "selected_on": self.recipe.selection_split,
             "processes": self.accelerator.num_processes,

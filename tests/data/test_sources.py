@@ -97,6 +97,8 @@ def test_wrong_lists_are_refused(name, content, message, tmp_path):
 def test_labels_are_sorted_as_numbers_if_they_are():
     assert sorted_labels(["10", "9", "9", "2"]) == ["2", "9", "10"]
     assert sorted_labels(["10", "9", "b"]) == ["10", "9", "b"]
+    same = [("0" * zeros) + "1" for zeros in range(20)]  # in a set their order is that of this process's hashes
+    assert sorted_labels(same) == same[::-1]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "json"])
@@ -142,6 +144,21 @@ def test_images_of_train_that_are_tested_as_well_are_counted(tmp_path):
     assert load_data(str(tmp_path), SMALL, 0).protocol == told
     (tmp_path / "test.txt").write_text("4.png 0\n5.png 1\n")
     assert load_data(str(tmp_path), SMALL, 0).protocol == "paper: the splits as they are"
+    (tmp_path / "val.txt").write_text(f"{tmp_path}/4.png 0\n3.png 1\n")
+    told = "paper: the splits as they are; 1 of the 2 images of test are in val as well"
+    assert load_data(str(tmp_path), SMALL, 0).protocol == told
+
+
+def test_an_image_listed_by_two_paths_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root, paths in (
+        (None, ("a.png", tmp_path / "lists" / "a.png")),
+        ("images", ("a.png", tmp_path / "images/a.png")),
+    ):
+        (tmp_path / "lists").mkdir(exist_ok=True)
+        (tmp_path / "lists" / "all.csv").write_text("path,label\n" + "".join(f"{path},elk\n" for path in paths))
+        with pytest.raises(DataError, match=r"a.png twice, as elk: expected each image once"):
+            load_data("lists/all.csv", SMALL, 0, root=root)
 
 
 @pytest.mark.parametrize("load", [load_data, lambda *args: load_test_data(*args, ["elk", "owl"])])

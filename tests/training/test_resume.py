@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import vision_transformer
 
 from insvp_fast.checkpoints.backbone import save_backbone, shipped_backbone
 from insvp_fast.errors import InsVPError
@@ -232,6 +234,14 @@ def test_a_run_goes_on_around_its_own_backbone_alone(digits, tmp_path):
     save_backbone(backbone, file)
     with pytest.raises(InsVPError, match="`backbone` is not that of the run: backbone sha256 was .* is .* now"):
         train(resume=folder)
+
+
+def test_position_embeddings_that_another_cpu_resampled_are_the_same_backbone(digits, tmp_path, monkeypatch):
+    settings = {"data": str(digits), "output": str(tmp_path), "epochs": 1, "probe": False, "pictures": False}
+    folder = train(Recipe(img_size=64, batch_size=50, **settings))
+    resample = resample_abs_pos_embed
+    monkeypatch.setattr(vision_transformer, "resample_abs_pos_embed", lambda *a, **k: resample(*a, **k) * (1 + 2**-22))
+    assert train(resume=folder) == folder
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
