@@ -33,6 +33,7 @@ from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.paper import STUDIES, UNVARIED, PaperStudy, method_rows, sensitivity
 from insvp_fast.training.recipe import METHODS
+from insvp_fast.training.setting import POSITIVE
 
 SUMMARY = "train the comparisons of the paper"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="TABLE|FIGURE", choices=NAMES, help=", ".join(NAMES))
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from; paper: those of each data set")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these (tables 1 to 4)")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="X", help="learning rates to try")
+    rates = f"learning rates to try (default: {' '.join(map(str, RATES))}); figure7 has the one of the recipe"
+    parser.add_argument("--rates", nargs="+", type=float, metavar="X", help=rates)
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="number of seeds (default: 5)")
     add_running(parser)
     add_json(parser)
@@ -55,7 +57,7 @@ def run(
     what: str,
     recipe: str | None,
     methods: Sequence[str] | None,
-    rates: Sequence[float],
+    rates: Sequence[float] | None,
     seeds: int,
     jobs: int,
     launcher: str | None,
@@ -71,7 +73,7 @@ def run(
         study = study._replace(rows=method_rows(tuple(methods)))
     folder = Path(given.pop("output", Path("paper", "table1" if what == "figure5" else what)))
     sets = _data_sets(study, recipe, given)
-    launch, rates = shlex.split(launcher or ""), [given["lr"]] if "lr" in given else rates
+    launch, rates = shlex.split(launcher or ""), [given["lr"]] if "lr" in given else rates or RATES
 
     def protocol(data: str) -> Protocol:
         base = {"recipe": data if recipe == "paper" and data in list_shipped() else recipe} if recipe else {}
@@ -109,7 +111,7 @@ def _name(data: str) -> str:
     return data if data in SETS else Path(data).resolve().name
 
 
-def _refuse(what: str, methods: Sequence[str] | None, rates: Sequence[float], given: dict[str, Any]) -> None:
+def _refuse(what: str, methods: Sequence[str] | None, rates: Sequence[float] | None, given: dict[str, Any]) -> None:
     """Refuse settings that a study chooses itself, and what would train the same twice.
 
     Raises:
@@ -122,7 +124,13 @@ def _refuse(what: str, methods: Sequence[str] | None, rates: Sequence[float], gi
             raise CommandError(f"`{name}` is given: expected none, as a study has {instead}")
     if methods and what in ("table5", "figure7"):
         raise CommandError(f"--methods is {' '.join(methods)}: expected none, {what} compares InsVP with itself")
-    for option, values in (("methods", methods or ()), ("rates", rates)):
+    shown = " ".join(map(str, rates or ()))
+    if rates and ("lr" in given or what == "figure7"):
+        instead = "--lr is given" if "lr" in given else "figure7 has the learning rate of the recipe"
+        raise CommandError(f"--rates is {shown}: expected none, {instead}")
+    if not all(map(POSITIVE.accepts, rates or ())):
+        raise CommandError(f"--rates is {shown}: expected {POSITIVE.expected} each")
+    for option, values in (("methods", methods or ()), ("rates", rates or ())):
         if len(set(values)) < len(values):
             raise CommandError(f"--{option} is {' '.join(map(str, values))}: expected each value once")
 
@@ -153,7 +161,7 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
         if all(Path(root.replace("{data}", name), file).exists() for file in SETS[name].files)
     ]
     for name in (name for name in study.sets if name not in there):
-        print(f"left out: {name}, whose files are not in {root.replace('{data}', name)} (see `insvp data {name}`)")
+        print(f"left out: {name}, whose files are not in {root.replace('{data}', name)} (see `insvp data list`)")
     if not there:
         raise CommandError(f"`root` is {root}: expected the files of some of {', '.join(study.sets)}")
     return there

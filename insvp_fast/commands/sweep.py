@@ -30,7 +30,7 @@ from insvp_fast.errors import CommandError
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of, settings_of_probe, with_one_probe
 from insvp_fast.studies.grid import read_grid
 from insvp_fast.studies.tables import format_percent, markdown, mean_and_std, write_table
-from insvp_fast.training.candidates import PROBE
+from insvp_fast.training.candidates import PROBE, candidates_of
 
 SUMMARY = "train a grid of settings, and collect the results in a table"
 
@@ -89,18 +89,17 @@ def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str,
     runs, planned = read_runs(folder), Counter[tuple[str, ...]]()
     scores: dict[tuple[str, ...], list[tuple[float | None, float]]] = {}
     for entry in entries:
-        planned[_key(entry.values, varied)] += 1
+        models = [candidate.name for candidate in candidates_of(entry.recipe)]
+        planned.update((*_key(entry, model, varied), model) for model in models)
         for score in scores_of(find_run(runs, entry.recipe)):
-            own = settings_of_probe(entry.values) if score.model == PROBE else entry.values
             recipe, metric = entry.recipe, str(score.facts.get("metric", "top1"))
             kind = recipe.data, recipe.protocol, metric, score.model
-            scores.setdefault((*_key(own, varied), *kind), []).append((score.val, score.test))
+            scores.setdefault((*_key(entry, score.model, varied), *kind), []).append((score.val, score.test))
     rows = []
     for (*key, data, protocol, metric, model), pairs in scores.items():
         vals = [val for val, _ in pairs if val is not None]
         val, test = mean_and_std(vals) if vals else (None, None), mean_and_std([test for _, test in pairs])
-        runs_planned = planned.get(tuple(key), len(pairs))
-        row = [*key, protocol, metric, model, len(pairs), runs_planned, *val, *test]
+        row = [*key, protocol, metric, model, len(pairs), planned[*key, model], *val, *test]
         rows.append(((data, protocol, metric, model), row))
     best: dict[tuple[str, ...], float] = {}
     for group, row in rows:
@@ -122,6 +121,7 @@ def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str,
     return text, [dict(zip(header, row, strict=True)) for _, row in rows]
 
 
-def _key(values: dict[str, Any], varied: Sequence[str]) -> tuple[str, ...]:
+def _key(entry: Entry, model: str, varied: Sequence[str]) -> tuple[str, ...]:
     """The values as text; a dash for what a linear probe does not depend on."""
+    values = settings_of_probe(entry.values) if model == PROBE else entry.values
     return tuple(str(values[name]) if name in values else "–" for name in varied)

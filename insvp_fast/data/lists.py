@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from insvp_fast.data.sets import SPLIT_NAMES, SPLITS, split_of
+from insvp_fast.data.sets import SPLITS, split_of
 from insvp_fast.data.tables import Listed, delimiter_of, parse_table
 from insvp_fast.errors import DataError
 
@@ -68,11 +68,11 @@ def _read(file: Path) -> tuple[list[Listed], list[str] | None]:
     """The images of a list file, and the names of the classes if it has a column for each."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        delimiter = None if file.suffix == ".json" else delimiter_of(text, file.suffix.lower())
+        delimiter = None if file.suffix.lower() == ".json" else delimiter_of(text, file.suffix.lower())
         if delimiter is not None:
             images, classes = parse_table(text, delimiter)
         else:
-            pairs = _from_json(text) if file.suffix == ".json" else _from_lines(text)
+            pairs = _from_json(text) if file.suffix.lower() == ".json" else _from_lines(text)
             images, classes = [Listed(path, (label,)) for path, label in pairs], None
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: not a list of images that can be read ({error})") from error
@@ -164,32 +164,40 @@ def find_lists(source: Path) -> dict[str, Path]:
     """Find the list file of each split, given one of them or their folder.
 
     Beside ``a/train_1.txt`` these are ``a/val_1.txt`` (or ``valid_1``, ``validation_1``) and ``a/test_1.txt``; in a
-    folder ``train``, ``val`` and ``test`` with any suffix of a list. A list without "train" in its name stands alone:
-    as test if a word of its name says so, as val likewise, else as train.
+    folder ``train``, ``val`` and ``test`` with any suffix of a list; all in any case. A list whose name says no train
+    stands alone: as test if a word of its name says so, as val likewise, else as train.
 
     Raises:
         DataError: if two files are the same split.
     """
+    split, around = _named_split(source.stem)
     if source.is_dir():
-        candidates = [(split, source / (name + suffix)) for split, name in _names() for suffix in LIST_SUFFIXES]
-    elif "train" in source.name:
-        candidates = [(split, source.with_name(source.name.replace("train", name))) for split, name in _names("train")]
+        files, around = [file for file in source.iterdir() if file.suffix.lower() in LIST_SUFFIXES], ("", "")
+    elif split == "train":
+        files = [file for file in source.parent.iterdir() if file.suffix.lower() == source.suffix.lower()]
     else:
-        words = re.split("[^a-z]+", source.stem.lower())
-        return {next(filter(None, map(split_of, words)), "train"): source}
-    found: dict[str, Path] = {}
-    for split, file in candidates:
-        if file.is_file():
-            if split in found:
-                raise DataError(f"{source}: found {found[split].name} and {file.name}: expected one list for {split}")
-            found[split] = file
-    return found
+        return {split or "train": source}
+    pattern = re.compile(f"{re.escape(around[0])}([a-z]+){re.escape(around[1])}", re.IGNORECASE)
+    found: dict[str, Path] = {} if source.is_dir() else {"train": source}
+    for file in sorted(files):
+        match = pattern.fullmatch(file.stem)
+        split = split_of(match[1]) if match else None
+        if split is None or (split == "train" and source.is_file()) or not file.is_file():
+            continue
+        if split in found:
+            raise DataError(f"{source}: found {found[split].name} and {file.name}: expected one list for {split}")
+        found[split] = file
+    return {split: found[split] for split in SPLITS if split in found}
 
 
-def _names(train: str | None = None) -> list[tuple[str, str]]:
-    """(split, name) of all names that splits have; ``train`` may be the only one of that split."""
-    pairs = [(split, name) for split, names in SPLIT_NAMES.items() for name in names]
-    return [(split, name) for split, name in pairs if train in (None, name) or split != "train"]
+def _named_split(stem: str) -> tuple[str | None, tuple[str, str]]:
+    """The split that the name of a list says, and what is around it: a word for train, for another, or part of one."""
+    words = [word for word in re.finditer("[a-z]+", stem, re.IGNORECASE) if split_of(word[0])]
+    words.sort(key=lambda word: split_of(word[0]) != "train")
+    words += re.finditer("training|train", stem, re.IGNORECASE)
+    if not words:
+        return None, ("", "")
+    return split_of(words[0][0]), (stem[: words[0].start()], stem[words[0].end() :])
 
 
 def abbreviated(names: Sequence[str]) -> str:

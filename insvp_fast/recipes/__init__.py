@@ -49,6 +49,8 @@ def _read_with_base(source: str, derived: tuple[str, ...]) -> tuple[dict[str, An
     """
     if source in derived:
         raise TrainingError(f"recipe {source}: it is its own base")
+    if not isinstance(source, str):  # TOML has other values
+        raise TrainingError(f"recipe {source}: expected a name or a file")
     file = FOLDER / f"{source}.toml" if source in list_shipped() else Path(source)
     if not file.is_file():
         raise TrainingError(f"recipe {source}: expected a TOML file or one of {', '.join(list_shipped())}")
@@ -57,7 +59,7 @@ def _read_with_base(source: str, derived: tuple[str, ...]) -> tuple[dict[str, An
     except ValueError as error:  # not TOML, or not UTF-8
         raise TrainingError(f"recipe {source}: {error}") from error
     base, table = content.pop("base", None), content.pop("released", {})
-    if isinstance(table, bool):  # the setting of the same name
+    if not isinstance(table, dict):  # the setting of the same name
         content["released"], table = table, {}
     settings, changes = check_names(content, f"recipe {source}"), check_names(table, f"recipe {source}, [released]")
     if base is None:

@@ -11,7 +11,7 @@ from insvp_fast.errors import TrainingError
 from insvp_fast.training.candidates import LINEAR, candidates_of
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
-from insvp_fast.training.run_folder import read_config, read_metrics, read_results
+from insvp_fast.training.run_folder import read_asked, read_metrics, read_results
 
 __all__ = [
     "Entry",
@@ -67,7 +67,7 @@ class Protocol(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A run folder with its settings."""
+    """A run folder with the settings that were asked for."""
 
     folder: Path
     recipe: Recipe
@@ -97,7 +97,7 @@ def read_runs(folder: Path) -> list[Found]:
     found = []
     for run in sorted(folder.glob("*/")):
         try:
-            found.append(Found(run, read_config(run)[0]))
+            found.append(Found(run, read_asked(run)))
         except TrainingError:
             continue  # not a run, or killed before it wrote its settings
     return found
@@ -111,11 +111,8 @@ def find_run(runs: Iterable[Found], recipe: Recipe) -> Found | None:
 
 def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
     # the study's folder may have been moved since, and pictures change no number
-    resolved: dict[str, Any] = {"output": recorded.output, "pictures": recorded.pictures}
-    # and what a run resolves itself and records
-    resolved |= {"amp": recorded.amp} if recipe.amp == "auto" else {}
-    resolved |= {"batch_size": recorded.batch_size, "auto_batch": recorded.auto_batch} if recipe.auto_batch else {}
-    return absolute_paths(dataclasses.replace(recipe, **resolved)) == absolute_paths(recorded)
+    recipe = dataclasses.replace(recipe, output=recorded.output, pictures=recorded.pictures)
+    return absolute_paths(recipe) == absolute_paths(recorded)
 
 
 def scores_of(run: Found | None) -> list[Score]:

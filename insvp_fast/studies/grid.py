@@ -12,6 +12,7 @@ from insvp_fast.errors import CommandError
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies.arguments import to_arguments
 from insvp_fast.studies.entries import Entry
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, check_names
 
 __all__ = ["make_entry", "read_grid"]
@@ -39,9 +40,9 @@ def read_grid(file: Path, output: Path) -> Iterator[Entry]:
     for combination in itertools.product(*grid.values()):
         varied = dict(zip(grid, combination, strict=True))
         entry = make_entry(varied, fixed | varied, output, str(file))
-        if entry.recipe in seen:
+        if (recipe := absolute_paths(entry.recipe)) in seen:  # they would share a run
             raise CommandError(f"{file}: [grid] has the run {varied} twice: expected different values")
-        seen.append(entry.recipe)
+        seen.append(recipe)
         yield entry
 
 
@@ -55,6 +56,6 @@ def make_entry(values: dict[str, Any], settings: Mapping[str, Any], output: Path
     name = settings.pop("recipe", None)
     given = check_names(settings, where) | {"output": str(output)}
     resolved = (read_recipe(name, given.get("released", False)) if name else {}) | given
-    if "{data}" in (root := resolved.get("root") or ""):
-        given["root"] = resolved["root"] = root.replace("{data}", resolved.get("data", Recipe.data))
+    if isinstance(root := resolved.get("root"), str) and "{data}" in root:
+        given["root"] = resolved["root"] = root.replace("{data}", str(resolved.get("data", Recipe.data)))
     return Entry(values, Recipe(**resolved), (["--recipe", name] if name else []) + to_arguments(given))

@@ -30,7 +30,7 @@ from insvp_fast.training.lr_finder import range_test
 from insvp_fast.training.models import build_model
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
-from insvp_fast.training.run_folder import read_config
+from insvp_fast.training.run_folder import read_asked, read_config
 from insvp_fast.training.run_lock import locked
 from insvp_fast.training.run_logger import RunLogger
 from insvp_fast.training.trainer import Trainer
@@ -53,13 +53,14 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
         InsVPError: if the recipe names something that does not exist, it is not that of the run to resume, the loss
             diverges, or a file cannot be read or written. The last saved state is kept, to resume from.
     """
+    asked = recipe or Recipe()
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
     wanted = recipe.batch_size
     recipe, backbone, data, preprocessing = _prepare(recipe, accelerator, begins=resume is None)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder), locked(logger.folder) if logger.active else nullcontext():
-        logger.start(insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data, backbone)
+        logger.start(asked, insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data, backbone)
         if report := weights_report(backbone):
             logger.say(f"backbone: {report}")
         if recipe.batch_size != wanted:
@@ -160,7 +161,8 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     """The recipe, or the one of the run to resume, with the precision of this machine."""
     if resume is not None:
         recorded = read_config(resume)[0]
-        if recipe is not None and absolute_paths(recipe, is_name) != absolute_paths(recorded, is_name):
+        known = [absolute_paths(own, is_name) for own in (recorded, read_asked(resume))]
+        if recipe is not None and absolute_paths(recipe, is_name) not in known:
             raise TrainingError(f"`resume` is {resume}: expected no other settings than the run's own")
         recipe = recorded
     recipe = recipe or Recipe()

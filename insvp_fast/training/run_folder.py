@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = [
     "CONFIG_FILE",
     "METRICS_FILE",
     "SLOW_LOADER",
+    "read_asked",
     "read_config",
     "read_metrics",
     "read_results",
@@ -34,6 +36,19 @@ def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
         config = read_json(Path(run) / CONFIG_FILE, TrainingError)
         return Recipe(**config["recipe"]), config
     except (TrainingError, KeyError, TypeError) as error:
+        raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
+
+
+def read_asked(run: str | Path) -> Recipe:
+    """The settings that a run was asked for: what ``auto`` is on a machine, and the batch that fits, are its own.
+
+    Raises:
+        TrainingError: as ``read_config``.
+    """
+    recipe, config = read_config(run)
+    try:
+        return dataclasses.replace(recipe, **config.get("asked", {}))
+    except TypeError as error:
         raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
 
 

@@ -63,8 +63,18 @@ class RunLogger:
         if self.active and folder is None:
             self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
 
-    def start(self, config: InsVPConfig | None, preprocessing: dict[str, Any], data: Data, backbone: nn.Module) -> None:
+    def start(
+        self,
+        asked: Recipe,
+        config: InsVPConfig | None,
+        preprocessing: dict[str, Any],
+        data: Data,
+        backbone: nn.Module,
+    ) -> None:
         """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers.
+
+        Args:
+            asked: the recipe before the machine chose the precision and the batch size.
 
         Raises:
             TrainingError: if the run to resume began with other images, of which those that it held out might be
@@ -79,6 +89,7 @@ class RunLogger:
         content = {
             "id": secrets.token_hex(8),
             "recipe": absolute_paths(self.recipe, is_name).to_dict(),
+            "asked": dict(asked.to_dict().items() - self.recipe.to_dict().items()),
             "insvp": config and config.to_dict(),
             "preprocessing": preprocessing,
             "augmentation": data.augmentation,

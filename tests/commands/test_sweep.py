@@ -11,6 +11,7 @@ import pytest
 from insvp_fast.commands import cli
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies import runner
+from insvp_fast.studies.entries import find_run, read_runs
 from insvp_fast.studies.grid import read_grid
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
@@ -49,14 +50,23 @@ class Trainer:
         if resumed := options.pop("resume"):
             run, recipe = Path(resumed), Recipe(**json.loads((Path(resumed) / "config.json").read_text())["recipe"])
         else:
-            recipe = Recipe(**options | {"amp": "bf16"})  # what `auto` stands for
+            asked = Recipe(**options)
+            # what `auto` stands for, and what fits into memory
+            size = min(asked.batch_size, 8) if asked.auto_batch else asked.batch_size
+            recipe = replace(asked, amp="bf16" if asked.amp == "auto" else asked.amp, batch_size=size, auto_batch=False)
             run = self.folder / f"{recipe.data}-{len(list(self.folder.glob('*/'))) + 1}"
             run.mkdir(parents=True)
-            (run / "config.json").write_text(json.dumps({"recipe": absolute_paths(recipe).to_dict()}))
+            changed = dict(asked.to_dict().items() - recipe.to_dict().items())
+            config = {"recipe": absolute_paths(recipe).to_dict(), "asked": changed}
+            (run / "config.json").write_text(json.dumps(config))
         status = self.stops_at.get(len(self.commands), 0)
         if status == 0:
             accuracy = recipe.lr + 0.1 * recipe.seed + 0.5 * (recipe.data == "dtd")
             finish(run, accuracy, val_accuracy=1 - accuracy)
+            if recipe.probe:
+                probe = {"model": "linear probe", "test_accuracy": 0.3, "trained_parameters": 3, "kept_epoch": None}
+                with (run / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(probe))
         return status
 
 
@@ -103,6 +113,32 @@ def test_a_sweep_that_was_stopped_goes_on(grid, trainer, capsys):
     assert len(folders) == 12
 
 
+def test_what_a_run_chose_itself_is_not_taken_for_what_was_asked(tmp_path, trainer):
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        "[recipe]\nprobe = false\n[grid]\namp = ['bf16', 'auto', 'off']\n"
+        "auto_batch = [false, true]\nbatch_size = [8, 64]"
+    )
+    command = ["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]
+    for _ in range(2):  # the second time all are finished
+        assert cli.main(command) == 0
+        assert len(trainer.commands) == len(list(trainer.folder.glob("*/"))) == 12
+    runs = read_runs(trainer.folder)
+    found = [find_run(runs, entry.recipe) for entry in read_grid(file, trainer.folder)]
+    assert len({run.folder for run in found if run}) == 12
+
+
+def test_a_shared_probe_is_planned_once(tmp_path, trainer):
+    file = tmp_path / "grid.toml"
+    file.write_text("[grid]\nlr = [0.1, 0.2]\nsplit_seed = [0, 1]")
+    assert cli.main(["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]) == 0
+    rows = list(csv.DictReader((trainer.folder / "results.csv").open()))
+    counted = [(row["model"], row["split_seed"], row["runs"], row["planned"]) for row in rows]
+    probes = [row for row in counted if row[0] == "linear probe"]
+    assert probes == [("linear probe", "0", "1", "1"), ("linear probe", "1", "1", "1")]
+    assert len(counted) == 6 and all(row[2:] == ("1", "1") for row in counted)
+
+
 @pytest.mark.parametrize("status", [0, 1, 130])
 def test_a_run_is_a_process_of_its_own(status):
     program = f"import sys; assert sys.argv[1:] == ['-m', 'insvp_fast', 'train', '--lr', '1']; sys.exit({status})"
@@ -141,6 +177,11 @@ def test_a_dry_run_trains_nothing(grid, trainer, capsys):
         ("[grid]\nimage_weights = [[0.7], 0.2, 0.7]\nseed = [4]", "{'image_weights': 0.7, 'seed': 4} twice"),
         ("[grid]\nepochs = [1, 0]", "--epochs is 0"),
         ("grid", "cannot read"),
+        ("[grid]\nroot = [1]", "--root is 1: expected a value of type str"),
+        ("[recipe]\nroot = '{data}'\n[grid]\ndata = [1]", "--data is 1: expected a value of type str"),
+        ("[recipe]\nroot = ['{data}']\n[grid]\nlr = [1]", "--root is ['{data}']: expected a value of type str"),
+        ("[grid]\nrecipe = [1]", "recipe 1: expected a name or a file"),
+        ("[grid]\ndata = ['photos', './photos']", "{'data': './photos'} twice"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_any_work(content, message, tmp_path, trainer, capsys):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from insvp_fast.commands import cli
 from insvp_fast.data import insvp_preprocessing, load_data, load_test_data
+from insvp_fast.data.lists import find_lists
 from insvp_fast.data.splits import stratified_split, three_way_split
 from insvp_fast.errors import DataError
 from insvp_fast.training import run
@@ -164,11 +165,46 @@ def test_tables_beside_each_other_and_a_table_alone(tmp_path):
             assert [len(part) for part in parts] == [10, 2, 4] and len(set.union(*parts)) == count
         assert len(load_test_data(str(source), SMALL, None, ["elk", "owl"])) == count
     (tmp_path / "train.txt").write_text("x/0.png elk\n")
-    with pytest.raises(DataError, match="found train.txt and train.csv: expected one list for train"):
+    with pytest.raises(DataError, match="found train.csv and train.txt: expected one list for train"):
         load_data(str(tmp_path), SMALL, 0)
     (tmp_path / "my_test.csv").write_text("".join(names))
     with pytest.raises(DataError, match="my_test.csv: found test alone: expected train as well"):
         load_data(str(tmp_path / "my_test.csv"), SMALL, 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "given"),
+    [
+        ("Train.csv Val.csv TEST.CSV", ". Train.csv"),
+        ("training.txt validation.txt Testing.txt", ". training.txt"),
+        ("TRAIN.json valid.json Test.JSON", ". TRAIN.json"),
+        ("split_Training_1.csv split_val_1.csv SPLIT_test_1.csv", "split_Training_1.csv"),
+        ("constrained_train.txt constrained_val.txt constrained_testing.txt", "constrained_train.txt"),
+        ("TrainList01.txt ValList01.txt testlist01.txt", "TrainList01.txt"),
+        ("train2017.tsv val2017.tsv test2017.tsv", "train2017.tsv"),
+    ],
+)
+def test_names_of_lists_in_any_case(names, given, tmp_path):
+    files = [tmp_path / name for name in names.split()]
+    for file in [*files, tmp_path / "test_pretrained.csv", tmp_path / "trains.txt"]:
+        file.touch()
+    for source in given.split():
+        assert find_lists(tmp_path / source) == dict(zip(("train", "val", "test"), files, strict=True))
+    (tmp_path / "trainval.json").touch()
+    alone = {
+        "constrained_val.txt": "val",
+        "Testing.txt": "test",
+        "test_pretrained.csv": "test",
+        "trainval.json": "train",
+    }
+    for name, split in alone.items():
+        assert find_lists(tmp_path / name) == {split: tmp_path / name}
+    (tmp_path / "Labels").mkdir()
+    for name in ("train.txt", "test.txt", "Testing.txt"):
+        (tmp_path / "Labels" / name).touch()
+    for source in ("Labels", "Labels/train.txt"):
+        with pytest.raises(DataError, match="found Testing.txt and test.txt: expected one list for test"):
+            find_lists(tmp_path / source)
 
 
 @pytest.mark.parametrize(

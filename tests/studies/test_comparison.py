@@ -92,6 +92,10 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
         (["table5", "--methods", "vp"], "--methods is vp: expected none, table5 compares InsVP with itself"),
         (["table1", "--methods", "vp", "full", "vp"], "--methods is vp full vp: expected each value once"),
         (["table1", "--rates", "0.1", "1e-1"], "--rates is 0.1 0.1: expected each value once"),
+        (["table1", "--rates", "0.1", "nan"], "--rates is 0.1 nan: expected a positive number each"),
+        (["table1", "--rates", "0"], "--rates is 0.0: expected a positive number each"),
+        (["table1", "--rates", "0.1", "--lr", "0.2"], "--rates is 0.1: expected none, --lr is given"),
+        (["figure7", "--rates", "0.1"], "--rates is 0.1: expected none, figure7 has the learning rate of the recipe"),
     ],
 )
 def test_what_a_study_chooses_itself_is_refused(options, message, trained, capsys):
@@ -102,7 +106,8 @@ def test_what_a_study_chooses_itself_is_refused(options, message, trained, capsy
 @pytest.mark.parametrize("figure", ["figure5", "figure7"])
 def test_figures_are_drawn_from_the_runs(figure, trained, tmp_path, capsys):
     methods = ["--methods", "linear", "insvp"] if figure == "figure5" else []
-    command = ["paper", figure, *methods, "--seeds", "2", "--rates", "0.01", "--output", str(tmp_path / "out")]
+    options = [*methods, "--rates", "0.01"] if figure == "figure5" else []
+    command = ["paper", figure, *options, "--seeds", "2", "--output", str(tmp_path / "out")]
     assert cli.main(command) == 0
     pictures = list((tmp_path / "out").glob("*.png"))
     assert len(pictures) == 1 and pictures[0].stat().st_size > 10_000

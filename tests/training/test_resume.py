@@ -17,8 +17,10 @@ from timm.models import vision_transformer
 
 from insvp_fast.checkpoints.backbone import save_backbone, shipped_backbone
 from insvp_fast.errors import InsVPError
+from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
+from insvp_fast.training.run_folder import read_asked, read_config
 from insvp_fast.training.run_lock import locked
 from insvp_fast.training.trainer import Trainer
 from tests.training.killed_runs import make_digits, outcome, start
@@ -93,10 +95,14 @@ def tiny(digits, tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(tiny, capsys, monkeypatch):
-    folder = train(Recipe(**tiny))
+    asked = Recipe(**tiny, auto_batch=True)  # and the precision is `auto`, both of which the run settles
+    folder = train(asked)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "curve.png"}
     monkeypatch.setattr(Trainer, "fit", None)  # not called again
-    assert train(resume=folder) == folder
+    settled = read_config(folder)[0]
+    assert (settled.auto_batch, read_asked(folder)) == (False, absolute_paths(asked)) and settled.amp != "auto"
+    for recipe in (None, asked, settled):
+        assert train(recipe, resume=folder) == folder
     assert before == {path: path.read_bytes() for path in before}
     assert "kept" in capsys.readouterr().out
 
