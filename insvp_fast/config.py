@@ -26,7 +26,7 @@ def _field(default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63  # as sizes of tensors are
 
 
 def _is_count(value: Any) -> bool:
@@ -205,12 +205,13 @@ class InsVPConfig:
         if not self.has_feature_prompt:
             return ()
         blocks = self.prompted_blocks
-        indices = tuple(range(depth)) if blocks is None else tuple(range(blocks)) if isinstance(blocks, int) else blocks
+        count = depth if blocks is None else blocks
+        indices = range(count) if isinstance(count, int) else count
         if indices and indices[-1] >= depth:
             raise ValueError(
                 f"prompted_blocks={blocks!r} asks for block {indices[-1]}, but the backbone has blocks 0 to {depth - 1}"
             )
-        return indices
+        return tuple(indices)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

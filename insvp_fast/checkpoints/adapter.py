@@ -19,7 +19,7 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import nn
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described
@@ -28,7 +28,7 @@ from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.model_card import make_model_card
 from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.released import infer_config, read_released, to_ours, to_released
-from insvp_fast.checkpoints.state_dict import check_shapes, expected_shapes, read_adapter_weights, skeleton
+from insvp_fast.checkpoints.state_dict import assign, check_shapes, expected_shapes, read_adapter_weights, skeleton
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
 
@@ -169,7 +169,7 @@ class AdapterCheckpoint(
         if not allow_backbone_mismatch:
             config.backbone.require_same_weights(module, config_file)
         model = cls(module, config.num_classes, config.insvp)
-        _assign(model, weights, saved=config.backbone.torch_dtype)
+        assign(model, weights, saved=config.backbone.torch_dtype)
         model.describe_as(config)
         return model.eval()
 
@@ -203,7 +203,8 @@ class AdapterCheckpoint(
         where, released = read_released(source)
         tensors = to_ours(released)
         depth, config = infer_config(tensors, simam, where)
-        classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
+        head = tensors.get("head.weight")
+        classes = len(head) if head is not None and head.ndim else 0
         if num_classes not in (None, classes):
             raise CheckpointError(f"{where}: backbone.head has {classes} classes: expected {num_classes}")
         arguments = {"num_classes": 0, "depth": depth, "weight_init": "skip"}
@@ -265,15 +266,6 @@ def _beside_backbone_and_head(model: nn.Module) -> dict[str, nn.Module]:
 
 def _expected(value: object) -> str:
     return f"expected {value}, as the model's config makes it: with the weights, that is all that is saved"
-
-
-def _assign(model: nn.Module, tensors: Mapping[str, Tensor], saved: torch.dtype) -> None:
-    """Make the tensors the model's, in the dtypes of the file, or that of a backbone that is not in ``saved``."""
-    weight = next(model.get_submodule("backbone").parameters())
-    dtype = None if weight.dtype == saved else weight.dtype
-    # copied: in the file's memory they are not aligned, and some matrix products then round differently
-    tensors = {key: value.to(weight.device, dtype, copy=True) for key, value in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def _recorded_backbone(

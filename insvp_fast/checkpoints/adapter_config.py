@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -103,8 +104,9 @@ class BackboneRecord:
         fields: dict[str, Any] = {"global_pool": pool} | dict(values)
         check_fields(cls, fields, f"{file}: backbone.")
         record = cls(**fields)
-        if not isinstance(getattr(torch, record.dtype, None), torch.dtype):
-            raise CheckpointError(f"{file}: backbone.dtype is {record.dtype!r}: expected a dtype of torch")
+        dtype = getattr(torch, record.dtype, None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+            raise CheckpointError(f"{file}: backbone.dtype is {record.dtype!r}: expected a floating dtype of torch")
         require_architecture_only(record.arguments or {}, f"{file}: backbone.arguments")
         return record
 
@@ -153,7 +155,7 @@ class AdapterConfig:
     The others are those of ``Described``.
 
     Raises:
-        ValueError: if there are class names, and not one for each class.
+        ValueError: as ``check_description``.
     """
 
     peft_type: str = PEFT_TYPE
@@ -170,8 +172,7 @@ class AdapterConfig:
     trained_on: dict | None
 
     def __post_init__(self) -> None:
-        check_class_names(self.class_names, self.num_classes)
-        check_origin(self.trained_on)
+        check_description(self)
 
     def to_json(self) -> bytes:
         """The content of the file."""
@@ -210,27 +211,50 @@ def with_later_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(Described, name) for name in LATER} | dict(values)
 
 
-def check_class_names(names: Sequence[str] | None, num_classes: int) -> None:
-    """Check that there is a name for each class, if there are any.
+def check_description(config: Any) -> None:
+    """Check that what an adapter says of classes, images and their origin can be used.
+
+    Args:
+        config: with ``num_classes`` and the attributes of ``Described``.
 
     Raises:
-        ValueError: if there are more or fewer.
+        ValueError: if there are class names, and not one for each class, if images cannot be prepared so, or if what
+            dividing the images again needs is missing.
     """
-    if names is not None and len(names) != num_classes:
-        raise ValueError(f"class_names has {len(names)} names: expected one for each of the {num_classes} classes")
-
-
-def check_origin(trained_on: Mapping[str, Any] | None) -> None:
-    """Check that ``Described.trained_on`` has what dividing the images again needs.
-
-    Raises:
-        ValueError: if it has not.
-    """
-    if trained_on is None:
-        return
-    seed, digest = trained_on.get("split_seed"), trained_on.get("undivided_sha256")
+    if config.num_classes < 0:
+        raise ValueError(f"num_classes is {config.num_classes}: expected at least 0")
+    names, images, origin = config.class_names, config.preprocessing or {}, config.trained_on or {"split_seed": 0}
+    if names is not None and len(names) != config.num_classes:
+        raise ValueError(
+            f"class_names has {len(names)} names: expected one for each of the {config.num_classes} classes"
+        )
+    for name in names or ():
+        if not isinstance(name, str):
+            raise ValueError(f"class_names has {name!r}: expected text")
+    for name, (is_valid, expected) in PREPROCESSING.items():
+        if name in images and not is_valid(images[name]):
+            raise ValueError(f"preprocessing.{name} is {images[name]!r}: expected {expected}")
+    seed, digest = origin.get("split_seed"), origin.get("undivided_sha256")
     if not isinstance(seed, int) or not isinstance(digest, str | None):
         raise ValueError(f"trained_on has split_seed {seed!r} and undivided_sha256 {digest!r}: expected an int, a str")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_three(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(is_valid, value))
+
+
+PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": (lambda v: _are_three(v, lambda n: type(n) is int and n > 0), "channels, height and width"),
+    "mean": (lambda v: _are_three(v, _is_number), "a number for each of three channels"),
+    "std": (lambda v: _are_three(v, lambda n: _is_number(n) and n > 0), "a positive number for each of three channels"),
+    "crop_pct": (lambda v: v is None or (_is_number(v) and 0 < v <= 10), "a number in (0, 10]"),
+    "crop_mode": (lambda v: v is None or isinstance(v, str), "text"),
+    "interpolation": (lambda v: isinstance(v, str), "text"),
+}
 
 
 def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:

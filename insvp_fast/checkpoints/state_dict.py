@@ -6,7 +6,7 @@ import copy
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from insvp_fast.reference import InsVPReference, split_common_prompts, structure
 __all__ = [
     "Resized",
     "Rules",
+    "assign",
     "backbone_sha256",
     "check_shapes",
     "expected_shapes",
@@ -53,10 +54,14 @@ def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
     for outer, name in _wrappers(content):
         content = outer[name]
     items = content.items() if isinstance(content, Mapping) else [(None, None)]
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
+    if not all(isinstance(key, str) and _is_plain(value) for key, value in items):
         found = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{where}: found {found}: expected a state dict of tensors")
+        raise CheckpointError(f"{where}: found {found}: expected a state dict of dense tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def other_state_dicts(content: Any) -> Counter[str]:
@@ -134,15 +139,23 @@ def skeleton(backbone: nn.Module, num_classes: int, config: InsVPConfig, where: 
         weights |= {id(value): type(value)() for name, value in vars(module).items() if name.endswith("_hooks")}
     try:
         return InsVPReference(copy.deepcopy(backbone, weights), num_classes, config)
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:  # torch's, of sizes that no tensor has
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Check that exactly the expected tensors are there, in their shapes.
+def check_shapes(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    where: object,
+    integers: Collection[str] = (),
+) -> None:
+    """Check that exactly the expected tensors are there, in their shapes, of floating-point numbers.
+
+    Args:
+        integers: the keys of those that are of integers.
 
     Raises:
-        CheckpointError: naming up to three tensors that are missing, unexpected or of another shape.
+        CheckpointError: naming up to three tensors that are missing, unexpected, of another shape or of other numbers.
     """
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     problems = [f"{key} is missing: expected shape {shape}" for key, shape in expected.items() if key not in found]
@@ -151,9 +164,24 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
             problems.append(f"found the unexpected {key} of shape {shape}")
         elif shape != expected[key]:
             problems.append(f"{key} has shape {shape}: expected {expected[key]}")
+        elif tensors[key].is_floating_point() == (key in integers):
+            kind = "integers" if key in integers else "floating-point numbers"
+            problems.append(f"{key} has dtype {tensors[key].dtype}: expected {kind}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], saved: torch.dtype) -> None:
+    """Make the tensors the model's, in the dtypes of the file, or that of a backbone that is not in ``saved``."""
+    weight = next(model.get_submodule("backbone").parameters())
+    given = None if weight.dtype == saved else weight.dtype
+    # copied: in the file's memory they are not aligned, and some matrix products then round differently
+    tensors = {
+        key: value.to(weight.device, given if value.is_floating_point() else None, copy=True)
+        for key, value in tensors.items()
+    }
+    model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def backbone_sha256(backbone: nn.Module, dtype: torch.dtype, positions: bool = True) -> str:

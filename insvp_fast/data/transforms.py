@@ -49,7 +49,7 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
             default 0.5, with ``none`` 0.
 
     Raises:
-        DataError: if there is no such augmentation, or ``crop`` has nothing to crop from.
+        DataError: if there is no such augmentation, timm has no such transform, or ``crop`` has nothing to crop from.
     """
     augmentation = preprocessing.get("augmentation", DEFAULT_AUGMENTATION)
     if augmentation not in AUGMENTATIONS:
@@ -113,4 +113,8 @@ def _hflip(preprocessing: dict[str, Any]) -> float:
 
 def _timm_transform(preprocessing: dict[str, Any], is_training: bool = False) -> Any:
     arguments = {key: value for key, value in preprocessing.items() if key != "augmentation"}
-    return create_transform(**arguments | {"input_size": tuple(arguments["input_size"])}, is_training=is_training)
+    try:
+        return create_transform(**arguments | {"input_size": tuple(arguments["input_size"])}, is_training=is_training)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        expected = "arguments of timm.data.create_transform, input_size among them"
+        raise DataError(f"images would be prepared by {preprocessing} ({error}): expected {expected}") from error

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_at_least, require_finite
 from insvp_fast.methods.tuning import Branch, Tuning, plain_blocks
 
 __all__ = ["AdaptFormer", "Adapter"]
@@ -17,8 +18,6 @@ class Bottleneck(Branch):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        if hidden < 1:
-            raise ValueError(f"the bottleneck has width {hidden}: expected at least 1")
         self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -58,8 +57,11 @@ class Adapter(Tuning):
 
     def __init__(self, backbone: Any, *, reduction: int = 8) -> None:
         super().__init__(backbone)
+        require_at_least(1, reduction=reduction)
         self.branches = nn.ModuleList()
         for block in plain_blocks(backbone, "adapter"):
+            if reduction > backbone.embed_dim:
+                raise ValueError(f"reduction={reduction}: expected at most the width, {backbone.embed_dim}")
             self.branches.append(Serial(backbone.embed_dim, backbone.embed_dim // reduction))
             block.mlp.register_forward_hook(self.branches[-1])
 
@@ -79,6 +81,8 @@ class AdaptFormer(Tuning):
 
     def __init__(self, backbone: Any, *, hidden: int = 64, scale: float = 0.1) -> None:
         super().__init__(backbone)
+        require_at_least(1, hidden=hidden)
+        require_finite(scale=scale)
         self.branches = nn.ModuleList()
         for block in plain_blocks(backbone, "adaptformer"):
             self.branches.append(Parallel(backbone.embed_dim, hidden, scale))

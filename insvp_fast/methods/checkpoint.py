@@ -11,24 +11,25 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import (
     BackboneRecord,
     Described,
-    check_class_names,
+    check_description,
     check_fields,
-    check_origin,
     with_later_fields,
 )
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.checkpoints.files import find_file, read_safetensors
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
-from insvp_fast.checkpoints.state_dict import check_shapes
+from insvp_fast.checkpoints.state_dict import assign, check_shapes
 from insvp_fast.errors import CheckpointError
 from insvp_fast.json_files import read_json
 from insvp_fast.methods.table import CLASSES
+from insvp_fast.methods.tuning import Tuning
 
 __all__ = ["MethodCheckpoint", "MethodConfig"]
 
@@ -38,7 +39,7 @@ class MethodConfig:
     """The content of adapter_config.json.
 
     Raises:
-        ValueError: if there are class names, and not one for each class.
+        ValueError: as ``check_description``.
     """
 
     method: str
@@ -52,8 +53,7 @@ class MethodConfig:
     trained_on: dict | None
 
     def __post_init__(self) -> None:
-        check_class_names(self.class_names, self.num_classes)
-        check_origin(self.trained_on)
+        check_description(self)
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -63,8 +63,9 @@ class MethodConfig:
             CheckpointError: naming the key, if it is not of such an adapter.
         """
         values = read_json(file, CheckpointError)
-        if values.get("method") not in CLASSES:
-            raise CheckpointError(f"{file}: method is {values.get('method')!r}: expected one of {sorted(CLASSES)}")
+        method = values.get("method")
+        if not isinstance(method, str) or method not in CLASSES:
+            raise CheckpointError(f"{file}: method is {method!r}: expected one of {sorted(CLASSES)}")
         values = with_later_fields(values)
         check_fields(cls, values, f"{file}: ")
         try:
@@ -140,7 +141,8 @@ class MethodCheckpoint(Described, nn.Module):
     ) -> Self:
         """Build the recorded backbone, or take the given one, and load an adapter that ``save_pretrained`` wrote.
 
-        The model is in evaluation mode.
+        The model is in evaluation mode. It has the dtypes that it was saved in, or that of a given backbone if it
+        differs.
 
         Args:
             folder: a folder, or the name of a repository on the Hub.
@@ -162,12 +164,16 @@ class MethodCheckpoint(Described, nn.Module):
             module = _build(config.backbone, backbone, not replaces_all, file)
         if not replaces_all or backbone is not None:
             config.backbone.require_same_weights(module, file)
+        dtype = _dtype_when_saved(config.backbone, weights) if issubclass(make, Tuning) else config.backbone.torch_dtype
+        module = module if module is backbone else module.to(dtype)
         try:
             model = cls(module, config.num_classes, method=partial(make, **config.options))  # type: ignore[call-arg]
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:  # the first of sizes that no tensor has
             raise CheckpointError(f"{file}: {error}") from error
-        check_shapes(weights, {key: tuple(value.shape) for key, value in model._adapter().items()}, folder)
-        model.load_state_dict(weights, strict=False)
+        expected = model._adapter()
+        integers = {key for key, value in expected.items() if not value.is_floating_point()}
+        check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()}, folder, integers)
+        assign(model, weights, saved=dtype)
         model.describe_as(config)
         return model.eval()
 
@@ -177,6 +183,13 @@ def options_of(method: Callable[..., Any]) -> dict[str, Any] | None:
     if isinstance(method, partial) and isinstance(method.func, type):
         return method.keywords
     return {} if isinstance(method, type) else None
+
+
+def _dtype_when_saved(record: BackboneRecord, weights: Mapping[str, Tensor]) -> torch.dtype:
+    """That of a ``TunedViT``, whose record is from before training: a narrower one can only be that of all of it."""
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    found = dtypes.pop() if len(dtypes) == 1 else record.torch_dtype
+    return found if found.itemsize < record.torch_dtype.itemsize else record.torch_dtype
 
 
 def _build(record: BackboneRecord, name: str | None, pretrained: bool, where: object) -> nn.Module:

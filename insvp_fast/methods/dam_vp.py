@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast.errors import DataError, TrainingError
+from insvp_fast.methods.checks import require_at_least
 from insvp_fast.methods.vp import VP
 from insvp_fast.reference import Geometry, PromptMethod
 
@@ -37,8 +38,9 @@ class DAMVP(PromptMethod):
 
     def __init__(self, geometry: Geometry, *, num_prompts: int = 10, padding: int | None = None) -> None:
         super().__init__(geometry)
-        if num_prompts < 1 or not geometry.widths:
-            raise ValueError(f"num_prompts={num_prompts}: expected at least 1, and a backbone of blocks")
+        require_at_least(1, num_prompts=num_prompts)
+        if not geometry.widths:
+            raise ValueError("dam_vp around a backbone without blocks that take prompts: expected a backbone of blocks")
         self.frames = nn.ModuleList(VP(geometry, padding=padding) for _ in range(num_prompts))
         self.register_buffer("centers", torch.full((num_prompts, geometry.widths[-1]), torch.nan))
         self.is_fitted = False

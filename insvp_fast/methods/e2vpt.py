@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_at_least, require_probabilities
 from insvp_fast.methods.vpt import VPTDeep
 from insvp_fast.reference import Geometry, Prompts
 
@@ -50,6 +51,8 @@ class E2VPT(VPTDeep):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(geometry, length=length, dropout=dropout)
+        require_at_least(0, num_keys=num_keys)
+        require_at_least(1, segments=segments)
         if geometry.width % segments:
             raise ValueError(f"segments={segments}: expected a divisor of the width, {geometry.width}")
         keys_values = (torch.empty(1 if share else 2, num_keys, geometry.width) for _ in self.prompted_blocks)
@@ -94,9 +97,7 @@ class E2VPT(VPTDeep):
         Raises:
             ValueError: for a fraction that is not in [0, 1].
         """
-        for name, fraction in (("tokens", tokens), ("segments", segments)):
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"{name}={fraction!r}: expected 0 to 1")
+        require_probabilities(tokens=tokens, segments=segments)
         for mask, score, fraction in zip((self.token_mask, self.segment_mask), scores, (tokens, segments), strict=True):
             mask.fill_(1)
             mask.view(-1)[score.flatten().argsort()[: int(fraction * mask.numel())]] = 0

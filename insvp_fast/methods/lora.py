@@ -9,6 +9,7 @@ from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_at_least, require_finite
 from insvp_fast.methods.tuning import Branch, Tuning
 
 __all__ = ["LoRA"]
@@ -55,8 +56,8 @@ class LoRA(Tuning):
 
     def __init__(self, backbone: nn.Module, *, rank: int = 8, alpha: float = 8.0) -> None:
         super().__init__(backbone)
-        if rank < 1:
-            raise ValueError(f"rank={rank}: expected at least 1")
+        require_at_least(1, rank=rank)
+        require_finite(alpha=alpha)
         attentions: list[Any] = [m for m in backbone.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
         unknown = [attention for attention in attentions if type(attention) not in (Attention, WindowAttention)]
         if unknown or not attentions:  # some read the weights of their layer without calling it

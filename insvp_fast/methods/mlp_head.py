@@ -6,6 +6,7 @@ import itertools
 
 from torch import nn
 
+from insvp_fast.methods.checks import require_at_least
 from insvp_fast.methods.tuning import Tuning
 
 __all__ = ["MLPHead"]
@@ -24,8 +25,8 @@ class MLPHead(Tuning):
 
     def __init__(self, backbone: nn.Module, *, layers: int = 3, hidden: int | None = None) -> None:
         super().__init__(backbone)
-        if layers < 2:
-            raise ValueError(f"layers={layers}: expected at least 2, one layer is the method linear")
+        require_at_least(2, layers=layers)  # one layer is the method linear
+        require_at_least(1, hidden=hidden)
         self.layers, self.hidden = layers, hidden
 
     def make_head(self, head: nn.Module) -> nn.Module:

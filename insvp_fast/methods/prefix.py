@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_at_least, require_each_at_least
 from insvp_fast.reference import Geometry, PromptMethod, Prompts
 
 __all__ = ["DualPrompt"]
@@ -40,6 +41,8 @@ class DualPrompt(PromptMethod):
         expert_blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__(geometry)
+        require_at_least(0, general_length=general_length, expert_length=expert_length)
+        require_each_at_least(0, general_blocks=general_blocks, expert_blocks=expert_blocks)
         if expert_blocks is None:
             expert_blocks = range(2, min(5, len(geometry.widths)))
         if twice := {*general_blocks} & {*expert_blocks}:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_each_at_least
 from insvp_fast.methods.tuning import Tuning
 from insvp_fast.reference.structure import pixel_layer
 
@@ -30,6 +31,7 @@ class SideTuning(Tuning):
         pixels = pixel_layer(backbone)
         if not isinstance(pixels, nn.Conv2d):
             raise ValueError(f"sidetune in a {type(backbone).__name__}: expected a convolution that reads the image")
+        require_each_at_least(1, channels=channels)
         if not channels:
             raise ValueError("channels is empty: expected at least one convolution")
         steps: list[nn.Module] = []

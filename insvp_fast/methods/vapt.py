@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_at_least, require_probabilities
 from insvp_fast.methods.vpt import VPTDeep
 from insvp_fast.reference import Geometry, Prompts
 
@@ -50,7 +51,9 @@ class VAPT(VPTDeep):
     ) -> None:
         super().__init__(geometry, length=length, dropout=dropout, blocks=(0,))
         height, width = self.grid = tuple(side // geometry.patch_size for side in geometry.fixed_image_size)
-        if not 1 <= kernel <= min(self.grid):
+        require_at_least(1, kernel=kernel, hidden=hidden)
+        require_probabilities(channel_dropout=channel_dropout, hidden_dropout=hidden_dropout)
+        if not kernel <= min(self.grid):
             raise ValueError(f"kernel={kernel}: expected 1 to {min(self.grid)}, the patches of a {height}x{width} map")
         D = geometry.width
         self.prompted_blocks = geometry.blocks(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_probabilities
 from insvp_fast.methods.vpt import VPTDeep
 from insvp_fast.reference import Geometry
 
@@ -21,8 +22,7 @@ class VFPT(VPTDeep):
     """
 
     def __init__(self, geometry: Geometry, *, length: int = 50, fraction: float = 0.5, dropout: float = 0.1) -> None:
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction={fraction!r}: expected 0 to 1")
+        require_probabilities(fraction=fraction)
         super().__init__(geometry, length=length, dropout=dropout)
         self.num_transformed = int(length * fraction)
 

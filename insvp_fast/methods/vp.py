@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_at_least
 from insvp_fast.reference import Geometry, PromptMethod
 
 __all__ = ["VP"]
@@ -25,6 +26,7 @@ class VP(PromptMethod):
 
     def __init__(self, geometry: Geometry, *, padding: int | None = None) -> None:
         super().__init__(geometry)
+        require_at_least(1, padding=padding)
         C, (H, W) = geometry.in_channels, geometry.fixed_image_size
         p = round(30 / 224 * min(H, W)) if padding is None else padding
         if not 1 <= p <= min(H, W) // 2:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.methods.checks import require_at_least, require_each_at_least, require_probabilities
 from insvp_fast.reference import Geometry, PromptMethod, Prompts
 
 __all__ = ["VPTDeep", "VPTShallow"]
@@ -24,7 +25,8 @@ class VPTDeep(PromptMethod):
         blocks: the blocks that have prompts; None for all.
 
     Raises:
-        ValueError: for blocks that the backbone does not have, or a projection to several widths.
+        ValueError: for a setting that is no such number, blocks that the backbone does not have, or a projection to
+            several widths.
     """
 
     def __init__(
@@ -37,6 +39,10 @@ class VPTDeep(PromptMethod):
         blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__(geometry)
+        require_at_least(0, length=length)
+        require_each_at_least(0, blocks=blocks)
+        require_at_least(1, projection=projection)
+        require_probabilities(dropout=dropout)
         self.prompted_blocks = geometry.blocks(blocks)
         self.prompts = nn.ParameterList(
             xavier_prompts(geometry, length, projection or geometry.widths[j]) for j in self.prompted_blocks

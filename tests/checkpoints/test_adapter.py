@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
+import math
+import operator
 import os
 import pickle
 import re
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ import torch
 from huggingface_hub import ModelCard, hub_mixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from timm import create_model
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -25,9 +32,13 @@ from torch import Tensor, nn
 from insvp_fast.checkpoints import files
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.adapter_config import AdapterConfig
+from insvp_fast.checkpoints.backbone import create_backbone, save_backbone
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
-from insvp_fast.errors import CheckpointError
+from insvp_fast.data.transforms import transform_for
+from insvp_fast.errors import CheckpointError, InsVPError
+from insvp_fast.methods import create_model as create_method_model
+from insvp_fast.methods import load_model
 from insvp_fast.model import InsVPViT
 from insvp_fast.reference import InsVPReference
 
@@ -400,7 +411,18 @@ WRONG_DESCRIPTIONS = {
     "a missing hash": (lambda v: v["backbone"].pop("sha256"), r"backbone\.sha256 is missing, found"),
     "a wrong type": (lambda v: v.update(num_classes="3"), "num_classes is '3': expected int"),
     "a wrong value": (lambda v: v["insvp"].update(prompt_length=-1), "prompt_length=-1: expected an integer of at"),
-    "a wrong dtype": (lambda v: v["backbone"].update(dtype="Tensor"), r"backbone\.dtype is 'Tensor': expected a dtype"),
+    "a wrong dtype": (lambda v: v["backbone"].update(dtype="Tensor"), r"backbone\.dtype is 'Tensor': expected a flo"),
+    "no float": (
+        lambda v: v["backbone"].update(dtype="int64"),
+        r"backbone\.dtype is 'int64': expected a flo",
+    ),
+    "no count": (lambda v: v.update(num_classes=-5, class_names=None), "num_classes is -5: expected at least 0"),
+    "no names": (lambda v: v.update(class_names=[1, 2, 3]), "class_names has 1: expected text"),
+    "no size of a tensor": (lambda v: v["insvp"].update(prompt_length=2**62), "invalid|overflow"),
+    "no such images": (
+        lambda v: v.update(preprocessing={"mean": "gray"}),
+        r"preprocessing\.mean is 'gray': expected a num",
+    ),
     "a file to read": (
         lambda v: v["backbone"]["arguments"].update(checkpoint_path="/etc/passwd"),
         r"backbone\.arguments: found the argument checkpoint_path: expected those of an architecture",
@@ -427,6 +449,44 @@ def test_refuses_a_wrong_description(folder, change, message):
     refused(folder, message, FILES[1])
 
 
+def places(values: Any, place: tuple = ()) -> Iterator[tuple]:
+    """The keys and indices that lead to each value in JSON."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield *place, key
+        yield from places(value, (*place, key))
+
+
+HOSTILE = [None, -1, 10**18, 10**30, math.nan, "x", [], ["x", 3], {"x": 1}]
+
+
+@pytest.mark.parametrize("method", ["insvp", "lora", "vpt_deep"])
+def test_no_value_of_a_description_is_a_traceback(method, tmp_path):
+    save_backbone(make_backbone(), tmp_path / "backbone.safetensors")
+    backbone = create_backbone(str(tmp_path / "backbone.safetensors"), num_classes=0)
+    own = copy.deepcopy(backbone)
+    make = InsVPViT(own, 3, SMALL) if method == "insvp" else create_method_model(method, own, 3)
+    make.trained_on = {"data": "x", "split_seed": 0, "splits": "in words", "undivided_sha256": None}
+    make.save_pretrained(tmp_path, CLASSES, PREPROCESSING | {"input_size": (3, 32, 32), "crop_mode": "center"})
+    original = json.loads((tmp_path / FILES[1]).read_text())
+    refused = Counter()
+    for *outer, last in places(original):
+        for value in HOSTILE:
+            if "arguments" in outer and isinstance(value, int):  # timm would build that many blocks
+                continue
+            values = copy.deepcopy(original)
+            functools.reduce(operator.getitem, outer, values)[last] = value
+            (tmp_path / FILES[1]).write_text(json.dumps(values))
+            try:
+                model = load_model(tmp_path, None if "backbone" in outer else copy.deepcopy(backbone))
+                if model.preprocessing and (last, value) not in itertools.product((0, 1, 2), (10**18, 10**30)):
+                    transform_for(model.preprocessing)(Image.new("RGB", (40, 50)))
+                refused[False] += 1
+            except InsVPError:
+                refused[True] += 1
+    assert refused[True] > 2 * refused[False] > 0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"architectures": []}', "\x80"])
 def test_refuses_a_foreign_description(folder, content):
     (folder / FILES[1]).write_text(content, encoding="latin-1")
@@ -442,6 +502,14 @@ WRONG_TENSORS = {
         r"common_prompts\.1 has shape \(5, 48\): expected \(2, 48\)",
     ),
     "all missing": (lambda t: t.clear(), "and 15 more"),
+    "of integers": (
+        lambda t: t.update({"head.bias": torch.ones(3, dtype=torch.int8)}),
+        "head.bias has dtype torch.int8: expected floating-point numbers",
+    ),
+    "a single number": (
+        lambda t: t.update({"common_prompts.0": torch.ones(())}),
+        r"common_prompts\.0 has shape \(\): expected \(2, 48\)",
+    ),
 }
 
 

@@ -210,7 +210,7 @@ WRONG = {
         r"not a checkpoint of the authors' code: found \['conv.weight'\]",
     ),
     "a bare backbone": ({"backbone.cls_token": torch.ones(1, 1, 768)}, "not a checkpoint of the authors' code"),
-    "no tensors": ({"backbone.cls_token": 3}, "expected a state dict of tensors"),
+    "no tensors": ({"backbone.cls_token": 3}, "expected a state dict of dense tensors"),
     "a key missing": (_drop("backbone.norm.bias"), r"backbone.norm.bias is missing: expected shape \(768,\)"),
     "a kernel missing": (_drop("TokenPrompt.conv2.weight"), "TokenPrompt.conv2.weight is missing"),
     "half an image prompt": (_drop(*(k for k in small() if k.startswith("meta_net_2"))), "expected both or neither"),
@@ -228,6 +228,15 @@ WRONG = {
         r"not those of the authors' code: global_kernels=\(4, 25\)",
     ),
     "flat prompts": (small() | {"prompts": torch.ones(9, 768)}, r"shape \(9, 768\): expected \(1, 9, 768\)"),
+    "a single number": (
+        small() | {"backbone.head.weight": torch.ones(())},
+        r"the unexpected backbone.head.weight of shape \(\)",
+    ),
+    "integers": (
+        small() | {"prompts": torch.ones(1, 9, 768).char()},
+        "prompts has dtype torch.int8: expected floating",
+    ),
+    "a sparse tensor": (small() | {"prompts": torch.ones(1, 9, 768).to_sparse()}, "expected a state dict of dense ten"),
     "more prompts than blocks": (small() | {"prompts": torch.ones(2, 9, 768)}, "prompted_blocks=2 asks for block 1"),
 }
 

@@ -43,5 +43,5 @@ def test_wrappers_and_prefixes_are_taken_off(wrap, prefix):
     ],
 )
 def test_what_holds_no_state_dict_is_refused(content, found):
-    with pytest.raises(CheckpointError, match=f"best.pth: found {found}: expected a state dict of tensors"):
+    with pytest.raises(CheckpointError, match=f"best.pth: found {found}: expected a state dict of dense tensors"):
         unwrap_state_dict(content, "best.pth")

@@ -457,7 +457,7 @@ WRONG = {
     "one name twice": (lambda m: moco(m)["state_dict"] | noise("cls_token"), "found cls_token twice"),
     "integers": (
         lambda m: {k: v.to(torch.int8) for k, v in m.state_dict().items()},
-        "expected weights that are not qu",
+        "cls_token has dtype torch.int8: expected floating",
     ),
     "nothing": (lambda m: {}, "found the names \\[\\]"),
 }

@@ -1,7 +1,9 @@
 """The methods besides InsVP: each against a plain restatement of its equations, and the fast path against that."""
 
 import copy
+import inspect
 import math
+import re
 import warnings
 from functools import partial
 
@@ -392,6 +394,23 @@ def test_other_backbones():
 def test_what_cannot_be_is_said_at_once(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, NAME, 6, backbone_kwargs=SIZE, **options)
+
+
+WRONG = {
+    "int": [-1, 1.5, "4", True, [1], math.nan],
+    "float": [math.nan, math.inf, "0.5", True, [0.5]],
+    "bool": [],
+    "Sequence[int]": [[-1], [0.5], ["1"], [True], "12", 3],
+}
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_settings_of_every_method_are_checked(name):
+    settings = [p for p in inspect.signature(CLASSES[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for setting in settings:
+        for value in WRONG[setting.annotation.removesuffix(" | None")]:
+            with pytest.raises(ValueError, match=f"{setting.name}={re.escape(repr(value))}: expected "):
+                create_model(name, NAME, 6, backbone_kwargs=SIZE, **{setting.name: value})
 
 
 def test_image_sizes_that_the_parameters_do_not_fit():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from insvp_fast import InsVPViT, unsupported_reason
+from insvp_fast.checkpoints.backbone import save_backbone
 from insvp_fast.errors import CheckpointError, DataError, TrainingError
 from insvp_fast.methods import CLASSES, METHODS, MethodViT, PromptMethod, TunedViT, create_model, load_model
 from insvp_fast.testing import relative_error, trained_gradients
@@ -252,6 +253,30 @@ def test_an_adapter_of_any_method_comes_back(name, tmp_path):
         assert torch.equal(load_model(tmp_path)(image), model(image))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_comes_back_in_its_dtypes(name, tmp_path):
+    original = timm.create_model(NAME, **SIZE)
+    save_backbone(original, tmp_path / "backbone.safetensors")
+    source = str(tmp_path / "backbone.safetensors")
+    model = create_model(name, source, 6, pretrained=True, **OPTIONS[name]).eval()
+    fitted(model).bfloat16().save_pretrained(tmp_path / "bf16")
+    image = torch.randn(3, 3, 48, 32, dtype=torch.bfloat16)
+    loaded = load_model(tmp_path / "bf16")
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.bfloat16}
+    assert torch.equal(loaded(image), model(image))
+    # around a given backbone, in its dtype
+    given = load_model(tmp_path / "bf16", copy.deepcopy(original))
+    assert {value.dtype for value in given.state_dict().values()} == {torch.float32}
+    # trained in fp32 around a backbone in bf16
+    model = create_model(name, copy.deepcopy(original).bfloat16(), 6, **OPTIONS[name])
+    for part in (model.method, model.head):
+        randomize(part.float())
+    trained = {key: value.clone() for key, value in model._adapter().items()}
+    model.save_pretrained(tmp_path / "mixed")
+    loaded = load_model(tmp_path / "mixed", copy.deepcopy(original).bfloat16())
+    torch.testing.assert_close(loaded._adapter(), trained, rtol=0, atol=0, equal_nan=True)
+
+
 def test_adapters_are_told_apart(tmp_path):
     backbone = timm.create_model(NAME, **SIZE)
     InsVPViT(copy.deepcopy(backbone), 6).save_pretrained(tmp_path / "insvp")
@@ -263,7 +288,7 @@ def test_adapters_are_told_apart(tmp_path):
     text = config.read_text()
     for old, new, message in (
         ('"lora"', '"loro"', "method is 'loro': expected one of"),
-        ('"options": {}', '"options": {"rank": 0}', "rank=0: expected at least 1"),
+        ('"options": {}', '"options": {"rank": 0}', "rank=0: expected an integer of at least 1"),
         ('"options": {}', '"options": {"rank": 3}', r"shape \(8, 48\): expected \(3, 48\)"),
         ('"class_names": null', '"class_names": ["a"]', "class_names has 1 names: expected one for each of the 6"),
     ):
@@ -365,11 +390,11 @@ def test_other_backbones():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lora", {"rank": 0}, "rank=0: expected at least 1"),
-        ("mlp_3", {"layers": 1}, "layers=1: expected at least 2"),
-        ("adapter", {"reduction": 64}, "the bottleneck has width 0: expected at least 1"),
+        ("lora", {"rank": 0}, "rank=0: expected an integer of at least 1"),
+        ("mlp_3", {"layers": 1}, "layers=1: expected an integer of at least 2"),
+        ("adapter", {"reduction": 64}, "reduction=64: expected at most the width, 48"),
         ("sidetune", {"channels": []}, "channels is empty"),
-        ("dam_vp", {"num_prompts": 0}, "num_prompts=0: expected at least 1"),
+        ("dam_vp", {"num_prompts": 0}, "num_prompts=0: expected an integer of at least 1"),
         ("parallel", {}, "adaptformer in a backbone with a ParallelScalingBlock: expected timm's VisionTransformer"),
         ("distilled", {}, "the backbone has two heads"),
         ("rms", {}, "ssf in a backbone with a RmsNorm: expected linear layers, LayerNorm and PatchEmbed"),
