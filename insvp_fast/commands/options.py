@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from insvp_fast.errors import CommandError
+from insvp_fast.training.setting import SEED
 
-__all__ = ["add_json", "add_loading", "add_model", "make_folder", "positive", "read_class_names"]
+__all__ = ["add_json", "add_loading", "add_model", "make_folder", "positive", "random_seed", "read_class_names"]
 
 
 def positive(text: str) -> int:
@@ -20,6 +21,13 @@ def positive(text: str) -> int:
 def _not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
+    return int(text)
+
+
+def random_seed(text: str) -> int:
+    """The argparse type of a random seed."""
+    if not (text.isdecimal() and SEED.accepts(int(text))):
+        raise argparse.ArgumentTypeError(f"{text}: expected {SEED.expected}")
     return int(text)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, add_loading, make_folder, positive
+from insvp_fast.commands.options import add_json, add_loading, make_folder, positive, random_seed
 from insvp_fast.errors import CommandError
 
 SUMMARY = "draw features and specific prompts by t-SNE"
@@ -24,7 +24,9 @@ ON_DATA = ("data", "root", "split_seed")  # settings that say which images are f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder of `insvp train`")
     parser.add_argument("--images", type=positive, metavar="N", default=1000, help="at most so many (default: 1000)")
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of the choice and of t-SNE (default: 0)")
+    parser.add_argument(
+        "--seed", type=random_seed, metavar="N", default=0, help="of the choice and of t-SNE (default: 0)"
+    )
     parser.add_argument("--output", metavar="FILE", help=".png, .pdf or .svg (default: tsne.png, in the first RUN)")
     add_loading(parser)
     add_json(parser)

@@ -19,7 +19,7 @@ from insvp_fast.data.decode import read_image
 from insvp_fast.data.lists import class_indices
 from insvp_fast.errors import DataError
 
-__all__ = ["Images", "Part", "Splits", "TarMember", "images_of_classes", "names_sha256", "require_files"]
+__all__ = ["Images", "Part", "Splits", "TarMember", "files_of", "images_of_classes", "names_sha256", "require_files"]
 
 
 class Images(Dataset):
@@ -110,6 +110,12 @@ class Part(Subset):
     def name(self, index: int) -> str:
         """As ``Images`` does."""
         return self.dataset.name(self.indices[index])  # type: ignore[attr-defined]
+
+
+def files_of(images: Images) -> set[str]:
+    """The whole paths of the images that are files of their own."""
+    items = images.items if isinstance(images.items, list) else ()
+    return {os.path.abspath(item) for item in items if isinstance(item, str | Path)}
 
 
 def names_sha256(images: Images | Part) -> str:

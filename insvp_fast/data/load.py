@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from torchvision.transforms import Compose
 
 from insvp_fast.data.cache import cache_images
-from insvp_fast.data.images import Images, Part
+from insvp_fast.data.images import Images, Part, files_of
 from insvp_fast.data.lists import abbreviated, class_indices
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
 from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source
@@ -195,15 +194,10 @@ def _divide(
 
 def _describe_overlap(splits: dict[str, Images]) -> str:
     """How many files of a split are in another as well, in words; nothing where there are none."""
-    files = {split: _files(splits[split]) for split in ("train", "val", "test") if split in splits}
+    files = {split: files_of(splits[split]) for split in ("train", "val", "test") if split in splits}
     counts = [(one, other, len(files[one] & files[other])) for one, other in itertools.combinations(files, 2)]
     found = [f"{count} of the {len(files[b])} images of {b} are in {a} as well" for a, b, count in counts if count]
     return "".join(f"; {words}" for words in found)
-
-
-def _files(images: Images) -> set[str]:
-    items = images.items if isinstance(images.items, list) else ()
-    return {os.path.abspath(item) for item in items if isinstance(item, str | Path)}
 
 
 def _origin(source: str, splits: dict[str, Images], seed: int, words: str) -> dict[str, Any]:
@@ -227,13 +221,15 @@ def _in_three(
 
 
 def _require(count: int, source: str, images: Images, class_names: Sequence[str]) -> None:
-    """Check that every class has enough images to be divided."""
-    if isinstance(images.classes, Tensor):
-        return
-    found = Counter(images.classes)
-    few = [class_names[index] for index in sorted(found) if found[index] < count]
-    if few:
-        problem = f"the class {abbreviated(few)} has fewer than {count} images"
+    """Check that there are enough images to be divided, of every class where each has one."""
+    problem = None
+    if isinstance(images.classes, Tensor):  # divided at random
+        problem = f"it has {len(images)} images: expected at least {count}" if len(images) < count else None
+    else:
+        found = Counter(images.classes)
+        few = [class_names[index] for index in sorted(found) if found[index] < count]
+        problem = f"the class {abbreviated(few)} has fewer than {count} images" if few else None
+    if problem:
         raise DataError(f"`data` is {source}: found no val or no test, and train cannot be divided: {problem}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from insvp_fast.data import load_test_data
-from insvp_fast.data.images import Images, Part
+from insvp_fast.data.images import Images, Part, files_of
 from insvp_fast.data.sets import DIGITS
 from insvp_fast.data.sources import read_source
 from insvp_fast.errors import DataError, TrainingError
@@ -110,6 +110,8 @@ def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[st
         exif_rotation=run.model.exif_rotation,
         undivided_sha256=digest,
     )
+    if isinstance(images, Images) and (known := _count_trained(recipe, images)):
+        return images, f"`data` is {source}: {known} of its {len(images)} images are among those of training"
     whole = isinstance(images, Images) and images.split == "train"
     if whole and digest is not None:
         reason = "they are not the images that training divided"
@@ -123,6 +125,15 @@ def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[st
         images,
         f"`data` is {source}: {note} are tested, and images of training may be among them: {reason}; {advice}",
     )
+
+
+def _count_trained(recipe: Recipe | None, images: Images) -> int:
+    """How many images are files of the train split of a run, as far as that is still there."""
+    try:
+        splits, _ = read_source(recipe.data, recipe.split_seed, recipe.root) if recipe else ({}, [])
+    except DataError:
+        return 0
+    return len(files_of(splits["train"]) & files_of(images)) if splits else 0
 
 
 def _names_of_data(source: str, root: str | None, classes: int) -> list[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from insvp_fast.errors import TrainingError
 
@@ -26,6 +31,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with open(folder / LOCK_FILE, "a+") as file:
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, "this system has no POSIX locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by a data loader's workers
         except (BlockingIOError, PermissionError) as error:  # POSIX leaves it to the system which
             file.seek(0)

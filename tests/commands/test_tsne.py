@@ -53,6 +53,10 @@ def test_tsne_refuses_other_formats_too_few_images_and_other_data(run, other_run
 
     assert "expected a name that ends in .png" in refusal(str(run), "--output", "tsne.xyz")
     assert "t-SNE of 2 images" in refusal(str(run), "--images", "2", "--output", str(tmp_path / "a.png"))
+    for seed in ("-1", "4294967296", "1.5"):
+        with pytest.raises(SystemExit):
+            cli.main(["tsne", str(run), "--seed", seed])
+        assert f"--seed: {seed}: expected an integer from 0 to 2^32-1" in capsys.readouterr().err
     assert "is given twice" in refusal(str(run), str(run))
     folder = tmp_path / "digits-1"
     folder.mkdir()

@@ -276,6 +276,9 @@ def test_images_with_several_labels_are_divided(tmp_path):
     assert [len(part) for part in parts_of(data)] == [14, 2, 4] and len(set.union(*parts_of(data))) == 20
     assert "these are 70/10/20 of train at random, seed 0" in data.protocol
     assert data.train.classes.shape == (14, 2) and torch.equal(data.train.classes[3], data.train[3][1])
+    (tmp_path / "two.csv").write_text("path,elk,owl\nx/0.png,1,1\nx/1.png,0,1\n")
+    with pytest.raises(DataError, match="train cannot be divided: it has 2 images: expected at least 3"):
+        load_data(str(tmp_path / "two.csv"), SMALL, 0)
 
 
 # Through the command line
@@ -308,4 +311,12 @@ def test_another_seed_keeps_the_split_and_the_run_says_what_it_is(tmp_path, monk
     # the run's own test images; all images of other data
     assert evaluate_run(runs / "pets-3").metrics.images == len(third[2])
     other = make_images(tmp_path / "others", {"cat": 3, "dog": 2})
-    assert evaluate_run(runs / "pets-3", str(other)).metrics.images == 5
+    facts, metrics, _ = evaluate_run(runs / "pets-3", str(other))
+    assert metrics.images == 5 and "among them: they are not the images that training divided" in facts["note"]
+    # of a list, files that the run read as its train
+    names = [f"pets/cat/{n}.png,cat\n" for n in range(2)] + [f"others/cat/{n}.png,cat\n" for n in range(3)]
+    (tmp_path / "some.csv").write_text("".join(names))
+    facts, metrics, _ = evaluate_run(runs / "pets-3", str(tmp_path / "some.csv"))
+    assert facts["note"].endswith("some.csv: 2 of its 5 images are among those of training") and metrics.images == 5
+    folder.rename(tmp_path / "elsewhere")
+    assert "2 of" not in evaluate_run(runs / "pets-3", str(other)).facts["note"]
