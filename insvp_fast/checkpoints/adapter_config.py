@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ class BackboneRecord:
         dtype: of the weights when the adapter was saved, by its name in torch.
         sha256: of the weights, see ``backbone_sha256``.
         global_pool: how tokens are pooled, by timm's name; None if the backbone does not say.
+        sha256_but_positions: of the weights but the embeddings of positions, where these were resampled for an
+            ``img_size``, of which the last bits depend on the CPU; else None.
     """
 
     name: str | None
@@ -74,6 +77,7 @@ class BackboneRecord:
     dtype: str
     sha256: str
     global_pool: str | None
+    sha256_but_positions: str | None
 
     @classmethod
     def of(cls, backbone: nn.Module) -> Self:
@@ -90,6 +94,7 @@ class BackboneRecord:
             dtype=str(dtype).removeprefix("torch."),
             sha256=backbone_sha256(backbone, dtype),
             global_pool=_pooling(backbone),
+            sha256_but_positions=backbone_sha256(backbone, dtype, False) if "img_size" in (arguments or {}) else None,
         )
 
     @classmethod
@@ -101,7 +106,7 @@ class BackboneRecord:
         """
         arguments = values.get("arguments")  # where earlier versions recorded the pooling, if it was chosen
         pool = arguments.get("global_pool") if isinstance(arguments, dict) else None
-        fields: dict[str, Any] = {"global_pool": pool} | dict(values)
+        fields: dict[str, Any] = {"global_pool": pool, "sha256_but_positions": None} | dict(values)
         check_fields(cls, fields, f"{file}: backbone.")
         record = cls(**fields)
         dtype = getattr(torch, record.dtype, None)
@@ -118,11 +123,16 @@ class BackboneRecord:
     def require_same_weights(self, backbone: nn.Module, where: object) -> None:
         """Check that a backbone has the recorded weights, and pools its tokens as recorded, for which it needs none.
 
+        Warns if embeddings of positions that were resampled differ, as they do between CPUs.
+
         Raises:
             CheckpointError: if it has others, or pools otherwise.
         """
-        found = backbone_sha256(backbone, self.torch_dtype)
-        if found != self.sha256:
+        found, but_positions = backbone_sha256(backbone, self.torch_dtype), self.sha256_but_positions
+        if found != self.sha256 and but_positions == backbone_sha256(backbone, self.torch_dtype, positions=False):
+            text = "the position embeddings, resampled for `img_size`, are not to the bit those of the training"
+            warnings.warn(f"{where}: {text}: another CPU or version of PyTorch rounds them otherwise", stacklevel=3)
+        elif found != self.sha256:
             expected = f"{self.sha256} ({self.name or 'not made by timm'}, {self.dtype})"
             remedy = "the one that the adapter was trained with, or allow_backbone_mismatch=True to use this one"
             raise CheckpointError(

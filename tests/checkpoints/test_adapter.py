@@ -231,6 +231,7 @@ def test_the_description_says_what_to_build(folder):
         "global_pool": "token",
     }
     assert backbone["sha256"] == backbone_sha256(make_backbone(seed=0), torch.float32)
+    assert backbone["sha256_but_positions"] == backbone_sha256(make_backbone(seed=0), torch.float32, positions=False)
     assert InsVPConfig.from_dict(values["insvp"]) == SMALL
 
 

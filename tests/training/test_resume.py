@@ -18,6 +18,7 @@ from timm.models import vision_transformer
 from insvp_fast.checkpoints.backbone import save_backbone, shipped_backbone
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import run_lock
+from insvp_fast.training.load import load_run
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
@@ -249,6 +250,13 @@ def test_position_embeddings_that_another_cpu_resampled_are_the_same_backbone(di
     resample = resample_abs_pos_embed
     monkeypatch.setattr(vision_transformer, "resample_abs_pos_embed", lambda *a, **k: resample(*a, **k) * (1 + 2**-22))
     assert train(resume=folder) == folder
+    with pytest.warns(UserWarning, match="the position embeddings, resampled for `img_size`, are not to the bit those"):
+        model = load_run(folder).model
+    with torch.no_grad():
+        model.backbone.blocks[0].norm1.bias[0] += 1e-3
+    model.save_pretrained(folder / "adapter")
+    with pytest.raises(InsVPError, match="the backbone has sha256"):
+        load_run(folder)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
