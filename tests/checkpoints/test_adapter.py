@@ -461,6 +461,7 @@ def places(values: Any, place: tuple = ()) -> Iterator[tuple]:
 HOSTILE = [None, -1, 10**18, 10**30, math.nan, "x", [], ["x", 3], {"x": 1}]
 
 
+@pytest.mark.filterwarnings("ignore:.*the position embeddings, resampled:UserWarning")
 @pytest.mark.parametrize("method", ["insvp", "lora", "vpt_deep"])
 def test_no_value_of_a_description_is_a_traceback(method, tmp_path):
     save_backbone(make_backbone(), tmp_path / "backbone.safetensors")
