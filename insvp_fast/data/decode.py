@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from insvp_fast.data.avif import coded_frames
 from insvp_fast.errors import DataError
 
 __all__ = ["SUFFIXES", "read_image", "to_rgb"]
@@ -26,10 +28,14 @@ UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
 # Pillow's names of the formats that are read. Its others stay closed: for EPS, say, it starts Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
+MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
+MAX_FRAMES = 8  # of the allowed size in an AVIF: with transparency and layers an image has several
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 TILE = 322, 323  # TIFF tags: width and height
+MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of JPEG; 0 is data, d0 to d7 are restarts among them
+SCAN, END, WITHOUT_LENGTH = b"\xda", b"\xd9", b"\x01\xd8"
 
 
 def read_image(
@@ -41,8 +47,8 @@ def read_image(
         source: a path, or an open file.
         name: what messages call the image; None for the path.
         exif_rotation: as in ``to_rgb``.
-        max_pixels: refuse by its header, before any pixel is decoded, an image that has more of them or whose longer
-            side is over 100 times the shorter; None reads every size that Pillow does.
+        max_pixels: refuse, before any pixel is decoded, an image that has more of them, whose longer side is over 100
+            times the shorter, or that takes many passes; None reads all that Pillow does.
 
     Raises:
         DataError: naming the file, if it is missing, damaged, no image, too large, or its pixels have no known range.
@@ -50,10 +56,7 @@ def read_image(
     try:
         with Image.open(source, formats=_installed_formats()) as image:
             if max_pixels is not None:
-                _check_size(*image.size, max_pixels)
-                tile = [_tags(image).get(tag, 1) for tag in TILE]
-                if tile[0] * tile[1] > max_pixels:  # each is decoded whole, also where the image is smaller
-                    raise ValueError(f"it has tiles of {tile[0]}x{tile[1]} pixels: expected at most {max_pixels:,}")
+                _check_cost(image, max_pixels)
             return to_rgb(image, exif_rotation)
     except UnidentifiedImageError as error:  # whose message would show the address of an open file
         raise DataError(f"{name or source}: not an image that can be read (none of {', '.join(FORMATS)})") from error
@@ -67,11 +70,43 @@ def _installed_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow have no AVIF
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ValueError(f"it has {width}x{height} pixels: expected at most {max_pixels:,}")
+def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Refuse an image that is open, and would take too much to decode."""
+    width, height = image.size
+    _check_size("", width, height, max_pixels)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"it has {width}x{height} pixels: expected sides of at most {MAX_ASPECT}:1")
+    # what is decoded whole, also where the image is smaller
+    _check_size("tiles of ", *(_tags(image).get(tag, 1) for tag in TILE), max_pixels)
+    if image.format == "AVIF":
+        frames = coded_frames(_content(image))
+        for size in frames:
+            _check_size("frames of ", *size, max_pixels)
+        if (pixels := sum(width * height for width, height in frames)) > MAX_FRAMES * max_pixels:
+            raise ValueError(f"its frames have {pixels:,} pixels: expected at most {MAX_FRAMES * max_pixels:,}")
+    if image.format in ("JPEG", "MPO") and _has_many_scans(_content(image)):
+        raise ValueError(f"it has over {MAX_SCANS} scans: expected at most {MAX_SCANS}")
+
+
+def _content(image: ImageFile.ImageFile) -> bytes:
+    assert image.fp is not None
+    image.fp.seek(0)  # decoders go to where they begin
+    return image.fp.read()
+
+
+def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(f"it has {what}{width}x{height} pixels: expected at most {max_pixels:,}")
+
+
+def _has_many_scans(content: bytes) -> bool:
+    """Whether a JPEG has more than ``MAX_SCANS``; what is behind its end does not count, as a film of a phone."""
+    position, scans = 2, 0
+    while scans <= MAX_SCANS and (found := MARKER.search(content, position)) and found[1] != END:
+        position, scans = found.end(), scans + (found[1] == SCAN)
+        if found[1] not in WITHOUT_LENGTH:
+            position += max(2, int.from_bytes(content[position : position + 2], "big"))
+    return scans > MAX_SCANS
 
 
 def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:
