@@ -67,7 +67,7 @@ class Service:
             for name in self._classifiers
         }
         self._metrics = Metrics(lambda: sum(map(len, self._batchers.values())))
-        self._requests, self._ready = 0, False
+        self._free_decoders, self._requests, self._ready = asyncio.Semaphore(workers), 0, False
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -119,7 +119,7 @@ class Service:
         try:
             async with open_uploads(request, self._limits) as uploads:
                 images = self._classifiers[name].images([upload.file for upload in uploads], self._limits.max_pixels)
-                found = await asyncio.gather(*(self._classify(name, images, index) for index in range(len(images))))
+                found = await asyncio.gather(*(self._classify(name, images, i, request) for i in range(len(images))))
         finally:
             self._requests -= 1
         predictions = [
@@ -143,13 +143,17 @@ class Service:
             raise Refusal("invalid_query", f"top_k is {top_k}: expected a positive integer")
         return name, int(top_k)
 
-    async def _classify(self, name: str, images: Images, index: int) -> Tensor | DataError:
+    async def _classify(self, name: str, images: Images, index: int, request: Request) -> Tensor | DataError:
         """The logits of an image, or why it cannot be read."""
-        try:
-            image, _ = await asyncio.get_running_loop().run_in_executor(self._decoders, images.__getitem__, index)
-        except DataError as error:
-            self._metrics.errors.labels("unreadable_image").inc()
-            return error
+        async with self._free_decoders:  # so that what follows is asked when the image's turn has come
+            if await request.is_disconnected():
+                return DataError("nobody waits for the answer")
+            try:
+                decoding = asyncio.get_running_loop().run_in_executor(self._decoders, images.__getitem__, index)
+                image, _ = await decoding
+            except DataError as error:
+                self._metrics.errors.labels("unreadable_image").inc()
+                return error
         return await self._batchers[name].submit(image)
 
     def _describe(self, name: str, logits: Tensor | DataError, top_k: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import BinaryIO, NamedTuple
 
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
@@ -69,8 +69,7 @@ async def open_uploads(request: Request, limits: Limits) -> AsyncIterator[list[U
                     content = await request.body()
                     uploads = [Upload(None, io.BytesIO(content))] if content else []
                 else:  # Starlette keeps files of over 1 MB on disk
-                    form = await files.enter_async_context(request.form(max_files=limits.max_images, max_fields=1))
-                    uploads = [_upload(name, value) for name, value in form.multi_items()]
+                    uploads = await _read_form(request, limits.max_images, files)
         except TimeoutError as error:
             message = f"the body did not arrive within {limits.upload_seconds:g} seconds"
             raise Refusal("slow_upload", message) from error
@@ -78,14 +77,34 @@ async def open_uploads(request: Request, limits: Limits) -> AsyncIterator[list[U
             raise Refusal("malformed_upload", "a name in the body is not in the charset that it declares") from error
         except ClientDisconnect as error:
             raise Refusal("incomplete_upload", "the connection was closed before the whole body had arrived") from error
-        except HTTPException as error:
-            if "Too many files" in error.detail:
+        except MultiPartException as error:
+            if "Too many files" in error.message:
                 message = f"more than {limits.max_images} images: expected at most {limits.max_images} in a request"
                 raise Refusal("too_many_images", message) from error
-            raise Refusal("malformed_upload", error.detail) from error
+            raise Refusal("malformed_upload", error.message) from error
         if not uploads:
             raise Refusal("no_image", "the body holds no file: expected at least one image")
         yield uploads
+
+
+class _Parser(MultiPartParser):
+    """Starlette's, which takes a body that is cut off for a whole one, but is told of the end."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+async def _read_form(request: Request, max_images: int, files: contextlib.AsyncExitStack) -> list[Upload]:
+    """The files of a multipart body; ``files`` closes them."""
+    async with contextlib.aclosing(request.stream()) as stream:
+        parser = _Parser(request.headers, stream, max_files=max_images, max_fields=1)
+        form = await parser.parse()
+    files.push_async_callback(form.close)
+    if not parser.ended:
+        raise Refusal("incomplete_upload", "the body is cut off: expected the boundary with two hyphens at its end")
+    return [_upload(name, value) for name, value in form.multi_items()]
 
 
 def _upload(name: str, value: UploadFile | str) -> Upload:

@@ -29,6 +29,7 @@ from insvp_fast import InsVPViT
 from insvp_fast.commands import cli
 from insvp_fast.commands.serve import name_models
 from insvp_fast.config import RELEASED_PREPROCESSING
+from insvp_fast.data.images import Images
 from insvp_fast.errors import CommandError, TrainingError
 from insvp_fast.serving.app import create_app
 from insvp_fast.serving.batcher import Batcher
@@ -151,6 +152,7 @@ def test_images_are_refused_by_their_header(client, content, message):
 
 
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
+PART = b'--b\r\nContent-Disposition: form-data; name="f"; filename="%d.png"\r\n\r\n%s\r\n'
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,11 @@ MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
         ("model=run", {"content": b"x", "headers": MULTIPART}, 400, "malformed_upload"),
         ("model=run", {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "malformed_upload"),
         ("model=run", {"content": b"--b--\r\n", "headers": MULTIPART}, 422, "no_image"),
+        ("model=run", {"content": PART % (0, b"x") + b"--b-", "headers": MULTIPART}, 400, "incomplete_upload"),
+        ("model=run", {"content": PART % (0, b"x") + b"--b", "headers": MULTIPART}, 400, "incomplete_upload"),
+        ("model=run", {"content": PART % (0, b"x") + PART[:60], "headers": MULTIPART}, 400, "incomplete_upload"),
+        ("model=run", {"content": PART % (0, b"x"), "headers": MULTIPART}, 400, "incomplete_upload"),
+        ("model=run", {"content": (PART % (0, b"x"))[:-3], "headers": MULTIPART}, 400, "incomplete_upload"),
     ],
 )
 def test_requests_outside_the_limits_are_refused(client, query, sent, status, kind):
@@ -180,6 +187,13 @@ def test_requests_outside_the_limits_are_refused(client, query, sent, status, ki
     answer = client.post(f"/predict?{query}", **sent)
     assert (answer.status_code, answer.json()["kind"]) == (status, kind)
     assert metrics(client)[errors] == before + 1
+
+
+@pytest.mark.parametrize("end", [b"--b--", b"--b--\r\n", b"--b--\r\nan epilogue --b"])
+def test_every_end_of_a_whole_body_counts(client, expected, end):
+    body = b"".join(PART % (i, content) for i, content in enumerate(list(expected)[:2])) + end
+    answer = client.post("/predict?model=run", content=iter([body[:-9], body[-9:]]), headers=MULTIPART)
+    assert answer.status_code == 200 and len(answer.json()["predictions"]) == 2
 
 
 def test_every_refusal_is_documented():
@@ -322,7 +336,8 @@ def server(classifier):
     def stop():
         server.should_exit = True
 
-    yield SimpleNamespace(port=server.servers[0].sockets[0].getsockname()[1], stop=stop, thread=thread, held=held)
+    port, connections = server.servers[0].sockets[0].getsockname()[1], server.server_state.connections
+    yield SimpleNamespace(port=port, stop=stop, thread=thread, held=held, connections=connections)
     stop()
     thread.join(10)
 
@@ -361,6 +376,33 @@ def test_four_clients_at_a_socket_and_an_orderly_end(server, expected):
         assert last.result() == pytest.approx(expected[contents[0]], abs=1e-6)
         server.thread.join(10)
         assert not server.thread.is_alive()
+
+
+def test_nothing_is_decoded_for_who_has_gone(server, expected, monkeypatch):
+    begun, go_on, decode = [], threading.Event(), Images.decode
+
+    def decode_later(self, index):
+        begun.append(index)
+        assert go_on.wait(10)
+        return decode(self, index)
+
+    monkeypatch.setattr(Images, "decode", decode_later)
+    content, connection = next(iter(expected)), http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    body = b"".join(PART % (i, content) for i in range(8)) + b"--b--"
+    connection.request("POST", "/predict", body, MULTIPART)
+    wait_for(lambda: len(begun) == 2)  # the server's threads for it
+    connection.close()
+    wait_for(lambda: not server.connections)
+    go_on.set()
+    assert post(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10), content)
+    assert sorted(begun) == [0, 0, 1]
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_the_command_hands_its_options_on(run, monkeypatch, capsys):
