@@ -125,10 +125,11 @@ def _print_facts(done: Any, format: str) -> None:
 
 
 def _print_loss(loss: Any) -> None:
+    accuracy, answer = ("right labels", "labels") if loss.multi_label else ("top-1", "class")
     if loss.accuracy_before is not None:
         change = 100 * (loss.accuracy_after - loss.accuracy_before)
-        print(f"int8: top-1 {loss.accuracy_after:.2%}, before {loss.accuracy_before:.2%} ({change:+.2f} points)")
+        print(f"int8: {accuracy} {loss.accuracy_after:.2%}, before {loss.accuracy_before:.2%} ({change:+.2f} points)")
     print(
-        f"int8: {loss.images:,} images, the same class for {loss.agreement:.2%}; "
+        f"int8: {loss.images:,} images, the same {answer} for {loss.agreement:.2%}; "
         f"logits differ by at most {loss.largest_difference:.3g}"
     )

@@ -19,6 +19,7 @@ from insvp_fast.data.images import Images
 from insvp_fast.errors import ExportError
 from insvp_fast.export.facts import ExportedModel, Facts
 from insvp_fast.methods.load import AnyModel
+from insvp_fast.probabilities import decide
 from insvp_fast.testing import relative_error
 
 __all__ = ["TOLERANCE", "Loss", "Parity", "check_parity", "measure_loss", "run_in_new_process"]
@@ -96,13 +97,17 @@ def run_in_new_process(file: Path, batches: list[Tensor]) -> list[Tensor]:
 
 
 class Loss(NamedTuple):
-    """How a file's answers differ from the model's on some images; accuracies are None where classes are unknown."""
+    """How a file's answers differ from the model's on some images.
+
+    An answer is the likeliest class of an image, or of a model for several labels per image whether it has a label.
+    """
 
     images: int
-    accuracy_before: float | None
+    accuracy_before: float | None  # the share of right answers; None where classes are unknown
     accuracy_after: float | None
-    agreement: float  # the share of images with the same likeliest class
+    agreement: float  # the share of equal answers
     largest_difference: float  # of two logits
+    multi_label: bool = False
 
 
 @torch.no_grad()
@@ -111,20 +116,20 @@ def measure_loss(model: AnyModel, exported: ExportedModel, images: Images) -> Lo
     assert model.preprocessing is not None
     transform = transform_for(model.preprocessing)
     batch = exported.facts.input[0] or 1
-    answers, largest = [], 0.0
+    before, after = [], []
     for index in range(len(images)):
         image = images.decode(index)
-        before = model(transform(image)[None])
-        after = exported(exported.facts.prepare(image)[None].repeat(batch, 1, 1, 1))[:1]
-        answers.append((before.argmax().item(), after.argmax().item()))
-        largest = max(largest, (after - before).abs().max().item())
-    first, second = torch.tensor(answers).T
-    classes = torch.tensor(images.classes)
+        before.append(model(transform(image)[None]))
+        after.append(exported(exported.facts.prepare(image)[None].repeat(batch, 1, 1, 1))[:1])
+    logits = torch.cat(before), torch.cat(after)
+    first, second = map(decide, logits) if model.multi_label else (each.argmax(1) for each in logits)
+    classes = torch.as_tensor(images.classes)
     known = bool((classes >= 0).all())
     return Loss(
         len(images),
         (first == classes).double().mean().item() if known else None,
         (second == classes).double().mean().item() if known else None,
         (first == second).double().mean().item(),
-        largest,
+        (logits[1] - logits[0]).abs().max().item(),
+        model.multi_label,
     )

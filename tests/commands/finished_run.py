@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.recipe import Recipe
 
@@ -30,6 +31,20 @@ def write_run(folder: Path, data: Path, model: torch.nn.Module, names: list[str]
     (folder / "config.json").write_text(json.dumps(config))
     finish(folder, 0.5)
     return folder
+
+
+def write_run_of_several_labels(folder: Path) -> Path:
+    """A finished run around an untrained model for several labels per image, and its six images, in a folder."""
+    random = np.random.default_rng(0)
+    for i in range(6):
+        noise(folder / f"{i}.png", random)
+    labels = ["sea;sky", "sky", "", "sea", "sea;sky", "sand"]
+    rows = [f"{i}.png,{label},{split}\n" for split in ("train", "test") for i, label in enumerate(labels)]
+    (folder / "list.csv").write_text("path,tags,split\n" + "".join(rows))
+    torch.manual_seed(0)
+    model = with_random_head(InsVPViT(load_backbone(), 3, InsVPConfig(prompt_length=2)))
+    model.multi_label = True
+    return write_run(folder / "run", folder / "list.csv", model, ["sand", "sea", "sky"])
 
 
 def with_random_head(model: torch.nn.Module) -> torch.nn.Module:

@@ -4,13 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from insvp_fast import export
 from insvp_fast.commands import cli
 from insvp_fast.commands.export import FILES
+from insvp_fast.data import transform_for
 from insvp_fast.export import ExportedModel, Facts
 from insvp_fast.export.formats import Export
-from tests.commands.finished_run import CLASSES
+from insvp_fast.methods.load import load_model
+from tests.commands.finished_run import CLASSES, write_run_of_several_labels
 
 
 def test_the_formats_are_those_of_the_package():
@@ -31,6 +35,25 @@ def test_onnx_with_8_bit_weights_tells_the_accuracy_lost(run, probabilities, tmp
     assert re.search(r"int8: 16 images, the same class for \d+\.\d\d%; logits differ by at most [\d.]+\n", printed)
     assert [entry.name for entry in tmp_path.iterdir()] == ["animals.onnx"]
     assert export.load(file).facts.class_names == CLASSES
+
+
+def test_8_bit_weights_for_several_labels_per_image(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    run = write_run_of_several_labels(tmp_path)
+    model, images = load_model(run / "adapter"), tmp_path.glob("*.png")
+    transform = transform_for(model.preprocessing)
+    with torch.inference_mode():
+        found = torch.cat([model(transform(Image.open(file))[None]) > 0 for file in sorted(images)])
+    labels = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 0]])
+    before = (found == labels).double().mean()
+    assert cli.main(["export", str(run), "--format", "onnx", "--int8"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"int8: right labels \d+\.\d\d%, before {before:.2%} \([+-]", printed)
+    assert re.search(r"int8: 6 images, the same labels for \d+\.\d\d%; logits differ by at most [\d.]+\n", printed)
+    options = ["--format", "onnx", "--int8", "--images", str(tmp_path / "0.png")]
+    assert cli.main(["export", str(run / "adapter"), *options]) == 0  # whose labels are not known
+    printed = capsys.readouterr().out
+    assert "right labels" not in printed and "1 images, the same labels" in printed
 
 
 def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monkeypatch):

@@ -7,16 +7,14 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.commands import cli
 from insvp_fast.methods import create_model
 from insvp_fast.training.backbone import load_backbone
 from tests.browser import needs_chromium, open_page
-from tests.commands.finished_run import HOSTILE, noise, with_random_head, write_run
+from tests.commands.finished_run import HOSTILE, with_random_head, write_run, write_run_of_several_labels
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -95,16 +93,7 @@ def test_a_browser_shows_it_without_a_complaint(report, tmp_path):
 
 
 def test_several_labels_per_image(tmp_path, capsys):
-    random = np.random.default_rng(0)
-    for i in range(6):
-        noise(tmp_path / f"{i}.png", random)
-    labels = ["sea;sky", "sky", "", "sea", "sea;sky", "sand"]
-    rows = [f"{i}.png,{label},{split}\n" for split in ("train", "test") for i, label in enumerate(labels)]
-    (tmp_path / "list.csv").write_text("path,tags,split\n" + "".join(rows))
-    torch.manual_seed(0)
-    model = with_random_head(InsVPViT(load_backbone(), 3, InsVPConfig(prompt_length=2)))
-    model.multi_label = True
-    run = write_run(tmp_path / "run", tmp_path / "list.csv", model, ["sand", "sea", "sky"])
+    run = write_run_of_several_labels(tmp_path)
     assert cli.main(["report", str(run), "--mistakes", "2", "--output", str(tmp_path / "new" / "page.html")]) == 0
     assert "mAP" in capsys.readouterr().out
     page = Page(tmp_path / "new" / "page.html")
