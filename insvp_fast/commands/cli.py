@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import io
 import json
 import os
 import sys
@@ -80,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = vars(_parser().parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json", False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: names of files may be no UTF-8
     try:
         with _everything_to_stderr() if as_json and sys.stdout else nullcontext():
             result = command(**options)

@@ -125,7 +125,6 @@ def _print_rows(classify: Classify, images: Any, format: str, top_k: int) -> int
     from insvp_fast.training.counter import Counter
     from insvp_fast.training.prediction_file import row_writer
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     write_row, skipped = row_writer(sys.stdout, format, top_k), 0
     with Counter("predict", len(images), silent=sys.stdout.isatty()) as counter:  # there the lines are the progress
         for prediction in classify(images):

@@ -85,13 +85,14 @@ def run(
     import torch
     import uvicorn
 
+    from insvp_fast.data.lists import escaped
     from insvp_fast.serving.app import create_app
     from insvp_fast.serving.uploads import Limits
     from insvp_fast.training.prediction import load_classifier
 
     if threads is not None:
         torch.set_num_threads(threads)
-    classifiers = {name: load_classifier(folder) for name, folder in name_models(runs).items()}
+    classifiers = {escaped(name): load_classifier(folder) for name, folder in name_models(runs).items()}
     limits = Limits(max_bytes, max_images, max_pixels, max_requests)
     app = create_app(classifiers, limits, max_batch, max_wait_ms / 1000, workers)
     print(f"insvp: serving {', '.join(classifiers)}", flush=True)

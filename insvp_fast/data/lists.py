@@ -19,6 +19,7 @@ __all__ = [
     "Pairs",
     "abbreviated",
     "class_indices",
+    "escaped",
     "find_lists",
     "read_list",
     "read_lists",
@@ -203,3 +204,8 @@ def _named_split(stem: str) -> tuple[str | None, tuple[str, str]]:
 def abbreviated(names: Sequence[str]) -> str:
     """The first six names, and how many more there are."""
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def escaped(name: str) -> str:
+    r"""A name as UTF-8 can hold it: bytes of file names that are none, in Python surrogates, are shown as \udc.."""
+    return name.encode(errors="backslashreplace").decode()

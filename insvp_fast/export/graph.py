@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from insvp_fast import __version__
+from insvp_fast.data.lists import escaped
 from insvp_fast.errors import ExportError, InsVPError
 from insvp_fast.export.facts import INSIDE, Facts
 from insvp_fast.export.preprocessing import ExportedPreprocessing
@@ -90,7 +91,7 @@ def capture(
         shape = [shape[0], *shape[2:], C]
         axes = {max(axis - 1, 0): name for axis, name in axes.items()}
     facts = Facts(
-        class_names=model.class_names,
+        class_names=None if model.class_names is None else list(map(escaped, model.class_names)),
         multi_label=model.multi_label,
         exif_rotation=model.exif_rotation,
         preprocessing=model.preprocessing,

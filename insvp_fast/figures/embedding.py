@@ -14,6 +14,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 
+from insvp_fast.data.lists import escaped
 from insvp_fast.errors import DataError
 from insvp_fast.figures.style import COLORS, MARKERS, drawing
 from insvp_fast.methods import TunedViT
@@ -104,9 +105,9 @@ def plot_tsne(
             for i, label in enumerate(np.unique(labels)):
                 own = points[labels == label]
                 marker, color = MARKERS[i // len(COLORS) % len(MARKERS)], COLORS[i % len(COLORS)]
-                name = class_names[label]
+                name = escaped(class_names[label])
                 axes.scatter(*own.T, s=14, marker=marker, c=color, alpha=0.75, linewidths=0, label=name)
-            axes.set(xticks=[], yticks=[], title=f"{title}\nsilhouette {scores[title]:.2f}")
+            axes.set(xticks=[], yticks=[], title=f"{escaped(title)}\nsilhouette {scores[title]:.2f}")
             axes.set_box_aspect(1)
             for side in ("right", "top"):
                 axes.spines[side].set_visible(True)

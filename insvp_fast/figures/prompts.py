@@ -12,6 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
+from insvp_fast.data.lists import escaped
 from insvp_fast.errors import InsVPError
 from insvp_fast.figures.grad_cam import grad_cam
 from insvp_fast.figures.style import HIGHLIGHT, SEQUENTIAL, drawing
@@ -161,10 +162,10 @@ def _show(axes: Axes, picture: Tensor, note: str) -> None:
 def _label_row(axes: Axes, lines: Sequence[str], predicted: str, wrong: bool) -> None:
     """Lines of text to the left of an image, the last in another color if it is wrong."""
     place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "fontsize": 8}
-    text = "\n".join(textwrap.fill(line, LABEL_WIDTH) for line in lines)
+    text = "\n".join(textwrap.fill(escaped(line), LABEL_WIDTH) for line in lines)
     axes.text(-0.08, 0.52, text, va="bottom", **place)
     color = HIGHLIGHT if wrong else "black"
-    axes.text(-0.08, 0.48, textwrap.fill(predicted, LABEL_WIDTH), va="top", color=color, **place)
+    axes.text(-0.08, 0.48, textwrap.fill(escaped(predicted), LABEL_WIDTH), va="top", color=color, **place)
 
 
 def _colored(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
+from insvp_fast.data.lists import escaped
 from insvp_fast.figures.style import COLORS, SEQUENTIAL, drawing
 
 __all__ = ["plot_confusion", "plot_curves"]
@@ -73,7 +74,7 @@ def _cycle(count: int) -> list[str]:
 def plot_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) -> None:
     """The confusion matrix [true class, predicted class], each row normalized to 1; with few classes, labeled."""
     fractions = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    classes = len(class_names)
+    names, classes = list(map(escaped, class_names)), len(class_names)
     side = min(12.0, 3 + 0.3 * classes)
     with drawing(file, side + 0.8, side) as figure:
         axes = figure.subplots()
@@ -81,8 +82,8 @@ def plot_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) ->
         image = axes.imshow(fractions.numpy(), vmin=0, vmax=1, cmap=SEQUENTIAL)
         axes.set(xlabel="predicted class", ylabel="true class", title="confusion matrix")
         if classes <= MAX_NAMED:
-            axes.set_xticks(range(classes), class_names, rotation=90, fontsize=7)
-            axes.set_yticks(range(classes), class_names, fontsize=7)
+            axes.set_xticks(range(classes), names, rotation=90, fontsize=7)
+            axes.set_yticks(range(classes), names, fontsize=7)
             for row, column in confusion.nonzero().tolist():
                 color = "black" if fractions[row, column] > 0.6 else "white"
                 count = str(int(confusion[row, column]))

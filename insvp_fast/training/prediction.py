@@ -15,6 +15,7 @@ from insvp_fast.data import transform_for
 from insvp_fast.data.decode import read_image
 from insvp_fast.data.image_list import ImageList
 from insvp_fast.data.images import Images
+from insvp_fast.data.lists import escaped
 from insvp_fast.data.transforms import Transform
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.probabilities import probabilities
@@ -45,7 +46,7 @@ class Classifier:
         self.device = create_accelerator().device
         self.multi_label = multi_label
         self.model = model.to(self.device).float()
-        self.class_names, self.exif_rotation = list(class_names), exif_rotation
+        self.class_names, self.exif_rotation = list(map(escaped, class_names)), exif_rotation
         self.image_shape = tuple(preprocessing["input_size"])
         self.transform = transform_for(dict(preprocessing))
 

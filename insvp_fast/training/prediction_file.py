@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -32,7 +33,10 @@ def row_writer(stream: IO[str], form: str, top_k: int, header: bool = True) -> C
     if form == "jsonl":
         return lambda prediction: print(_json(prediction), file=stream)
     digits = ".4f" if form == "csv" else ".9g"  # 9 tell all numbers of fp32 apart
-    write = csv.writer(stream, lineterminator="\n").writerow
+
+    def write(cells: Iterable[str]) -> None:
+        stream.write(",".join(map(_quoted, cells)) + "\n")
+
     if header:
         write(_columns(top_k))
 
@@ -41,6 +45,11 @@ def row_writer(stream: IO[str], form: str, top_k: int, header: bool = True) -> C
         write([prediction.file, *(cell for pair in pairs for cell in pair)])
 
     return write_row
+
+
+def _quoted(cell: str) -> str:
+    """A cell of CSV; ``csv.writer`` does not quote a carriage return that does not end its lines."""
+    return '"' + cell.replace('"', '""') + '"' if re.search('[",\r\n]', cell) else cell
 
 
 def _columns(top_k: int) -> list[str]:
