@@ -11,9 +11,10 @@ from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.data import insvp_preprocessing
 from insvp_fast.errors import CheckpointError
 from insvp_fast.reference import structure_of
+from insvp_fast.reference.structure import in_channels
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
 
-__all__ = ["load_backbone", "resolve_preprocessing"]
+__all__ = ["load_backbone", "require_rgb", "resolve_preprocessing"]
 
 
 def load_backbone(
@@ -26,7 +27,7 @@ def load_backbone(
 
     Raises:
         CheckpointError: if there is no such model, its weights cannot be found, it has no blocks that prompts can be
-            put into, or its patches do not divide ``img_size``.
+            put into, it does not read RGB, or its patches do not divide ``img_size``.
     """
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
@@ -39,9 +40,26 @@ def load_backbone(
     if not widths:
         kind = type(backbone).__name__
         raise CheckpointError(f"`backbone` is {source}: a {kind} takes image prompts alone: expected one with blocks")
+    require_rgb(backbone, f"`backbone` is {source}")
     if img_size is not None and img_size % patch_size:
         raise CheckpointError(f"`img_size` is {img_size}: expected a multiple of {patch_size}, the side of a patch")
     return backbone
+
+
+def require_rgb(backbone: nn.Module, what: str) -> None:
+    """Check that a backbone reads images as every command reads them.
+
+    Args:
+        what: what the message begins with.
+
+    Raises:
+        CheckpointError: if they have other than 3 channels.
+    """
+    channels = in_channels(backbone, structure_of(backbone).patch_size(backbone))
+    if channels != 3:
+        raise CheckpointError(
+            f"{what}: it takes images [{channels}, H, W]: expected 3 channels: images are read as RGB"
+        )
 
 
 def resolve_preprocessing(backbone: nn.Module, preset: str = "timm") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from insvp_fast.data import load_test_data
 from insvp_fast.data.images import Images, Part
 from insvp_fast.errors import CheckpointError, DataError, TrainingError
 from insvp_fast.methods.load import AnyModel, load_model
-from insvp_fast.training.backbone import load_backbone
+from insvp_fast.training.backbone import load_backbone, require_rgb
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import read_config
 
@@ -45,7 +45,7 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
         class_names: of an adapter that records none.
 
     Raises:
-        CheckpointError: if the backbone or an adapter cannot be loaded.
+        CheckpointError: if the backbone or an adapter cannot be loaded, or does not read RGB.
         TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, or there are
             other class names than given.
     """
@@ -53,6 +53,7 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
         run = _load_folder(Path(source), backbone)
     else:
         model = load_model(source, backbone)
+        require_rgb(model.backbone, f"the backbone of {source}")
         if model.preprocessing is None:
             raise TrainingError(
                 f"{source} does not say how images are prepared: its preprocessing is null in {ADAPTER_FILE};"
