@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from insvp_fast.commands.options import positive
+from insvp_fast.commands.options import add_origin, positive, read_class_names
 from insvp_fast.commands.serve import port_number
 from insvp_fast.errors import CommandError
 
@@ -21,6 +21,7 @@ SUMMARY = "try a trained model in a browser"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
+    add_origin(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument(
         "--port", type=port_number, default=7860, help="the port, 0 for any that is free (default: 7860)"
@@ -32,13 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=positive, metavar="N", default=default, help=f"{text} (default: {default:,})")
 
 
-def run(run: str, host: str, port: int, max_bytes: int, max_pixels: int) -> None:
+def run(
+    run: str, backbone: str | None, class_names: str | None, host: str, port: int, max_bytes: int, max_pixels: int
+) -> None:
+    names = read_class_names(class_names)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
     from insvp_fast.demo import create_demo, serve_demo
     from insvp_fast.training.prediction import load_classifier
 
-    demo = create_demo(load_classifier(run), Path(run).resolve().name, max_pixels)
+    demo = create_demo(load_classifier(run, backbone, names), Path(run).resolve().name, max_pixels)
     try:
         address = serve_demo(demo, host, port or None, max_bytes)
     except OSError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE
-from insvp_fast.commands.options import add_json, positive
+from insvp_fast.commands.options import add_backbone, add_json, check_output_file, positive
 from insvp_fast.errors import CommandError
 from insvp_fast.training.run_folder import CONFIG_FILE
 
@@ -22,6 +22,7 @@ FILES = {"onnx": "model.onnx", "torch": "model.pt2", "aoti": "model-aoti.pt2", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
+    add_backbone(parser)
     parser.add_argument("--format", choices=FILES, required=True, help="what the file is for")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: one in RUN, such as model.onnx)")
     parser.add_argument("--batch", type=positive, metavar="N", help="images that the file takes at once (default: any)")
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(
     run: str,
+    backbone: str | None,
     format: str,
     output: str | None,
     batch: int | None,
@@ -52,8 +54,7 @@ def run(
     is_run = (folder / CONFIG_FILE).is_file()
     if not is_run and not (folder / ADAPTER_FILE).is_file():
         raise CommandError(f"{run}: expected a run folder ({CONFIG_FILE}) or an adapter folder ({ADAPTER_FILE})")
-    if not file.parent.is_dir():
-        raise CommandError(f"--output is {file}: there is no folder {file.parent}")
+    check_output_file(file)
     if images and not int8:
         raise CommandError("--images: expected with --int8, which is tried on them")
     if int8 and not images and not is_run:
@@ -63,7 +64,7 @@ def run(
     from insvp_fast.export.formats import require_packages
 
     require_packages(format, int8)
-    model, test_images = _load(folder, is_run, images, int8)
+    model, test_images = _load(folder, is_run, backbone, images, int8)
     done = export_model(
         model,
         file,
@@ -91,14 +92,16 @@ def run(
     return result
 
 
-def _load(folder: Path, is_run: bool, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
+def _load(folder: Path, is_run: bool, backbone: str | None, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
     """The model, and the images on which 8-bit weights are tried, or None without ``int8``."""
     from insvp_fast.data.images import Images
     from insvp_fast.methods.load import load_model
+    from insvp_fast.training.backbone import require_rgb
     from insvp_fast.training.load import load_run, own_test_data
 
-    loaded = load_run(folder) if is_run else None
-    model = load_model(folder) if loaded is None else loaded.model
+    loaded = load_run(folder, backbone) if is_run else None
+    model = load_model(folder, backbone) if loaded is None else loaded.model
+    require_rgb(model.backbone, f"the backbone of {folder}")
     if not int8:
         return model, None
     if model.preprocessing is None:

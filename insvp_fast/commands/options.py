@@ -8,7 +8,18 @@ from pathlib import Path
 from insvp_fast.errors import CommandError
 from insvp_fast.training.setting import SEED
 
-__all__ = ["add_json", "add_loading", "add_model", "make_folder", "positive", "random_seed", "read_class_names"]
+__all__ = [
+    "add_backbone",
+    "add_json",
+    "add_loading",
+    "add_model",
+    "add_origin",
+    "check_output_file",
+    "make_folder",
+    "positive",
+    "random_seed",
+    "read_class_names",
+]
 
 
 def positive(text: str) -> int:
@@ -44,19 +55,29 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|ADAPTER",
         help="a run folder of `insvp train`, an adapter folder, or the name of an adapter on the Hub",
     )
-    parser.add_argument(
-        "--backbone",
-        metavar="NAME|PATH",
-        help="the backbone, as in `insvp train` (default: the one that the run or the adapter names)",
-    )
-    parser.add_argument(
-        "--class-names", metavar="FILE", help="the classes of an adapter that does not name them, one in each line"
-    )
+    add_origin(parser)
     parser.add_argument(
         "--tta",
         choices=["none", "flip"],
         default="none",
         help="flip: the mean of the logits for the image and for its mirror image (default: none)",
+    )
+
+
+def add_origin(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what an adapter may not say of itself."""
+    add_backbone(parser)
+    parser.add_argument(
+        "--class-names", metavar="FILE", help="the classes of an adapter that does not name them, one in each line"
+    )
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """Add the backbone, which an adapter may not name."""
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME|PATH",
+        help="the backbone, as in `insvp train` (default: the one that the run or the adapter names)",
     )
 
 
@@ -67,7 +88,7 @@ def read_class_names(file: str | None) -> list[str] | None:
         CommandError: if it cannot be read.
     """
     try:
-        return None if file is None else Path(file).read_text(encoding="utf-8").splitlines()
+        return None if file is None else Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise CommandError(f"--class-names is {file}: not a text that can be read ({error})") from error
 
@@ -83,6 +104,19 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that load images (default: as in training; 0 for an adapter)",
     )
+
+
+def check_output_file(path: str | Path) -> None:
+    """Check that a file can have the name that --output or its default gives it, before the work for it.
+
+    Raises:
+        CommandError: if a folder has that name, or there is no folder to put it in.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise CommandError(f"--output is {path}: found a folder, expected the name of a file")
+    if not file.parent.is_dir():
+        raise CommandError(f"--output is {path}: there is no folder {file.parent}")
 
 
 def make_folder(path: str | Path) -> Path:

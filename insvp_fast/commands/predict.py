@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_loading, add_model, positive, read_class_names
+from insvp_fast.commands.options import add_loading, add_model, check_output_file, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "classify image files with a trained model"
@@ -95,7 +95,7 @@ def run(
         skipped = _print_rows(classify, images, format, top_k)
     else:
         settings = {"adapter": adapter_sha256(run), "class_names": _sha256(names), "tta": tta}
-        skipped = _write_rows(classify, images, Path(output), format, top_k, batch_size, settings)
+        skipped = _write_rows(classify, images, Path(output), format, top_k, batch_size, settings, skip_unreadable)
     if skipped:
         print(f"insvp: skipped {skipped} of {len(images)} files", file=sys.stderr)
     return 0
@@ -111,6 +111,8 @@ def _check(format: str | None, output: str | None, shard: tuple[int, int]) -> st
         raise CommandError(
             "started as several processes, which would all write the same: expected one, with --shard K/N"
         )
+    if output is not None:
+        check_output_file(output)
     suffix = Path(output or "").suffix.removeprefix(".")
     format = format or (suffix if suffix in FORMATS else "csv")
     if format == "parquet":
@@ -137,7 +139,14 @@ def _print_rows(classify: Classify, images: Any, format: str, top_k: int) -> int
 
 
 def _write_rows(
-    classify: Classify, images: Any, file: Path, format: str, top_k: int, batch_size: int, settings: dict[str, str]
+    classify: Classify,
+    images: Any,
+    file: Path,
+    format: str,
+    top_k: int,
+    batch_size: int,
+    settings: dict[str, str],
+    skip_unreadable: bool,
 ) -> int:
     """Write the file, or go on with it. Returns the number of images that were skipped."""
     from insvp_fast.training.counter import Counter
@@ -145,6 +154,9 @@ def _write_rows(
 
     try:
         with PredictionFile(file, images, format, top_k, batch_size, settings) as predictions:
+            if predictions.skipped and not skip_unreadable:  # the other way round, no row is missing
+                begun = f"{predictions.part} was begun with --skip-unreadable, and {predictions.skipped} were skipped"
+                raise CommandError(f"{begun}: expected the same, or remove it to begin anew")
             if predictions.images:
                 print(f"insvp: goes on after {predictions.images:,} of {len(images):,} images", file=sys.stderr)
             with Counter("predict", len(images), predictions.images) as counter:

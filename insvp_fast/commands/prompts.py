@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.atomic_files import replace_file
-from insvp_fast.commands.options import add_json, make_folder
+from insvp_fast.commands.options import add_json, add_origin, make_folder, read_class_names
 
 SUMMARY = "draw the prompts of images, their heat map and Grad-CAM"
 ROWS = 8  # of a picture
@@ -23,18 +23,23 @@ ROWS = 8  # of a picture
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder to search for images")
+    add_origin(parser)
     parser.add_argument("--output", metavar="FOLDER", help="folder to write to (default: prompts, in RUN)")
     add_json(parser)
 
 
-def run(run: str, images: list[str], output: str | None) -> dict[str, Any]:
+def run(
+    run: str, images: list[str], backbone: str | None, class_names: str | None, output: str | None
+) -> dict[str, Any]:
+    given = read_class_names(class_names)
+
     import torch
 
     from insvp_fast.figures.prompts import explain, plot_prompts
     from insvp_fast.training.load import load_run
     from insvp_fast.training.prediction import classifier_of, find_images
 
-    files, trained = find_images(images), load_run(run)
+    files, trained = find_images(images), load_run(run, backbone, given)
     classifier = classifier_of(trained)
     folder = make_folder(output or Path(run) / "prompts")
     names, data, reason = _distinct_names(files), classifier.images(files), None

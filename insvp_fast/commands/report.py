@@ -12,7 +12,7 @@ from typing import Any
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.commands.diagnostics import run_warnings
-from insvp_fast.commands.options import add_json, add_loading, make_folder, positive
+from insvp_fast.commands.options import add_json, add_loading, check_output_file, make_folder, positive
 
 SUMMARY = "write an HTML page about a run"
 
@@ -33,6 +33,7 @@ def run(run: str, mistakes: int, output: str | None, batch_size: int | None, wor
 
     warnings, file = list(run_warnings(Path(run))), Path(output or Path(run) / "report.html")
     make_folder(file.parent)
+    check_output_file(file)
     results = find_results(run, mistakes, batch_size, workers)
     write_file(file, render(run, results, warnings).encode(errors="backslashreplace"))
     print(f"{results.metrics}   {results.wrong:,} of {results.metrics.images:,} images are mistakes")

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from insvp_fast.commands.options import positive
+from insvp_fast.commands.options import add_origin, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "serve trained models over HTTP"
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run folder of `insvp train` or an adapter folder; requests name it by the folder's name, or that of"
         " NAME=FOLDER",
     )
+    add_origin(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument(
         "--port", type=port_number, default=8000, help="the port, 0 for any that is free (default: 8000)"
@@ -71,6 +72,8 @@ def port_number(text: str) -> int:
 
 def run(
     runs: list[str],
+    backbone: str | None,
+    class_names: str | None,
     host: str,
     port: int,
     max_batch: int,
@@ -82,6 +85,10 @@ def run(
     max_wait_ms: float,
     threads: int | None,
 ) -> int:
+    names = read_class_names(class_names)
+    if len(runs) > 1 and (names or backbone):
+        raise CommandError(f"--backbone or --class-names for {len(runs)} models: expected one RUN with them")
+
     import torch
     import uvicorn
 
@@ -92,7 +99,8 @@ def run(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    classifiers = {escaped(name): load_classifier(folder) for name, folder in name_models(runs).items()}
+    folders = name_models(runs)
+    classifiers = {escaped(name): load_classifier(folder, backbone, names) for name, folder in folders.items()}
     limits = Limits(max_bytes, max_images, max_pixels, max_requests)
     app = create_app(classifiers, limits, max_batch, max_wait_ms / 1000, workers)
     print(f"insvp: serving {', '.join(classifiers)}", flush=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, add_loading, make_folder, positive, random_seed
+from insvp_fast.commands.options import add_json, add_loading, check_output_file, make_folder, positive, random_seed
 from insvp_fast.errors import CommandError
 
 SUMMARY = "draw features and specific prompts by t-SNE"
@@ -42,6 +42,7 @@ def run(
         raise CommandError(f"--output is {file}: expected a name that ends in .png, .pdf or .svg")
     titles = _titles(runs)
     make_folder(file.parent)
+    check_output_file(file)
     collected: list[Collected] = []
     for run in runs:
         collected.append(_collect(run, images, seed, batch_size, workers))

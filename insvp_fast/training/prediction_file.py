@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from insvp_fast.atomic_files import replace_file, write_file
 from insvp_fast.errors import TrainingError
@@ -66,9 +66,9 @@ def _json(prediction: Prediction) -> str:
 class PredictionFile:
     """A file that is in place once it is complete; until then its rows are in FILE.part, and FILE.part.json says which.
 
-    Every few seconds the rows are made safe on the disk, then the length of FILE.part and a digest of the images in it
-    are recorded. Made again with the same arguments, the file goes on there: what is behind is cut off, to be written
-    again.
+    Every few seconds the rows are made safe on the disk, then the length of FILE.part and a digest of the images in it,
+    their names, sizes and times of change, are recorded. Made again with the same arguments, the file goes on there:
+    what is behind is cut off, to be written again.
 
     Args:
         images: what the rows are for, in order.
@@ -82,7 +82,7 @@ class PredictionFile:
         images, skipped: the numbers of images done, and of those among them that have no row.
 
     Raises:
-        TrainingError: if FILE.part was begun with other settings or images.
+        TrainingError: if FILE.part was begun with other settings or images, or what is recorded of it is damaged.
         OSError: if the file cannot be written.
     """
 
@@ -92,10 +92,10 @@ class PredictionFile:
         self.file, self.form, self.batch_size = file, form, batch_size
         self.settings = {"format": form, "top_k": top_k, "batch_size": batch_size, **settings}
         self.part, self.record = (file.with_name(file.name + ending) for ending in (".part", ".part.json"))
-        self.remaining, self.images, self.skipped, self.names = iter(images), 0, 0, hashlib.sha256()
+        self.remaining, self.images, self.skipped, self.digest = iter(images), 0, 0, hashlib.sha256()
         resumed = self.part.exists() and self.record.exists()
         if resumed:
-            self._resume(json.loads(self.record.read_text()))
+            self._resume()
         else:
             self.record.unlink(missing_ok=True)  # of a file that was put in its place
         self.last_commit = time.monotonic()
@@ -138,28 +138,43 @@ class PredictionFile:
         self.stream.flush()
         os.fsync(self.stream.fileno())
         facts = {"settings": self.settings, "images": self.images, "skipped": self.skipped}
-        facts |= {"sha256": self.names.hexdigest(), "bytes": os.fstat(self.stream.fileno()).st_size}
+        facts |= {"sha256": self.digest.hexdigest(), "bytes": os.fstat(self.stream.fileno()).st_size}
         write_file(self.record, json.dumps(facts).encode())
         self.last_commit = time.monotonic()
 
     def _count(self, image: str) -> None:
         self.images += 1
-        self.names.update(os.fsencode(image) + b"\0")
+        try:
+            status = os.stat(image)
+            version = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:  # it counts as unreadable
+            version = ""
+        self.digest.update(os.fsencode(image) + b"\0" + version.encode() + b"\0")
 
-    def _resume(self, facts: dict[str, Any]) -> None:
+    def _resume(self) -> None:
         """Pass over the images that are done, and cut off what was not recorded."""
         remedy = f"or remove {self.part} to begin anew"
+        try:
+            facts = json.loads(self.record.read_bytes())
+            settings, digest = dict(facts["settings"]), str(facts["sha256"])
+            images, self.skipped, size = (int(facts[name]) for name in ("images", "skipped", "bytes"))
+            if min(images, self.skipped, size) < 0:
+                raise ValueError("a negative number")
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"{self.record} does not say what is in {self.part.name}: {error}"
+            raise TrainingError(f"{problem}: expected what an interrupted command leaves, {remedy}") from error
         for name, value in self.settings.items():
-            if (begun := facts["settings"].get(name)) != value:
+            if (begun := settings.get(name)) != value:
                 raise TrainingError(
                     f"{self.part} was begun with {name} {begun}, not {value}: expected the same, {remedy}"
                 )
-        for image in islice(self.remaining, facts["images"]):
+        for image in islice(self.remaining, images):
             self._count(image)
-        if self.names.hexdigest() != facts["sha256"] or self.part.stat().st_size < facts["bytes"]:
-            raise TrainingError(f"{self.part} was begun with other images: expected the same, {remedy}")
-        self.skipped = facts["skipped"]
-        os.truncate(self.part, facts["bytes"])
+        if self.digest.hexdigest() != digest or self.part.stat().st_size < size:
+            raise TrainingError(
+                f"{self.part} was begun with other images, or they have changed: expected the same, {remedy}"
+            )
+        os.truncate(self.part, size)
 
 
 def _write_parquet(source: Path, file: Path) -> None:

@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 from insvp_fast import InsVPConfig, InsVPViT
+from insvp_fast.checkpoints.backbone import create_backbone, save_backbone
 from insvp_fast.commands import cli
 from insvp_fast.data import load_data, load_test_data, transform_for
 from insvp_fast.data.decode import read_image
@@ -22,6 +25,7 @@ from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.prediction import load_classifier, predict
+from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import CLASSES
 
 
@@ -74,11 +78,68 @@ def test_an_adapter_without_class_names_is_told_them(run, images, bare, tmp_path
     (tmp_path / "names.txt").write_text("\n".join(CLASSES) + "\n")
     named = ["--class-names", tmp_path / "names.txt"]
     assert printed(capsys, "predict", bare, images, *named) == printed(capsys, "predict", run, images)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES), encoding="utf-8-sig")  # as Windows writes it
+    named.append("--top-k=6")
+    assert printed(capsys, "predict", bare, images, *named) == printed(capsys, "predict", run, images, "--top-k=6")
     (tmp_path / "names.txt").write_text("ant\nbee\n")
     assert "2 class names are given: expected 6" in refusal(capsys, "predict", bare, images, *named)
     (tmp_path / "names.txt").write_text("\n".join(reversed(CLASSES)))
     assert "expected the same" in refusal(capsys, "predict", run, images, *named)
     assert "digits has 10: expected --class-names" in refusal(capsys, "eval", bare, "--data", "digits")
+
+
+@pytest.mark.parametrize("command", ["prompts", "serve", "demo"])
+def test_every_command_takes_what_it_asks_for(command, images, bare, tmp_path, monkeypatch, capsys):
+    """The class names and the backbone of an adapter that names neither."""
+    served, file = [], bare / "adapter_config.json"
+    if command == "serve":
+        pytest.importorskip("starlette")
+        monkeypatch.setattr(pytest.importorskip("uvicorn"), "run", lambda app, **_: served.append(app))
+    stub = SimpleNamespace(create_demo=lambda classifier, *_: served.append(classifier), serve_demo=lambda *_: 1 / 0)
+    monkeypatch.setitem(sys.modules, "insvp_fast.demo", stub)  # which needs gradio
+    more = [images / "test" / "ant" / "0.png"] if command == "prompts" else []
+    config = json.loads(file.read_text())
+    config["backbone"]["name"] = None
+    file.write_text(json.dumps(config))
+    assert "expected it as --backbone" in refusal(capsys, command, bare, *more)
+    named = ["--backbone", "vit_shapes_32"]
+    assert "expected --class-names" in refusal(capsys, command, bare, *more, *named)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    named += ["--class-names", tmp_path / "names.txt"]
+    if command == "demo":
+        with pytest.raises(ZeroDivisionError):
+            printed(capsys, command, bare, *named)
+        assert served[0].class_names == CLASSES
+    else:
+        assert printed(capsys, command, bare, *more, *named)
+    if command == "serve":
+        assert "for 2 models: expected one RUN" in refusal(capsys, command, bare, f"other={bare}", *named)
+
+
+def test_images_without_three_channels_are_refused_before_the_work(images, tmp_path, capsys):
+    backbone = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, patch_size=8, depth=1)
+    save_backbone(backbone, gray := tmp_path / "gray.safetensors")
+    model = InsVPViT(create_backbone(str(gray), num_classes=0), len(CLASSES), InsVPConfig(prompt_length=2))
+    preprocessing = resolve_preprocessing(model.backbone)
+    model.save_pretrained(adapter := tmp_path / "adapter", class_names=CLASSES, preprocessing=preprocessing)
+    recipe = Recipe(data=str(images), backbone=str(gray))
+    config = {"recipe": recipe.to_dict(), "preprocessing": preprocessing, "class_names": CLASSES}
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    message = "it takes images [1, H, W]: expected 3 channels: images are read as RGB"
+    train = ["train", "--data", images, "--backbone", gray, "--output", tmp_path / "runs"]
+    assert f"--backbone is {gray}: {message}" in refusal(capsys, *train)
+    assert not (tmp_path / "runs").exists()
+    for source in (adapter, tmp_path / "run"):
+        predict = ["predict", source, images]
+        for command in (
+            predict,
+            ["prompts", source, images],
+            ["serve", source],
+            ["export", source, "--format", "torch"],
+        ):
+            assert message in refusal(capsys, *command)
+        assert message in refusal(capsys, "eval", source, "--data", images)
 
 
 def test_a_backbone_without_a_name_is_asked_for(run, images, bare, capsys):

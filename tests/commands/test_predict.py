@@ -140,6 +140,18 @@ def test_predict_wants_images(run, path, tmp_path, capsys):
     assert str(tmp_path / path) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "file"), [("predict", "out.csv"), ("export", "out.onnx"), ("tsne", "out.png"), ("report", "out.html")]
+)
+def test_a_folder_in_the_place_of_the_file_is_told_before_the_work(command, file, run, images, tmp_path, capsys):
+    (tmp_path / file).mkdir()
+    more = {"predict": [str(images / "test")], "export": ["--format", "onnx"]}.get(command, [])
+    assert cli.main([command, str(run), *more, "--output", str(tmp_path / file)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"insvp: error: --output is {tmp_path / file}: found a folder, expected the name of a file\n"
+    assert printed.out == "" and [*tmp_path.rglob("*")] == [tmp_path / file]
+
+
 def test_a_reader_that_stops_is_no_error(run, images):
     command = f"'{sys.executable}' -m insvp_fast predict '{run}' '{images}' | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

@@ -120,13 +120,56 @@ def test_other_settings_do_not_go_on(options, message, run, images, tmp_path, ca
     assert (tmp_path / "out.csv.part").read_bytes() == before
 
 
-def test_other_images_do_not_go_on(run, images, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["00.png", "0.png"], ids=["added", "replaced"])
+def test_other_images_do_not_go_on(name, run, images, tmp_path, capsys):
     shutil.copytree(images / "test", tmp_path / "data")
     command = ["predict", str(run), str(tmp_path / "data"), "--output", str(tmp_path / "out.csv")]
     assert interrupted(command, 2)
-    shutil.copy(tmp_path / "data" / "ant" / "0.png", tmp_path / "data" / "ant" / "00.png")
+    shutil.copy(tmp_path / "data" / "bee" / "0.png", tmp_path / "data" / "ant" / name)
     assert cli.main(command) == 1
-    assert "begun with other images" in capsys.readouterr().err
+    assert "begun with other images, or they have changed" in capsys.readouterr().err
+
+
+def test_skipped_files_are_not_forgotten(run, images, tmp_path, capsys):
+    shutil.copytree(images / "test", tmp_path / "data")
+    (tmp_path / "data" / "ant" / "0.png").write_text("no image")
+    whole, file = str(tmp_path / "whole.csv"), str(tmp_path / "out.csv")
+    command = ["predict", str(run), str(tmp_path / "data"), "--output"]
+    assert cli.main([*command, whole, "--skip-unreadable"]) == 0
+    assert interrupted([*command, file, "--skip-unreadable"], 2)
+    assert cli.main([*command, file]) == 1
+    assert "was begun with --skip-unreadable, and 1 were skipped: expected the same" in capsys.readouterr().err
+    assert cli.main([*command, file, "--skip-unreadable"]) == 0
+    assert Path(file).read_bytes() == Path(whole).read_bytes()
+
+
+def test_what_stops_at_a_file_goes_on_without_it(run, images, tmp_path):
+    shutil.copytree(images / "test", tmp_path / "data")
+    (tmp_path / "data" / "eel" / "0.png").write_text("no image")
+    command = ["predict", str(run), str(tmp_path / "data"), "--output"]
+    with stopping(99, lambda: None):  # everything is recorded at once
+        assert cli.main([*command, str(tmp_path / "out.csv")]) == 1
+    assert (tmp_path / "out.csv.part").is_file()
+    for name in ("out.csv", "whole.csv"):
+        assert cli.main([*command, str(tmp_path / name), "--skip-unreadable"]) == 0
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"settings": None}, {"bytes": None}, {"images": "x"}, {"bytes": -1}, {"settings": 3}, "{", "\xff", "[]"],
+    ids=str,
+)
+def test_a_damaged_record_is_told(change, run, images, tmp_path, capsys):
+    command = ["predict", str(run), str(images / "test"), "--output", str(tmp_path / "out.csv")]
+    assert interrupted(command, 2)
+    record = tmp_path / "out.csv.part.json"
+    text = change if isinstance(change, str) else json.dumps(json.loads(record.read_text()) | change)
+    record.write_text(text, encoding="latin-1")
+    capsys.readouterr()
+    assert cli.main(command) == 1
+    printed = capsys.readouterr().err
+    assert f"{record} does not say what is in out.csv.part: " in printed and "to begin anew" in printed
 
 
 @pytest.mark.parametrize("parts", [1, 3, 200])
