@@ -8,7 +8,7 @@ __all__ = ["coded_frames"]
 
 TRACK = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # where an animation has the table of its frames
 SEQUENCE_HEADER, FRAMES = 1, (3, 6)  # types of AV1's units; a frame has one of its own, or one with its header alone
-MAX_UNITS = 10_000  # an image has three in each of its frames and tiles
+MAX_PARTS = 10_000  # of a kind, so that looking at them does not take long; an image has some for each of its tiles
 
 
 def coded_frames(content: bytes) -> list[tuple[int, int]]:
@@ -26,9 +26,7 @@ def coded_frames(content: bytes) -> list[tuple[int, int]]:
     for extents in parts:
         size = None
         for kind, payload in (unit for extent in extents for unit in _units(extent)):
-            units += 1
-            if units > MAX_UNITS:
-                raise ValueError(f"it has over {MAX_UNITS:,} units of AV1: expected an image")
+            _check_number(units := units + 1)
             if kind == SEQUENCE_HEADER:
                 size = _frame_size(_Bits(payload))
             elif kind in FRAMES:
@@ -38,6 +36,11 @@ def coded_frames(content: bytes) -> list[tuple[int, int]]:
     if not frames:
         raise ValueError("it has no frame of AV1 that can be found: expected at least one")
     return frames
+
+
+def _check_number(parts: int) -> None:
+    if parts > MAX_PARTS:
+        raise ValueError(f"it has over {MAX_PARTS:,} parts: expected an image of fewer")
 
 
 class _Bits:
@@ -64,7 +67,9 @@ class _Bits:
 
 def _boxes(content: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """Names and contents of the boxes that follow each other."""
+    found = 0
     while len(content) >= 8:
+        _check_number(found := found + 1)
         header = _Bits(content)
         size, name = header.take(32), header.take(32).to_bytes(4, "big")
         if size == 1:
@@ -89,9 +94,9 @@ def _find(content: memoryview, *path: bytes) -> Iterator[memoryview]:
 def _items(file: memoryview, meta: memoryview) -> Iterator[list[memoryview]]:
     """The parts of each item of AV1, in the order of their table."""
     boxes = dict(_boxes(meta))
-    coded = set()
+    coded, found = set(), 0
     for info in _find(meta, b"iinf"):
-        for name, entry in _boxes(info[8 if info[0] else 6 :]):
+        for name, entry in _boxes(info[8 if _Bits(info).take(8) else 6 :]):
             bits = _Bits(entry)
             version, _ = bits.take(8), bits.take(24)
             number, _ = bits.take(16 if version < 3 else 32), bits.take(16)
@@ -102,11 +107,13 @@ def _items(file: memoryview, meta: memoryview) -> Iterator[list[memoryview]]:
         version, _ = bits.take(8), bits.take(24)
         offset_size, length_size, base_size, index_size = (8 * bits.take(4) for _ in range(4))
         for _ in range(bits.take(32 if version == 2 else 16)):
+            _check_number(found := found + 1)
             number = bits.take(32 if version == 2 else 16)
             in_meta = version > 0 and bits.take(16) & 15 == 1
             source = boxes.get(b"idat", memoryview(b"")) if in_meta else file
             _, base, extents = bits.take(16), bits.take(base_size), []
             for _ in range(bits.take(16)):
+                _check_number(found := found + 1)
                 _, start, size = bits.take(index_size if version else 0), bits.take(offset_size), bits.take(length_size)
                 extents.append(_Bits(source[base + start :]).rest(size))
             if number in coded:

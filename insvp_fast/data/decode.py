@@ -29,13 +29,14 @@ UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
+MAX_SEGMENTS = 10_000  # of a JPEG; few have a hundred
 MAX_FRAMES = 8  # of the allowed size in an AVIF: with transparency and layers an image has several
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 TILE = 322, 323  # TIFF tags: width and height
-MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of JPEG; 0 is data, d0 to d7 are restarts among them
-SCAN, END, WITHOUT_LENGTH = b"\xda", b"\xd9", b"\x01\xd8"
+SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # of JPEG; other markers have no content, 0 is data
+SCAN, END = b"\xda", b"\xd9"
 
 
 def read_image(
@@ -84,8 +85,8 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
             _check_size("frames of ", *size, max_pixels)
         if (pixels := sum(width * height for width, height in frames)) > MAX_FRAMES * max_pixels:
             raise ValueError(f"its frames have {pixels:,} pixels: expected at most {MAX_FRAMES * max_pixels:,}")
-    if image.format in ("JPEG", "MPO") and _has_many_scans(_content(image)):
-        raise ValueError(f"it has over {MAX_SCANS} scans: expected at most {MAX_SCANS}")
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(_content(image))
 
 
 def _content(image: ImageFile.ImageFile) -> bytes:
@@ -99,14 +100,16 @@ def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
         raise ValueError(f"it has {what}{width}x{height} pixels: expected at most {max_pixels:,}")
 
 
-def _has_many_scans(content: bytes) -> bool:
-    """Whether a JPEG has more than ``MAX_SCANS``; what is behind its end does not count, as a film of a phone."""
-    position, scans = 2, 0
-    while scans <= MAX_SCANS and (found := MARKER.search(content, position)) and found[1] != END:
-        position, scans = found.end(), scans + (found[1] == SCAN)
-        if found[1] not in WITHOUT_LENGTH:
-            position += max(2, int.from_bytes(content[position : position + 2], "big"))
-    return scans > MAX_SCANS
+def _check_scans(content: bytes) -> None:
+    """Refuse a JPEG of many scans; what is behind its end does not count, as a film that a phone puts there."""
+    position, scans, segments = 2, 0, 0
+    while (found := SEGMENT.search(content, position)) and found[1] != END:
+        scans, segments = scans + (found[1] == SCAN), segments + 1
+        if scans > MAX_SCANS:
+            raise ValueError(f"it has over {MAX_SCANS} scans: expected at most {MAX_SCANS}")
+        if segments > MAX_SEGMENTS:
+            raise ValueError(f"it has over {MAX_SEGMENTS:,} segments: expected at most {MAX_SEGMENTS:,}")
+        position = found.end() + max(2, int.from_bytes(content[found.end() : found.end() + 2], "big"))
 
 
 def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:

@@ -505,6 +505,17 @@ def test_an_avif_of_many_frames_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("form", "filler"), [("JPEG", b"\xff\xfe\0\2"), ("AVIF", b"\0\0\0\x08free")], ids=["JPEG", "AVIF"]
+)
+def test_what_is_checked_before_decoding_takes_no_long_time(form, filler):
+    content = avif() if form == "AVIF" else saved(Image.new("L", (32, 32)), "JPEG").read()
+    start = 2 if form == "JPEG" else content.index(b"meta") - 4
+    many = content[:start] + filler * 10_001 + content[start:]
+    with pytest.raises(DataError, match="it has over 10,000 (segments|parts)"):
+        read_image(io.BytesIO(many), max_pixels=96 * 64)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         (b"av01Color", b"av02Color", "no frame of AV1 that can be found"),
