@@ -78,7 +78,8 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"it has {width}x{height} pixels: expected sides of at most {MAX_ASPECT}:1")
     # what is decoded whole, also where the image is smaller
-    _check_size("tiles of ", *(_tags(image).get(tag, 1) for tag in TILE), max_pixels)
+    tile_width, tile_height = (_tags(image).get(tag, 1) for tag in TILE)
+    _check_size("tiles of ", tile_width, tile_height, max_pixels)
     if image.format == "AVIF":
         frames = coded_frames(_content(image))
         for size in frames:
