@@ -11,7 +11,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from insvp_fast.data.avif import coded_frames
 from insvp_fast.errors import DataError
 
 __all__ = ["SUFFIXES", "read_image", "to_rgb"]
@@ -30,7 +29,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
 MAX_SEGMENTS = 10_000  # of a JPEG; few have a hundred
-MAX_FRAMES = 8  # of the allowed size in an AVIF: with transparency and layers an image has several
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
@@ -49,7 +47,8 @@ def read_image(
         name: what messages call the image; None for the path.
         exif_rotation: as in ``to_rgb``.
         max_pixels: refuse, before any pixel is decoded, an image that has more of them, whose longer side is over 100
-            times the shorter, or that takes many passes; None reads all that Pillow does.
+            times the shorter, or that takes many passes, and AVIF, whose header does not say how many pixels are
+            decoded; None reads all that Pillow does.
 
     Raises:
         DataError: naming the file, if it is missing, damaged, no image, too large, or its pixels have no known range.
@@ -80,20 +79,12 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
     # what is decoded whole, also where the image is smaller
     tile_width, tile_height = (_tags(image).get(tag, 1) for tag in TILE)
     _check_size("tiles of ", tile_width, tile_height, max_pixels)
-    if image.format == "AVIF":
-        frames = coded_frames(_content(image))
-        for size in frames:
-            _check_size("frames of ", *size, max_pixels)
-        if (pixels := sum(width * height for width, height in frames)) > MAX_FRAMES * max_pixels:
-            raise ValueError(f"its frames have {pixels:,} pixels: expected at most {MAX_FRAMES * max_pixels:,}")
+    if image.format == "AVIF":  # its frames are decoded whole, then scaled to the size in the header
+        raise ValueError("it is AVIF, which does not say how many pixels are decoded: expected another format")
     if image.format in ("JPEG", "MPO"):
-        _check_scans(_content(image))
-
-
-def _content(image: ImageFile.ImageFile) -> bytes:
-    assert image.fp is not None
-    image.fp.seek(0)  # decoders go to where they begin
-    return image.fp.read()
+        assert image.fp is not None
+        image.fp.seek(0)  # decoders go to where they begin
+        _check_scans(image.fp.read())
 
 
 def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
