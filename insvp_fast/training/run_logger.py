@@ -118,6 +118,9 @@ class RunLogger:
             write_file(file, (json.dumps(content, indent=2) + "\n").encode())
         names = [candidate.name for candidate in candidates_of(self.recipe)]
         start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
+        self._say_protocol(preprocessing, data, images, metric)
+
+    def _say_protocol(self, preprocessing: dict[str, Any], data: Data, images: dict[str, int], metric: str) -> None:
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
         self.say(f"splits: {data.protocol}")
