@@ -11,7 +11,7 @@ from torch import Tensor
 
 from insvp_fast.data import load_test_data
 from insvp_fast.data.images import Images, Part, files_of
-from insvp_fast.data.sets import DIGITS
+from insvp_fast.data.sets import DIGITS, PREFIXES
 from insvp_fast.data.sources import read_source
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.training.accelerator import create_accelerator
@@ -129,11 +129,14 @@ def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[st
 
 def _count_trained(recipe: Recipe | None, images: Images) -> int:
     """How many images are files of the train split of a run, as far as that is still there."""
+    files = files_of(images)
+    if recipe is None or recipe.data.startswith(PREFIXES) or not files:  # others may be elsewhere, and far away
+        return 0
     try:
-        splits, _ = read_source(recipe.data, recipe.split_seed, recipe.root) if recipe else ({}, [])
+        splits, _ = read_source(recipe.data, recipe.split_seed, recipe.root)
     except DataError:
         return 0
-    return len(files_of(splits["train"]) & files_of(images)) if splits else 0
+    return len(files & files_of(splits["train"]))
 
 
 def _names_of_data(source: str, root: str | None, classes: int) -> list[str]:
