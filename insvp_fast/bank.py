@@ -97,8 +97,11 @@ class AdapterBank(PromptedViT):
 
         Raises:
             CheckpointError: if these are not the files of an adapter of InsVP, or its backbone has other weights.
-            TypeError: for a model with another method, or one that ``copy.deepcopy`` does not take.
+            TypeError: for a name that is no text, a model with another method, or one that ``copy.deepcopy`` does not
+                take.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r}: expected text")
         if isinstance(source, nn.Module) and not isinstance(source, InsVPViT):
             method = type(getattr(source, "method", source)).__name__
             raise TypeError(f"{name!r} is a {type(source).__name__} with the method {method}: expected an InsVPViT")

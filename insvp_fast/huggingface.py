@@ -35,9 +35,17 @@ class InsVPForImageClassification(nn.Module):
         self.register_load_state_dict_post_hook(_miss_no_backbone)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """Images [B, C, H, W] to logits [B, num_classes], and with classes [B] also to their mean cross-entropy."""
-        logits = self.model(pixel_values)
-        return ImageClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+        """Images [B, C, H, W] to logits [B, num_classes], and with labels also to their mean cross-entropy.
+
+        Args:
+            labels: classes [B]; of a model for several labels per image, 0 or 1 for each, [B, num_classes].
+        """
+        logits, loss = self.model(pixel_values), None
+        if labels is not None and self.model.multi_label:
+            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        elif labels is not None:
+            loss = F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> str | None:
         """Save the adapter; see ``InsVPViT.save_pretrained``."""
@@ -54,6 +62,7 @@ class InsVPForImageClassification(nn.Module):
         Raises:
             ValueError: for an argument that would have an effect.
         """
+        arguments |= arguments.pop("gradient_checkpointing_kwargs", None) or {}
         if chosen := {name: value for name, value in arguments.items() if value not in (None, False, 1)}:
             raise ValueError(f"{chosen}: expected none, InsVPViT knows one way to compute blocks again")
         self.model.set_grad_checkpointing(True)
@@ -62,12 +71,17 @@ class InsVPForImageClassification(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable
 
 
-def image_processor(preprocessing: Mapping[str, Any]) -> TimmWrapperImageProcessor:
+def image_processor(preprocessing: Mapping[str, Any] | None) -> TimmWrapperImageProcessor:
     """Transformers' image processor that prepares images as ``timm.data.create_transform`` does for evaluation.
 
     Args:
         preprocessing: what an adapter records, ``model.preprocessing``, or ``resolve_model_data_config(model)``.
+
+    Raises:
+        ValueError: if an adapter records none.
     """
+    if preprocessing is None:
+        raise ValueError("preprocessing is None: expected timm.data.resolve_model_data_config(model), say")
     return TimmWrapperImageProcessor(pretrained_cfg=dict(preprocessing))
 
 

@@ -107,7 +107,8 @@ def create(
         saved = fields.get("source") in ("hf-hub", "local-dir")
         cfg = fields.get("tag") if saved else _backbone_cfg(backbone, fields)
     if (SHIPPED / f"{backbone}.json").is_file():
-        arguments.pop("pretrained_cfg_overlay", None)
+        if overlay := arguments.pop("pretrained_cfg_overlay", None):
+            raise ValueError(f"pretrained_cfg_overlay={overlay!r}: expected none for {backbone}, which is shipped")
         classes = arguments.pop("num_classes", None)
         model = insvp_fast.InsVPViT(backbone, classes, config, pretrained=True, **own, **arguments)
     else:

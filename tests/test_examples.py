@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
@@ -94,6 +95,24 @@ def test_the_trainer_of_transformers_trains_it(tmp_path):
     (checkpoint,) = tmp_path.glob("checkpoint-*/model.safetensors")
     assert not [key for key in load_file(checkpoint) if "backbone" in key]
     InsVPViT.from_pretrained(tmp_path)
+
+
+def test_the_loss_for_the_trainer_is_that_of_the_labels():
+    require("transformers")
+    module = importlib.import_module("insvp_fast.huggingface")
+    model = module.InsVPForImageClassification(InsVPViT("vit_shapes_32", 3)).eval()
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    logits = model.model(images)
+    torch.testing.assert_close(model(images, labels.argmax(1)).loss, F.cross_entropy(logits, labels.argmax(1)))
+    model.model.multi_label = True
+    expected = F.binary_cross_entropy_with_logits(logits, labels.float())
+    torch.testing.assert_close(model(images, labels).loss, expected)
+    model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.model.recompute == "block"
+    with pytest.raises(ValueError, match="use_reentrant': 'x'"):
+        model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": "x"})
+    with pytest.raises(ValueError, match="preprocessing is None: expected"):
+        module.image_processor(None)
 
 
 def test_transformers_prepares_images_as_timm_does():

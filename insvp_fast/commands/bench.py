@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from insvp_fast.commands.options import add_json, positive
+from insvp_fast.errors import CommandError
 
 SUMMARY = "time InsVP against the bare frozen backbone on this machine"
 
@@ -24,6 +26,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(report: str | None, model: str, batch_size: int | None, rounds: int) -> dict[str, Any]:
+    if report is not None and Path(report).is_dir():
+        raise CommandError(f"--report is {report}: found a folder, expected the name of a file")
+    _check_model(model)
     from insvp_fast.bench.report import run_benchmark
 
     return {"rows": run_benchmark(report, model, batch_size, rounds)}
+
+
+def _check_model(name: str) -> None:
+    """Check that the needed operations of a model are known.
+
+    Raises:
+        CommandError: if timm has no such model, or it is of another kind.
+    """
+    import timm
+    import torch
+    from timm.models import SwinTransformer, VisionTransformer
+
+    expected = f"--model is {name}: expected a VisionTransformer or SwinTransformer of timm"
+    if not timm.is_model(name):
+        raise CommandError(expected)
+    try:
+        with torch.device("meta"):
+            found = timm.create_model(name)
+    except RuntimeError as error:  # of a tag that the model does not have
+        raise CommandError(f"--model is {name}: {error}") from error
+    if not isinstance(found, VisionTransformer | SwinTransformer):
+        raise CommandError(f"{expected}, found {type(found).__name__}")

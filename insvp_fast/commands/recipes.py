@@ -8,6 +8,7 @@ from typing import Any
 
 from insvp_fast.commands.options import add_json
 from insvp_fast.commands.settings import show_options
+from insvp_fast.errors import CommandError
 from insvp_fast.recipes import list_shipped, read_recipe, read_title
 from insvp_fast.training.recipe import Recipe, setting_names
 
@@ -21,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(name: str | None, released: bool) -> dict[str, Any]:
+    if name is None and released:
+        raise CommandError("--released is given without the NAME of a recipe")
     if name is None:
         titles = {name: show_options(read_title(name)) for name in list_shipped()}
         print(*(f"{name:10} {title}" for name, title in titles.items()), sep="\n")

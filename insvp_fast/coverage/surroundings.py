@@ -43,4 +43,6 @@ def surroundings_reason() -> str | None:
         return "a torch function mode is active"
     if torch_private.transforming():
         return "a transform of torch.func or forward-mode differentiation is active"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is active"
     return None

@@ -14,9 +14,9 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 
-from insvp_fast.data.lists import escaped
 from insvp_fast.errors import DataError
-from insvp_fast.figures.style import COLORS, MARKERS, drawing
+from insvp_fast.figures.modes import evaluating
+from insvp_fast.figures.style import COLORS, MARKERS, drawable, drawing
 from insvp_fast.methods import TunedViT
 from insvp_fast.methods.load import AnyModel
 from insvp_fast.reference import InsVPReference
@@ -53,9 +53,10 @@ def collect_vectors(model: AnyModel, batches: Iterable[Tensor]) -> dict[str, np.
     backbone, if the method leaves that as it is, and last those that it reads.
     """
     found: dict[str, list[Tensor]] = {}
-    for images in batches:
-        for title, vectors in _vectors(model.eval(), images).items():
-            found.setdefault(title, []).append(vectors.float().cpu())
+    with evaluating(model):
+        for images in batches:
+            for title, vectors in _vectors(model, images).items():
+                found.setdefault(title, []).append(vectors.float().cpu())
     return {title: torch.cat(vectors).numpy() for title, vectors in found.items()}
 
 
@@ -90,8 +91,14 @@ def plot_tsne(
     Returns:
         The silhouette score of each panel's classes, which its title also has: 1 if they are far apart, 0 if they
         overlap. It is that of the vectors themselves, which t-SNE does not preserve.
+
+    Raises:
+        DataError: if the vectors of a panel are all equal or not finite, which have no places.
     """
     labels = np.asarray(classes)
+    for title, vectors in panels.items():
+        if not (np.isfinite(vectors).all() and np.ptp(vectors, axis=0).any()):
+            raise DataError(f"t-SNE of {title}: the vectors are all equal or not finite: expected different ones")
     scores = {title: float(silhouette_score(vectors, labels)) for title, vectors in panels.items()}
     rows = math.ceil(len(panels) / MAX_COLUMNS)
     columns = math.ceil(len(panels) / rows)
@@ -105,9 +112,9 @@ def plot_tsne(
             for i, label in enumerate(np.unique(labels)):
                 own = points[labels == label]
                 marker, color = MARKERS[i // len(COLORS) % len(MARKERS)], COLORS[i % len(COLORS)]
-                name = escaped(class_names[label])
+                name = drawable(class_names[label])
                 axes.scatter(*own.T, s=14, marker=marker, c=color, alpha=0.75, linewidths=0, label=name)
-            axes.set(xticks=[], yticks=[], title=f"{escaped(title)}\nsilhouette {scores[title]:.2f}")
+            axes.set(xticks=[], yticks=[], title=f"{drawable(title)}\nsilhouette {scores[title]:.2f}")
             axes.set_box_aspect(1)
             for side in ("right", "top"):
                 axes.spines[side].set_visible(True)

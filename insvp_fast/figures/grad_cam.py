@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from insvp_fast.errors import InsVPError
+from insvp_fast.figures.modes import evaluating
 from insvp_fast.reference.prompted import PromptedReference
 
 __all__ = ["grad_cam"]
@@ -33,18 +35,14 @@ def grad_cam(model: PromptedReference, images: Tensor, classes: Sequence[int], p
     Raises:
         InsVPError: if the backbone has no such features, or the head does not read any patch.
     """
-    training = model.training
-    model.eval()
-    try:
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        images = images.clone()  # those of inference mode have no gradients
         maps = [_grad_cam(model, image[None], index, prompts) for image, index in zip(images, classes, strict=True)]
-    finally:
-        model.train(training)
     return torch.cat(maps) if maps else images.new_zeros(0, *images.shape[-2:])
 
 
 def _grad_cam(model: PromptedReference, image: Tensor, index: int, prompts: bool) -> Tensor:
-    with torch.enable_grad():
-        features, logits = (_of_block if model.widths else _of_map)(model, image, prompts)
+    with (_of_block if model.widths else _of_map)(model, image, prompts) as (features, logits):
         (gradient,) = torch.autograd.grad(logits[0, index], features, allow_unused=True)
     patches = None if gradient is None else _as_map(model, gradient, image)
     if patches is None or not patches.any():
@@ -54,7 +52,8 @@ def _grad_cam(model: PromptedReference, image: Tensor, index: int, prompts: bool
     return F.interpolate(cam.float(), image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def _of_block(model: PromptedReference, image: Tensor, prompts: bool) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _of_block(model: PromptedReference, image: Tensor, prompts: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The tokens behind the first norm of the last block, and the logits that a graph computes from them."""
     norms = [module for name, module in model.backbone.named_modules() if name.rpartition(".")[2] == "norm1"]
     if not norms:
@@ -62,6 +61,8 @@ def _of_block(model: PromptedReference, image: Tensor, prompts: bool) -> tuple[T
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a method that looks at the bare features first, as DAM-VP does
+            return output
         kept.append(output.detach().requires_grad_())
         return kept[-1]
 
@@ -70,17 +71,19 @@ def _of_block(model: PromptedReference, image: Tensor, prompts: bool) -> tuple[T
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* takes the general path")  # because of the hook
             logits = model.forward_head(_features(model, image, prompts))
+        # where a block takes prompts by themselves, as Swin's do, they come after the tokens
+        yield kept[0], logits
     finally:
-        handle.remove()
-    return kept[0], logits  # where a block takes prompts by themselves, as Swin's do, they come after the tokens
+        handle.remove()  # here, as blocks may be computed again in backward
 
 
-def _of_map(model: PromptedReference, image: Tensor, prompts: bool) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _of_map(model: PromptedReference, image: Tensor, prompts: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The last map of a backbone without blocks, and its logits."""
     with torch.no_grad():
         features = _features(model, image, prompts)
     features.requires_grad_()
-    return features, model.forward_head(features)
+    yield features, model.forward_head(features)
 
 
 def _features(model: PromptedReference, image: Tensor, prompts: bool) -> Tensor:

@@ -12,17 +12,17 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from insvp_fast.data.lists import escaped
 from insvp_fast.errors import InsVPError
 from insvp_fast.figures.grad_cam import grad_cam
-from insvp_fast.figures.style import HIGHLIGHT, SEQUENTIAL, drawing
+from insvp_fast.figures.modes import evaluating
+from insvp_fast.figures.style import HIGHLIGHT, SEQUENTIAL, drawable, drawing
 from insvp_fast.probabilities import probabilities
 from insvp_fast.reference import ImagePrompt
 from insvp_fast.reference.prompted import PromptedReference
 
 __all__ = ["PromptedImages", "denormalize", "explain", "one_per_class", "pictures_of", "plot_prompts", "to_gray_range"]
 
-LABEL_WIDTH = 20  # characters in a line beside an image
+LABEL_WIDTH, MAX_LABEL = 20, 100  # characters in a line beside an image, and in its lines
 CAPTION = (
     "Prompts: gray is 0; each is scaled to its largest magnitude, max, in units of the normalized image."
     " Heat map: mean magnitude of the image prompt's channels, on one scale for all rows.\n"
@@ -66,8 +66,8 @@ def explain(model: nn.Module, images: Tensor) -> tuple[PromptedImages, str | Non
     Returns:
         They, and why there is no Grad-CAM, if there is none.
     """
-    with torch.inference_mode():
-        prompts_of: Any = getattr(model.eval(), "image_prompt", lambda _: ImagePrompt(None, None, None, images))
+    with torch.inference_mode(), evaluating(model):
+        prompts_of: Any = getattr(model, "image_prompt", lambda _: ImagePrompt(None, None, None, images))
         prompt = prompts_of(images)
         chances = probabilities(model(images).float(), getattr(model, "multi_label", False))
     heat_map = None if prompt.prompt is None else prompt.prompt.abs().mean(1)
@@ -162,10 +162,10 @@ def _show(axes: Axes, picture: Tensor, note: str) -> None:
 def _label_row(axes: Axes, lines: Sequence[str], predicted: str, wrong: bool) -> None:
     """Lines of text to the left of an image, the last in another color if it is wrong."""
     place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "fontsize": 8}
-    text = "\n".join(textwrap.fill(escaped(line), LABEL_WIDTH) for line in lines)
+    text = "\n".join(textwrap.fill(drawable(line, MAX_LABEL), LABEL_WIDTH) for line in lines)
     axes.text(-0.08, 0.52, text, va="bottom", **place)
     color = HIGHLIGHT if wrong else "black"
-    axes.text(-0.08, 0.48, textwrap.fill(escaped(predicted), LABEL_WIDTH), va="top", color=color, **place)
+    axes.text(-0.08, 0.48, textwrap.fill(drawable(predicted, MAX_LABEL), LABEL_WIDTH), va="top", color=color, **place)
 
 
 def _colored(values: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from insvp_fast.data.lists import escaped
-from insvp_fast.figures.style import COLORS, SEQUENTIAL, drawing
+from insvp_fast.figures.style import COLORS, SEQUENTIAL, drawable, drawing
 
 __all__ = ["plot_confusion", "plot_curves"]
 
@@ -74,7 +73,7 @@ def _cycle(count: int) -> list[str]:
 def plot_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) -> None:
     """The confusion matrix [true class, predicted class], each row normalized to 1; with few classes, labeled."""
     fractions = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    names, classes = list(map(escaped, class_names)), len(class_names)
+    names, classes = list(map(drawable, class_names)), len(class_names)
     side = min(12.0, 3 + 0.3 * classes)
     with drawing(file, side + 0.8, side) as figure:
         axes = figure.subplots()

@@ -16,7 +16,7 @@ __all__ = ["apply", "differentiates", "first_order", "only_needed"]
 
 
 def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
-    """Let an autograd function say, where its gradient is differentiated, which operation it is and what to use.
+    """Let an autograd function say, where its gradient is differentiated or batched, which it is and what to use.
 
     Args:
         name: of the operation in ``insvp_fast.ops``.
@@ -27,10 +27,15 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
         backward = function.backward
         advice = f"use InsVPReference, or {instead}"
         once = f"the gradient of insvp_fast.ops.{name} cannot be differentiated again: {advice}"
+        batched = f"the gradient of insvp_fast.ops.{name} is of one loss, not of a batch of them: {advice}"
 
         @functools.wraps(backward)
         def run_backward(ctx: Any, *grads: Any) -> Any:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            if torch_private.transforming(*grads) or torch_private.batched(grads):
+                raise RuntimeError(batched)
+            if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)

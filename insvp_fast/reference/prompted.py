@@ -86,7 +86,6 @@ class PromptedReference(nn.Module):
         self.prompted_blocks = method.prompted_blocks
         return method.to(weight.dtype)
 
-    @property
     def _own_method(self) -> PromptMethod:
         if self.method is None:
             raise NotImplementedError(f"{type(self).__name__} has no method of prompting: expected method=")
@@ -103,11 +102,11 @@ class PromptedReference(nn.Module):
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
         """See ``PromptMethod.prompt_image``."""
-        return self._own_method.prompt_image(image)
+        return self._own_method().prompt_image(image)
 
     def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:
         """See ``PromptMethod.block_prompts``."""
-        prompts = self._own_method.block_prompts(block, context, batch, tokens)
+        prompts = self._own_method().block_prompts(block, context, batch, tokens)
         if prompts is not None and prompts.keys_values is not None and not self.gives_keys_values:
             kind = type(self.method).__name__
             raise ValueError(f"the prompts of block {block} have keys_values: expected {kind}.gives_keys_values=True")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +85,20 @@ def find_results(folder: str | Path, most: int, batch_size: int | None = None, w
     worst = ranked[: min(most, int(wrong.sum()))].tolist()
     shown, reason = None, None
     if worst:
-        shown, reason = explain(model, torch.stack([images[index][0] for index in worst]).to(device))
+        shown, reason = _explain(model, images, worst, batch_size or recipe.batch_size)
     mistakes = Mistakes([images.name(i) for i in worst], targets[worst], losses[worst].tolist(), shown, reason)
     return Results(metrics, mistakes, int(wrong.sum()), names, preprocessing)
+
+
+def _explain(model: Any, images: Any, chosen: Sequence[int], batch: int) -> tuple[PromptedImages, str | None]:
+    """``explain`` of the chosen images, so many at a time."""
+    device, parts = next(model.parameters()).device, []
+    for start in range(0, len(chosen), batch):
+        stacked = torch.stack([images[index][0] for index in chosen[start : start + batch]])
+        parts.append(explain(model, stacked.to(device)))
+    columns = zip(*(shown for shown, _ in parts), strict=True)
+    joined = [None if any(part is None for part in column) else torch.cat(column) for column in columns]
+    return PromptedImages(*joined), next((reason for _, reason in parts if reason), None)
 
 
 def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

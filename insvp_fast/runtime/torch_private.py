@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend
 __all__ = [
     "HAS_FLASH",
     "HAS_PRODUCTS",
+    "batched",
     "current_stream",
     "dispatch_modes",
     "dispatches",
@@ -181,6 +182,14 @@ def transforming(*arguments: object) -> bool:
         return _in_transform()
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     return not arguments or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def batched(tensors: Sequence[object]) -> bool:
+    """Whether one of these stands for a batch, as the gradients of ``torch.autograd.grad(is_grads_batched=True)``."""
+    return any(isinstance(x, Tensor) and _is_batched(x) for x in tensors)
+
+
+_is_batched: Callable[[Tensor], bool] = _attempt(lambda: torch._C._functorch.is_legacy_batchedtensor, lambda x: False)
 
 
 def dispatches(arguments: Sequence[object]) -> bool:

@@ -350,3 +350,29 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "not a run folder" in printed or "neither a run" in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["recipes", "--released"], "--released is given without the NAME of a recipe"),
+        (
+            ["bench", "--model", "nonsense"],
+            "--model is nonsense: expected a VisionTransformer or SwinTransformer of timm",
+        ),
+        (
+            ["bench", "--model", "vit_shapes_32"],
+            "--model is vit_shapes_32: expected a VisionTransformer or SwinTransform",
+        ),
+        (["bench", "--model", "resnet18"], "SwinTransformer of timm, found ResNet"),
+        (
+            ["bench", "--model", "vit_base_patch16_224.none"],
+            "--model is vit_base_patch16_224.none: Invalid pretrained tag",
+        ),
+        (["bench", "--report", "."], "--report is .: found a folder, expected the name of a file"),
+    ],
+)
+def test_what_a_command_cannot_do_is_said_before_any_work(command, message, capsys):
+    assert cli.main(command) == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1

@@ -6,13 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.xcit import Xcit
 
 from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.errors import InsVPError
 from insvp_fast.figures.attention import class_attention
+from insvp_fast.figures.grad_cam import grad_cam
 from insvp_fast.methods import create_model
 
 SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def xcit() -> InsVPViT:
+    backbone = Xcit(img_size=(16, 40), patch_size=8, embed_dim=48, depth=1, num_heads=3, cls_attn_layers=1)
+    return InsVPViT(backbone, 3, InsVPConfig(common_prompt=False, specific_prompt=False))
 
 
 def vit(**changes) -> VisionTransformer:
@@ -42,9 +49,21 @@ def test_it_is_the_softmax_of_the_class_tokens_scores(changes):
     assert model.training and torch.equal(model.eval()(images), before)  # nothing is left behind
 
 
+def test_of_a_method_that_looks_twice_it_is_that_of_the_prompted_image():
+    """DAM-VP finds the prompt of an image by the features of the bare one."""
+    model, images = create_model("dam_vp", vit(), 3, num_prompts=2, padding=4), torch.randn(3, 3, 16, 40)
+    model.method.fit([images, torch.randn(3, 3, 16, 40)])
+    bare = create_model("linear", copy.deepcopy(model.backbone), 3)
+    expected = class_attention(bare, model.image_prompt(images).prompted)
+    torch.testing.assert_close(class_attention(model, images), expected)
+    assert (expected - class_attention(bare, images)).abs().max() > 1e-4
+    assert grad_cam(model, images, [0, 1, 2]).amax() > 0
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (lambda: xcit(), "no attention of a Xcit: expected a class token, and blocks with timm's attention"),
         (lambda: InsVPViT(vit(class_token=False, global_pool="avg"), 3), "expected a class token"),
         (lambda: create_model("dualprompt", vit(), 3), "the method attends in its own way"),
         (lambda: create_model("lora", vit(), 3), "its method changes the backbone"),

@@ -1,6 +1,7 @@
 """What is on the pictures: titles, rows, curves, and labels that do not cover one another."""
 
 from itertools import combinations
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from insvp_fast.figures.comparison import plot_parameters, plot_sensitivity
 from insvp_fast.figures.embedding import choose_images, collect_vectors, plot_tsne
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
 from insvp_fast.figures.runs import plot_confusion, plot_curves
-from insvp_fast.figures.style import drawing
+from insvp_fast.figures.style import drawable, drawing
 
 STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -149,3 +150,16 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), drawing(tmp_path / "a.png", 2, 2):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("vectors", [np.ones((10, 4)), np.full((10, 60), np.nan), np.full((10, 4), np.inf)])
+def test_vectors_without_places_are_refused(vectors, tmp_path):
+    with pytest.raises(DataError, match="t-SNE of features: the vectors are all equal or not finite"):
+        plot_tsne({"features": vectors.astype(np.float32)}, [0] * 5 + [1] * 5, ["x", "y"], tmp_path / "a.png")
+
+
+def test_names_of_every_kind_can_be_drawn(tmp_path):
+    names = ["great white shark, white shark, man-eater, Carcharodon carcharias", "a\nb\x01", "\udcff", "é ☃"]
+    assert [drawable(name) for name in names] == [names[0][:39] + "…", r"a\nb\x01", r"\udcff", "é ☃"]
+    plot_confusion(torch.eye(4), names, tmp_path / "a.svg")
+    ElementTree.parse(tmp_path / "a.svg")

@@ -12,7 +12,9 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
 from insvp_fast.errors import InsVPError
+from insvp_fast.figures.embedding import collect_vectors
 from insvp_fast.figures.grad_cam import grad_cam
+from insvp_fast.figures.prompts import explain
 from insvp_fast.testing import relative_error
 
 OFF = dict.fromkeys(("global_prompt", "patch_prompt", "common_prompt", "specific_prompt"), False)
@@ -102,6 +104,18 @@ def test_it_leaves_no_trace():
     assert model.training and unsupported_reason(model) is None
     assert all(parameter.grad is None for parameter in model.parameters())
     assert before.requires_grad
+
+
+def test_inference_mode_and_recomputation_change_nothing():
+    model = InsVPViT(vit(), 4, InsVPConfig(prompt_length=5)).requires_grad_(False).train()
+    model.specific_prompter.eval()
+    expected = grad_cam(model, pictures(), CLASSES)
+    with torch.inference_mode():
+        assert torch.equal(grad_cam(model, pictures(), CLASSES), expected)
+    model.set_grad_checkpointing(True)
+    assert torch.equal(grad_cam(model, pictures(), CLASSES), expected)
+    explain(model, pictures()), collect_vectors(model, [pictures()])
+    assert model.training and model.head.training and not model.specific_prompter.conv1.training
 
 
 def test_a_head_that_reads_no_patch_is_refused():

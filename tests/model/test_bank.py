@@ -201,6 +201,8 @@ def test_adapters_of_other_methods_are_refused_by_name(tmp_path):
     bank = AdapterBank(backbone)
     with pytest.raises(CheckpointError, match="not an InsVP adapter: its method is vpt_deep: expected insvp"):
         bank.add("deep", tmp_path)
+    with pytest.raises(TypeError, match="name=None: expected text"):
+        bank.add(None, tmp_path)
     with pytest.raises(TypeError, match="'deep' is a MethodViT with the method VPTDeep: expected an InsVPViT"):
         bank.add("deep", model)
     assert not bank.adapters

@@ -75,6 +75,22 @@ def test_a_gradient_is_not_differentiated_again(operation, loss):
         (grad.square().sum() + x.sum()).backward()
 
 
+BATCHED = {
+    "is_grads_batched": lambda y, x, g: torch.autograd.grad(y, x, g, is_grads_batched=True),
+    "vmap": lambda y, x, g: torch.vmap(lambda one: torch.autograd.grad(y, x, one))(g),
+}
+
+
+@pytest.mark.parametrize("how", BATCHED)
+@pytest.mark.parametrize("operation", operations())
+def test_a_gradient_is_of_one_loss(operation, how):
+    f, x = operations()[operation]
+    y = f(x.requires_grad_())
+    message = rf"gradient of insvp_fast\.ops\.{operation} is of one loss, not of a batch of them: use InsVPReference"
+    with pytest.raises(RuntimeError, match=message):
+        BATCHED[how](y, x, torch.randn(3, *y.shape))
+
+
 def test_a_models_gradient_is_not_differentiated_again():
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     _, model = make_pair("vit_tiny_patch16_224", InsVPConfig(prompt_length=2), 3, **kwargs)

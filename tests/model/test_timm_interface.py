@@ -1,6 +1,7 @@
 """timm's interface: intermediates, pruning, layers for layer decay, names in the registry, what timm's utilities do."""
 
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -361,6 +362,16 @@ def test_torchscript_is_refused():
         torch.jit.script(torch.nn.Sequential(make()))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_of_the_general_path():
+    model = make().eval()
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = model(image)
+    traced = torch.jit.trace(model, image)
+    torch.testing.assert_close(traced(image), expected)
+    assert dict(inspect.getmembers(model))["training"] is False  # nothing that is asked for raises
+
+
 # the registry
 
 
@@ -376,6 +387,8 @@ def test_names_have_the_tags_and_weights_of_their_backbones():
         assert (own.first_conv, own.classifier) == ("backbone.patch_embed.proj", "head")
     with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
         timm.create_model("insvp_vit_base_patch16_224.no_such_tag")
+    with pytest.raises(ValueError, match="expected none for vit_shapes_32, which is shipped"):
+        timm.create_model("insvp_vit_shapes_32", pretrained=True, pretrained_cfg_overlay={"file": "weights.pth"})
 
 
 def test_arguments_reach_the_configuration_the_model_and_the_backbone(tmp_path):
