@@ -97,7 +97,7 @@ def _explain(model: Any, images: Any, chosen: Sequence[int], batch: int) -> tupl
         stacked = torch.stack([images[index][0] for index in chosen[start : start + batch]])
         parts.append(explain(model, stacked.to(device)))
     columns = zip(*(shown for shown, _ in parts), strict=True)
-    joined = [None if any(part is None for part in column) else torch.cat(column) for column in columns]
+    joined: Any = [None if any(part is None for part in column) else torch.cat(column) for column in columns]
     return PromptedImages(*joined), next((reason for _, reason in parts if reason), None)
 
 
