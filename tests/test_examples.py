@@ -97,7 +97,7 @@ def test_the_trainer_of_transformers_trains_it(tmp_path):
     InsVPViT.from_pretrained(tmp_path)
 
 
-def test_the_loss_for_the_trainer_is_that_of_the_labels():
+def test_the_loss_of_transformers_is_that_of_the_labels():
     require("transformers")
     module = importlib.import_module("insvp_fast.huggingface")
     model = module.InsVPForImageClassification(InsVPViT("vit_shapes_32", 3)).eval()
