@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["RELEASED_PREPROCESSING", "InsVPConfig"]
+__all__ = ["RELEASED_PREPROCESSING", "InsVPConfig", "is_number"]
 
 # How the authors' released code prepares images for evaluation; the keys are arguments of timm.data.create_transform.
 RELEASED_PREPROCESSING: dict[str, Any] = {
@@ -41,7 +41,8 @@ def _is_odd(value: Any) -> bool:
     return _is_positive(value) and value % 2 == 1
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -60,11 +61,11 @@ def _switch(default: bool) -> Any:
 
 
 def _weights(default: float) -> Any:
-    return _field(default, lambda v: _is_number(v) or _is_tuple(v, 2, _is_number), "a number or two numbers")
+    return _field(default, lambda v: is_number(v) or _is_tuple(v, 2, is_number), "a number or two numbers")
 
 
 def _dropout(default: float) -> Any:
-    return _field(default, lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)")
+    return _field(default, lambda v: is_number(v) and 0 <= v < 1, "a probability in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import nn
 from insvp_fast import __version__
 from insvp_fast.checkpoints.backbone import require_architecture_only, source_of
 from insvp_fast.checkpoints.state_dict import backbone_sha256
-from insvp_fast.config import InsVPConfig
+from insvp_fast.config import InsVPConfig, is_number
 from insvp_fast.errors import CheckpointError
 from insvp_fast.json_files import read_json
 
@@ -244,24 +243,28 @@ def check_description(config: Any) -> None:
     for name, (is_valid, expected) in PREPROCESSING.items():
         if name in images and not is_valid(images[name]):
             raise ValueError(f"preprocessing.{name} is {images[name]!r}: expected {expected}")
+    channels = images.get("input_size", (3,))[0]
+    for name in ("mean", "std"):
+        if len(images.get(name, (0,))) not in (1, channels):
+            raise ValueError(f"preprocessing.{name} is {images[name]!r}: expected one number, or {channels}")
     seed, digest = origin.get("split_seed"), origin.get("undivided_sha256")
     if not isinstance(seed, int) or not isinstance(digest, str | None):
         raise ValueError(f"trained_on has split_seed {seed!r} and undivided_sha256 {digest!r}: expected an int, a str")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_valid, value))
 
 
-def _are_three(value: Any, is_valid: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(map(is_valid, value))
-
-
+# what may be wrong in ``Described.preprocessing``; the number of channels is the backbone's
 PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "input_size": (lambda v: _are_three(v, lambda n: type(n) is int and n > 0), "channels, height and width"),
-    "mean": (lambda v: _are_three(v, _is_number), "a number for each of three channels"),
-    "std": (lambda v: _are_three(v, lambda n: _is_number(n) and n > 0), "a positive number for each of three channels"),
-    "crop_pct": (lambda v: v is None or (_is_number(v) and 0 < v <= 10), "a number in (0, 10]"),
+    "input_size": (
+        lambda v: _is_list(v, lambda n: type(n) is int and n > 0) and len(v) == 3,
+        "channels, height and width",
+    ),
+    "mean": (lambda v: _is_list(v, is_number), "a number for each channel"),
+    "std": (lambda v: _is_list(v, lambda n: is_number(n) and n > 0), "a positive number for each channel"),
+    "crop_pct": (lambda v: v is None or (is_number(v) and 0 < v <= 10), "a number in (0, 10]"),
     "crop_mode": (lambda v: v is None or isinstance(v, str), "text"),
     "interpolation": (lambda v: isinstance(v, str), "text"),
 }

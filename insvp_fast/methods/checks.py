@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
+
+from insvp_fast.config import is_number
 
 __all__ = ["require_at_least", "require_each_at_least", "require_finite", "require_probabilities"]
 
@@ -39,7 +40,7 @@ def require_finite(**settings: float) -> None:
         ValueError: naming the setting.
     """
     for name, value in settings.items():
-        if not (_is_number(value) and math.isfinite(value)):
+        if not is_number(value):
             raise ValueError(f"{name}={value!r}: expected a finite number")
 
 
@@ -50,13 +51,9 @@ def require_probabilities(**settings: float) -> None:
         ValueError: naming the setting.
     """
     for name, value in settings.items():
-        if not (_is_number(value) and 0 <= value <= 1):
+        if not (is_number(value) and 0 <= value <= 1):
             raise ValueError(f"{name}={value!r}: expected 0 to 1")
 
 
 def _is_at_least(least: int, value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -86,7 +86,7 @@ class PromptedReference(nn.Module):
         self.prompted_blocks = method.prompted_blocks
         return method.to(weight.dtype)
 
-    def _own_method(self) -> PromptMethod:
+    def _own_method(self) -> PromptMethod:  # no property: what lists a module's attributes would raise
         if self.method is None:
             raise NotImplementedError(f"{type(self).__name__} has no method of prompting: expected method=")
         return self.method

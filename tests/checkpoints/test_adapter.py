@@ -424,6 +424,10 @@ WRONG_DESCRIPTIONS = {
         lambda v: v.update(preprocessing={"mean": "gray"}),
         r"preprocessing\.mean is 'gray': expected a num",
     ),
+    "a mean of two": (
+        lambda v: v.update(preprocessing={"mean": [0.5, 0.5]}),
+        r"preprocessing\.mean is \[0\.5, 0\.5\]: expected one number, or 3",
+    ),
     "a file to read": (
         lambda v: v["backbone"]["arguments"].update(checkpoint_path="/etc/passwd"),
         r"backbone\.arguments: found the argument checkpoint_path: expected those of an architecture",
@@ -680,3 +684,10 @@ def test_stays_offline_when_told(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="someone/flowers: found no such folder, and no repository"):
         Reference.from_pretrained("someone/flowers", make_backbone(), cache_dir=tmp_path)
+
+
+def test_images_of_one_channel_are_described(tmp_path):
+    model = Reference(make_backbone(in_chans=1), 3, SMALL)
+    gray = {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5]}
+    model.save_pretrained(tmp_path, CLASSES, gray)
+    assert Reference.from_pretrained(tmp_path, make_backbone(in_chans=1)).preprocessing == gray
