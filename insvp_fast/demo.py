@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -105,8 +106,15 @@ def _explain(classifier: Classifier, file: str, max_pixels: int) -> tuple[dict[s
     except InsVPError as error:
         reasons.append(str(error))
     values, classes = shown.probabilities[0].topk(min(SHOWN_CLASSES, len(classifier.class_names)))
-    names = [classifier.class_names[index] for index in classes.tolist()]
-    return dict(zip(names, values.tolist(), strict=True)), _html(pictures), "\n\n".join(reasons)
+    shares = {
+        _label(classifier.class_names, index): v for index, v in zip(classes.tolist(), values.tolist(), strict=True)
+    }
+    return shares, _html(pictures), "\n\n".join(reasons)
+
+
+def _label(names: Sequence[str], index: int) -> str:
+    """The name of a class, with its index if others have the same name."""
+    return names[index] if names.count(names[index]) == 1 else f"{names[index]} ({index})"
 
 
 def _html(pictures: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import TimmWrapperImageProcessor
+from transformers import PretrainedConfig, TimmWrapperImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from insvp_fast.model import InsVPViT
@@ -33,6 +33,12 @@ class InsVPForImageClassification(nn.Module):
         self.model = model
         self.register_state_dict_post_hook(_drop_backbone)
         self.register_load_state_dict_post_hook(_miss_no_backbone)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """What ``Trainer`` and its loggers ask a model of transformers: the number of classes, one label or several."""
+        labels = "multi" if self.model.multi_label else "single"
+        return PretrainedConfig(num_labels=self.model.num_classes, problem_type=f"{labels}_label_classification")
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Images [B, C, H, W] to logits [B, num_classes], and with labels also to their mean cross-entropy.

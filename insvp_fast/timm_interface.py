@@ -17,7 +17,7 @@ from insvp_fast import reference
 from insvp_fast.backbones import family_of
 from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import structure_of, take_head
-from insvp_fast.reference.heads import reset_classifier
+from insvp_fast.reference.heads import DistilledHead, reset_classifier
 from insvp_fast.reference.masks import require_masks
 from insvp_fast.timm_models import in_backbone, prompted_cfg
 
@@ -94,9 +94,10 @@ class TimmInterface(nn.Module):
 
     # head and weights
 
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The head; of a distilled DeiT the two, for the class token and for the distillation token."""
+        head = self.head
+        return (head.class_head, head.distillation_head) if isinstance(head, DistilledHead) else head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a new trained head, on the backbone's device and in its dtype; 0 classes for features."""
@@ -147,8 +148,13 @@ class TimmInterface(nn.Module):
         self.recompute = "block" if enable else "none"
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the trained tensors that are embeddings and not weights, for timm's optimizer factory."""
-        return {name for name, _ in self.named_parameters() if name.startswith("common_prompts")}
+        """Names of what shall not decay, for timm's optimizer factory: common prompts, and what the backbone names.
+
+        Prompts of other methods are not among them: their authors let them decay.
+        """
+        of_backbone = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        common = {name for name, _ in self.named_parameters() if name.startswith("common_prompts")}
+        return common | {f"backbone.{name}" for name in of_backbone}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The layer of each parameter for timm's layer decay, by its name: those of the backbone, and the head behind.

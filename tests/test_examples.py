@@ -115,6 +115,24 @@ def test_the_loss_of_transformers_is_that_of_the_labels():
         module.image_processor(None)
 
 
+@pytest.mark.filterwarnings("ignore:Label smoothing is not compatible:UserWarning")
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_trainer_of_transformers_smooths_single_labels(multi_label, tmp_path):
+    require("transformers")
+    transformers = importlib.import_module("transformers")
+    model = importlib.import_module("insvp_fast.huggingface").InsVPForImageClassification(InsVPViT("vit_shapes_32", 3))
+    model.model.multi_label = multi_label
+    arguments = transformers.TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    trainer = transformers.Trainer(model.eval(), arguments)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([[1, 0, 1], [0, 0, 1]])}
+    batch["labels"] = batch["labels"] if multi_label else batch["labels"].argmax(1)
+    loss = trainer.compute_loss(model, dict(batch))
+    logits = model.model(batch["pixel_values"])
+    smoothed = F.cross_entropy(logits, batch["labels"], label_smoothing=0.1) if not multi_label else None
+    torch.testing.assert_close(loss, model(**batch).loss if smoothed is None else smoothed)
+    assert model.config.num_labels == 3
+
+
 def test_transformers_prepares_images_as_timm_does():
     require("transformers")
     processor = importlib.import_module("insvp_fast.huggingface").image_processor(RELEASED_PREPROCESSING)

@@ -21,6 +21,7 @@ from torch import nn
 from insvp_fast.checkpoints.files import INDEX, read_metadata, read_torch, require_hub
 from insvp_fast.checkpoints.weights import read_backbone_weights
 from insvp_fast.errors import CheckpointError
+from insvp_fast.timm_models import PREFIX
 
 __all__ = [
     "create_backbone",
@@ -154,13 +155,15 @@ def _parse(source: str) -> tuple[str, Path | None, dict[str, Any]]:
     name, at, file = source.partition("@")
     if at and is_name(name):
         return name, Path(file), {}
+    if name.startswith(PREFIX) and is_model(name):
+        raise CheckpointError(f"{name} is a model with prompts: expected its backbone, {name.removeprefix(PREFIX)}")
     raise CheckpointError(f"timm has no model {name}, and there is no such folder or file")
 
 
 def is_name(source: str) -> bool:
-    """Whether the package or timm has a backbone of this name."""
-    if is_shipped(source):
-        return True
+    """Whether the package or timm has a backbone of this name; one with prompts is none."""
+    if is_shipped(source) or source.startswith(PREFIX):
+        return is_shipped(source)
     try:  # is_model ignores what follows a dot, which may be a tag or the suffix of a file
         return is_model(source) and ("." not in source or get_pretrained_cfg(source) is not None)
     except RuntimeError:  # no such tag

@@ -8,6 +8,8 @@ normalized image, prompted_image.npy; heat_map.npy, grad_cam.npy, grad_cam_witho
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from insvp_fast.commands.options import add_json, add_origin, make_folder, read_
 
 SUMMARY = "draw the prompts of images, their heat map and Grad-CAM"
 ROWS = 8  # of a picture
+PICTURE = re.compile(r"prompts(-\d+)?\.png", re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +46,11 @@ def run(
     classifier = classifier_of(trained)
     folder = make_folder(output or Path(run) / "prompts")
     names, data, reason = _distinct_names(files), classifier.images(files), None
-    for number, start in enumerate(range(0, len(files), ROWS), 1):
+    pictures = _pictures(folder, -(-len(files) // ROWS))
+    for start, picture in zip(range(0, len(files), ROWS), pictures, strict=True):
         batch = torch.stack([data[i][0] for i in range(start, min(start + ROWS, len(files)))])
         shown, reason = explain(classifier.model, batch.to(classifier.device))
-        own, picture = names[start : start + ROWS], folder / ("prompts.png" if number == 1 else f"prompts-{number}.png")
+        own = names[start : start + ROWS]
         plot_prompts(shown, classifier.class_names, trained.preprocessing, picture, names=own)
         for i, name in enumerate(own):
             _write_arrays(folder / name, {part: of_all[i] for part, of_all in shown.items()})
@@ -56,16 +60,29 @@ def run(
     return {"folder": str(folder), "images": dict(zip(files, names, strict=True)), "unsupported_reason": reason}
 
 
+def _pictures(folder: Path, count: int) -> list[Path]:
+    """The files of the pictures; of an earlier call that wrote more of them, the others are removed."""
+    pictures = [folder / f"prompts{f'-{number}' if number > 1 else ''}.png" for number in range(1, count + 1)]
+    for number in itertools.count(count + 1):
+        try:
+            (folder / f"prompts-{number}.png").unlink()
+        except FileNotFoundError:
+            break
+    return pictures
+
+
 def _distinct_names(files: Sequence[str]) -> list[str]:
-    """The files' names without their endings, and -2, -3, ... behind those that come again."""
-    names: dict[str, None] = {}
+    """The files' names without their endings, and -2, -3, ... behind those that come again or are a picture's."""
+    names: list[str] = []
+    taken: set[str] = set()  # in lower case: some file systems do not tell it apart
     for stem in (Path(file).stem for file in files):
         name, number = stem, 1
-        while name in names:
+        while name.lower() in taken or PICTURE.fullmatch(name):
             number += 1
             name = f"{stem}-{number}"
-        names[name] = None
-    return list(names)
+        names.append(name)
+        taken.add(name.lower())
+    return names
 
 
 def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def run(run: str, mistakes: int, output: str | None, batch_size: int | None, wor
     make_folder(file.parent)
     check_output_file(file)
     results = find_results(run, mistakes, batch_size, workers)
-    write_file(file, render(run, results, warnings).encode(errors="backslashreplace"))
+    write_file(file, render(run, results, warnings).encode())
     print(f"{results.metrics}   {results.wrong:,} of {results.metrics.images:,} images are mistakes")
     print(f"written: {file}, {file.stat().st_size / 2**20:.1f} MiB")
     return {"file": str(file), "images": results.metrics.images, "mistakes": results.wrong, "warnings": warnings}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from insvp_fast.atomic_files import replace_file
 
-__all__ = ["COLORS", "HIGHLIGHT", "MARKERS", "SEQUENTIAL", "drawable", "drawing"]
+__all__ = ["COLORS", "HIGHLIGHT", "MARKERS", "SEQUENTIAL", "drawable", "drawing", "printable"]
 
 # Okabe and Ito's colors, which the color-blind can tell apart, without yellow, which is too light for lines
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -42,9 +42,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def printable(text: str) -> str:
+    """A text in which bytes and characters that cannot be shown are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def drawable(name: str, most: int = 40) -> str:
-    """A name of a class or file as it is drawn: bytes and characters that cannot be are escaped, long ones cut."""
-    text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
+    """A name of a class or file as it is drawn: printable, and cut if it is long."""
+    text = printable(name)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

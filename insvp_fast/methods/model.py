@@ -67,10 +67,6 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
         self._options = options_of(method)
         coverage.covers(self)  # warns now rather than in the first forward pass
 
-    def no_weight_decay(self) -> set[str]:
-        """No names: these methods' authors let all prompts decay."""
-        return set()
-
     def init_weights(self, mode: str = "") -> NoReturn:
         """Not for these methods: make the model again.
 

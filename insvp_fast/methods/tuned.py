@@ -111,14 +111,10 @@ class TunedViT(MethodCheckpoint):
         features = self.backbone.forward_head(self.backbone.forward_features(image), pre_logits=True)
         return self.method.combine(image, features)
 
-    def no_weight_decay(self) -> set[str]:
-        """The names that the backbone's authors do not let decay, for timm's optimizer factory."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks of the backbone again in backward, instead of keeping what is in them."""
         self.backbone.set_grad_checkpointing(enable)
 
+    no_weight_decay = TimmInterface.no_weight_decay
     get_nb_trainable_parameters = TimmInterface.get_nb_trainable_parameters
     print_trainable_parameters = TimmInterface.print_trainable_parameters

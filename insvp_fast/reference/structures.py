@@ -32,10 +32,12 @@ def structure_of(backbone: nn.Module) -> Structure:
     """The structure of a backbone, by its type or a base of that; other models of timm take image prompts alone.
 
     Raises:
-        TypeError: if it is a class, or has not the methods of timm's models.
+        TypeError: if it is a class, has prompts already, or has not the methods of timm's models.
     """
     if isinstance(backbone, type):
         raise TypeError(f"backbone is the class {backbone.__name__}: expected a model, which it makes when called")
+    if hasattr(backbone, "prompted_blocks"):
+        raise TypeError(f"backbone is an {type(backbone).__name__}, which has prompts: expected a model without")
     for cls, structure in STRUCTURES.items():
         if isinstance(backbone, cls):
             return structure

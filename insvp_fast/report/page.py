@@ -14,6 +14,7 @@ from torch import Tensor
 
 from insvp_fast.figures.prompts import pictures_of
 from insvp_fast.figures.runs import plot_confusion, plot_curves
+from insvp_fast.figures.style import printable
 from insvp_fast.figures.web import data_uri, encode_picture
 from insvp_fast.probabilities import LEAST_PROBABILITY
 from insvp_fast.report.results import Mistakes, Results
@@ -74,6 +75,7 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
         loader=jinja2.PackageLoader("insvp_fast.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -212,6 +212,10 @@ WRONG = {
     ),
     "no such tag": (lambda at: f"{NAME}.unheard_of", f"timm has no model {NAME}.unheard_of"),
     "no such name@": (lambda at: "vit_unheard_of@x.pth", "timm has no model vit_unheard_of"),
+    "with prompts": (
+        lambda at: f"insvp_{NAME}",
+        f"insvp_{NAME} is a model with prompts: expected its backbone, {NAME}",
+    ),
     "no such file": (lambda at: f"{NAME}@{at}/no.pth", "no.pth: there is no such file"),
     "no such folder": (lambda at: f"local-dir:{at}/no", "no: there is no such folder"),
     "an empty folder": (lambda at: str(at), NO_CONFIG),

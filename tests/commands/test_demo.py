@@ -54,6 +54,13 @@ def test_classes_and_pictures_are_those_of_the_model(hostile, client, image):
     assert pictures.count('src="data:image/png;base64,') == len(TITLES)
 
 
+def test_classes_of_one_name_stay_apart(hostile, image):
+    classifier = load_classifier(hostile)
+    classifier.class_names = ["crane", "kite", "crane", "owl"]
+    label = create_demo(classifier, "birds").fns[0].fn(str(image))[0]
+    assert label.keys() == {"crane (0)", "kite", "crane (2)", "owl"} and sum(label.values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("size", "message"), [((50, 41), r"50x41 pixels: expected at most 2,000"), (None, "not an image that can be read")]
 )

@@ -1,5 +1,7 @@
 """``insvp prompts``."""
 
+import shutil
+
 import numpy as np
 import torch
 from PIL import Image
@@ -33,6 +35,19 @@ def test_prompts_are_drawn_and_written(run, images, probabilities, tmp_path, cap
     np.testing.assert_allclose(arrays["probabilities"], probabilities[str(again)], rtol=1e-3)
     assert arrays["grad_cam"].shape == arrays["grad_cam_without_prompts"].shape == arrays["heat_map"].shape == (32, 32)
     assert len(arrays["probabilities"]) == len(CLASSES)
+
+
+def test_names_and_pictures_of_a_second_call(run, images, tmp_path):
+    output, source = tmp_path / "out", images / "test" / "ant" / "0.png"
+    own = [shutil.copyfile(source, tmp_path / name) for name in ("prompts.png.png", "A.png", "a.png")]
+    foreign = output / "prompts-of-mine.png"
+    many = [str(source)] * 17
+    for given in (many, [str(file) for file in own]):
+        assert cli.main(["prompts", str(run), *given, "--output", str(output)]) == 0
+        foreign.touch()
+    pictures = {path.name for path in output.glob("*.png") if path.is_file()}
+    assert pictures == {"prompts.png", foreign.name}  # those of 17 images are gone
+    assert {"prompts.png-2", "A", "a-2"} <= {path.name for path in output.iterdir() if path.is_dir()}
 
 
 def test_a_file_in_the_place_of_the_folder_is_an_error(run, images, tmp_path, capsys):

@@ -12,6 +12,8 @@ import torch
 
 from insvp_fast.commands import cli
 from insvp_fast.methods import create_model
+from insvp_fast.report.page import render
+from insvp_fast.report.results import find_results
 from insvp_fast.training.backbone import load_backbone
 from tests.browser import needs_chromium, open_page
 from tests.commands.finished_run import HOSTILE, with_random_head, write_run, write_run_of_several_labels
@@ -130,6 +132,15 @@ def test_json_says_what_was_written(hostile, tmp_path, capsys):
     assert (facts["file"], facts["images"]) == (str(file), 8)
     assert any("selected on the test images" in text for text in facts["warnings"])
     assert len(Page(file).behind("loss")) == 1 < facts["mistakes"]
+
+
+def test_control_characters_are_shown_and_not_written(hostile, tmp_path):
+    names = ["a\x00\x1b[31m", "b\x85\u2028", "c\udcff\u202e", "f\u00e4<u>"]
+    results = find_results(hostile, 3)._replace(class_names=names)
+    (tmp_path / "page.html").write_text(page := render(hostile, results, ["\x07 rings"]))
+    assert not re.search("[^\n -~\xa1-\u2027\u2030-\ud7ff]", page)
+    shown = {r"\x07 rings", r"a\x00\x1b[31m", r"b\x85\u2028", r"c\udcff\u202e", "f\u00e4<u>"}
+    assert shown <= set(Page(tmp_path / "page.html").texts)
 
 
 def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):

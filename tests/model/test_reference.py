@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, reference
+from insvp_fast.errors import CheckpointError
 from insvp_fast.methods.lora import LoRA
 from insvp_fast.methods.model import MethodViT
 from insvp_fast.methods.tuned import TunedViT
@@ -17,6 +18,7 @@ from insvp_fast.ops.attention import attention_bwd_reference, attention_referenc
 from insvp_fast.ops.norm_insert import norm_insert_bwd_reference, norm_insert_reference
 from insvp_fast.ops.superpose import superpose_bwd_reference, superpose_reference
 
+PROMPTED = InsVPViT("vit_tiny_patch16_224", img_size=32, depth=1)
 OFF = {"global_prompt": False, "patch_prompt": False, "common_prompt": False, "specific_prompt": False}
 
 
@@ -245,6 +247,11 @@ def test_common_prompts_start_uniform():
             "asks for block 2",
         ),
         ({"backbone": VisionTransformer}, TypeError, "backbone is the class VisionTransformer: expected a model"),
+        *(
+            ({"backbone": f"insvp_{name}"}, (CheckpointError, TypeError), "prompts: expected")
+            for name in ("vit_tiny_patch16_224", "vit_shapes_32")
+        ),
+        ({"backbone": PROMPTED}, TypeError, "backbone is an InsVPViT, which has prompts: expected a model without"),
         ({"backbone": "vit_tiny_patch16_224", "config": {"prompt_length": 2}}, TypeError, "config is a dict: expected"),
         *(
             ({"backbone": "vit_tiny_patch16_224", "num_classes": number}, ValueError, "num_classes=.*: expected an int")

@@ -1,6 +1,7 @@
 """timm's interface: intermediates, pruning, layers for layer decay, names in the registry, what timm's utilities do."""
 
 import copy
+import functools
 import inspect
 import subprocess
 import sys
@@ -14,10 +15,15 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, timm_models, unsupported_reason
+from insvp_fast.methods.lora import LoRA
+from insvp_fast.methods.model import MethodViT
+from insvp_fast.methods.tuned import TunedViT
+from insvp_fast.methods.vfpt import VFPT
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, make_pair
 
 TINY = {"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 32}
+SWIN = {"embed_dim": 24, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 64, "window_size": 2}
 NAME = "insvp_vit_tiny_patch16_224"
 # a prefix of class and register tokens, none at all, and blocks that only the general path knows
 BACKBONES = {
@@ -102,12 +108,14 @@ def test_intermediates_of_other_backbones(name):
     classifier = model.default_cfg["classifier"]
     layers = (classifier,) if isinstance(classifier, str) else classifier
     model.reset_classifier(5, "avg" if "gap" in name else "token")
+    classifiers = model.get_classifier()
+    classifiers = [classifiers] if isinstance(classifiers, torch.nn.Module) else [*classifiers]
+    assert classifiers == [model.get_submodule(layer) for layer in layers]
     assert {f"{layer}.weight" for layer in layers} <= {*model.state_dict()} and model(image).shape == (2, 5)
 
 
 def test_stages_of_swin():
-    tiny = {"embed_dim": 24, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 64, "window_size": 2}
-    model = timm.create_model("insvp_swin_tiny_patch4_window7_224", prompt_length=2, num_classes=3, **tiny).eval()
+    model = timm.create_model("insvp_swin_tiny_patch4_window7_224", prompt_length=2, num_classes=3, **SWIN).eval()
     image = torch.randn(2, 3, 64, 64)
     features, maps = model.forward_intermediates(image, norm=True)
     torch.testing.assert_close(features, model.forward_features(image))
@@ -124,7 +132,7 @@ def test_stages_of_swin():
     torch.testing.assert_close(model.forward_intermediates(image, taken, intermediates_only=True), maps[:2])
     sum(one.sum() for one in model.forward_intermediates(image, taken, intermediates_only=True)).backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert len(timm.create_model("insvp_swin_tiny_patch4_window7_224", features_only=True, **tiny)(image)) == 4
+    assert len(timm.create_model("insvp_swin_tiny_patch4_window7_224", features_only=True, **SWIN)(image)) == 4
 
 
 def test_intermediates_have_gradients_and_take_the_fast_path(monkeypatch):
@@ -299,6 +307,25 @@ def test_layer_decay_knows_where_what_is_trained_stands():
     bare = timm.create_model("vit_tiny_patch16_224", **TINY)
     for name, layer in group_parameters(bare, bare.group_matcher(), reverse=True).items():
         assert layers[name if name.startswith("head") else f"backbone.{name}"] == layer
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "make_model", [InsVPViT, functools.partial(MethodViT, method=VFPT), functools.partial(TunedViT, method=LoRA)]
+)
+def test_a_backbone_that_is_trained_decays_as_without_prompts(name, make_model):
+    bare = timm.create_model(name, num_classes=3, **(SWIN if name.startswith("swin") else TINY))
+    model = make_model(copy.deepcopy(bare)).requires_grad_(True)
+
+    def kept(of):
+        optimizer = create_optimizer_v2(of, "adamw", 1e-3, weight_decay=0.1)
+        undecayed = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+        return {name for name, p in of.named_parameters() if id(p) in undecayed}
+
+    of_bare, of_backbone = kept(bare), {key for key in kept(model) if key.startswith("backbone.")}
+    assert of_backbone == {f"backbone.{key}" for key in of_bare if not key.startswith("head")} != set()
+    assert any(len(bare.get_parameter(key).shape) > 1 for key in of_bare)  # by name, not by shape
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the general path")
