@@ -111,18 +111,18 @@ def shown(value: object) -> str:
 
 def correctness() -> Iterator[Row]:
     """Logits and gradients of whole models against float64, without dropout and without TF32."""
-    torch.backends.cudnn.allow_tf32 = False
-    for config, providers in (("paper", ("reference", "insvp_fast")), ("released", ("released", "insvp_fast"))):
-        still = without_dropout(CONFIGS[config])
-        for provider in providers:
-            for precision in ("fp32", "bf16"):
-                amp, batch = AUTOCAST_DTYPES[precision], 8 if ON_GPU else 1
-                values = forward_backward(make_model(provider, NAME, still, **CUT), batch, amp)()
-                row: Row = {"config": config, "provider": provider, "precision": precision}
-                try:
-                    yield row | assert_parity(values, provider, amp, NAME, batch, still, **CUT) | {"right": True}
-                except AssertionError as error:
-                    yield row | {"right": False, "why": str(error)}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for config, providers in (("paper", ("reference", "insvp_fast")), ("released", ("released", "insvp_fast"))):
+            still = without_dropout(CONFIGS[config])
+            for provider in providers:
+                for precision in ("fp32", "bf16"):
+                    amp, batch = AUTOCAST_DTYPES[precision], 8 if ON_GPU else 1
+                    values = forward_backward(make_model(provider, NAME, still, **CUT), batch, amp)()
+                    row: Row = {"config": config, "provider": provider, "precision": precision}
+                    try:
+                        yield row | assert_parity(values, provider, amp, NAME, batch, still, **CUT) | {"right": True}
+                    except AssertionError as error:
+                        yield row | {"right": False, "why": str(error)}
 
 
 def peaks() -> Iterator[Row]:
@@ -197,9 +197,9 @@ def kernels() -> Iterator[Row]:
 
 def convolutions() -> Iterator[Row]:
     """The release's dense convolutions by cuDNN, whose fastest algorithm is searched for, and by this package."""
-    torch.backends.cudnn.benchmark = True
-    for batch, shape in itertools.product(BATCHES, bench_conv.DENSE.values()):
-        yield from operation_rows(bench_conv.conv(shape, batch), batch)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        for batch, shape in itertools.product(BATCHES, bench_conv.DENSE.values()):
+            yield from operation_rows(bench_conv.conv(shape, batch), batch)
 
 
 def operation_rows(operation: Operation, batch: int) -> Iterator[Row]:

@@ -205,9 +205,10 @@ def conv_cases(arch: int | str) -> Iterator[Case]:
 
 
 def windows_cases(arch: int | str) -> Iterator[Case]:
-    """The release's dense convolutions of images of 224x224 under bf16 autocast; for an H100 all, also in fp32."""
+    """The release's dense convolutions of images of 224x224 under bf16 autocast; for A100 and H100 in fp32 too."""
     bf16, fp32, side = torch.bfloat16, torch.float32, 224
-    variants = [(6, 3, 25, bf16, bf16)] + [(3, 6, 11, fp32, bf16), (6, 3, 25, fp32, fp32)] * (arch == 90)
+    variants = [(6, 3, 25, bf16, bf16)] + [(3, 6, 11, fp32, bf16)] * (arch == 90)
+    variants += [(6, 3, 25, fp32, fp32)] * (arch in (80, 90))
     for C, OUT, taps, x, y in variants:
         label, margin = f"C{C}-{POINTERS[x][1:]}-{POINTERS[y][1:]}", taps // 2
         fixed = {"MAP": (side, side), "CENTER": (side, side), "TAPS": (taps, taps), "MARGIN": (margin, margin)}

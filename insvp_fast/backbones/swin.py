@@ -291,7 +291,8 @@ def tokens_of_windows(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor:
     """The tokens of each window after a cyclic shift up and to the left, int32 [n, w]; windows and tokens by rows."""
-    if torch.compiler.is_compiling():  # tensors of a trace must not be kept
+    # tensors of a trace must not be kept, nor those of a GPU, for which its other streams and graphs would have to wait
+    if torch.compiler.is_compiling() or device.type != "cpu":
         return _tokens_of_windows(grid, window, shift, device)
     with torch.inference_mode(False):  # backward may keep them
         return _kept_tokens_of_windows(grid, window, shift, device)

@@ -52,8 +52,8 @@ class Graph:
                 self._found = [None if x is None else x.detach() for x in found]
         self._inputs = [None if isinstance(x, nn.Parameter) else y.detach() for x, y in zip(inputs, own, strict=True)]
         self.copies_only_image = [x is not None for x in self._inputs] == [True] + [False] * (len(inputs) - 1)
-        self._uses, self._held = prepack.Uses(weights.uses), weights.held
-        self._made = self._uses.made()
+        # what is compared later is what it reads: what is packed by now may be newer
+        self._uses, self._made, self._held = prepack.Uses(weights.uses), [*weights.made], weights.held
 
     def evaluate(self, inputs: Tensors) -> list[Tensor]:
         """As the function of this name; before, all is NaN, so that what is not computed again is seen."""
@@ -70,7 +70,7 @@ class Graph:
     def holds(self) -> bool:
         """Whether packed weights are where they were, with one look at them."""
         made = self._uses.made()
-        if made is None or self._made is None:
+        if made is None:
             return False
         return all(x is y for new, old in zip(made, self._made, strict=True) for x, y in zip(new, old, strict=True))
 
@@ -195,12 +195,13 @@ class _Weights:
     """Takes note of packed weights (``recording.Recording``)."""
 
     def __init__(self) -> None:
-        self.uses, self.held = list[prepack.Use](), list[object]()
+        self.uses, self.made, self.held = list[prepack.Use](), list[Sequence[Tensor | None]](), list[object]()
 
     def packed(self, made: Sequence[Tensor | None], use: prepack.Use) -> None:
         self.held.append(made)
         if use.look:  # those of backward are made of the same weights
             self.uses.append(use)
+            self.made.append(made)
 
     def new(self, x: Tensor) -> None:
         pass
@@ -236,6 +237,6 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        assert ctx.saved_tensors  # raises if what was kept is gone
+        _ = ctx.saved_tensors  # raises if what was kept is gone
         with ctx.lock:
             return *(None,) * 5, *ctx.graph.backward(grads)

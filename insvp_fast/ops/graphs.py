@@ -69,8 +69,8 @@ class Graphs:
         Args:
             key: with the layouts of the inputs and the settings of PyTorch, all that decides which kernels ``compute``
                 launches, but the values of packed weights.
-            inputs: all tensors that it reads, but ``lasting`` and packed weights. Parameters are read where they are,
-                others are copied.
+            inputs: an image, and all else that it reads but ``lasting`` and packed weights. Parameters are read where
+                they are, others are copied.
             lasting: frozen tensors, which are read where they are.
             ahead: what ``ahead`` gave for the first of the inputs, an image.
         """
@@ -80,9 +80,11 @@ class Graphs:
         with self._lock:
             needs = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
             stream = torch_private.current_stream(device)
-            self._drop_where_moved([x.data_ptr() for x in (*inputs, *lasting) if isinstance(x, nn.Parameter)])
+            image, *parameters = inputs
+            self._drop_where_moved([x.data_ptr() for x in (*parameters, *lasting) if isinstance(x, nn.Parameter)])
             layouts = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
             where = tuple(x.data_ptr() for x in lasting if not isinstance(x, nn.Parameter))
+            where += (image.data_ptr(),) if isinstance(image, nn.Parameter) else ()
             key = key, needs, device, stream, cuda_graphs.settings(), layouts, where
             graph = self._graphs.pop(key, None)
             launch = None if ahead is None else ahead.launch

@@ -244,14 +244,13 @@ def _bwd_triton(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fwd_triton_reason(a: _Fwd) -> str | None:
-    return _triton_reason(a.residual.device, a.residual.shape[-1], a.residual.dtype, a.dtype)
+    operands = (t.dtype for t in (a.residual, a.branch, a.prompts, a.weight, a.bias) if t is not None)
+    return _triton_reason(a.residual.device, a.residual.shape[-1], *operands, a.dtype)
 
 
 def _bwd_triton_reason(a: _Bwd) -> str | None:
-    device = a.xhat.device
-    return _triton_reason(device, a.xhat.shape[-1], a.stream_dtype, a.xhat.dtype) or triton_reason(
-        device, a.prompts_dtype or a.stream_dtype
-    )
+    dtypes = a.grad_normed.dtype, a.xhat.dtype, a.stream_dtype, a.branch_dtype, a.prompts_dtype or a.stream_dtype
+    return _triton_reason(a.xhat.device, a.xhat.shape[-1], *dtypes)
 
 
 @cache
@@ -260,7 +259,7 @@ def _triton_reason(device: torch.device, D: int, *dtypes: torch.dtype) -> str | 
         return reason
     from insvp_fast.kernels.gpu import norm_insert as kernel
 
-    return None if kernel.covers(device, D, *dtypes) else f"does not cover rows of {D} numbers"
+    return None if kernel.covers(D) else f"does not cover rows of {D} numbers"
 
 
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -281,7 +281,7 @@ def _triton_reason(a: _Fwd | _Bwd, *dtypes: torch.dtype) -> str | None:
     from insvp_fast.kernels.gpu import superpose as kernel
 
     R = a.w1.shape[0]
-    return None if kernel.covers(a.image.device, R, *dtypes) else f"does not cover a patch prompter of {R} hidden units"
+    return None if kernel.covers(R) else f"does not cover a patch prompter of {R} hidden units"
 
 
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,7 @@ def settings() -> Hashable:
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
+        cuda.fp16_bf16_reduction_math_sdp_allowed(),
         torch_private.sdpa_order(),
         cudnn.enabled,
         cudnn.benchmark,

@@ -61,7 +61,9 @@ def gpu_state() -> str | None:
     if not (tool := shutil.which("nvidia-smi")):
         return None
     query = "--query-gpu=power.limit,clocks.sm,clocks.max.sm"
-    command = [tool, query, "--format=csv", f"--id={torch.cuda.current_device()}"]
+    # PyTorch's number of a GPU is not nvidia-smi's where CUDA_VISIBLE_DEVICES leaves some out
+    uuid = torch.cuda.get_device_properties().uuid
+    command = [tool, query, "--format=csv", f"--id=GPU-{uuid}"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or None
 

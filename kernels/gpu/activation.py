@@ -106,11 +106,6 @@ def _activation_bwd_kernel(grad_ptr, kept_ptr, out_ptr, N, ACTIVATION: tl.conste
 BLOCK = {"BLOCK": 2048, **chip.launch_options(4, 1)}  # 16 values per thread: at least two 16-byte loads in flight
 
 
-def covers(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run on this device and dtype."""
-    return chip.arch(device) is not None and dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
 def activation_fwd(pre: Tensor, activation: str) -> Tensor:
     """The activation of a tensor of any shape in fp32, fp16 or bf16; the result is contiguous.
 

@@ -162,7 +162,7 @@ def key_tiles(S: int) -> tuple[tuple[int, int], ...]:
 
 def constants(kind: str, H: int, T: int, S: int, d: int, dtype: torch.dtype, arch: int | str) -> dict:
     """The compile-time constants and launch options of kernel ``kind``, without the strides of its inputs."""
-    compute = tl.float32 if chip.INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
+    compute = chip.operands(dtype, arch)["COMPUTE"]
     return {"H": H, "T": T, "S": S, "d": d, "COMPUTE": compute} | launch_config(kind, S, d, arch)
 
 

@@ -228,8 +228,10 @@ def windows_config(kind: str, OUT: int, KW: int, margin: int, dtype: torch.dtype
     GROUP = min(reversed(groups), key=lambda group: triton.cdiv(OUT, group) * (group * SIDE**2 + 128))
     shift = -margin % 4  # the pixel from which a row of a patch begins at a multiple of 4
     tiles = {"SIDE": SIDE, "WIDTH": 8 * triton.cdiv(shift + SIDE + KW - 1, 8), "SHIFT": shift, "GROUP": GROUP}
-    tiles |= {"BLOCK_M": 128, "BLOCK_K": 32} if kind == "map" else {"BLOCK_M": 32, "BLOCK_K": 128}
-    return tiles | chip.launch_options(*((4, 2) if arch == "gfx942" else (8, 4)))
+    small = wide and arch == 80  # what fits into the shared memory of compute capability 8.6 and 8.9 too
+    LONG = 64 if small else 128
+    tiles |= {"BLOCK_M": LONG, "BLOCK_K": 32} if kind == "map" else {"BLOCK_M": 32, "BLOCK_K": LONG}
+    return tiles | chip.launch_options(*((4, 2) if arch == "gfx942" else (8, 3 if small else 4)))
 
 
 def covers(weight: Tensor, dilation: int, *sides: int) -> bool:

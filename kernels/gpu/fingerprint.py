@@ -16,7 +16,7 @@ LINE = tl.constexpr(32)  # words in a line
 CONSTANTS = {"LINES": 128, "BLOCK": 64, **chip.launch_options(4, 2)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_line"])  # another line every time
 def _fingerprint_kernel(table_ptr, sums_ptr, first_line, small, LINES: tl.constexpr, BLOCK: tl.constexpr):
     """One program per piece of memory and line, or all lines of a small piece; the table has addresses and bytes."""
     piece, line = tl.program_id(0), tl.program_id(1)

@@ -16,7 +16,7 @@ from torch import nn
 from insvp_fast import InsVPConfig, InsVPViT, coverage
 from insvp_fast.ops import captured_graph, graphs
 from insvp_fast.ops.graphs import Graphs
-from insvp_fast.runtime import cuda_graphs, recording, torch_private
+from insvp_fast.runtime import cuda_graphs, prepack, recording, torch_private
 from insvp_fast.testing import DEVICE, make_pair, trained_gradients
 
 ON_GPU = DEVICE.type == "cuda"
@@ -616,6 +616,38 @@ def test_a_function_that_gives_other_bits_is_not_replayed():
         own.run("key", [x], [], counts)
     number = len(calls)
     assert own.run("key", [x], [], counts)[0][0] == 2 + number
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_graph_knows_the_packed_weights_that_it_reads(renewed):
+    """Those of the capture, not those that are packed by the end of it."""
+
+    class Space(cuda_graphs.Space):
+        def capture(self, function):
+            captured = super().capture(function)
+            if renewed:
+                prepack.clear()  # as a look at the weights that has just come back
+            return captured
+
+    x, weight = torch.ones(3, device=DEVICE), torch.ones(40, 512, device=DEVICE)
+
+    def compute(inputs):
+        return [inputs[0] * prepack.packed([weight], "doubled", lambda: 2 * weight)[0, 0]]
+
+    compute([x])
+    graph = captured_graph.Graph(Space(DEVICE), [x], [False], compute)
+    assert graph.forward([x])[0].sum() == 6 and graph.holds() is not renewed
+
+
+def test_images_that_are_parameters_have_graphs_of_their_own():
+    own = Graphs()
+    images = [nn.Parameter(torch.ones(3, device=DEVICE)), torch.ones(3, device=DEVICE)]
+    with torch.no_grad():
+        for _ in range(4):
+            for image in (images[0], images[1], images[1], images[0]):
+                assert own.run("key", [image], [], doubled)[0].sum() == 6
+    captured = [graph for graph in own._graphs.values() if isinstance(graph, captured_graph.Graph)]
+    assert len(captured) == len(own._graphs) == 2
 
 
 def test_a_function_that_cannot_be_captured_runs_as_it_is():

@@ -195,6 +195,22 @@ def test_sizes_below_one_are_refused(name, argument, number):
         getattr(ops, name)(**RIGHT[name] | {argument: number})
 
 
+WITH_IMPL = [name for name in RIGHT if "impl" in inspect.signature(getattr(ops, name)).parameters]
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("name", WITH_IMPL)
+def test_what_an_implementation_takes_forward_it_takes_backward(name, impl):
+    """Or a step would end in its middle; the other operands are in fp32."""
+    for call, _ in calls_with_one_changed(name, lambda x: x.double().requires_grad_()):
+        try:
+            results = call(impl=impl)
+        except (RuntimeError, ValueError):
+            continue
+        results = results if isinstance(results, tuple) else (results,)
+        sum(result.double().sum() for result in results if result.requires_grad).backward()
+
+
 def norm_insert(residual, branch=None, prompts=None, weight=None, bias=None):
     return ops.norm_insert(residual, branch, prompts, weight, bias, 1e-6)
 
