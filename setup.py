@@ -75,8 +75,9 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         """``py3-none-<platform>`` with the library, ``py3-none-any`` without."""
-        python, abi, platform = super().get_tag()
-        return ("py3", "none", platform) if self.distribution.has_ext_modules() else (python, abi, platform)
+        library = self.get_finalized_command("build_ext").get_ext_fullpath(f"{HOME}.{LIBRARY}")
+        built = self.distribution.has_ext_modules() and Path(library).exists()
+        return "py3", "none", super().get_tag()[2] if built else "any"
 
 
 if not native:

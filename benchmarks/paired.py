@@ -17,15 +17,18 @@ from insvp_fast.bench.jobs import AUTOCAST_DTYPES, JOBS
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.tables import format_products, line
 from insvp_fast.bench.timing import compare
+from insvp_fast.commands.bench import check_model
+from insvp_fast.commands.options import positive
+from insvp_fast.errors import InsVPError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--depth", type=int, help="keep so many blocks of the backbone only, to try this script")
+    parser.add_argument("--depth", type=positive, help="keep so many blocks of the backbone only, to try this script")
     parser.add_argument("--config", choices=CONFIGS, default="paper", help="of InsVP")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1], help="1 is the latency")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[8, 1], help="1 is the latency")
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--precisions", nargs="+", choices=AUTOCAST_DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=["training step", "inference"])
     parser.add_argument("--providers", nargs="+", choices=models.PROVIDERS, default=["bare", "insvp_fast"])
@@ -39,6 +42,10 @@ def main() -> None:
     if arguments.save and arguments.depth is not None:
         parser.error("--save --depth: expected the whole backbone in saved results")
     cut = {} if arguments.depth is None else {"depth": arguments.depth}
+    try:
+        check_model(arguments.model, **cut)
+    except InsVPError as error:
+        parser.error(str(error))
     for batch in arguments.batch:
         for precision in arguments.precisions:
             for job in arguments.jobs:
@@ -47,7 +54,7 @@ def main() -> None:
                 what = job, precision, providers, arguments.model, batch, arguments.rounds, arguments.config
                 rows = compare(*what, make=models.make_model, **cut)
                 print("\n".join(map(line, rows)), flush=True)
-                print("\n".join([*filter(None, reasons.values()), format_products(rows[0])]), flush=True)
+                print("\n".join([*filter(None, reasons.values()), format_products(rows[:1])]), flush=True)
                 if arguments.save:
                     results.save(rows)
     if arguments.tables:

@@ -120,8 +120,10 @@ def gpu_tables(saved: list[dict[str, Any]]) -> list[str]:
 
 def _products(rows: list[Row]) -> list[str]:
     """A paragraph of the rates that the floor ratios are made of, if there are any."""
-    texts = {(row["precision"], row["batch"]): format_products(row) for row in rows if "products" in row}
-    return ["; ".join(texts.values())] if texts else []
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in (row for row in rows if "products" in row):
+        groups.setdefault((row["precision"], row["batch"]), []).append(row)
+    return ["; ".join(map(format_products, groups.values()))] if groups else []
 
 
 def latest(saved: list[dict[str, Any]], instructions: str) -> dict[str, Any] | None:

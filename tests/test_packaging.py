@@ -170,10 +170,11 @@ def test_a_misspelled_mode_is_refused(checkout):
     assert "INSVP_FAST_NATIVE must be 1 (require), 0 (forbid) or auto" in done.stderr
 
 
-def test_wheel_without_the_library_is_pure_and_complete(checkout):
-    done = python("setup.py", "-q", "bdist_wheel", "-d", "wheel", cwd=checkout, INSVP_FAST_NATIVE="0")
+@pytest.mark.parametrize("env", [{"INSVP_FAST_NATIVE": "0"}, {"CXX": "/bin/false"}], ids=["forbidden", "not built"])
+def test_wheel_without_the_library_is_pure_and_complete(checkout, env, tmp_path):
+    done = python("setup.py", "-q", "bdist_wheel", "-d", str(tmp_path), cwd=checkout, **env)
     assert done.returncode == 0, done.stderr
-    (wheel,) = (checkout / "wheel").iterdir()
+    (wheel,) = tmp_path.iterdir()
     assert wheel.name == "insvp_fast-0.1.0-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"insvp_fast", "insvp_fast-0.1.0.dist-info"}

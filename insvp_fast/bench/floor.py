@@ -1,6 +1,8 @@
 """The floor under the time of a step: its needed operations, at the best rate of products that the machine reaches.
 
-Unlike the ratio to another model, the ratio to this floor says nothing of how good the other model's products are.
+Unlike the ratio to another model, the ratio to this floor says nothing of how good the other model's products are. The
+rate is that of a block's products, each called by itself: a step whose operands are still in the caches, as those of
+one image may be, can be a little faster.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformer
+from timm.layers import Mlp, PatchEmbed
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast.config import InsVPConfig
@@ -22,7 +26,7 @@ from insvp_fast.reference import InsVPReference
 from insvp_fast.runtime import cuda_graphs, hardware, native, products, torch_private
 from insvp_fast.testing import DEVICE
 
-__all__ = ["BlockProducts", "needed_flops"]
+__all__ = ["BlockProducts", "needed_flops", "require_known"]
 
 TITLES = {
     "plain": "F.linear",
@@ -131,6 +135,23 @@ def _block_shapes(backbone: Any, L: int) -> list[Shape]:
         T, block = backbone.patch_embed.num_patches + backbone.num_prefix_tokens, backbone.blocks[0]
     D, hidden = block.norm1.normalized_shape[0], block.mlp.fc1.out_features
     return [Shape(T + L, D, 3 * D), Shape(T, D, D), Shape(T, D, hidden), Shape(T, hidden, D)]
+
+
+def require_known(backbone: nn.Module) -> None:
+    """Check that ``needed_flops`` knows all that a backbone computes.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not isinstance(backbone, VisionTransformer | SwinTransformer):
+        raise ValueError(f"expected a VisionTransformer or SwinTransformer of timm, found {type(backbone).__name__}")
+    swin = isinstance(backbone, SwinTransformer)
+    blocks: Any = [block for stage in backbone.layers for block in stage.blocks] if swin else backbone.blocks
+    parts = [part for block in blocks for part in (block, getattr(block, "attn", None), getattr(block, "mlp", None))]
+    known = {Block, Attention, SwinTransformerBlock, WindowAttention, Mlp, PatchEmbed, type(None)}
+    if unknown := {type(part) for part in (*parts, backbone.patch_embed)} - known:
+        names = " and ".join(sorted(kind.__name__ for kind in unknown))
+        raise ValueError(f"expected blocks and a patch embedding whose operations are known, found {names}")
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -33,4 +34,5 @@ def machine_facts() -> dict[str, Any]:
         "bf16 products": hardware.has_products(torch.bfloat16),
         "frozen products": how,
         "native library": str(native_status()),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
     }

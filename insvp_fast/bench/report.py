@@ -36,7 +36,7 @@ def run_benchmark(file: str | None, name: str, batch: int | None, rounds: int) -
             continue
         for job in ("training step", "inference"):
             rows += compare(job, precision, PROVIDERS[:3], name, batch, rounds)
-            print("\n".join(map(line, rows[-3:])), format_products(rows[-1]), sep="\n", flush=True)
+            print("\n".join(map(line, rows[-3:])), format_products(rows[-1:]), sep="\n", flush=True)
     if file is not None:
         _write(Path(file), name, rows)
     return rows

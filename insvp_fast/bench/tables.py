@@ -22,10 +22,15 @@ def line(row: Row) -> str:
     return ", ".join([text, *(form.format(row[key]) for key, form in more.items() if key in row)])
 
 
-def format_products(row: Row) -> str:
-    """The rates of a block's products by what multiplies."""
-    rates = ", ".join(f"{by} {rate / 1e9:.0f}" for by, rate in row["products"].items())
-    return f"products in {row['precision']}, batch {row['batch']}, GFLOP/s: {rates}"
+def format_products(rows: Sequence[Row]) -> str:
+    """The rates of a block's products by what multiplies: the lowest and the highest of rows of one precision."""
+    rates: dict[str, list[float]] = {}
+    for row in rows:
+        for by, rate in row["products"].items():
+            rates.setdefault(by, []).append(rate / 1e9)
+    ranges = {by: sorted({f"{rate:.0f}" for rate in (min(found), max(found))}, key=int) for by, found in rates.items()}
+    text = ", ".join(f"{by} {'-'.join(found)}" for by, found in ranges.items())
+    return f"products in {rows[0]['precision']}, batch {rows[0]['batch']}, GFLOP/s: {text}"
 
 
 def format_ratio(row: Row) -> str:

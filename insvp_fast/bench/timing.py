@@ -1,7 +1,8 @@
 """Runs that alternate in one process, and the rows of results that come of them.
 
-Whatever else the machine does falls on all models alike, and a ratio is the median over pairs of runs that followed one
-another. So is the floor ratio: the products of a block are timed in the same rounds.
+A ratio is the median over pairs of runs that followed one another, so that a machine that is slower for a while slows
+both. So is the floor ratio: the products of a block are timed in the same rounds. What else runs at the same time can
+still slow one model more than another, above all if OpenMP's threads spin while they wait (OMP_WAIT_POLICY).
 """
 
 from __future__ import annotations

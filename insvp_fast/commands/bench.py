@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, positive
+from insvp_fast.commands.options import add_json, check_output_file, make_folder, positive
 from insvp_fast.errors import CommandError
 
 SUMMARY = "time InsVP against the bare frozen backbone on this machine"
@@ -26,31 +26,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(report: str | None, model: str, batch_size: int | None, rounds: int) -> dict[str, Any]:
-    if report is not None and Path(report).is_dir():
-        raise CommandError(f"--report is {report}: found a folder, expected the name of a file")
-    _check_model(model)
+    if report is not None:
+        _check_report(Path(report))
+    check_model(model)
     from insvp_fast.bench.report import run_benchmark
 
     return {"rows": run_benchmark(report, model, batch_size, rounds)}
 
 
-def _check_model(name: str) -> None:
+def _check_report(file: Path) -> None:
+    """Check that report and plot can be written, before minutes of measurements."""
+    make_folder(file.parent, "--report")
+    check_output_file(file, "--report")
+    picture = file.with_suffix(".png")
+    if file == picture:
+        raise CommandError(f"--report is {file}: expected another ending, the plot beside it is a .png")
+    check_output_file(picture, "--report")
+
+
+def check_model(name: str, **backbone_kwargs: Any) -> None:
     """Check that the needed operations of a model are known.
 
     Raises:
-        CommandError: if timm has no such model, or it is of another kind.
+        CommandError: if timm has no such model, or the operations are not known.
     """
     import timm
     import torch
-    from timm.models import SwinTransformer, VisionTransformer
 
-    expected = f"--model is {name}: expected a VisionTransformer or SwinTransformer of timm"
+    from insvp_fast.bench.floor import require_known
+
     if not timm.is_model(name):
-        raise CommandError(expected)
+        raise CommandError(f"--model is {name}: expected a VisionTransformer or SwinTransformer of timm")
     try:
         with torch.device("meta"):
-            found = timm.create_model(name)
-    except RuntimeError as error:  # of a tag that the model does not have
+            require_known(timm.create_model(name, **backbone_kwargs))
+    except (RuntimeError, TypeError, ValueError) as error:  # of a tag that the model does not have, say
         raise CommandError(f"--model is {name}: {error}") from error
-    if not isinstance(found, VisionTransformer | SwinTransformer):
-        raise CommandError(f"{expected}, found {type(found).__name__}")

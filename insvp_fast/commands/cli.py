@@ -79,11 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 for failure, 2 for invalid arguments, 130 for Ctrl-C."""
     # OpenMP reads it when torch is loaded: threads that spin while they wait slow training down on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options = vars(_parser().parse_args(arguments))
-    command, as_json = options.pop("command"), options.pop("json", False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: names of files may be no UTF-8
     try:
+        options = vars(_parser().parse_args(arguments))
+        command, as_json = options.pop("command"), options.pop("json", False)
         with _everything_to_stderr() if as_json and sys.stdout else nullcontext():
             result = command(**options)
         if as_json and result is not None:

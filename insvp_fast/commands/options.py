@@ -106,21 +106,21 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_output_file(path: str | Path) -> None:
-    """Check that a file can have the name that --output or its default gives it, before the work for it.
+def check_output_file(path: str | Path, option: str = "--output") -> None:
+    """Check that a file can have the name that an option or its default gives it, before the work for it.
 
     Raises:
         CommandError: if a folder has that name, or there is no folder to put it in.
     """
     file = Path(path)
     if file.is_dir():
-        raise CommandError(f"--output is {path}: found a folder, expected the name of a file")
+        raise CommandError(f"{option} is {path}: found a folder, expected the name of a file")
     if not file.parent.is_dir():
-        raise CommandError(f"--output is {path}: there is no folder {file.parent}")
+        raise CommandError(f"{option} is {path}: there is no folder {file.parent}")
 
 
-def make_folder(path: str | Path) -> Path:
-    """The folder that --output or its default names, which is made if it does not exist.
+def make_folder(path: str | Path, option: str = "--output") -> Path:
+    """The folder that an option or its default names, which is made if it does not exist.
 
     Raises:
         CommandError: if it cannot be made.
@@ -129,5 +129,5 @@ def make_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"--output is {path}: no folder can be made there ({error.strerror})") from error
+        raise CommandError(f"{option} is {path}: no folder can be made there ({error.strerror})") from error
     return folder
