@@ -566,3 +566,14 @@ def test_models_of_transformers_and_of_timm_agree(kind, tmp_path):
     # rounded to fp32 are the rotation of DINOv3, and the sum of a class token and its position in DINOv2
     tolerance = 1e-6 if kind.upper().startswith("DINO") else 1e-13
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("part", [0, 2])
+def test_a_bias_of_queries_or_of_values_alone_is_refused_too(part, tmp_path):
+    weights = dinov3(model_of(f"{DINOV3}_qkvb"))
+    for key, bias in weights.items():
+        if key.endswith("attn.qkv.bias"):
+            weights[key] = torch.cat([p if i == part else torch.zeros_like(p) for i, p in enumerate(bias.chunk(3))])
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"blocks.0.attn.qkv.bias is not zero: expected a model with this bias"):
+        create_backbone(f"{DINOV3}@{tmp_path / 'weights.pth'}", **SMALL, img_size=32)

@@ -23,6 +23,7 @@ from insvp_fast.errors import TrainingError
 from insvp_fast.export import Facts
 from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
+from insvp_fast.training import evaluation
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
@@ -266,3 +267,19 @@ def test_parquet_holds_what_csv_holds(form, run, images, probabilities, tmp_path
         assert [row["class"], row["class_2"]] == [CLASSES[index] for index in best.indices]
         # the relative error of a small probability is the error of its logit, here 15 with 1e-5 of it
         assert [row["probability"], row["probability_2"]] == pytest.approx(best.values.tolist(), rel=1.5e-4)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_eval_of_other_data_turns_images_as_training_did(turned, run, images, tmp_path, monkeypatch):
+    model = InsVPViT.from_pretrained(run / "adapter")
+    model.exif_rotation = turned
+    model.save_pretrained(tmp_path)
+    seen, create = [], evaluation.create_loader
+
+    def spy(dataset, *rest):
+        seen.append(dataset.exif_rotation)
+        return create(dataset, *rest)
+
+    monkeypatch.setattr(evaluation, "create_loader", spy)
+    evaluation.evaluate_run(tmp_path, data=str(images))
+    assert seen == [turned]

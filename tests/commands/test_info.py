@@ -19,7 +19,8 @@ def test_info_on_a_run_counts_the_trained_parameters(run, capsys):
 
 def test_info_on_an_adapter_needs_no_torch(run):
     program = (
-        "import sys\nfrom insvp_fast.commands import cli\ncli.main(sys.argv[1:])\nassert 'torch' not in sys.modules"
+        "import sys\nfrom insvp_fast.commands import cli\n"
+        "assert cli.main(sys.argv[1:]) == 0 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, "info", str(run / "adapter")], check=True, capture_output=True)
 

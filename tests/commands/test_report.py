@@ -6,13 +6,15 @@ import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from insvp_fast.commands import cli
 from insvp_fast.methods import create_model
-from insvp_fast.report.page import render
+from insvp_fast.report import results
+from insvp_fast.report.page import _classes, _labels, render
 from insvp_fast.report.results import find_results
 from insvp_fast.training.backbone import load_backbone
 from tests.browser import needs_chromium, open_page
@@ -147,3 +149,25 @@ def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):
     shutil.copytree(hostile / "adapter", tmp_path / "adapter")
     assert cli.main(["report", str(tmp_path / "adapter")]) == 1
     assert "is not a run folder of `insvp train`" in capsys.readouterr().err
+
+
+def test_a_right_image_is_no_mistake_however_large_its_loss(hostile, monkeypatch):
+    def judge(logits, targets):
+        right = torch.arange(len(targets)) == 0
+        return torch.where(right, targets, (targets + 1) % 4)[:, None], torch.where(right, 9.0, 1.0)
+
+    monkeypatch.setattr(results, "_judge", judge)
+    found = results.find_results(hostile, most=3)
+    assert found.mistakes.losses == [1.0] * 3 and 3 < found.wrong < 8
+
+
+def test_labels_with_a_probability_of_at_least_a_half_are_predicted():
+    shown = SimpleNamespace(probabilities=torch.tensor([[0.625, 0.375, 0.5]]))
+    mistakes = results.Mistakes(["a.png"], torch.tensor([[0.0, 1.0, 0.0]]), [1.0], shown, None)
+    assert _labels(mistakes, 0, ["sand", "sea", "sky"]) == ("sea (37.5%)", "sand (62.5%), sky (50.0%)")
+
+
+def test_a_class_is_mistaken_for_the_most_frequent_of_the_others():
+    confusion = torch.tensor([[5, 1, 2], [0, 3, 0], [0, 0, 0]])
+    rows = _classes([0.625, 1.0, None], confusion, ["ant", "bee", "cat"])
+    assert [(row.name, row.images, row.mistaken_for) for row in rows] == [("ant", 8, "cat"), ("bee", 3, "")]

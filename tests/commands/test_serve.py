@@ -440,3 +440,37 @@ def test_models_are_named_by_folder_or_as_told(tmp_path):
     assert found == {"a=b": f"{tmp_path}/a=b", "birds": "runs/cub-1", "dogs-2": "runs/dogs-2/"}
     with pytest.raises(CommandError, match="x/cub and y/cub are both named cub: expected NAME=FOLDER for one"):
         name_models(["x/cub", "y/cub"])
+
+
+def test_refused_requests_leave_room_for_others(classifier, expected):
+    with TestClient(create_app({"animals": classifier}, Limits(max_requests=1))) as client:
+        for _ in range(2):
+            assert client.post("/predict", content=b"", headers=PNG).json()["kind"] == "no_image"
+        assert client.post("/predict", content=next(iter(expected)), headers=PNG).status_code == 200
+
+
+def test_an_item_that_has_waited_long_enough_is_computed_at_once():
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(lambda items: items, executor, max_batch=2, max_wait=1.5)
+            waiting = asyncio.create_task(batcher.submit(1))
+            await asyncio.sleep(1.6)  # nobody takes it yet
+            running, start = asyncio.create_task(batcher.run()), time.monotonic()
+            assert await waiting == 1
+            running.cancel()
+            return time.monotonic() - start
+
+    assert asyncio.run(main()) < 1.2
+
+
+def test_the_time_to_answer_is_in_seconds(classifier, expected):
+    with TestClient(create_app({"animals": classifier})) as client:
+        start = time.perf_counter()
+        client.post("/predict", content=next(iter(expected)), headers=PNG)
+        seconds = time.perf_counter() - start
+        assert 0 < metrics(client)["insvp_request_seconds_sum"] <= seconds
+
+
+def test_a_body_of_just_as_many_bytes_as_are_allowed_is_read(client):
+    for content in (b"x" * 60_000, iter([b"x" * 30_000] * 2)):
+        assert client.post("/predict?model=run", content=content, headers=PNG).status_code == 422

@@ -288,3 +288,21 @@ def test_writing_to_an_item_does_not_reach_the_file(food, tmp_path):
     facts = json.loads(whole.file.with_suffix(".json").read_text())
     assert facts["images"] == len(whole) == 12 and facts["sizes"][0] == [whole[0][0].height, whole[0][0].width]
     assert whole.name(0) == str(whole.items[0])  # messages still name the file
+
+
+def test_the_images_of_a_probe_are_not_augmented_and_those_of_retraining_are(root):
+    data = load_data("flowers", SMALL, 0, root=str(root))  # whose val is official
+
+    def is_augmented(images, rows):
+        return not all(torch.equal(images[i][0], images[i][0]) for i in rows)
+
+    count = len(data.train)
+    assert not is_augmented(data.plain_train, range(count))
+    assert is_augmented(data.train_and_val, range(count, count + len(data.val)))
+
+
+def test_a_file_written_again_with_the_same_size_is_decoded_again(food, tmp_path):
+    images = food()
+    first, file = cache_images(images, RESIZED, tmp_path / "cache", "food").file, images.items[0]
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000_000))
+    assert cache_images(images, RESIZED, tmp_path / "cache", "food").file != first

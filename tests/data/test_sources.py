@@ -17,6 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, timm_formats, transform_for
 from insvp_fast.data.lists import read_list, sorted_labels
+from insvp_fast.data.sources import read_source
 from insvp_fast.data.tfds import TFRecords
 from insvp_fast.errors import DataError
 from insvp_fast.testing import make_fake_dataset
@@ -438,3 +439,8 @@ def test_timm_crops_flips_and_colors_in_training():
     preprocessing = SMALL | {"augmentation": "timm"}
     steps = [type(step).__name__ for step in transform_for(preprocessing, training=True).transforms]
     assert steps[:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "ColorJitter"]
+
+
+def test_the_16_levels_of_digits_are_spread_over_8_bits():
+    levels = np.unique(np.concatenate([images.items for images in read_source("digits").splits.values()]))
+    assert levels.tolist() == [round(255 * level / 16) for level in range(17)]

@@ -79,3 +79,9 @@ def test_what_cannot_be_captured_is_refused_in_one_sentence(monkeypatch):
     with pytest.raises(ExportError, match="torch.export cannot trace the model: ") as caught:
         capture(model_of("linear"), standard=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_says_whether_an_image_may_have_several_labels():
+    model = model_of("insvp")
+    for model.multi_label in (True, False):
+        assert capture(model, standard=True).facts.multi_label is model.multi_label

@@ -425,3 +425,9 @@ def test_dualprompt_takes_the_blocks_of_the_paper_that_there_are():
         model = create_model("dualprompt", timm.create_model(NAME, **SIZE | {"depth": depth}), 6)
         assert model.method.prompted_blocks == blocks
         assert [len(pairs) for pairs in model.method.keys_values] == [5, 5, 20, 20, 20][: len(blocks)]
+
+
+def test_prompts_of_vpt_begin_within_its_bound():
+    model = create_model("vpt_deep", timm.create_model("vit_tiny_patch16_224", **SIZE), 3)
+    bound = (6 / (3 * 8**2 + 48)) ** 0.5  # Xavier's for a map from a patch to a prompt
+    assert 0.95 * bound < max(p.abs().max().item() for p in model.method.prompts) <= bound

@@ -839,3 +839,14 @@ def test_what_is_written_between_the_passes_is_what_it_is_without_a_program(chan
 
 def copy_of(state):
     return {name: x.clone() for name, x in state.items()}
+
+
+@torch.no_grad()
+def test_no_program_outlives_the_order_of_the_blocks():
+    model, image = model_of(), image_of(2)
+    before = [model(image) for _ in range(3)]
+    blocks = model.backbone.blocks._modules
+    for name in [*blocks][:1]:
+        blocks[name] = blocks.pop(name)
+    for found in [model(image) for _ in range(3)]:
+        assert torch.equal(found, prepared(model, image)) and not torch.equal(found, before[-1])

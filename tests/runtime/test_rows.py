@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from insvp_fast.runtime import hardware
+from insvp_fast.runtime import hardware, products
+from insvp_fast.runtime.products import FrozenLinear
 from insvp_fast.runtime.rows import rows_apart
 
 
@@ -63,3 +64,14 @@ def test_products_of_this_machine(dtype, rows, width):
     x[1, 5] = torch.nan
     result = rows_apart(torch.matmul)(x, other)
     assert result.isfinite().all(-1).logical_not().nonzero().tolist() == [[1, 5]]
+
+
+@pytest.mark.parametrize(("inner", "outer", "ragged"), [(48, 64, True), (64, 33, True), (64, 32, False)])
+def test_rows_that_tiles_do_not_divide_are_multiplied_in_fp32(inner, outer, ragged, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hardware, "has_tiles", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "provider", lambda dtype, device: asked.append(dtype) or "plain")
+    layer = FrozenLinear(torch.randn(outer, inner).bfloat16())
+    assert products.linear(torch.randn(3, inner).bfloat16(), layer, "plain").dtype == torch.bfloat16
+    assert products.linear_bwd(torch.randn(3, outer).bfloat16(), layer, "plain").dtype == torch.bfloat16
+    assert asked == 2 * [torch.float32] * ragged

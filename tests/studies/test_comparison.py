@@ -19,7 +19,7 @@ from insvp_fast.commands import cli
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
 from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, scores_of, with_one_probe
-from insvp_fast.studies.paper import ABLATION, STUDIES, UNVARIED, sensitivity
+from insvp_fast.studies.paper import ABLATION, STUDIES, UNVARIED, VTAB_GROUPS, sensitivity
 from insvp_fast.studies.report import paper_number, report
 from insvp_fast.studies.tables import paired_difference
 from insvp_fast.training.candidates import insvp_config
@@ -225,3 +225,61 @@ def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
         first = pool.submit(status, "first.log")
         assert asked.wait(60)
         assert (status("second.log"), first.result()) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"select_on": "test"}, {"retrain": True}, {"amp": "bf16"}, {"split_seed": 5}, {"metric": "f1"}, {"img_size": 64}],
+)
+def test_a_probe_that_would_be_another_is_fitted_too(settings):
+    changed = with_one_probe([Entry({}, Recipe(), []), Entry({}, Recipe(**settings), [])])
+    assert [entry.recipe.probe for entry in changed] == [True, True]
+
+
+def test_val_is_the_mean_over_the_seeds_too(tmp_path):
+    study = STUDIES["table5"]
+    scores = {seed: Score("InsVP", val, 0.5, {"trained_parameters": 7}) for seed, val in enumerate((0.2, 0.6))}
+    results = {"cub": [Compared(study.rows[0], 1e-3, False, scores)]}
+    text = report("table5", study, results, Protocol({}, (1e-3,), (0, 1)), tmp_path)
+    assert text.splitlines()[6].split("|")[4].strip() == "40.00"
+
+
+def test_the_tasks_of_vtab_count_for_their_groups(tmp_path):
+    study = STUDIES["table2"]
+    row = next(row for row in study.rows if row.label == "InsVP")
+    accuracies = {task: number / 10 for number, tasks in enumerate(VTAB_GROUPS.values(), 1) for task in tasks[:2]}
+    results = {
+        f"vtab/{task}": [Compared(row, None, False, {0: Score("InsVP", None, test, {"trained_parameters": 7})})]
+        for task, test in accuracies.items()
+    }
+    text = report("table2", study, results, Protocol({}, (1e-3,), (0,)), tmp_path)
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    header, _, line = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table[-3:])
+    assert header == ["model", *(name for group in VTAB_GROUPS for name in (group, "paper"))]
+    sizes, papers = [*map(len, VTAB_GROUPS.values())], [f"{number:.1f}" for number in study.numbers["InsVP"]]
+    assert line[1::2] == [f"{10 * number}.00 (2 of {size})" for number, size in enumerate(sizes, 1)]
+    assert line[2::2] == papers
+
+
+def test_a_rate_that_is_the_only_one_is_at_no_edge(trained, tmp_path):
+    (ours,) = compare([Row("ours", {"prompt_length": 2})], Protocol({"epochs": 3}, (0.1,), (4,)), tmp_path)
+    assert (ours.rate, ours.at_edge) == (0.1, False)
+
+
+def test_the_cores_are_divided_among_the_jobs(tmp_path, monkeypatch):
+    given = []
+
+    class Context:
+        def set_forkserver_preload(self, names):
+            pass
+
+        def Process(self, target, args):
+            given.append(args[-1])
+            raise RuntimeError("enough")
+
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda kind: Context())
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    for jobs in (2, 3, 16):
+        with pytest.raises(RuntimeError, match="enough"):
+            runner._fork(Recipe(), None, None, jobs)
+    assert given == [4, 2, 1]

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from insvp_fast.errors import InsVPError
-from insvp_fast.training import trainer
+from insvp_fast.training import linear_probe, trainer
+from insvp_fast.training.linear_probe import fit_linear
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
 from tests.training.small_runs import quick, read_records
@@ -45,3 +46,11 @@ def test_a_resumed_run_does_not_begin_again(pictures, tmp_path, monkeypatch):
     resumed = train(resume=part)
     ends = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_the_head_begins_with_images_that_are_not_augmented(pictures, tmp_path, monkeypatch):
+    seen, fit = [], fit_linear
+    monkeypatch.setattr(linear_probe, "fit_linear", lambda train, *rest: seen.append(train.inputs) or fit(train, *rest))
+    for augmentation in ("none", "timm"):
+        train(quick(pictures, tmp_path, head_init="probe", augmentation=augmentation))
+    assert torch.equal(*seen)

@@ -8,9 +8,12 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.data import TensorDataset
 
 from insvp_fast.methods import create_model
+from insvp_fast.training import linear_probe
 from insvp_fast.training.linear_probe import WEIGHT_DECAYS, Features, fit_linear, read_features, set_head
 from insvp_fast.training.loader import create_loader
 from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.run import train
+from tests.training.small_runs import make_folder, quick
 
 
 @pytest.fixture
@@ -57,3 +60,29 @@ def test_a_head_gives_the_logits_of_the_fit(name):
     with torch.inference_mode():
         logits = model(images).double()
     torch.testing.assert_close(logits, features.inputs @ fit.weight.T + fit.bias, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits"),
+    [
+        ({}, [(8, 2, 6)]),
+        ({"select_on": "test"}, [(8, 6, 6)]),
+        ({"retrain": True}, [(8, 2, 6), (10, 2, 1)]),  # again to train and val, with the weight decay chosen before
+    ],
+)
+def test_what_a_probe_is_fitted_to_and_selected_on(settings, fits, tmp_path, monkeypatch):
+    data, seen, fit = make_folder(tmp_path / "data", {"train": 4, "val": 1, "test": 3}), [], fit_linear
+
+    def spy(train, held_out, classes, weight_decays=WEIGHT_DECAYS):
+        seen.append((len(train.targets), len(held_out.targets), len(weight_decays)))
+        return fit(train, held_out, classes, weight_decays)
+
+    monkeypatch.setattr(linear_probe, "fit_linear", spy)
+    train(quick(data, tmp_path, method="linear", prompt_length=None, **settings))
+    assert seen == fits
+
+
+def test_of_equally_good_weight_decays_the_strongest_is_taken():
+    inputs, targets = torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.tensor([0, 1])
+    separable = Features(inputs, targets)
+    assert fit_linear(separable, separable, 2).weight_decay == WEIGHT_DECAYS[0]

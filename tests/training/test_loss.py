@@ -69,3 +69,9 @@ def test_models_are_compared_without_smoothing_and_weights():
     targets = torch.tensor([0, 2, 1, 1])
     torch.testing.assert_close(plain_loss(logits, targets), Loss(Recipe(), 3)(logits, targets))
     torch.testing.assert_close(plain_loss(logits, labels), Loss(Recipe(), 3, multi_label=True)(logits, labels))
+
+
+def test_a_batch_is_left_alone_where_mix_prob_says_so():
+    images, targets = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 1, 0])
+    mixed, found, _ = Loss(Recipe(mixup=0.8, cutmix=1.0, mix_prob=0.0), 2).mix(images.clone(), targets)
+    assert torch.equal(mixed, images) and torch.equal(found, torch.eye(2)[targets])

@@ -43,3 +43,9 @@ def test_metrics_of_several_labels_are_those_of_scikit_learn(images, classes):
 def test_logits_that_are_no_numbers_have_no_metrics():
     with pytest.raises(InsVPError, match="infinite or not a number"):
         metrics_of_labels(torch.ones(2, 3), torch.tensor([[0.0, 1.0, float("nan")]] * 2))
+
+
+def test_classes_without_images_that_none_was_taken_for_do_not_count_for_f1():
+    true, predicted = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    metrics = metrics_of_pairs(torch.stack([true, predicted]), 5, top5_hits=3)
+    assert metrics.f1 == pytest.approx(f1_score(true, predicted, average="macro"))

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset
@@ -81,3 +82,12 @@ def test_targets_are_found_in_every_data_set():
     assert targets_of(ConcatDataset([Subset(images, [2, 0]), images])).tolist() == [1, 2, 2, 0, 1]
     several = Images(["a", "b"], torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert targets_of(Subset(several, [1])).tolist() == [[1, 1]]
+
+
+def test_every_random_generator_follows_from_the_sample():
+    class Noise:
+        def __getitem__(self, index):
+            return np.random.random()
+
+    noise = SeededDataset(Noise(), seed=3)
+    assert noise[2, 7, 0] == noise[2, 7, 0] != noise[2, 7, 1]

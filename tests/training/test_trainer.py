@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from insvp_fast import InsVPConfig
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import accelerator, models, run_logger, trainer
+from insvp_fast.training.average import WeightAverage
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
@@ -186,3 +187,12 @@ def test_the_final_accuracy_is_measured_in_fp32(pictures, tmp_path, monkeypatch)
     monkeypatch.setattr(trainer, "compute_metrics", spied)
     train(quick(pictures, tmp_path, amp="bf16"))
     assert precisions == [{True}, {False}]  # of the epoch, of the result
+
+
+def test_an_average_is_lent_and_the_weights_come_back():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    average = WeightAverage({"weight": weight}, 0.9)
+    weight.data.fill_(1)
+    with average.in_place():
+        assert weight.tolist() == [0, 0]
+    assert weight.tolist() == [1, 1]
