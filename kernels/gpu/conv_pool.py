@@ -227,9 +227,11 @@ def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int 
     if kind == "fwd" and not wide:
         BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32, 8 if arch == 80 else 4, 2
     elif kind == "bwd_map" and not wide:
-        BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 64, 8, 2 if arch == "gfx942" else 3
+        BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32 if arch == 100 else 64, 8, 2 if arch == "gfx942" else 3
     else:  # twice to three times as fast on an H200 as with loads ahead, for which registers are too few
         BLOCK_M, BLOCK_K, num_warps, num_stages = (64, 32, 8, 1) if wide else (32, 64, 4, 1)
+        if kind == "fwd" and arch == 80:
+            BLOCK_K = 16
     if arch == "gfx942":  # 64 lanes in a warp
         num_warps //= 2
     tiles = {"GROUP": GROUP, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_O": BLOCK_O}
