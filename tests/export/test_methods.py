@@ -82,6 +82,6 @@ def test_what_cannot_be_captured_is_refused_in_one_sentence(monkeypatch):
 
 
 def test_a_file_says_whether_an_image_may_have_several_labels():
-    model = model_of("insvp")
+    model = model_of("vpt_deep")
     for model.multi_label in (True, False):
         assert capture(model, standard=True).facts.multi_label is model.multi_label
