@@ -370,9 +370,28 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
             "--model is vit_base_patch16_224.none: Invalid pretrained tag",
         ),
         (["bench", "--report", "."], "--report is .: found a folder, expected the name of a file"),
+        (["bench", "--report", "x.png"], "--report is x.png: expected another ending, the plot beside it is a .png"),
+        (["bench", "--report", "/dev/null/r.md"], "--report is /dev/null: no folder can be made there"),
+        *(
+            (
+                ["bench", "--model", name],
+                f"expected blocks and a patch embedding whose operations are known, found {kind}",
+            )
+            for name, kind in {
+                "vit_small_patch16_18x2_224": "ParallelThingsBlock",
+                "vit_tiny_r_s16_p8_224": "HybridEmbed",
+                "vit_giant_patch14_dinov2": "GluMlp",
+            }.items()
+        ),
     ],
 )
 def test_what_a_command_cannot_do_is_said_before_any_work(command, message, capsys):
     assert cli.main(command) == 1
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
+
+
+def test_completion_names_the_extra_that_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["--print-completion", "bash"]) == 1
+    assert capsys.readouterr().err == "insvp: error: shtab is not installed: pip install 'insvp-fast[train]'\n"

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
 from insvp_fast.backbones.swin import tokens_of_windows
 from insvp_fast.reference.swin import block_with_prompts
-from insvp_fast.testing import DEVICE, make_pair, relative_error, saved_bytes, trained_gradients
+from insvp_fast.testing import make_pair, relative_error, saved_bytes, trained_gradients
 from tests.model.parity import assert_equal_numbers, assert_low_precision
 from tests.model.test_model import images
 
@@ -171,7 +171,10 @@ def test_windows_kept_in_inference_serve_in_training():
     with torch.inference_mode():
         fast(image)
     trained_gradients(fast, image)
-    assert not tokens_of_windows((8, 8), (4, 4), (2, 2), DEVICE).is_inference()
+    kept, other = (tokens_of_windows((8, 8), (4, 4), (2, 2), torch.device(device)) for device in ("cpu", "meta"))
+    assert not kept.is_inference() and kept is tokens_of_windows((8, 8), (4, 4), (2, 2), torch.device("cpu"))
+    # on a GPU another stream would read them unordered, and a graph would own them
+    assert other is not tokens_of_windows((8, 8), (4, 4), (2, 2), torch.device("meta"))
 
 
 @pytest.mark.parametrize("name", ["relative_position_bias_table", "relative_position_index"])
