@@ -37,7 +37,9 @@ def structure_of(backbone: nn.Module) -> Structure:
     if isinstance(backbone, type):
         raise TypeError(f"backbone is the class {backbone.__name__}: expected a model, which it makes when called")
     if hasattr(backbone, "prompted_blocks"):
-        raise TypeError(f"backbone is an {type(backbone).__name__}, which has prompts: expected a model without")
+        raise TypeError(
+            f"backbone has prompts, as a model of the class {type(backbone).__name__}: expected one without"
+        )
     for cls, structure in STRUCTURES.items():
         if isinstance(backbone, cls):
             return structure

@@ -248,10 +248,18 @@ def test_common_prompts_start_uniform():
         ),
         ({"backbone": VisionTransformer}, TypeError, "backbone is the class VisionTransformer: expected a model"),
         *(
-            ({"backbone": f"insvp_{name}"}, (CheckpointError, TypeError), "prompts: expected")
+            (
+                {"backbone": f"insvp_{name}"},
+                (CheckpointError, TypeError),
+                "with prompts: expected its backbone|backbone has prompts",
+            )
             for name in ("vit_tiny_patch16_224", "vit_shapes_32")
         ),
-        ({"backbone": PROMPTED}, TypeError, "backbone is an InsVPViT, which has prompts: expected a model without"),
+        (
+            {"backbone": PROMPTED},
+            TypeError,
+            "backbone has prompts, as a model of the class InsVPViT: expected one without",
+        ),
         ({"backbone": "vit_tiny_patch16_224", "config": {"prompt_length": 2}}, TypeError, "config is a dict: expected"),
         *(
             ({"backbone": "vit_tiny_patch16_224", "num_classes": number}, ValueError, "num_classes=.*: expected an int")
