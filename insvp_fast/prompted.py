@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,8 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     @property
     def _family(self) -> BackboneFamily:
-        family = family_of(self.backbone)
-        assert family is not None, "a backbone without a family takes the general path"
-        return family
+        # a backbone without a family takes the general path
+        return cast("BackboneFamily", family_of(self.backbone))
 
     def _requirements(self) -> Requirements:
         table = self._family.requirements(self.backbone, self.patch_size)

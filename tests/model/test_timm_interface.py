@@ -396,7 +396,9 @@ def test_a_trace_is_of_the_general_path():
     expected = model(image)
     traced = torch.jit.trace(model, image)
     torch.testing.assert_close(traced(image), expected)
-    assert dict(inspect.getmembers(model))["training"] is False  # nothing that is asked for raises
+    image_only = InsVPViT("resnet18", 3, InsVPConfig(common_prompt=False, specific_prompt=False)).eval()
+    for one in (model, image_only):
+        assert dict(inspect.getmembers(one))["training"] is False  # nothing that is asked for raises
 
 
 # the registry
