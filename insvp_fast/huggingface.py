@@ -36,9 +36,13 @@ class InsVPForImageClassification(nn.Module):
 
     @property
     def config(self) -> PretrainedConfig:
-        """What ``Trainer`` and its loggers ask a model of transformers: the number of classes, one label or several."""
-        labels = "multi" if self.model.multi_label else "single"
-        return PretrainedConfig(num_labels=self.model.num_classes, problem_type=f"{labels}_label_classification")
+        """What ``Trainer`` and its loggers ask a model of transformers: its classes, and one label or several."""
+        names, indices = self.model.class_names, range(self.model.num_classes)
+        classes = indices if names is None or len(names) != len(indices) else names  # the head may be a new one
+        return PretrainedConfig(
+            id2label=dict(enumerate(map(str, classes))),
+            problem_type="multi_label_classification" if self.model.multi_label else "single_label_classification",
+        )
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Images [B, C, H, W] to logits [B, num_classes], and with labels also to their mean cross-entropy.

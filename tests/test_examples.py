@@ -131,6 +131,10 @@ def test_the_trainer_of_transformers_smooths_single_labels(multi_label, tmp_path
     smoothed = F.cross_entropy(logits, batch["labels"], label_smoothing=0.1) if not multi_label else None
     torch.testing.assert_close(loss, model(**batch).loss if smoothed is None else smoothed)
     assert model.config.num_labels == 3
+    model.model.class_names = ["ant", "bee", "cat"]
+    assert model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+    model.model.reset_classifier(2)
+    assert model.config.num_labels == 2
 
 
 def test_transformers_prepares_images_as_timm_does():
