@@ -22,7 +22,7 @@ from insvp_fast.bench.floor import BlockProducts, needed_flops
 from insvp_fast.bench.jobs import forward_backward, training_step
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.tables import line
-from insvp_fast.bench.timing import compare, median_and_spread
+from insvp_fast.bench.timing import compare, median_and_spread, saved_mb_per_image
 from insvp_fast.checkpoints.released import to_ours
 from insvp_fast.commands import cli
 from insvp_fast.testing import DEVICE, relative_error
@@ -353,3 +353,20 @@ def test_double_precision_is_the_measure():
     image, _ = models.make_images(model, 3)
     assert relative_error(model(image), exact["logits"]) < 1e-6
     assert exact["image"].shape == image.shape
+
+
+def test_what_reads_the_prompted_image_needs_the_gradient_of_its_input():
+    def needed(specific_input, backward):
+        config = InsVPConfig(prompt_length=5, specific_input=specific_input)
+        return needed_flops("reference", "test_vit", config, backward)
+
+    specific = InsVPReference(timm.create_model("test_vit"), None, InsVPConfig(prompt_length=5)).specific_prompter
+    input_gradient = 2 * specific.conv1.weight.numel() * (3 * specific.grid + 4) ** 2
+    assert needed("prompted", False) == needed("image", False)
+    assert needed("prompted", True) - needed("image", True) == pytest.approx(input_gradient)
+
+
+def test_the_bare_backbone_saves_what_the_gradient_of_its_image_needs():
+    saved = saved_mb_per_image("bare", models.make_model("bare", "test_vit"), 2, None)
+    depth, rows, width = len(timm.create_model("test_vit").blocks), 101, 64
+    assert saved > depth * rows * width * 4 / 1e6

@@ -134,3 +134,13 @@ def test_threads_may_ask_at_once(held):
     finally:
         sys.setswitchinterval(before)
     assert not errors
+
+
+def test_a_write_to_any_of_several_tensors_is_found(held):
+    tensors = [torch.randn(8, 512, device=held[0][0].device) for _ in range(3)]
+    regions = [Region.of(x, weakref.ref(x.untyped_storage())) for x in tensors]
+    for x in tensors:
+        asked = [*held, (x, DeviceFingerprint(regions, x.device))]
+        assert not any(any(a_pass(asked)) for _ in range(3))
+        x.add_(1)
+        assert any(a_pass(asked)[-1] for _ in range(3))

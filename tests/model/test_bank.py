@@ -310,3 +310,31 @@ def test_a_thousand_adapters_of_a_vit_b_fit_in_two_gigabytes():
     around = tracemalloc.get_traced_memory()[0] / 5
     tracemalloc.stop()
     assert backbone + 1000 * (sum(sizes.values()) - backbone + around) < 2e9
+
+
+@pytest.mark.parametrize("names", [["three", None], [None, "three"]], ids=str)
+@torch.no_grad()
+def test_features_beside_logits_in_16_bits_are_not_rounded(names):
+    bank, _ = make_bank(("three",), num_classes=0)
+    image = images(2)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert bank(image, "three").dtype == torch.bfloat16 and bank(image).dtype == torch.float32
+        assert bank(image, names).dtype == torch.float32
+
+
+def test_an_adapter_is_neither_compiled_nor_captured_by_itself():
+    bank, _ = make_bank(("three",))
+    source = bank.adapters["three"]
+    source.compile_prompters = source.cuda_graphs = True
+    bank.add("copy", source)
+    assert not bank.adapters["copy"].compile_prompters and not bank.adapters["copy"].cuda_graphs
+
+
+@torch.no_grad()
+def test_an_adapter_remembers_nothing_of_the_backbone():
+    bank, _ = make_bank(("three", "three more"))
+    source = InsVPViT(copy.deepcopy(bank.backbone), 2, CONFIGS["three"]).to(DEVICE).eval()
+    source(images(1))
+    bank.add("three", source)
+    bank(images(2), ["three", "three more"])
+    assert not any("_memo" in vars(model) for model in bank.adapters.values())

@@ -78,3 +78,9 @@ def test_wrong_values_are_named(wrong):
     with pytest.raises(ValueError, match=f"^{name}=") as error:
         InsVPConfig(**wrong)
     assert repr(value) in str(error.value) and "expected" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["prompt_length", "patch_hidden", "prompted_blocks"])
+def test_numbers_beyond_those_of_sizes_are_refused(name):
+    with pytest.raises(ValueError, match=f"^{name}=9223372036854775808: expected"):
+        InsVPConfig(**{name: 2**63})

@@ -698,3 +698,15 @@ def test_a_copy_of_a_model_has_graphs_of_its_own():
     found = [trained_gradients(copy, image_of(seed=s), s) for s in range(3)]
     assert_same(found[2], direct(model, trained_gradients, model, image_of(seed=2), 2))
     assert graphs_of(copy)[0] is not graphs_of(model)[0]
+
+
+def test_guesses_for_parameters_that_are_elsewhere_hold_nothing():
+    model = model_of()
+    for batch in (1, 2):
+        expected(model, image_of(batch), gradients=False)
+    own = coverage.kept(model)["graphs"]
+    assert len(own._guesses) == 2
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    expected(model, image_of(), gradients=False, calls=1)
+    assert coverage.kept(model)["graphs"] is own and not own._guesses

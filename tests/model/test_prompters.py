@@ -134,3 +134,9 @@ def test_changed_convolutions_are_not_bypassed(kind, change):
     plain = fast(image)
     change(fast.conv2 if kind == "GlobalPrompter" else fast.conv3)
     torch.testing.assert_close(fast(image), 2 * plain)
+
+
+def test_large_images_are_pooled_as_by_the_reference():
+    expected, fast = pair("SpecificPrompter", PAPER)
+    image = torch.randn(1, 3, 272, 272)  # windows of 17 x 17, more than the operation takes
+    assert relative_error(fast(image), expected.double()(image.double())) < 1e-5

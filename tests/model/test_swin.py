@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch._subclasses import FakeTensorMode
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
-from insvp_fast.backbones.swin import tokens_of_windows
+from insvp_fast.backbones.swin import embed, tokens_of_windows
 from insvp_fast.reference.swin import block_with_prompts
 from insvp_fast.testing import make_pair, relative_error, saved_bytes, trained_gradients
 from tests.model.parity import assert_equal_numbers, assert_low_precision
@@ -277,3 +277,12 @@ def test_adapters_and_8_bit_images(tmp_path):
     state = {name: value for name, value in fast.state_dict().items() if not name.startswith("backbone.")}
     copied.load_state_dict(state, strict=False)
     assert torch.equal(copied(pixels), fast(pixels))
+
+
+def test_the_stream_begins_in_the_dtype_of_the_weights():
+    _, fast = pair()
+    backbone = fast.cpu().backbone
+    patches = torch.randn(2, 64, 48)
+    embedded, exact = (embed(backbone, x, (8, 8)) for x in (patches.bfloat16(), patches))  # as under autocast
+    assert embedded.dtype == exact.dtype == torch.float32
+    assert relative_error(embedded, exact) < 2e-2

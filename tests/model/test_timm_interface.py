@@ -467,3 +467,10 @@ def test_an_import_is_light_and_registers_the_names_when_timm_is_imported():
     code = f"{light}; {asked}; import insvp_fast.timm_interface, timm; assert timm.is_model({NAME!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_new_head_is_in_the_mode_of_the_model():
+    model = make()
+    for training in (False, True):
+        model.train(training).reset_classifier(4)
+        assert all(module.training == training for module in model.head.modules())

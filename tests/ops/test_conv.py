@@ -1,5 +1,7 @@
 """conv and conv_pool against PyTorch in double precision, and as PyTorch operators."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,3 +137,16 @@ def test_an_implementation_is_honored_or_refused(run):
     y = run(*inputs, impl="native")
     with pytest.raises(RuntimeError, match="cannot differentiate by infinities and NaN"):
         y.backward(torch.full_like(y, torch.inf))
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+def test_sums_in_front_of_a_relu_are_exact_for_any_gradient(trained, monkeypatch):
+    module, rounded = importlib.import_module("insvp_fast.ops.conv"), []
+    call = module.call
+    monkeypatch.setattr(module, "call", lambda name, *rest: rounded.append(rest[-1]) or call(name, *rest))
+    named = zip(("x", "weight", "bias"), operands(), strict=True)
+    inputs = [t.detach().requires_grad_(name == trained) for name, t in named]
+    run_conv(*inputs, operands=torch.bfloat16)
+    with torch.no_grad():
+        run_conv(*inputs, operands=torch.bfloat16)
+    assert rounded == [None, torch.bfloat16]

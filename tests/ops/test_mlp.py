@@ -130,3 +130,21 @@ def test_mlp_gradcheck_opcheck_and_refusals():
         run(x, *weights, activation="relu")
     with pytest.raises(ValueError, match="frozen weights"):
         run(x, weights[0].requires_grad_(), *weights[1:])
+
+
+@pytest.mark.parametrize("keep", ["pre", "code"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_mlp_makes_nothing_for_backward_where_there_is_none(keep, impl, monkeypatch):
+    asked, linear_activation = [], products.linear_activation
+
+    def spy(x, layer, activation, kept, how):
+        asked.append(kept)
+        return linear_activation(x, layer, activation, kept, how)
+
+    monkeypatch.setattr(products, "linear_activation", spy)
+    x, weights, affine = mlp_inputs(requires_grad=False)
+    run(x, *weights, *affine, keep=keep, impl=impl)
+    with torch.no_grad():
+        run(x.requires_grad_(), *weights, *affine, keep=keep, impl=impl)
+    run(x, *weights, *affine, keep=keep, impl=impl)
+    assert asked == [False, False, True]

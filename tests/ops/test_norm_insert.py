@@ -90,3 +90,18 @@ def test_norm_insert_keeps_the_stream_wide_and_the_product_narrow():
     residual, branch = torch.randn(2, 3, 8), torch.randn(2, 3, 8).bfloat16()
     stream, normed = ops.norm_insert(residual, branch, None, torch.ones(8), torch.zeros(8), 1e-6, dtype=torch.bfloat16)
     assert stream.dtype == torch.float32 and normed.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_prompts_have_gradients_in_their_own_dtype(dtype):
+    residual, prompts = torch.randn(2, 7, 24), torch.randn(2, 3, 24)
+    weight, grad = torch.randn(24), torch.randn(2, 10, 24)
+
+    def gradient(prompts):
+        prompts = prompts.detach().requires_grad_()
+        _, normed = ops.norm_insert(residual, None, prompts, weight, None, 1e-6)
+        return torch.autograd.grad(normed, prompts, grad)[0]
+
+    prompts = prompts.to(dtype)
+    found = gradient(prompts)
+    assert found.dtype == dtype and relative_error(found, gradient(prompts.float())) < 1e-2

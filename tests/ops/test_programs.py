@@ -268,3 +268,24 @@ def test_gradients_that_pytorch_adds_make_no_program():
         (expected,) = torch.autograd.grad((twice(x)[0] + 2 * twice(x)[1]).sum(), [x])
         torch.testing.assert_close(found, expected)
     assert not any(kept._programs.values())
+
+
+@torch.no_grad()
+def test_what_a_mode_inside_has_seen_is_no_program():
+    seen = []
+
+    class Notes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    def compute(x):
+        with Notes():
+            return two_products(x)
+
+    kept = Programs()
+    for seed in range(3):
+        x, before = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)), len(seen)
+        kept.run("key", [x], lambda inputs: compute(*inputs))
+        assert len(seen) > before
+        assert [*kept._programs.values()] == [None]

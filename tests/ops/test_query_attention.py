@@ -54,3 +54,9 @@ def test_a_bias_that_does_not_fit():
         ops.query_attention(q, kv, 3, 1.0, bias=torch.zeros(3, 2, 5))
     with pytest.raises(ValueError, match="has to be frozen"):
         ops.query_attention(q, kv, 3, 1.0, bias=torch.zeros(3, 1, 5, requires_grad=True))
+
+
+def test_each_image_has_a_key_even_without_queries():
+    q, kv = torch.randn(2, 0, 24), torch.randn(2, 5, 48)
+    with pytest.raises(ValueError, match=r"num_keys is \[0, 5\]: expected 1 to 5, queries to tokens"):
+        ops.query_attention(q, kv, 3, 1.0, num_keys=torch.tensor([0, 5]))

@@ -289,3 +289,13 @@ torch.kept = buffers.empty((512, 1024), torch.float32)
 def test_tensors_may_outlive_the_interpreter():
     child = subprocess.run([sys.executable, "-c", SHUTDOWN], capture_output=True, text=True, timeout=120)
     assert (child.returncode, child.stderr) == (0, "")
+
+
+def test_an_idle_block_beside_one_in_use_is_given_back(monkeypatch):
+    monkeypatch.setattr(buffers, "_IDLE", 50)
+    at_once = [buffers.empty(SHAPE, F32) for _ in range(3)]
+    del at_once
+    assert free_blocks() == 3
+    for _ in range(200):
+        buffers.empty(SHAPE, F32)  # the same block each time
+    assert free_blocks() == 1

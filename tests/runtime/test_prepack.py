@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from insvp_fast import InsVPConfig
 from insvp_fast.runtime import hardware, native, prepack, products
-from insvp_fast.runtime.fingerprint import NativeFingerprint, PlainFingerprint, Region
+from insvp_fast.runtime.fingerprint import NativeFingerprint, PlainFingerprint, Region, look_at
 from insvp_fast.runtime.native import fingerprint as native_fingerprint
 from insvp_fast.runtime.products import FrozenLinear
 from insvp_fast.testing import make_pair, relative_error, trained_gradients
@@ -490,3 +490,37 @@ def test_nothing_is_packed_of_a_backbone_that_is_trained():
         model.backbone.requires_grad_(False)
     assert relative_error(fast(image), reference(image)) < 1e-5
     assert prepack._records
+
+
+def test_a_storage_that_shrank_is_gone_and_stays_small(fingerprint_of):
+    x = torch.randn(300)
+    held = fingerprint_of(x)
+    x.resize_(1)
+    x.untyped_storage().resize_(4)
+    assert held.broken_anywhere()
+    assert x.untyped_storage().nbytes() == 4
+
+
+def test_each_line_of_a_block_breaks_a_fingerprint(fingerprint_of):
+    x = torch.randn(50_000)
+    held = fingerprint_of(x)
+    for place in range(0, 8192 // 4, 64 // 4):  # cache lines of 64 bytes in a block of 8 KB
+        before = x[place].clone()
+        x[place] += 1
+        assert held.broken_anywhere(), place
+        x[place] = before
+    assert not held.broken_anywhere()
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native library")
+def test_one_look_at_fingerprints_of_two_kinds_sees_a_write_to_either():
+    x, y = torch.randn(2, 300)
+    kinds = (NativeFingerprint, x.clone()), (PlainFingerprint, y.clone())
+    look = look_at([kind([Region.of(w, weakref.ref(w.untyped_storage()))]) for kind, w in kinds])
+    assert not look()
+    for _, w in kinds:
+        before = w.clone()
+        w += 1
+        assert look()
+        w.copy_(before)
+        assert not look()
