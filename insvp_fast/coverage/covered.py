@@ -103,9 +103,12 @@ def covers(part: nn.Module, obstacle: str | None = None) -> bool:
 
 
 def check_image_type(image: object) -> None:
-    """Raise TypeError for what is neither a tensor of floating-point numbers nor one of 8-bit pixels."""
+    """Raise TypeError for what is neither a dense tensor of floating-point numbers nor one of 8-bit pixels."""
     if not isinstance(image, Tensor):
         raise TypeError(f"image is a {type(image).__name__}: expected a tensor [B, C, H, W], of whole images")
+    if image.layout is not torch.strided or image.is_nested:
+        kind = "nested" if image.is_nested else image.layout
+        raise TypeError(f"image is {kind}: expected a dense tensor [B, C, H, W]")
     if not (image.is_floating_point() or image.dtype == torch.uint8):
         raise TypeError(f"image is {image.dtype}: expected floating-point numbers, or torch.uint8 for 8-bit pixels")
 

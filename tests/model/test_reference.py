@@ -296,3 +296,16 @@ def test_images_of_other_dtypes_are_refused(dtype):
     for call in (model, model.forward_features, lambda image: model.block_outputs(image, [0])):
         with pytest.raises(TypeError, match=f"image is {dtype}: expected floating-point numbers, or torch.uint8"):
             call(torch.ones(1, 3, 32, 32).to(dtype))
+
+
+@pytest.mark.parametrize("layout", ["torch._mkldnn", "torch.sparse_coo", "nested"])
+def test_images_that_are_not_dense_are_refused(layout):
+    model, image = InsVPViT(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)), torch.ones(1, 3, 32, 32)
+    others = {
+        "torch._mkldnn": image.to_mkldnn,
+        "torch.sparse_coo": image.to_sparse,
+        "nested": lambda: torch.nested.nested_tensor([*image], layout=torch.strided),
+    }
+    for call in (model, model.forward_features, lambda image: model.block_outputs(image, [0])):
+        with pytest.raises(TypeError, match=f"image is {layout}: expected a dense tensor"):
+            call(others[layout]())
