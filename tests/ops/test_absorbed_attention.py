@@ -8,7 +8,7 @@ from insvp_fast import ops
 from insvp_fast.ops.attention import attention_reference
 from insvp_fast.ops.heads import split_packed
 from insvp_fast.runtime import native
-from insvp_fast.testing import assert_within_budget
+from insvp_fast.testing import assert_within_budget, relative_error
 from tests.gradients import DTYPES, copies, with_gradients
 from tests.ops.test_query_attention import bias_of, formula
 
@@ -49,12 +49,35 @@ def test_absorbed_attention(impl, dtype, affine, biased, B, S, T, num_keys):
         assert_within_budget(value, low, expected, dtype)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_absorbed_attention_of_a_scaled_layer(impl):
+    x, weight, bias, scale = torch.randn(2, 9, 16), torch.randn(72, 16), torch.randn(72), torch.randn(72)
+
+    def formula_of_all(x):
+        return attention_reference(scale.to(x) * F.linear(x, weight.to(x) / 4, bias.to(x)), 3, 2, 0.4)
+
+    layer = ops.FrozenLinear(weight / 4, bias, scale=scale)
+    exact = with_gradients(formula_of_all, [x.double().requires_grad_()])
+    found = with_gradients(lambda x: ops.absorbed_attention(x, 2, layer, 3, 0.4, impl=impl), [x.requires_grad_()])
+    for value, expected in zip(found, exact, strict=True):
+        assert relative_error(value, expected) < 1e-5
+
+
 def test_absorbed_attention_says_what_does_not_fit():
     x, layer = torch.randn(2, 5, 16), ops.FrozenLinear(torch.randn(72, 16))
     with pytest.raises(ValueError, match="num_queries=6"):
         ops.absorbed_attention(x, 6, layer, 3, 1.0)
     with pytest.raises(ValueError, match="D in 5 heads"):
         ops.absorbed_attention(x, 1, layer, 5, 1.0)
+    with pytest.raises(ValueError, match="48 outputs: expected"):
+        ops.absorbed_attention(x, 1, layer._replace(first=24), 2, 1.0)
+    for impl in IMPLS:
+        for keys in (torch.tensor([5]), torch.tensor([5, 6]), torch.tensor([5, 4], dtype=torch.int32)):
+            with pytest.raises(ValueError, match="num_keys"):
+                ops.absorbed_attention(x, 1, layer, 3, 1.0, num_keys=keys, impl=impl)
+    for scores in (torch.zeros(3, 1, 6), torch.zeros(2, 1, 5), torch.zeros(3, 1, 5, requires_grad=True)):
+        with pytest.raises(ValueError, match="bias"):
+            ops.absorbed_attention(x, 1, layer, 3, 1.0, bias=scores)
     with pytest.raises(ValueError, match="requires_grad=False"):
         ops.absorbed_attention(x, 1, ops.FrozenLinear(torch.randn(72, 16, requires_grad=True)), 3, 1.0)
     with pytest.raises(ValueError, match=r"impl='flash': expected one of \['auto', 'native', 'reference'\]"):

@@ -39,6 +39,7 @@ CASES = {
         lambda: ops.linear(X[..., :5], FrozenLinear(WEIGHT)),
         r"expected \[D_out, 5\]",
     ),
+    "linear: one row": (lambda: ops.linear(X[..., :1], FrozenLinear(X[0, 0])), r"expected \[D_out, 1\]"),
     "linear: bias": (lambda: ops.linear(X, FrozenLinear(WEIGHT, X[0, 0])), r"bias has shape \(24,\): expected \(48,\)"),
     "linear: gain": (
         lambda: ops.linear(X, FrozenLinear(WEIGHT, gain=WEIGHT[:, 0])),
@@ -57,7 +58,24 @@ CASES = {
         lambda: ops.gated_mlp(X, FrozenLinear(WEIGHT, scale=WEIGHT[:, 0]), None, FrozenLinear(WEIGHT.T)),
         "gate or value has a scale: expected none",
     ),
+    "gated_mlp: scale of the value": (
+        lambda: ops.gated_mlp(
+            X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT, scale=WEIGHT[:, 0]), FrozenLinear(WEIGHT.T)
+        ),
+        "gate or value has a scale: expected none",
+    ),
+    "gated_mlp: shift of the value": (
+        lambda: ops.gated_mlp(
+            X, FrozenLinear(WEIGHT, shift=X[0, 0]), FrozenLinear(WEIGHT, shift=X[0, 1]), FrozenLinear(WEIGHT.T)
+        ),
+        "gate and value have a gain or shift of their own",
+    ),
     "linear: range": (lambda: ops.linear(X, FrozenLinear(WEIGHT, first=9, last=5)), "outputs 9 to 5: expected a range"),
+    "linear: end of the range": (lambda: ops.linear(X, FrozenLinear(WEIGHT, last=49)), "outputs 0 to 49: expected"),
+    "project_q_kv: range": (
+        lambda: ops.project_q_kv(X, 1, FrozenLinear(torch.randn(3 * D, D), first=D)),
+        "48 outputs: expected",
+    ),
     "project_q_kv: outputs": (
         lambda: ops.project_q_kv(X, 1, FrozenLinear(WEIGHT)),
         r"48 outputs: expected",

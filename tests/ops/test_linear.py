@@ -162,9 +162,13 @@ def test_linear_gradcheck():
     assert torch.autograd.gradcheck(lambda x: ops.linear(x, FrozenLinear(weight)), [x])
 
 
-def test_linear_refuses_a_trained_weight():
+@pytest.mark.parametrize("trained", ["weight", "bias", "gain", "shift", "scale"])
+def test_linear_refuses_a_trained_weight(trained):
+    parts = {"weight": torch.randn(4, 3), "bias": torch.randn(4), "gain": torch.randn(3), "shift": torch.randn(3)}
+    parts["scale"] = torch.randn(4)
+    parts[trained].requires_grad_()
     with pytest.raises(ValueError, match="frozen weights"):
-        ops.linear(torch.randn(2, 3), FrozenLinear(torch.randn(4, 3, requires_grad=True)))
+        ops.linear(torch.randn(2, 3), FrozenLinear(**parts))
 
 
 def test_linear_opcheck():
@@ -172,6 +176,8 @@ def test_linear_opcheck():
     layer = weight, bias, torch.randn(6), torch.randn(6), torch.randn(4), 1, 3
     opcheck(torch.ops.insvp_fast.linear_fwd.default, (x, *layer, "auto"))
     opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), *layer, "auto"))
+    of_patches = weight.view(4, 3, 2, 1), bias, *layer[2:]
+    opcheck(torch.ops.insvp_fast.linear_bwd.default, (torch.randn(2, 5, 2), *of_patches, "auto"))
 
 
 @PROVIDERS

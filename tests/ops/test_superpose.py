@@ -179,6 +179,15 @@ def test_superpose_refuses(change, message):
         fast(**arguments)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_superpose_refuses_a_mask_of_another_dtype_or_image(impl):
+    (image, prompt, *weights), P = superpose_inputs(grad=False)
+    kept = torch.rand(image.shape) < 0.5
+    for wrong in (kept.to(image.dtype), kept.byte(), kept[:1], kept[:, :1]):
+        with pytest.raises(ValueError, match=r"kept is torch\..*: expected torch.bool \(2, 3, 8, 12\)"):
+            fast(image, prompt, *weights, P=P, kept=wrong, impl=impl)
+
+
 @pytest.mark.parametrize(("impl", "refused"), [("native", torch.float16), ("triton", torch.float64)])
 @pytest.mark.parametrize("which", ["image", "prompt", "weight", "result"])
 def test_a_named_superpose_says_what_it_computes_in(impl, refused, which, device):

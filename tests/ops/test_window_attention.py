@@ -84,6 +84,23 @@ def test_the_formula_and_its_gradient(shape, parts):
         assert torch.autograd.gradcheck(lambda t: ops.window_attention(t, *rest), [qkv])
 
 
+@pytest.mark.parametrize("added", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_bias_and_mask_of_other_dtypes(impl, added):
+    if impl == "native" and added == torch.float64:
+        pytest.skip("the native library has no double precision")
+    for dtype in DTYPES if impl != "native" else DTYPES[:2]:
+        qkv, heads, windows, bias, mask, scale = operands(2, 3, 3, 4, 2, 4, dtype)
+        for summands in ((bias.to(added), mask), (bias, mask.to(added)), (None, mask.to(added))):
+            rest = heads, windows, *summands, scale
+            exact = with_gradients(lambda t, rest=rest: loop(t, *rest), copies([qkv], torch.float64))
+            plain = with_gradients(lambda t, rest=rest: loop(t, *rest), [qkv])
+            found = with_gradients(lambda t, rest=rest: ops.window_attention(t, *rest, impl=impl), [qkv])
+            for value, rough, expected in zip(found, plain, exact, strict=True):
+                assert value.dtype == dtype
+                assert_within_budget(value, rough, expected, dtype)
+
+
 @pytest.mark.parametrize("grid", [(4, 4), (8, 4)])
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_timms_shifted_windows(impl, grid):
@@ -141,6 +158,7 @@ def test_window_attention_refuses_what_it_cannot_do():
         ({"windows": windows.repeat(2, 1)}, r"n\*w up to 15 tokens"),
         ({"bias": bias[:1]}, r"bias has shape \(1, 4, 4\): expected \(2, 4, 4\)"),
         ({"bias": bias.clone().requires_grad_()}, "for a frozen bias"),
+        ({"mask": mask.clone().requires_grad_()}, "for a frozen mask"),
         ({"mask": mask[:2]}, r"mask has shape \(2, 4, 4\): expected \(3, 4, 4\)"),
     ]:
         given = {"num_heads": heads, "windows": windows, "bias": bias, "mask": mask, "scale": scale} | change
