@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
+from insvp_fast.backbones import BlockOptions, vit_blocks
 from insvp_fast.methods import (
     CLASSES,
     MethodViT,
@@ -291,6 +292,18 @@ def test_a_method_of_ones_own():
     Mean.with_keys = True
     with pytest.raises(ValueError, match="block 0 have keys_values: expected Mean.gives_keys_values=True"):
         fast(image)
+
+
+def test_keys_and_values_beside_prompts_with_lengths_are_refused():
+    """They would stand behind the padding, which the lengths cut off."""
+    block = timm.create_model(NAME, **SIZE).blocks[0].requires_grad_(False)
+    residual, prompts = torch.randn(2, 5, SIZE["embed_dim"]), torch.randn(2, 3, SIZE["embed_dim"])
+    options = BlockOptions(torch.float32, True, "auto", "pre", (2, 2), None, torch.tensor([1, 3]))
+    assert vit_blocks.run_block(block, residual, None, prompts, options)[0].isfinite().all()
+    options = options._replace(keys_values=torch.randn(2, 4, 2 * SIZE["embed_dim"]))
+    for num_queries in (None, 1):
+        with pytest.raises(ValueError, match="prompts have lengths and keys_values: expected one of them"):
+            vit_blocks.run_block(block, residual, None, prompts, options, num_queries)
 
 
 def test_settings_that_are_not_known_are_not_saved(tmp_path):

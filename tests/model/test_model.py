@@ -599,6 +599,27 @@ def test_changed_backbone_weights_take_effect():
         assert relative_error(fast(image), reference(image)) < 5e-2 < relative_error(fast(image), before)
 
 
+@torch.no_grad()
+def test_tokens_and_positions_kept_for_one_setting_are_not_those_of_another():
+    """Neither of the switches that timm reads beside the weights, nor of another number of patches."""
+    reference, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(), pos_embed="none", **TINY)
+    for model in (reference.eval(), fast.eval()):
+        model.backbone.patch_embed.strict_img_size = False
+    for size in ((32, 32), (64, 32), (32, 32)):
+        image = images(fast, size=size)
+        assert relative_error(fast(image), reference(image)) < 1e-5
+    positions = torch.randn(1, 1, fast.backbone.embed_dim, device=DEVICE)  # one for all tokens
+    found = []
+    for model in (reference, fast):
+        model.backbone.pos_embed = torch.nn.Parameter(positions, requires_grad=False)
+    for without_class in (False, True, False):
+        for model in (reference, fast):
+            model.backbone.no_embed_class = without_class
+        found.append(fast(image))
+        assert relative_error(found[-1], reference(image)) < 1e-5
+    assert relative_error(found[0], found[1]) > 1e-3
+
+
 def test_deepcopy_is_independent():
     _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(**NO_DROPOUT), **TINY)
     twin, image = copy.deepcopy(fast), images(fast)
