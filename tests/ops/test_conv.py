@@ -139,14 +139,15 @@ def test_an_implementation_is_honored_or_refused(run):
         y.backward(torch.full_like(y, torch.inf))
 
 
+@pytest.mark.parametrize(("name", "run"), [("conv", run_conv), ("conv_pool", run_conv_pool)])
 @pytest.mark.parametrize("trained", ["x", "weight", "bias"])
-def test_sums_in_front_of_a_relu_are_exact_for_any_gradient(trained, monkeypatch):
-    module, rounded = importlib.import_module("insvp_fast.ops.conv"), []
+def test_sums_in_front_of_a_relu_or_a_maximum_are_exact_for_any_gradient(trained, name, run, monkeypatch):
+    module, rounded = importlib.import_module(f"insvp_fast.ops.{name}"), []
     call = module.call
     monkeypatch.setattr(module, "call", lambda name, *rest: rounded.append(rest[-1]) or call(name, *rest))
     named = zip(("x", "weight", "bias"), operands(), strict=True)
-    inputs = [t.detach().requires_grad_(name == trained) for name, t in named]
-    run_conv(*inputs, operands=torch.bfloat16)
+    inputs = [t.detach().requires_grad_(of == trained) for of, t in named]
+    run(*inputs, operands=torch.bfloat16)
     with torch.no_grad():
-        run_conv(*inputs, operands=torch.bfloat16)
+        run(*inputs, operands=torch.bfloat16)
     assert rounded == [None, torch.bfloat16]
