@@ -19,9 +19,9 @@ from benchmarks.models import make_model, without_dropout
 from insvp_fast import InsVPConfig, InsVPReference
 from insvp_fast.bench import models, report
 from insvp_fast.bench.floor import BlockProducts, needed_flops
-from insvp_fast.bench.jobs import forward_backward, training_step
+from insvp_fast.bench.jobs import forward_backward, inference, training_step
 from insvp_fast.bench.machine import machine_facts
-from insvp_fast.bench.tables import line
+from insvp_fast.bench.tables import format_products, line
 from insvp_fast.bench.timing import compare, median_and_spread, saved_mb_per_image
 from insvp_fast.checkpoints.released import to_ours
 from insvp_fast.commands import cli
@@ -51,6 +51,17 @@ def test_the_same_seed_gives_the_same_bits(provider):
     first = losses()
     assert losses() == first
     assert len(set(first)) == 3  # it does train
+
+
+@pytest.mark.parametrize("provider", ["bare", "insvp_fast"])
+def test_a_job_that_runs_again_adds_nothing_to_the_gradients_before(provider):
+    model = models.make_model(provider, "vit_tiny_patch16_224", without_dropout(InsVPConfig()), **TINY)
+    run = forward_backward(model, 2, None)
+    assert model.training == (provider != "bare")  # which trains nothing
+    first = {name: value.clone() for name, value in run().items()}
+    for name, value in run().items():
+        assert relative_error(value, first[name]) < 1e-5, name
+    assert inference(model, 2, None)()["logits"].is_inference() and not model.training
 
 
 def test_the_release_gives_the_gradients_of_the_reference():
@@ -263,6 +274,12 @@ def test_the_short_table_shows_latency_and_what_was_compared_with_the_floor(tmp_
         "products in fp32, batch 8, GFLOP/s: F.linear 202, native library 216",
     ]
     assert f"| {BASE}, inference | fp32 | 8 | InsVPViT | 2.00 | 1.00 | 1.23 |  |  |" in full
+
+
+def test_rates_of_products_are_the_lowest_and_the_highest_of_all_rows():
+    rates = ({"F.linear": 202e9, "native library": 7.6e9}, {"F.linear": 99e9}, {"F.linear": 1000e9, "tiles": 8.2e9})
+    text = format_products([saved_row("bare", products=products) for products in rates])
+    assert text == "products in fp32, batch 8, GFLOP/s: F.linear 99-1000, native library 8, tiles 8"
 
 
 def test_tables_want_markers_and_a_machine_to_show(tmp_path, pages):

@@ -250,6 +250,22 @@ def test_bf16_products_need_instructions(without, instructions, has_bf16):
     assert changed.HAS_PRODUCTS[torch.bfloat16] == hardware.has_products(torch.bfloat16) == has_bf16
 
 
+@pytest.mark.parametrize(
+    ("level", "instructions", "name"),
+    [
+        ("AVX2", ["avx512_bf16", "amx_tile"], "AVX2"),  # as ATEN_CPU_CAPABILITY has it
+        ("AVX512", [], "AVX512"),
+        ("AVX512", ["avx512_bf16"], "AVX512-BF16"),
+        ("AVX512", ["avx512_bf16", "amx_tile"], "AVX512-AMX"),
+    ],
+)
+def test_the_name_of_an_instruction_set_is_that_of_the_fastest_products(monkeypatch, level, instructions, name):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    assert hardware.instruction_set() == name
+    assert hardware.wide_vectors() == (level == "AVX512")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_gradient_of_a_softmax_without_pytorchs(dtype):
     scores = torch.randn(3, 4, 31, dtype=torch.float64)
