@@ -229,6 +229,15 @@ def test_a_changed_bias_is_seen(kind, name):
     assert relative_error(before, after) > 1e-4 or (kind, name) == ("BEiT", "k_bias")
 
 
+@pytest.mark.parametrize("name", ["cls_token", "dist_token", "pos_embed"])
+def test_a_changed_token_or_position_is_seen(name):
+    reference, fast, image = pair("distilled DeiT")
+    before = fast(image)
+    for model in (reference, fast):
+        getattr(model.backbone, name).data.add_(torch.linspace(-1, 1, 48, device=DEVICE))
+    assert relative_error(fast(image), reference(image)) < 1e-5 < relative_error(before, reference(image))
+
+
 def test_a_changed_patch_embedding_is_seen():
     """The fast path multiplies by a view of it, in which the channels come first."""
     reference, fast, image = pair("NaFlexVit")
