@@ -370,9 +370,9 @@ def timed(run: Callable[[int], object], flops: float = 0.0, nbytes: float = 0.0)
     return row
 
 
-def normal(*shape: int, dtype: torch.dtype = DTYPE, grad: bool = False) -> list[Tensor]:
+def normal(*shape: int, grad: bool = False) -> list[Tensor]:
     """``COPIES`` normally distributed tensors."""
-    return [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad) for _ in range(COPIES)]
+    return [torch.randn(shape, device=DEVICE).to(DTYPE).requires_grad_(grad) for _ in range(COPIES)]
 
 
 if __name__ == "__main__":

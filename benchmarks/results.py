@@ -179,7 +179,7 @@ def waterfall_table(rows: list[Row]) -> str:
         peak = f", peak {row['peak MB']:.0f} MB" if "peak MB" in row else ""
         errors = f"{row['error of logits']:.0e}, {row['error of gradients']:.0e}"
         cells = [row["technique"], job, f"{row['seconds']:.4f}", step, format_ratio(row)]
-        lines.append("| " + " | ".join([*cells, f"{row['saved MB per image']:.0f} MB{peak}", errors]) + " |")
+        lines.append(join_cells([*cells, f"{row['saved MB per image']:.0f} MB{peak}", errors]))
         before = row
     return "\n".join(lines)
 

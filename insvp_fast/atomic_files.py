@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 __all__ = ["recover", "replace_file", "replace_folder", "write_file"]
 
@@ -15,15 +15,11 @@ NEW, OLD = ".new", ".old"
 
 
 @contextmanager
-def replace_file(file: Path, mode: str = "wb", **options: str) -> Iterator[IO]:
-    """Open a temporary file that replaces ``file`` when the block ends; after an error ``file`` is unchanged.
-
-    Args:
-        mode, options: for ``open``.
-    """
+def replace_file(file: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces ``file`` when the block ends; after an error ``file`` is unchanged."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **options) as stream:  # type: ignore[call-overload]
+        with open(temporary, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast import coverage
-from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.coverage.rules import foreign
 from insvp_fast.coverage.snapshot import HOOKS
 from insvp_fast.model import STEPS, InsVPViT
@@ -54,8 +53,6 @@ class AdapterBank(PromptedViT):
     """
 
     def __init__(self, backbone: str | nn.Module, *, pretrained: bool = False, **backbone_kwargs: Any) -> None:
-        if isinstance(backbone, str):
-            backbone, pretrained, backbone_kwargs = create_backbone(backbone, pretrained, **backbone_kwargs), False, {}
         super().__init__(backbone, pretrained=pretrained, **backbone_kwargs)
         self._adapters: dict[str, InsVPViT] = {}
         self.requires_grad_(False).eval()

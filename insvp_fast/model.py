@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from insvp_fast import coverage, ops, prompters, reference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
-from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.config import InsVPConfig
 from insvp_fast.coverage import Covered
 from insvp_fast.coverage.rules import foreign
@@ -71,8 +70,6 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         cuda_graphs: bool = True,
         **backbone_kwargs: Any,
     ) -> None:
-        if isinstance(backbone, str):
-            backbone, pretrained, backbone_kwargs = create_backbone(backbone, pretrained, **backbone_kwargs), False, {}
         super().__init__(backbone, num_classes, config, pretrained=pretrained, **backbone_kwargs)
         for prompter in self._prompters():
             prompters.make_fast(prompter)
@@ -181,10 +178,8 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         if torch.compiler.is_compiling() or wanted == self._prompters_are_compiled:
             return
         for prompter in (self.global_prompter, self.specific_prompter):
-            if prompter is not None and wanted:
-                prompter.compile()
-            elif prompter is not None:
-                prompter.compile(disable=True)
+            if prompter is not None:
+                prompter.compile(disable=not wanted)
         self._prompters_are_compiled = wanted
 
     def _superpose(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

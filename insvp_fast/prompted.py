@@ -18,6 +18,7 @@ from insvp_fast.backbones import (
     family_of,
     only_operations,
 )
+from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.rules import foreign, full_name
 from insvp_fast.module_copies import with_tensors
@@ -44,6 +45,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
     How the backbone is computed is set by the attributes of ``BackboneSettings``, at any time.
     """
 
+    _create = staticmethod(create_backbone)
     replaced_methods = ("forward_features", "forward_head", "block_outputs", "apply_block")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,18 +67,14 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         return self.backbone, self.patch_size
 
     def _own_reason(self) -> str | None:
-        if family_of(self.backbone) is None:
+        if (family := family_of(self.backbone)) is None:
             return f"backbone is {full_name(type(self.backbone))}, which has no fast path"
-        return self._method_reason()
-
-    def _method_reason(self) -> str | None:
-        """Why the fast path of such a backbone does not take the method's prompts."""
         asked = {
             "reads_tokens": self.reads_tokens,
             "gives_keys_values": self.gives_keys_values,
             "carry_prompts": self._carries_prompts,
         }
-        supported: frozenset[str] = getattr(family_of(self.backbone), "SUPPORTS", frozenset())
+        supported: frozenset[str] = getattr(family, "SUPPORTS", frozenset())
         missing = next((name for name, needed in asked.items() if needed and name not in supported), None)
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
@@ -216,7 +214,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
     @property
     def _carries_prompts(self) -> bool:
         """Whether prompts run on from any block to the next."""
-        return self.carry_prompts and any(map(self._prompts_run_on, range(len(self.widths))))
+        return any(map(self._prompts_run_on, range(len(self.widths))))
 
     def _prompts_run_on(self, block: int) -> bool:
         """Whether the outputs of a block's prompts are the prompts of the next block."""

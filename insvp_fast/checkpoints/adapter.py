@@ -32,7 +32,7 @@ from insvp_fast.checkpoints.state_dict import assign, check_shapes, expected_sha
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
 
-__all__ = ["AdapterCheckpoint"]
+__all__ = ["AdapterCheckpoint", "adapter_part", "recorded_backbone"]
 
 
 class AdapterCheckpoint(
@@ -112,7 +112,7 @@ class AdapterCheckpoint(
             **self.description(),
         )
         _require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
-        weights = {key: value.detach().cpu().contiguous() for key, value in _adapter_part(self.state_dict()).items()}
+        weights = {key: value.detach().cpu().contiguous() for key, value in adapter_part(self.state_dict()).items()}
         save_directory.mkdir(parents=True, exist_ok=True)
         write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
         write_file(save_directory / ADAPTER_FILE, config.to_json())
@@ -163,9 +163,9 @@ class AdapterCheckpoint(
         weights_file = find_file(str(pretrained_model_name_or_path), WEIGHTS_FILE, hub)
         config, weights = AdapterConfig.read(config_file), read_adapter_weights(weights_file)
 
-        module = _recorded_backbone(config.backbone, backbone, pretrained, backbone_kwargs, config_file)
+        module = recorded_backbone(config.backbone, backbone, pretrained, backbone_kwargs, config_file)
         expected = expected_shapes(module, config.num_classes, config.insvp, config_file)
-        check_shapes(weights, _adapter_part(expected), weights_file)
+        check_shapes(weights, adapter_part(expected), weights_file)
         if not allow_backbone_mismatch:
             config.backbone.require_same_weights(module, config_file)
         model = cls(module, config.num_classes, config.insvp)
@@ -242,7 +242,7 @@ def _counterparts(module: nn.Module, other: nn.Module) -> Iterator[tuple[int, An
         yield from ((id(part), others[name]) for name, part in parts(module) if name in others)
 
 
-def _adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a mapping by state-dict keys holds outside the backbone."""
     return {key: value for key, value in values.items() if not key.startswith("backbone.")}
 
@@ -268,7 +268,7 @@ def _expected(value: object) -> str:
     return f"expected {value}, as the model's config makes it: with the weights, that is all that is saved"
 
 
-def _recorded_backbone(
+def recorded_backbone(
     record: BackboneRecord,
     backbone: str | nn.Module | None,
     pretrained: bool,
@@ -278,7 +278,7 @@ def _recorded_backbone(
     """The given backbone, or the recorded one; if it has to be built, with the recorded arguments, in that dtype."""
     given = record.name if backbone is None else backbone
     if given is None:
-        raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as backbone=")
+        raise CheckpointError(f"{where}: backbone.name is null, as it was a module: expected it as `backbone`")
     elsewhere = "; the adapter was trained with this backbone: if it is elsewhere, give backbone="
     remedy, defaults = elsewhere if backbone is None else "", record.arguments or {}
     return _take_or_create(given, pretrained, defaults, arguments, record.torch_dtype, where, remedy)

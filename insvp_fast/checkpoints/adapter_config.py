@@ -240,6 +240,9 @@ def check_description(config: Any) -> None:
     for name in names or ():
         if not isinstance(name, str):
             raise ValueError(f"class_names has {name!r}: expected text")
+    for name in ("input_size", "mean", "std"):
+        if config.preprocessing is not None and name not in images:
+            raise ValueError(f"preprocessing has no {name}: expected input_size, mean and std")
     for name, (is_valid, expected) in PREPROCESSING.items():
         if name in images and not is_valid(images[name]):
             raise ValueError(f"preprocessing.{name} is {images[name]!r}: expected {expected}")

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
-from insvp_fast.errors import CheckpointError
-from insvp_fast.json_files import read_json
 from insvp_fast.training.recipe import BUILTIN_BACKBONE
 from insvp_fast.training.run_folder import SLOW_LOADER, read_config, read_metrics, read_results
 
@@ -45,18 +43,22 @@ def adapter_warnings(adapter: Path, backbone: str = "") -> Iterator[str]:
         backbone: the name of its backbone, if the adapter does not record one.
 
     Raises:
-        TrainingError: if it is not an adapter folder.
+        CheckpointError: if it is not an adapter folder.
     """
-    description = read_json(adapter / ADAPTER_FILE, CheckpointError)
-    name = (description.get("backbone") or {}).get("name") or backbone.partition("@")[0]
-    config = description.get("insvp") or {}
-    yield from _statistics_warnings(name, description.get("preprocessing"))
-    if name.endswith("vit_base_patch16_224.augreg_in21k") and config.get("image_weights") == [2.0, 1.0]:
+    from insvp_fast.methods.checkpoint import read_config
+
+    adapter_config = read_config(adapter / ADAPTER_FILE)
+    name = adapter_config.backbone.name or backbone.partition("@")[0]
+    config = getattr(adapter_config, "insvp", None)
+    yield from _statistics_warnings(name, adapter_config.preprocessing)
+    if config is None:
+        return
+    if name.endswith("vit_base_patch16_224.augreg_in21k") and config.image_weights == (2.0, 1.0):
         yield (
             f"a released configuration around {name}: the authors' code uses that name, but the weights that it links"
             " are those of orig_in21k; with the others, accuracies differ"
         )
-    if config.get("specific_prompt") and _looks_untrained(adapter / WEIGHTS_FILE):
+    if config.specific_prompt and _looks_untrained(adapter / WEIGHTS_FILE):
         yield (
             "the specific prompter looks untrained: its weights are still distributed as at initialization; the"
             " authors' released code does not pass it to the optimizer"

@@ -120,8 +120,8 @@ def _print_facts(done: Any, format: str) -> None:
 
     facts, operations = done.facts, f"{done.operations} calls of this package's operations"
     print(f"format: {FORMATS[format].title}, {operations if done.operations else 'standard operators only'}")
-    names = "[batch, height, width, 3]" if facts.input[-1] == 3 else "[batch, channels, height, width]"
-    shape = [size or name for size, name in zip(facts.input, names[1:-1].split(", "), strict=True)]
+    names = ("batch", "height", "width", "3") if facts.input[-1] == 3 else ("batch", "channels", "height", "width")
+    shape = [size or name for size, name in zip(facts.input, names, strict=True)]
     print(f"images: {str(facts.dtype).removeprefix('torch.')} [{', '.join(map(str, shape))}]; inside: {facts.inside}")
     for parity in done.parity:
         print(f"parity: {parity}")

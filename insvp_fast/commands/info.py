@@ -50,7 +50,7 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     for name, result in results.items():
         score = score_name(result.get("metric"))
         words = "" if score == "accuracy" else f"{score} "
-        _print(name, f"{words}{result[f'test_{score}']:.2%} on {config.get('tested_on', 'test')}")
+        _print(name, f"{words}{result[f'test_{score}']:.2%} on test")
     for name, value in recipe.to_dict().items():
         if name not in ("recipe", "protocol", "data") and value is not None:
             _print(f"  {name}", value)
@@ -63,6 +63,10 @@ def _describe_run(folder: Path) -> dict[str, Any]:
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     config, sizes = read_json(folder / ADAPTER_FILE, CommandError), _count_parameters(folder / WEIGHTS_FILE)
+    kinds = {"class_names": list} | dict.fromkeys(("backbone", "options", "preprocessing", "insvp"), dict)
+    for name, kind in kinds.items():
+        if not isinstance(config.get(name), kind | None):
+            raise CommandError(f"{folder / ADAPTER_FILE}: {name} is {config[name]!r}: expected a {kind.__name__}")
     backbone, names = config.get("backbone") or {}, config.get("class_names")
     _print("adapter", f"{folder}, {(folder / WEIGHTS_FILE).stat().st_size / 2**20:.2f} MiB")
     if "method" in config:
@@ -159,4 +163,4 @@ def _join(values: Mapping[str, Any]) -> str:
 
 
 def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return ", ".join(map(str, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

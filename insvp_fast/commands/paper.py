@@ -68,10 +68,11 @@ def run(
     from insvp_fast.training.terminal import print_markdown
 
     _refuse(what, methods, rates, given)
-    study = STUDIES["table1" if what == "figure5" else "table5" if what == "figure7" else what]
+    table = "table1" if what == "figure5" else what
+    study = STUDIES["table5" if what == "figure7" else table]
     if methods:
         study = study._replace(rows=method_rows(tuple(methods)))
-    folder = Path(given.pop("output", Path("paper", "table1" if what == "figure5" else what)))
+    folder = Path(given.pop("output", Path("paper", table)))
     sets = _data_sets(study, recipe, given)
     launch, rates = shlex.split(launcher or ""), [given["lr"]] if "lr" in given else rates or RATES
 
@@ -90,7 +91,7 @@ def run(
     for data in sets:
         results[_name(data)] = compare(study.rows, protocol(data), folder / _name(data), jobs, launch)
     print()
-    print_markdown(report(what if what != "figure5" else "table1", study, results, protocol(sets[0]), folder))
+    print_markdown(report(table, study, results, protocol(sets[0]), folder))
     if what == "figure5":
         from insvp_fast.figures.comparison import plot_parameters
 

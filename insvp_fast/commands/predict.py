@@ -68,7 +68,7 @@ def run(
     skip_unreadable: bool,
     batch_size: int | None,
     workers: int | None,
-) -> int:
+) -> None:
     format = _check(format, output, shard)
     names = read_class_names(class_names)
 
@@ -98,7 +98,6 @@ def run(
         skipped = _write_rows(classify, images, Path(output), format, top_k, batch_size, settings, skip_unreadable)
     if skipped:
         print(f"insvp: skipped {skipped} of {len(images)} files", file=sys.stderr)
-    return 0
 
 
 def _sha256(names: list[str] | None) -> str:

@@ -84,7 +84,7 @@ def run(
     workers: int,
     max_wait_ms: float,
     threads: int | None,
-) -> int:
+) -> None:
     names = read_class_names(class_names)
     if len(runs) > 1 and (names or backbone):
         raise CommandError(f"--backbone or --class-names for {len(runs)} models: expected one RUN with them")
@@ -105,7 +105,6 @@ def run(
     app = create_app(classifiers, limits, max_batch, max_wait_ms / 1000, workers)
     print(f"insvp: serving {', '.join(classifiers)}", flush=True)
     uvicorn.run(app, host=host, port=port, access_log=False)
-    return 0
 
 
 def name_models(runs: Sequence[str]) -> dict[str, str]:

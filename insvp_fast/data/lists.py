@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -154,6 +155,9 @@ def class_indices(labels: Sequence[str], classes: Sequence[str], where: object) 
         DataError: naming the labels that are none of the classes.
     """
     index = {label: i for i, label in enumerate(classes)}
+    if len(index) < len(classes):
+        repeated = [name for name, count in Counter(classes).items() if count > 1]
+        raise DataError(f"{where}: found the class {abbreviated(repeated)} more than once: expected names of their own")
     unknown = sorted_labels(set(labels) - set(index))
     if unknown:
         known = f"the {len(index)} classes of train: {abbreviated(classes)}"

@@ -16,7 +16,7 @@ from insvp_fast.data.cache import cache_images
 from insvp_fast.data.images import Images, Part, files_of
 from insvp_fast.data.lists import abbreviated, class_indices
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
-from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source
+from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source, tested_split
 from insvp_fast.data.splits import describe, divide, stratified_split, three_way_split
 from insvp_fast.data.transforms import Transform, describe_augmentation, repeatable_steps, steps_of, transform_for
 from insvp_fast.errors import DataError
@@ -133,7 +133,7 @@ def load_test_data(
         DataError: if an image has another class, or the data cannot be read.
     """
     splits, names = read_test_source(source, class_names, seed or 0, root)
-    split = next(split for split in ("test", "val", "train") if split in splits)
+    split = tested_split(splits)
     images = splits[split]
     classes = images.classes
     if names != list(class_names):
@@ -222,7 +222,6 @@ def _in_three(
 
 def _require(count: int, source: str, images: Images, class_names: Sequence[str]) -> None:
     """Check that there are enough images to be divided, of every class where each has one."""
-    problem = None
     if isinstance(images.classes, Tensor):  # divided at random
         problem = f"it has {len(images)} images: expected at least {count}" if len(images) < count else None
     else:

@@ -18,7 +18,7 @@ from insvp_fast.data.tables import Listed
 from insvp_fast.data.timm_formats import read_timm_format
 from insvp_fast.errors import DataError
 
-__all__ = ["SETS_IN_WORDS", "read_source", "read_test_source"]
+__all__ = ["SETS_IN_WORDS", "read_source", "read_test_source", "tested_split"]
 
 SETS_IN_WORDS = ", ".join(HTA) + " and the 19 tasks vtab/NAME"
 
@@ -63,7 +63,7 @@ def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, roo
     lists, folders = _locate(path)
     if lists:
         return _read_lists(lists, root, class_names)
-    split = _tested(folders)
+    split = tested_split(folders)
     images = images_of_classes(read_class_folders(folders[split]), class_names, folders[split])
     return Splits({split: images}, list(class_names))
 
@@ -78,7 +78,7 @@ def _locate(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     return {}, folders or {"train": path}
 
 
-def _tested(splits: Container[str]) -> str:
+def tested_split(splits: Container[str]) -> str:
     """The split that a model is tested on."""
     return next(split for split in ("test", "val", "train") if split in splits)
 
@@ -100,7 +100,7 @@ def _read_lists(files: dict[str, Path], root: str | None, class_names: Sequence[
     lists = read_lists(files, root)
     splits, classes = lists.splits, class_names
     if classes is not None:
-        splits = {split: splits[split] for split in (_tested(splits),)}
+        splits = {split: splits[split] for split in (tested_split(splits),)}
     elif "train" in splits:
         classes = lists.classes or sorted_labels(label for image in splits["train"][1] for label in image.labels)
     else:

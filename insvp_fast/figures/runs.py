@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def plot_curves(records: Sequence[dict[str, Any]], file: Path, metric: str = "ac
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):
             for key, (split, line) in curves.items():
-                for model, color in zip(models, _cycle(len(models)), strict=True):
+                for model, color in zip(models, cycle(COLORS), strict=False):
                     own = [record for record in records if record["model"] == model]
                     _draw_curve(axes, own, key, color=color, linestyle=line, label=f"{model}, {split}")
             axes.set(xlabel="epoch", title=title)
@@ -64,10 +65,6 @@ def _draw_curve(axes: Axes, records: Sequence[dict[str, Any]], key: str, **style
         axes.axhline(points[0][1], **style)
     elif points:
         axes.plot(*zip(*points, strict=True), marker="o", **style)
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
 
 
 def plot_confusion(confusion: Tensor, class_names: Sequence[str], file: Path) -> None:

@@ -66,5 +66,5 @@ def drawing(file: str | Path, width: float, height: float) -> Iterator[Figure]:
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        with replace_file(file, "wb") as stream:
+        with replace_file(file) as stream:
             figure.savefig(stream, format=file.suffix[1:] or "png")

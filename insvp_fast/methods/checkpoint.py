@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
+from insvp_fast.checkpoints.adapter import recorded_backbone
 from insvp_fast.checkpoints.adapter_config import (
+    AdapterConfig,
     BackboneRecord,
     Described,
     check_description,
     check_fields,
     with_later_fields,
 )
-from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.checkpoints.files import find_file, read_safetensors
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.state_dict import assign, check_shapes
@@ -72,6 +73,15 @@ class MethodConfig:
             return cls(**values | {"backbone": BackboneRecord.read(values["backbone"], file)})
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_config(file: Path) -> AdapterConfig | MethodConfig:
+    """What the adapter_config.json of any method says.
+
+    Raises:
+        CheckpointError: naming the key, if it is not of an adapter.
+    """
+    return (MethodConfig if "method" in read_json(file, CheckpointError) else AdapterConfig).read(file)
 
 
 class MethodCheckpoint(Described, nn.Module):
@@ -159,9 +169,7 @@ class MethodCheckpoint(Described, nn.Module):
         if not issubclass(make, cls.KIND):
             raise CheckpointError(f"{file}: {config.method} is not for a {cls.__name__}: expected load_model")
         replaces_all = getattr(make, "trains_all", False)
-        module: Any = backbone
-        if not isinstance(backbone, nn.Module):
-            module = _build(config.backbone, backbone, not replaces_all, file)
+        module: Any = recorded_backbone(config.backbone, backbone, not replaces_all, {}, file)
         if not replaces_all or backbone is not None:
             config.backbone.require_same_weights(module, file)
         dtype = _dtype_when_saved(config.backbone, weights) if issubclass(make, Tuning) else config.backbone.torch_dtype
@@ -190,11 +198,3 @@ def _dtype_when_saved(record: BackboneRecord, weights: Mapping[str, Tensor]) -> 
     dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
     found = dtypes.pop() if len(dtypes) == 1 else record.torch_dtype
     return found if found.itemsize < record.torch_dtype.itemsize else record.torch_dtype
-
-
-def _build(record: BackboneRecord, name: str | None, pretrained: bool, where: object) -> nn.Module:
-    """The backbone of that name, else the recorded one."""
-    name = name or record.name
-    if name is None:
-        raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as backbone=")
-    return create_backbone(name, pretrained, **record.arguments or {}).to(record.torch_dtype)

@@ -11,9 +11,7 @@ from torch import nn
 
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE
-from insvp_fast.errors import CheckpointError
-from insvp_fast.json_files import read_json
-from insvp_fast.methods.checkpoint import MethodConfig
+from insvp_fast.methods.checkpoint import MethodConfig, read_config
 from insvp_fast.methods.model import MethodViT
 from insvp_fast.methods.table import CLASSES
 from insvp_fast.methods.tuned import TunedViT
@@ -68,13 +66,8 @@ def load_model(
         CheckpointError: if the files are not of an adapter, or the backbone is another one.
     """
     file = find_file(str(folder), ADAPTER_FILE, {"local_files_only": local_files_only})
-    cls: Any = InsVPViT
-    content = read_json(file, CheckpointError)
-    record = content.get("backbone")
-    if backbone is None and isinstance(record, dict) and record.get("name", "") is None:
-        raise CheckpointError(f"{folder} does not say where its backbone is from: expected it as `backbone`")
-    if "method" in content:
-        cls = _model_of(MethodConfig.read(file).method)
+    config = read_config(file)
+    cls: Any = _model_of(config.method) if isinstance(config, MethodConfig) else InsVPViT
     return cls.from_pretrained(folder, backbone, local_files_only=local_files_only)
 
 

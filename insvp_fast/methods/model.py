@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast import coverage
+from insvp_fast.checkpoints.adapter import adapter_part
 from insvp_fast.checkpoints.adapter_config import BackboneRecord
-from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
 from insvp_fast.methods.dam_vp import DAMVP
 from insvp_fast.prompted import PromptedViT
@@ -57,8 +57,6 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
         gelu_in_8_bits: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
-        if isinstance(backbone, str):
-            backbone, pretrained, backbone_kwargs = create_backbone(backbone, pretrained, **backbone_kwargs), False, {}
         super().__init__(backbone, num_classes, method=method, pretrained=pretrained, **backbone_kwargs)
         if isinstance(self.method, DAMVP):
             self.method.attach(PromptedViT(self.backbone, method=PromptMethod))
@@ -90,7 +88,7 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
         return ImagePrompt(None, None, None if prompted is image else prompted - image, prompted)
 
     def _adapter(self) -> dict[str, Tensor]:
-        return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
+        return adapter_part(self.state_dict())
 
     def _backbone_record(self) -> BackboneRecord:
         return BackboneRecord.of(self.backbone)

@@ -42,6 +42,7 @@ class PromptedReference(nn.Module):
     gives_keys_values = PromptMethod.gives_keys_values
     carry_prompts = PromptMethod.carry_prompts
     prompted_blocks: tuple[int, ...]
+    _create = staticmethod(create_model)  # of a backbone given by name
 
     @leaves_backbone
     def __init__(
@@ -56,7 +57,7 @@ class PromptedReference(nn.Module):
         super().__init__()
         module: Any = backbone
         if isinstance(backbone, str):
-            module = create_model(backbone, pretrained=pretrained, **backbone_kwargs)
+            module = self._create(backbone, pretrained=pretrained, **backbone_kwargs)
         elif pretrained or backbone_kwargs:
             raise ValueError(
                 f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"

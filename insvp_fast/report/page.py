@@ -167,7 +167,7 @@ def _settings(recipe: Recipe) -> list[tuple[str, str, bool]]:
 def _facts(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """What config.json records besides the settings, by title; runs of older versions record less."""
     titles = {
-        "Data": ("images", "protocol", "multi_label", "selected_on", "tested_on", "working_folder", "command"),
+        "Data": ("images", "protocol", "multi_label", "selected_on", "working_folder", "command"),
         "Images": ("preprocessing", "augmentation"),
         "Prompts": ("insvp",),
         "Versions": ("versions", "device", "processes"),

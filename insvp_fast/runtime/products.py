@@ -139,7 +139,7 @@ def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [.
         return _unflat(native.linear(_flat(x), *w.operands(how, dtype, "forward"), w.out_features), x)
     if how == "onednn" and x.numel():
         matrix, constant = w.operands(how, dtype, "forward")
-        return _by_rows(_onednn, x, matrix, constant)
+        return _by_rows(torch_private.packed_linear, x, matrix, constant)
     return _by_rows(F.linear, x, *w.plain(dtype, "forward"))
 
 
@@ -152,7 +152,7 @@ def linear_bwd(grad: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., n] -
         return _unflat(native.linear(_flat(grad), w.operands(how, dtype, "backward")[0], None, w.in_features), grad)
     if how == "onednn" and grad.numel():
         matrix, _ = w.operands(how, dtype, "backward")
-        return _by_rows(_onednn, grad, matrix, None)
+        return _by_rows(torch_private.packed_linear, grad, matrix, None)
     matrix, _ = w.plain(dtype, "backward")
     return _by_rows(F.linear, grad, matrix.T, None)
 
@@ -276,7 +276,7 @@ def _gives_products(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dt
 
 
 def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    return _onednn(x, _pack(weight), None)
+    return torch_private.packed_linear(x, _pack(weight), None)
 
 
 def _native_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -285,7 +285,3 @@ def _native_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _pack(matrix: Tensor) -> Tensor:
     return torch_private.pack_linear(matrix.contiguous())
-
-
-def _onednn(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch_private.packed_linear(x, packed, bias)

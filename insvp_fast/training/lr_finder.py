@@ -69,18 +69,18 @@ class RangeTest(NamedTuple):
             axes.legend()
 
 
-def range_test(trainer: Trainer, lowest: float = LOWEST, highest: float = HIGHEST, steps: int = STEPS) -> RangeTest:
+def range_test(trainer: Trainer, highest: float = HIGHEST, steps: int = STEPS) -> RangeTest:
     """Train for some steps while the learning rate rises exponentially, till the loss diverges.
 
     Everything but the rate is as in training. Afterwards the trainer is what it was, to the bit.
 
     Args:
-        lowest, highest: rates as in the recipe, before they are scaled with the images per step.
+        highest: the last rate, as in the recipe, before it is scaled with the images per step.
     """
     before, lr_of = copy.deepcopy(trainer.state()), trainer.lr_of
     scale = scale_lr(1.0, trainer.recipe, trainer.accelerator.num_processes)
     first = trainer.epoch * trainer.steps_per_epoch + trainer.batch // trainer.recipe.accumulate
-    rates = np.geomspace(lowest, highest, steps).tolist()
+    rates = np.geomspace(LOWEST, highest, steps).tolist()
     trainer.lr_of = lambda step: scale * rates[step - first]  # type: ignore[method-assign]
     losses: list[float] = []
     smoothed: list[float] = []

@@ -71,11 +71,6 @@ def setting(
         group: one of ``GROUPS``, under which the help shows it.
         metavar: stands for the value in the help.
         brief: what the short help says, in a line; None for a setting that it leaves out.
-
-    Raises:
-        ValueError: if there is no such group.
     """
-    if group not in GROUPS:
-        raise ValueError(f"group={group!r}: expected one of {', '.join(GROUPS)}")
     facts = {"group": group, "help": help, "limits": limits, "metavar": metavar, "brief": brief}
     return dataclasses.field(default=default, metadata=facts)

@@ -65,7 +65,6 @@ class Trainer:
         }
         self.steps_per_epoch = -(-len(self.train_loader) // recipe.accumulate)
         self.num_classes, self.multi_label = len(data.class_names), data.multi_label
-        recipe.check_labels(data.multi_label)
         self.metric = recipe.metric_for(data.multi_label)
         weights = None
         if recipe.class_weights == "auto":
@@ -138,8 +137,7 @@ class Trainer:
         own = {"random": get_rng_states(self.accelerator.device), "losses": [loss.cpu() for loss in self.losses]}
         weights = {key: p.detach() for key, p in self.trained.items()}
         weights |= {f"ema.{key}": value for key, value in self.average.weights().items()}
-        # the spelling of "optimiser" is part of the file format
-        tensors = {"optimiser": self.optimizer.state_dict(), "processes": gather_object([own])}
+        tensors = {"optimizer": self.optimizer.state_dict(), "processes": gather_object([own])}
         scaler = self.accelerator.scaler
         facts = {
             "epoch": self.epoch,
@@ -171,7 +169,7 @@ class Trainer:
             )
         copy_weights(self.trained.values(), [weights[key] for key in self.trained])
         self.average.load({key.removeprefix("ema."): value for key, value in weights.items() if key.startswith("ema.")})
-        self.optimizer.load_state_dict(tensors["optimiser"])
+        self.optimizer.load_state_dict(tensors["optimizer"])
         if accelerator.scaler and facts["scaler"]:
             accelerator.scaler.load_state_dict(facts["scaler"])
         self.epoch, self.batch, self.best = facts["epoch"], facts["batch"], facts["best"]

@@ -107,7 +107,7 @@ def launch_config(D: int) -> dict[str, int]:
     Products and sums are rounded apart: a mean of rounded products subtracted from products that are not would leave
     what was rounded, times 1/σ.
     """
-    if not 1 <= D <= 16384:
+    if not covers(D):
         raise ValueError(f"norm_insert: the width must be 1 to 16384, got {D}")
     BLOCK_D = triton.next_power_of_2(D)
     rows, warps = max(1, min(8, 2048 // BLOCK_D)), max(1, BLOCK_D // 2048)

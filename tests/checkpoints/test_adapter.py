@@ -54,7 +54,8 @@ NAME = "vit_tiny_patch16_224"
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 SMALL = InsVPConfig(prompt_length=2, specific_kernels=(3, 3, 3))
 CLASSES = ["cat", "dog", "œuf"]
-PREPROCESSING = {"mean": (0.5, 0.5, 0.5), "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
+SIZE_AND_MEAN = {"input_size": [3, 32, 32], "mean": (0.5, 0.5, 0.5)}
+PREPROCESSING = SIZE_AND_MEAN | {"std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -262,7 +263,7 @@ def test_a_backbone_that_timm_did_not_make_must_be_given(tmp_path):
     model = Reference(copy.deepcopy(backbone), 3, SMALL).eval()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(Reference.from_pretrained(tmp_path, backbone)), logits(model))
-    with pytest.raises(CheckpointError, match=r"backbone.name is null: expected the backbone itself"):
+    with pytest.raises(CheckpointError, match=r"backbone.name is null, as it was a module: expected it"):
         Reference.from_pretrained(tmp_path)
     assert "not made by timm" in (tmp_path / FILES[0]).read_text()
 
@@ -421,12 +422,18 @@ WRONG_DESCRIPTIONS = {
     "no names": (lambda v: v.update(class_names=[1, 2, 3]), "class_names has 1: expected text"),
     "no size of a tensor": (lambda v: v["insvp"].update(prompt_length=2**62), "invalid|overflow"),
     "no such images": (
-        lambda v: v.update(preprocessing={"mean": "gray"}),
+        lambda v: v["preprocessing"].update(mean="gray"),
         r"preprocessing\.mean is 'gray': expected a num",
     ),
     "a mean of two": (
-        lambda v: v.update(preprocessing={"mean": [0.5, 0.5]}),
+        lambda v: v["preprocessing"].update(mean=[0.5, 0.5]),
         r"preprocessing\.mean is \[0\.5, 0\.5\]: expected one number, or 3",
+    ),
+    "no mean": (lambda v: v["preprocessing"].pop("mean"), "preprocessing has no mean: expected input_size, mean and"),
+    "nothing about images": (lambda v: v.update(preprocessing={}), "preprocessing has no input_size"),
+    "a mean beyond floats": (
+        lambda v: v["preprocessing"].update(mean=[10**400] * 3),
+        r"preprocessing\.mean is \[1000",
     ),
     "a file to read": (
         lambda v: v["backbone"]["arguments"].update(checkpoint_path="/etc/passwd"),
@@ -462,7 +469,7 @@ def places(values: Any, place: tuple = ()) -> Iterator[tuple]:
         yield from places(value, (*place, key))
 
 
-HOSTILE = [None, -1, 10**18, 10**30, math.nan, "x", [], ["x", 3], {"x": 1}]
+HOSTILE = [None, -1, 10**18, 10**30, 10**400, math.nan, "x", [], ["x", 3], {"x": 1}]
 
 
 @pytest.mark.filterwarnings("ignore:.*the position embeddings, resampled:UserWarning")
@@ -473,7 +480,7 @@ def test_no_value_of_a_description_is_a_traceback(method, tmp_path):
     own = copy.deepcopy(backbone)
     make = InsVPViT(own, 3, SMALL) if method == "insvp" else create_method_model(method, own, 3)
     make.trained_on = {"data": "x", "split_seed": 0, "splits": "in words", "undivided_sha256": None}
-    make.save_pretrained(tmp_path, CLASSES, PREPROCESSING | {"input_size": (3, 32, 32), "crop_mode": "center"})
+    make.save_pretrained(tmp_path, CLASSES, PREPROCESSING | {"crop_mode": "center"})
     original = json.loads((tmp_path / FILES[1]).read_text())
     refused = Counter()
     for *outer, last in places(original):
@@ -485,7 +492,7 @@ def test_no_value_of_a_description_is_a_traceback(method, tmp_path):
             (tmp_path / FILES[1]).write_text(json.dumps(values))
             try:
                 model = load_model(tmp_path, None if "backbone" in outer else copy.deepcopy(backbone))
-                if model.preprocessing and (last, value) not in itertools.product((0, 1, 2), (10**18, 10**30)):
+                if model.preprocessing and (last, value) not in itertools.product((0, 1, 2), (10**18, 10**30, 10**400)):
                     transform_for(model.preprocessing)(Image.new("RGB", (40, 50)))
                 refused[False] += 1
             except InsVPError:

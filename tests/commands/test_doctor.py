@@ -98,6 +98,19 @@ def test_doctor_warns_of_statistics_that_are_not_the_weights_own(run, tmp_path, 
     )
 
 
+@pytest.mark.parametrize("command", [["info"], ["doctor", "--adapter"]], ids=["info", "doctor"])
+def test_no_value_of_an_adapter_is_a_traceback(command, run, tmp_path, capsys):
+    adapter, refused = rewritten(run, tmp_path / "adapter"), 0
+    original = json.loads((adapter / "adapter_config.json").read_text())
+    for key in original:
+        for value in (None, 5, "x", [1], [], {"name": 5, "mean": 5}, {}):
+            (adapter / "adapter_config.json").write_text(json.dumps(original | {key: value}))
+            failed = cli.main([*command, str(adapter)])
+            assert (f"{adapter / 'adapter_config.json'}: " in capsys.readouterr().err) == bool(failed)
+            refused += failed
+    assert refused
+
+
 def test_doctor_warns_of_augreg_weights_around_a_released_adapter(run, tmp_path):
     released = InsVPConfig.released().to_dict()
     for tag, warned in (("augreg_in21k", True), ("orig_in21k", False)):

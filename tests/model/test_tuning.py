@@ -236,7 +236,9 @@ def test_an_adapter_of_any_method_comes_back(name, tmp_path):
     if name == "e2vpt":
         model.method.token_mask[0, 0] = 0
     fitted(model).save_pretrained(
-        tmp_path, class_names=list("abcdef"), preprocessing={"mean": [0.5] * 3, "std": (1, 1, 2)}
+        tmp_path,
+        class_names=list("abcdef"),
+        preprocessing={"input_size": [3, 48, 32], "mean": [0.5] * 3, "std": (1, 1, 2)},
     )
     buffers = {"dam_vp": {"method.centers"}, "e2vpt": {"method.token_mask", "method.segment_mask"}}.get(name, set())
     saved = load_file(tmp_path / "adapter_model.safetensors")

@@ -23,7 +23,7 @@ def weighted_sum(to: Tensor, a: Tensor, w_a: float, b: Tensor | None, w_b: float
             terms += None, 0, 0, 0.0
             continue
         require_kind(name, x, *TYPE_CODES)
-        if x.shape[1:] != to.shape[1:] or (len(x) != len(to) and (len(x) != 1 or x is to)):
+        if x.shape[1:] != to.shape[1:] or len(x) not in (1, len(to)):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {tuple(to.shape)}, or 1 image")
         if len(x) and not x[0].is_contiguous():
             raise ValueError(f"{name} has strides {x.stride()}: expected images that are contiguous")
