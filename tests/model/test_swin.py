@@ -113,7 +113,7 @@ def test_general_path(variant):
     [
         {"prompt_length": 0},
         {"prompted_blocks": (1, 2)},
-        {"prompted_blocks": (3,)},
+        {"prompted_blocks": (1, 3)},  # of one stage alone, a gradient of the prompter would be 0
         {"common_prompt": False},
         {"specific_prompt": False},
         {"specific_input": "prompted"},
