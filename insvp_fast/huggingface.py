@@ -48,8 +48,17 @@ class InsVPForImageClassification(nn.Module):
         """Images [B, C, H, W] to logits [B, num_classes], and with labels also to their mean cross-entropy.
 
         Args:
-            labels: classes [B]; of a model for several labels per image, 0 or 1 for each, [B, num_classes].
+            labels: classes [B]; of a model for several labels per image (``model.multi_label``), 0 or 1 for each,
+                [B, num_classes].
+
+        Raises:
+            ValueError: for labels of floating-point numbers, or for one class, if the model is not for several labels.
         """
+        if labels is not None and not self.model.multi_label:
+            if labels.is_floating_point():
+                raise ValueError(f"labels are {labels.dtype}: expected integers, or multi_label = True on the InsVPViT")
+            if self.model.num_classes == 1:  # its softmax is 1, whatever the image
+                raise ValueError("the model has one class: expected two or more, or multi_label = True on the InsVPViT")
         logits, loss = self.model(pixel_values), None
         if labels is not None and self.model.multi_label:
             loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

@@ -104,6 +104,10 @@ def test_the_loss_of_transformers_is_that_of_the_labels():
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([[1, 0, 1], [0, 0, 1]])
     logits = model.model(images)
     torch.testing.assert_close(model(images, labels.argmax(1)).loss, F.cross_entropy(logits, labels.argmax(1)))
+    with pytest.raises(ValueError, match="labels are torch.float32: expected integers, or multi_label = True"):
+        model(images, labels.float())
+    with pytest.raises(ValueError, match="the model has one class: expected two or more"):
+        module.InsVPForImageClassification(InsVPViT("vit_shapes_32", 1))(images, labels[:, 1])
     model.model.multi_label = True
     expected = F.binary_cross_entropy_with_logits(logits, labels.float())
     torch.testing.assert_close(model(images, labels).loss, expected)

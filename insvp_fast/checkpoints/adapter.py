@@ -32,7 +32,7 @@ from insvp_fast.checkpoints.state_dict import assign, check_shapes, expected_sha
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
 
-__all__ = ["AdapterCheckpoint", "adapter_part", "recorded_backbone"]
+__all__ = ["AdapterCheckpoint", "adapter_part", "recorded_backbone", "require_described"]
 
 
 class AdapterCheckpoint(
@@ -111,7 +111,7 @@ class AdapterCheckpoint(
             backbone=BackboneRecord.of(self.backbone),
             **self.description(),
         )
-        _require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
+        require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
         weights = {key: value.detach().cpu().contiguous() for key, value in adapter_part(self.state_dict()).items()}
         save_directory.mkdir(parents=True, exist_ok=True)
         write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
@@ -247,9 +247,9 @@ def adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("backbone.")}
 
 
-def _require_described(model: nn.Module, described: nn.Module) -> None:
-    """Raise ValueError for a module or public attribute beside backbone and head that is not as in the other model."""
-    found, expected = (_beside_backbone_and_head(each) for each in (model, described))
+def require_described(model: nn.Module, described: nn.Module) -> None:
+    """Raise ValueError for a module, public attribute or shape beside the backbone that the other model has not."""
+    found, expected = (_beside_backbone(each) for each in (model, described))
     for name in [*expected, *(name for name in found if name not in expected)]:
         own, other = found.get(name), expected.get(name)
         classes = [None if part is None else type(part).__name__ for part in (own, other)]
@@ -258,10 +258,14 @@ def _require_described(model: nn.Module, described: nn.Module) -> None:
         for key, value in vars(other).items():
             if not key.startswith("_") and key != "training" and vars(own).get(key) != value:
                 raise ValueError(f"{name and f'{name}.'}{key} is {vars(own).get(key)}: {_expected(value)}")
+    shapes, wanted = ({k: tuple(t.shape) for k, t in adapter_part(m.state_dict()).items()} for m in (model, described))
+    for key in [*wanted, *shapes]:
+        if shapes.get(key) != wanted.get(key):
+            raise ValueError(f"{key} has the shape {shapes.get(key)}: {_expected(wanted.get(key))}")
 
 
-def _beside_backbone_and_head(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: part for n, part in model.named_modules() if n.partition(".")[0] not in ("backbone", "head")}
+def _beside_backbone(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: part for n, part in model.named_modules() if n.partition(".")[0] != "backbone"}
 
 
 def _expected(value: object) -> str:
@@ -278,7 +282,7 @@ def recorded_backbone(
     """The given backbone, or the recorded one; if it has to be built, with the recorded arguments, in that dtype."""
     given = record.name if backbone is None else backbone
     if given is None:
-        raise CheckpointError(f"{where}: backbone.name is null, as it was a module: expected it as `backbone`")
+        raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as `backbone`")
     elsewhere = "; the adapter was trained with this backbone: if it is elsewhere, give backbone="
     remedy, defaults = elsewhere if backbone is None else "", record.arguments or {}
     return _take_or_create(given, pretrained, defaults, arguments, record.torch_dtype, where, remedy)

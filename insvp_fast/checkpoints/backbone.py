@@ -83,6 +83,7 @@ def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:
     backbone.load_state_dict(load((ASSETS / f"{name}.safetensors").read_bytes()))  # fp16 in the file
     if wanted:
         backbone.set_input_size((wanted, wanted) if isinstance(wanted, int) else tuple(wanted))
+    backbone._model_args = arguments  # where timm keeps those of its own builders, and get_model_args finds them
     size = facts["architecture"]["img_size"]
     cfg = {"architecture": name, "input_size": (3, size, size), "crop_pct": 1.0}
     backbone.pretrained_cfg = cfg | {"mean": facts["mean"], "std": facts["std"]}

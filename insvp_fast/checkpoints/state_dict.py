@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import CheckpointError
-from insvp_fast.reference import InsVPReference, split_common_prompts, structure_of
+from insvp_fast.reference import InsVPReference, split_common_prompts, structure_of, take_head
+from insvp_fast.reference.heads import reset_classifier
 
 __all__ = [
     "Resized",
@@ -25,6 +26,7 @@ __all__ = [
     "backbone_sha256",
     "check_shapes",
     "expected_shapes",
+    "head_of",
     "head_prefixes",
     "other_state_dicts",
     "read_adapter_weights",
@@ -131,16 +133,28 @@ def skeleton(backbone: nn.Module, num_classes: int, config: InsVPConfig, where: 
         TypeError: if the backbone is of a class that cannot be prompted, or has more than one head.
     """
     structure_of(backbone)
+    try:
+        return InsVPReference(_on_meta(backbone), num_classes, config)
+    except (RuntimeError, ValueError) as error:  # torch's, of sizes that no tensor has
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def head_of(backbone: nn.Module, num_classes: int) -> nn.Module:
+    """The head that a backbone would get for so many classes, on the meta device."""
+    module = _on_meta(backbone)
+    reset_classifier(module, num_classes)
+    return take_head(module)
+
+
+def _on_meta(backbone: nn.Module) -> nn.Module:
+    """A copy without values and hooks."""
     weights: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in backbone.parameters()
     }
     weights |= {id(b): b.to("meta") for b in backbone.buffers()}
     for module in backbone.modules():  # no hooks, which may hold what cannot be copied
         weights |= {id(value): type(value)() for name, value in vars(module).items() if name.endswith("_hooks")}
-    try:
-        return InsVPReference(copy.deepcopy(backbone, weights), num_classes, config)
-    except (RuntimeError, ValueError) as error:  # torch's, of sizes that no tensor has
-        raise CheckpointError(f"{where}: {error}") from error
+    return copy.deepcopy(backbone, weights)
 
 
 def check_shapes(

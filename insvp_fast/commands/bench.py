@@ -56,7 +56,9 @@ def check_model(name: str, **backbone_kwargs: Any) -> None:
     from insvp_fast.bench.floor import require_known
 
     if not timm.is_model(name):
-        raise CommandError(f"--model is {name}: expected a VisionTransformer or SwinTransformer of timm")
+        raise CommandError(
+            f"--model is {name}: timm has no such model: expected a VisionTransformer or SwinTransformer"
+        )
     try:
         with torch.device("meta"):
             require_known(timm.create_model(name, **backbone_kwargs))

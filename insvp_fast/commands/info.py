@@ -108,6 +108,9 @@ def _describe_backbone(name: str) -> dict[str, Any]:
     try:
         structure = structure_of(backbone)
         patch_size, widths = structure.patch_size(backbone), structure.widths(backbone)
+        config = InsVPConfig() if widths else InsVPConfig(common_prompt=False, specific_prompt=False)
+        with warnings.catch_warnings(action="ignore"):  # of the general path, which is told below
+            model = InsVPViT(backbone.to("meta"), 0, config)
     except (TypeError, ValueError) as error:
         raise CommandError(f"{name}: {error}") from error
     _print("backbone", f"{name}, a {type(backbone).__name__}")
@@ -120,9 +123,6 @@ def _describe_backbone(name: str) -> dict[str, Any]:
     _print("preprocessing", _join(preprocessing) + " (timm's for these weights)")
     parameters = sum(p.numel() for p in backbone.parameters())
     _print("parameters", f"{parameters:,} frozen")
-    with warnings.catch_warnings(action="ignore"):  # of the general path, which is told below
-        config = InsVPConfig() if widths else InsVPConfig(common_prompt=False, specific_prompt=False)
-        model = InsVPViT(backbone.to("meta"), 0, config)
     reason = unsupported_reason(model)
     _print("runs", f"through the general path: {reason}" if reason else "through the fast path")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -124,7 +124,7 @@ def require_class_folders(root: Path) -> None:
     names, expected = _folders_in(root), "expected train, val and test, or one folder of images per class"
     if len(names) < 2:
         raise DataError(f"{root}: found {listing(root)}: {expected}")
-    loose = sorted(entry.name for entry in root.iterdir() if entry.name.lower().endswith(SUFFIXES))
+    loose = sorted(x.name for x in root.iterdir() if x.name.lower().endswith(SUFFIXES) and not x.is_dir())
     if loose:
         raise DataError(f"{root}: found {loose[0]} beside the folders {abbreviated(names)}: {expected}")
     inner = [_folders_in(root / name) for name in names]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.checkpoints.adapter import recorded_backbone
+from insvp_fast.checkpoints.adapter import recorded_backbone, require_described
 from insvp_fast.checkpoints.adapter_config import (
     AdapterConfig,
     BackboneRecord,
@@ -26,7 +26,7 @@ from insvp_fast.checkpoints.adapter_config import (
 )
 from insvp_fast.checkpoints.files import find_file, read_safetensors
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
-from insvp_fast.checkpoints.state_dict import assign, check_shapes
+from insvp_fast.checkpoints.state_dict import assign, check_shapes, head_of
 from insvp_fast.errors import CheckpointError
 from insvp_fast.json_files import read_json
 from insvp_fast.methods.table import CLASSES
@@ -93,6 +93,7 @@ class MethodCheckpoint(Described, nn.Module):
     KIND: ClassVar[type[nn.Module]]  # of which its methods are
 
     backbone: Any
+    head: Any
     method: Any
     num_classes: int
     _options: dict[str, Any] | None
@@ -118,7 +119,7 @@ class MethodCheckpoint(Described, nn.Module):
 
         Raises:
             ValueError: if the method is not one of ``METHODS``, or its settings are not JSON, or not known because it
-                was made by another function, or if there is not one class name for each class.
+                was made by another function, if there is not one class name for each class, or for a head of one's own.
         """
         self.class_names = self.class_names if class_names is None else list(class_names)
         self.preprocessing = self.preprocessing if preprocessing is None else dict(preprocessing)
@@ -140,6 +141,9 @@ class MethodCheckpoint(Described, nn.Module):
             raise ValueError(
                 f"the settings of {names[0]}, or how images are prepared, are not JSON: {error}"
             ) from error
+        head = head_of(self.backbone, self.num_classes)
+        head = self.method.make_head(head) if isinstance(self.method, Tuning) else head
+        require_described(nn.ModuleDict({"head": self.head}), nn.ModuleDict({"head": head}))
         weights = {key: value.detach().cpu().contiguous() for key, value in self._adapter().items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_file(Path(folder, WEIGHTS_FILE), safetensors.torch.save(weights, metadata={"format": "pt"}))

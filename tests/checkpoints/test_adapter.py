@@ -219,6 +219,45 @@ def test_refuses_to_lose_modules(change, tmp_path):
         model.save_pretrained(tmp_path / "adapter")
 
 
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.weight, dim=-1).T
+
+
+@pytest.mark.parametrize("method", ["insvp", "vpt_deep", "lora", "full", "mlp_3"])
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (Cosine(48, 3), "head.* is Cosine: expected"),
+        (nn.Sequential(nn.Dropout(), nn.Linear(48, 3)), "head.* is (Sequential|Dropout): expected Linear"),
+        (nn.Linear(48, 3, bias=False), "head.bias has the shape None|head is Linear: expected Sequential"),
+        (nn.Linear(48, 5), "head.out_features is 5|head is Linear: expected Sequential"),
+    ],
+    ids=["cosine", "dropout", "no bias", "five"],
+)
+def test_refuses_a_head_that_would_not_come_back(method, head, message, tmp_path):
+    model = make_model(InsVPViT) if method == "insvp" else create_method_model(method, make_backbone(), 3)
+    model.save_pretrained(tmp_path)
+    before = [(tmp_path / name).read_bytes() for name in FILES[1:]]
+    model.head = head
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in FILES[1:]] == before
+
+
+@pytest.mark.parametrize("method", ["insvp", "vpt_deep", "lora"])
+@pytest.mark.parametrize("arguments", [{"num_heads": 6}, {"act_layer": "silu"}, {"dynamic_img_size": True}], ids=str)
+def test_the_arguments_of_the_shipped_backbone_come_back(method, arguments, tmp_path):
+    if method == "insvp":
+        model = InsVPViT("vit_shapes_32", 3, pretrained=True, **arguments)
+    else:
+        model = create_method_model(method, "vit_shapes_32", 3, pretrained=True, backbone_kwargs=arguments)
+    model.eval().save_pretrained(tmp_path)
+    image = torch.randn(2, 3, 48, 64) if "dynamic_img_size" in arguments else images()
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path).eval()(image), model(image))
+
+
 def test_the_description_says_what_to_build(folder):
     values = json.loads((folder / FILES[1]).read_text())
     backbone = values["backbone"]
@@ -263,7 +302,7 @@ def test_a_backbone_that_timm_did_not_make_must_be_given(tmp_path):
     model = Reference(copy.deepcopy(backbone), 3, SMALL).eval()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(Reference.from_pretrained(tmp_path, backbone)), logits(model))
-    with pytest.raises(CheckpointError, match=r"backbone.name is null, as it was a module: expected it"):
+    with pytest.raises(CheckpointError, match=r"backbone.name is null: expected the backbone itself"):
         Reference.from_pretrained(tmp_path)
     assert "not made by timm" in (tmp_path / FILES[0]).read_text()
 

@@ -102,7 +102,7 @@ def test_every_command_takes_what_it_asks_for(command, images, bare, tmp_path, m
     config = json.loads(file.read_text())
     config["backbone"]["name"] = None
     file.write_text(json.dumps(config))
-    assert "expected it as --backbone" in refusal(capsys, command, bare, *more)
+    assert "expected the backbone itself, as --backbone" in refusal(capsys, command, bare, *more)
     named = ["--backbone", "vit_shapes_32"]
     assert "expected --class-names" in refusal(capsys, command, bare, *more, *named)
     (tmp_path / "names.txt").write_text("\n".join(CLASSES))
@@ -144,7 +144,7 @@ def test_a_backbone_without_a_name_is_asked_for(run, images, bare, capsys):
     config = json.loads(file.read_text())
     config["backbone"]["name"] = None
     file.write_text(json.dumps(config | {"class_names": CLASSES}))
-    assert "expected it as --backbone" in refusal(capsys, "predict", bare, images)
+    assert "expected the backbone itself, as --backbone" in refusal(capsys, "predict", bare, images)
     given = printed(capsys, "predict", bare, images, "--backbone", "vit_shapes_32")
     assert given == printed(capsys, "predict", run, images)
 

@@ -84,6 +84,7 @@ def test_val_without_test_is_tested_on_and_selects_nothing(tmp_path):
         ({"images": 2}, "found images: expected train, val and test, or one folder"),
         ({"elk": 2, "owl": 0}, "found no image in the class folder owl"),
         ({"": 1, "elk": 2, "owl": 2}, "found 0.png beside the folders elk, owl: expected"),
+        ({"elk.jpg": 2, "owl": 0}, "found no image in the class folder owl"),
         ({"a/elk": 2, "a/owl": 2, "b/elk": 2, "b/owl": 2}, "found elk, owl in each of a, b: expected"),
         ({"val/elk": 2, "test/elk": 2}, "found test, val: expected a folder train as well"),
         ({"train/elk": 2, "val/elk": 2, "valid/elk": 2}, "found val and valid: expected one folder for val"),

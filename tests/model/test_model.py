@@ -435,6 +435,15 @@ def test_an_8_bit_image_is_normalized(path, simam):
     assert relative_error(fast.forward_features(pixels), fast.forward_features((pixels / 255 - mean) / std)) < 1e-5
 
 
+def test_8_bit_images_need_statistics_of_their_channels():
+    _, fast = make_pair("vit_tiny_patch16_224", in_chans=4, **TINY)
+    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"mean is \(.*\): expected one number, or 4, in `preprocessing`"):
+        fast(pixels)
+    fast.preprocessing = {"mean": [0.5], "std": [0.5] * 4}
+    assert relative_error(fast.eval()(pixels), fast((pixels / 255 - 0.5) / 0.5)) < 1e-5
+
+
 def test_a_default_device_does_not_matter():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
     image, expected = images(fast), None
