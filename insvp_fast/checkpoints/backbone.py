@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import load, save_file
 from timm import create_model, get_pretrained_cfg, is_model
-from timm.models import get_model_args
+from timm.models import adapt_input_conv, get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -80,12 +80,14 @@ def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:
     """A backbone of the package: ``vit_shapes_32``, 32x32 pixels, D = 192, pretrained on drawn shapes and textures."""
     facts, wanted = json.loads((ASSETS / f"{name}.json").read_text()), arguments.pop("img_size", None)
     backbone = VisionTransformer(**facts["architecture"] | arguments)
-    backbone.load_state_dict(load((ASSETS / f"{name}.safetensors").read_bytes()))  # fp16 in the file
+    state, channels = load((ASSETS / f"{name}.safetensors").read_bytes()), arguments.get("in_chans", 3)
+    pixels = "patch_embed.proj.weight"
+    backbone.load_state_dict(state | {pixels: adapt_input_conv(channels, state[pixels])})  # fp16 in the file
     if wanted:
         backbone.set_input_size((wanted, wanted) if isinstance(wanted, int) else tuple(wanted))
     backbone._model_args = arguments  # where timm keeps those of its own builders, and get_model_args finds them
     size = facts["architecture"]["img_size"]
-    cfg = {"architecture": name, "input_size": (3, size, size), "crop_pct": 1.0}
+    cfg = {"architecture": name, "input_size": (channels, size, size), "crop_pct": 1.0}
     backbone.pretrained_cfg = cfg | {"mean": facts["mean"], "std": facts["std"]}
     return backbone
 

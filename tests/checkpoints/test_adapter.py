@@ -246,14 +246,19 @@ def test_refuses_a_head_that_would_not_come_back(method, head, message, tmp_path
 
 
 @pytest.mark.parametrize("method", ["insvp", "vpt_deep", "lora"])
-@pytest.mark.parametrize("arguments", [{"num_heads": 6}, {"act_layer": "silu"}, {"dynamic_img_size": True}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_heads": 6}, {"act_layer": "silu"}, {"dynamic_img_size": True}, {"in_chans": 1}, {"in_chans": 5}],
+    ids=str,
+)
 def test_the_arguments_of_the_shipped_backbone_come_back(method, arguments, tmp_path):
     if method == "insvp":
         model = InsVPViT("vit_shapes_32", 3, pretrained=True, **arguments)
     else:
         model = create_method_model(method, "vit_shapes_32", 3, pretrained=True, backbone_kwargs=arguments)
     model.eval().save_pretrained(tmp_path)
-    image = torch.randn(2, 3, 48, 64) if "dynamic_img_size" in arguments else images()
+    size = (48, 64) if "dynamic_img_size" in arguments else (32, 32)
+    image = torch.randn(2, arguments.get("in_chans", 3), *size)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path).eval()(image), model(image))
 
