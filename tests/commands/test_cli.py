@@ -356,11 +356,11 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
         (["recipes", "--released"], "--released is given without the NAME of a recipe"),
         (
             ["bench", "--model", "nonsense"],
-            "--model is nonsense: expected a VisionTransformer or SwinTransformer of timm",
+            "--model is nonsense: timm has no such model: expected a VisionTransformer or SwinTransformer",
         ),
         (
             ["bench", "--model", "vit_shapes_32"],
-            "--model is vit_shapes_32: expected a VisionTransformer or SwinTransform",
+            "--model is vit_shapes_32: timm has no such model: expected a VisionTransform",
         ),
         (["bench", "--model", "resnet18"], "SwinTransformer of timm, found ResNet"),
         (

@@ -34,6 +34,7 @@ ALLOWED = {
     "_make": "the same",
     "_replace": "the same",
     "_field_defaults": "the same",
+    "_model_args": "timm's, of what its builders make: its get_model_args reads it",
     "_pos_embed": "timm's, part of every ViT that is understood",
     "_forward_embeds": "timm's, of NaFlexVit: the only way to the tokens before its blocks",
     "_apply_learned_pos_embed": "timm's, of NaFlexVit: its position embedding for a grid of patches",
