@@ -389,10 +389,10 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         """See ``reference.pixel_scale``; kept, but in traces, modes and transforms, which make tensors of their own."""
         facts: Any = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
         key = device, tuple(facts["mean"]), tuple(facts["std"])
-        for name, values in zip(("mean", "std"), key[1:], strict=True):
-            if len(values) not in (1, self.in_channels):
-                raise ValueError(f"{name} is {values}: expected one number, or {self.in_channels}, in `preprocessing`")
         if (scale := self._pixel_scales.get(key)) is None:
+            for name in ("mean", "std"):
+                if len(facts[name]) not in (1, C := self.in_channels):
+                    raise ValueError(f"{name} is {tuple(facts[name])}: expected one number, or {C}, in `preprocessing`")
             with torch.inference_mode(False):  # backward may keep them
                 scale = reference.pixel_scale(*key[1:], device)
             if not (torch.compiler.is_compiling() or torch_private.dispatch_modes() or torch_private.transforming()):

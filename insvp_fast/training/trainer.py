@@ -137,7 +137,8 @@ class Trainer:
         own = {"random": get_rng_states(self.accelerator.device), "losses": [loss.cpu() for loss in self.losses]}
         weights = {key: p.detach() for key, p in self.trained.items()}
         weights |= {f"ema.{key}": value for key, value in self.average.weights().items()}
-        tensors = {"optimizer": self.optimizer.state_dict(), "processes": gather_object([own])}
+        # the spelling of "optimiser" is part of the file format
+        tensors = {"optimiser": self.optimizer.state_dict(), "processes": gather_object([own])}
         scaler = self.accelerator.scaler
         facts = {
             "epoch": self.epoch,
@@ -169,7 +170,7 @@ class Trainer:
             )
         copy_weights(self.trained.values(), [weights[key] for key in self.trained])
         self.average.load({key.removeprefix("ema."): value for key, value in weights.items() if key.startswith("ema.")})
-        self.optimizer.load_state_dict(tensors["optimizer"])
+        self.optimizer.load_state_dict(tensors["optimiser"])
         if accelerator.scaler and facts["scaler"]:
             accelerator.scaler.load_state_dict(facts["scaler"])
         self.epoch, self.batch, self.best = facts["epoch"], facts["batch"], facts["best"]
