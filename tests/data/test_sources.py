@@ -247,6 +247,16 @@ def test_tar_files_have_class_names(tmp_path):
     (tmp_path / "indices" / "classes.txt").write_text("red\ngreen\n")
     with pytest.raises(DataError, match="train: found the class 2: expected some of the 2 classes of train: red"):
         load_data(f"wds/{tmp_path / 'indices'}", SMALL, 0)
+    (tmp_path / "indices" / "classes.txt").write_text("red\ngreen\nred\n")
+    with pytest.raises(DataError, match="train: found the class red more than once: expected names of their own"):
+        load_data(f"wds/{tmp_path / 'indices'}", SMALL, 0)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("path,elk,elk\n0.png,1,0\n1.png,0,1\n2.png,1,1\n3.png,1,1\n")
+    write_images(tmp_path, [f"{i}.png" for i in range(4)])
+    with pytest.raises(DataError, match="found the class elk more than once"):
+        load_data(str(tmp_path), SMALL, 0)
 
 
 def test_webdataset_reads_what_is_made(tmp_path):
