@@ -57,7 +57,8 @@ def create_backbone(
         pretrained: False for random weights, without looking for any; the shipped backbone always has its own.
         checkpoint: a file whose weights are used instead: .safetensors, the .safetensors.index.json of several, .npz,
             or of ``torch.save``, in timm's names or others' (``weights_report`` says whose, and what was left out).
-        arguments: for ``timm.create_model``; ``img_size`` resamples the position embeddings.
+        arguments: for ``timm.create_model``; ``img_size`` resamples the position embeddings, and ``in_chans`` repeats
+            or sums the channels of the first convolution.
 
     Raises:
         CheckpointError: if there is no such model, or its weights cannot be found, read or loaded.
@@ -124,7 +125,7 @@ def hub_id(backbone: nn.Module) -> str | None:
 
 
 def weights_report(backbone: nn.Module) -> str | None:
-    """In which format ``create_backbone`` found the weights in a file, and what it left out or resampled.
+    """In which format ``create_backbone`` found the weights in a file, and what it left out or adapted.
 
     None if timm loaded them itself.
     """

@@ -39,7 +39,7 @@ LEFT_OUT = {
     "text tower": r"params/(txt/.*|t|b)",
     "optimizer": r"opt/state/.*",
 }
-RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # timm makes them fit
+ADAPTED = ("pos_embed", "patch_embed.proj.weight")  # timm makes them fit
 
 
 def convert(file: Path, backbone: nn.Module) -> tuple[dict[str, Tensor], Counter[str], Resized]:
@@ -47,7 +47,7 @@ def convert(file: Path, backbone: nn.Module) -> tuple[dict[str, Tensor], Counter
 
     Returns:
         The state dict, without a head if it is not of the module's size; what was left out, in how many arrays; and the
-        tensors that were resampled, with their shapes in the file and in the model.
+        tensors that were adapted, with their shapes in the file and in the model.
 
     Raises:
         CheckpointError: if the file is none of these, or not of this architecture.
@@ -74,7 +74,7 @@ def convert(file: Path, backbone: nn.Module) -> tuple[dict[str, Tensor], Counter
     for key, value in state.items():
         if value.is_floating_point() and value.isnan().any():
             raise CheckpointError(f"{file}: not weights of this model: {key} is missing, or not a number")
-    shapes = _resampled_shapes(used, state)
+    shapes = _adapted_shapes(used, state)
     _require_all_used(used, state, file)
     return state, Counter({what: len(arrays) for what, arrays in besides.items()}), shapes
 
@@ -99,7 +99,7 @@ def _sort(arrays: dict[str, np.ndarray], file: Path) -> tuple[dict[str, np.ndarr
     return used, besides
 
 
-def _resampled_shapes(used: dict[str, np.ndarray], state: dict[str, Tensor]) -> Resized:
+def _adapted_shapes(used: dict[str, np.ndarray], state: dict[str, Tensor]) -> Resized:
     """The position and patch embeddings whose shapes in the file and in the model differ."""
     shapes = {"patch_embed.proj.weight": np.moveaxis(used["embedding/kernel"], (-1, -2), (0, 1)).shape}
     shapes["pos_embed"] = next(value.shape for key, value in used.items() if key.endswith("pos_embedding"))
@@ -110,6 +110,6 @@ def _resampled_shapes(used: dict[str, np.ndarray], state: dict[str, Tensor]) -> 
 def _require_all_used(used: dict[str, np.ndarray], state: dict[str, Tensor], file: Path) -> None:
     """Raise if the file holds more, or fewer, numbers than the model got of it: blocks, or a width, that it has not."""
     given = sum(a.size for key, a in used.items() if not key.endswith("pos_embedding") and key != "embedding/kernel")
-    taken = sum(value.numel() for key, value in state.items() if not key.endswith(RESAMPLED))
+    taken = sum(value.numel() for key, value in state.items() if not key.endswith(ADAPTED))
     if given != taken:
         raise CheckpointError(f"{file}: not weights of this model: found {given:,} numbers: expected {taken:,}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from insvp_fast.checkpoints import huggingface, jax_weights
@@ -46,13 +47,14 @@ class WeightsReport:
     Attributes:
         format: whose names the tensors had.
         left_out: what the file held besides, and in how many tensors.
-        resampled: the tensors of another size, with their shapes in the file and in the model.
+        adapted: the tensors of another size, with their shapes in the file and in the model: embeddings of positions
+            and patches were resampled, the channels of the first convolution repeated or summed.
         missing_head: whether the model has a head, and the file none that fits it.
     """
 
     format: str
     left_out: Counter[str] = field(default_factory=Counter)
-    resampled: Resized = field(default_factory=dict)
+    adapted: Resized = field(default_factory=dict)
     missing_head: bool = False
 
     def __str__(self) -> str:
@@ -60,7 +62,7 @@ class WeightsReport:
         if self.left_out:
             counted = (f"{what} ({n} tensor{'s' * (n > 1)})" for what, n in sorted(self.left_out.items()))
             parts.append("left out: " + ", ".join(counted))
-        parts += [f"{key} resampled from {old} to {new}" for key, (old, new) in self.resampled.items()]
+        parts += [f"{key} adapted from {old} to {new}" for key, (old, new) in self.adapted.items()]
         if self.missing_head:
             parts.append("no head that fits: the model's keeps its random values")
         return "; ".join(parts)
@@ -143,8 +145,8 @@ def read_backbone_weights(file: Path, backbone: nn.Module) -> tuple[dict[str, Te
         CheckpointError: if the file cannot be read, is of no known format, or is not of this architecture.
     """
     if file.suffix == ".npz":
-        state, left_out, resampled = jax_weights.convert(file, backbone)
-        report = WeightsReport("JAX", left_out, resampled)
+        state, left_out, adapted = jax_weights.convert(file, backbone)
+        report = WeightsReport("JAX", left_out, adapted)
     else:
         content = read_weights(file)
         try:
@@ -168,7 +170,7 @@ def _convert(content: Any, backbone: nn.Module, where: object) -> tuple[dict[str
     state = _leave_out(state, known, report, later=LATER)
     converted = _timm_conversion(state, backbone, where)
     report.left_out.update("mask token" for key in state.keys() - converted.keys() if _part(key) == "mask token")
-    report.resampled = _resampled(state, converted)
+    report.adapted = _adapt_channels(converted, backbone) | _resampled(state, converted)
     fit = {
         key: value for key, value in converted.items() if key in known or not key.startswith(head_prefixes(backbone))
     }
@@ -209,6 +211,18 @@ def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Res
         old, new = pairs["pos_embed"]
         pairs["pos_embed"] = (old[0], old[1] - 1, *old[2:]), new
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def _adapt_channels(tensors: dict[str, Tensor], backbone: nn.Module) -> Resized:
+    """Make the first convolution of RGB images one of the module's channels, as timm does, and say what changed."""
+    first = (getattr(backbone, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    own, changed = backbone.state_dict(), {}
+    for key in [f"{name}.weight" for name in ([first] if isinstance(first, str) else first)]:
+        weight, channels = tensors.get(key), own[key].shape[1]
+        if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 != channels:
+            tensors[key] = adapt_input_conv(channels, weight)
+            changed[key] = tuple(weight.shape), tuple(tensors[key].shape)
+    return changed
 
 
 def _timm_conversion(tensors: dict[str, Tensor], backbone: nn.Module, where: object) -> dict[str, Tensor]:

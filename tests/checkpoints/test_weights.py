@@ -351,28 +351,50 @@ def test_an_npz_file_gives_the_outputs_of_its_model(kind, tmp_path):
     assert re.search(report, weights_report(backbone))
 
 
+PIXELS = "patch_embed.proj.weight adapted from (32, 3, 16, 16) to"
+ADAPTED = [
+    ({"img_size": 64}, "pos_embed adapted from (1, 5, 32) to (1, 17, 32)"),
+    ({"img_size": 32, "in_chans": 1}, f"{PIXELS} (32, 1, 16, 16)"),
+    ({"img_size": 32, "in_chans": 2}, f"{PIXELS} (32, 2, 16, 16)"),
+    ({"img_size": 32, "in_chans": 5}, f"{PIXELS} (32, 5, 16, 16)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "report"), ADAPTED)
 @pytest.mark.parametrize("kind", ["npz", "timm", "HF"])
-def test_another_image_size_is_resampled_as_timm_does_and_said(kind, tmp_path):
+def test_other_sizes_and_channels_are_adapted_as_timm_does_and_said(kind, arguments, report, tmp_path):
     model, place = model_of(), tmp_path / ("weights.npz" if kind == "npz" else "weights.safetensors")
     if kind == "npz":
         np.savez(place, **jax(model))
     else:
         safetensors.torch.save_file(hf_vit(model) if kind == "HF" else model.state_dict(), place)
-    backbone = create_backbone(f"{VIT}@{place}", **SMALL, img_size=64)
+    backbone = create_backbone(f"{VIT}@{place}", **SMALL, **arguments)
     if kind != "npz":
         safetensors.torch.save_file(model.state_dict(), place)
-    expected = create_model(VIT, **SMALL, img_size=64, pretrained=True, pretrained_cfg_overlay=overlay(place))
+    expected = create_model(VIT, **SMALL, **arguments, pretrained=True, pretrained_cfg_overlay=overlay(place))
     assert torch.equal(backbone.pos_embed, expected.pos_embed)
     assert backbone_sha256(backbone, torch.float32) == backbone_sha256(expected, torch.float32)
-    assert "pos_embed resampled from (1, 5, 32) to (1, 17, 32)" in weights_report(backbone)
+    assert report in weights_report(backbone)
+
+
+def test_channels_of_files_are_those_of_rgb_images_or_the_models(tmp_path):
+    """Others are not guessed."""
+    model, place = model_of(in_chans=4), tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(model.state_dict(), place)
+    backbone = create_backbone(f"{VIT}@{place}", **SMALL, img_size=32, in_chans=4)
+    assert backbone_sha256(backbone, torch.float32) == backbone_sha256(model, torch.float32)
+    with pytest.raises(
+        CheckpointError, match=r"patch_embed.proj.weight has shape \(32, 4, 16, 16\): expected \(32, 3, "
+    ):
+        create_backbone(f"{VIT}@{place}", **SMALL, img_size=32)
 
 
 def test_resampling_is_told_from_the_position_of_the_class_token(tmp_path):
     source, arguments = f"{DINOV2}@{tmp_path / 'weights.pth'}", SMALL | {"num_classes": 0}
     torch.save(dinov2(model_of(DINOV2, img_size=28)), tmp_path / "weights.pth")
-    assert "resampled" not in weights_report(create_backbone(source, **arguments, img_size=28))
+    assert "adapted" not in weights_report(create_backbone(source, **arguments, img_size=28))
     report = weights_report(create_backbone(source, **arguments, img_size=56))
-    assert "pos_embed resampled from (1, 4, 32) to (1, 16, 32)" in report
+    assert "pos_embed adapted from (1, 4, 32) to (1, 16, 32)" in report
 
 
 def overlay(place) -> dict:
