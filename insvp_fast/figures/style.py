@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 
 from insvp_fast.atomic_files import replace_file
 
@@ -19,6 +20,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 HIGHLIGHT = COLORS[1]
 MARKERS = ("o", "^", "s")  # with the colors, they tell 21 classes apart
 SEQUENTIAL = "viridis"
+# for the characters that matplotlib's own font lacks, such as Chinese names of classes, where one is installed
+FALLBACKS = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "Arial Unicode MS")
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -63,7 +66,8 @@ def drawing(file: str | Path, width: float, height: float) -> Iterator[Figure]:
         file: its name ends in ``.png``, ``.pdf`` or ``.svg``.
     """
     file = Path(file)
-    with rc_context(STYLE):
+    fonts = ["sans-serif", *(name for name in FALLBACKS if name in get_font_names())]
+    with rc_context(STYLE | {"font.family": fonts}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with replace_file(file) as stream:

@@ -122,7 +122,8 @@ class RunLogger:
 
     def _say_protocol(self, preprocessing: dict[str, Any], data: Data, images: dict[str, int], metric: str) -> None:
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
-        self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {len(data.class_names)} classes")
+        classes = f"{len(data.class_names)} classes" + data.multi_label * ", several labels per image"
+        self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {classes}")
         self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
         best = "the best epoch" + (f" by {WORDS[metric].strip()}" if metric in WORDS else "")

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.errors import DataError
+from insvp_fast.figures import style
 from insvp_fast.figures.comparison import plot_parameters, plot_sensitivity
 from insvp_fast.figures.embedding import choose_images, collect_vectors, plot_tsne
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
@@ -163,3 +164,14 @@ def test_names_of_every_kind_can_be_drawn(tmp_path):
     assert [drawable(name) for name in names] == [names[0][:39] + "…", r"a\nb\x01", r"\udcff", "é ☃"]
     plot_confusion(torch.eye(4), names, tmp_path / "a.svg")
     ElementTree.parse(tmp_path / "a.svg")
+
+
+@pytest.mark.filterwarnings("error")
+def test_characters_come_from_other_fonts_that_are_installed(tmp_path, monkeypatch, caplog):
+    """matplotlib's DejaVu Sans has no watch, its STIX has one."""
+    with pytest.raises(UserWarning, match="Glyph 8986 .* missing"), drawing(tmp_path / "a.png", 2, 2) as figure:
+        figure.suptitle("\N{WATCH}")
+    monkeypatch.setattr(style, "FALLBACKS", ("a font that nobody has", "STIXGeneral"))
+    with drawing(tmp_path / "b.png", 2, 2) as figure:
+        figure.suptitle("\N{WATCH}")
+    assert not caplog.records  # nor a word about the font that is not there
