@@ -152,6 +152,7 @@ class Recipe:
         one_of("auto", "random", "probe"),
     )
     weight_decay: float = _training(1e-2, "weight decay of AdamW", NOT_NEGATIVE, brief="weight decay of AdamW")
+    clip_grad: float | None = _training(None, "limit of the norm of a step's gradients (default: none)", POSITIVE)
     warmup: float = _training(0.1, "fraction of all steps in which the learning rate rises", BELOW_ONE)
     mixup: float = _training(0.0, "alpha of mixup; 0 switches it off", NOT_NEGATIVE)
     cutmix: float = _training(0.0, "alpha of CutMix; 0 switches it off", NOT_NEGATIVE)

@@ -244,6 +244,8 @@ class Trainer:
     def _step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_of(step)
+        if self.recipe.clip_grad:
+            self.accelerator.clip_grad_norm_(list(self.trained.values()), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(step + 1)

@@ -128,6 +128,7 @@ EVERYTHING = Recipe(
     lr=0.1,
     lr_scale="sqrt",
     weight_decay=0.3,
+    clip_grad=1.5,
     warmup=0.4,
     mixup=0.5,
     cutmix=0.6,
