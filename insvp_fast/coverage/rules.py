@@ -105,7 +105,10 @@ def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) 
         return f"({full_name(type(module))}) is not known to the fast path"
     found = next((one for one in rules if one.type is type(module)), None)
     if found is None:
-        return f"is {full_name(type(module))}: expected {' or '.join(full_name(one.type) for one in rules)}"
+        name, expected = full_name(type(module)), [full_name(one.type) for one in rules]
+        if name in expected:  # torch has several that are called Linear
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"is {name}: expected {' or '.join(expected)}"
     state = vars(module)
     if any(state.get(hooks) for hooks in HOOKS):
         return "has a hook"

@@ -379,6 +379,13 @@ def test_a_reason_is_reported_once_and_may_disappear():
     assert unsupported_reason(fast) is None and coverage.covers(fast)
 
 
+def test_a_reason_tells_classes_of_one_name_apart():
+    _, fast = in_use(lambda model: None)
+    fast.backbone.blocks[1].attn.proj.__class__ = type("Linear", (nn.Linear,), {"__module__": "torch.elsewhere"})
+    reason = "backbone.blocks.1.attn.proj is torch.elsewhere.Linear: expected torch's Linear"
+    assert unsupported_reason(fast) == reason
+
+
 def test_modules_without_a_fast_path():
     reference, fast = in_use(lambda model: setattr(model, "patch_prompter", nn.Conv2d(3, 3, 3, padding=1)))
     with pytest.warns(
