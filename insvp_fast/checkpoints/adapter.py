@@ -23,7 +23,7 @@ from torch import nn
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described
-from insvp_fast.checkpoints.backbone import create_backbone, hub_id, source_of
+from insvp_fast.checkpoints.backbone import create_backbone, difference, hub_id, settings_of, source_of, unlike_timm
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.model_card import make_model_card
 from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
@@ -108,7 +108,7 @@ class AdapterCheckpoint(
             base_model_name_or_path=hub_id(self.backbone) or source_of(self.backbone),
             num_classes=self.num_classes,
             insvp=self.config,
-            backbone=BackboneRecord.of(self.backbone),
+            backbone=BackboneRecord.of(self.backbone).unless(unlike_timm(self.backbone)),
             **self.description(),
         )
         require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
@@ -225,6 +225,8 @@ class AdapterCheckpoint(
         """A copy of this model, as it is now, around another backbone, which must have the same weights."""
         if backbone is not self.backbone:
             BackboneRecord.of(self.backbone).require_same_weights(backbone, type(self).__name__)
+            if change := difference(settings_of(backbone), settings_of(self.backbone)):
+                raise CheckpointError(f"{type(self).__name__}: the backbone is another one: {change}")
         try:
             model = copy.deepcopy(self, dict(_counterparts(self.backbone, backbone)))
         except (RuntimeError, TypeError) as error:

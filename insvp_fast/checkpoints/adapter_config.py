@@ -96,6 +96,14 @@ class BackboneRecord:
             sha256_but_positions=backbone_sha256(backbone, dtype, False) if "img_size" in (arguments or {}) else None,
         )
 
+    def unless(self, change: str | None) -> Self:
+        """This record, without the name and with a warning if something that it does not say was changed."""
+        if change is None or self.name is None:
+            return self
+        text = f"the backbone is not what {self.name} names: {change}"
+        warnings.warn(f"{text}; what is saved is loaded around the backbone itself, given as backbone=", stacklevel=4)
+        return dataclasses.replace(self, name=None, arguments=None)
+
     @classmethod
     def read(cls, values: Mapping[str, Any], file: Path) -> Self:
         """The record in a file of others.

@@ -12,26 +12,32 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save_file
 from timm import create_model, get_pretrained_cfg, is_model
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
 from timm.models import adapt_input_conv, get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from insvp_fast.checkpoints.files import INDEX, read_metadata, read_torch, require_hub
+from insvp_fast.checkpoints.state_dict import head_prefixes
 from insvp_fast.checkpoints.weights import read_backbone_weights
 from insvp_fast.errors import CheckpointError
 from insvp_fast.timm_models import PREFIX
 
 __all__ = [
     "create_backbone",
+    "difference",
     "hub_id",
     "is_name",
     "is_shipped",
     "require_architecture_only",
     "save_backbone",
+    "settings_of",
     "shipped_backbone",
     "source_of",
+    "unlike_timm",
     "weights_report",
 ]
 
@@ -39,6 +45,10 @@ HUB, FOLDER = ("hf-hub:", "hf_hub:"), "local-dir:"  # timm's prefixes
 ASSETS = files("insvp_fast") / "assets"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 RUNTIME_ARGUMENTS = ("checkpoint_path", "cache_dir", "pretrained", "scriptable", "exportable", "no_jit")
+DROPPING = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
+PLAIN = (bool, int, float, str, tuple)
+# attributes that change no output: the last but one is how, the last for other image sizes
+INCIDENTAL = ("training", "num_classes", "head_hidden_size", "grad_checkpointing", "fused_attn", "target_shift_size")
 TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py, and the arguments they set
 
 
@@ -116,6 +126,49 @@ def source_of(backbone: nn.Module) -> str | None:
         return f"{HUB[0]}{cfg['hf_hub_id']}"
     name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg.get("architecture")
     return f"{name}@{file}" if name and file else name
+
+
+def unlike_timm(backbone: nn.Module) -> str | None:
+    """What was changed in a backbone, besides weights, since it was built from its name.
+
+    Returns:
+        The first module or setting that differs, as ``difference`` says it, or why it cannot be built again; None if
+        there is nothing, or for a backbone that neither timm nor this package has built.
+    """
+    name = _cfg(backbone).get("architecture")
+    if not name or not (is_shipped(name) or is_model(name)):
+        return None
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            built = _build(name, False, get_model_args(backbone))
+    except CheckpointError as error:
+        return str(error)
+    return difference(settings_of(backbone), settings_of(built))
+
+
+def settings_of(backbone: nn.Module) -> dict[str, Any]:
+    """What says how a backbone computes, besides weights: the types of its modules, and their plain attributes.
+
+    Without its head, and without what drops values in training, which a frozen backbone does not.
+    """
+    found: dict[str, Any] = {}
+    for path, module in backbone.named_modules():
+        if f"{path}.".startswith(head_prefixes(backbone)) or isinstance(module, DROPPING):
+            continue
+        found[path] = f"{type(module).__module__}.{type(module).__qualname__}"
+        for key, value in vars(module).items():
+            if type(value) in PLAIN and not key.startswith("_") and key not in INCIDENTAL and "drop" not in key:
+                found[f"{path}.{key}".removeprefix(".")] = value
+    return found
+
+
+def difference(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """The first module or attribute in which ``settings_of`` two backbones differ; None if they do not."""
+    for name in {**expected, **settings}:
+        if name not in settings or name not in expected or settings[name] != expected[name]:
+            found, wanted = (repr(each[name]) if name in each else "absent" for each in (settings, expected))
+            return f"{name} is {found}: expected {wanted}"
+    return None
 
 
 def hub_id(backbone: nn.Module) -> str | None:

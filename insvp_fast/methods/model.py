@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from insvp_fast import coverage
 from insvp_fast.checkpoints.adapter import adapter_part
 from insvp_fast.checkpoints.adapter_config import BackboneRecord
+from insvp_fast.checkpoints.backbone import unlike_timm
 from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
 from insvp_fast.methods.dam_vp import DAMVP
 from insvp_fast.prompted import PromptedViT
@@ -91,4 +92,4 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
         return adapter_part(self.state_dict())
 
     def _backbone_record(self) -> BackboneRecord:
-        return BackboneRecord.of(self.backbone)
+        return BackboneRecord.of(self.backbone).unless(unlike_timm(self.backbone))

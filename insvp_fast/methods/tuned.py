@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast.checkpoints.adapter_config import BackboneRecord
-from insvp_fast.checkpoints.backbone import create_backbone
+from insvp_fast.checkpoints.backbone import create_backbone, difference, settings_of, unlike_timm
 from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
 from insvp_fast.methods.tuning import Branch, Tuning
 from insvp_fast.reference import structure_of, take_head
@@ -61,7 +61,7 @@ class TunedViT(MethodCheckpoint):
         structure_of(module)
         if any(isinstance(hook, Branch) for part in module.modules() for hook in part._forward_hooks.values()):
             raise ValueError("the backbone has the branches of another model: expected a copy of its own")
-        self._record, weight = BackboneRecord.of(module), pixel_layer(module).weight
+        self._record, self._change, weight = BackboneRecord.of(module), unlike_timm(module), pixel_layer(module).weight
         if num_classes is not None:
             reset_classifier(module, num_classes)
         self.num_classes: int = module.num_classes
@@ -75,7 +75,7 @@ class TunedViT(MethodCheckpoint):
         self._options = options_of(method)
         for trained in self.method.trained_modules(module):
             trained.requires_grad_(True)
-        self._saved = self._trained_keys()
+        self._saved, self._settings = self._trained_keys(), settings_of(module)
 
     def _trained_keys(self) -> frozenset[str]:
         """The keys of what is trained, and of the buffers that belong to it."""
@@ -92,7 +92,7 @@ class TunedViT(MethodCheckpoint):
         return {key: value for key, value in self.state_dict().items() if key in self._saved}
 
     def _backbone_record(self) -> BackboneRecord:
-        return self._record
+        return self._record.unless(self._change or difference(settings_of(self.backbone), self._settings))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of what is trained; what is frozen stays in evaluation mode."""

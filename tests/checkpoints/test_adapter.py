@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from insvp_fast.checkpoints import files
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.adapter_config import AdapterConfig
-from insvp_fast.checkpoints.backbone import create_backbone, save_backbone
+from insvp_fast.checkpoints.backbone import create_backbone, save_backbone, unlike_timm
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data.transforms import transform_for
@@ -48,7 +48,7 @@ class Reference(AdapterCheckpoint, InsVPReference):
 
 
 models = pytest.mark.parametrize("model_type", [Reference, InsVPViT], ids=["reference", "fast"])
-pytestmark = pytest.mark.filterwarnings("ignore:InsVPViT takes the general path:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* takes the general path:UserWarning")
 
 NAME = "vit_tiny_patch16_224"
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -310,6 +310,67 @@ def test_a_backbone_that_timm_did_not_make_must_be_given(tmp_path):
     with pytest.raises(CheckpointError, match=r"backbone.name is null: expected the backbone itself"):
         Reference.from_pretrained(tmp_path)
     assert "not made by timm" in (tmp_path / FILES[0]).read_text()
+
+
+def activate(backbone: Any) -> None:
+    backbone.blocks[1].mlp.act = nn.ReLU()
+
+
+CHANGES = {
+    "norm.eps is 0.1: expected 1e-06": lambda backbone: setattr(backbone.norm, "eps", 0.1),
+    "blocks.0.attn.scale is 1.0: expected ": lambda backbone: setattr(backbone.blocks[0].attn, "scale", 1.0),
+    "blocks.1.mlp.act is 'torch.nn.modules.activation.ReLU': expected 'torch.nn.modules.activation.GELU'": activate,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", ["insvp", "vpt_deep", "lora"])
+def test_a_backbone_that_was_changed_besides_weights_must_be_given(method, change, when, tmp_path):
+    """An adapter's files name the backbone and hold the sum of its weights, which are the same."""
+
+    def changed(backbone: Any) -> Any:
+        CHANGES[change](backbone)
+        return backbone
+
+    own = changed(make_backbone()) if when == "before" else make_backbone()
+    model: Any = InsVPViT(own, 3, SMALL).eval() if method == "insvp" else create_method_model(method, own, 3).eval()
+    if when == "after":
+        changed(model.backbone)
+    with pytest.warns(UserWarning, match=re.escape(f"is not what {NAME}.augreg_in21k_ft_in1k names: {change}")):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="backbone.name is null: expected the backbone itself"):
+        load_model(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path, changed(make_backbone()))), logits(model))
+
+
+UNCHANGED: dict[str, Any] = {
+    "a head": lambda backbone: backbone.reset_classifier(7),
+    "pooling": lambda backbone: backbone.reset_classifier(7, "avg"),
+    "the size of images": lambda backbone: backbone.set_input_size((48, 64)),
+    "recomputation": lambda backbone: backbone.set_grad_checkpointing(),
+    "precision": lambda backbone: backbone.half().eval().requires_grad_(False),
+    "an attribute of others": lambda backbone: setattr(backbone.blocks[0], "_seen", 3),
+}
+
+
+@pytest.mark.parametrize("change", UNCHANGED)
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+def test_what_timm_does_to_a_backbone_leaves_it_the_one_that_it_names(drop, change):
+    rates = dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "drop_path_rate"), drop)
+    backbone = make_backbone(**rates)
+    UNCHANGED[change](backbone)
+    assert unlike_timm(backbone) is None
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224"])
+def test_other_backbones_are_those_that_timm_names(name):
+    with torch.device("meta"):
+        backbone = create_model(name)
+        backbone.set_input_size((448, 448))
+    assert unlike_timm(backbone) is None
+    backbone.norm = nn.LayerNorm(3)
+    assert "norm" in str(unlike_timm(backbone))
 
 
 def test_a_given_backbone_has_to_pool_as_in_training(tmp_path):

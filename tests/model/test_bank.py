@@ -194,6 +194,17 @@ def test_adapters_from_folders_added_and_removed(tmp_path):
     assert set(bank.adapters) == {"released"}
 
 
+def test_a_model_around_a_backbone_that_computes_otherwise_is_refused():
+    """Its weights are the bank's."""
+    backbone = make_backbone()
+    bank, other = AdapterBank(copy.deepcopy(backbone)), InsVPViT(backbone, 2, CONFIGS["three"])
+    other.backbone.blocks[0].norm1.eps = 0.1
+    with pytest.raises(CheckpointError, match="the backbone is another one: blocks.0.norm1.eps is 1e-06: expected 0.1"):
+        bank.add("other", other)
+    other.backbone.blocks[0].norm1.eps = 1e-6
+    bank.add("other", other)
+
+
 def test_adapters_of_other_methods_are_refused_by_name(tmp_path):
     backbone = make_backbone()
     model = create_model("vpt_deep", copy.deepcopy(backbone), 5, length=2)
