@@ -46,9 +46,9 @@ ASSETS = files("insvp_fast") / "assets"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 RUNTIME_ARGUMENTS = ("checkpoint_path", "cache_dir", "pretrained", "scriptable", "exportable", "no_jit")
 DROPPING = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
-PLAIN = (bool, int, float, str, tuple)
-# attributes that change no output: the last but one is how, the last for other image sizes
-INCIDENTAL = ("training", "num_classes", "head_hidden_size", "grad_checkpointing", "fused_attn", "target_shift_size")
+PLAIN = (bool, int, float, str, tuple, type(None))
+INCIDENTAL = ("training", "num_classes", "head_hidden_size", "grad_checkpointing", "fused_attn")  # change no feature
+OTHER_SIZES = ("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "target_shift_size")  # for images that differ
 TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py, and the arguments they set
 
 
@@ -128,8 +128,13 @@ def source_of(backbone: nn.Module) -> str | None:
     return f"{name}@{file}" if name and file else name
 
 
-def unlike_timm(backbone: nn.Module) -> str | None:
+def unlike_timm(backbone: nn.Module, arguments: Mapping[str, Any] | None = None) -> str | None:
     """What was changed in a backbone, besides weights, since it was built from its name.
+
+    Hooks, buffers, functions and lists are not looked at.
+
+    Args:
+        arguments: with which it was to be built; None for its own.
 
     Returns:
         The first module or setting that differs, as ``difference`` says it, or why it cannot be built again; None if
@@ -138,36 +143,53 @@ def unlike_timm(backbone: nn.Module) -> str | None:
     name = _cfg(backbone).get("architecture")
     if not name or not (is_shipped(name) or is_model(name)):
         return None
-    try:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            built = _build(name, False, get_model_args(backbone))
-    except CheckpointError as error:
-        return str(error)
-    return difference(settings_of(backbone), settings_of(built))
+    own = get_model_args(backbone)
+    size = {key: own[key] for key in own.keys() & {"img_size"}}  # of images, for any of which a backbone may be
+    arguments, reason = own if arguments is None else {**arguments, **size}, None
+    for device in ("meta", "cpu"):  # some constructors compute with values, which meta has none of
+        try:
+            with torch.device(device), torch.random.fork_rng([]), warnings.catch_warnings(action="ignore"):
+                built = _build(name, False, arguments)
+        except CheckpointError as error:
+            reason = str(error)
+        else:
+            return difference(settings_of(backbone), settings_of(built))
+    return reason
 
 
-def settings_of(backbone: nn.Module) -> dict[str, Any]:
-    """What says how a backbone computes, besides weights: the types of its modules, and their plain attributes.
+def settings_of(backbone: nn.Module) -> dict[str, dict[str, Any]]:
+    """What says how a backbone computes, besides weights: the class of each module, and its plain attributes.
 
     Without its head, and without what drops values in training, which a frozen backbone does not.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
     for path, module in backbone.named_modules():
-        if f"{path}.".startswith(head_prefixes(backbone)) or isinstance(module, DROPPING):
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        if "forward" in vars(module):
+            name += " with a forward of its own"
+        elif type(module) in DROPPING:
             continue
-        found[path] = f"{type(module).__module__}.{type(module).__qualname__}"
-        for key, value in vars(module).items():
-            if type(value) in PLAIN and not key.startswith("_") and key not in INCIDENTAL and "drop" not in key:
-                found[f"{path}.{key}".removeprefix(".")] = value
+        if not f"{path}.".startswith(head_prefixes(backbone)):
+            found[path] = {"class": name} | {
+                key: value
+                for key, value in vars(module).items()
+                if type(value) in PLAIN and not key.startswith("_") and "drop" not in key
+            }
     return found
 
 
-def difference(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """The first module or attribute in which ``settings_of`` two backbones differ; None if they do not."""
-    for name in {**expected, **settings}:
-        if name not in settings or name not in expected or settings[name] != expected[name]:
-            found, wanted = (repr(each[name]) if name in each else "absent" for each in (settings, expected))
-            return f"{name} is {found}: expected {wanted}"
+def difference(settings: Mapping[str, dict[str, Any]], expected: Mapping[str, dict[str, Any]]) -> str | None:
+    """The first module or attribute in which ``settings_of`` two backbones differ; None if they do not.
+
+    An attribute that one of them lacks is not looked at: its class does without.
+    """
+    absent = {"class": "absent"}
+    for path in {**expected, **settings}:
+        own, wanted = settings.get(path, absent), expected.get(path, absent)
+        for key in [key for key in own if key in wanted and key not in INCIDENTAL + OTHER_SIZES]:
+            if own[key] != wanted[key]:
+                name = f"{path}.{key}".removeprefix(".") if key != "class" else path or "the model"
+                return f"{name} is {own[key]!r}: expected {wanted[key]!r}"
     return None
 
 
@@ -274,7 +296,7 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
             return shipped_backbone(name, **arguments)
         return create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, RuntimeError, KeyError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"timm does not build {name} with {arguments}: {reason}") from error
     except Exception as error:  # a download fails with errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

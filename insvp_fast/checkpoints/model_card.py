@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from insvp_fast.checkpoints.backbone import hub_id, source_of
+from insvp_fast.checkpoints.backbone import hub_id, source_of, unlike_timm
 from insvp_fast.config import InsVPConfig
 
 __all__ = ["make_model_card"]
@@ -53,12 +53,13 @@ def make_model_card(
             Hub, if it has one.
     """
     base_model = {"base_model": repository} if (repository := hub_id(backbone)) else {}
-    name = source_of(backbone)
+    name, changed = source_of(backbone), unlike_timm(backbone)
+    given = f"`{name}`, but changed by hand" if changed else "not made by timm"
     return ModelCard(
         TEMPLATE.format(
             metadata=ModelCardData(**{**base_model, **metadata}).to_yaml(),
-            backbone=f"`{name}`" if name else "not made by timm, to be given as `backbone=`",
-            argument="" if name else ", backbone=backbone",
+            backbone=f"`{name}`" if name and not changed else f"{given}, to be given as `backbone=`",
+            argument="" if name and not changed else ", backbone=backbone",
             num_classes=num_classes,
             paper=paper,
             configuration=json.dumps(config.to_dict(), indent=2),

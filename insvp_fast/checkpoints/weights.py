@@ -218,10 +218,10 @@ def _adapt_channels(tensors: dict[str, Tensor], backbone: nn.Module) -> Resized:
     first = (getattr(backbone, "pretrained_cfg", None) or {}).get("first_conv") or ()
     own, changed = backbone.state_dict(), {}
     for key in [f"{name}.weight" for name in ([first] if isinstance(first, str) else first)]:
-        weight, channels = tensors.get(key), own[key].shape[1]
-        if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 != channels:
-            tensors[key] = adapt_input_conv(channels, weight)
-            changed[key] = tuple(weight.shape), tuple(tensors[key].shape)
+        shapes = [tuple(each[key].shape) for each in (tensors, own) if key in each]
+        if len(shapes) == 2 and all(len(shape) == 4 for shape in shapes) and shapes[0][1] == 3 != shapes[1][1]:
+            tensors[key] = adapt_input_conv(shapes[1][1], tensors[key])
+            changed[key] = shapes[0], tuple(tensors[key].shape)
     return changed
 
 
