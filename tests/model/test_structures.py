@@ -8,7 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
-from timm.layers import HybridEmbed
+from timm.layers import HybridEmbed, PatchDropoutWithIndices
 from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
@@ -283,6 +283,35 @@ def test_prompts_that_read_tokens_and_run_on(kind, monkeypatch):
     assert_equal_numbers(reference, fast, images())
 
 
+class Ragged(PromptMethod):
+    """Four prompts, of which the images of a batch take one, two and so on, or all of them ``taken``."""
+
+    def __init__(self, geometry):
+        super().__init__(geometry)
+        self.prompted_blocks = (0, 1)
+        self.prompts = nn.Parameter(torch.randn(4, 48))
+        self.taken = None
+
+    def block_prompts(self, block, context, batch, tokens=None):
+        prompts = self.prompts.expand(batch, -1, -1)
+        if self.taken is not None:
+            return Prompts(prompts[:, : self.taken])
+        return Prompts(prompts, torch.arange(batch, device=prompts.device) + 1)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("kind", ["EVA-02 with packed layers", "NaFlexVit with mixed rotations"])
+def test_each_image_has_its_own_number_of_prompts(kind, pool):
+    reference = PromptedReference(backbone_of(kind, global_pool=pool), 7, method=Ragged).to(DEVICE)
+    fast = MethodViT(backbone_of(kind, global_pool=pool), 7, method=Ragged).to(DEVICE)
+    fast.load_state_dict(reference.state_dict())
+    assert unsupported_reason(fast) is None
+    together = fast(images(3))
+    for i, image in enumerate(images(3).split(1)):
+        reference.method.taken = i + 1
+        assert relative_error(together[i : i + 1], reference(image)) < 1e-5
+
+
 def test_packed_patches_are_no_images():
     _, fast, _ = pair("NaFlexVit")
     with pytest.raises(TypeError, match="image is a dict: expected a tensor"):
@@ -320,6 +349,30 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
         "",
         lambda m: setattr(m, "rope_is_mixed", True),
         "rope_is_mixed=True",
+    ),
+    "another mixing of rotations": ("DINOv3", "", lambda m: setattr(m, "rope_mixed", True), "rope_mixed=True"),
+    "fewer tokens before the patches": (
+        "DINOv3",
+        "",
+        lambda m: (setattr(m, "num_prefix_tokens", 2), [setattr(b.attn, "num_prefix_tokens", 2) for b in m.blocks]),
+        "num_prefix_tokens=2",
+    ),
+    "another scale": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "scale", 0.5), "scale=0.5"),
+    "a gate": ("grouped queries", "blocks.1.attn", lambda m: setattr(m, "gate", nn.Tanh()), "gate"),
+    "a norm of attended values": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "norm", nn.Tanh()), "attn.norm"),
+    "dropped patches": (
+        "DINOv3",
+        "",
+        lambda m: setattr(m, "patch_drop", PatchDropoutWithIndices(0.5).train()),
+        "patch_drop is in training mode with prob=0.5",
+    ),
+    "dropped positions": ("DINOv3", "", lambda m: setattr(m, "pos_drop", nn.Tanh()), "pos_drop"),
+    "a dropped path": ("DINOv3", "blocks.1", lambda m: setattr(m, "drop_path1", nn.Tanh()), "drop_path1"),
+    "dropped attention": (
+        "DINOv3",
+        "blocks.1.attn",
+        lambda m: (setattr(m.attn_drop, "p", 0.5), setattr(m, "training", True)),
+        "training=True",
     ),
     "another norm": ("Perception Encoder", "", lambda m: setattr(m, "norm", nn.BatchNorm1d(6)), "BatchNorm1d"),
 }

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
@@ -32,7 +33,12 @@ VARIANTS = {  # that have a fast path
 }
 GENERAL = {  # have none, because
     "windows": ({"window_size": 3}, "blocks.0 has window_size=(3, 3): expected 'a divisor of the grid 8x8"),
+    "one side of windows": ({"window_size": ((4, 3), 4)}, "blocks.0 has window_size=(4, 3): expected 'a divisor of"),
     "merging": ({"img_size": 20, "window_size": 5}, "layers.1 has input_resolution=(5, 5): expected 'even sides"),
+    "merging of one side": (
+        {"img_size": (16, 20), "window_size": ((4, 5), (2, 3))},
+        "layers.1 has input_resolution=(4, 5): expected 'even sides",
+    ),
     "image sizes": ({"dynamic_img_size": True}, "patch_embed has strict_img_size=False"),
 }
 
@@ -242,6 +248,15 @@ def replace_merging(model):
     merging.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), merging)
 
 
+def at(path, **changes):
+    return lambda model: [setattr(model.backbone.get_submodule(path), *change) for change in changes.items()]
+
+
+def train_attention(model):
+    attn = model.backbone.layers[0].blocks[0].attn
+    attn.attn_drop.p, attn.training = 0.5, True
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -250,6 +265,17 @@ def replace_merging(model):
         (add_buffer, "has a buffer other"),
         (train_a_bias, "relative_position_bias_table that is trained"),
         (replace_merging, "has a forward of its own"),
+        (train_attention, "blocks.0.attn has training=True"),
+        (at("layers.0.blocks.1", dynamic_mask=True), "dynamic_mask=True"),
+        (at("layers.0.blocks.0.attn.softmax", dim=-2), "dim=-2"),
+        (at("layers.0.blocks.0.attn", attn_drop=nn.Tanh()), "attn.attn_drop is torch's Tanh"),
+        (at("layers.0.blocks.0.attn", proj_drop=nn.Tanh()), "attn.proj_drop is torch's Tanh"),
+        (at("layers.0.blocks.0", drop_path1=nn.Tanh()), "drop_path1 is torch's Tanh"),
+        (at("layers.0.blocks.0", drop_path2=nn.Tanh()), "drop_path2 is torch's Tanh"),
+        (at("layers.0.blocks.0", norm1=nn.Tanh()), "norm1 is torch's Tanh"),
+        (at("layers.0.blocks.0", norm2=nn.Tanh()), "norm2 is torch's Tanh"),
+        (at("layers.0", downsample=nn.Tanh()), "layers.0.downsample is torch's Tanh"),
+        (at("layers.1.downsample", norm=nn.Tanh()), "downsample.norm is torch's Tanh"),
     ],
 )
 def test_what_the_fast_path_does_not_know_stops_it(change, reason):
@@ -279,9 +305,11 @@ def test_adapters_and_8_bit_images(tmp_path):
     assert torch.equal(copied(pixels), fast(pixels))
 
 
-def test_the_stream_begins_in_the_dtype_of_the_weights():
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.Tanh()], ids=str)
+def test_the_stream_begins_in_the_dtype_of_the_weights(norm):
     _, fast = pair()
     backbone = fast.cpu().backbone
+    backbone.patch_embed.norm = norm.requires_grad_(False)
     patches = torch.randn(2, 64, 48)
     embedded, exact = (embed(backbone, x, (8, 8)) for x in (patches.bfloat16(), patches))  # as under autocast
     assert embedded.dtype == exact.dtype == torch.float32
