@@ -48,7 +48,8 @@ RUNTIME_ARGUMENTS = ("checkpoint_path", "cache_dir", "pretrained", "scriptable",
 DROPPING = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 PLAIN = (bool, int, float, str, tuple, type(None))
 INCIDENTAL = ("training", "num_classes", "head_hidden_size", "grad_checkpointing", "fused_attn")  # change no feature
-OTHER_SIZES = ("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "target_shift_size")  # for images that differ
+# for images of other sizes
+OTHER_SIZES = ("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "target_shift_size")
 TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py, and the arguments they set
 
 

@@ -114,7 +114,13 @@ class PromptedReference(nn.Module):
         return prompts
 
     def apply_block(self, block: int, h: Any, prompts: Prompts | None) -> tuple[Any, Tensor | None]:
-        """Block number ``block`` of h with prompts (eq. 2 and 11); see ``Structure.apply_block``."""
+        """Block number ``block`` of h with prompts (eq. 2 and 11); see ``Structure.apply_block``.
+
+        Raises:
+            ValueError: for prompts with lengths.
+        """
+        if prompts is not None and prompts.lengths is not None:
+            raise ValueError(f"the prompts of block {block} have lengths: expected none, but on the fast path")
         return structure_of(self.backbone).apply_block(self.backbone, block, h, prompts)
 
     def block_outputs(self, image: Tensor, blocks: Collection[int], attn_mask: Tensor | None = None) -> list[Any]:

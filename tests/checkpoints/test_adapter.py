@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm import create_model
+from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -316,7 +318,18 @@ def activate(backbone: Any) -> None:
     backbone.blocks[1].mlp.act = nn.ReLU()
 
 
+class Doubled(nn.Identity):
+    def forward(self, x):
+        return 2 * x
+
+
 CHANGES = {
+    "blocks.0.ls1 is 'tests.checkpoints.test_adapter.Doubled': expected 'absent'": lambda backbone: setattr(
+        backbone.blocks[0], "ls1", Doubled()
+    ),
+    "blocks.0.drop_path2 is 'torch.nn.modules.linear.Identity with a forward of its own': expected 'absent'": (
+        lambda backbone: setattr(backbone.blocks[0].drop_path2, "forward", lambda x: 2 * x)
+    ),
     "norm.eps is 0.1: expected 1e-06": lambda backbone: setattr(backbone.norm, "eps", 0.1),
     "blocks.0.attn.scale is 1.0: expected ": lambda backbone: setattr(backbone.blocks[0].attn, "scale", 1.0),
     "blocks.1.mlp.act is 'torch.nn.modules.activation.ReLU': expected 'torch.nn.modules.activation.GELU'": activate,
@@ -341,7 +354,29 @@ def test_a_backbone_that_was_changed_besides_weights_must_be_given(method, chang
         model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="backbone.name is null: expected the backbone itself"):
         load_model(tmp_path)
+    if method == "insvp":
+        card = (tmp_path / FILES[0]).read_text()
+        assert "augreg_in21k_ft_in1k`, but changed by hand, to be given as `backbone=`" in card
+        assert 'from_pretrained("<this folder or repository>", backbone=backbone)' in card
     assert torch.equal(logits(load_model(tmp_path, changed(make_backbone()))), logits(model))
+
+
+@pytest.mark.parametrize("method", ["insvp", "lora"])
+def test_a_given_backbone_that_computes_otherwise_than_the_recorded_one_is_told(method, tmp_path):
+    """Of the same weights, but with another number of heads, or changed by hand."""
+    own = make_backbone()
+    model: Any = InsVPViT(own, 3, SMALL) if method == "insvp" else create_method_model(method, own, 3)
+    model.save_pretrained(tmp_path)
+    warned = "the adapter was trained around a backbone that computes otherwise: "
+    with pytest.warns(UserWarning, match=warned + "blocks.0.attn.num_heads is 3: expected 2"):
+        load_model(tmp_path, make_backbone(num_heads=3))
+    changed = make_backbone()
+    activate(changed)
+    with pytest.warns(UserWarning, match=warned + "blocks.1.mlp.act is "):
+        load_model(tmp_path, changed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tmp_path, make_backbone(dynamic_img_size=True, drop_path_rate=0.1))
 
 
 UNCHANGED: dict[str, Any] = {
@@ -350,7 +385,7 @@ UNCHANGED: dict[str, Any] = {
     "the size of images": lambda backbone: backbone.set_input_size((48, 64)),
     "recomputation": lambda backbone: backbone.set_grad_checkpointing(),
     "precision": lambda backbone: backbone.half().eval().requires_grad_(False),
-    "an attribute of others": lambda backbone: setattr(backbone.blocks[0], "_seen", 3),
+    "an attribute of others": lambda backbone: setattr(backbone.blocks[0], "seen", 3),
 }
 
 
@@ -371,6 +406,22 @@ def test_other_backbones_are_those_that_timm_names(name):
     assert unlike_timm(backbone) is None
     backbone.norm = nn.LayerNorm(3)
     assert "norm" in str(unlike_timm(backbone))
+
+
+def test_a_model_that_needs_values_to_be_built_is_recorded(tmp_path):
+    """As some that users register do: nothing can be built of it without memory, and no number is drawn for it."""
+
+    @register_model
+    def vit_of_values(pretrained=False, **arguments):
+        assert [rate.item() for rate in torch.linspace(0, 0.1, 2)][1] > 0
+        backbone = VisionTransformer(**SIZES | {"num_classes": 0} | {k: arguments[k] for k in arguments if k in SIZES})
+        backbone.pretrained_cfg = {"architecture": "vit_of_values"}
+        return backbone
+
+    backbone, state = create_model("vit_of_values"), torch.get_rng_state()
+    assert unlike_timm(backbone) is None and torch.equal(state, torch.get_rng_state())
+    activate(backbone)
+    assert "mlp.act" in str(unlike_timm(backbone))
 
 
 def test_a_given_backbone_has_to_pool_as_in_training(tmp_path):

@@ -310,6 +310,11 @@ def test_each_image_has_its_own_number_of_prompts(kind, pool):
     for i, image in enumerate(images(3).split(1)):
         reference.method.taken = i + 1
         assert relative_error(together[i : i + 1], reference(image)) < 1e-5
+    reference.method.taken = None
+    fast.backbone.blocks[0].register_forward_hook(lambda *_: None)
+    for general in (reference, fast):
+        with pytest.raises(ValueError, match="the prompts of block 0 have lengths: expected none, but"):
+            general(images(3))
 
 
 def test_packed_patches_are_no_images():
@@ -358,7 +363,6 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
         "num_prefix_tokens=2",
     ),
     "another scale": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "scale", 0.5), "scale=0.5"),
-    "a gate": ("grouped queries", "blocks.1.attn", lambda m: setattr(m, "gate", nn.Tanh()), "gate"),
     "a norm of attended values": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "norm", nn.Tanh()), "attn.norm"),
     "dropped patches": (
         "DINOv3",
