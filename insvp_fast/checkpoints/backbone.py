@@ -47,9 +47,11 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 RUNTIME_ARGUMENTS = ("checkpoint_path", "cache_dir", "pretrained", "scriptable", "exportable", "no_jit")
 DROPPING = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 PLAIN = (bool, int, float, str, tuple, type(None))
-INCIDENTAL = ("training", "num_classes", "head_hidden_size", "grad_checkpointing", "fused_attn")  # change no feature
-# for images of other sizes
-OTHER_SIZES = ("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "target_shift_size")
+# attributes that change no feature of an image
+OF_THE_HEAD = ("num_classes", "head_hidden_size")
+OF_OTHER_SIZES = ("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "target_shift_size")
+OF_OTHER_TIMES = ("training", "grad_checkpointing", "fused_attn", "weight_init_mode", "init_values")
+INCIDENTAL = (*OF_THE_HEAD, *OF_OTHER_SIZES, *OF_OTHER_TIMES)
 TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py, and the arguments they set
 
 
@@ -187,7 +189,7 @@ def difference(settings: Mapping[str, dict[str, Any]], expected: Mapping[str, di
     absent = {"class": "absent"}
     for path in {**expected, **settings}:
         own, wanted = settings.get(path, absent), expected.get(path, absent)
-        for key in [key for key in own if key in wanted and key not in INCIDENTAL + OTHER_SIZES]:
+        for key in [key for key in own if key in wanted and key not in INCIDENTAL]:
             if own[key] != wanted[key]:
                 name = f"{path}.{key}".removeprefix(".") if key != "class" else path or "the model"
                 return f"{name} is {own[key]!r}: expected {wanted[key]!r}"
