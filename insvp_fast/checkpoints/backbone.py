@@ -47,11 +47,13 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 RUNTIME_ARGUMENTS = ("checkpoint_path", "cache_dir", "pretrained", "scriptable", "exportable", "no_jit")
 DROPPING = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 PLAIN = (bool, int, float, str, tuple, type(None))
-# attributes that change no feature of an image
-OF_THE_HEAD = ("num_classes", "head_hidden_size")
-OF_OTHER_SIZES = ("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "target_shift_size")
-OF_OTHER_TIMES = ("training", "grad_checkpointing", "fused_attn", "weight_init_mode", "init_values")
-INCIDENTAL = (*OF_THE_HEAD, *OF_OTHER_SIZES, *OF_OTHER_TIMES)
+# attributes that change no feature of an image: of the head, the first weights, the computation, and sizes of images
+INCIDENTAL = (
+    *("num_classes", "head_hidden_size"),
+    *("weight_init_mode", "init_values"),
+    *("training", "grad_checkpointing", "fused_attn"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "flatten", "target_shift_size"),
+)
 TRAIN_OPTIONS = {"img_size": "img_size", "gp": "global_pool"}  # options of timm's train.py, and the arguments they set
 
 

@@ -21,7 +21,7 @@ HIGHLIGHT = COLORS[1]
 MARKERS = ("o", "^", "s")  # with the colors, they tell 21 classes apart
 SEQUENTIAL = "viridis"
 # for the characters that matplotlib's own font lacks, such as Chinese names of classes, where one is installed
-FALLBACKS = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "Arial Unicode MS")
+FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei")
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
