@@ -349,6 +349,42 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
     ),
     "padding": ("NaFlexVit", "embeds", lambda m: setattr(m, "dynamic_img_pad", True), "dynamic_img_pad=True"),
     "a norm of pixels": ("NaFlexVit", "embeds", lambda m: setattr(m, "norm_input", nn.Tanh()), "norm_input=Tanh()"),
+    "patches of another size": ("NaFlexVit", "embeds", lambda m: setattr(m, "patch_size", (4, 4)), "patch_size=(4, 4)"),
+    "a layer that is said to be none": ("NaFlexVit", "embeds", lambda m: setattr(m, "is_linear", False), "is_linear"),
+    "patches in a row": ("NaFlexVit", "embeds", lambda m: setattr(m, "flatten", True), "flatten=True"),
+    "other tokens before the patches": (
+        "NaFlexVit",
+        "",
+        lambda m: setattr(m, "num_prefix_tokens", 2),
+        "num_prefix_tokens=2",
+    ),
+    "mixed rotations that are none": (
+        "NaFlexVit",
+        "",
+        lambda m: setattr(m, "rope_is_mixed", True),
+        "rope_is_mixed=True",
+    ),
+    "a hooked embedding": (
+        "NaFlexVit",
+        "embeds.proj",
+        lambda m: m.register_forward_hook(lambda *_: None),
+        "embeds.proj has a hook",
+    ),
+    "another norm of patches": ("NaFlexVit", "embeds", lambda m: setattr(m, "norm", nn.Tanh()), "embeds.norm"),
+    "dropped patches and positions": ("NaFlexVit", "embeds", lambda m: setattr(m, "pos_drop", nn.Tanh()), "pos_drop"),
+    "another last norm": ("NaFlexVit with a convolution", "", lambda m: setattr(m, "norm", nn.Tanh()), "backbone.norm"),
+    "patches dropped by index": (
+        "NaFlexVit",
+        "",
+        lambda m: setattr(m, "patch_drop", PatchDropoutWithIndices(0.5).train()),
+        "patch_drop is in training mode with prob=0.5",
+    ),
+    "a hooked rotation": (
+        "NaFlexVit with axial rotations",
+        "rope",
+        lambda m: m.register_forward_hook(lambda *_: None),
+        "rope has a hook",
+    ),
     "other rotations": (
         "NaFlexVit with axial rotations",
         "",
@@ -390,12 +426,24 @@ def test_what_changes_the_numbers_takes_the_general_path(change):
     assert words in unsupported_reason(fast)
 
 
-def test_replaced_functions(monkeypatch):
-    _, fast, _ = pair("DINOv3")
-    for name in ("timm.layers.pos_embed_sincos.rot", "timm.models.eva.apply_rot_embed_cat"):
-        with monkeypatch.context() as patch:
-            patch.setattr(name, lambda *args, **kwargs: None)
-            assert unsupported_reason(fast).endswith("has been replaced")
+OF_NAFLEX = "timm.models.naflexvit"
+REPLACED = {
+    "DINOv3": ("timm.layers.pos_embed_sincos.rot", "timm.models.eva.apply_rot_embed_cat"),
+    "NaFlexVit": (
+        f"{OF_NAFLEX}.batch_patchify",
+        f"{OF_NAFLEX}.NaFlexEmbeds.forward",
+        f"{OF_NAFLEX}.NaFlexEmbeds._apply_learned_pos_embed",
+        f"{OF_NAFLEX}.NaFlexVit._forward_embeds",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in REPLACED.items() for name in names])
+def test_replaced_functions(kind, name, monkeypatch):
+    _, fast, _ = pair(kind)
+    assert unsupported_reason(fast) is None
+    monkeypatch.setattr(name, lambda *args, **kwargs: None)
+    assert unsupported_reason(fast).endswith("has been replaced")
 
 
 def test_compiles_whole():
