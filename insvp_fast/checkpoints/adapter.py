@@ -281,7 +281,10 @@ def recorded_backbone(
     arguments: dict[str, Any],
     where: object,
 ) -> nn.Module:
-    """The given backbone, or the recorded one; if it has to be built, with the recorded arguments, in that dtype."""
+    """The given backbone, or the recorded one; if it has to be built, with the recorded arguments, in that dtype.
+
+    Warns of a given module that, with the recorded weights, computes otherwise.
+    """
     given = record.name if backbone is None else backbone
     if given is None:
         raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as `backbone`")

@@ -325,6 +325,10 @@ def test_packed_patches_are_no_images():
         fast.forward_features(torch.zeros(1, 2, 192))
 
 
+def drop_patches(backbone):
+    backbone.patch_drop = PatchDropoutWithIndices(0.5).train()
+
+
 CHANGES = {  # to the path of a module and what is done to it; the reason that is given
     "no key bias": ("EVA-02 with packed layers", "blocks.0.attn", lambda m: setattr(m, "k_bias", None), "k_bias"),
     "a bias of the layer": (
@@ -373,12 +377,7 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
     "another norm of patches": ("NaFlexVit", "embeds", lambda m: setattr(m, "norm", nn.Tanh()), "embeds.norm"),
     "dropped patches and positions": ("NaFlexVit", "embeds", lambda m: setattr(m, "pos_drop", nn.Tanh()), "pos_drop"),
     "another last norm": ("NaFlexVit with a convolution", "", lambda m: setattr(m, "norm", nn.Tanh()), "backbone.norm"),
-    "patches dropped by index": (
-        "NaFlexVit",
-        "",
-        lambda m: setattr(m, "patch_drop", PatchDropoutWithIndices(0.5).train()),
-        "patch_drop is in training mode with prob=0.5",
-    ),
+    "patches dropped by index": ("NaFlexVit", "", drop_patches, "patch_drop is in training mode with prob=0.5"),
     "a hooked rotation": (
         "NaFlexVit with axial rotations",
         "rope",
@@ -400,12 +399,7 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
     ),
     "another scale": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "scale", 0.5), "scale=0.5"),
     "a norm of attended values": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "norm", nn.Tanh()), "attn.norm"),
-    "dropped patches": (
-        "DINOv3",
-        "",
-        lambda m: setattr(m, "patch_drop", PatchDropoutWithIndices(0.5).train()),
-        "patch_drop is in training mode with prob=0.5",
-    ),
+    "dropped patches": ("DINOv3", "", drop_patches, "patch_drop is in training mode with prob=0.5"),
     "dropped positions": ("DINOv3", "", lambda m: setattr(m, "pos_drop", nn.Tanh()), "pos_drop"),
     "a dropped path": ("DINOv3", "blocks.1", lambda m: setattr(m, "drop_path1", nn.Tanh()), "drop_path1"),
     "dropped attention": (
