@@ -290,7 +290,7 @@ def recorded_backbone(
         raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as `backbone`")
     elsewhere = "; the adapter was trained with this backbone: if it is elsewhere, give backbone="
     remedy, defaults = elsewhere if backbone is None else "", record.arguments or {}
-    if isinstance(given, nn.Module) and record.name and (change := unlike_timm(given, defaults)):
+    if isinstance(given, nn.Module) and record.name and (change := unlike_timm(given, record.arguments)):
         warnings.warn(
             f"{where}: the adapter was trained around a backbone that computes otherwise: {change}", stacklevel=3
         )
