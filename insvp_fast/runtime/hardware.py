@@ -36,13 +36,23 @@ def wide_vectors() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def cpu_name() -> str:
-    """The processor's model name, which does not tell its instruction set."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+# AMD's family and models whose instruction sets alike hide how fast they are: Zen 4 has half the vector units of Zen 5
+_ZEN = {(25, model): "Zen 4" for model in (*range(0x10, 0x20), *range(0x60, 0xB0))}
+_ZEN |= {(26, model): "Zen 5" for model in (*range(0x30), *range(0x40, 0x50), *range(0x60, 0x80))}
+
+
+def cpu_name(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """The processor's model name, which does not tell its instruction set, and of AMD's whether it is Zen 4 or Zen 5."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError), open(cpuinfo) as file:
         for line in file:
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())  # all processors are the first one
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if facts.get("vendor_id") != "AuthenticAMD":
+        return name
+    zen = _ZEN.get((int(facts.get("cpu family", -1)), int(facts.get("model", -1))))
+    return f"{name}, {zen}" if zen else name
 
 
 def instruction_set() -> str:
