@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -80,6 +81,34 @@ def test_threads_may_run_the_same_calls():
         expected = memory(seed)
         some_calls(*expected)
         assert all(map(torch.equal, tensors, expected))
+
+
+def shared_calls(to, middle, x):
+    """Large enough for threads to share, in turn with some that are not."""
+    native.weighted_sum(middle, x, 0.5, None, 0.0)
+    native.copy(to[0], middle)
+    native.copy(to[1, :, :1], x[:, :1])
+    native.weighted_sum(to[1, :, 1:], middle[:, 1:], -0.3, x[:, 1:], 3.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17])
+def test_a_team_of_threads_does_all_the_work_of_each_call(count, threads):
+    """Also of more threads than processors, of which some fall asleep while others work, or between two programs."""
+
+    def operands(seed):
+        x = torch.randn(3, 1 << 17, generator=torch.Generator().manual_seed(seed))
+        return torch.full((2, *x.shape), torch.nan), torch.full_like(x, torch.nan), x
+
+    threads(count)
+    steps = steps_of(shared_calls, operands(0))
+    for seed in range(1, 11):
+        found = operands(seed)
+        run(steps, found)
+        _, _, x = found
+        middle = 0.5 * x
+        sums = torch.cat([x[:, :1], -0.3 * middle[:, 1:] + 3.0 * x[:, 1:]], 1)
+        assert torch.equal(found[1], middle) and torch.equal(found[0], torch.stack([middle, sums]))
+        time.sleep(0.002 * (seed % 2))
 
 
 def test_the_first_failure_ends_the_run():

@@ -21,14 +21,13 @@ ConvShape shape(int64_t B, int64_t C, int64_t H, int64_t W, int64_t O, int64_t O
 // Fills TileWeights with the weights element(o, tap). Returns whether all are finite when they are rounded.
 template <class Element>
 bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float* bias, const Element& element,
-                    [[maybe_unused]] int threads) {
+                    int threads) {
   constexpr int64_t T = kTileRows, K = kTileNumbers;
   const ConvShape& s = a.s;
   const int64_t row = t.chunks * t.columns * T;
-  bool finite = true;
+  std::atomic<bool> finite{true};
   for (int64_t n = 0; n < t.columns; ++n) bias[n] = a.bias && n < t.across * s.O ? a.bias[n % s.O] : 0;
-#pragma omp parallel for num_threads(threads) reduction(&& : finite)
-  for (int64_t i = 0; i < s.KH; ++i) {
+  for_each_job(s.KH, useful_threads(threads, s.KH), nullptr, 0, [&](int64_t i, float*) {
     uint32_t* to = pairs + i * row;
     std::memset(to, 0, row * sizeof(uint32_t));
     for (int64_t o = 0; o < s.O; ++o)
@@ -36,14 +35,14 @@ bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float
         for (int64_t j = 0; j < s.KW; ++j) {
           bf16 number;
           narrow(number, element(o, (c * s.KH + i) * s.KW + j));
-          finite = finite && (number & 0x7f80) != 0x7f80;
+          if ((number & 0x7f80) == 0x7f80) finite = false;
           for (int64_t place = 0; place < t.across; ++place) {
             const int64_t k = (place + j * s.dilation) * s.C + c, n = place * s.O + o;
             const int64_t tile = k / K * (t.columns / T) + n / T;
             to[(tile * K / 2 + k % K / 2) * T + n % T] |= uint32_t{number} << k % 2 * 16;
           }
         }
-  }
+  });
   return finite;
 }
 
@@ -53,7 +52,7 @@ int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   const ConvShape& s = a.s;
   const int64_t taps = s.taps(), phases = s.pool * s.pool;
   a.block = block_of(s.O);
-  a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1));
+  a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1), ceil_div(threads, larger(1, s.B)));
   if (!has_places(s, a.l)) return -1;
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const TileSizes sizes(s);

@@ -10,21 +10,21 @@ inline const ConvKernels& kernels() { return best_kernels<ConvKernels>(isa()); }
 constexpr int64_t kBudget = 128 * 1024;  // floats of a job's scratch, which then stays in the second-level cache
 constexpr int64_t kFewestRows = 4;       // of a job; with fewer, its halo would cost more than they do
 
-// As many rows as the budget holds, in equal jobs.
-inline int64_t rows_of_job(int64_t rows, int64_t floats_of_row, int64_t floats_of_halo) {
+// As many rows as the budget holds, in equal jobs, of which there are `wanted` where they have rows enough.
+inline int64_t rows_of_job(int64_t rows, int64_t floats_of_row, int64_t floats_of_halo, int64_t wanted = 1) {
   const int64_t most = larger(kFewestRows, (kBudget - floats_of_halo) / floats_of_row);
-  return ceil_div(rows, ceil_div(rows, most));
+  return ceil_div(rows, larger(ceil_div(rows, most), smaller(wanted, rows / kFewestRows)));
 }
 
-// `out_channels` is the number of output channels in the scratch of a job.
-inline ConvLayout layout(const ConvShape& s, int64_t out_channels) {
+// `out_channels` is the number of output channels in the scratch of a job; an image has `wanted` jobs where it can.
+inline ConvLayout layout(const ConvShape& s, int64_t out_channels, int64_t wanted = 1) {
   ConvLayout l{};
   const int64_t planes = s.pool * s.pool * s.C, cols = s.cols_out(), width = kernels().width;
   const int64_t padded = cols + ceil_div((s.KW - 1) * s.dilation, s.pool);
   l.halo = ceil_div((s.KH - 1) * s.dilation, s.pool);
   l.flat = padded < round_up(cols, width);
   l.stride = l.flat ? padded : odd_lines(larger(padded, round_up(cols, width)));
-  l.rows = rows_of_job(s.rows_out(), (planes + out_channels) * l.stride, planes * l.halo * l.stride);
+  l.rows = rows_of_job(s.rows_out(), (planes + out_channels) * l.stride, planes * l.halo * l.stride, wanted);
   l.bands = ceil_div(s.rows_out(), l.rows);
   l.plane = whole_lines((l.rows + l.halo) * l.stride + kSlack);
   l.out_plane = whole_lines(l.rows * l.stride + kSlack);

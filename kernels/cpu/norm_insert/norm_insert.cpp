@@ -14,9 +14,9 @@ int for_rows(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& 
   threads = useful_threads(threads, rows);
   Workspace memory(threads * scratch_size);
   if (!memory.base) return -1;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t t = 0; t < threads; ++t)
-    kernel(args, rows * t / threads, rows * (t + 1) / threads, memory.base + t * scratch_size);
+  for_each_job(threads, threads, memory.base, scratch_size, [&](int64_t t, float* own) {
+    kernel(args, rows * t / threads, rows * (t + 1) / threads, own);
+  });
   return 0;
 }
 

@@ -2,8 +2,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "common/sizes.h"
 #include "common/step.h"
+#include "common/threads.h"
 
 using namespace insvp_fast;
 
@@ -28,7 +28,17 @@ INSVP_FAST_API int program(const Step* steps, int64_t num_steps, const Slot* slo
   std::memcpy(own, slots, num_slots * sizeof(Slot));
   for (const Place* p = places; p < places + num_places; ++p) own[p->slot].bits = starts[p->piece] + p->offset;
   int result = 0;
-  for (const Step* s = steps; s < steps + num_steps && result == 0; ++s) result = s->run(own + s->first, threads);
+  const auto run = [&] {
+    for (const Step* s = steps; s < steps + num_steps && result == 0; ++s) result = s->run(own + s->first, threads);
+  };
+#ifdef _OPENMP
+  Team team;
+#pragma omp parallel num_threads(threads)
+  if (const int thread = omp_get_thread_num()) team.serve(thread);
+  else team.lead(omp_get_num_threads()), run(), team.dismiss();
+#else
+  run();
+#endif
   std::free(own);
   return result;
 }
