@@ -16,7 +16,7 @@ from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.tables import format_floor_ratio, format_products, format_ratio, join_cells, table
 from insvp_fast.bench.timing import Row
 
-__all__ = ["latest", "read_results", "save", "waterfall_table", "write_tables"]
+__all__ = ["newest_of_cpus", "read_results", "save", "waterfall_table", "write_tables"]
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -48,13 +48,10 @@ def write_tables(folder: Path = FOLDER, readme: Path = README, performance: Path
     """Write short tables into the README and all tables into the page on performance, between their markers.
 
     Raises:
-        ValueError: for a file without the markers, or if no machine has what the short table shows.
+        ValueError: for a file without the markers, or if no CPU multiplies bf16 in hardware.
     """
     saved = read_results(folder)
-    shown = [newest for instructions in SHOWN if (newest := latest(saved, instructions))]
-    if not shown:
-        raise ValueError(f"no results of a machine with {' or '.join(SHOWN)}")
-    short = "\n\n".join([*map(short_table, shown), *gpu_tables(saved)])
+    short = "\n\n".join([short_table(newest_of_cpus(saved)), *gpu_tables(saved)])
     pages = {readme: short, performance: full_tables(saved)}
     for file, text in {file: _with_tables(file, tables) for file, tables in pages.items()}.items():
         file.write_text(text)
@@ -68,26 +65,28 @@ def _with_tables(file: Path, tables: str) -> str:
     return f"{before}{begin}{tables}\n{end}{after}"
 
 
-def short_table(newest: dict[str, Any]) -> str:
-    """InsVPViT in the paper's configuration against the bare timm ViT, by the results of one machine.
+def short_table(newest: list[dict[str, Any]]) -> str:
+    """InsVPViT in the paper's configuration against the bare timm ViT, by the results of each CPU.
 
     A row for each job and precision, at the largest batch that both were timed at, and one for an image by itself.
     """
-    rows = sorted((row for row in newest["rows"] if _group(row)[:2] == ("paper", MODEL)), key=lambda row: row["batch"])
-    bare, ours = ({_group(row): row for row in rows if row["provider"] == name} for name in ("bare", "insvp_fast"))
-    both = [group for group in bare if group in ours]  # the batches rise
-    shown: list[tuple[Any, ...]] = []
-    for kind in itertools.product(("training step", "inference"), ("fp32", "bf16")):
-        shown += [group for group in both if group[2:4] == kind][-1:]
-    shown += [group for group in both if group[2] == "inference" and group[4] == 1 and group not in shown]
-    with_floor = any("floor ratio" in ours[group] for group in shown)
-    names = ["", "precision", "batch", "bare timm ViT", "InsVPViT", "time ratio", *["floor ratio"] * with_floor]
-    lines = [_title(newest), "", join_cells(names), "|" + "---|" * len(names)]
-    for group in shown:
-        cells = [f"{MODEL}, {group[2]}", *map(str, group[3:])]
-        cells += [f"{each[group]['images per second']:.2f} images/s" for each in (bare, ours)]
-        lines.append(join_cells([*cells, format_ratio(ours[group]), *[format_floor_ratio(ours[group])] * with_floor]))
-    return "\n\n".join(["\n".join(lines), *_products([ours[group] for group in shown])])
+    names = ["", MODEL, "precision", "batch", "bare timm ViT", "InsVPViT", "time ratio", "floor ratio"]
+    lines = [join_cells(names), "|" + "---|" * len(names)]
+    for file in newest:
+        rows = sorted(
+            (row for row in file["rows"] if _group(row)[:2] == ("paper", MODEL)), key=lambda row: row["batch"]
+        )
+        bare, ours = ({_group(row): row for row in rows if row["provider"] == name} for name in ("bare", "insvp_fast"))
+        both = [group for group in bare if group in ours]  # the batches rise
+        shown: list[tuple[Any, ...]] = []
+        for kind in itertools.product(("training step", "inference"), ("fp32", "bf16")):
+            shown += [group for group in both if group[2:4] == kind][-1:]
+        shown += [group for group in both if group[2] == "inference" and group[4] == 1 and group not in shown]
+        for group in shown:
+            cells = [_title(file) if group == shown[0] else "", *map(str, group[2:])]
+            cells += [f"{each[group]['images per second']:.2f} images/s" for each in (bare, ours)]
+            lines.append(join_cells([*cells, format_ratio(ours[group]), format_floor_ratio(ours[group])]))
+    return "\n".join(lines)
 
 
 def gpu_tables(saved: list[dict[str, Any]]) -> list[str]:
@@ -108,7 +107,7 @@ def gpu_tables(saved: list[dict[str, Any]]) -> list[str]:
             "ratio to bare",
             "to compiled",
         ]
-        lines = [_title(file), "", join_cells(names), "|" + "---|" * len(names)]
+        lines = [_title(file) + ":", "", join_cells(names), "|" + "---|" * len(names)]
         for (*_, job, precision, batch), rows in groups.items():
             bare, compiled, ours = (rows[name] for name in ("bare", "bare compiled", "insvp_fast"))
             cells = [f"{MODEL}, {job}", precision, str(batch)]
@@ -126,10 +125,18 @@ def _products(rows: list[Row]) -> list[str]:
     return ["; ".join(map(format_products, groups.values()))] if groups else []
 
 
-def latest(saved: list[dict[str, Any]], instructions: str) -> dict[str, Any] | None:
-    """The last of the results that were measured on a machine with these instructions."""
-    files = [file for file in saved if file["machine"].get("instructions") == instructions]
-    return max(files, key=lambda file: str(file["machine"].get("date", "")), default=None)
+def newest_of_cpus(saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last of the results of each CPU that multiplies bf16 in hardware, by the CPU's name.
+
+    Raises ValueError if there is none.
+    """
+    shown: dict[str, dict[str, Any]] = {}
+    for file in sorted(saved, key=lambda file: str(file["machine"].get("date", ""))):
+        if file["machine"].get("instructions") in SHOWN:
+            shown[file["machine"]["device"]] = file
+    if not shown:
+        raise ValueError(f"no results of a machine with {' or '.join(SHOWN)}")
+    return [shown[device] for device in sorted(shown)]
 
 
 def read_results(folder: Path = FOLDER) -> list[dict[str, Any]]:
@@ -143,7 +150,7 @@ def _group(row: Row) -> tuple[Any, ...]:
 
 
 def _title(file: dict[str, Any]) -> str:
-    return f"{file['machine']['device']}, torch {file['machine']['torch']}:"
+    return f"{file['machine']['device']}, torch {file['machine']['torch']}"
 
 
 def full_tables(saved: list[dict[str, Any]]) -> str:
@@ -154,7 +161,7 @@ def full_tables(saved: list[dict[str, Any]]) -> str:
         for row in file["rows"]:
             groups.setdefault(_group(row), []).append(row)
         rows = [row for group in groups.values() for row in sorted(group, key=_rank)]
-        parts += [_title(file), table(rows), *_products([row for row in rows if row["model"] == MODEL])]
+        parts += [_title(file) + ":", table(rows), *_products([row for row in rows if row["model"] == MODEL])]
         if "waterfall" in file:
             parts.append(waterfall_table(file["waterfall"]))
     return "\n\n".join(parts)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.results import SHOWN, latest, read_results
+from benchmarks.results import newest_of_cpus, read_results
 from insvp_fast.data import load_data
 from insvp_fast.figures.prompts import denormalize, to_gray_range
 from insvp_fast.training.load import load_run
@@ -38,8 +38,7 @@ def main() -> None:
     figure = Figure(figsize=(8, 3.5), dpi=200, facecolor="white", layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.12), wspace=0.03)
     draw_prompts(left, arguments.run)
-    newest = latest(read_results(), SHOWN[0])
-    draw_times(right, newest or parser.error(f"no results of a machine with {SHOWN[0]}"))
+    draw_times(right, newest_of_cpus(read_results())[0])
     stream = io.BytesIO()
     figure.savefig(stream)
     # a palette: a third of the size
@@ -90,7 +89,7 @@ def draw_times(figure: SubFigure, saved: dict[str, Any]) -> None:
     axes.set_yticks(range(len(jobs)), [f"{job}\n{precision}" for precision, job in jobs], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * axes.get_xlim()[1])
-    axes.set_xlabel(f"ms per image, batch {BATCH}; {saved['machine']['device']}", fontsize=8)
+    axes.set_xlabel(f"ms per image, batch {BATCH}\n{saved['machine']['device']}", fontsize=8)
     axes.tick_params("x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=7, frameon=False, handlelength=1.2)

@@ -42,7 +42,7 @@ _ZEN |= {(26, model): "Zen 5" for model in (*range(0x30), *range(0x40, 0x50), *r
 
 
 def cpu_name(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The processor's model name, which does not tell its instruction set, and of AMD's whether it is Zen 4 or Zen 5."""
+    """The processor's model name, and of AMD's, which may be the same, whether it is Zen 4 or Zen 5."""
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError), open(cpuinfo) as file:
         for line in file:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import platform
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,27 @@ def test_the_name_of_an_instruction_set_is_that_of_the_fastest_products(monkeypa
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
     assert hardware.instruction_set() == name
     assert hardware.wide_vectors() == (level == "AVX512")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name"),
+    [
+        ("AuthenticAMD", 25, 0x01, "A CPU"),  # Zen 3
+        ("AuthenticAMD", 25, 0x11, "A CPU, Zen 4"),
+        ("AuthenticAMD", 26, 0x02, "A CPU, Zen 5"),
+        ("AuthenticAMD", 26, 0x50, "A CPU"),  # newer
+        ("GenuineIntel", 26, 0x02, "A CPU"),
+    ],
+)
+def test_processors_of_one_name_and_instruction_set_are_told_apart(tmp_path, vendor, family, model, name):
+    one = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: A CPU\n\n"
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\n" + one + "processor\t: 1\n" + one)
+    assert hardware.cpu_name(str(file)) == name
+
+
+def test_a_processor_without_a_file_of_facts_has_a_name():
+    assert hardware.cpu_name("/missing") == (platform.processor() or platform.machine())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
