@@ -20,7 +20,8 @@ inline int useful_threads(int threads, int64_t jobs) { return static_cast<int>(l
 // with a share of its own: of several images, those that were its own in other operations, as its cache may still hold
 // some of what it has written. Then it takes what others have not begun.
 template <class Run>
-void for_each_job(int64_t jobs, int threads, float* scratch, int64_t scratch_size, const Run& run) {
+void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, [[maybe_unused]] int64_t scratch_size,
+                  const Run& run) {
 #ifdef _OPENMP
   if (threads > 1 && jobs > 1) {
     constexpr int kMostShares = 64;  // more threads than that begin together with others: the stack is small

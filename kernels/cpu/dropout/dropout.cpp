@@ -13,9 +13,8 @@ const DropoutKernels& kernels() { return best_kernels<DropoutKernels>(isa()); }
 template <class Run>
 void for_each_share(int64_t n, int threads, const Run& run) {
   constexpr int64_t smallest = 1 << 13;
-  const int64_t shares = useful_threads(threads, n / smallest);
-#pragma omp parallel for num_threads(shares) if (shares > 1)
-  for (int64_t i = 0; i < shares; ++i) run(i * n / shares, (i + 1) * n / shares);
+  const int shares = useful_threads(threads, n / smallest);
+  for_each_job(shares, shares, nullptr, 0, [&](int64_t i, float*) { run(i * n / shares, (i + 1) * n / shares); });
 }
 
 }  // namespace

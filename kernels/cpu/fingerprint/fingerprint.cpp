@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kWordBytes = 8, kLineBytes = 64, kLines = 128, kBlockBytes = kLineBytes * kLines;
 constexpr int64_t kWords = kLineBytes / kWordBytes;
 constexpr int64_t kSmall = 8 * kBlockBytes;  // bytes: regions up to this size are read in full
-constexpr int64_t kShared = 128;             // blocks: threads share more
+[[maybe_unused]] constexpr int64_t kShared = 128;  // blocks: threads share more
 constexpr int64_t kAhead = 16;               // blocks: how far ahead of its use a line is prefetched
 
 // The finalizer of SplitMix64, which is invertible.
@@ -78,7 +78,8 @@ uint64_t sum_of_part(const Region& r, int64_t part, int64_t parts) {
 }  // namespace
 
 // The checksum of every line, into sums[128].
-INSVP_FAST_API int fingerprint(const char* data, int64_t bytes, uint64_t* sums, int threads) {
+INSVP_FAST_API int fingerprint(const char* data, int64_t bytes, uint64_t* sums,
+                               [[maybe_unused]] int threads) {
   std::memset(sums, 0, kLines * sizeof(uint64_t));
 #pragma omp parallel num_threads(threads) if (bytes > kSmall)
   {
@@ -102,7 +103,7 @@ INSVP_FAST_API int fingerprint_same(const Region* regions, int64_t count, int* r
   };
   Check* checks = static_cast<Check*>(std::malloc(larger(1, count) * sizeof(Check)));
   if (!checks) return -1;
-  int64_t blocks = 0;
+  [[maybe_unused]] int64_t blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
     checks[i] = {regions[i], 0};
     blocks += ceil_div(regions[i].bytes, kBlockBytes);

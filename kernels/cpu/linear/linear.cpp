@@ -117,8 +117,7 @@ INSVP_FAST_API int linear_pack(void* packed, int packed_type, const void* w, int
   const int64_t width = k.columns, panels = ceil_div(N, width), size = width * words(k, K) * k.factors;
   const Weight weight{w, N, K, row_stride, column_stride};
   const bool pairs = DType(packed_type) == DType::bf16, half = DType(w_type) == DType::bf16;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t p = 0; p < panels; ++p) {
+  for_each_job(panels, useful_threads(threads, panels), nullptr, 0, [&](int64_t p, float*) {
     if (pairs) {
       bf16* to = static_cast<bf16*>(packed) + p * size;
       half ? pack_panel<bf16, bf16>(to, weight, p * width, width, words(k, K), 2)
@@ -128,7 +127,7 @@ INSVP_FAST_API int linear_pack(void* packed, int packed_type, const void* w, int
       half ? pack_panel<float, bf16>(to, weight, p * width, width, words(k, K), 1)
            : pack_panel<float, float>(to, weight, p * width, width, words(k, K), 1);
     }
-  }
+  });
   return 0;
 }
 
