@@ -36,13 +36,13 @@ def wide_vectors() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-# AMD's family and models whose instruction sets alike hide how fast they are: Zen 4 has half the vector units of Zen 5
+# AMD's family and models, by which processors of one name and instruction set are told apart
 _ZEN = {(25, model): "Zen 4" for model in (*range(0x10, 0x20), *range(0x60, 0xB0))}
 _ZEN |= {(26, model): "Zen 5" for model in (*range(0x30), *range(0x40, 0x50), *range(0x60, 0x80))}
 
 
 def cpu_name(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The processor's model name, and of AMD's, which may be the same, whether it is Zen 4 or Zen 5."""
+    """The processor's model name; for AMD's, with Zen 4 or Zen 5 behind it, which the name may leave out."""
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError), open(cpuinfo) as file:
         for line in file:

@@ -287,11 +287,15 @@ def test_noncontiguous_inputs():
     assert_same_bits([(y, indices, *dense, *pooled), (y2, indices2, *dense2, *pooled2)])
 
 
-def test_same_bits_for_every_number_of_threads(isa, threads):
-    x, weight, bias = inputs(3, 3, 144, 144, 6, 7, 7)
-    grad, small = torch.randn(3, 6, 144, 144), torch.randn(3, 6, 36, 36)
+@pytest.mark.parametrize("largest", [1.0, 3.4e38], ids=["", "infinite if rounded"])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_same_bits_for_every_number_of_threads(isa, threads, images, largest):
+    """Also where a pixel keeps some of the others from being rounded: not more of them with fewer threads."""
+    x, weight, bias = inputs(images, 3, 144, 144, 6, 7, 7)
+    x[0, 1, 70, 70] = largest
+    grad, small = torch.randn(images, 6, 144, 144) / 100, torch.randn(images, 6, 36, 36) / 100
     runs = []
-    for n in (1, 2, 3, 2):
+    for n in (1, 2, 3, 17, 2):
         threads(n)
         y = native.conv_fwd(x, weight, bias, 1, 144, 144, True, F32)
         pooled, indices = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32, BF16)

@@ -6,17 +6,19 @@
 
 namespace insvp_fast {
 
-// One thread leads: it says what all do, does its part, and waits for the others. The others serve.
+// One thread leads: it says what all do, does its part, and waits for the others, which serve. Each calls its function
+// in a thread of its own at the same time, and the team outlives all calls.
 class Team {
  public:
-  // The team that this thread leads, or null.
-  static Team* led_here();
+  // The team that this thread leads, while it does no part of an order itself; or null.
+  static Team* current();
 
-  void lead(int size);     // from now on, a team of so many threads
-  void dismiss();          // the others return from `serve`
-  void serve(int thread);  // 1 to size - 1
+  void lead(int size);     // by thread 0: from now on, a team of so many threads
+  void dismiss();          // by thread 0: the others return from `serve`
+  void serve(int thread);  // by threads 1 to size - 1
 
-  // Calls body(thread) in the first `threads` threads, and returns when all have done it.
+  // Calls body(thread) in all threads below `threads` that the team has, which may be fewer, and returns when all are
+  // done.
   template <class Body>
   void run(int threads, const Body& body) {
     call_ = [](const void* data, int thread) { (*static_cast<const Body*>(data))(thread); };
@@ -27,13 +29,13 @@ class Team {
   }
 
  private:
-  // A number for whose change threads wait.
+  // A number that threads wait for.
   class Signal {
    public:
     uint32_t value() const { return value_.load(std::memory_order_acquire); }
     void set(uint32_t value);
-    void count_down();
-    void wait_for_change(uint32_t old, int& patience);
+    void count_down();                                  // wakes at 0 only
+    void wait_for_change(uint32_t old, int& patience);  // may miss a change that wakes nobody
 
    private:
     void wake_all();

@@ -17,7 +17,7 @@ using namespace insvp_fast;
 inline int useful_threads(int threads, int64_t jobs) { return static_cast<int>(larger(1, smaller(threads, jobs))); }
 
 // Calls run(job, scratch) for each job; each thread has a part of `scratch_size` floats of `scratch`. A thread begins
-// with a share of its own: of several images, those that were its own in other operations, as its cache may still hold
+// with a share of its own, where there are several images the same ones in each operation, as its cache may still hold
 // some of what it has written. Then it takes what others have not begun.
 template <class Run>
 void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, [[maybe_unused]] int64_t scratch_size,
@@ -38,7 +38,7 @@ void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, [[
           run(job, scratch + thread * scratch_size);
       }
     };
-    if (Team* team = Team::led_here()) return team->run(threads, work);
+    if (Team* team = Team::current()) return team->run(threads, work);
 #pragma omp parallel num_threads(threads)
     work(omp_get_thread_num());
     return;

@@ -52,11 +52,13 @@ int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   const ConvShape& s = a.s;
   const int64_t taps = s.taps(), phases = s.pool * s.pool;
   a.block = block_of(s.O);
-  a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1), ceil_div(threads, larger(1, s.B)));
+  const bool tiles = rounded && tiles_pay(s) && kernels().tiles;
+  // A job without tiles computes what no other job has a part in. With them it rounds no factor if one is not finite,
+  // so that the bits depend on its size, and that must not depend on the number of threads.
+  a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1), tiles ? 1 : threads / larger(1, s.B));
   if (!has_places(s, a.l)) return -1;
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const TileSizes sizes(s);
-  const bool tiles = rounded && tiles_pay(s) && kernels().tiles;
   const int64_t scratch_size = whole_lines(larger(
       tiles ? TileScratch(s, sizes, a.l.rows).all : 0,
       phases * s.C * a.l.plane + kSlack + 2 * a.block * a.l.out_plane + spare_floats(s, a.l)));

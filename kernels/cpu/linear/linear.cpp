@@ -152,7 +152,8 @@ INSVP_FAST_API int linear(
   const bool past_caches = Epilogue(epilogue) == Epilogue::activate && goes_past_caches(k, kept, M, N);
   const Linear args{{x, DType(x_type)}, T, batch_stride, row_stride, packed, bias, {y, DType(y_type)}, kept,
                     past_caches, Epilogue(epilogue), Activation(activation), N, K};
-  // The rows of one image are few tiles, which the threads cannot share as evenly as the columns.
+  // Where the columns can be shared, each thread has some of its own for all rows: the rows of one image are so few
+  // tiles that their parts differ more.
   const bool by_columns = d.across % threads == 0;
   for_each_job(d.down * d.across, threads, memory.base, d.scratch, [&](int64_t block, float* own) {
     const Range rows = part(by_columns ? block % d.down : block / d.across, d.down, M, k.rows);

@@ -34,8 +34,13 @@ INSVP_FAST_API int program(const Step* steps, int64_t num_steps, const Slot* slo
 #ifdef _OPENMP
   Team team;
 #pragma omp parallel num_threads(threads)
-  if (const int thread = omp_get_thread_num()) team.serve(thread);
-  else team.lead(omp_get_num_threads()), run(), team.dismiss();
+  if (const int thread = omp_get_thread_num()) {
+    team.serve(thread);
+  } else {
+    team.lead(omp_get_num_threads());  // which may be fewer
+    run();
+    team.dismiss();
+  }
 #else
   run();
 #endif
