@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run in the interpreter, on CPU tensors; with one, the same tests run on it."""
 
+import faulthandler
 import gc
 import os
 import sys
@@ -79,6 +80,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_hang(capfd):
+    """Ends the tests with the stack of each thread where one waits in C code, which no exception can end."""
+    with capfd.disabled():
+        stderr = os.dup(2)
+    faulthandler.dump_traceback_later(120, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    os.close(stderr)
 
 
 def pytest_collection_finish():

@@ -15,7 +15,7 @@ from insvp_fast.runtime.native.copy import _COPY
 from insvp_fast.runtime.programs import Recorder
 from tests.kernels.native_checks import needs_library
 
-pytestmark = needs_library
+pytestmark = [needs_library, pytest.mark.usefixtures("no_hang")]
 
 
 def some_calls(to, middle, x):

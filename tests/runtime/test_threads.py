@@ -1,6 +1,5 @@
 """Threads: any number of them gives the same bits, models may run side by side, and a forked process does not hang."""
 
-import faulthandler
 import multiprocessing
 import os
 import signal
@@ -19,17 +18,6 @@ from insvp_fast.runtime import native
 from insvp_fast.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("no_hang")
-
-
-@pytest.fixture
-def no_hang(capfd):
-    """Ends the tests with the stack of each thread where one waits in C code, which no exception can end."""
-    with capfd.disabled():
-        stderr = os.dup(2)
-    faulthandler.dump_traceback_later(120, exit=True, file=stderr)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    os.close(stderr)
 
 
 def make_model(seed=0):

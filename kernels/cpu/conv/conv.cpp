@@ -53,8 +53,8 @@ int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   const int64_t taps = s.taps(), phases = s.pool * s.pool;
   a.block = block_of(s.O);
   const bool tiles = rounded && tiles_pay(s) && kernels().tiles;
-  // A job without tiles computes what no other job has a part in. With them it rounds no factor if one is not finite,
-  // so that the bits depend on its size, and that must not depend on the number of threads.
+  // Without tiles no result depends on the size of its job. With them a job rounds none of its factors if one is not
+  // finite, so that its size must not depend on the number of threads.
   a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1), tiles ? 1 : threads / larger(1, s.B));
   if (!has_places(s, a.l)) return -1;
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);
