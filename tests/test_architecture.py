@@ -138,6 +138,13 @@ def names_in(paths, pattern):
     return sorted({name for path in paths for name in re.findall(pattern, path.read_text(), re.MULTILINE)})
 
 
+def test_what_programs_call_shares_its_work_with_their_team():
+    """A region of OpenMP's inside a program would have one thread."""
+    files = [path for path in (ROOT / "kernels" / "cpu").glob("*/*.cpp") if "INSVP_FAST_STEP(" in path.read_text()]
+    assert len(files) > 5
+    assert [path.name for path in files if "#pragma omp" in path.read_text()] == []
+
+
 def test_programs_can_call_what_is_launched_and_nothing_else():
     launched = names_in((PACKAGE / "runtime" / "native").glob("*.py"), r'launch\(\s*"(\w+)"')
     steps = names_in((ROOT / "kernels" / "cpu").glob("*/*.cpp"), r"^INSVP_FAST_STEP\((\w+)\)")
