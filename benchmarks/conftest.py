@@ -1,6 +1,6 @@
 """Every benchmark is seeded, waits for the device, and stores the facts of the machine beside its times.
 
-With ``--benchmark-disable`` each body runs once, at the smallest size, to test that the benchmarks work.
+With ``--benchmark-disable`` each body runs once, most at the smallest size, to test that the benchmarks work.
 """
 
 import pytest

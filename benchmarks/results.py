@@ -34,7 +34,9 @@ def save(rows: list[Row], section: str = "rows", folder: Path = FOLDER) -> Path:
     path = folder / f"{name}-torch{facts['torch']}.json"
     path.parent.mkdir(exist_ok=True)
     saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    merged = {_identity(row): row for row in [*saved.get(section, []), *rows]}
+    # older rows stay, so that these facts of the machine are those of the new rows alone
+    own = {key: facts[key] for key in ("date", "OMP_WAIT_POLICY") if key in facts}
+    merged = {_identity(row): row for row in [*saved.get(section, []), *(row | own for row in rows)]}
     saved = {**saved, "machine": facts, section: list(merged.values())}
     path.write_text(json.dumps(saved, indent=1) + "\n")
     return path

@@ -54,6 +54,21 @@ LATE += (
     "gradio",
 )
 
+# where else than in `commands/` they may be imported
+PLACES = {
+    "accelerate": ("training/",),
+    "rich": ("training/terminal.py", "data/cache.py"),
+    "matplotlib": ("figures/", "training/lr_finder.py"),
+    "starlette": ("serving/",),
+    "uvicorn": (),
+    "gradio": ("demo.py",),
+    "jinja2": ("report/",),
+    "onnxruntime": ("export/",),
+    "openvino": ("export/",),
+    "nncf": ("export/",),
+    "pyarrow": ("training/prediction_file.py",),
+}
+
 
 def layer(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -101,6 +116,18 @@ def test_a_wrong_direction_is_seen():
     assert not wrong_directions("model", ast.parse("from insvp_fast import ops, __version__"))
 
 
+@pytest.mark.parametrize("library", PLACES)
+def test_a_library_is_imported_in_its_places_alone(library):
+    files = [path for path in PACKAGE.rglob("*.py") if layer(path) != "commands"]
+    users = [
+        str(path.relative_to(PACKAGE))
+        for path in files
+        for _, name in imports(ast.parse(path.read_text()))
+        if name.partition(".")[0] == library
+    ]
+    assert [name for name in users if not name.startswith(PLACES[library])] == []
+
+
 def late_imports(tree: ast.AST) -> list[str]:
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return [name for function in functions for _, name in imports(function) if not name.startswith(LATE)]
@@ -130,8 +157,9 @@ def test_nobody_edits_the_path_or_draws_rules(path):
 @pytest.mark.parametrize(
     "path", [p for end in ("h", "cpp") for p in (ROOT / "kernels" / "cpu").rglob(f"*.{end}")], ids=lambda p: p.name
 )
-def test_native_sources_are_short(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_native_sources_and_their_lines_are_short(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 400 and max(map(len, lines)) <= 120
 
 
 def names_in(paths, pattern):

@@ -97,7 +97,7 @@ def _widths(accesses: str, text: str) -> dict[str, int]:
 
 def _limits(kernel: str, target: str) -> dict[str, int]:
     """The most of each fact that a kernel may have; the compiler's version decides whether it has more."""
-    nvidia, most = target != "gfx942", {"spills": 0, "stack": 0}
+    nvidia, most = target != "gfx942", {"spills": 0, "stack": 0, "shared": SHARED_LIMIT[target]}
     if kernel.startswith("activation"):
         most["narrow"] = int("_code" in kernel and not nvidia)  # 8 values per lane, written as 8 bytes
     if kernel.startswith("norm_insert"):

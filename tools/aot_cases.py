@@ -135,7 +135,7 @@ def activation_cases(arch: int | str) -> Iterator[Case]:
     """
     variants = [("*bf16", name) for name in ("gelu", "gelu_tanh", "quick_gelu", "silu")]
     for dtype, name in variants + [("*fp32", "gelu")] * (arch == 90):
-        label, n, constants = f"{name}-{dtype[1:]}", {"N": "i32"}, {"ACTIVATION": name, **activation.BLOCK}
+        label, n, constants = f"{name}-{dtype[1:]}", {"N": "i32"}, {"ACTIVATION": name, **activation.LAUNCH}
         for suffix, code, kept in (("", {}, dtype), ("_code", pointers("*u8", "code"), "*u8")):
             fwd = pointers(dtype, "pre", "hidden") | code | n
             yield case(f"activation_fwd{suffix}-{label}", activation._activation_fwd_kernel, fwd, constants, "N")
@@ -190,9 +190,7 @@ def conv_cases(arch: int | str) -> Iterator[Case]:
             f"conv_fwd-{label}",
             conv._conv_kernel,
             pointers(x, "x") | pointers(fp32, "weight", "bias") | pointers(y, "y"),
-            same
-            | {"C": C, "OUT": OUT, "WEIGHT": (9 * C, 9, 3, 1), "RELU": relu}
-            | conv.launch_config("map", 0, OUT, arch),
+            same | {"C": C, "OUT": OUT, "WEIGHT": (9 * C, 9, 3, 1), "RELU": relu} | conv.MAP_LAUNCH,
         )
         yield case(
             f"conv_bwd_weight-{label}",
@@ -200,7 +198,7 @@ def conv_cases(arch: int | str) -> Iterator[Case]:
             pointers(y, "grad", *(["y"] if relu else [])) | pointers(x, "x") | pointers(fp32, "d_weight", "d_bias")
             | {"M": "i32"},
             same | {"C": C, "OUT": OUT} | chip.operands(narrow, arch)
-            | conv.launch_config("weight", 9 * C, OUT, arch),
+            | conv.weight_config(9 * C, OUT, arch),
         )  # fmt: skip
 
 
@@ -267,7 +265,7 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
             f"conv_pool_spread-{label}",
             conv_pool._conv_pool_spread_kernel,
             pointers("*fp32", "grad") | pointers(x, "spread") | result | {"slope": "fp32"},
-            {"GRID": (grid, grid), "POOL": pool, **conv_pool.SPREAD},
+            {"GRID": (grid, grid), "POOL": pool, **conv_pool.SPREAD_LAUNCH},
         )
         config = conv_pool.launch_config("bwd_map", C, conv_pool.SIDE, dtype, arch)
         center = {"CENTER": (grid * pool, grid * pool), "MARGIN": (taps - 1 - margin,) * 2, "SIDE": conv_pool.SIDE}
@@ -282,7 +280,7 @@ def conv_pool_cases(arch: int | str) -> Iterator[Case]:
 def fingerprint_cases() -> Iterator[Case]:
     """The checksums of packed weights."""
     signature = {"table_ptr": "*i64", "sums_ptr": "*i64", "first_line": "i32", "small": "i32"}
-    yield Case("fingerprint", fingerprint._fingerprint_kernel, signature, fingerprint.CONSTANTS)
+    yield Case("fingerprint", fingerprint._fingerprint_kernel, signature, fingerprint.LAUNCH)
 
 
 def cases(target: str, every_shape: bool = False) -> list[Case]:

@@ -28,6 +28,7 @@ from insvp_fast.backbones.vision_transformer import (
     add_positions,
     check_image,
     embed_patches,
+    final_norm,
     patch_embed_requirements,
     pixel_weight,
     read_tokens,
@@ -234,9 +235,3 @@ def _attention(
         rest = attn.num_heads, num_queries, attn.scale
         attended = ops.attention(packed, *rest, num_keys=num_keys, impl=options.attention)
     return in_own_dtype(attn.norm, attended).to(y.dtype)
-
-
-def final_norm(backbone: Eva, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The norm after the last block."""
-    normed: Tensor = backbone.norm(tokens)
-    return normed

@@ -35,6 +35,7 @@ from insvp_fast.backbones.vision_transformer import (
     add_positions,
     check_image,
     embed_patches,
+    final_norm,
     patch_embed_requirements,
     pixel_weight,
 )
@@ -246,9 +247,3 @@ def _attend_from_first(attn: Any, y: Tensor, affine: Affine, num_queries: int, b
         return attend_from_first(attn, FrozenLinear.of(attn.qkv, *affine), y, num_queries, bias=bias)
     q, kv = project_q_kv(attn, y, affine, num_queries)
     return ops.query_attention(q, kv, attn.num_heads, attn.scale, bias=bias)
-
-
-def final_norm(backbone: Beit | VisionTransformerRelPos, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The norm after the last block."""
-    normed: Tensor = backbone.norm(tokens)
-    return normed

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import DROP_PATH_OFF, forward_mlp, mlp_requirements, norm_insert, norm_requirements
-from insvp_fast.backbones.vision_transformer import check_image, pixel_weight
+from insvp_fast.backbones.vision_transformer import check_image, patch_projection, pixel_weight
+from insvp_fast.backbones.vit_blocks import inactive_dropout, prefixed
 from insvp_fast.coverage import Table, rule, watch
-from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, convolution, difference
+from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, difference
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
@@ -73,12 +74,11 @@ def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
         "strict_img_size": True,  # else the attention masks are made anew for each image
         "dynamic_img_pad": False,
     }
-    projection = convolution(sides, padding=(0, 0), dilation=(1, 1))
     table: Table = {
         # any attributes: they are read by timm's methods, which both paths call
         "": (rule(SwinTransformer, " ".join(vars(backbone))),),
         "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches", **embedding),),
-        "patch_embed.proj": (projection._replace(parameters={"weight": True, "bias": False}),),
+        "patch_embed.proj": (patch_projection(patch_size),),
         "patch_embed.norm": CALLED,
         "layers": (rule(nn.Sequential),),
         "norm": CALLED,
@@ -90,16 +90,12 @@ def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
         if i and any(side % 2 for side in grid):
             resolutions["input_resolution"] = "even sides, which patches can be merged in without padding"
         table[f"layers.{i}"] = (rule(SwinTransformerStage, "dim depth grad_checkpointing", **resolutions),)
-        table |= _prefixed(f"layers.{i}.downsample", _merging(stage, first=i == 0))
+        table |= prefixed(f"layers.{i}.downsample", _merging(stage, first=i == 0))
         table[f"layers.{i}.blocks"] = (rule(nn.Sequential),)
         for n, block in enumerate(getattr(stage, "blocks", ())):
-            table |= _prefixed(f"layers.{i}.blocks.{n}", _block_requirements(block, merged))
+            table |= prefixed(f"layers.{i}.blocks.{n}", _block_requirements(block, merged))
         grid = merged
     return table
-
-
-def _prefixed(path: str, table: Table) -> Table:
-    return {path + name: rules for name, rules in table.items()}
 
 
 def _merging(stage: nn.Module, first: bool) -> Table:
@@ -113,9 +109,7 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
     attn, width = getattr(block, "attn", None), getattr(block, "dim", 0)
     window = getattr(block, "window_size", (1, 1))
     fits = [side % part for side, part in zip(grid, window, strict=False)] == [0, 0]
-    attention: dict[str, Any] = {"window_size": window, "window_area": math.prod(window)}
-    if getattr(getattr(attn, "attn_drop", None), "p", 0):
-        attention["training"] = False  # the fused attention drops by its own mode, not by that of attn_drop
+    attention: dict[str, Any] = {"window_size": window, "window_area": math.prod(window), **inactive_dropout(attn)}
     shape: dict[str, Any] = {
         "dim": width,
         "input_resolution": grid,
@@ -143,7 +137,7 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
         ".attn.proj_drop": DROPOUT_OFF,
         ".drop_path1": DROP_PATH_OFF,
         ".norm2": norm_requirements(width),
-        **_prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
+        **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
         ".drop_path2": DROP_PATH_OFF,
     }
 

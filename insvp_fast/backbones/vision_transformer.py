@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
-from insvp_fast.backbones.vit_blocks import absorbs, block_requirements, run_block
+from insvp_fast.backbones.vit_blocks import absorbs, block_requirements, prefixed, run_block
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution, difference
 from insvp_fast.ops import FrozenLinear
@@ -85,7 +85,7 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
     if isinstance(backbone, VisionTransformerDistilled):
         table["head_dist"] = CALLED
     for j, block in enumerate(backbone.blocks):
-        table |= {f"blocks.{j}{path}": rules for path, rules in block_requirements(block, width).items()}
+        table |= prefixed(f"blocks.{j}", block_requirements(block, width))
     return table
 
 

@@ -191,8 +191,8 @@ def same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-class _Weights:
-    """Takes note of packed weights (``recording.Recording``)."""
+class _Weights(recording.Recording):
+    """Takes note of packed weights."""
 
     def __init__(self) -> None:
         self.uses, self.made, self.held = list[prepack.Use](), list[Sequence[Tensor | None]](), list[object]()
@@ -202,21 +202,6 @@ class _Weights:
         if use.look:  # those of backward are made of the same weights
             self.uses.append(use)
             self.made.append(made)
-
-    def new(self, x: Tensor) -> None:
-        pass
-
-    def lasts(self, x: Tensor) -> None:
-        pass
-
-    def hold(self, x: Tensor) -> None:
-        pass
-
-    def run(self, call: Callable[[], None]) -> None:
-        call()
-
-    def interrupt(self) -> None:
-        pass
 
 
 @first_order("graphs", "PyTorch's own modules")

@@ -106,7 +106,7 @@ def _starts(tensors: Sequence[Tensor]) -> list[int]:
     return [x.untyped_storage().data_ptr() for x in tensors]
 
 
-@first_order("linear", "torch.nn.functional.linear")
+@first_order("programs", "PyTorch's own modules")
 class _Recorded(torch.autograd.Function):
     """Computes a function and its gradients as they are, and takes note of them."""
 
@@ -175,7 +175,7 @@ class _Saved(threading.local):
         return self.tensors[number]
 
 
-@first_order("linear", "torch.nn.functional.linear")
+@first_order("programs", "PyTorch's own modules")
 class _Replayed(torch.autograd.Function):
     """What a program has computed, and its gradients by another."""
 

@@ -2,6 +2,8 @@
 
 - ``hardware``: what this machine's processors compute fast.
 - ``buffers``: memory for large results on CPUs, used again.
+- ``activations``: the activations of an MLP, by name, in PyTorch's own operators.
+- ``elementwise``: copies and sums that may be part of a program of native calls.
 - ``rows``: products in which NaN stays in its row.
 - ``products``: products with frozen weights, by whatever multiplies fastest.
 - ``prepack``: the packed weights behind them, made once and again when they change.

@@ -23,6 +23,7 @@ from torch import Tensor, UntypedStorage
 
 from insvp_fast.runtime import buffers, native
 from insvp_fast.runtime.prepack import Use, Uses
+from insvp_fast.runtime.recording import Recording
 
 __all__ = ["Given", "Memory", "New", "Packed", "Program", "Recorder"]
 
@@ -136,8 +137,8 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-class Recorder:
-    """See ``recording.Recording``.
+class Recorder(Recording):
+    """Takes note of calls, and of the places of the memory that they read and write.
 
     Args:
         given: tensors in all the memory that will be given when the program runs.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,8 +17,8 @@ __all__ = ["Recording", "current", "hold", "interrupt", "lasting", "record", "ru
 T = TypeVar("T")
 
 
-class Recording(Protocol):
-    """Takes note."""
+class Recording:
+    """Takes note; this class, of nothing."""
 
     def new(self, x: Tensor) -> None:
         """``x`` is new memory, of which nothing is read before it is written."""
@@ -34,6 +34,7 @@ class Recording(Protocol):
 
     def run(self, call: Any) -> None:
         """Run a native call."""
+        call()
 
     def interrupt(self) -> None:
         """Something else than a native call is going to read or write what these do, or decides by values."""

@@ -103,7 +103,7 @@ def _activation_bwd_kernel(grad_ptr, kept_ptr, out_ptr, N, ACTIVATION: tl.conste
     tl.store(out_ptr + offs, (grad * d).to(out_ptr.dtype.element_ty), offs < N)
 
 
-BLOCK = {"BLOCK": 2048, **chip.launch_options(4, 1)}  # 16 values per thread: at least two 16-byte loads in flight
+LAUNCH = {"BLOCK": 2048, **chip.launch_options(4, 1)}  # 16 values per thread: at least two 16-byte loads in flight
 
 
 def activation_fwd(pre: Tensor, activation: str) -> Tensor:
@@ -149,8 +149,8 @@ def _forward(pre: Tensor, code: Tensor | None, activation: str) -> Tensor:
     hidden = torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
     if N := pre.numel():
         with torch.cuda.device_of(pre):
-            grid = (triton.cdiv(N, BLOCK["BLOCK"]),)
-            _activation_fwd_kernel[grid](pre, hidden, code, N, ACTIVATION=activation, **BLOCK)
+            grid = (triton.cdiv(N, LAUNCH["BLOCK"]),)
+            _activation_fwd_kernel[grid](pre, hidden, code, N, ACTIVATION=activation, **LAUNCH)
     return hidden
 
 
@@ -162,7 +162,7 @@ def _backward(grad: Tensor, kept: Tensor, dtype: torch.dtype, activation: str, o
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: expected contiguous {dtype} {tuple(grad.shape)}")
     if N := grad.numel():
         with torch.cuda.device_of(grad):
-            grid = (triton.cdiv(N, BLOCK["BLOCK"]),)
+            grid = (triton.cdiv(N, LAUNCH["BLOCK"]),)
             operands = grad.contiguous(), kept.contiguous(), out, N
-            _activation_bwd_kernel[grid](*operands, ACTIVATION=activation, **BLOCK)
+            _activation_bwd_kernel[grid](*operands, ACTIVATION=activation, **LAUNCH)
     return out

@@ -210,10 +210,11 @@ def _conv_windows_bwd_weight_kernel(
     tl.store(d_moved_ptr + place, d_moved, (k < K)[:, None] & (n < N)[None, :])
 
 
-def launch_config(kind: str, taps: int, OUT: int, arch: int | str) -> dict[str, int]:
-    """Tiles, warps and stages of kernel ``kind`` ("map" or "weight"); ``taps`` are those of all channels."""
-    if kind == "map":
-        return {"BLOCK": 512, **chip.launch_options(4, 1)}
+MAP_LAUNCH = {"BLOCK": 512, **chip.launch_options(4, 1)}  # of the kernel of a map, with few taps
+
+
+def weight_config(taps: int, OUT: int, arch: int | str) -> dict[str, int]:
+    """Tiles, warps and stages of the kernel of a weight; ``taps``, which are few, are those of all channels."""
     BLOCK_T, BLOCK_O = min(64, max(16, triton.next_power_of_2(taps))), max(16, triton.next_power_of_2(OUT))
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_O": BLOCK_O, "BLOCK_M": 64}
     return tiles | chip.launch_options(1 if arch == "gfx942" else 2, 1)  # 64 lanes in a warp on AMD
@@ -271,10 +272,9 @@ def _convolve(
     if not y.numel():
         return
     if _has_few_taps(weight):
-        config = launch_config("map", 0, OUT, arch)
         with torch.cuda.device_of(x):
-            _conv_kernel[(len(x) * triton.cdiv(height * width, config["BLOCK"]),)](
-                x, mask, weight, bias, y, DILATION=dilation, X=x.stride(), WEIGHT=weight.stride(), **sizes, **config
+            _conv_kernel[(len(x) * triton.cdiv(height * width, MAP_LAUNCH["BLOCK"]),)](
+                x, mask, weight, bias, y, DILATION=dilation, X=x.stride(), WEIGHT=weight.stride(), **sizes, **MAP_LAUNCH
             )
         return
     dtype, weight = _compute(x, y), weight.contiguous()
@@ -359,7 +359,7 @@ def _weight_sums(
     """The gradients of a weight with few taps and of its bias, in fp32."""
     (OUT, C, *taps), (*_, height, width), arch = weight.shape, grad.shape, chip.require_arch("conv", grad)
     T, M, dtype = C * taps[0] * taps[1], len(x) * height * width, _compute(x, grad)
-    config = launch_config("weight", T, OUT, arch)
+    config = weight_config(T, OUT, arch)
     blocks = triton.cdiv(T, config["BLOCK_T"])
     S = max(1, min(triton.cdiv(M, config["BLOCK_M"]), 4 * chip.MULTIPROCESSORS[arch] // blocks))
     partial = [torch.empty((S, *size), dtype=torch.float32, device=x.device) for size in (weight.shape, (OUT,))]

@@ -262,7 +262,7 @@ def _at_every_position(moved: Tensor, weight: Tensor, pool: int) -> Tensor:
 
 
 SIDE = 4  # of the windows that divide the gradient of a map
-SPREAD = {"BLOCK": 1024, **chip.launch_options(4, 1)}  # of the kernel that writes the gradients of maxima
+SPREAD_LAUNCH = {"BLOCK": 1024, **chip.launch_options(4, 1)}  # of the kernel that writes the gradients of maxima
 
 
 def _sizes(weight: Tensor, pool: int, BLOCK_O: int) -> tuple[int, int, int]:
@@ -354,9 +354,9 @@ def conv_pool_bwd_map(
         _at_every_position(moved, turned, SIDE).copy_(turned)
         spread = torch.empty(len(x), OUT, *center, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(grad):
-            _conv_pool_spread_kernel[(len(x) * OUT * triton.cdiv(center[0] * center[1], SPREAD["BLOCK"]),)](
+            _conv_pool_spread_kernel[(len(x) * OUT * triton.cdiv(center[0] * center[1], SPREAD_LAUNCH["BLOCK"]),)](
                 grad.contiguous(), y.contiguous(), index.contiguous(), spread, negative_slope,
-                GRID=grid, POOL=pool, **SPREAD,
+                GRID=grid, POOL=pool, **SPREAD_LAUNCH,
             )  # fmt: skip
             _conv_pool_bwd_map_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(SIDE**2, config["GROUP"]))](
                 spread, moved, weight, d_x, M, C=C, OUT=OUT, MAP=tuple(x.shape[2:]), CENTER=center, TAPS=tuple(taps),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 WORD = tl.constexpr(2)  # bytes
 LINE = tl.constexpr(32)  # words in a line
-CONSTANTS = {"LINES": 128, "BLOCK": 64, **chip.launch_options(4, 2)}
+LAUNCH = {"LINES": 128, "BLOCK": 64, **chip.launch_options(4, 2)}
 
 
 @triton.jit(do_not_specialize=["first_line"])  # another line every time
@@ -53,5 +53,5 @@ def fingerprint(table: Tensor, first_line: int, num_lines: int, small: int = 0) 
     sums = table.new_empty(len(table), num_lines)
     if len(table):
         with torch.cuda.device_of(table):
-            _fingerprint_kernel[(len(table), num_lines)](table, sums, first_line, small, **CONSTANTS)
+            _fingerprint_kernel[(len(table), num_lines)](table, sums, first_line, small, **LAUNCH)
     return sums

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -184,9 +186,11 @@ def saved_row(provider, **values):
     return row | {"images per second": 2.0} | values  # as the oldest files have it, without configuration and spread
 
 
-def test_results_are_merged(tmp_path):
+def test_results_are_merged(tmp_path, monkeypatch):
     row, mine = saved_row("bare"), saved_row("insvp_fast", config="paper", ratio=0.5)
+    monkeypatch.setattr(results, "date", SimpleNamespace(today=lambda: date(2026, 1, 31)))
     path = results.save([mine, row], folder=tmp_path)
+    monkeypatch.undo()
     results.save([mine | {"images per second": 4.0}], folder=tmp_path)
     results.save([mine], "waterfall", tmp_path)
     saved = json.loads(path.read_text())
@@ -194,7 +198,8 @@ def test_results_are_merged(tmp_path):
         ("insvp_fast", 4.0),
         ("bare", 2.0),
     ]
-    assert saved["waterfall"] == [mine]
+    assert [row["date"] for row in saved["rows"]] == [saved["machine"]["date"], "2026-01-31"]
+    assert saved["waterfall"][0].items() >= mine.items()
     assert saved["machine"]["torch"] == torch.__version__
     assert path.name.endswith(f"torch{torch.__version__}.json")
 

@@ -116,6 +116,7 @@ def checked_keys(num_keys: Tensor | None, B: int, S: int, T: int) -> Tensor | No
     """``num_keys``, contiguous, after a check: other values would let C++ read and write anywhere."""
     if num_keys is None:
         return None
+    recording.interrupt()  # a program would not look at the values again
     num_keys = require("num_keys", num_keys, (B,), torch.int64)
     if B and not max(T, 1) <= int(num_keys.min()) <= int(num_keys.max()) <= S:
         raise ValueError(f"num_keys is {num_keys.tolist()}: expected {max(T, 1)} to {S}, queries to tokens")

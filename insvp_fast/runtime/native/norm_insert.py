@@ -41,9 +41,9 @@ def norm_insert_fwd(
     """The sum of residual and branch, then LayerNorm, or RMSNorm, of it and of the prompts, in one buffer.
 
     residual, branch [B, T, D] and prompts [B, L, D] in float32 or bfloat16; weight, bias [D]; RMSNorm without
-    ``center``. Returns the sum in the
-    residual's dtype (of size 0 without a branch), the normalized [B, S, D] in ``dtype`` with and without the affine map
-    (the latter of size 0 where there is no weight), and 1/sigma [B, S] in float32. Errors: see ``native``.
+    ``center``. Returns the sum in the residual's dtype (of size 0 without a branch), the normalized [B, S, D] in
+    ``dtype`` with and without the affine map (the latter of size 0 where there is no weight), and 1/sigma [B, S] in
+    float32. Errors: see ``native``.
     """
     if residual.ndim != 3:
         raise ValueError(f"residual has shape {tuple(residual.shape)}: expected [B, T, D]")

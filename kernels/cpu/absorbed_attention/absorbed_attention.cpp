@@ -1,5 +1,5 @@
-// absorbed_attention: softmax attention of few queries to tokens that serve as keys and values themselves, as what makes
-// keys and values of them is multiplied with the queries and the results; forward and backward.
+// absorbed_attention: softmax attention of few queries to tokens, forward and backward. The tokens themselves serve as
+// keys and values: the weights of keys and values are multiplied with the queries and with the results instead.
 // The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "absorbed_attention.h"
 
@@ -11,8 +11,8 @@ namespace {
 
 // Calls kernel(args, image, first, count, scratch) for parts of `size` rows or tokens of each image.
 template <class Args>
-int for_parts(void (*kernel)(const Args&, int64_t, int64_t, int64_t, float*), const Args& args, int64_t B, int64_t total,
-              int64_t size, int64_t scratch_size, int threads) {
+int for_parts(void (*kernel)(const Args&, int64_t, int64_t, int64_t, float*), const Args& args, int64_t B,
+              int64_t total, int64_t size, int64_t scratch_size, int threads) {
   const int64_t parts = ceil_div(total, size);
   threads = useful_threads(threads, B * parts);
   Workspace memory(threads * scratch_size);
@@ -39,7 +39,8 @@ INSVP_FAST_API int absorbed_attention_rows(
     int64_t B, int64_t S, int64_t E, int64_t R, int threads) {
   const auto array = [&](void* data) { return Array{data, DType(type)}; };
   const AbsorbedKernels& kernels = best_kernels<AbsorbedKernels>(isa());
-  const AbsorbedRows args{S, E, R, array(rows), array(x), array(softmax), num_keys, scale, array(weights), array(means)};
+  const AbsorbedRows args{S, E, R, array(rows), array(x), array(softmax), num_keys, scale,
+                          array(weights), array(means)};
   return for_parts(kernels.rows, args, B, R, kRows, kernels.floats_of_rows(args), threads);
 }
 

@@ -1,7 +1,7 @@
 // The interface between absorbed_attention.cpp and kernel.cpp.
 //
-// Letters: S tokens of an image, E numbers of a token, R rows: one for each head and query, which the tokens of the image
-// are multiplied by. All tensors have one dtype.
+// Letters: S tokens of an image, E numbers of a token, R rows: one for each head and query, which the tokens of the
+// image are multiplied by. All tensors have one dtype.
 #pragma once
 #include "common/abi.h"
 #include "common/isa.h"
@@ -20,7 +20,8 @@ struct AbsorbedRows {
   Array weights, means;  // [B, R, S] and [B, R, E]
 };
 
-// d_x[s] = the sum over r of softmax[r, s] * d_means[r] + d_scores[r, s] * rows[r], and d_first[s] for the first T tokens.
+// d_x[s] = the sum over r of softmax[r, s] * d_means[r] + d_scores[r, s] * rows[r], and d_first[s] for the first T
+// tokens.
 struct AbsorbedTokens {
   int64_t S, E, R, T;
   Array d_means, softmax, d_scores, rows, d_first;  // [B, R, E], [B, R, S] twice, [B, R, E], [B, T, E]

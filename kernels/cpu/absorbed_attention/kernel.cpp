@@ -120,8 +120,8 @@ void compute_rows(const AbsorbedRows& a, int64_t image, int64_t first, int64_t c
   for (int64_t r = 0; r < count; ++r) write(a.means, (image * a.R + first + r) * E, rows + r * stride, E);
 }
 
-// d_x for `TOKENS` tokens from `s` on, `VECTORS` vectors of each from `e` on. `weights` are the tokens' columns of softmax
-// and d_scores, [R, 2, TOKENS].
+// d_x for `TOKENS` tokens from `s` on, `VECTORS` vectors of each from `e` on. `weights` are the tokens' columns of
+// softmax and d_scores, [R, 2, TOKENS].
 template <int TOKENS, int VECTORS, class T>
 inline void spread(const AbsorbedTokens& a, int64_t image, int64_t s, int64_t e, const float* weights) {
   vec acc[TOKENS][VECTORS] = {};

@@ -1,5 +1,5 @@
-// attention: softmax attention of the tokens of a window to one another and to the prompts, from the packed projection to
-// queries, keys and values. The C functions and the threads are here, the arithmetic is in kernel.cpp.
+// attention: softmax attention of the tokens of a window to one another and to the prompts, from the packed projection
+// to queries, keys and values. The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "attention.h"
 
 #include <cstring>
@@ -61,8 +61,8 @@ int for_each_head(const Attention& a, const int64_t* num_keys, int64_t scratch_s
 
 using namespace insvp_fast;
 
-// Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous; qkv and d_qkv [B, T+L, 3*D], out
-// and its gradient [B, T, D] are of one type, with T = n * w and D = heads * d. `windows`, `bias` and `mask`: see
+// Both return 0, or -1 if there is no memory for the workspace. Tensors are contiguous; qkv and d_qkv [B, T+L, 3*D],
+// out and its gradient [B, T, D] are of one type, with T = n * w and D = heads * d. `windows`, `bias` and `mask`: see
 // attention.h; each token has to stand in exactly one window. Of image b, num_keys[b] rows are tokens and prompts, the
 // others are padding, whose gradient is zero; without num_keys all T+L are.
 

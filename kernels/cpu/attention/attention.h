@@ -1,6 +1,6 @@
 // The interface between attention.cpp and kernel.cpp.
 //
-// Letters: B images of T tokens and L prompts, n windows of w tokens each (T = n * w), d numbers per head, D = heads * d.
+// Letters: B images of T = n * w tokens and L prompts, n windows of w tokens each, d numbers per head, D = heads * d.
 // The w tokens of a window attend to one another and to all prompts of their image: to S = w + L rows.
 #pragma once
 #include "common/abi.h"
@@ -20,17 +20,19 @@ struct Attention {
   int64_t T, S;
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length
-  // `stride`, with matrix tiles also S rows of a word for two queries; `scores` floats hold the `queries` rows of length
-  // `stride` of a block of queries. `width` is d in whole cache lines, `stride` is S in whole lines, of which many are an
-  // odd number; with matrix tiles all are whole tiles. `lines` floats hold the addresses of the cache lines that a window
-  // writes and of those that the next one reads.
+  // `stride`, with matrix tiles also S rows of a word for two queries; `scores` floats hold the `queries` rows of
+  // length `stride` of a block of queries. `width` is d in whole cache lines, `stride` is S in whole lines, of which
+  // many are an odd number; with matrix tiles all are whole tiles. `lines` floats hold the addresses of the cache lines
+  // that a window writes and of those that the next one reads.
   int64_t width, stride, queries, tokens, scores, lines;
 };
 
 // The queries of a block. Their scores then stay in the first or second cache level: a small window is one block. With
 // matrix tiles blocks are larger, as sums over queries are read and written once for each block.
 constexpr int64_t kMostQueries = 128;
+namespace {
 constexpr int64_t block_of_queries(int64_t w) { return w <= 64 ? w : 48; }
+}  // namespace
 
 // The number of matrices of each kind that a call may use.
 constexpr int64_t kFwdTokens = 6, kFwdScores = 2, kBwdTokens = 13, kBwdScores = 3;

@@ -13,8 +13,8 @@ namespace {
 
 using namespace insvp_fast;
 
-// One head of one window of an image, and the scratch that is still free. The rows of a matrix are those of the window's
-// tokens, then those of the prompts.
+// One head of one window of an image, and the scratch that is still free. The rows of a matrix are those of the
+// window's tokens, then those of the prompts.
 struct Head {
   const Attention& a;
   int64_t image, head, window;
@@ -81,7 +81,7 @@ struct Head {
           for (int64_t i = 0; i < bytes; i += 64) *line++ = at + i;
       }
     };
-    const auto add_qkv = [&](const Head& h, Array array, int64_t rows) { add(h, array, rows, a.T + a.L, constant<3>{}); };
+    const auto add_qkv = [&](const Head& h, Array qkv, int64_t rows) { add(h, qkv, rows, a.T + a.L, constant<3>{}); };
     const auto add_out = [&](const Head& h) { add(h, a.out, a.w, a.T, constant<1>{}); };
     if (bytes > 64) {  // shorter rows gain less than their addresses cost
       if (backward) add_qkv(*this, a.d_qkv, a.w);

@@ -57,7 +57,8 @@ struct Scores {
 // Writes zeros behind the columns of a row that a product will take in whole tiles.
 template <class Number>
 inline void end_row(Number* row, int64_t count) {
-  for (int64_t i = round_up(count, kWidth); i < Words::kNumbers * Words::depth(count); i += kWidth) store(row + i, vec{});
+  const int64_t end = Words::kNumbers * Words::depth(count);
+  for (int64_t i = round_up(count, kWidth); i < end; i += kWidth) store(row + i, vec{});
 }
 
 // A block of up to kWidth rows, whose largest scores and sums are found together: a row alone would wait for each.
@@ -94,8 +95,8 @@ struct Block {
     return reduce(most, rows, maximum);
   }
 
-  // Given scores, writes e^(unit * (score - largest score)), with zeros behind the columns up to a whole vector; returns
-  // 1 / the sum of each row. `to` has the rows and the stride of x, and may be x.
+  // Given scores, writes e^(unit * (score - largest score)), with zeros behind the columns up to a whole vector;
+  // returns 1 / the sum of each row. `to` has the rows and the stride of x, and may be x.
   template <class Number>
   vec exponentials(Number* to, const float* most, float unit) const {
     vec total[kWidth];

@@ -1,7 +1,8 @@
 // The types of the C interface.
 //
 // Most headers here are included by files that are compiled for different instruction sets. The linker must not merge a
-// function of one with that of another, so these headers use no STL and put every function into an unnamed namespace.
+// function of one with that of another, so these headers use no STL and put every function into an unnamed namespace,
+// or have it inlined always.
 #pragma once
 #include <cstdint>
 

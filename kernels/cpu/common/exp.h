@@ -40,7 +40,8 @@ inline vec scaled(vec p, vec n, vec y) {
 #endif
 
 // 2^y for y <= 0; 0 below -125, where it ceases to be a normal number. With AVX-512 NaN stays NaN, else it may become
-// any number. y = n + f with a whole number n; `coefficients` are those of the polynomial that replaces 2^f, |f| <= 1/2.
+// any number. y = n + f with a whole number n; `coefficients` are those of the polynomial that replaces 2^f,
+// |f| <= 1/2.
 template <class... Coefficients>
 inline vec exp2_of_negative(vec y, Coefficients... coefficients) {
 #ifdef __AVX512DQ__

@@ -6,8 +6,8 @@
 
 namespace insvp_fast {
 
-// One thread leads: it says what all do, does its part, and waits for the others, which serve. Each calls its function
-// in a thread of its own at the same time, and the team outlives all calls.
+// One thread leads: it says what all do, does its part, and waits for the others, which serve. It calls `lead`, `run`
+// and `dismiss`, the others call `serve`. The team outlives all calls.
 class Team {
  public:
   // The team that this thread leads, while it does no part of an order itself; or null.

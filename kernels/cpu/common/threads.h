@@ -17,8 +17,8 @@ using namespace insvp_fast;
 inline int useful_threads(int threads, int64_t jobs) { return static_cast<int>(larger(1, smaller(threads, jobs))); }
 
 // Calls run(job, scratch) for each job; each thread has a part of `scratch_size` floats of `scratch`. A thread begins
-// with a share of its own, where there are several images the same ones in each operation, as its cache may still hold
-// some of what it has written. Then it takes what others have not begun.
+// with a share of its own. With several images these are the same ones in each operation, so that its cache may still
+// hold what it has written. Then it takes jobs that others have not begun.
 template <class Run>
 void for_each_job(int64_t jobs, [[maybe_unused]] int threads, float* scratch, [[maybe_unused]] int64_t scratch_size,
                   const Run& run) {

@@ -80,10 +80,11 @@ void conv_pool_bwd_input_job(const ConvPoolBwd& a, int64_t b, float* scratch) {
   const int64_t inside = smaller(cols - skipped, s.W - before);
   for (int64_t c = 0; c < s.C; ++c)
     for (int64_t y = 0; y < s.H; ++y) {
-      const float* from = d_x + ((y - s.top) * cols + skipped) * s.C + c;
       zero(row, s.W);
-      if (y >= s.top && y - s.top < high)
+      if (y >= s.top && y - s.top < high) {
+        const float* from = d_x + ((y - s.top) * cols + skipped) * s.C + c;
         for (int64_t i = 0; i < inside; ++i) row[before + i] = from[i * s.C];
+      }
       write(a.d_x, ((b * s.C + c) * s.H + y) * s.W, row, s.W);
     }
 }

@@ -17,9 +17,9 @@ constexpr int64_t kSlack = 16;  // zeros behind the last row of a plane, which a
 struct ConvShape {
   int64_t B, C, H, W, O, OH, OW, KH, KW, dilation, pool;
   int64_t top, left;  // the place of the first tap of the first output; negative in the padding
-  int64_t rows_out() const { return OH / pool; }
-  int64_t cols_out() const { return OW / pool; }
-  int64_t taps() const { return C * KH * KW; }
+  [[gnu::always_inline]] int64_t rows_out() const { return OH / pool; }
+  [[gnu::always_inline]] int64_t cols_out() const { return OW / pool; }
+  [[gnu::always_inline]] int64_t taps() const { return C * KH * KW; }
 };
 
 // The scratch of a job. Rows of both maps are `stride` floats apart, so that one list of positions serves both.

@@ -16,7 +16,8 @@ inline int64_t rows_of_job(int64_t rows, int64_t floats_of_row, int64_t floats_o
   return ceil_div(rows, larger(ceil_div(rows, most), smaller(wanted, rows / kFewestRows)));
 }
 
-// `out_channels` is the number of output channels in the scratch of a job; an image has about `wanted` jobs where it can.
+// `out_channels` is the number of output channels in the scratch of a job; an image has about `wanted` jobs where it
+// can.
 inline ConvLayout layout(const ConvShape& s, int64_t out_channels, int64_t wanted = 1) {
   ConvLayout l{};
   const int64_t planes = s.pool * s.pool * s.C, cols = s.cols_out(), width = kernels().width;

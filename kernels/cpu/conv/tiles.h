@@ -63,7 +63,8 @@ struct WeightTiles {
 };
 
 // Whether tiles take fewer cycles for an output than vectors: about 25 for a product of tiles, whose operands often
-// begin inside of a cache line, and a few to round and turn each number of the map, and to turn results without pooling.
+// begin inside of a cache line, and a few to round and turn each number of the map, and to turn results without
+// pooling.
 inline bool tiles_pay(const ConvShape& s) {
   const TileSizes t(s);
   const double products = 25.0 * s.KH * t.chunks * t.columns / (kTileRows * kTileRows * t.across);

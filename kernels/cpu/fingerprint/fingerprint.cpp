@@ -1,9 +1,9 @@
 // fingerprint: checksums of memory that is not supposed to change, and checks whether it still has them.
 //
 // Memory is divided into blocks of 128 cache lines, and line l of all blocks together has one checksum. A check of one
-// l reads a 128th of the memory and still notices a write of a whole block or more. A checksum is the sum of lines, each
-// a sum of words times factors of their own, mixed with the line's place: threads may add in any order, a change of a
-// single word always changes the sum, and changes of many words, such as all signs, do not cancel.
+// l reads a 128th of the memory and still notices a write of a whole block or more. A checksum is the sum of lines,
+// each a sum of words times factors of their own, mixed with the line's place: threads may add in any order, a change
+// of a single word always changes the sum, and changes of many words, such as all signs, do not cancel.
 #include <cstdlib>
 #include <cstring>
 

@@ -12,8 +12,10 @@
 
 namespace insvp_fast {
 
+namespace {
 // Between the rows of x in a run, in words: an odd number of cache lines, so that rows start in different cache sets.
 constexpr int64_t run_stride(int64_t depth) { return odd_lines(depth); }
+}  // namespace
 
 // The codes are part of the C ABI.
 enum class Epilogue : int { none, activate, activate_bwd };

@@ -46,7 +46,8 @@ void linear_block(const Linear& a, const LinearBlock& b, float* scratch) {
       const int64_t columns = smaller(kColumns, a.N - n), panel = (n - b.column) / kColumns;
       // the sums of each panel wait for the next part; in a single one, they only wait for their results
       float* sums = sums_of_block + (part < K ? panel : panel % 2) * rows * kColumns;
-      const word* next = n < last_column ? w + (n + kColumns) * K + first * kColumns : w + b.column * K + end * kColumns;
+      const word* next =
+          n < last_column ? w + (n + kColumns) * K + first * kColumns : w + b.column * K + end * kColumns;
       const auto meanwhile = [&] {
         before.finish_some(a, rows_a_step);
         for (int64_t i = 0; i < lines_a_step; ++i, next += kLine) __builtin_prefetch(next, 0, 2);

@@ -29,8 +29,8 @@ struct Later {
   int64_t step;
 };
 
-// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop. The words in `soon`
-// and in `later` are prefetched on the way: many requests at a time would hold up the product.
+// sums = [sums +] x @ w. Without the pragmas gcc keeps the sums in memory before and after the loop. The words in
+// `soon` and in `later` are prefetched on the way: many requests at a time would hold up the product.
 template <int ROWS, int VECTORS>
 inline void tile(float* sums, const word* x, const word* w, int64_t depth, bool first, const Soon* soon, Later later) {
   vec acc[ROWS][VECTORS];

@@ -1,5 +1,5 @@
-// norm_insert: residual addition, then LayerNorm, or RMSNorm without `center`, of tokens and prompts into one buffer; forward and backward.
-// The C functions and the threads are here, the arithmetic is in kernel.cpp.
+// norm_insert: residual addition, then LayerNorm, or RMSNorm without `center`, of tokens and prompts into one buffer;
+// forward and backward. The C functions and the threads are here, the arithmetic is in kernel.cpp.
 #include "norm_insert.h"
 
 #include "common/host.h"
@@ -42,8 +42,8 @@ INSVP_FAST_API int norm_insert_fwd(
 
 INSVP_FAST_API int norm_insert_bwd(
     void* grad_total, int grad_total_type, void* grad_normed, int grad_normed_type, void* xhat, int xhat_type,
-    const float* rstd, const float* weight, int center, void* d_residual, int d_residual_type, void* d_branch, int d_branch_type,
-    void* d_prompts, int d_prompts_type, int64_t B, int64_t T, int64_t L, int64_t D, int threads) {
+    const float* rstd, const float* weight, int center, void* d_residual, int d_residual_type, void* d_branch,
+    int d_branch_type, void* d_prompts, int d_prompts_type, int64_t B, int64_t T, int64_t L, int64_t D, int threads) {
   const NormInsertBwd args{
       T, L, D, {grad_total, DType(grad_total_type)}, {grad_normed, DType(grad_normed_type)}, {xhat, DType(xhat_type)},
       rstd, weight, center != 0, {d_residual, DType(d_residual_type)}, {d_branch, DType(d_branch_type)},

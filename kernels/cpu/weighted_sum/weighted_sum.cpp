@@ -1,5 +1,5 @@
-// weighted_sum: w_a * a + w_b * b, for each image. Each product is rounded to the dtype of what was multiplied, as in PyTorch.
-// The C function and the threads are here, the arithmetic is in kernel.cpp.
+// weighted_sum: w_a * a + w_b * b, for each image. Each product is rounded to the dtype of what was multiplied, as in
+// PyTorch. The C function and the threads are here, the arithmetic is in kernel.cpp.
 #include "weighted_sum.h"
 
 #include "common/host.h"
@@ -9,8 +9,8 @@ using namespace insvp_fast;
 
 // For B images of n numbers; see weighted_sum.h. A null pointer is an absent tensor.
 INSVP_FAST_API int weighted_sum(
-    void* to, int to_type, int64_t to_stride, void* a, int a_type, int64_t a_stride, float a_weight, void* b, int b_type,
-    int64_t b_stride, float b_weight, int64_t B, int64_t n, int threads) {
+    void* to, int to_type, int64_t to_stride, void* a, int a_type, int64_t a_stride, float a_weight, void* b,
+    int b_type, int64_t b_stride, float b_weight, int64_t B, int64_t n, int threads) {
   constexpr int64_t size = 1 << 14;  // numbers of a job
   const auto run = best_kernels<WeightedSumKernels>(isa()).run;
   const WeightedSum args{{{to, DType(to_type)}, to_stride, 1.0f},

@@ -5,8 +5,8 @@
 
 namespace insvp_fast {
 
-// A term, or the sum, of which each image has `n` numbers in a row. From one image to the next it is `stride` numbers; 0:
-// all images share them.
+// A term, or the sum, of which each image has `n` numbers in a row. From one image to the next it is `stride` numbers;
+// 0: all images share them.
 struct Term {
   Array array;
   int64_t stride;
