@@ -12,12 +12,12 @@ from insvp_fast import coverage, ops, prompters, reference
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.config import InsVPConfig
 from insvp_fast.coverage import Covered
-from insvp_fast.coverage.rules import foreign
+from insvp_fast.coverage.rules import foreign, full_name
 from insvp_fast.ops.dropout import draws_natively, dropout_mask
 from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import InsVPReference
 from insvp_fast.reference.heads import leaves_backbone
-from insvp_fast.runtime import buffers, cuda_graphs
+from insvp_fast.runtime import buffers, cuda_graphs, torch_private
 from insvp_fast.runtime.elementwise import put, put_sum
 from insvp_fast.timm_interface import TimmInterface
 
@@ -84,10 +84,15 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
     def _own_reason(self) -> str | None:
         if reason := super()._own_reason():
             return reason
-        L = self.config.prompt_length
-        for i, prompts in enumerate(self.common_prompts or ()):
-            if len(prompts) != L:
-                return f"common_prompts.{i} has {len(prompts)} prompts: expected prompt_length={L}"
+        common = self.common_prompts
+        if common is not None and type(common) is not nn.ParameterList:  # what gives other prompts at each look
+            return f"common_prompts is {full_name(type(common))}: expected torch's ParameterList"
+        for i, (prompts, j) in enumerate(zip(common or (), self.prompted_blocks, strict=False)):
+            shape = self.config.prompt_length, self.widths[j]
+            if prompts.shape != shape:
+                return f"common_prompts.{i} has shape {tuple(prompts.shape)}: expected {shape}"
+            if torch_private.overrides(prompts):
+                return f"common_prompts.{i} is a {type(prompts).__name__}, whose operations are its own"
         return None
 
     def image_prompt(self, image: Tensor) -> reference.ImagePrompt:
@@ -194,7 +199,7 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
         if prompter is None or not any_layout or not self._can_superpose(prompter, image):
             prompted = self._image_prompt(image).prompted
             return reference.unfold(prompted, P).to(dtype), prompted
-        p_g = None if self.global_prompter is None else self.global_prompter(image)
+        p_g = None if self.global_prompter is None else self.global_prompter(image).expand(image.shape)
         weights = ops.PatchWeights(prompter.fc1.weight, prompter.fc1.bias, prompter.fc2.weight, prompter.fc2.bias)
         scale, shift = self._pixel_scale(pixels.device) if pixels.dtype == torch.uint8 else (None, None)
         wide = torch.promote_types(image.dtype, dtype) if folded else dtype

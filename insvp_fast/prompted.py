@@ -80,8 +80,8 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     def _takes_fast_path(self, image: Tensor, attn_mask: Tensor | None = None) -> bool:
         coverage.check_image_type(image)
-        if attn_mask is not None:
-            return coverage.covers(self, "attn_mask was given")
+        if obstacle := coverage.obstacle(image, attn_mask):
+            return coverage.covers(self, obstacle)
         if image.is_meta or not coverage.covers(self):
             return False
         return image.dtype == torch.uint8 or coverage.dtypes_fit(image, self._family.pixel_weight(self.backbone))

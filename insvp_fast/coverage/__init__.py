@@ -25,6 +25,7 @@ from insvp_fast.coverage.covered import (
     dtypes_fit,
     forget,
     kept,
+    obstacle,
     overridden,
     unsupported_reason,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "dtypes_fit",
     "forget",
     "kept",
+    "obstacle",
     "overridden",
     "rule",
     "unsupported_reason",

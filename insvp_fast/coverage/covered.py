@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from insvp_fast.coverage.rules import CALLED, Table, difference, foreign, full_name
 from insvp_fast.coverage.snapshot import Snapshot
 from insvp_fast.coverage.surroundings import surroundings_reason
+from insvp_fast.runtime.torch_private import overrides
 
 __all__ = [
     "Covered",
@@ -22,6 +23,7 @@ __all__ = [
     "dtypes_fit",
     "forget",
     "kept",
+    "obstacle",
     "overridden",
     "unsupported_reason",
 ]
@@ -100,6 +102,13 @@ def covers(part: nn.Module, obstacle: str | None = None) -> bool:
         _look_up(part, part.replaced_methods)
     covered: bool = part._is_covered()
     return covered
+
+
+def obstacle(image: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why no fast path takes these, whatever the model."""
+    if attn_mask is not None:
+        return "attn_mask was given"
+    return f"image is a {type(image).__name__}, whose operations are its own" if overrides(image) else None
 
 
 def check_image_type(image: object) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from insvp_fast.coverage.snapshot import HOOKS
@@ -91,6 +92,8 @@ def convolution(stride: tuple[int, int], padding: object, dilation: tuple[int, i
 
 watch("forward __call__", nn.Identity, nn.Dropout, nn.Linear, nn.Conv2d)
 watch("_conv_forward", nn.Conv2d)
+watch("linear conv2d", F)
+watch("_call_impl __getattr__", nn.Module)
 
 
 def difference(module: nn.Module, rules: tuple[Rule, ...] | None, frozen: bool) -> str | None:
@@ -162,16 +165,19 @@ def _different_tensor(module: nn.Module, rule: Rule, frozen: bool) -> str | None
     for name, buffer in module._buffers.items():
         if name not in rule.buffers:
             return f"has a buffer {name}"
-        if buffer is not None and (
-            type(buffer) is not Tensor or buffer.layout != torch.strided or buffer.requires_grad
-        ):
+        if buffer is not None and not (type(buffer) is Tensor and _is_plain(buffer) and not buffer.requires_grad):
             return f"has a {type(buffer).__name__} {name!r} that the fast path does not know"
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        plain = type(parameter) in (nn.Parameter, Tensor) and parameter.layout == torch.strided
+        plain = type(parameter) in (nn.Parameter, Tensor) and _is_plain(parameter)
         if name not in rule.parameters or not plain:
             return f"has a {type(parameter).__name__} {name!r} that the fast path does not know"
         if frozen and parameter.requires_grad:
             return f"has a {name} that is trained"
     return None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the memory of a tensor holds its numbers; it may hold them with the other sign."""
+    return x.layout == torch.strided and not x.is_neg()

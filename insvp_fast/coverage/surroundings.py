@@ -41,6 +41,8 @@ def surroundings_reason() -> str | None:
         return f"{tracing}{owner.__name__}.{name} has been replaced"
     if torch_private.function_modes():
         return "a torch function mode is active"
+    if torch_private.foreign_dispatch_modes():
+        return "a torch dispatch mode is active"
     if torch_private.transforming():
         return "a transform of torch.func or forward-mode differentiation is active"
     if torch.jit.is_tracing():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
@@ -23,9 +23,11 @@ __all__ = [
     "dispatches",
     "flash_attention",
     "flash_attention_bwd",
+    "foreign_dispatch_modes",
     "function_modes",
     "global_hooks",
     "is_replica",
+    "overrides",
     "pack_linear",
     "packed_linear",
     "saving_hooks",
@@ -211,6 +213,27 @@ def dispatches(arguments: Sequence[object]) -> bool:
 def dispatch_modes() -> bool:
     """Whether a ``TorchDispatchMode`` is under way, as that of fake tensors."""
     return bool(_len_dispatch_modes())
+
+
+def foreign_dispatch_modes() -> bool:
+    """Whether one is under way other than those by which PyTorch traces, which change no result."""
+    known = ("FakeTensorMode", "FunctionalTensorMode", "ProxyTorchDispatchMode")
+    return bool(_len_dispatch_modes()) and any(type(mode).__name__ not in known for mode in _dispatch_modes())
+
+
+_dispatch_modes: Callable[[], list[Any]] = getattr(
+    torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list
+)
+
+
+def overrides(x: Tensor) -> bool:
+    """Whether PyTorch's functions or operators may do something else with a tensor of this class; not so in a trace."""
+    cls = type(x)
+    if cls in _CLASSES or cls.__name__ in ("FakeTensor", "FunctionalTensor"):
+        return False
+    function = getattr(cls.__torch_function__, "__func__", cls.__torch_function__)
+    plain = function in (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
+    return not (plain and cls.__torch_dispatch__ is Tensor.__torch_dispatch__)
 
 
 def saving_hooks() -> bool:

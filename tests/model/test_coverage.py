@@ -11,9 +11,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from insvp_fast import InsVPConfig, InsVPViT, coverage, unsupported_reason
 from insvp_fast.testing import make_pair, relative_error, trained_gradients
@@ -242,13 +244,20 @@ def as_buffer(linear):
     linear.register_buffer("bias", bias)
 
 
-class Louder(nn.Parameter):
-    """A parameter that makes ``F.linear`` return 1.5 times its result."""
+LOUDER = torch.nn.functional.linear, torch.Tensor.expand
+
+
+class LouderProducts:
+    """A tensor with which ``F.linear`` and ``expand`` return 1.5 times their results."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         y = super().__torch_function__(function, types, args, kwargs or {})
-        return 1.5 * y.as_subclass(torch.Tensor) if function is torch.nn.functional.linear else y
+        return 1.5 * y.as_subclass(torch.Tensor) if function in LOUDER else y
+
+
+class LouderParameter(LouderProducts, nn.Parameter):
+    pass
 
 
 SETTINGS |= {
@@ -261,12 +270,19 @@ SETTINGS |= {
     "own forward_head": lambda m: setattr(m, "forward_head", lambda x: m.head(x.mean(1))),
     "own apply_block": lambda m: setattr(m, "apply_block", lambda block, h, p_j: (2 * block(h), None)),
     "own forward_features": lambda m: setattr(m, "forward_features", lambda x: 2 * type(m).forward_features(m, x)),
-    "a parameter of another class": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m.weight, "__class__", Louder)),
+    "a parameter of another class": at(
+        "backbone.blocks.0.mlp.fc1", lambda m: setattr(m.weight, "__class__", LouderParameter)
+    ),
     "a sparse weight": at("backbone.blocks.0.mlp.fc1", lambda m: setattr(m, "weight", sparse(m.weight))),
     "a compiled block": at(
         "backbone.blocks.0", lambda m: m.compile(backend=lambda graph, _: lambda *a: (2 * graph(*a)[0],))
     ),
     "blocks in another order": at("backbone", reordered),
+    "a prompt of another class": at("common_prompts", lambda m: setattr(m[1], "__class__", LouderParameter)),
+    "prompts of one number each": at("common_prompts", lambda m: setattr(m, "1", nn.Parameter(m[1].detach()[:, :1]))),
+    "a global prompt of one channel": lambda m: setattr(m, "global_prompter", nn.Conv2d(3, 1, 3, padding=1)),
+    "a common prompt that is lazily negated": at("common_prompts", lambda m: negate(m[0])),
+    "a trained weight that is lazily negated": at("patch_prompter.fc1", lambda m: negate(m.weight)),
     "prompts of another number": at("common_prompts", lambda m: setattr(m, "1", nn.Parameter(m[1].detach()[:2]))),
     "a configuration of another number": lambda m: setattr(m, "config", dataclasses.replace(m.config, prompt_length=2)),
     "a dilation of one number": at("global_prompter.conv1", lambda m: setattr(m, "dilation", 2)),
@@ -279,6 +295,11 @@ SETTINGS |= {
     "a dropout in place": at("specific_prompter", lambda m: setattr(m, "dropout", nn.Dropout(0.0, inplace=True))),
     "an activation for a dropout": at("specific_prompter", lambda m: setattr(m, "dropout", nn.ReLU(inplace=True))),
 }
+
+
+def negate(p):
+    """Keep the numbers, in memory of the other sign."""
+    p.data = torch.complex(torch.zeros_like(p), -p).detach().conj().imag
 
 
 def sparse(weight):
@@ -327,6 +348,9 @@ PATCHED = [
     ("torch.nn.Conv2d", "_conv_forward"),
     ("insvp_fast.reference.GlobalPrompter", "forward"),
     ("torch.nn.functional", "scaled_dot_product_attention"),
+    ("torch.nn.functional", "linear"),
+    ("torch.nn.functional", "conv2d"),
+    ("torch.nn.Module", "_call_impl"),
 ]
 
 
@@ -353,6 +377,87 @@ def test_a_function_mode():
     assert relative_error(values, reference) < 1e-5 < relative_error(fast(image()), reference)
     with torch.device("cpu"):  # a mode of PyTorch that changes no result
         assert coverage.covers(fast)
+
+
+class Louder(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        return 1.5 * y if function in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) else y
+
+
+def test_a_dispatch_mode():
+    _, fast = models = in_use(lambda model: None)
+    with Louder():
+        reference, values = map(numbers, models)
+        assert unsupported_reason(fast) == "a torch dispatch mode is active"
+    assert max_error(values, reference) < 1e-5
+    with FakeTensorMode():  # which changes no result
+        assert coverage.covers(fast)
+
+
+def test_saved_weights_that_are_written_as_pytorch_allows():
+    """It keeps what was saved, by a dispatch mode."""
+    reference, fast = in_use(lambda model: None)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = fast(image()).square().sum()
+        with torch.no_grad():
+            fast.backbone.blocks[0].attn.qkv.weight.mul_(1.5)
+        loss.backward()
+    reference(image()).square().sum().backward()
+    for p, exact in zip(fast.parameters(), reference.parameters(), strict=True):
+        assert p.grad is exact.grad is None or relative_error(p.grad, exact.grad) < 1e-5
+
+
+class LouderImage(LouderProducts, torch.Tensor):
+    pass
+
+
+class PlainImage(torch.Tensor):
+    pass
+
+
+def test_images_of_other_classes():
+    reference, fast = in_use(lambda model: None)
+    for kind in (LouderImage, PlainImage):
+        values, expected = (model(image().as_subclass(kind)) for model in (fast, reference))
+        assert relative_error(values.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor)) < 1e-5
+    with pytest.warns(UserWarning, match="image is a LouderImage, whose operations are its own"):
+        fast(image().as_subclass(LouderImage))
+
+
+class Noisy(nn.Module):
+    """Common prompts with noise, drawn at each look."""
+
+    def __init__(self, prompts):
+        super().__init__()
+        self.prompts = prompts
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, i):
+        return self.prompts[i] + 0.1 * torch.randn_like(self.prompts[i])
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+
+def test_common_prompts_that_are_looked_at_as_often_as_in_the_reference():
+    results = []
+    for model in in_use(lambda m: setattr(m, "common_prompts", Noisy(m.common_prompts))):
+        torch.manual_seed(4)
+        results.append(model(image()))
+    assert relative_error(*results) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["backbone.blocks.1.mlp.fc2", "backbone.patch_embed.proj", "patch_prompter.fc1"])
+def test_a_weight_that_is_lazily_negated_once_programs_are_there(path):
+    reference, fast = in_use(lambda model: None)
+    with torch.no_grad():
+        for _ in range(3):
+            fast(image())
+        negate(fast.get_submodule(path).weight)
+        assert relative_error(fast(image()), reference(image())) < 1e-5
 
 
 def test_unchanged_models_take_the_fast_path():
