@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from insvp_fast import unsupported_reason
 from insvp_fast.testing import assert_within_budget, relative_error, trained_gradients
 
 
@@ -35,6 +36,22 @@ def assert_equal_numbers(reference, fast, image, tolerance=1e-5, settings=({},))
         for name, value in values.items():
             allowed = max(tolerance, 2 * relative_error(plain[name], exact[name]))
             assert relative_error(value, exact[name]) <= allowed, f"{name}: {relative_error(value, exact[name]):.1e}"
+
+
+def assert_replaced_modules_are_noticed(fast, called=frozenset()):
+    """The general path is taken where a module of the backbone, without modules of its own, is another.
+
+    Except for those in ``called``, or in a module there, which the fast path calls, whatever they are.
+    """
+    called = {*called, "norm_pre", "fc_norm", "attn_pool", "head_drop", "head", "head_dist"}
+    for path, module in [*fast.backbone.named_modules()]:
+        parent, _, name = path.rpartition(".")
+        if not module._modules and not called & {path, path.partition(".")[0]}:
+            siblings = fast.backbone.get_submodule(parent)._modules
+            siblings[name] = torch.nn.Tanh()
+            assert unsupported_reason(fast) is not None, path
+            siblings[name] = module
+    assert unsupported_reason(fast) is None
 
 
 def doubled(image):

@@ -15,7 +15,7 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
 from insvp_fast.methods import MethodViT, PromptMethod, Prompts
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, relative_error
-from tests.model.parity import assert_bf16_within_budget, assert_equal_numbers
+from tests.model.parity import assert_bf16_within_budget, assert_equal_numbers, assert_replaced_modules_are_noticed
 
 TINY = {"img_size": (24, 40), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
 OFF = {"global_prompt": False, "patch_prompt": False, "common_prompt": False, "specific_prompt": False}
@@ -408,6 +408,19 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
         lambda m: (setattr(m.attn_drop, "p", 0.5), setattr(m, "training", True)),
         "training=True",
     ),
+    "another scale of BEiT": ("BEiT", "blocks.1.attn", lambda m: setattr(m, "scale", 0.5), "scale=0.5"),
+    "another width of heads": (
+        "a table of relative positions",
+        "blocks.1.attn",
+        lambda m: setattr(m, "head_dim", 8),
+        "head_dim=8",
+    ),
+    "dropped attention of BEiT": (
+        "BEiT",
+        "blocks.1.attn",
+        lambda m: (setattr(m.attn_drop, "p", 0.5), setattr(m, "training", True)),
+        "training=True",
+    ),
     "another norm": ("Perception Encoder", "", lambda m: setattr(m, "norm", nn.BatchNorm1d(6)), "BatchNorm1d"),
 }
 
@@ -418,6 +431,12 @@ def test_what_changes_the_numbers_takes_the_general_path(change):
     _, fast, _ = pair(kind)
     function(fast.backbone.get_submodule(path))
     assert words in unsupported_reason(fast)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_every_replaced_module_takes_the_general_path(kind):
+    called = {"patch_embed"} if kind == "hybrid" else set()
+    assert_replaced_modules_are_noticed(pair(kind)[1], called)
 
 
 OF_NAFLEX = "timm.models.naflexvit"

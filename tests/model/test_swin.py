@@ -14,7 +14,7 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_r
 from insvp_fast.backbones.swin import embed, tokens_of_windows
 from insvp_fast.reference.swin import block_with_prompts
 from insvp_fast.testing import make_pair, relative_error, saved_bytes, trained_gradients
-from tests.model.parity import assert_equal_numbers, assert_low_precision
+from tests.model.parity import assert_equal_numbers, assert_low_precision, assert_replaced_modules_are_noticed
 from tests.model.test_model import images
 
 NAME = "swin_tiny_patch4_window7_224"
@@ -287,6 +287,10 @@ def test_what_the_fast_path_does_not_know_stops_it(change, reason):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert_equal_numbers(reference, fast, images(fast))
+
+
+def test_every_replaced_module_takes_the_general_path():
+    assert_replaced_modules_are_noticed(pair()[1], {"patch_embed.norm", "norm"})
 
 
 def test_carried_prompts_are_refused():

@@ -16,7 +16,7 @@ from torch import nn
 from insvp_fast import InsVPConfig, InsVPViT, unsupported_reason
 from insvp_fast.backbones import BlockOptions
 from insvp_fast.testing import DEVICE, make_pair, relative_error
-from tests.model.parity import assert_bf16_within_budget, assert_equal_numbers
+from tests.model.parity import assert_bf16_within_budget, assert_equal_numbers, assert_replaced_modules_are_noticed
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
 CONFIG = InsVPConfig(prompt_length=3, global_prompt=False, specific_prompt=False)
@@ -130,6 +130,11 @@ def test_a_changed_module(change):
         assert relative_error(result(fast, image), expected) < 1e-6 < relative_error(before, expected)
     else:
         assert result(fast, image) == "raises"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_replaced_module_takes_the_general_path(kind):
+    assert_replaced_modules_are_noticed(pair(kind)[1])
 
 
 def result(model, image):
