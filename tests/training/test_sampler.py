@@ -40,6 +40,12 @@ def test_an_order_begins_where_it_is_told(balance):
     assert list(order) == whole[2:]
     order.first_batch, order.epoch = 0, 1
     assert [index for batch in order for _, index, _ in batch] != [index for batch in whole for _, index, _ in batch]
+    assert {epoch for batch in order for epoch, _, _ in batch} == {1}
+
+
+def test_a_process_without_images_has_no_batch_where_it_may_be_left_out():
+    shares = [BatchSampler(1, 3, rank=rank, num_processes=3) for rank in range(3)]
+    assert [list(order) for order in shares] == [[[(0, 0, 0)]], [], []]
 
 
 @pytest.mark.parametrize(("counts", "least"), [((1, 20, 9), 10), ((5, 0, 6), 5), ((7,), 7), ((1, 1, 1), 1)])
@@ -58,13 +64,25 @@ def test_a_balanced_epoch_has_every_class_equally_often(counts, least):
         assert max(often) - min(often) <= 1
 
 
+def test_a_balanced_epoch_mixes_the_classes_and_draws_any_of_them_once_more():
+    targets = torch.arange(3).repeat_interleave(torch.tensor([10, 10, 11]))
+    orders = [balanced_order(targets, torch.Generator().manual_seed(seed)) for seed in range(9)]
+    drawn = [targets[[index for index, _ in order]] for order in orders]
+    assert {one.bincount().argmax().item() for one in drawn} == {0, 1, 2}
+    assert all(len(one[:10].unique()) == 3 for one in drawn)
+
+
 def test_an_image_that_is_drawn_again_is_augmented_anew():
+    """In one epoch or another, and otherwise than another image, or with another seed."""
+
     class Noise:
         def __getitem__(self, index):
             return random.random(), torch.rand(()).item()
 
     noise = SeededDataset(Noise(), seed=3)
-    assert noise[2, 7, 0] == noise[2, 7, 0] != noise[2, 7, 1]
+    assert noise[2, 7, 0] == noise[2, 7, 0]
+    others = [noise[2, 7, 1], noise[1, 7, 0], noise[2, 6, 0], SeededDataset(Noise(), seed=4)[2, 7, 0]]
+    assert len({noise[2, 7, 0], *others}) == 5
 
 
 @pytest.mark.parametrize("counts", [(1, 4, 5), (3, 0, 3), (2,)])
