@@ -28,7 +28,7 @@ def test_eval_reports_what_scikit_learn_reports(run, images, probabilities, caps
     assert report["top5"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=range(6)))
     assert report["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, found))
     assert (report["class_names"], report["protocol"], report["data"]) == (CLASSES, "paper", str(images))
-    assert f"top-1 {report['top1']:.2%}" in printed and "protocol paper" in printed
+    assert f"top-1 {report['top1']:.2%}   top-5 {report['top5']:.2%}" in printed and "protocol paper" in printed
     pixels = np.asarray(Image.open(run / "eval.png").convert("RGB"))
     assert min(pixels.shape[:2]) > 200 and pixels.std() > 5
 

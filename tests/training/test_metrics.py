@@ -49,3 +49,12 @@ def test_classes_without_images_that_none_was_taken_for_do_not_count_for_f1():
     true, predicted = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
     metrics = metrics_of_pairs(torch.stack([true, predicted]), 5, top5_hits=3)
     assert metrics.f1 == pytest.approx(f1_score(true, predicted, average="macro"))
+    assert metrics.per_class == [0.5, 1, None, None, None]
+
+
+def test_without_images_all_metrics_are_zero():
+    one = metrics_of_pairs(torch.zeros(2, 0, dtype=torch.int64), 3, top5_hits=0)
+    several = metrics_of_labels(torch.zeros(0, 3), torch.zeros(0, 3))
+    for metrics in (one, several):
+        assert not any(metrics.scores().values()) and metrics.images == 0
+        assert metrics.per_class == [None] * 3

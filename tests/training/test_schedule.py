@@ -1,5 +1,7 @@
 """Learning rates."""
 
+import math
+
 import pytest
 
 from insvp_fast.training.recipe import Recipe
@@ -11,6 +13,14 @@ def test_learning_rate_rises_then_falls():
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[9:] == sorted(factors[9:], reverse=True)
     assert 0 < factors[-1] < 0.001
+
+
+@pytest.mark.parametrize(("warmup", "rising"), [(0.0, 1), (0.1, 1), (0.18, 2), (0.99, 10)])
+def test_the_steps_of_the_warm_up_are_rounded_and_at_least_one(warmup, rising):
+    factors = [lr_factor(step, 10, warmup) for step in range(10)]
+    assert factors[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
+    falling = [(1 + math.cos(math.pi * i / (10 - rising))) / 2 for i in range(10 - rising)]
+    assert factors[rising:] == pytest.approx(falling)
 
 
 def test_learning_rates_scale_with_the_images_per_step():
