@@ -140,6 +140,23 @@ def test_only_equal_lengths_are_mixed_where_a_family_takes_no_padding():
         assert bank._mixes(image, bank._groups(image, names)) == mixed
         for row, expected in zip(bank(image, names), rows(references, names, image), strict=True):
             assert relative_error(row[: len(expected)], expected) < 1e-5
+    for adapter in bank.adapters.values():  # of a prompter with a hook nobody knows how many prompts it makes
+        adapter.specific_prompter.register_forward_hook(lambda module, args, out: out)
+    assert not bank._mixes(images(len(EQUAL)), bank._groups(images(len(EQUAL)), EQUAL))
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_class_with_a_call_of_its_own_is_called():
+    class Doubled(InsVPViT):
+        def __call__(self, image):
+            return 2 * super().__call__(image)
+
+    bank, _ = make_bank(("three", "three more"))
+    image = images(len(EQUAL))
+    before = bank(image, EQUAL)
+    bank.adapters["three"].__class__ = Doubled
+    factors = torch.tensor([2.0 if name == "three" else 1.0 for name in EQUAL], device=DEVICE)
+    torch.testing.assert_close(bank(image, EQUAL), before * factors[:, None])
 
 
 @torch.no_grad()
