@@ -122,12 +122,15 @@ def test_a_charset_that_does_not_decode_a_name_is_refused(client, expected):
 def test_an_unreadable_image_spoils_no_other(client, expected):
     good, *_ = expected
     damaged = encoded((40, 40))[:60]
+    counter = 'insvp_errors_total{kind="unreadable_image"}'
+    before = metrics(client).get(counter, 0)
     answer = client.post("/predict?model=run&top_k=99", files=form(damaged, good, b"%!PS-Adobe-3.0 EPSF-3.0\n"))
     first, second, third = answer.json()["predictions"]
     assert answer.status_code == 200
     assert "image 0: not an image that can be read" in first["error"] and "classes" not in first
     assert probabilities(second) == pytest.approx(expected[good], abs=1e-6)
     assert "image 2: not an image that can be read (none of AVIF, BMP" in third["error"]  # Ghostscript never sees it
+    assert metrics(client)[counter] == before + 2
 
 
 BITMAP = encoded((4, 4), "BMP")
@@ -270,12 +273,25 @@ def test_a_full_server_says_so_and_answers_the_others(classifier, expected):
         assert client.post("/predict", content=content, headers=PNG).status_code == 200
 
 
+def test_images_that_wait_for_the_model_are_counted(classifier, expected):
+    held, content = Held(classifier), next(iter(expected))
+    with TestClient(create_app({"animals": held}, max_batch=1)) as client, ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(client.post, "/predict", content=content, headers=PNG) for _ in range(3)]
+        end = time.monotonic() + 8
+        while metrics(client)["insvp_queue_length"] < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert metrics(client)["insvp_queue_length"] == 2
+        held.let_go.set()
+        assert [one.result().status_code for one in running] == [200] * 3
+
+
 def test_a_failure_of_the_model_is_500_and_not_the_end(classifier, expected):
     held, content = Held(classifier, RuntimeError("out of memory")), next(iter(expected))
     held.let_go.set()
     with TestClient(create_app({"animals": held}), raise_server_exceptions=False) as client:
         assert client.post("/predict", content=content, headers=PNG).status_code == 500
-        assert metrics(client)['insvp_errors_total{kind="internal"}'] == 1
+        found = metrics(client)
+        assert found['insvp_errors_total{kind="internal"}'] == found['insvp_requests_total{status="500"}'] == 1
         held.error = None
         assert client.post("/predict", content=content, headers=PNG).status_code == 200
 
