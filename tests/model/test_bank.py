@@ -140,21 +140,34 @@ def test_only_equal_lengths_are_mixed_where_a_family_takes_no_padding():
         assert bank._mixes(image, bank._groups(image, names)) == mixed
         for row, expected in zip(bank(image, names), rows(references, names, image), strict=True):
             assert relative_error(row[: len(expected)], expected) < 1e-5
-    for adapter in bank.adapters.values():  # of a prompter with a hook nobody knows how many prompts it makes
-        adapter.specific_prompter.register_forward_hook(lambda module, args, out: out)
-    assert not bank._mixes(images(len(EQUAL)), bank._groups(images(len(EQUAL)), EQUAL))
+    replaced, hooked = (bank.adapters[name] for name in ("three", "three more"))  # which may make any number of prompts
+    replaced.specific_prompt = lambda image: InsVPViT.specific_prompt(replaced, image)
+    hooked.specific_prompter.register_forward_hook(lambda module, args, out: out)
+    fewer = bank.adapters["first blocks"].common_prompts
+    fewer[0] = torch.nn.Parameter(fewer[0][:1], requires_grad=False)
+    for name in ("three", "three more", "first blocks"):
+        assert not bank._mixes(image, bank._groups(image, name))
 
 
+class Doubled(InsVPViT):
+    def __call__(self, image):
+        return 2 * super().__call__(image)
+
+
+@pytest.mark.parametrize(
+    "double",
+    [
+        lambda model: setattr(model, "__class__", Doubled),
+        lambda model: model.register_forward_hook(lambda module, args, out: 2 * out),
+    ],
+    ids=["class", "hook"],
+)
 @torch.no_grad()
-def test_an_adapter_of_a_class_with_a_call_of_its_own_is_called():
-    class Doubled(InsVPViT):
-        def __call__(self, image):
-            return 2 * super().__call__(image)
-
+def test_an_adapter_with_a_call_of_its_own_is_called(double):
     bank, _ = make_bank(("three", "three more"))
     image = images(len(EQUAL))
     before = bank(image, EQUAL)
-    bank.adapters["three"].__class__ = Doubled
+    double(bank.adapters["three"])
     factors = torch.tensor([2.0 if name == "three" else 1.0 for name in EQUAL], device=DEVICE)
     torch.testing.assert_close(bank(image, EQUAL), before * factors[:, None])
 
@@ -299,6 +312,8 @@ def test_it_is_for_inference():
     assert not bank(images(1), "three").requires_grad
     with pytest.raises(ValueError, match="the image requires a gradient: expected none"):
         bank(images(1).requires_grad_(), "three")
+    with torch.no_grad():
+        assert bank(images(1).requires_grad_(), "three").isfinite().all()
     with pytest.raises(ValueError, match="an AdapterBank is for inference"):
         bank.train()
     with pytest.raises(ValueError, match="adapters has 1 names: expected one for each of the 2 images"):
