@@ -10,6 +10,7 @@ from PIL import Image
 
 from insvp_fast.commands import cli
 from insvp_fast.data import insvp_preprocessing, load_data, load_test_data
+from insvp_fast.data.folders import require_class_folders
 from insvp_fast.data.lists import find_lists
 from insvp_fast.data.splits import stratified_split, three_way_split
 from insvp_fast.errors import DataError
@@ -173,6 +174,20 @@ def test_tables_beside_each_other_and_a_table_alone(tmp_path):
         load_data(str(tmp_path / "my_test.csv"), SMALL, 0)
 
 
+def test_a_folder_is_no_list(tmp_path):
+    (tmp_path / "train.txt").touch()
+    (tmp_path / "test.txt").mkdir()
+    assert find_lists(tmp_path / "train.txt") == {"train": tmp_path / "train.txt"}
+
+
+def test_an_image_of_any_ending_beside_the_folders_of_classes_is_refused(tmp_path):
+    for name in ("elk", "owl"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "0.PNG").touch()
+    with pytest.raises(DataError, match="found 0.PNG beside the folders elk, owl"):
+        require_class_folders(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "given"),
     [
@@ -183,6 +198,7 @@ def test_tables_beside_each_other_and_a_table_alone(tmp_path):
         ("constrained_train.txt constrained_val.txt constrained_testing.txt", "constrained_train.txt"),
         ("TrainList01.txt ValList01.txt testlist01.txt", "TrainList01.txt"),
         ("train2017.tsv val2017.tsv test2017.tsv", "train2017.tsv"),
+        ("a+b_train.txt a+b_val.txt a+b_test.txt", "a+b_train.txt"),
     ],
 )
 def test_names_of_lists_in_any_case(names, given, tmp_path):

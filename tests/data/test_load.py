@@ -235,6 +235,7 @@ def test_splits_do_not_overlap(name, protocol, fakes):
 
 def test_what_differs_from_the_authors_is_said():
     assert "one permutation, seed 5, where the authors' code draws two that overlap" in describe("released", "80/20", 5)
+    assert "overlap" not in describe("released", "90/10", 5)
     assert "first 80 %" in describe("released", "first 80 %", 0)
     assert describe("paper", "official", 0) == "paper: the official train, val and test"
 

@@ -58,7 +58,7 @@ def test_names_of_sets_are_known_without_torch():
 
 
 LISTS = {
-    "lines.txt": "a b.png 10\n\n  c.png 9  \n",
+    "lines.txt": "a b.png 10\n\n  c.png   9  \n",
     "object.json": json.dumps({"a b.png": 10, "c.png": "9"}),
     "pairs.json": json.dumps([["a b.png", 10], ["c.png", 9]]),
     "triples.json": json.dumps([["a b.png", 10, 3], ["c.png", 9, 4]]),
@@ -98,6 +98,7 @@ def test_wrong_lists_are_refused(name, content, message, tmp_path):
 def test_labels_are_sorted_as_numbers_if_they_are():
     assert sorted_labels(["10", "9", "9", "2"]) == ["2", "9", "10"]
     assert sorted_labels(["10", "9", "b"]) == ["10", "9", "b"]
+    assert sorted_labels(["²", "9", "10"]) == ["10", "9", "²"]  # a digit, but no number
     same = [("0" * zeros) + "1" for zeros in range(20)]  # in a set their order is that of this process's hashes
     assert sorted_labels(same) == same[::-1]
 
