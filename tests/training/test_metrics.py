@@ -14,6 +14,8 @@ def test_classes_without_images_do_not_count():
     assert metrics.confusion.tolist() == [[3, 1, 0], [0, 0, 0], [1, 0, 1]]
     assert metrics.per_class == [0.75, None, 0.5]
     assert (metrics.mean_per_class, metrics.images) == (0.625, 6)
+    scores = {"accuracy": metrics.top1, "mean_per_class": 0.625, "f1": metrics.f1, "loss": 0}
+    assert metrics.scores() == scores and metrics.f1 != 0.625
     assert (metrics.top1, metrics.top5) == (pytest.approx(4 / 6), pytest.approx(5 / 6))
 
 
