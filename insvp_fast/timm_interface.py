@@ -100,10 +100,14 @@ class TimmInterface(nn.Module):
         return (head.class_head, head.distillation_head) if isinstance(head, DistilledHead) else head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a new trained head, on the backbone's device and in its dtype; 0 classes for features."""
+        """Give the model a new trained head, on the backbone's device and in its dtype; 0 classes for features.
+
+        Its classes have no names until ``class_names`` is set again.
+        """
         reset_classifier(self.backbone, num_classes, global_pool)
         self.num_classes, self.head = num_classes, take_head(self.backbone).requires_grad_(True)
         self.head.train(self.training)
+        self.class_names = None
 
     def init_weights(self, mode: str = "") -> None:
         """Draw what is trained anew, as the constructor does; the frozen backbone keeps its weights.

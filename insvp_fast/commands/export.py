@@ -8,6 +8,7 @@ logits are compared with the model's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def run(
         standard=standard,
         int8=int8,
     )
+    loss = _measured_loss(done.files, lambda: measure_loss(model, load(file), test_images)) if int8 else None
     for note in done.notes:
         print(note)
     _print_facts(done, format)
@@ -86,10 +88,20 @@ def run(
         "parity": [parity._asdict() for parity in done.parity],
         "notes": done.notes,
     }
-    if int8:
-        _print_loss(loss := measure_loss(model, load(file), test_images))
+    if loss is not None:
+        _print_loss(loss)
         result["int8"] = loss._asdict()
     return result
+
+
+def _measured_loss(files: Sequence[Path], measure: Callable[[], Any]) -> Any:
+    """What ``measure`` returns; if it fails, as for an image that cannot be read, no file is left."""
+    try:
+        return measure()
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _load(folder: Path, is_run: bool, backbone: str | None, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:

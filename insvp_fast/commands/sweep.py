@@ -82,8 +82,8 @@ def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run:
 def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str, Any]]]:
     """Write results.csv and results.md; returns the text of the latter, and the rows of the former.
 
-    A row for each combination of the varied settings but the seed, and model. Of the rows with the same data, protocol,
-    metric and model the one with the best mean on val is marked.
+    A row for each combination of the varied settings but the seed, and model, also where no run has ended. Of the rows
+    with the same data, protocol, metric and model the one with the best mean on val is marked.
     """
     varied = [name for name in entries[0].values if name != "seed"]
     runs, planned = read_runs(folder), Counter[tuple[str, ...]]()
@@ -101,6 +101,10 @@ def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str,
         val, test = mean_and_std(vals) if vals else (None, None), mean_and_std([test for _, test in pairs])
         row = [*key, protocol, metric, model, len(pairs), planned[*key, model], *val, *test]
         rows.append(((data, protocol, metric, model), row))
+    ended = {(*key, model) for *key, _, _, _, model in scores}
+    for (*key, model), count in planned.items():
+        if (*key, model) not in ended:
+            rows.append((("", "", "", model), [*key, "–", "–", model, 0, count, *[None] * 4]))
     best: dict[tuple[str, ...], float] = {}
     for group, row in rows:
         best[group] = max(best.get(group, -1.0), -1.0 if row[-4] is None else row[-4])

@@ -76,6 +76,8 @@ def _read(file: Path) -> tuple[list[Listed], list[str] | None]:
         else:
             pairs = _from_json(text) if file.suffix.lower() == ".json" else _from_lines(text)
             images, classes = [Listed(path, (label,)) for path, label in pairs], None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 ({error}): expected a list saved as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: not a list of images that can be read ({error})") from error
     if not images:
@@ -157,7 +159,9 @@ def class_indices(labels: Sequence[str], classes: Sequence[str], where: object) 
     index = {label: i for i, label in enumerate(classes)}
     if len(index) < len(classes):
         repeated = [name for name, count in Counter(classes).items() if count > 1]
-        raise DataError(f"{where}: found the class {abbreviated(repeated)} more than once: expected names of their own")
+        raise DataError(
+            f"{where}: the known classes have {abbreviated(repeated)} more than once: expected a name for each"
+        )
     unknown = sorted_labels(set(labels) - set(index))
     if unknown:
         known = f"the {len(index)} classes of train: {abbreviated(classes)}"

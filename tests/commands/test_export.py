@@ -76,6 +76,11 @@ def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monk
     assert "a note" in printed and "top-1" not in printed
     assert "int8: 5 images, the same class for 100.00%; logits differ by at most 0.25" in printed
 
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    assert cli.main(["export", adapter, *options[:4], str(broken), "--output", str(file)]) == 1
+    assert "broken.png" in capsys.readouterr().err and not file.exists()
+
 
 @pytest.mark.parametrize(
     ("what", "options", "message"),

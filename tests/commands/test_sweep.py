@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -146,10 +147,18 @@ def test_a_run_is_a_process_of_its_own(status):
 
 
 def test_failed_runs_are_counted(grid, trainer, capsys):
-    trainer.stops_at = {1: 1, 2: -9}
+    trainer.stops_at = {1: 1, 2: -9, 3: 1, 4: 1}
     assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch"]) == 1
-    assert "2 of 12 runs failed" in capsys.readouterr().err
+    assert "4 of 12 runs failed" in capsys.readouterr().err
     assert len(trainer.commands) == 12
+    rows = list(csv.DictReader((trainer.folder / "results.csv").open()))
+    assert [(row["data"], row["lr"], row["runs"], row["planned"]) for row in rows] == [
+        ("cub", "0.01", "2", "3"),
+        ("dtd", "0.001", "3", "3"),
+        ("dtd", "0.01", "3", "3"),
+        ("cub", "0.001", "0", "3"),
+    ]
+    assert re.search(r"\| cub +\| 0.001 .*\| 0 of 3 \| – +\| – +\|\n", (trainer.folder / "results.md").read_text())
 
 
 def test_a_sweep_may_grow_and_start_from_recipes(tmp_path):

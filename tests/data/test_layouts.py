@@ -231,7 +231,10 @@ def test_names_of_lists_in_any_case(names, given, tmp_path):
         ("a.png,elk\nb.png\n", "line 2 has 1 columns, the first has 2"),
         ("a.png\nb.png\n", "found 1 columns: expected the columns path, label and"),
         ("id,name\n1,elk\n", "found id, name: expected the columns path, label and"),
-        ("path,species,age\na.png,elk,7\n", "line 2: expected a column `label`, or 0 or 1 in every column but"),
+        (
+            "path,species,age\na.png,elk,7\n",
+            "line 2, with the columns path, species, age: expected one of label, .*, or 0",
+        ),
         ("path,label,split\na.png,elk,extra\n", "line 2: found the split 'extra': expected train, val or test"),
         ("path,label\na.png,elk\nb.png,\n", "found no label of b.png: expected one for each image"),
         ("path,label\na.png,elk\na.png,owl\n", "found a.png twice, as elk and as owl: expected each image once"),

@@ -82,7 +82,7 @@ def test_lists_of_each_kind(name, tmp_path):
         ("list.json", '[["a.png"]]', "expected an object path -> label, or an array"),
         ("list.json", '{"a.png": [1]}', "expected an object path -> label, or an array"),
         ("list.json", '{"a.png": null}', "expected an object path -> label, or an array"),
-        ("list.txt", b"\xff\xfe\x00", "not a list of images that can be read"),
+        ("list.txt", b"\xff\xfe\x00", "not UTF-8 .*: expected a list saved as UTF-8"),
         ("list.txt", "a.png elk\nb.png owl\na.png owl\n", "found a.png twice, as elk and as owl: expected each"),
         ("list.txt", "a.png elk\n./a.png elk\n", "found ./a.png twice, as elk: expected each image once"),
         ("list.json", '{"a.png": 1, "b.png": 2, "a.png": 2}', "found a.png twice, as 1 and as 2"),
@@ -249,14 +249,14 @@ def test_tar_files_have_class_names(tmp_path):
     with pytest.raises(DataError, match="train: found the class 2: expected some of the 2 classes of train: red"):
         load_data(f"wds/{tmp_path / 'indices'}", SMALL, 0)
     (tmp_path / "indices" / "classes.txt").write_text("red\ngreen\nred\n")
-    with pytest.raises(DataError, match="train: found the class red more than once: expected names of their own"):
+    with pytest.raises(DataError, match="train: the known classes have red more than once: expected a name for each"):
         load_data(f"wds/{tmp_path / 'indices'}", SMALL, 0)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "train.csv").write_text("path,elk,elk\n0.png,1,0\n1.png,0,1\n2.png,1,1\n3.png,1,1\n")
     write_images(tmp_path, [f"{i}.png" for i in range(4)])
-    with pytest.raises(DataError, match="found the class elk more than once"):
+    with pytest.raises(DataError, match="the known classes have elk more than once"):
         load_data(str(tmp_path), SMALL, 0)
 
 

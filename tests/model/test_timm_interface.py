@@ -474,3 +474,10 @@ def test_a_new_head_is_in_the_mode_of_the_model():
     for training in (False, True):
         model.train(training).reset_classifier(4)
         assert all(module.training == training for module in model.head.modules())
+
+
+def test_the_classes_of_a_new_head_have_no_names(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path, class_names=[*"abcde"])
+    model.reset_classifier(5)
+    assert model.class_names is None
