@@ -179,5 +179,5 @@ def _different_tensor(module: nn.Module, rule: Rule, frozen: bool) -> str | None
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether the memory of a tensor holds its numbers; it may hold them with the other sign."""
-    return x.layout == torch.strided and not x.is_neg()
+    """Whether the memory of a tensor holds its numbers, not those of the other sign, which a trace does not see."""
+    return x.layout == torch.strided and (torch.compiler.is_compiling() or not x.is_neg())
