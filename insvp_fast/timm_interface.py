@@ -39,6 +39,7 @@ class TimmInterface(nn.Module):
     backbone: Any
     head: nn.Module
     num_classes: int
+    class_names: list[str] | None
     recompute: str
     config: InsVPConfig
     patch_size: int

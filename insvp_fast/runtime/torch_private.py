@@ -221,8 +221,8 @@ def foreign_dispatch_modes() -> bool:
     return bool(_len_dispatch_modes()) and any(type(mode).__name__ not in known for mode in _dispatch_modes())
 
 
-_dispatch_modes: Callable[[], list[Any]] = getattr(
-    torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list
+_dispatch_modes: Callable[[], list[Any]] = _attempt(
+    lambda: torch.utils._python_dispatch._get_current_dispatch_mode_stack, lambda: [None]
 )
 
 
@@ -231,9 +231,9 @@ def overrides(x: Tensor) -> bool:
     cls = type(x)
     if cls in _CLASSES or cls.__name__ in ("FakeTensor", "FunctionalTensor"):
         return False
-    function = getattr(cls.__torch_function__, "__func__", cls.__torch_function__)
-    plain = function in (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
-    return not (plain and cls.__torch_dispatch__ is Tensor.__torch_dispatch__)
+    function, plain = (getattr(one.__torch_function__, "__func__", None) for one in (cls, Tensor))
+    keeps = function is plain or cls.__torch_function__ is nn.Parameter.__torch_function__
+    return not (keeps and cls.__torch_dispatch__ is Tensor.__torch_dispatch__)
 
 
 def saving_hooks() -> bool:
