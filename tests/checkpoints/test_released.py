@@ -232,6 +232,10 @@ WRONG = {
         small() | {"backbone.head.weight": torch.ones(())},
         r"the unexpected backbone.head.weight of shape \(\)",
     ),
+    "a kernel that is a number": (
+        small() | {"TokenPrompt.conv1.weight": torch.ones(())},
+        "the shapes are not those of the authors' code",
+    ),
     "integers": (
         small() | {"prompts": torch.ones(1, 9, 768).char()},
         "prompts has dtype torch.int8: expected floating",
