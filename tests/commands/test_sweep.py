@@ -140,6 +140,15 @@ def test_a_shared_probe_is_planned_once(tmp_path, trainer):
     assert len(counted) == 6 and all(row[2:] == ("1", "1") for row in counted)
 
 
+def test_an_accuracy_of_0_counts(tmp_path, trainer):
+    file = tmp_path / "grid.toml"
+    file.write_text("[recipe]\nprobe = false\n[grid]\nlr = [1.0]")
+    assert cli.main(["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]) == 0
+    (row,) = csv.DictReader((trainer.folder / "results.csv").open())
+    assert (row["val_mean"], row["test_mean"]) == ("0.0", "1.0")
+    assert "| 0.00 (best) |" in (trainer.folder / "results.md").read_text()
+
+
 @pytest.mark.parametrize("status", [0, 1, 130])
 def test_a_run_is_a_process_of_its_own(status):
     program = f"import sys; assert sys.argv[1:] == ['-m', 'insvp_fast', 'train', '--lr', '1']; sys.exit({status})"
