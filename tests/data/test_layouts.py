@@ -263,7 +263,7 @@ def test_regression_is_refused_in_every_list(name, text, tmp_path):
 MULTI = {
     "semicolons": "path,tags,split\nx/0.png,elk; owl,train\nx/1.png,yak,train\nx/2.png,,val\nx/3.png,yak;elk,test\n",
     "bars": "x/0.png\telk|owl\ttrain\nx/1.png\tyak\ttrain\nx/2.png\t\tval\nx/3.png\tyak|elk\ttest\n",
-    "columns": "path,yak,elk,owl,set\nx/0.png,0,1,1,train\nx/1.png,1,0,0,train\nx/2.png,0,0,0,val\n"
+    "columns": "path,yak,elk,owl,set\nx/0.png,0,1,1,train\nx/1.png,1.0,0.0,0,train\nx/2.png,0,0,0,val\n"
     "x/3.png,1,1,0,test\n",
 }
 
