@@ -162,13 +162,14 @@ def test_flips_are_a_choice_of_their_own(hflip, augmentation):
 
 
 def test_a_second_time_nothing_is_decoded(food, tmp_path, monkeypatch):
-    first = content_of(cache_images(food(), RESIZED, tmp_path / "cache", "food"))
-    before = {name: (tmp_path / "cache" / name).stat().st_mtime_ns for name in files_in(tmp_path / "cache")}
+    folder = tmp_path / "that is not" / "there yet"
+    first = content_of(cache_images(food(), RESIZED, folder, "food"))
+    before = {name: (folder / name).stat().st_mtime_ns for name in files_in(folder)}
     assert len(before) == 2
     monkeypatch.setattr(cache_module, "_write", None)
-    again = content_of(cache_images(food(), RESIZED, tmp_path / "cache", "food"))
+    again = content_of(cache_images(food(), RESIZED, folder, "food"))
     assert first == again
-    assert before == {name: (tmp_path / "cache" / name).stat().st_mtime_ns for name in before}
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in before}
 
 
 def test_a_change_of_anything_makes_another_file(food, tmp_path):
