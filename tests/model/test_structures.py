@@ -353,6 +353,7 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
     ),
     "padding": ("NaFlexVit", "embeds", lambda m: setattr(m, "dynamic_img_pad", True), "dynamic_img_pad=True"),
     "a norm of pixels": ("NaFlexVit", "embeds", lambda m: setattr(m, "norm_input", nn.Tanh()), "norm_input=Tanh()"),
+    "a function of pixels": ("NaFlexVit", "embeds", lambda m: setattr(m, "norm_input", torch.tanh), "norm_input="),
     "patches of another size": ("NaFlexVit", "embeds", lambda m: setattr(m, "patch_size", (4, 4)), "patch_size=(4, 4)"),
     "a layer that is said to be none": ("NaFlexVit", "embeds", lambda m: setattr(m, "is_linear", False), "is_linear"),
     "patches in a row": ("NaFlexVit", "embeds", lambda m: setattr(m, "flatten", True), "flatten=True"),
