@@ -157,7 +157,10 @@ def test_what_stops_at_a_file_goes_on_without_it(run, images, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"settings": None}, {"bytes": None}, {"images": "x"}, {"bytes": -1}, {"settings": 3}, "{", "\xff", "[]"],
+    [
+        *({"settings": None}, {"bytes": None}, {"images": "x"}, {"settings": 3}, "{", "\xff", "[]"),
+        *({"images": -1}, {"skipped": -1}, {"bytes": -1}),
+    ],
     ids=str,
 )
 def test_a_damaged_record_is_told(change, run, images, tmp_path, capsys):
