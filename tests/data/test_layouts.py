@@ -119,10 +119,12 @@ def test_the_division_is_the_one_it_was():
 
 TABLES = {
     "header.csv": "path,label\na b.png,owl\nc.png,elk\nd.png,owl\n",
-    "no header.csv": '"a b.png",owl\nc.png,elk\nd.png,owl\n',
+    "no header.csv": '"a b.png", "owl"\nc.png,elk\nd.png,owl\n',
     "excel.csv": "\ufeffpath;label\r\na b.png;owl\r\nc.png;elk\r\nd.png;owl\r\n",
     "pandas.csv": ",Class Name,width,file_name\n0,owl,9,a b.png\n1,elk,8,c.png\n2,owl,7,d.png\n",
+    "empty rows.csv": "path,label\na b.png,owl\n,\nc.png,elk\nd.png,owl\n,\n \n",
     "unknown names.csv": "photo,species\na b.png,owl\nc.png,elk\nd.png,owl\n",
+    "pandas of unknown names.csv": ",photo,species\n0,a b.png,owl\n1,c.png,elk\n2,d.png,owl\n",
     "header.tsv": "path\tlabel\na b.png\towl\nc.png\telk\nd.png\towl\n",
     "no header.txt": "a b.png\towl\nc.png\telk\nd.png\towl\n\n",
 }
@@ -227,8 +229,10 @@ def test_names_of_lists_in_any_case(names, given, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", "found an empty list"),
         ("path,label\n", "found an empty list"),
         ("a.png,elk\nb.png\n", "line 2 has 1 columns, the first has 2"),
+        ("a.png,elk\nb.png,elk,owl\n", "line 2 has 3 columns, the first has 2"),
         ("a.png\nb.png\n", "found 1 columns: expected the columns path, label and"),
         ("id,name\n1,elk\n", "found id, name: expected the columns path, label and"),
         (
