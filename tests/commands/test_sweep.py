@@ -134,10 +134,18 @@ def test_a_shared_probe_is_planned_once(tmp_path, trainer):
     file.write_text("[grid]\nlr = [0.1, 0.2]\nsplit_seed = [0, 1]")
     assert cli.main(["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]) == 0
     rows = list(csv.DictReader((trainer.folder / "results.csv").open()))
-    counted = [(row["model"], row["split_seed"], row["runs"], row["planned"]) for row in rows]
+    counted = [(row["model"], row["lr"], row["split_seed"], row["runs"], row["planned"]) for row in rows]
     probes = [row for row in counted if row[0] == "linear probe"]
-    assert probes == [("linear probe", "0", "1", "1"), ("linear probe", "1", "1", "1")]
-    assert len(counted) == 6 and all(row[2:] == ("1", "1") for row in counted)
+    assert probes == [("linear probe", "–", "0", "1", "1"), ("linear probe", "–", "1", "1", "1")]
+    assert len(counted) == 6 and all(row[3:] == ("1", "1") for row in counted)
+
+
+def test_the_table_is_there_after_each_run(grid, trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "_launch", lambda *a: (seen.append(table.exists()), trainer(*a))[1])
+    table = trainer.folder / "results.md"
+    assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch"]) == 0
+    assert seen == [False, *[True] * 11]
 
 
 def test_an_accuracy_of_0_counts(tmp_path, trainer):
@@ -183,6 +191,8 @@ def test_a_dry_run_trains_nothing(grid, trainer, capsys):
     assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch", "--dry-run"]) == 0
     assert not trainer.commands and not trainer.folder.exists()
     assert capsys.readouterr().out.count("insvp train ") == 12
+    assert cli.main(["sweep", str(grid), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count(f"--output {Path('sweeps', 'grid')}\n") == 12
 
 
 @pytest.mark.parametrize(
