@@ -8,6 +8,7 @@ import pickle
 import pkgutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -293,6 +294,8 @@ SETTINGS |= {
     ),
     "a bias that is a buffer": at("backbone.blocks.0.mlp.fc1", as_buffer),
     "a dropout in place": at("specific_prompter", lambda m: setattr(m, "dropout", nn.Dropout(0.0, inplace=True))),
+    "an array for a number": at("backbone", lambda m: setattr(m, "num_classes", np.array([5, 5]))),
+    "an activation of another class": at("backbone.blocks.0.mlp.act", lambda m: setattr(m, "__class__", nn.Tanh)),
     "an activation for a dropout": at("specific_prompter", lambda m: setattr(m, "dropout", nn.ReLU(inplace=True))),
 }
 
@@ -482,6 +485,10 @@ def test_a_reason_is_reported_once_and_may_disappear():
     assert [str(w.message) for w in caught] == [f"InsVPViT takes the general path, exact but not fast: {reason}"]
     fast.backbone.blocks[1].mlp.drop2 = drop
     assert unsupported_reason(fast) is None and coverage.covers(fast)
+    hook = drop.register_forward_hook(doubled)
+    assert not coverage.covers(fast)
+    hook.remove()
+    assert coverage.covers(fast)
 
 
 def test_a_reason_tells_classes_of_one_name_apart():
