@@ -400,6 +400,7 @@ CHANGES = {  # to the path of a module and what is done to it; the reason that i
     ),
     "another scale": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "scale", 0.5), "scale=0.5"),
     "a norm of attended values": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "norm", nn.Tanh()), "attn.norm"),
+    "a gate": ("DINOv3", "blocks.1.attn", lambda m: setattr(m, "gate", torch.tanh), "gate="),
     "dropped patches": ("DINOv3", "", drop_patches, "patch_drop is in training mode with prob=0.5"),
     "dropped positions": ("DINOv3", "", lambda m: setattr(m, "pos_drop", nn.Tanh()), "pos_drop"),
     "a dropped path": ("DINOv3", "blocks.1", lambda m: setattr(m, "drop_path1", nn.Tanh()), "drop_path1"),

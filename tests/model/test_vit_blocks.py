@@ -112,6 +112,7 @@ CHANGES = {  # to the path of a module and what is done to it
         lambda m: setattr(m, "mlp_bias", nn.Parameter(torch.ones(192), requires_grad=False)),
     ),
     "dropout": ("parallel scaling", "blocks.0", lambda m: (m.train(), setattr(m.attn_drop, "p", 0.5))),
+    "a gate": ("tanh GELU", "blocks.0.attn", lambda m: setattr(m, "gate", torch.tanh)),
     "a norm behind": ("norm behind", "blocks.0", lambda m: setattr(m, "norm1", nn.Tanh())),
     "a norm of patches": ("norm of patches", "patch_embed", lambda m: setattr(m, "norm", nn.Softmax(-1))),
 }
