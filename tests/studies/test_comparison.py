@@ -266,6 +266,12 @@ def test_a_rate_that_is_the_only_one_is_at_no_edge(trained, tmp_path):
     assert (ours.rate, ours.at_edge) == (0.1, False)
 
 
+def test_the_settings_of_a_row_come_before_those_of_all(trained, tmp_path):
+    protocol = Protocol({"prompt_length": 3, "epochs": 4}, (0.1,), (4,))
+    compare([Row("ours", {"prompt_length": 2})], protocol, tmp_path)
+    assert [(recipe.prompt_length, recipe.epochs) for recipe in trained] == [(2, 4)]
+
+
 def test_the_cores_are_divided_among_the_jobs(tmp_path, monkeypatch):
     given = []
 
