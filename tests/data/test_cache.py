@@ -18,6 +18,7 @@ from torchvision.transforms import Compose, PILToTensor
 from insvp_fast.data import cache as cache_module
 from insvp_fast.data import insvp_preprocessing, load_data, transform_for
 from insvp_fast.data.cache import cache_images
+from insvp_fast.data.images import Images
 from insvp_fast.data.readers import read_set
 from insvp_fast.data.sets import AUGMENTATIONS
 from insvp_fast.data.transforms import repeatable_steps
@@ -141,6 +142,8 @@ def test_an_augmentation_that_is_asked_for_is_the_one_that_is_used(root):
         assert data.preprocessing.keys() <= {*TIMM, "crop_mode"}
     with pytest.raises(DataError, match="`augmentation` is rand: expected one of none, crop, timm, insvp"):
         load_data("digits", TIMM, 0, augmentation="rand")
+    with pytest.raises(DataError, match="`augmentation` is rand: expected"):
+        transform_for(TIMM | {"augmentation": "rand"})
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -270,6 +273,10 @@ def test_processes_that_write_and_read_at_once(food, tmp_path):
     assert len(results) == 1
     assert results == {_build(arguments[0])}
     assert len(files_in(tmp_path / "cache")) == 2
+
+
+def test_no_images_are_cached_too(tmp_path):
+    assert len(cache_images(Images([], []), RESIZED, tmp_path, "none")) == 0
 
 
 def test_workers_map_the_file_themselves(food, tmp_path):
