@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from insvp_fast.checkpoints.state_dict import unwrap_state_dict
+from insvp_fast.checkpoints.state_dict import other_state_dicts, unwrap_state_dict
 from insvp_fast.errors import CheckpointError
 
 TENSORS = {"a.weight": torch.ones(2), "b.module.bias": torch.zeros(3)}
@@ -38,6 +38,7 @@ def test_wrappers_and_prefixes_are_taken_off(wrap, prefix):
         (torch.ones(1), "Tensor"),
         ({"epoch": 3, "b": 1}, r"\['b', 'epoch'\]"),
         ({"model": {"a": torch.ones(1), "b": None}}, r"\['a', 'b'\]"),
+        ({"a": torch.ones(1).to_sparse()}, r"\['a'\]"),
         ({0: torch.ones(1)}, r"\['0'\]"),
         (endless(), r"\['model'\]"),
     ],
@@ -45,3 +46,9 @@ def test_wrappers_and_prefixes_are_taken_off(wrap, prefix):
 def test_what_holds_no_state_dict_is_refused(content, found):
     with pytest.raises(CheckpointError, match=f"best.pth: found {found}: expected a state dict of dense tensors"):
         unwrap_state_dict(content, "best.pth")
+
+
+def test_the_state_dicts_beside_the_one_that_is_taken_are_counted():
+    content = {"model": {"model": TENSORS, "student": TENSORS}, "student": TENSORS | {"epoch": 3}, "predictor": {}}
+    assert other_state_dicts(content) == {"student": 4}
+    assert list(other_state_dicts(content)) == ["student"]
