@@ -574,7 +574,7 @@ WRONG_DESCRIPTIONS = {
         lambda v: v["backbone"].update(dtype="int64"),
         r"backbone\.dtype is 'int64': expected a flo",
     ),
-    "no count": (lambda v: v.update(num_classes=-5, class_names=None), "num_classes is -5: expected at least 0"),
+    "no count": (lambda v: v.update(num_classes=-1, class_names=None), "num_classes is -1: expected at least 0"),
     "no names": (lambda v: v.update(class_names=[1, 2, 3]), "class_names has 1: expected text"),
     "no size of a tensor": (lambda v: v["insvp"].update(prompt_length=2**62), "invalid|overflow"),
     "no such images": (
@@ -584,6 +584,23 @@ WRONG_DESCRIPTIONS = {
     "a mean of two": (
         lambda v: v["preprocessing"].update(mean=[0.5, 0.5]),
         r"preprocessing\.mean is \[0\.5, 0\.5\]: expected one number, or 3",
+    ),
+    "a mean of none": (
+        lambda v: v["preprocessing"].update(mean=[]),
+        r"mean is \[\]: expected a number for each channel",
+    ),
+    "a deviation of 0": (
+        lambda v: v["preprocessing"].update(std=[0.5, 0.0, 0.5]),
+        "expected a positive number for each",
+    ),
+    "a crop of nothing": (
+        lambda v: v["preprocessing"].update(crop_pct=0),
+        r"crop_pct is 0: expected a number in \(0, ",
+    ),
+    "a side alone": (lambda v: v["preprocessing"].update(input_size=[3, 32]), "expected channels, height and width"),
+    "a hash of numbers": (
+        lambda v: v.update(trained_on={"split_seed": 0, "undivided_sha256": 3}),
+        "trained_on has split_seed 0 and undivided_sha256 3: expected an int, a str",
     ),
     "no mean": (lambda v: v["preprocessing"].pop("mean"), "preprocessing has no mean: expected input_size, mean and"),
     "nothing about images": (lambda v: v.update(preprocessing={}), "preprocessing has no input_size"),
