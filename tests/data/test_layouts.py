@@ -123,6 +123,7 @@ TABLES = {
     "excel.csv": "\ufeffpath;label\r\na b.png;owl\r\nc.png;elk\r\nd.png;owl\r\n",
     "pandas.csv": ",Class Name,width,file_name\n0,owl,9,a b.png\n1,elk,8,c.png\n2,owl,7,d.png\n",
     "empty rows.csv": "path,label\na b.png,owl\n,\nc.png,elk\nd.png,owl\n,\n \n",
+    "a semicolon.csv": "a b.png,owl;\nc.png,elk\nd.png,owl\n",
     "unknown names.csv": "photo,species\na b.png,owl\nc.png,elk\nd.png,owl\n",
     "pandas of unknown names.csv": ",photo,species\n0,a b.png,owl\n1,c.png,elk\n2,d.png,owl\n",
     "header.tsv": "path\tlabel\na b.png\towl\nc.png\telk\nd.png\towl\n",
