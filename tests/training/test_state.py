@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from insvp_fast.atomic_files import recover, replace_folder
+from insvp_fast.atomic_files import OLD, recover, replace_folder
 from insvp_fast.training.state import get_rng_states, load_state, save_state, set_rng_states
 
 
@@ -56,3 +56,5 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert all(torch.equal(weights[key], found[key]) for key in weights)
     assert facts == {"epoch": 3, "accuracy": 0.1 + 0.2}
     assert load_state(tmp_path / "nothing") is None
+    (tmp_path / "last").rename(tmp_path / f"last{OLD}")  # as an interruption leaves it
+    assert load_state(tmp_path / "last")[2] == facts
