@@ -236,6 +236,11 @@ def test_a_probe_that_would_be_another_is_fitted_too(settings):
     assert [entry.recipe.probe for entry in changed] == [True, True]
 
 
+def test_a_run_without_a_probe_fits_none_for_others():
+    changed = with_one_probe([Entry({}, Recipe(probe=False), []), Entry({}, Recipe(), [])])
+    assert [entry.recipe.probe for entry in changed] == [False, True]
+
+
 def test_val_is_the_mean_over_the_seeds_too(tmp_path):
     study = STUDIES["table5"]
     scores = {seed: Score("InsVP", val, 0.5, {"trained_parameters": 7}) for seed, val in enumerate((0.2, 0.6))}
