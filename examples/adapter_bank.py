@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from insvp_fast import AdapterBank
@@ -30,10 +30,14 @@ bank = bank.to(device)
 transforms = {name: create_transform(**adapter.preprocessing) for name, adapter in bank.adapters.items()}
 
 for file in arguments.images:
-    image, names = Image.open(file).convert("RGB"), list(bank.adapters)
-    batch = torch.stack([transforms[name](image) for name in names])  # each as its adapter was trained
+    stored = Image.open(file)
+    upright, names = ImageOps.exif_transpose(stored), list(bank.adapters)
+    images = [upright if adapter.exif_rotation else stored for adapter in bank.adapters.values()]
+    # each as its adapter was trained
+    batch = torch.stack([transforms[name](image.convert("RGB")) for name, image in zip(names, images, strict=True)])
     with torch.inference_mode():
-        logits = bank(batch.to(device), names)  # rows of fewer classes end in -inf, which softmax makes 0
-    for name, row in zip(names, logits.softmax(1), strict=True):
-        probability, index = row.max(0)
-        print(f"{file}: {name}: {bank.adapters[name].class_names[index]} ({probability:.1%})")
+        logits = bank(batch.to(device), names)  # rows of fewer classes end in -inf, of which both functions make 0
+    for (name, adapter), row in zip(bank.adapters.items(), logits, strict=True):
+        chances = row.sigmoid() if adapter.multi_label else row.softmax(0)
+        chance, index = chances.max(0)
+        print(f"{file}: {name}: {adapter.class_names[index]} ({chance:.1%})")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from insvp_fast import InsVPViT
@@ -29,11 +29,18 @@ device = torch.device(arguments.device)
 model = InsVPViT.from_pretrained(arguments.adapter).to(device)  # in evaluation mode
 transform = create_transform(**model.preprocessing)  # as in training; it travels with the adapter
 
+
+def read(file: str) -> Image.Image:
+    image = Image.open(file)
+    return (ImageOps.exif_transpose(image) if model.exif_rotation else image).convert("RGB")
+
+
 for first in range(0, len(arguments.images), arguments.batch_size):
     files = arguments.images[first : first + arguments.batch_size]
-    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    images = torch.stack([transform(read(file)) for file in files])
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
         logits = model(images.to(device))
-    for file, row in zip(files, logits.float().softmax(1), strict=True):
-        probability, index = row.max(0)
-        print(f"{file}: {model.class_names[index]} ({probability:.1%})")
+    chances = logits.float().sigmoid() if model.multi_label else logits.float().softmax(1)
+    for file, row in zip(files, chances, strict=True):
+        likely = (row >= 0.5).nonzero().flatten() if model.multi_label else [row.argmax()]
+        print(f"{file}: {', '.join(f'{model.class_names[index]} ({row[index]:.1%})' for index in likely)}")

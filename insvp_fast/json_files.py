@@ -19,6 +19,8 @@ def read_json(file: Path, error: type[InsVPError]) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as reason:
+        raise error(f"{file}: no such file") from reason
     except (OSError, ValueError) as reason:
         raise error(f"{file}: found no JSON: {reason}") from reason
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ from timm.data import create_transform
 from insvp_fast import InsVPViT
 from insvp_fast.config import RELEASED_PREPROCESSING
 from insvp_fast.methods import MethodViT
-from insvp_fast.training.prediction import load_classifier
+from insvp_fast.training.prediction import load_classifier, predict
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -80,6 +80,21 @@ def test_a_bank_classifies_files_with_each_adapter(trained, tmp_path):
         found = model(torch.from_numpy(np.asarray(Image.open(file))).permute(2, 0, 1)[None]).argmax().item()
     lines = [line.split(" (")[0] for line in printed.splitlines()]
     assert lines == [f"{file}: {name}: {model.class_names[found]}" for name in ("one", "other")]
+
+
+def test_photographs_are_turned_and_may_have_several_labels(trained, tmp_path):
+    model, file = InsVPViT.from_pretrained(trained[0]), tmp_path / "turned.png"
+    model.multi_label = True
+    model.save_pretrained(tmp_path / "adapter")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)).save(file, exif=exif)
+    (prediction,) = predict(load_classifier(tmp_path / "adapter"), [file], top_k=10)
+    chances = [f"{name} ({chance:.1%})" for name, chance in prediction.ranking if chance >= 0.5]
+    printed = run("inference.py", tmp_path / "adapter", file).strip().removeprefix(f"{file}: ")
+    assert chances and sorted(printed.split(", ")) == sorted(chances)
+    printed = run("adapter_bank.py", file, "--adapters", f"one={tmp_path / 'adapter'}").strip()
+    assert printed == f"{file}: one: {chances[0]}"
 
 
 def test_timm_trains_it():
