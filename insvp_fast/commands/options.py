@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from insvp_fast.errors import CommandError
@@ -110,13 +111,15 @@ def check_output_file(path: str | Path, option: str = "--output") -> None:
     """Check that a file can have the name that an option or its default gives it, before the work for it.
 
     Raises:
-        CommandError: if a folder has that name, or there is no folder to put it in.
+        CommandError: if a folder has that name, or there is no folder to put it in, or that is read-only.
     """
     file = Path(path)
     if file.is_dir():
         raise CommandError(f"{option} is {path}: found a folder, expected the name of a file")
     if not file.parent.is_dir():
         raise CommandError(f"{option} is {path}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise CommandError(f"{option} is {path}: the folder {file.parent} is read-only")
 
 
 def make_folder(path: str | Path, option: str = "--output") -> Path:

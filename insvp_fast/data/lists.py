@@ -68,6 +68,8 @@ def read_lists(files: Mapping[str, Path], root: str | None = None) -> Lists:
 
 def _read(file: Path) -> tuple[list[Listed], list[str] | None]:
     """The images of a list file, and the names of the classes if it has a column for each."""
+    if file.suffix.lower() == ".tar":
+        raise DataError(f"{file}: found an archive: expected a list, or `wds/{file.parent}` for a folder of archives")
     try:
         text = file.read_text(encoding="utf-8-sig")
         delimiter = None if file.suffix.lower() == ".json" else delimiter_of(text, file.suffix.lower())

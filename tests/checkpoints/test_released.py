@@ -278,6 +278,9 @@ def test_unpickles_no_code(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"best_model.pth: found a truncated file or one with code"):
         Reference.from_released(tmp_path / "best_model.pth")
     assert not (tmp_path / "marker").exists()
+    (tmp_path / "best_model.pth").write_text("junk\n")
+    with pytest.raises(CheckpointError, match=r"not tensors of torch.save: [A-Z]\w+"):
+        Reference.from_released(tmp_path / "best_model.pth")
 
 
 def test_refuses_truncated_files(tmp_path: Path):

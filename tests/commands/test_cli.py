@@ -13,8 +13,9 @@ from insvp_fast import recipes
 from insvp_fast.commands import cli
 from insvp_fast.commands import train as train_command
 from insvp_fast.commands.cli import COMMANDS
+from insvp_fast.commands.options import check_output_file
 from insvp_fast.commands.settings import show_options
-from insvp_fast.errors import CheckpointError, DataError, InsVPError
+from insvp_fast.errors import CheckpointError, CommandError, DataError, InsVPError
 from insvp_fast.studies.arguments import to_arguments, to_option
 from insvp_fast.training import run as run_module
 from insvp_fast.training.recipe import Recipe
@@ -83,6 +84,12 @@ def test_an_output_that_takes_nothing(output, status, said, option):
     done = subprocess.run(["bash", "-c", wait], capture_output=True, text=True)
     faults = ("insvp:", "Traceback", "Exception")  # with --json, lines of text are there as well
     assert (done.returncode, [line for line in done.stderr.splitlines() if line.startswith(faults)]) == (status, said)
+
+
+def test_an_output_in_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # which root may always write to
+    with pytest.raises(CommandError, match=r"--output is .*x\.html: the folder .* is read-only"):
+        check_output_file(tmp_path / "x.html")
 
 
 def test_every_setting_says_what_it_is():

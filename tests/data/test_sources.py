@@ -83,6 +83,7 @@ def test_lists_of_each_kind(name, tmp_path):
         ("list.json", '{"a.png": [1]}', "expected an object path -> label, or an array"),
         ("list.json", '{"a.png": null}', "expected an object path -> label, or an array"),
         ("list.txt", b"\xff\xfe\x00", "not UTF-8 .*: expected a list saved as UTF-8"),
+        ("train-000.tar", b"", r"found an archive: expected a list, or `wds/.*` for a folder of archives"),
         ("list.txt", "a.png elk\nb.png owl\na.png owl\n", "found a.png twice, as elk and as owl: expected each"),
         ("list.txt", "a.png elk\n./a.png elk\n", "found ./a.png twice, as elk: expected each image once"),
         ("list.json", '{"a.png": 1, "b.png": 2, "a.png": 2}', "found a.png twice, as 1 and as 2"),
