@@ -173,6 +173,8 @@ def _different_tensor(module: nn.Module, rule: Rule, frozen: bool) -> str | None
         plain = type(parameter) in (nn.Parameter, Tensor) and _is_plain(parameter)
         if name not in rule.parameters or not plain:
             return f"has a {type(parameter).__name__} {name!r} that the fast path does not know"
+        if frozen and parameter.numel() == 1:
+            return f"has a {name} of a single number, which fits by broadcasting alone"
         if frozen and parameter.requires_grad:
             return f"has a {name} that is trained"
     return None

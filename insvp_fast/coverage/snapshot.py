@@ -17,8 +17,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class Snapshot:
     """The types, attributes, children, parameters, buffers and hooks of some modules, without those of their children.
 
-    Attributes are compared by ``==``, so that an object changed in place counts as unchanged; parameters and
-    buffers by identity, type, dtype, layout, lazy sign and ``requires_grad``, so that new values count as unchanged.
+    Attributes are compared by ``==``, so that an object changed in place counts as unchanged; parameters and buffers by
+    identity, type, dtype, layout, shape, lazy sign and ``requires_grad``, so that new values count as unchanged.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -57,4 +57,4 @@ def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
 
 
 def _properties(x: Tensor | None) -> object:
-    return x is None or (type(x), x.requires_grad, x.dtype, x.layout, x.is_neg())
+    return x is None or (type(x), x.requires_grad, x.dtype, x.layout, x.shape, x.is_neg())

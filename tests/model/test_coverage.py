@@ -320,6 +320,22 @@ def test_a_changed_setting(setting):
     assert problem(SETTINGS[setting]) is None
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("name", ["gamma", "bias", "data of bias"])
+def test_a_parameter_of_a_single_number(name, shape):
+    """A layer scale for all channels, say."""
+    number = torch.full(shape, 0.3)
+
+    def change(model):
+        block = model.backbone.blocks[0]
+        if name == "data of bias":
+            block.mlp.fc1.bias.data = number
+        else:
+            setattr({"gamma": block.ls1, "bias": block.attn.proj}[name], name, nn.Parameter(number, False))
+
+    assert problem(change, init_values=0.1) is None
+
+
 @contextlib.contextmanager
 def hook_for_all_modules(register, hook):
     handle = register(hook)
