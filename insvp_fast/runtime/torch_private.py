@@ -231,6 +231,8 @@ def overrides(x: Tensor) -> bool:
     cls = type(x)
     if cls in _CLASSES or cls.__name__ in ("FakeTensor", "FunctionalTensor"):
         return False
+    if cls.__module__.startswith("torchvision.tv_tensors"):  # which say what pixels are, and compute as others do
+        return False
     function, plain = (getattr(one.__torch_function__, "__func__", None) for one in (cls, Tensor))
     keeps = function is plain or cls.__torch_function__ is nn.Parameter.__torch_function__
     return not (keeps and cls.__torch_dispatch__ is Tensor.__torch_dispatch__)

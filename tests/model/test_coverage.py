@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import tv_tensors
 
 from insvp_fast import InsVPConfig, InsVPViT, coverage, unsupported_reason
 from insvp_fast.testing import make_pair, relative_error, trained_gradients
@@ -442,6 +443,9 @@ def test_images_of_other_classes():
         assert relative_error(values.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor)) < 1e-5
     with pytest.warns(UserWarning, match="image is a LouderImage, whose operations are its own"):
         fast(image().as_subclass(LouderImage))
+    with warnings.catch_warnings(action="error"):
+        values = fast(tv_tensors.Image(image()))
+    assert relative_error(values, reference(image())) < 1e-5
 
 
 class Noisy(nn.Module):
