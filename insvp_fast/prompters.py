@@ -36,7 +36,8 @@ class GlobalPrompter(Covered, reference.GlobalPrompter):
         return Requirements("global_prompter", self, {"": (rule(type(self)),), **convolutions, "dropout": DROPOUT})
 
     def forward(self, image: Tensor) -> Tensor:
-        dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if coverage.covers(self) else None
+        covered = coverage.covers(self, coverage.obstacle(image))
+        dtype = _result_dtype(image, self.dropout, self.conv1, self.conv2) if covered else None
         H, W = image.shape[-2:]
         cases = ((conv, conv.dilation[0], H, W) for conv in (self.conv1, self.conv2))
         if dtype is None or not _on_cpu_or(conv_triton_reason, image, *cases):
@@ -73,7 +74,7 @@ class SpecificPrompter(Covered, reference.SpecificPrompter):
         return Requirements("specific_prompter", self, table)
 
     def forward(self, image: Tensor) -> Any:
-        if not coverage.covers(self) or not coverage.dtypes_fit(image, *self.parameters()):
+        if not coverage.covers(self, coverage.obstacle(image)) or not coverage.dtypes_fit(image, *self.parameters()):
             return super().forward(image)
         dtype = _result_dtype(image, self.dropout, *(m for m in self.modules() if isinstance(m, nn.Conv2d)))
         size, grid = 3 * self.grid + 4, self.grid

@@ -111,7 +111,7 @@ def check_output_file(path: str | Path, option: str = "--output") -> None:
     """Check that a file can have the name that an option or its default gives it, before the work for it.
 
     Raises:
-        CommandError: if a folder has that name, or there is no folder to put it in, or that is read-only.
+        CommandError: if a folder has that name, or the folder to put it in is missing or read-only.
     """
     file = Path(path)
     if file.is_dir():

@@ -104,11 +104,14 @@ def covers(part: nn.Module, obstacle: str | None = None) -> bool:
     return covered
 
 
-def obstacle(image: Tensor, attn_mask: Tensor | None) -> str | None:
+def obstacle(image: Tensor, attn_mask: Tensor | None = None) -> str | None:
     """Why no fast path takes these, whatever the model."""
     if attn_mask is not None:
         return "attn_mask was given"
-    return f"image is a {type(image).__name__}, whose operations are its own" if overrides(image) else None
+    if overrides(image):
+        own = f"image is of the class {type(image).__name__}, which has operations of its own"
+        return f"{own}: image.as_subclass(torch.Tensor) has PyTorch's"
+    return None
 
 
 def check_image_type(image: object) -> None:

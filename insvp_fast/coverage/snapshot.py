@@ -57,4 +57,7 @@ def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
 
 
 def _properties(x: Tensor | None) -> object:
-    return x is None or (type(x), x.requires_grad, x.dtype, x.layout, x.shape, x.is_neg())
+    if type(x) not in (Tensor, nn.Parameter):  # no fast path takes another; that of a lazy module has no shape yet
+        return type(x)
+    assert x is not None
+    return type(x), x.requires_grad, x.dtype, x.layout, x.shape, x.is_neg()

@@ -64,8 +64,10 @@ def parse_table(text: str, delimiter: str) -> tuple[list[Listed], list[str] | No
     for number, row in rows:
         names = _labels(row[labels[0]]) if classes is None else _marked(classes, [row[column] for column in labels])
         if names is None:
-            expected = f"expected one of {', '.join(LABELS)}, or 0 or 1 in every column but those of path and split"
-            raise ValueError(f"line {number}, with the columns {', '.join(header or ())}: {expected}")
+            cells = zip(classes or (), [row[column] for column in labels], strict=True)
+            column, cell = next((name, cell) for name, cell in cells if _marked([name], [cell]) is None)
+            expected = f"expected 0 or 1, or one column of labels with a name among {', '.join(LABELS)}"
+            raise ValueError(f"line {number}: found {cell!r} in the column {column!r}: {expected}")
         if split is not None and split_of(row[split]) is None:
             raise ValueError(f"line {number}: found the split {row[split]!r}: expected train, val or test")
         images.append(Listed(row[path], names, None if split is None else split_of(row[split])))

@@ -238,7 +238,7 @@ def test_names_of_lists_in_any_case(names, given, tmp_path):
         ("id,name\n1,elk\n", "found id, name: expected the columns path, label and"),
         (
             "path,species,age\na.png,elk,7\n",
-            "line 2, with the columns path, species, age: expected one of label, .*, or 0",
+            "line 2: found 'elk' in the column 'species': expected 0 or 1, or one column of labels",
         ),
         ("path,label,split\na.png,elk,extra\n", "line 2: found the split 'extra': expected train, val or test"),
         ("path,label\na.png,elk\nb.png,\n", "found no label of b.png: expected one for each image"),

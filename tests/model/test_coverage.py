@@ -84,7 +84,7 @@ def problem(change, **kwargs):
 
 
 def test_a_problem_is_found(monkeypatch):
-    monkeypatch.setattr(coverage, "covers", lambda part: True)
+    monkeypatch.setattr(coverage, "covers", lambda part, obstacle=None: True)
     for path in ("backbone.blocks.0.drop_path1", "backbone.blocks.1.mlp.drop2"):
         assert problem(replaced(path)).startswith("off by")
     assert problem(at("specific_prompter.conv2", HOOKS["forward hook"])).startswith("off by")
@@ -246,11 +246,11 @@ def as_buffer(linear):
     linear.register_buffer("bias", bias)
 
 
-LOUDER = torch.nn.functional.linear, torch.Tensor.expand
+LOUDER = torch.nn.functional.linear, torch.nn.functional.conv2d, torch.Tensor.expand
 
 
 class LouderProducts:
-    """A tensor with which ``F.linear`` and ``expand`` return 1.5 times their results."""
+    """A tensor with which some functions return 1.5 times their results."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -295,6 +295,8 @@ SETTINGS |= {
     ),
     "a bias that is a buffer": at("backbone.blocks.0.mlp.fc1", as_buffer),
     "a dropout in place": at("specific_prompter", lambda m: setattr(m, "dropout", nn.Dropout(0.0, inplace=True))),
+    "a lazy layer": at("backbone.blocks.0.mlp", lambda m: setattr(m, "fc2", nn.LazyLinear(48))),
+    "a lazy layer of a prompter": at("patch_prompter", lambda m: setattr(m, "fc2", nn.LazyLinear(192))),
     "an array for a number": at("backbone", lambda m: setattr(m, "num_classes", np.array([5, 5]))),
     "an activation of another class": at("backbone.blocks.0.mlp.act", lambda m: setattr(m, "__class__", nn.Tanh)),
     "an activation for a dropout": at("specific_prompter", lambda m: setattr(m, "dropout", nn.ReLU(inplace=True))),
@@ -441,7 +443,7 @@ def test_images_of_other_classes():
     for kind in (LouderImage, PlainImage):
         values, expected = (model(image().as_subclass(kind)) for model in (fast, reference))
         assert relative_error(values.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor)) < 1e-5
-    with pytest.warns(UserWarning, match="image is a LouderImage, whose operations are its own"):
+    with pytest.warns(UserWarning, match="image is of the class LouderImage, which has operations of its own"):
         fast(image().as_subclass(LouderImage))
     with warnings.catch_warnings(action="error"):
         values = fast(tv_tensors.Image(image()))
