@@ -158,7 +158,7 @@ def pretended_gpu() -> Iterator[None]:
         for home, name, value in (
             (chip, "arch", lambda device: 90),
             (chip, "shared_memory", lambda device: float("inf")),
-            (coverage, "covers", lambda module: True),  # it does not know such parameters
+            (coverage, "covers", lambda module, obstacle=None: True),  # it does not know such parameters
             (products, "packed", packed),
             (KernelInterface, "__getitem__", launch),
             (torch.cuda, "device_of", nullcontext),
