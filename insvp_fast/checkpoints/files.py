@@ -172,5 +172,6 @@ def read_torch(file: Path) -> Any:
         if "TorchScript" in str(error):
             text = "found a TorchScript archive, which is code: expected its state dict, saved by torch.save"
             raise CheckpointError(f"{file}: {text}") from error
-        reason = f"it asks for {asked[1]}" if asked else f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+        first_line = str(error).partition("\n")[0]
+        reason = f"it asks for {asked[1]}" if asked else f"{type(error).__name__} {first_line}"
         raise CheckpointError(f"{file}: {text}: {reason}") from error

@@ -107,6 +107,7 @@ GOOD = {"target": "90", "registers": 100, "spills": 0, "stack": 0, "shared": 0, 
     [
         ({"kernel": "attention_bwd", "spills": 93, "stack": 16}, ["93 spills, at most 0", "16 stack, at most 0"]),
         ({"kernel": "attention_bwd", "narrow": 9, "shared": 9, "registers": 255}, []),
+        ({"kernel": "attention_bwd", "shared": 232449}, ["232449 shared, at most 232448"]),
         ({"kernel": "activation_fwd_code", "narrow": 1}, ["1 narrow, at most 0"]),
         ({"kernel": "activation_fwd_code", "target": "gfx942", "narrow": 1}, []),
         ({"kernel": "norm_insert_fwd", "narrow": 3}, ["3 narrow, at most 2"]),
