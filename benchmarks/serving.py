@@ -29,7 +29,8 @@ import torch
 from PIL import Image
 
 from insvp_fast.bench.machine import machine_facts
-from insvp_fast.training.prediction import Classifier, find_images, load_classifier
+from insvp_fast.data.image_list import ImageList
+from insvp_fast.training.prediction import Classifier, load_classifier
 
 CPU = "process_cpu_seconds_total"  # of the server
 TOLERANCE = 1e-5  # of probabilities: batches of other sizes round otherwise
@@ -49,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     classifier, load = load_classifier(arguments.run), [os.getloadavg()]
     with tempfile.TemporaryDirectory() as folder:
-        files = find_images(arguments.images or [make_images(Path(folder))])
+        files = list(ImageList(arguments.images or [make_images(Path(folder))]))
         expected = {file: ranking(classifier, [file])[0] for file in files}
         rows = [time_loop(classifier, files, batch, arguments.loop_seconds) for batch in (1, 8)]
         load.append(os.getloadavg())

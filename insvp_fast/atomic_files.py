@@ -72,6 +72,8 @@ def _temporaries(folder: Path) -> tuple[Path, Path]:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # which syncs no folder, and no file that is open for reading alone
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,7 +5,9 @@ In a message, a setting of ``Recipe`` stands in backticks, `lr`; the command lin
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "CommandError", "DataError", "ExportError", "InsVPError", "TrainingError"]
+__all__ = ["INTERRUPTED", "CheckpointError", "CommandError", "DataError", "ExportError", "InsVPError", "TrainingError"]
+
+INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
 
 
 class InsVPError(ValueError):

@@ -18,9 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.results import newest_of_cpus, read_results
-from insvp_fast.data import load_data
 from insvp_fast.figures.prompts import denormalize, to_gray_range
-from insvp_fast.training.load import load_run
+from insvp_fast.training.load import load_run, own_test_data
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("2", "3", "6", "8")
@@ -48,8 +47,8 @@ def main() -> None:
 @torch.inference_mode()
 def draw_prompts(figure: SubFigure, run: str) -> None:
     """One column per class: a test image, the two parts of its prompt, and the prompted image."""
-    recipe, model, preprocessing, class_names = load_run(run)
-    test = load_data(recipe.data, preprocessing, recipe.split_seed).test
+    _, model, preprocessing, class_names = loaded = load_run(run)
+    test = own_test_data(loaded)
     first: dict[str, Tensor] = {}
     for index in range(len(test)):  # type: ignore[arg-type]
         image, label = test[index]

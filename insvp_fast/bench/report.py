@@ -23,7 +23,7 @@ def run_benchmark(file: str | None, name: str, batch: int | None, rounds: int) -
 
     Args:
         file: where the report goes, if anywhere; the plot goes beside it, as .png.
-        name: of the timm ViT.
+        name: of the model in timm, a ViT or a Swin.
         batch: images of a step; by default 2, and 64 on a GPU.
     """
     if file is not None:

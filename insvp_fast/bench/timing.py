@@ -89,7 +89,7 @@ def compare(
         job: one of ``JOBS``.
         precision: one of ``AUTOCAST_DTYPES``.
         providers: what ``make`` builds; ratios are to the first.
-        name: of the timm ViT.
+        name: of the model in timm, a ViT or a Swin.
         config: one of ``CONFIGS``.
         kwargs: further arguments of ``make``.
 

@@ -141,10 +141,9 @@ class BackboneRecord:
             warnings.warn(f"{where}: {text}: another CPU or version of PyTorch rounds them otherwise", stacklevel=3)
         elif found != self.sha256:
             expected = f"{self.sha256} ({self.name or 'not made by timm'}, {self.dtype})"
-            remedy = "the one that the adapter was trained with, or allow_backbone_mismatch=True to use this one"
-            raise CheckpointError(
-                f"{where}: the backbone has sha256 {found}: expected {expected}. Give as backbone= {remedy}"
-            )
+            remedy = "Give as backbone= the one that the adapter was trained with"
+            remedy += "; InsVPViT.from_pretrained takes another with allow_backbone_mismatch=True"
+            raise CheckpointError(f"{where}: the backbone has sha256 {found}: expected {expected}. {remedy}")
         pool = _pooling(backbone)
         if None not in (pool, self.global_pool) and pool != self.global_pool:
             raise CheckpointError(

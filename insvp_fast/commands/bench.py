@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, check_output_file, make_folder, positive
+from insvp_fast.commands.options import add_json, output_file, positive
 from insvp_fast.errors import CommandError
 
 SUMMARY = "time InsVP against the bare frozen backbone on this machine"
@@ -36,12 +36,11 @@ def run(report: str | None, model: str, batch_size: int | None, rounds: int) -> 
 
 def _check_report(file: Path) -> None:
     """Check that report and plot can be written, before minutes of measurements."""
-    make_folder(file.parent, "--report")
-    check_output_file(file, "--report")
+    output_file(file, "--report")
     picture = file.with_suffix(".png")
     if file == picture:
         raise CommandError(f"--report is {file}: expected another ending, the plot beside it is a .png")
-    check_output_file(picture, "--report")
+    output_file(picture, "--report")
 
 
 def check_model(name: str, **backbone_kwargs: Any) -> None:

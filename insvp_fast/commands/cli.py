@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 from insvp_fast import __version__
 from insvp_fast.commands.completion import PrintCompletion
 from insvp_fast.commands.settings import show_options
-from insvp_fast.errors import InsVPError
+from insvp_fast.errors import INTERRUPTED, InsVPError
 
-__all__ = ["COMMANDS", "INTERRUPTED", "main", "run"]
+__all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = (
     "train",
@@ -51,7 +51,6 @@ EXTRAS = {  # which one installs a package, by the name of its import
     "gradio": "demo",
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
-INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
 
 _statuses: list[int] = []  # the exit status of ``run``, when it is known
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from insvp_fast.commands.options import add_json
 from insvp_fast.data.sets import SETS
+from insvp_fast.errors import DataError
 
 SUMMARY = "list the named data sets, or check one on disk"
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="read and count all images of a data set")
     check.set_defaults(action=_check)
     check.add_argument("name", metavar="NAME|PATH", help="a name from `insvp data list`, a folder or a list file")
-    check.add_argument("--root", metavar="FOLDER", help="folder of a named data set")
+    check.add_argument("--root", metavar="FOLDER", help="folder of a named data set, or of a list's images")
     add_json(check)
 
 
@@ -38,6 +39,9 @@ def _list() -> dict[str, Any]:
 def _check(name: str, root: str | None) -> dict[str, Any]:
     from insvp_fast.data import check
 
-    report = check(name, root)
+    try:
+        report = check(name, root)
+    except DataError as error:
+        raise DataError(str(error).replace("`data` is ", "")) from error
     print(report)
     return report._asdict() | {"errors": [] if report.ok else [f"{name}: some images cannot be read"]}

@@ -11,8 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from insvp_fast.commands.options import add_origin, positive, read_class_names
-from insvp_fast.commands.serve import port_number
+from insvp_fast.commands.options import add_model, port_number, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "try a trained model in a browser"
@@ -20,8 +19,7 @@ SUMMARY = "try a trained model in a browser"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
-    add_origin(parser)
+    add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument(
         "--port", type=port_number, default=7860, help="the port, 0 for any that is free (default: 7860)"

@@ -23,7 +23,7 @@ from insvp_fast.commands.options import add_json
 SUMMARY = "show the environment, and warn about known problems"
 REQUIRED = ("torch", "torchvision", "timm", "triton", "numpy")
 FOR_TRAINING = ("accelerate", "scikit-learn", "matplotlib", "rich")
-OPTIONAL = ("xformers", "tensorboard", "wandb", "scipy", "h5py", "datasets")  # shown if installed
+OPTIONAL = ("xformers", "tensorboard", "wandb", "scipy", "datasets")  # shown if installed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

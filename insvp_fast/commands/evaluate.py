@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.commands.options import add_json, add_loading, add_model, read_class_names
+from insvp_fast.commands.options import add_json, add_loading, add_model, add_tta, make_folder, read_class_names
+from insvp_fast.data.sets import SETS
 
 SUMMARY = "test a trained model: accuracies and confusion matrix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_tta(parser)
     parser.add_argument(
         "--data", metavar="NAME|PATH", help="other data with the same classes (default: the run's test data)"
     )
-    parser.add_argument("--root", metavar="FOLDER", help="folder of a named data set (default: as in training)")
+    parser.add_argument(
+        "--root", metavar="FOLDER", help="folder of a named data set, or of a list's images (default: as in training)"
+    )
     parser.add_argument(
         "--output", metavar="FOLDER", help="folder for the results (default: RUN or ADAPTER; for a name, this one)"
     )
@@ -45,6 +49,7 @@ def run(
     workers: int | None,
 ) -> dict[str, Any] | None:
     given = read_class_names(class_names)
+    folder = make_folder(output or (run if Path(run).is_dir() else "."))
 
     from insvp_fast.commands.settings import show_options
     from insvp_fast.figures.runs import plot_confusion
@@ -59,9 +64,7 @@ def run(
     names = facts["class_names"]
     content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
-    folder = Path(output or (run if Path(run).is_dir() else "."))
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / (f"eval-{Path(data).name}.json" if data else "eval.json")
+    file = folder / (f"eval-{_name(data)}.json" if data else "eval.json")
     lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
     write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace"))
     picture = file.with_suffix(".png")
@@ -76,3 +79,8 @@ def run(
     written = [file, picture] if isinstance(metrics, Metrics) else [file]
     print(f"written: {', '.join([str(file), *(other.name for other in written[1:])])}")
     return content | {"written": written}
+
+
+def _name(data: str) -> str:
+    """Of data, for files: a folder's own name, also of ``.``, and the whole name of a named data set."""
+    return data.replace("/", "-") if data in SETS else Path(data).resolve().name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.checkpoints.names import ADAPTER_FILE
-from insvp_fast.commands.options import add_backbone, add_json, check_output_file, positive
+from insvp_fast.commands.options import RUN_OR_ADAPTER, add_backbone, add_json, output_file, positive
 from insvp_fast.errors import CommandError
 from insvp_fast.training.run_folder import CONFIG_FILE
 
@@ -22,10 +22,12 @@ FILES = {"onnx": "model.onnx", "torch": "model.pt2", "aoti": "model-aoti.pt2", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
+    parser.add_argument("run", **RUN_OR_ADAPTER)
     add_backbone(parser)
     parser.add_argument("--format", choices=FILES, required=True, help="what the file is for")
-    parser.add_argument("--output", metavar="FILE", help="file to write (default: one in RUN, such as model.onnx)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="file to write (default: model.onnx or the like in RUN; for a name, here)"
+    )
     parser.add_argument("--batch", type=positive, metavar="N", help="images that the file takes at once (default: any)")
     parser.add_argument(
         "--preprocess", action="store_true", help="take 8-bit images: resize, crop and normalize inside"
@@ -51,11 +53,11 @@ def run(
     int8: bool,
     images: list[str] | None,
 ) -> dict[str, Any]:
-    folder, file = Path(run), Path(output or Path(run, FILES[format]))
+    folder = Path(run)
     is_run = (folder / CONFIG_FILE).is_file()
-    if not is_run and not (folder / ADAPTER_FILE).is_file():
+    if folder.exists() and not is_run and not (folder / ADAPTER_FILE).is_file():
         raise CommandError(f"{run}: expected a run folder ({CONFIG_FILE}) or an adapter folder ({ADAPTER_FILE})")
-    check_output_file(file)
+    file = output_file(output or Path(run if folder.exists() else ".", FILES[format]))
     if images and not int8:
         raise CommandError("--images: expected with --int8, which is tried on them")
     if int8 and not images and not is_run:
@@ -65,7 +67,7 @@ def run(
     from insvp_fast.export.formats import require_packages
 
     require_packages(format, int8)
-    model, test_images = _load(folder, is_run, backbone, images, int8)
+    model, test_images = _load(run, is_run, backbone, images, int8)
     done = export_model(
         model,
         file,
@@ -104,24 +106,24 @@ def _measured_loss(files: Sequence[Path], measure: Callable[[], Any]) -> Any:
         raise
 
 
-def _load(folder: Path, is_run: bool, backbone: str | None, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
+def _load(run: str, is_run: bool, backbone: str | None, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
     """The model, and the images on which 8-bit weights are tried, or None without ``int8``."""
     from insvp_fast.data.images import Images
     from insvp_fast.methods.load import load_model
     from insvp_fast.training.backbone import require_rgb
     from insvp_fast.training.load import load_run, own_test_data
 
-    loaded = load_run(folder, backbone) if is_run else None
-    model = load_model(folder, backbone) if loaded is None else loaded.model
-    require_rgb(model.backbone, f"the backbone of {folder}")
+    loaded = load_run(run, backbone) if is_run else None
+    model = load_model(run, backbone) if loaded is None else loaded.model
+    require_rgb(model.backbone, f"the backbone of {run}")
     if not int8:
         return model, None
     if model.preprocessing is None:
-        raise CommandError(f"--int8: {folder} does not say how images are prepared: expected its `preprocessing`")
+        raise CommandError(f"--int8: {run} does not say how images are prepared: expected its preprocessing")
     if paths:
-        from insvp_fast.training.prediction import find_images
+        from insvp_fast.data.image_list import ImageList
 
-        files = find_images(paths)
+        files = list(ImageList(paths))
         return model, Images(files, [-1] * len(files), exif_rotation=model.exif_rotation)
     assert loaded is not None
     return model, own_test_data(loaded)

@@ -5,22 +5,31 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from insvp_fast.errors import CommandError
 from insvp_fast.training.setting import SEED
 
 __all__ = [
+    "RUN_OR_ADAPTER",
     "add_backbone",
     "add_json",
     "add_loading",
     "add_model",
-    "add_origin",
-    "check_output_file",
+    "add_running",
+    "add_tta",
     "make_folder",
+    "output_file",
+    "port_number",
     "positive",
     "random_seed",
     "read_class_names",
 ]
+
+RUN_OR_ADAPTER: dict[str, Any] = {
+    "metavar": "RUN|ADAPTER",
+    "help": "a run folder of `insvp train`, an adapter folder, or the name of an adapter on the Hub",
+}
 
 
 def positive(text: str) -> int:
@@ -33,6 +42,13 @@ def positive(text: str) -> int:
 def _not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
+    return int(text)
+
+
+def port_number(text: str) -> int:
+    """The argparse type of a port."""
+    if not (text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
     return int(text)
 
 
@@ -49,27 +65,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the trained model, and the options for how it is used."""
+def add_model(parser: argparse.ArgumentParser, name: str = "run", **argument: Any) -> None:
+    """Add the trained model, and the options for what an adapter may not say of itself."""
+    parser.add_argument(name, **RUN_OR_ADAPTER | argument)
+    add_backbone(parser)
     parser.add_argument(
-        "run",
-        metavar="RUN|ADAPTER",
-        help="a run folder of `insvp train`, an adapter folder, or the name of an adapter on the Hub",
+        "--class-names", metavar="FILE", help="the classes of an adapter that does not name them, one in each line"
     )
-    add_origin(parser)
+
+
+def add_tta(parser: argparse.ArgumentParser) -> None:
+    """Add augmentation at test time."""
     parser.add_argument(
         "--tta",
         choices=["none", "flip"],
         default="none",
         help="flip: the mean of the logits for the image and for its mirror image (default: none)",
-    )
-
-
-def add_origin(parser: argparse.ArgumentParser) -> None:
-    """Add the options for what an adapter may not say of itself."""
-    add_backbone(parser)
-    parser.add_argument(
-        "--class-names", metavar="FILE", help="the classes of an adapter that does not name them, one in each line"
     )
 
 
@@ -107,19 +118,28 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_output_file(path: str | Path, option: str = "--output") -> None:
-    """Check that a file can have the name that an option or its default gives it, before the work for it.
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how runs are started."""
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help="command that starts a run, such as 'torchrun --nproc-per-node 8' (default: this Python)",
+    )
+
+
+def output_file(path: str | Path, option: str = "--output") -> Path:
+    """The file that an option or its default names, whose folder is made if it does not exist.
 
     Raises:
-        CommandError: if a folder has that name, or the folder to put it in is missing or read-only.
+        CommandError: if a folder has that name, or the folder to put it in is read-only or cannot be made.
     """
     file = Path(path)
     if file.is_dir():
         raise CommandError(f"{option} is {path}: found a folder, expected the name of a file")
-    if not file.parent.is_dir():
-        raise CommandError(f"{option} is {path}: there is no folder {file.parent}")
-    if not os.access(file.parent, os.W_OK):
+    if not os.access(make_folder(file.parent, option), os.W_OK):
         raise CommandError(f"{option} is {path}: the folder {file.parent} is read-only")
+    return file
 
 
 def make_folder(path: str | Path, option: str = "--output") -> Path:

@@ -23,9 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, positive
+from insvp_fast.commands.options import add_json, add_running, positive
 from insvp_fast.commands.settings import add_settings
-from insvp_fast.commands.sweep import add_running
 from insvp_fast.data.sets import DIGITS, SETS
 from insvp_fast.errors import CommandError, TrainingError
 from insvp_fast.recipes import list_shipped, read_recipe

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_loading, add_model, check_output_file, positive, read_class_names
+from insvp_fast.commands.options import add_loading, add_model, add_tta, output_file, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "classify image files with a trained model"
@@ -27,6 +27,7 @@ Classify = Callable[[Iterable[str]], Iterator[Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_tta(parser)
     parser.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder to search for images")
     parser.add_argument("--top-k", type=positive, metavar="K", default=1, help="classes per image (default: 1)")
     parser.add_argument(
@@ -75,16 +76,14 @@ def run(
     from insvp_fast.data.image_list import ImageList
     from insvp_fast.training.load import adapter_sha256, load_run
     from insvp_fast.training.prediction import classifier_of, predict
-    from insvp_fast.training.recipe import Recipe
 
     images = ImageList(paths, shard)
     loaded = load_run(run, backbone, names)
-    classifier, recipe = classifier_of(loaded, tta), loaded.recipe or Recipe()
-    top_k, batch_size = min(top_k, len(classifier.class_names)), batch_size or recipe.batch_size
-    workers = recipe.workers if workers is None else workers
+    classifier = classifier_of(loaded, tta)
+    top_k, loading = min(top_k, len(classifier.class_names)), loaded.loading(batch_size, workers)
 
     def classify(files: Iterable[str]) -> Iterator[Any]:
-        for prediction in predict(classifier, files, top_k, batch_size, workers):
+        for prediction in predict(classifier, files, top_k, *loading):
             if prediction.error is not None:
                 if not skip_unreadable:
                     raise CommandError(f"{prediction.error}; --skip-unreadable goes on without such files")
@@ -95,7 +94,7 @@ def run(
         skipped = _print_rows(classify, images, format, top_k)
     else:
         settings = {"adapter": adapter_sha256(run), "class_names": _sha256(names), "tta": tta}
-        skipped = _write_rows(classify, images, Path(output), format, top_k, batch_size, settings, skip_unreadable)
+        skipped = _write_rows(classify, images, Path(output), format, top_k, loading[0], settings, skip_unreadable)
     if skipped:
         print(f"insvp: skipped {skipped} of {len(images)} files", file=sys.stderr)
 
@@ -111,7 +110,7 @@ def _check(format: str | None, output: str | None, shard: tuple[int, int]) -> st
             "started as several processes, which would all write the same: expected one, with --shard K/N"
         )
     if output is not None:
-        check_output_file(output)
+        output_file(output)
     suffix = Path(output or "").suffix.removeprefix(".")
     format = format or (suffix if suffix in FORMATS else "csv")
     if format == "parquet":

@@ -1,8 +1,9 @@
 """Draw what a trained model adds to images, and where it then looks: prompts, heat map and Grad-CAM.
 
 A picture has one row per image, and eight rows at most: prompts.png, prompts-2.png, ... The same is written as arrays
-of NumPy, in a folder for each image: global_prompt.npy, patch_prompt.npy, image_prompt.npy and, in the units of the
-normalized image, prompted_image.npy; heat_map.npy, grad_cam.npy, grad_cam_without_prompts.npy and probabilities.npy.
+of NumPy, in a folder for each image: image.npy, global_prompt.npy, patch_prompt.npy, image_prompt.npy and
+prompted_image.npy, in the units of the normalized image; heat_map.npy, grad_cam.npy, grad_cam_without_prompts.npy and
+probabilities.npy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.atomic_files import replace_file
-from insvp_fast.commands.options import add_json, add_origin, make_folder, read_class_names
+from insvp_fast.commands.options import add_json, add_model, make_folder, read_class_names
 
 SUMMARY = "draw the prompts of images, their heat map and Grad-CAM"
 ROWS = 8  # of a picture
@@ -24,10 +25,13 @@ PICTURE = re.compile(r"prompts(-\d+)?\.png", re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`, or an adapter folder")
+    add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image, or a folder to search for images")
-    add_origin(parser)
-    parser.add_argument("--output", metavar="FOLDER", help="folder to write to (default: prompts, in RUN)")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="folder to write to (default: prompts, in RUN or ADAPTER; for a name, in this folder)",
+    )
     add_json(parser)
 
 
@@ -38,13 +42,14 @@ def run(
 
     import torch
 
+    from insvp_fast.data.image_list import ImageList
     from insvp_fast.figures.prompts import explain, plot_prompts
     from insvp_fast.training.load import load_run
-    from insvp_fast.training.prediction import classifier_of, find_images
+    from insvp_fast.training.prediction import classifier_of
 
-    files, trained = find_images(images), load_run(run, backbone, given)
+    files, trained = list(ImageList(images)), load_run(run, backbone, given)
     classifier = classifier_of(trained)
-    folder = make_folder(output or Path(run) / "prompts")
+    folder = make_folder(output or Path(run if Path(run).is_dir() else ".", "prompts"))
     names, data, reason = _distinct_names(files), classifier.images(files), None
     pictures = _pictures(folder, -(-len(files) // ROWS))
     for start, picture in zip(range(0, len(files), ROWS), pictures, strict=True):

@@ -12,13 +12,14 @@ from typing import Any
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.commands.diagnostics import run_warnings
-from insvp_fast.commands.options import add_json, add_loading, check_output_file, make_folder, positive
+from insvp_fast.commands.options import add_backbone, add_json, add_loading, output_file, positive
 
 SUMMARY = "write an HTML page about a run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder of `insvp train`")
+    add_backbone(parser)
     parser.add_argument(
         "--mistakes", type=positive, metavar="N", default=12, help="show at most so many mistakes (default: 12)"
     )
@@ -27,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(run: str, mistakes: int, output: str | None, batch_size: int | None, workers: int | None) -> dict[str, Any]:
+def run(
+    run: str, backbone: str | None, mistakes: int, output: str | None, batch_size: int | None, workers: int | None
+) -> dict[str, Any]:
     from insvp_fast.report.page import render
     from insvp_fast.report.results import find_results
 
-    warnings, file = list(run_warnings(Path(run))), Path(output or Path(run) / "report.html")
-    make_folder(file.parent)
-    check_output_file(file)
-    results = find_results(run, mistakes, batch_size, workers)
+    warnings, file = list(run_warnings(Path(run))), output_file(output or Path(run) / "report.html")
+    results = find_results(run, mistakes, batch_size, workers, backbone)
     write_file(file, render(run, results, warnings).encode())
     print(f"{results.metrics}   {results.wrong:,} of {results.metrics.images:,} images are mistakes")
     print(f"written: {file}, {file.stat().st_size / 2**20:.1f} MiB")

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from insvp_fast.commands.options import add_origin, positive, read_class_names
+from insvp_fast.commands.options import add_model, port_number, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "serve trained models over HTTP"
@@ -21,14 +21,9 @@ SUMMARY = "serve trained models over HTTP"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="+",
-        help="a run folder of `insvp train` or an adapter folder; requests name it by the folder's name, or that of"
-        " NAME=FOLDER",
-    )
-    add_origin(parser)
+    text = "a run or an adapter, by its folder or by its name on the Hub, of which the last part names it in requests;"
+    text += " NAME=RUN gives it another name"
+    add_model(parser, "runs", nargs="+", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument(
         "--port", type=port_number, default=8000, help="the port, 0 for any that is free (default: 8000)"
@@ -63,13 +58,6 @@ def milliseconds(text: str) -> float:
     return value
 
 
-def port_number(text: str) -> int:
-    """The argparse type of a port."""
-    if not (text.isdecimal() and int(text) < 2**16):
-        raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
-    return int(text)
-
-
 def run(
     runs: list[str],
     backbone: str | None,
@@ -89,6 +77,7 @@ def run(
     if len(runs) > 1 and (names or backbone):
         raise CommandError(f"--backbone or --class-names for {len(runs)} models: expected one RUN with them")
 
+    import python_multipart  # noqa: F401 (if it is missing, this is told before the first form)
     import torch
     import uvicorn
 

@@ -21,7 +21,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 def show_options(message: str) -> str:
     """A message with each setting in backticks, `batch_size`, shown as its option, --batch-size."""
-    options = {*FIELDS, "class_names", "resume"}
+    options = {*FIELDS, "channels_last", "class_names", "preprocess", "resume"}
     return re.sub(r"`(\w+)`", lambda match: to_option(match[1]) if match[1] in options else match[0], message)
 
 

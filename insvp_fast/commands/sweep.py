@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, positive
+from insvp_fast.commands.options import add_json, add_running
 from insvp_fast.errors import CommandError
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of, settings_of_probe, with_one_probe
 from insvp_fast.studies.grid import read_grid
@@ -42,16 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_running(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
     add_json(parser)
-
-
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how runs are started."""
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument(
-        "--launcher",
-        metavar="COMMAND",
-        help="command that starts a run, such as 'torchrun --nproc-per-node 8' (default: this Python)",
-    )
 
 
 def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run: bool) -> dict[str, Any]:

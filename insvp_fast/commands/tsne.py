@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, add_loading, check_output_file, make_folder, positive, random_seed
+from insvp_fast.commands.options import add_backbone, add_json, add_loading, output_file, positive, random_seed
 from insvp_fast.errors import CommandError
 
 SUMMARY = "draw features and specific prompts by t-SNE"
@@ -23,6 +23,7 @@ ON_DATA = ("data", "root", "split_seed")  # settings that say which images are f
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder of `insvp train`")
+    add_backbone(parser)
     parser.add_argument("--images", type=positive, metavar="N", default=1000, help="at most so many (default: 1000)")
     parser.add_argument(
         "--seed", type=random_seed, metavar="N", default=0, help="of the choice and of t-SNE (default: 0)"
@@ -33,7 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(
-    runs: list[str], images: int, seed: int, output: str | None, batch_size: int | None, workers: int | None
+    runs: list[str],
+    backbone: str | None,
+    images: int,
+    seed: int,
+    output: str | None,
+    batch_size: int | None,
+    workers: int | None,
 ) -> dict[str, Any]:
     from insvp_fast.figures.embedding import plot_tsne
 
@@ -41,11 +48,10 @@ def run(
     if file.suffix not in (".png", ".pdf", ".svg"):
         raise CommandError(f"--output is {file}: expected a name that ends in .png, .pdf or .svg")
     titles = _titles(runs)
-    make_folder(file.parent)
-    check_output_file(file)
+    output_file(file)
     collected: list[Collected] = []
     for run in runs:
-        collected.append(_collect(run, images, seed, batch_size, workers))
+        collected.append(_collect(run, backbone, images, seed, batch_size, workers))
         if collected[-1][1] != collected[0][1]:
             raise CommandError(f"{run} is not tested on the same images as {runs[0]}: expected runs on the same data")
     panels, (chosen, names) = collected[0]
@@ -82,7 +88,9 @@ def _titles(runs: Sequence[str]) -> list[str]:
     return [f"{candidates_of(recipe)[-1].name}, {name}" for recipe, name in zip(recipes, shown, strict=True)]
 
 
-def _collect(folder: str, images: int, seed: int, batch_size: int | None, workers: int | None) -> Collected:
+def _collect(
+    folder: str, backbone: str | None, images: int, seed: int, batch_size: int | None, workers: int | None
+) -> Collected:
     """What ``collect_vectors`` gives of a run; names and classes of the images, and the names of the classes."""
     from torch.utils.data import DataLoader, Subset
 
@@ -90,7 +98,7 @@ def _collect(folder: str, images: int, seed: int, batch_size: int | None, worker
     from insvp_fast.training.accelerator import create_accelerator
     from insvp_fast.training.load import load_run, own_test_data
 
-    recipe, model, _, names = loaded = load_run(folder)
+    recipe, model, _, names = loaded = load_run(folder, backbone)
     if recipe is None or names is None:
         raise CommandError(f"{folder}: expected a run of `insvp train`")
     if model.multi_label:
@@ -99,7 +107,7 @@ def _collect(folder: str, images: int, seed: int, batch_size: int | None, worker
     labels = [int(label) for label in data.classes]
     chosen = choose_images(labels, images, seed)
     device = create_accelerator().device
-    workers = recipe.workers if workers is None else workers
-    loader = DataLoader(Subset(data, chosen), batch_size or recipe.batch_size, num_workers=workers)
+    batch_size, workers = loaded.loading(batch_size, workers)
+    loader = DataLoader(Subset(data, chosen), batch_size, num_workers=workers)
     vectors = collect_vectors(model.to(device), (batch.to(device) for batch, _ in loader))
     return vectors, ([(data.name(i), labels[i]) for i in chosen], names)

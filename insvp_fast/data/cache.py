@@ -93,7 +93,7 @@ def _write(images: Images, file: Path) -> None:
             for image, _ in threads.map(images.__getitem__, chunk):
                 sizes.append((image.height, image.width))
                 stream.write(image.tobytes())
-    write_file(file.with_suffix(".json"), json.dumps({"images": len(images), "sizes": sizes}).encode())
+    write_file(file.with_suffix(".json"), json.dumps({"sizes": sizes}).encode())
 
 
 def _hash(images: Images, steps: Iterable[Any]) -> str:

@@ -42,11 +42,11 @@ class Data(NamedTuple):
     class_names: list[str]
     plain_train: Dataset  # train, transformed as for evaluation
     augmentation: dict[str, Any]  # of training: its name, the probability of flips, and all steps in words
-    protocol: str = "paper"  # which splits these are, in words
-    train_and_val: Dataset | None = None  # both, transformed as for training
-    preprocessing: dict[str, Any] | None = None  # the one in use: arguments of timm.data.create_transform
-    multi_label: bool = False  # whether an image may have several labels, or none
-    origin: dict[str, Any] | None = None  # ready for JSON, what ``load_test_data`` needs to know the test images again
+    protocol: str  # which splits these are, in words
+    train_and_val: Dataset  # both, transformed as for training
+    preprocessing: dict[str, Any]  # the one in use: arguments of timm.data.create_transform
+    multi_label: bool  # whether an image may have several labels, or none
+    origin: dict[str, Any]  # ready for JSON, what ``load_test_data`` needs to know the test images again
 
 
 def load_data(

@@ -77,7 +77,7 @@ def capture(
         ExportError: if preprocessing is asked for and unknown, or the model cannot be traced.
     """
     if inside != NOTHING and model.preprocessing is None:
-        raise ExportError("the adapter does not say how images are prepared: expected its `preprocessing` to be saved")
+        raise ExportError("the adapter does not say how images are prepared: expected its preprocessing to be saved")
     module: nn.Module = (standard_model(model) if standard else model).eval()
     if inside != NOTHING:
         assert model.preprocessing is not None

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import transforms
 
-from insvp_fast.data import transform_for
+from insvp_fast.data.transforms import steps_of, transform_for
 
-__all__ = ["ExportedPreprocessing", "resize_reason", "steps"]
+__all__ = ["ExportedPreprocessing", "resize_reason"]
 
 ONE = 2**22  # Pillow's weights are integers, multiples of its inverse
 
@@ -41,15 +41,9 @@ BEGINS_WITH_THE_LARGER_REDUCTION = int(PIL.__version__.partition(".")[0]) >= 13
 FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {"bilinear": (_bilinear, 1), "bicubic": (_bicubic, 2)}
 
 
-def steps(preprocessing: dict[str, Any]) -> list[Any]:
-    """Resizing, cropping, and what ``transform_for`` does after them."""
-    transform: Any = transform_for(preprocessing)
-    return transform.transforms
-
-
 def resize_reason(preprocessing: dict[str, Any]) -> str | None:
     """Why the resizing and cropping cannot be part of an exported file, or None."""
-    resize, crop, *_ = steps(preprocessing)
+    resize, crop, *_ = steps_of(transform_for(preprocessing))
     if not isinstance(resize, transforms.Resize) or not isinstance(crop, transforms.CenterCrop):
         return f"it is {type(resize).__name__} and {type(crop).__name__}: expected Resize and CenterCrop"
     if resize.interpolation.value not in FILTERS:
@@ -73,7 +67,7 @@ class ExportedPreprocessing(nn.Module):
 
     def __init__(self, preprocessing: dict[str, Any], resize: bool, channels_last: bool) -> None:
         super().__init__()
-        resizing, crop, *_ = steps(preprocessing)
+        resizing, crop, *_ = steps_of(transform_for(preprocessing))
         self.channels_last, self.resize = channels_last, resize
         self.size, self.crop = resizing.size, crop.size
         self.filter = resizing.interpolation.value

@@ -48,24 +48,31 @@ class Results(NamedTuple):
     preprocessing: dict[str, Any]
 
 
-def find_results(folder: str | Path, most: int, batch_size: int | None = None, workers: int | None = None) -> Results:
+def find_results(
+    folder: str | Path,
+    most: int,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    backbone: str | None = None,
+) -> Results:
     """Test the model of a run on its test images, in this process.
 
     Args:
         most: the number of mistakes to show.
         batch_size, workers: None for those of the run.
+        backbone: as in ``load_run``.
 
     Raises:
         TrainingError: if it is no finished run.
         DataError: if its data are not there, or have other classes.
     """
-    recipe, model, preprocessing, names = run = load_run(folder)
+    recipe, model, preprocessing, names = run = load_run(folder, backbone)
     if recipe is None or names is None:
         raise TrainingError(f"{folder} is an adapter, which does not say how it was trained: expected a run folder")
     images = own_test_data(run)
-    workers = recipe.workers if workers is None else workers
+    batch_size, workers = run.loading(batch_size, workers)
     device = create_accelerator().device
-    loader = DataLoader(images, batch_size or recipe.batch_size, num_workers=workers)
+    loader = DataLoader(images, batch_size, num_workers=workers)
     model = model.to(device).float().eval()
     with Counter("report", len(images)) as counter, torch.inference_mode():  # type: ignore[arg-type]
         parts = []
@@ -85,7 +92,7 @@ def find_results(folder: str | Path, most: int, batch_size: int | None = None, w
     worst = ranked[: min(most, int(wrong.sum()))].tolist()
     shown, reason = None, None
     if worst:
-        shown, reason = _explain(model, images, worst, batch_size or recipe.batch_size)
+        shown, reason = _explain(model, images, worst, batch_size)
     mistakes = Mistakes([images.name(i) for i in worst], targets[worst], losses[worst].tolist(), shown, reason)
     return Results(metrics, mistakes, int(wrong.sum()), names, preprocessing)
 

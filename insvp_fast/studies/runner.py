@@ -18,14 +18,12 @@ from threading import Event, Lock
 
 import torch
 
-from insvp_fast.errors import InsVPError
+from insvp_fast.errors import INTERRUPTED, InsVPError
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
 
-__all__ = ["INTERRUPTED", "train_entries"]
-
-INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
+__all__ = ["train_entries"]
 
 
 def train_entries(

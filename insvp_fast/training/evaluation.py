@@ -78,8 +78,8 @@ def evaluate_run(
         labels = ["one label", "several labels"]
         found, expected = labels[not model.multi_label], labels[model.multi_label]
         raise DataError(f"`data` is {source}: found {found} per image, expected {expected}, as the model was trained")
-    workers = trained.workers if workers is None else workers
-    loading = dataclasses.replace(trained, batch_size=batch_size or trained.batch_size, workers=workers)
+    batch_size, workers = loaded.loading(batch_size, workers)
+    loading = dataclasses.replace(trained, batch_size=batch_size, workers=workers)
     loader = create_loader(images, loading, accelerator)
     with Counter("eval", len(images), silent=not accelerator.is_main_process) as counter:  # type: ignore[arg-type]
         batches = _counted(loader, counter, accelerator.num_processes)

@@ -34,6 +34,11 @@ class Run(NamedTuple):
     preprocessing: dict[str, Any]
     class_names: list[str] | None
 
+    def loading(self, batch_size: int | None, workers: int | None) -> tuple[int, int]:
+        """Batch size and workers: those given, else those of training, or the defaults of ``Recipe`` for an adapter."""
+        recipe = self.recipe or Recipe()
+        return batch_size or recipe.batch_size, recipe.workers if workers is None else workers
+
 
 def load_run(source: str | Path, backbone: str | None = None, class_names: Sequence[str] | None = None) -> Run:
     """Load the trained model of a run or an adapter, on the CPU.

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from insvp_fast.data import transform_for
 from insvp_fast.data.decode import read_image
-from insvp_fast.data.image_list import ImageList
 from insvp_fast.data.images import Images
 from insvp_fast.data.lists import escaped
 from insvp_fast.data.transforms import Transform
@@ -23,7 +22,7 @@ from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.load import Run, load_run
 from insvp_fast.training.tta import with_tta
 
-__all__ = ["Classifier", "Prediction", "classifier_of", "find_images", "load_classifier", "predict"]
+__all__ = ["Classifier", "Prediction", "classifier_of", "load_classifier", "predict"]
 
 
 class Classifier:
@@ -59,33 +58,29 @@ class Classifier:
         """fp32 [B, classes] on the CPU, of images fp32 [B, 3, H, W]."""
         return self.model(images.to(self.device)).cpu()
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """The probability of each class, [B, classes]."""
-        return probabilities(logits, self.multi_label)
-
     def rank(self, logits: Tensor, top_k: int) -> list[list[tuple[str, float]]]:
         """The likeliest ``top_k`` classes of each row with their probabilities, likeliest first; all if fewer."""
-        values, classes = self.probabilities(logits).topk(min(top_k, len(self.class_names)))
+        values, classes = probabilities(logits, self.multi_label).topk(min(top_k, len(self.class_names)))
         rows = zip(classes.tolist(), values.tolist(), strict=True)
         return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 
 
 def load_classifier(
-    source: str | Path, backbone: str | None = None, class_names: Sequence[str] | None = None, tta: str = "none"
+    source: str | Path, backbone: str | None = None, class_names: Sequence[str] | None = None
 ) -> Classifier:
-    """The classifier of a run or an adapter; arguments and errors are those of ``load_run`` and ``with_tta``.
+    """The classifier of a run or an adapter; arguments and errors are those of ``load_run``.
 
     Raises:
         TrainingError: if an adapter records no class names and none are given.
     """
     run = load_run(source, backbone, class_names)
-    if run.class_names is None:
+    if run.class_names is None:  # of several models that are served, this one
         raise TrainingError(f"{source} records no class names: expected `class_names`, one for each class")
-    return classifier_of(run, tta)
+    return classifier_of(run)
 
 
 def classifier_of(run: Run, tta: str = "none") -> Classifier:
-    """The classifier of a loaded run or adapter.
+    """The classifier of a loaded run or adapter; ``tta`` as in ``with_tta``.
 
     Raises:
         TrainingError: if there are no class names.
@@ -102,11 +97,6 @@ class Prediction(NamedTuple):
     file: str
     ranking: list[tuple[str, float]]
     error: str | None
-
-
-def find_images(paths: Iterable[str | Path]) -> list[str]:
-    """The files of an ``ImageList``, which raises the errors."""
-    return list(ImageList(paths))
 
 
 def predict(

@@ -113,7 +113,7 @@ class Recipe:
         "splits of the paper, or those of the authors' released code, which also selects the epoch on the test images",
         one_of(*PROTOCOLS),
     )
-    select_on: str = _training("val", "split whose accuracy selects the epoch to keep", one_of("val", "test"))
+    select_on: str = _training("val", "split whose metric selects the epoch to keep", one_of("val", "test"))
     metric: str | None = _training(
         None,
         "what selects the epoch to keep: top-1 accuracy, its mean over the classes, macro F1, or for several labels per"
@@ -303,7 +303,7 @@ class Recipe:
 
     @property
     def selection_split(self) -> str | None:
-        """The split whose accuracy selects the epoch to keep; None for the last epoch."""
+        """The split whose metric selects the epoch to keep; None for the last epoch."""
         if self.retrain:
             return None
         return "test" if self.protocol == "released" else self.select_on

@@ -210,7 +210,7 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
             cache=str(CACHE) if recipe.cache else None,
             exif_rotation=recipe.exif_rotation,
         )
-    return data, data.preprocessing or preprocessing  # VTAB has its own
+    return data, data.preprocessing  # VTAB has its own
 
 
 def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:

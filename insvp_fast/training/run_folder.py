@@ -65,7 +65,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_results(run: Path) -> dict[str, dict[str, Any]]:
-    """The final record of each model by its name, with its ``test_accuracy``; empty while the run is not finished."""
+    """The final record of each model by its name; empty while the run is not finished.
+
+    Each has ``test_accuracy``, or ``test_map`` of several labels.
+    """
     results = {record["model"]: record for record in read_metrics(run) if "trained_parameters" in record}
     expected = {candidate.name for candidate in candidates_of(read_config(run)[0])}
     return results if results.keys() >= expected else {}

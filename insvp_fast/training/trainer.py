@@ -58,7 +58,7 @@ class Trainer:
         self.recipe, self.accelerator = recipe, accelerator = logger.recipe, logger.accelerator
         self.name, self.logger, self.folder = candidate.name, logger, logger.folder
         self.lr = scale_lr(recipe.lr, recipe, accelerator.num_processes)
-        images = data.train_and_val if recipe.retrain and data.train_and_val else data.train
+        images = data.train_and_val if recipe.retrain else data.train
         self.train_loader = create_loader(images, recipe, accelerator, shuffle=True)
         self.eval_loaders = {
             split: create_loader(getattr(data, split), recipe, accelerator) for split in ("val", "test")

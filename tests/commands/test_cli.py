@@ -13,7 +13,7 @@ from insvp_fast import recipes
 from insvp_fast.commands import cli
 from insvp_fast.commands import train as train_command
 from insvp_fast.commands.cli import COMMANDS
-from insvp_fast.commands.options import check_output_file
+from insvp_fast.commands.options import output_file
 from insvp_fast.commands.settings import show_options
 from insvp_fast.errors import CheckpointError, CommandError, DataError, InsVPError
 from insvp_fast.studies.arguments import to_arguments, to_option
@@ -89,7 +89,7 @@ def test_an_output_that_takes_nothing(output, status, said, option):
 def test_an_output_in_a_read_only_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # which root may always write to
     with pytest.raises(CommandError, match=r"--output is .*x\.html: the folder .* is read-only"):
-        check_output_file(tmp_path / "x.html")
+        output_file(tmp_path / "x.html")
 
 
 def test_every_setting_says_what_it_is():

@@ -18,3 +18,8 @@ def test_data_list_and_check(tmp_path, capsys, monkeypatch):
         printed = capsys.readouterr()
         assert printed.out == f"{report}\n"
         assert printed.err == ("insvp: error: cub: some images cannot be read\n" if unreadable else "")
+
+
+def test_data_check_names_what_it_was_given(capsys):
+    assert cli.main(["data", "check", "nope"]) == 1
+    assert capsys.readouterr().err.startswith("insvp: error: nope: no such folder or list")

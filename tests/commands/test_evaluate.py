@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from insvp_fast.commands import cli
+from insvp_fast.commands import cli, evaluate
+from insvp_fast.commands.options import make_folder
 from tests.commands.finished_run import CLASSES
 
 
@@ -58,6 +59,21 @@ def test_eval_scores_fewer_classes_by_their_names(run, images, tmp_path, capsys)
     assert list(every["per_class"]) == CLASSES
     kept = {name: share if name in ("cat", "fox, red") else None for name, share in every["per_class"].items()}
     assert few["per_class"] == kept
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [(".", "here"), ("a/few.csv", "few.csv"), ("vtab/dtd", "vtab-dtd"), ("dtd", "dtd")]
+)
+def test_results_on_other_data_have_its_name(data, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(make_folder(tmp_path / "here"))
+    assert evaluate._name(data) == name
+
+
+def test_eval_looks_at_its_folder_before_the_work(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("insvp_fast.training.evaluation.evaluate_run", None)  # nothing is tested
+    (tmp_path / "file").touch()
+    assert cli.main(["eval", str(run), "--output", str(tmp_path / "file")]) == 1
+    assert "file: no folder can be made there" in capsys.readouterr().err
 
 
 def test_eval_refuses_other_classes(run, tmp_path, capsys):

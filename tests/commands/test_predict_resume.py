@@ -20,7 +20,7 @@ from insvp_fast.commands import cli
 from insvp_fast.data import image_list
 from insvp_fast.data.folders import image_files
 from insvp_fast.data.image_list import ImageList
-from insvp_fast.errors import DataError
+from insvp_fast.errors import INTERRUPTED, DataError
 from insvp_fast.training import counter, prediction_file
 from insvp_fast.training.prediction import Classifier, load_classifier, predict
 
@@ -76,7 +76,7 @@ def interrupted(command: list[str], batches: int) -> bool:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
     try:
         with stopping(batches, lambda: signal.raise_signal(signal.SIGINT)):
-            return cli.main(command) == cli.INTERRUPTED
+            return cli.main(command) == INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -9,6 +9,7 @@ from PIL import Image
 from insvp_fast import InsVPViT
 from insvp_fast.commands import cli
 from insvp_fast.data import transform_for
+from insvp_fast.training import load
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from tests.commands.finished_run import CLASSES
 
@@ -55,3 +56,13 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(run, images, tmp_path, ca
     file = str(images / "test" / "ant" / "0.png")
     assert cli.main(["prompts", str(run), file, "--output", str(tmp_path / "file")]) == 1
     assert "file: no folder can be made there" in capsys.readouterr().err
+
+
+def test_prompts_of_a_model_of_the_hub_are_written_here(run, images, tmp_path, monkeypatch):
+    """A folder of its name would be taken for the model by the next command."""
+    trained, seen = load.load_run(run), []
+    monkeypatch.setattr(load, "load_run", lambda source, *_: seen.append(source) or trained)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prompts", "someone/birds", str(images / "test" / "ant" / "0.png")]) == 0
+    assert seen == ["someone/birds"]
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"] and (tmp_path / "prompts" / "prompts.png").exists()

@@ -294,7 +294,7 @@ def test_writing_to_an_item_does_not_reach_the_file(food, tmp_path):
     whole[0][0].paste((1, 2, 3), (0, 0, 9, 9))
     assert whole.file.read_bytes() == before
     facts = json.loads(whole.file.with_suffix(".json").read_text())
-    assert facts["images"] == len(whole) == 12 and facts["sizes"][0] == [whole[0][0].height, whole[0][0].width]
+    assert len(facts["sizes"]) == len(whole) == 12 and facts["sizes"][0] == [whole[0][0].height, whole[0][0].width]
     assert whole.name(0) == str(whole.items[0])  # messages still name the file
 
 

@@ -16,11 +16,11 @@ from insvp_fast.data import check, load_data, load_test_data, transform_for
 from insvp_fast.data.cache import cache_images
 from insvp_fast.data.decode import SUFFIXES, UPRIGHT, read_image, to_rgb
 from insvp_fast.data.folders import image_files, read_class_folders
+from insvp_fast.data.image_list import ImageList
 from insvp_fast.data.images import Images
 from insvp_fast.data.sets import SPLITS
 from insvp_fast.errors import DataError
 from insvp_fast.testing.fake_data import make_fake_dataset
-from insvp_fast.training.prediction import find_images
 
 SMALL = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
 COLOR = (200, 100, 50)
@@ -292,12 +292,12 @@ def contents(data) -> list[tuple[list[str], list[int]]]:
 @pytest.mark.parametrize("name", HIDDEN_FOLDERS)
 def test_folders_that_tools_leave_are_no_classes(name, where, tmp_path):
     make_fake_dataset("folder", tmp_path)
-    before, files = load_data(str(tmp_path), SMALL, 0), find_images([str(tmp_path)])
+    before, files = load_data(str(tmp_path), SMALL, 0), list(ImageList([str(tmp_path)]))
     (tmp_path / where / name).mkdir()
     shutil.copy(tmp_path / "test" / "class_0" / "0.jpg", tmp_path / where / name / "0-checkpoint.jpg")
     after = load_data(str(tmp_path), SMALL, 0)
     assert after.class_names == before.class_names and contents(after) == contents(before)
-    assert find_images([str(tmp_path)]) == files
+    assert list(ImageList([str(tmp_path)])) == files
     assert load_test_data(str(tmp_path), SMALL, 0, after.class_names).items == after.test.items
     assert check(str(tmp_path)).ok
 
@@ -306,10 +306,10 @@ def test_folders_that_tools_leave_are_no_classes(name, where, tmp_path):
 @pytest.mark.parametrize("name", HIDDEN_FILES)
 def test_files_that_tools_leave_are_no_images(name, where, tmp_path):
     make_fake_dataset("folder", tmp_path)
-    before, files = load_data(str(tmp_path), SMALL, 0), find_images([str(tmp_path)])
+    before, files = load_data(str(tmp_path), SMALL, 0), list(ImageList([str(tmp_path)]))
     (tmp_path / where / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     assert contents(load_data(str(tmp_path), SMALL, 0)) == contents(before)
-    assert find_images([str(tmp_path)]) == files and check(str(tmp_path)).ok
+    assert list(ImageList([str(tmp_path)])) == files and check(str(tmp_path)).ok
 
 
 @pytest.mark.parametrize("name", ["._{}", ".ipynb_checkpoints/{}", "__MACOSX/{}", "./__MACOSX/._{}"])
@@ -399,7 +399,7 @@ def test_class_folders_are_read_as_by_torchvision(tmp_path):
 @pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
 def test_every_ending_counts(suffix, change, tmp_path):
     write(tmp_path / f"a b{change(suffix)}")
-    assert image_files(tmp_path) == find_images([str(tmp_path)]) == [str(tmp_path / f"a b{change(suffix)}")]
+    assert image_files(tmp_path) == list(ImageList([str(tmp_path)])) == [str(tmp_path / f"a b{change(suffix)}")]
 
 
 def test_links_in_circles_are_walked_once(tmp_path):
@@ -410,7 +410,7 @@ def test_links_in_circles_are_walked_once(tmp_path):
     (tmp_path / "c" / "a" / "across").symlink_to(tmp_path / "c" / "b")
     (tmp_path / "c" / "b" / "across").symlink_to(tmp_path / "c" / "a")
     (tmp_path / "c" / "lost").symlink_to(tmp_path / "nowhere")
-    for files in (image_files(tmp_path), read_class_folders(tmp_path)["c"], find_images([str(tmp_path)])):
+    for files in (image_files(tmp_path), read_class_folders(tmp_path)["c"], list(ImageList([str(tmp_path)]))):
         assert sorted(Path(file).name for file in files) == ["0.png", "1.png"]
 
 

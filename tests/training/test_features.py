@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import re
+import shutil
 from functools import partial
 
 import numpy as np
@@ -78,7 +79,7 @@ class TestSeveralLabels:
         preprocessing = resolve_preprocessing(load_backbone())
         images = Images(pixels.astype(np.uint8), labels).with_transform(transform_for(preprocessing))
         names, augmentation = ["dark", "light", "red"], {"augmentation": "none", "hflip": 0.0}
-        data = Data(images, images, images, names, images, augmentation, multi_label=True)
+        data = Data(images, images, images, names, images, augmentation, "paper", images, preprocessing, True, {})
         monkeypatch.setattr(run_module, "load_data", lambda *_, **__: data)
         monkeypatch.setattr(load, "load_test_data", lambda *_, **__: images)
 
@@ -139,9 +140,11 @@ def test_a_run_begins_with_another_adapter(first_run, pictures, tmp_path, capsys
 def test_an_adapter_that_has_seen_the_test_images_is_refused(tmp_path):
     data = make_folder(tmp_path / "undivided", {".": 6})
     run = train(quick(data, tmp_path, split_seed=1))
-    match = r"init_from.* was trained on images of undivided that are tested here: expected `split_seed` 1"
-    with pytest.raises(InsVPError, match=match):
-        train(quick(data, tmp_path, split_seed=2, init_from=str(run)))
+    shutil.copytree(data, tmp_path / "copy")
+    for place in ("undivided", "copy"):
+        match = rf"init_from.* was trained on images of {place} that are tested here: expected `split_seed` 1"
+        with pytest.raises(InsVPError, match=match):
+            train(quick(tmp_path / place, tmp_path, split_seed=2, init_from=str(run)))
 
 
 def test_a_head_of_other_classes_is_drawn_anew(first_run, tmp_path, capsys, monkeypatch):
