@@ -18,14 +18,14 @@ from insvp_fast.checkpoints.backbone import save_backbone
 from insvp_fast.commands import cli
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
-from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, scores_of, with_one_probe
+from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, find_run, scores_of, with_one_probe
 from insvp_fast.studies.paper import ABLATION, STUDIES, UNVARIED, VTAB_GROUPS, sensitivity
 from insvp_fast.studies.report import paper_number, report
 from insvp_fast.studies.tables import paired_difference
 from insvp_fast.training.candidates import insvp_config
 from insvp_fast.training.recipe import Recipe
 
-DIVERGES = 99.0
+TOO_SMALL, DIVERGES = 1e-9, 99.0  # rates whose runs fail
 
 
 def test_a_paired_difference_has_students_interval():
@@ -38,19 +38,19 @@ def test_a_paired_difference_has_students_interval():
 
 @pytest.fixture
 def trained(monkeypatch) -> list[Recipe]:
-    """Instead of training: the folders of finished runs, whose test accuracy rises with the rate while val falls."""
+    """Instead of training: the folders of finished runs: test accuracy rises with the rate, val falls from 0.01 on."""
     recipes: list[Recipe] = []
 
     def train(entries, folder: Path, jobs=1, launcher=()) -> int:
         for entry in entries:
-            if entry.recipe.lr == DIVERGES:
+            if entry.recipe.lr in (TOO_SMALL, DIVERGES):
                 continue
             run = folder / str(len(recipes))
             run.mkdir(parents=True)
             (run / "config.json").write_text(json.dumps({"recipe": entry.recipe.to_dict()}))
             result = {"model": entry.recipe.method, "trained_parameters": 7, "kept_epoch": 1}
             result["model"] = {"insvp": "InsVP", "linear": "linear probe"}[entry.recipe.method]
-            val, test = 1 - entry.recipe.lr, entry.recipe.lr + 0.01 * entry.recipe.seed
+            val, test = 1 - max(entry.recipe.lr, 0.01), entry.recipe.lr + 0.01 * entry.recipe.seed
             records = [{"model": result["model"], "epoch": 1, "val_accuracy": val}, result | {"test_accuracy": test}]
             (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
             recipes.append(entry.recipe)
@@ -71,6 +71,59 @@ def test_a_rate_is_picked_on_val_and_then_repeated(trained, tmp_path):
         *(("linear", seed) for seed in (4, 5, 6)),
     ]
     assert all(recipe.split_seed == recipe.seed and recipe.epochs == 3 and not recipe.probe for recipe in trained)
+
+
+@pytest.mark.parametrize(
+    ("rates", "picked", "at_edge"),
+    [
+        ((0.1, 0.01, TOO_SMALL, DIVERGES), 0.01, False),
+        ((0.01, TOO_SMALL), 0.01, True),
+        ((0.01, 0.001, 0.1), 0.001, True),  # 0.01 is as good
+    ],
+)
+def test_of_equally_good_rates_the_smallest_is_picked(rates, picked, at_edge, trained, tmp_path):
+    (ours,) = compare([Row("ours", {})], Protocol({}, rates, (4,)), tmp_path)
+    assert (ours.rate, ours.at_edge) == (picked, at_edge)
+
+
+def test_runs_that_all_failed_are_counted_and_no_rate_is_told(trained, tmp_path, capsys):
+    options = ["--methods", "linear", "insvp", "--rates", str(TOO_SMALL), str(DIVERGES), "--seeds", "3"]
+    assert cli.main(["paper", "table1", *options, "--output", str(tmp_path / "out")]) == 1
+    out, err = capsys.readouterr()
+    assert "3 runs failed and are not in the table" in err
+    rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| InsVP")]
+    assert [row[2:-1] for row in rows] == [["–"] * 7 + ["0"]]
+    assert {(recipe.method, recipe.lr) for recipe in trained} == {("linear", Recipe.lr)}
+
+
+def test_val_and_test_are_those_of_the_metric_of_the_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(metric="f1", probe=False).to_dict()}))
+    other = {"model": "another", "epoch": 1, "val_f1": 0.5}
+    epoch = {"model": "InsVP", "epoch": 1, "val_f1": 0.25, "val_accuracy": 0.1}
+    result = {"model": "InsVP", "trained_parameters": 7, "kept_epoch": 1, "metric": "f1"}
+    result |= {"test_f1": 0.75, "test_accuracy": 0.2}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [other, epoch, result])))
+    (score,) = scores_of(Found(tmp_path, Recipe()))
+    assert (score.val, score.test) == (0.25, 0.75)
+    study = STUDIES["table5"]
+    for found, measured in ((score, "macro F1"), (score._replace(facts=score.facts | {"metric": None}), "accuracy")):
+        results = {"cub": [Compared(study.rows[0], 1e-3, False, {0: found})]}
+        text = report("table5", study, results, Protocol({}, (1e-3, 1e-2), (0,)), tmp_path)
+        assert f"\n{measured[0].upper()}{measured[1:]} in percent, mean" in text
+        assert f"with the best {measured} on val" in text
+
+
+def test_of_runs_with_the_same_settings_a_finished_one_is_found_else_the_last(tmp_path):
+    recipe = Recipe(probe=False, output="here")
+    result = {"model": "InsVP", "trained_parameters": 7, "test_accuracy": 0.5, "kept_epoch": 1}
+    runs = [Found(tmp_path / name, recipe) for name in "abc"]
+    for run in runs:
+        run.folder.mkdir()
+        (run.folder / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+        (run.folder / "metrics.jsonl").write_text(json.dumps(result) if run.folder.name == "b" else "")
+    moved = replace(recipe, output="elsewhere", pictures=False)  # which changes no number
+    assert find_run(runs, moved) == runs[1] and find_run([runs[0], runs[2]], moved) == runs[2]
+    assert find_run(runs, replace(recipe, seed=1)) is None
 
 
 def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
@@ -229,7 +282,11 @@ def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"select_on": "test"}, {"retrain": True}, {"amp": "bf16"}, {"split_seed": 5}, {"metric": "f1"}, {"img_size": 64}],
+    [
+        *({"select_on": "test"}, {"retrain": True}, {"amp": "bf16"}, {"split_seed": 5}, {"metric": "f1"}),
+        *({"backbone": "test_vit"}, {"checkpoint": "w.pth"}, {"img_size": 64}, {"preprocessing": "insvp"}),
+        *({"data": "photos"}, {"root": "photos"}, {"exif_rotation": False}, {"protocol": "released"}),
+    ],
 )
 def test_a_probe_that_would_be_another_is_fitted_too(settings):
     changed = with_one_probe([Entry({}, Recipe(), []), Entry({}, Recipe(**settings), [])])
