@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,10 @@ import timm
 from scipy import stats
 
 from insvp_fast.checkpoints.backbone import save_backbone
-from insvp_fast.commands import cli
+from insvp_fast.commands import cli, paper
+from insvp_fast.data.sets import SETS
+from insvp_fast.errors import CommandError
+from insvp_fast.recipes import read_recipe
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
 from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, find_run, scores_of, with_one_probe
@@ -25,6 +29,7 @@ from insvp_fast.studies.tables import paired_difference
 from insvp_fast.training.candidates import insvp_config
 from insvp_fast.training.recipe import Recipe
 
+FEW = ("nabirds", "cifar100", "svhn")  # data sets of a table
 TOO_SMALL, DIVERGES = 1e-9, 99.0  # rates whose runs fail
 
 
@@ -143,6 +148,7 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
         (["table5", "--seed", "7"], "--seed is given: expected none, as a study has --seeds"),
         (["table1", "--retrain"], "--retrain is given: expected none"),
         (["table5", "--methods", "vp"], "--methods is vp: expected none, table5 compares InsVP with itself"),
+        (["figure7", "--methods", "vp"], "--methods is vp: expected none, figure7 compares InsVP with itself"),
         (["table1", "--methods", "vp", "full", "vp"], "--methods is vp full vp: expected each value once"),
         (["table1", "--rates", "0.1", "1e-1"], "--rates is 0.1 0.1: expected each value once"),
         (["table1", "--rates", "0.1", "nan"], "--rates is 0.1 nan: expected a positive number each"),
@@ -154,6 +160,56 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
 def test_what_a_study_chooses_itself_is_refused(options, message, trained, capsys):
     assert cli.main(["paper", *options]) == 1
     assert message in capsys.readouterr().err and not trained
+
+
+def test_the_data_sets_of_a_study_are_those_whose_files_are_there(tmp_path, capsys):
+    study, root = STUDIES["table5"], str(tmp_path / "{data}")
+    for name, files in (("cub", SETS["cub"].files), ("nabirds", SETS["nabirds"].files[:1])):
+        for file in files:
+            (tmp_path / name / file).mkdir(parents=True)
+    assert paper._data_sets(study, "paper", {"root": root}) == ["cub"]
+    told = "".join(
+        f"left out: {name}, whose files are not in {tmp_path}/{name} (see `insvp data list`)\n" for name in FEW
+    )
+    assert capsys.readouterr().out == told
+    with pytest.raises(CommandError, match="none: expected the files of some of cub, nabirds, cifar100, svhn"):
+        paper._data_sets(study, "paper", {"root": "none"})
+    assert paper._data_sets(study, None, {}) == ["digits"]
+    assert paper._data_sets(study, "cub", {"data": "photos"}) == ["photos"]
+
+
+def test_a_folder_of_the_name_of_a_set_is_none_of_the_papers(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("save_every = 3\nepochs = 4")
+    command = ["paper", "figure5", "--methods", "insvp", "--recipe", "mine.toml", "--data", str(tmp_path / "x" / "cub")]
+    assert cli.main([*command, "--seeds", "2", "--lr", "0.01", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (row,) = facts["results"]["cub"]
+    assert (facts["folder"], row["row"], row["rate"]) == ("paper/table1", "InsVP", 0.01)
+    assert [(run["seed"], run["val_accuracy"]) for run in row["runs"]] == [(0, 0.99), (1, 0.99)]
+    assert {(Path(recipe.output), recipe.data) for recipe in trained} == {
+        (Path("paper/table1/cub"), str(tmp_path / "x" / "cub"))
+    }
+    assert {(recipe.save_every, recipe.epochs, recipe.pictures) for recipe in trained} == {(3, 4, False)}
+    assert "| paper" not in Path("paper/table1/table1.md").read_text()
+    assert Path("paper/table1/figure5-cub.png").is_file()
+
+
+def test_each_data_set_has_the_recipe_of_its_name(trained, tmp_path):
+    command = ["paper", "table1", "--methods", "insvp", "--recipe", "paper", "--data", "svhn", "--seeds", "1"]
+    command += ["--lr", "0.01", "--backbone", "vit_shapes_32", "--output", str(tmp_path)]
+    assert cli.main(command) == 0
+    own, common = read_recipe("svhn"), read_recipe("paper")
+    differ = [name for name in own if own[name] != common.get(name) and name not in ("recipe", "backbone", "lr")]
+    assert differ and {name: getattr(trained[0], name) for name in differ} == {name: own[name] for name in differ}
+
+
+@pytest.mark.parametrize("figure", ["figure5", "figure7"])
+def test_no_point_is_drawn_of_runs_that_failed(figure, trained, tmp_path, capsys):
+    methods = ["--methods", "insvp"] if figure == "figure5" else []
+    command = ["paper", figure, *methods, "--lr", str(DIVERGES), "--seeds", "1", "--output", str(tmp_path)]
+    assert cli.main(command) == 1
+    assert re.search(r"\d+ runs failed and are not in the table", capsys.readouterr().err) and not trained
 
 
 @pytest.mark.parametrize("figure", ["figure5", "figure7"])
@@ -179,6 +235,9 @@ def test_a_method_that_the_backbone_cannot_have_is_left_out(trained, tmp_path, c
     assert [recipe.method for recipe in trained] == ["insvp"]
     out, err = capsys.readouterr()
     assert "left out: E2VPT: `method` is e2vpt: the blocks have widths [32, 64]" in err and "| InsVP" in out
+    command.remove("insvp")
+    assert cli.main([*command, "--backbone", str(tmp_path / "it.safetensors"), "--output", str(tmp_path / "out")]) == 1
+    assert "none of the rows can be trained around it" in capsys.readouterr().err and len(trained) == 1
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 3, 5, 6)), (12, (1, 3, 6, 9, 12))])
@@ -198,6 +257,8 @@ def test_figure_7_varies_only_prompts_that_are_on():
         if row is not UNVARIED
     }
     assert names == {"prompt_length", "prompted_blocks"}
+    for prompt, panel in (("patch", "global prompt, beta_I"), ("specific", "common prompt, beta_F")):
+        assert f"weight of the {panel}" not in sensitivity(Recipe(**{f"{prompt}_prompt": False}), 4)
     assert not sensitivity(Recipe(**off, specific_prompt=False), 4)
 
 
@@ -214,6 +275,18 @@ def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):
     assert lines[2][1:-1] == ["no prompts", "1,234", "0.001*", "50.00", "60.00 ± 14.14", "–", "5", "–", "2", "85.3"]
     assert lines[3][1:-1] == ["p_l", "1,234", "0.001*", "50.00", "42.50 ± 45.96", "+5.00", "5", "–", "2", "87.1"]
     assert (tmp_path / "table5.md").read_text() == text
+
+
+def test_a_report_of_some_rows_invents_no_numbers(tmp_path):
+    study = STUDIES["table5"]
+    facts = [{"trained_parameters": 7, "images_per_s": speed} for speed in (4.0, 8.0)]
+    scores = {0: Score("InsVP", None, 0.5, facts[0]), 1: Score("InsVP", 0.6, 0.7, facts[1])}
+    results = [Compared(row, 1e-3, False, scores) for row in study.rows if row.label in ("p_l", "p_g")]
+    text = report("table5", study, {"cub": results}, Protocol({}, (1e-3,), (0, 1)), tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| p_")]
+    mean = ["7", "0.001", "60.00", "60.00 ± 14.14", "–", "6", "–", "2"]  # the row to compare with is not there
+    assert [line[1:-1] for line in lines] == [["p_l", *mean, "87.1"], ["p_g", *mean, "–"]]
+    assert "The learning rate is 0.001." in text and "natural" not in text
 
 
 def test_the_papers_numbers_are_complete():
