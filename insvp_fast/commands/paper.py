@@ -100,7 +100,8 @@ def run(
                 for row in rows
                 if row.scores
             ]
-            plot_parameters(points, folder / f"figure5-{name.replace('/', '-')}.png", title=name)
+            if points:  # some runs did not fail
+                plot_parameters(points, folder / f"figure5-{name.replace('/', '-')}.png", title=name)
     print(f"written: {folder}")
     _require_all([row for rows in results.values() for row in rows], seeds)
     return {"folder": str(folder), "results": {name: _records(rows) for name, rows in results.items()}}
@@ -219,7 +220,8 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     print()
     name = _name(protocol.settings["data"])
     print_markdown(report("figure7", study, {name: results}, protocol, folder))
-    plot_sensitivity({title: points for title, points in panels.items() if points}, folder / "figure7.png")
+    if found:
+        plot_sensitivity({title: points for title, points in panels.items() if points}, folder / "figure7.png")
     print(f"written: {folder}")
     _require_all(results, len(protocol.seeds))
     return {"folder": str(folder), "results": {name: _records(results)}}

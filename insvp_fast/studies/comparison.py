@@ -79,7 +79,7 @@ def _entry(row: Row, protocol: Protocol, folder: Path, rate: float | None, seed:
 
 
 def _pick(row: Row, protocol: Protocol, folder: Path) -> float | None:
-    """The rate with the best accuracy on val; of equally good ones, the smallest."""
+    """The rate with the best score on val; of equally good ones, the smallest."""
     rates, runs = _rates(row, protocol), read_runs(folder)
     if len(rates) == 1:
         return rates[0]

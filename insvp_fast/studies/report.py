@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from insvp_fast.studies.comparison import Compared
@@ -13,6 +13,12 @@ from insvp_fast.studies.tables import format_percent, markdown, write_table
 __all__ = ["paper_number", "report"]
 
 HEADER = ("model", "trained parameters", "rate", "val", "test", "difference", "images/s", "memory MiB", "runs")
+METRICS = {  # what is in a table, by the metric of its runs
+    "top1": "accuracy",
+    "mean_per_class": "mean accuracy per class",
+    "f1": "macro F1",
+    "map": "mean average precision",
+}
 
 
 def report(
@@ -35,7 +41,8 @@ def report(
         cells += [[data, *line[: len(HEADER)]] for line in lines]
     groups = _groups(study, results)
     parts += [f"\n{groups}"] if groups else []
-    parts += [f"\n{_notes(study, protocol)}\n"]
+    scores = [score for rows in results.values() for compared in rows for score in compared.scores.values()]
+    parts += [f"\n{_notes(study, protocol, {score.facts.get('metric') or 'top1' for score in scores})}\n"]
     text = "".join(parts)
     write_table(folder, name, ["data", *HEADER], cells, text)
     return text
@@ -51,7 +58,7 @@ def _line(compared: Compared, rows: Sequence[Compared], study: PaperStudy) -> li
     reference = next((other for other in rows if other.row.label == study.reference), compared)
     facts = [score.facts for score in compared.scores.values()]
     vals = [score.val for score in compared.scores.values() if score.val is not None]
-    rate = "–" if compared.rate is None else f"{compared.rate:g}{'*' if compared.at_edge else ''}"
+    rate = "–" if compared.rate is None or not facts else f"{compared.rate:g}{'*' if compared.at_edge else ''}"
     return [
         compared.row.label,
         f"{facts[0]['trained_parameters']:,}" if facts else "–",
@@ -87,17 +94,19 @@ def _groups(study: PaperStudy, results: Mapping[str, Sequence[Compared]]) -> str
     return markdown(["model", *(name for group in VTAB_GROUPS for name in (group, "paper"))], lines)
 
 
-def _notes(study: PaperStudy, protocol: Protocol) -> str:
+def _notes(study: PaperStudy, protocol: Protocol, metrics: Collection[str]) -> str:
+    measured = " or ".join(name for metric, name in METRICS.items() if metric in (metrics or ("top1",)))
     seeds = ", ".join(map(str, protocol.seeds))
     rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
     picked = f"The learning rate is {rates}."
     if len(protocol.rates) > 1:
         picked = (
-            f"The learning rate of a model is the one of {rates} with the best accuracy on val with the first seed; *"
+            f"The learning rate of a model is the one of {rates} with the best {measured} on val with the first seed; *"
             " marks the smallest and the largest."
         )
     return (
-        f"Accuracies in percent, mean ± standard deviation over seeds {seeds}, each with its own division of what the"
-        f" data leave undivided. {picked} Difference: to {study.reference}, paired by seed, ± half the 95 % confidence"
-        " interval. Images/s in training, and the largest memory of the process (on a GPU: of the device)."
+        f"{measured[0].upper()}{measured[1:]} in percent, mean ± standard deviation over seeds {seeds}, each with its"
+        f" own division of what the data leave undivided. {picked} Difference: to {study.reference}, paired by seed,"
+        " ± half the 95 % confidence interval. Images/s in training, and the largest memory of the process (on a GPU:"
+        " of the device)."
     )

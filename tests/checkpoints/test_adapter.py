@@ -612,6 +612,40 @@ WRONG_DESCRIPTIONS = {
         lambda v: v["backbone"]["arguments"].update(checkpoint_path="/etc/passwd"),
         r"backbone\.arguments: found the argument checkpoint_path: expected those of an architecture",
     ),
+    "eight bits": (
+        lambda v: v["backbone"].update(dtype="float8_e4m3fn"),
+        r"backbone\.dtype is 'float8_e4m3fn': expected a floating dtype",
+    ),
+    "a deviation of two": (
+        lambda v: v["preprocessing"].update(std=[0.5, 0.5]),
+        r"preprocessing\.std is \[0\.5, 0\.5\]: expected one number, or 3",
+    ),
+    "a mean of three for one channel": (
+        lambda v: v["preprocessing"].update(input_size=[1, 32, 32]),
+        r"preprocessing\.mean is \[0\.5, 0\.5, 0\.5\]: expected one number, or 1",
+    ),
+    "no deviation": (
+        lambda v: v["preprocessing"].pop("std"),
+        "preprocessing has no std: expected input_size, mean and",
+    ),
+    "a side of nothing": (
+        lambda v: v["preprocessing"].update(input_size=[3, 32, 0]),
+        r"input_size is \[3, 32, 0\]: expected channels, height and width",
+    ),
+    "a crop of eleven": (
+        lambda v: v["preprocessing"].update(crop_pct=11),
+        r"crop_pct is 11: expected a number in \(0, ",
+    ),
+    "a mode of cropping": (lambda v: v["preprocessing"].update(crop_mode=3), "crop_mode is 3: expected text"),
+    "an interpolation": (lambda v: v["preprocessing"].update(interpolation=3), "interpolation is 3: expected text"),
+    "a seed of text": (
+        lambda v: v.update(trained_on={"split_seed": "0"}),
+        "trained_on has split_seed '0' and undivided_sha256 None: expected an int, a str",
+    ),
+    "too many names": (
+        lambda v: v["class_names"].append("x"),
+        "class_names has 4 names: expected one for each of the 3",
+    ),
     "too few names": (lambda v: v["class_names"].pop(), "class_names has 2 names: expected one for each of the 3"),
     "a wrong list": (lambda v: v.update(class_names="cat"), r"class_names is 'cat': expected list \| None"),
     "too deep": (lambda v: v["insvp"].update(prompted_blocks=[5]), "asks for block 5"),

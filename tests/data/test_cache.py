@@ -314,3 +314,23 @@ def test_a_file_written_again_with_the_same_size_is_decoded_again(food, tmp_path
     first, file = cache_images(images, RESIZED, tmp_path / "cache", "food").file, images.items[0]
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000_000))
     assert cache_images(images, RESIZED, tmp_path / "cache", "food").file != first
+
+
+def test_files_of_one_time_are_told_apart(food, tmp_path):
+    """As an archive may unpack them: by their sizes, and those of one size by their paths."""
+    images, files = food(), set()
+    content = images.items[0].read_bytes()
+    for second in (content, content + b"0", content):
+        images.items[1].write_bytes(second)
+        for file in images.items:
+            os.utime(file, ns=(0, 0))
+        files.add(cache_images(images, RESIZED, tmp_path / "cache", "food").file)
+    images.items = [images.items[1], images.items[0], *images.items[2:]]
+    files.add(cache_images(images, RESIZED, tmp_path / "cache", "food").file)
+    assert len(files) == 3
+
+
+def test_a_cache_of_another_format_is_not_read(food, tmp_path, monkeypatch):
+    first = cache_images(food(), RESIZED, tmp_path / "cache", "food").file
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    assert cache_images(food(), RESIZED, tmp_path / "cache", "food").file != first

@@ -414,6 +414,22 @@ def test_links_in_circles_are_walked_once(tmp_path):
         assert sorted(Path(file).name for file in files) == ["0.png", "1.png"]
 
 
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
+    write(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "link").symlink_to(tmp_path / "elsewhere")
+    assert image_files(tmp_path / "c") == [str(tmp_path / "c" / "link" / "0.png")]
+
+
+def test_images_come_in_the_order_of_the_paths(tmp_path):
+    for name in ("a/0.png", "b/1.png", "2.png"):
+        write(tmp_path / name)
+    found = find_images([tmp_path / name for name in ("2.png", "b", "a")])
+    assert found == [str(tmp_path / name) for name in ("2.png", "b/1.png", "a/0.png")]
+    with pytest.raises(DataError, match="c: no such file or folder"):
+        find_images([tmp_path / "b", tmp_path / "c"])
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may list every folder")
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path):
     write(tmp_path / "c" / "a" / "0.png")

@@ -13,6 +13,7 @@ from insvp_fast.data import insvp_preprocessing, load_data, load_test_data
 from insvp_fast.data.folders import require_class_folders
 from insvp_fast.data.lists import find_lists
 from insvp_fast.data.splits import stratified_split, three_way_split
+from insvp_fast.data.tables import parse_table
 from insvp_fast.errors import DataError
 from insvp_fast.training import run
 from insvp_fast.training.evaluation import evaluate_run
@@ -126,6 +127,11 @@ TABLES = {
     "a semicolon.csv": "a b.png,owl;\nc.png,elk\nd.png,owl\n",
     "unknown names.csv": "photo,species\na b.png,owl\nc.png,elk\nd.png,owl\n",
     "pandas of unknown names.csv": ",photo,species\n0,a b.png,owl\n1,c.png,elk\n2,d.png,owl\n",
+    "UPPER.CSV": "path,label\na b.png,owl\nc.png,elk\nd.png,owl\n",
+    "spaces.csv": "path , label \na b.png ,owl \n c.png , elk \nd.png,owl\n",
+    "row numbers and blank columns.csv": "Unnamed: 0,,photo,Index,species,\n0,,a b.png,9,owl,\n1,,c.png,8,elk,\n"
+    "2,,d.png,7,owl,\n",
+    "two pictures.csv": "photo,thumbnail,label\na b.png,0.png,owl\nc.png,1.png,elk\nd.png,2.png,owl\n",
     "header.tsv": "path\tlabel\na b.png\towl\nc.png\telk\nd.png\towl\n",
     "no header.txt": "a b.png\towl\nc.png\telk\nd.png\towl\n\n",
 }
@@ -153,6 +159,20 @@ def test_a_table_with_a_column_of_splits(val, header, tmp_path):
     assert not data.multi_label
     tested = load_test_data(str(tmp_path / "animals.csv"), SMALL, 0, ["9", "10"])
     assert tested.items == [tmp_path / "x" / "3.png"]
+
+
+def test_a_table_with_a_column_of_splits_and_no_val(tmp_path):
+    make_images(tmp_path, {"x": 22})
+    rows = "".join(f"x/{n}.png,{('elk', 'owl')[n % 2]},{'train' if n < 20 else 'test'}\n" for n in range(22))
+    (tmp_path / "animals.csv").write_text(f"path,label,split\n{rows}")
+    data = load_data(str(tmp_path / "animals.csv"), SMALL, 0)
+    assert data.protocol == "paper: train/val 90/10 of every class of train, seed 0"
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 2)
+
+
+def test_images_of_a_table_without_header_are_known_by_an_ending_in_any_case():
+    images, _ = parse_table("A.JPG,elk\nB.PNG,owl\n", ",")
+    assert [image.path for image in images] == ["A.JPG", "B.PNG"]
 
 
 def test_tables_beside_each_other_and_a_table_alone(tmp_path):
@@ -191,6 +211,11 @@ def test_an_image_of_any_ending_beside_the_folders_of_classes_is_refused(tmp_pat
         require_class_folders(tmp_path)
 
 
+def test_folders_of_classes_may_hold_different_folders(tmp_path):
+    make_images(tmp_path, {"elk/brown": 1, "elk/white": 1, "owl/white": 1})
+    require_class_folders(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "given"),
     [
@@ -201,6 +226,7 @@ def test_an_image_of_any_ending_beside_the_folders_of_classes_is_refused(tmp_pat
         ("constrained_train.txt constrained_val.txt constrained_testing.txt", "constrained_train.txt"),
         ("TrainList01.txt ValList01.txt testlist01.txt", "TrainList01.txt"),
         ("train2017.tsv val2017.tsv test2017.tsv", "train2017.tsv"),
+        ("test_run_train.txt test_run_val.txt test_run_test.txt", "test_run_train.txt"),
         ("a+b_train.txt a+b_val.txt a+b_test.txt", "a+b_train.txt"),
     ],
 )
@@ -234,6 +260,9 @@ def test_names_of_lists_in_any_case(names, given, tmp_path):
         ("path,label\n", "found an empty list"),
         ("a.png,elk\nb.png\n", "line 2 has 1 columns, the first has 2"),
         ("a.png,elk\nb.png,elk,owl\n", "line 2 has 3 columns, the first has 2"),
+        ("path,label\na.png,elk,7\n", "line 2 has 3 columns, the first has 2"),
+        ("a.png,1,0,1\nb.png,0,1,1\n", "found 4 columns: expected the columns path, label and"),
+        ("path,elk,owl\na.png,1,0\nb.png,0,x\n", "line 3: found 'x' in the column 'owl': expected 0 or 1"),
         ("a.png\nb.png\n", "found 1 columns: expected the columns path, label and"),
         ("id,name\n1,elk\n", "found id, name: expected the columns path, label and"),
         (
@@ -255,7 +284,10 @@ def test_tables_that_are_refused(text, message, tmp_path):
         load_data(str(tmp_path / "train.csv"), SMALL, 0)
 
 
-@pytest.mark.parametrize(("name", "text"), [("train.txt", "a.png 1e-3\n"), ("train.json", '{"a.png": 0.5}')])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("train.txt", "a.png 1e-3\n"), ("train.txt", "a.png 1\nb.png -0.5\n"), ("train.json", '{"a.png": 0.5}')],
+)
 def test_regression_is_refused_in_every_list(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=r"expected classes; predicting numbers \(regression\) is not supported"):
@@ -300,6 +332,7 @@ def test_images_with_several_labels_are_divided(tmp_path):
     data = load_data(str(tmp_path / "all.csv"), SMALL, 0)
     assert [len(part) for part in parts_of(data)] == [14, 2, 4] and len(set.union(*parts_of(data))) == 20
     assert "these are 70/10/20 of train at random, seed 0" in data.protocol
+    assert parts_of(load_data(str(tmp_path / "all.csv"), SMALL, 1)) != parts_of(data)
     assert data.train.classes.shape == (14, 2) and torch.equal(data.train.classes[3], data.train[3][1])
     (tmp_path / "two.csv").write_text("path,elk,owl\nx/0.png,1,1\nx/1.png,0,1\n")
     with pytest.raises(DataError, match="train cannot be divided: it has 2 images: expected at least 3"):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
 from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, timm_formats, transform_for
-from insvp_fast.data.lists import read_list, sorted_labels
+from insvp_fast.data.lists import abbreviated, read_list, sorted_labels
 from insvp_fast.data.sources import read_source
 from insvp_fast.data.tfds import TFRecords
 from insvp_fast.errors import DataError
@@ -61,6 +61,7 @@ LISTS = {
     "lines.txt": "a b.png 10\n\n  c.png   9  \n",
     "object.json": json.dumps({"a b.png": 10, "c.png": "9"}),
     "pairs.json": json.dumps([["a b.png", 10], ["c.png", 9]]),
+    "UPPER.JSON": '{"a b.png":\t10, "c.png": 9}',
     "triples.json": json.dumps([["a b.png", 10, 3], ["c.png", 9, 4]]),
 }
 
@@ -84,6 +85,8 @@ def test_lists_of_each_kind(name, tmp_path):
         ("list.json", '{"a.png": null}', "expected an object path -> label, or an array"),
         ("list.txt", b"\xff\xfe\x00", "not UTF-8 .*: expected a list saved as UTF-8"),
         ("train-000.tar", b"", r"found an archive: expected a list, or `wds/.*` for a folder of archives"),
+        ("train-000.TAR", b"", r"found an archive: expected a list, or `wds/.*` for a folder of archives"),
+        ("list.tsv", "a.png elk\nb.png owl\n", "found a.png elk: expected the columns path, label and"),
         ("list.txt", "a.png elk\nb.png owl\na.png owl\n", "found a.png twice, as elk and as owl: expected each"),
         ("list.txt", "a.png elk\n./a.png elk\n", "found ./a.png twice, as elk: expected each image once"),
         ("list.json", '{"a.png": 1, "b.png": 2, "a.png": 2}', "found a.png twice, as 1 and as 2"),
@@ -94,6 +97,16 @@ def test_wrong_lists_are_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=f"{name}.*{message}"):
         read_list(tmp_path / name)
+
+
+def test_a_number_among_names_is_a_class(tmp_path):
+    (tmp_path / "list.txt").write_text("a.png 0.5\nb.png elk\n")
+    assert read_list(tmp_path / "list.txt") == [("a.png", "0.5"), ("b.png", "elk")]
+
+
+def test_names_beyond_the_sixth_are_counted():
+    assert abbreviated("abcdef") == "a, b, c, d, e, f"
+    assert abbreviated("abcdefg") == "a, b, c, d, e, f and 1 more"
 
 
 def test_labels_are_sorted_as_numbers_if_they_are():
@@ -150,6 +163,9 @@ def test_images_of_train_that_are_tested_as_well_are_counted(tmp_path):
     (tmp_path / "val.txt").write_text(f"{tmp_path}/4.png 0\n3.png 1\n")
     told = "paper: the splits as they are; 1 of the 2 images of test are in val as well"
     assert load_data(str(tmp_path), SMALL, 0).protocol == told
+    (tmp_path / "all.csv").write_text("path,label,split\n0.png,0,train\n1.png,1,train\n2.png,1,val\n0.png,0,test\n")
+    told = "paper: the splits as they are; 1 of the 1 images of test are in train as well"
+    assert load_data(str(tmp_path / "all.csv"), SMALL, 0).protocol == told
 
 
 def test_an_image_listed_by_two_paths_is_refused(tmp_path, monkeypatch):

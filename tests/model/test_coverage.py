@@ -4,9 +4,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import pickle
 import pkgutil
 import warnings
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import tv_tensors
 
 from insvp_fast import InsVPConfig, InsVPViT, coverage, unsupported_reason
+from insvp_fast.coverage import surroundings
 from insvp_fast.testing import make_pair, relative_error, trained_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes the general path:UserWarning")
@@ -384,6 +387,29 @@ def test_a_replaced_function(monkeypatch, owner, name):
     reference, values = map(numbers, models)
     assert max_error(values, reference) < 1e-5
     assert unsupported_reason(fast).endswith(f"{name} has been replaced")
+
+
+def test_a_function_of_another_package_counts_as_replaced(monkeypatch):
+    monkeypatch.setattr(surroundings, "_WATCHED", {})
+    owner = ModuleType("owner")
+    owner.linear = nn.functional.linear
+    surroundings.watch("linear", owner)
+    assert surroundings.surroundings_reason() is None
+    owner.patched = json.loads
+    surroundings.watch("patched", owner)
+    assert surroundings.surroundings_reason() == "owner.patched has been replaced"
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace")
+def test_no_fast_path_is_traced_by_jit():
+    reasons = []
+
+    def ask(x):
+        reasons.append(surroundings.surroundings_reason())
+        return x + 1
+
+    torch.jit.trace(ask, torch.zeros(1), check_trace=False)
+    assert reasons == ["torch.jit.trace is active"] and surroundings.surroundings_reason() is None
 
 
 class Halved(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,17 +16,21 @@ import timm
 from scipy import stats
 
 from insvp_fast.checkpoints.backbone import save_backbone
-from insvp_fast.commands import cli
+from insvp_fast.commands import cli, paper
+from insvp_fast.data.sets import SETS
+from insvp_fast.errors import CommandError
+from insvp_fast.recipes import read_recipe
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
-from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, scores_of, with_one_probe
+from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, find_run, scores_of, with_one_probe
 from insvp_fast.studies.paper import ABLATION, STUDIES, UNVARIED, VTAB_GROUPS, sensitivity
 from insvp_fast.studies.report import paper_number, report
 from insvp_fast.studies.tables import paired_difference
 from insvp_fast.training.candidates import insvp_config
 from insvp_fast.training.recipe import Recipe
 
-DIVERGES = 99.0
+FEW = ("nabirds", "cifar100", "svhn")  # data sets of a table
+TOO_SMALL, DIVERGES = 1e-9, 99.0  # rates whose runs fail
 
 
 def test_a_paired_difference_has_students_interval():
@@ -38,19 +43,19 @@ def test_a_paired_difference_has_students_interval():
 
 @pytest.fixture
 def trained(monkeypatch) -> list[Recipe]:
-    """Instead of training: the folders of finished runs, whose test accuracy rises with the rate while val falls."""
+    """Instead of training: the folders of finished runs: test accuracy rises with the rate, val falls from 0.01 on."""
     recipes: list[Recipe] = []
 
     def train(entries, folder: Path, jobs=1, launcher=()) -> int:
         for entry in entries:
-            if entry.recipe.lr == DIVERGES:
+            if entry.recipe.lr in (TOO_SMALL, DIVERGES):
                 continue
             run = folder / str(len(recipes))
             run.mkdir(parents=True)
             (run / "config.json").write_text(json.dumps({"recipe": entry.recipe.to_dict()}))
             result = {"model": entry.recipe.method, "trained_parameters": 7, "kept_epoch": 1}
             result["model"] = {"insvp": "InsVP", "linear": "linear probe"}[entry.recipe.method]
-            val, test = 1 - entry.recipe.lr, entry.recipe.lr + 0.01 * entry.recipe.seed
+            val, test = 1 - max(entry.recipe.lr, 0.01), entry.recipe.lr + 0.01 * entry.recipe.seed
             records = [{"model": result["model"], "epoch": 1, "val_accuracy": val}, result | {"test_accuracy": test}]
             (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
             recipes.append(entry.recipe)
@@ -73,6 +78,59 @@ def test_a_rate_is_picked_on_val_and_then_repeated(trained, tmp_path):
     assert all(recipe.split_seed == recipe.seed and recipe.epochs == 3 and not recipe.probe for recipe in trained)
 
 
+@pytest.mark.parametrize(
+    ("rates", "picked", "at_edge"),
+    [
+        ((0.1, 0.01, TOO_SMALL, DIVERGES), 0.01, False),
+        ((0.01, TOO_SMALL), 0.01, True),
+        ((0.01, 0.001, 0.1), 0.001, True),  # 0.01 is as good
+    ],
+)
+def test_of_equally_good_rates_the_smallest_is_picked(rates, picked, at_edge, trained, tmp_path):
+    (ours,) = compare([Row("ours", {})], Protocol({}, rates, (4,)), tmp_path)
+    assert (ours.rate, ours.at_edge) == (picked, at_edge)
+
+
+def test_runs_that_all_failed_are_counted_and_no_rate_is_told(trained, tmp_path, capsys):
+    options = ["--methods", "linear", "insvp", "--rates", str(TOO_SMALL), str(DIVERGES), "--seeds", "3"]
+    assert cli.main(["paper", "table1", *options, "--output", str(tmp_path / "out")]) == 1
+    out, err = capsys.readouterr()
+    assert "3 runs failed and are not in the table" in err
+    rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| InsVP")]
+    assert [row[2:-1] for row in rows] == [["–"] * 7 + ["0"]]
+    assert {(recipe.method, recipe.lr) for recipe in trained} == {("linear", Recipe.lr)}
+
+
+def test_val_and_test_are_those_of_the_metric_of_the_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(metric="f1", probe=False).to_dict()}))
+    other = {"model": "another", "epoch": 1, "val_f1": 0.5}
+    epoch = {"model": "InsVP", "epoch": 1, "val_f1": 0.25, "val_accuracy": 0.1}
+    result = {"model": "InsVP", "trained_parameters": 7, "kept_epoch": 1, "metric": "f1"}
+    result |= {"test_f1": 0.75, "test_accuracy": 0.2}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [other, epoch, result])))
+    (score,) = scores_of(Found(tmp_path, Recipe()))
+    assert (score.val, score.test) == (0.25, 0.75)
+    study = STUDIES["table5"]
+    for found, measured in ((score, "macro F1"), (score._replace(facts=score.facts | {"metric": None}), "accuracy")):
+        results = {"cub": [Compared(study.rows[0], 1e-3, False, {0: found})]}
+        text = report("table5", study, results, Protocol({}, (1e-3, 1e-2), (0,)), tmp_path)
+        assert f"\n{measured[0].upper()}{measured[1:]} in percent, mean" in text
+        assert f"with the best {measured} on val" in text
+
+
+def test_of_runs_with_the_same_settings_a_finished_one_is_found_else_the_last(tmp_path):
+    recipe = Recipe(probe=False, output="here")
+    result = {"model": "InsVP", "trained_parameters": 7, "test_accuracy": 0.5, "kept_epoch": 1}
+    runs = [Found(tmp_path / name, recipe) for name in "abc"]
+    for run in runs:
+        run.folder.mkdir()
+        (run.folder / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+        (run.folder / "metrics.jsonl").write_text(json.dumps(result) if run.folder.name == "b" else "")
+    moved = replace(recipe, output="elsewhere", pictures=False)  # which changes no number
+    assert find_run(runs, moved) == runs[1] and find_run([runs[0], runs[2]], moved) == runs[2]
+    assert find_run(runs, replace(recipe, seed=1)) is None
+
+
 def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(probe=False).to_dict()}))
     epochs = [{"model": "InsVP", "epoch": epoch, "val_accuracy": epoch / 10} for epoch in (1, 2, 3)]
@@ -90,6 +148,7 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
         (["table5", "--seed", "7"], "--seed is given: expected none, as a study has --seeds"),
         (["table1", "--retrain"], "--retrain is given: expected none"),
         (["table5", "--methods", "vp"], "--methods is vp: expected none, table5 compares InsVP with itself"),
+        (["figure7", "--methods", "vp"], "--methods is vp: expected none, figure7 compares InsVP with itself"),
         (["table1", "--methods", "vp", "full", "vp"], "--methods is vp full vp: expected each value once"),
         (["table1", "--rates", "0.1", "1e-1"], "--rates is 0.1 0.1: expected each value once"),
         (["table1", "--rates", "0.1", "nan"], "--rates is 0.1 nan: expected a positive number each"),
@@ -101,6 +160,56 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
 def test_what_a_study_chooses_itself_is_refused(options, message, trained, capsys):
     assert cli.main(["paper", *options]) == 1
     assert message in capsys.readouterr().err and not trained
+
+
+def test_the_data_sets_of_a_study_are_those_whose_files_are_there(tmp_path, capsys):
+    study, root = STUDIES["table5"], str(tmp_path / "{data}")
+    for name, files in (("cub", SETS["cub"].files), ("nabirds", SETS["nabirds"].files[:1])):
+        for file in files:
+            (tmp_path / name / file).mkdir(parents=True)
+    assert paper._data_sets(study, "paper", {"root": root}) == ["cub"]
+    told = "".join(
+        f"left out: {name}, whose files are not in {tmp_path}/{name} (see `insvp data list`)\n" for name in FEW
+    )
+    assert capsys.readouterr().out == told
+    with pytest.raises(CommandError, match="none: expected the files of some of cub, nabirds, cifar100, svhn"):
+        paper._data_sets(study, "paper", {"root": "none"})
+    assert paper._data_sets(study, None, {}) == ["digits"]
+    assert paper._data_sets(study, "cub", {"data": "photos"}) == ["photos"]
+
+
+def test_a_folder_of_the_name_of_a_set_is_none_of_the_papers(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("save_every = 3\nepochs = 4")
+    command = ["paper", "figure5", "--methods", "insvp", "--recipe", "mine.toml", "--data", str(tmp_path / "x" / "cub")]
+    assert cli.main([*command, "--seeds", "2", "--lr", "0.01", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (row,) = facts["results"]["cub"]
+    assert (facts["folder"], row["row"], row["rate"]) == ("paper/table1", "InsVP", 0.01)
+    assert [(run["seed"], run["val_accuracy"]) for run in row["runs"]] == [(0, 0.99), (1, 0.99)]
+    assert {(Path(recipe.output), recipe.data) for recipe in trained} == {
+        (Path("paper/table1/cub"), str(tmp_path / "x" / "cub"))
+    }
+    assert {(recipe.save_every, recipe.epochs, recipe.pictures) for recipe in trained} == {(3, 4, False)}
+    assert "| paper" not in Path("paper/table1/table1.md").read_text()
+    assert Path("paper/table1/figure5-cub.png").is_file()
+
+
+def test_each_data_set_has_the_recipe_of_its_name(trained, tmp_path):
+    command = ["paper", "table1", "--methods", "insvp", "--recipe", "paper", "--data", "svhn", "--seeds", "1"]
+    command += ["--lr", "0.01", "--backbone", "vit_shapes_32", "--output", str(tmp_path)]
+    assert cli.main(command) == 0
+    own, common = read_recipe("svhn"), read_recipe("paper")
+    differ = [name for name in own if own[name] != common.get(name) and name not in ("recipe", "backbone", "lr")]
+    assert differ and {name: getattr(trained[0], name) for name in differ} == {name: own[name] for name in differ}
+
+
+@pytest.mark.parametrize("figure", ["figure5", "figure7"])
+def test_no_point_is_drawn_of_runs_that_failed(figure, trained, tmp_path, capsys):
+    methods = ["--methods", "insvp"] if figure == "figure5" else []
+    command = ["paper", figure, *methods, "--lr", str(DIVERGES), "--seeds", "1", "--output", str(tmp_path)]
+    assert cli.main(command) == 1
+    assert re.search(r"\d+ runs failed and are not in the table", capsys.readouterr().err) and not trained
 
 
 @pytest.mark.parametrize("figure", ["figure5", "figure7"])
@@ -126,6 +235,9 @@ def test_a_method_that_the_backbone_cannot_have_is_left_out(trained, tmp_path, c
     assert [recipe.method for recipe in trained] == ["insvp"]
     out, err = capsys.readouterr()
     assert "left out: E2VPT: `method` is e2vpt: the blocks have widths [32, 64]" in err and "| InsVP" in out
+    command.remove("insvp")
+    assert cli.main([*command, "--backbone", str(tmp_path / "it.safetensors"), "--output", str(tmp_path / "out")]) == 1
+    assert "none of the rows can be trained around it" in capsys.readouterr().err and len(trained) == 1
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 3, 5, 6)), (12, (1, 3, 6, 9, 12))])
@@ -145,6 +257,8 @@ def test_figure_7_varies_only_prompts_that_are_on():
         if row is not UNVARIED
     }
     assert names == {"prompt_length", "prompted_blocks"}
+    for prompt, panel in (("patch", "global prompt, beta_I"), ("specific", "common prompt, beta_F")):
+        assert f"weight of the {panel}" not in sensitivity(Recipe(**{f"{prompt}_prompt": False}), 4)
     assert not sensitivity(Recipe(**off, specific_prompt=False), 4)
 
 
@@ -161,6 +275,18 @@ def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):
     assert lines[2][1:-1] == ["no prompts", "1,234", "0.001*", "50.00", "60.00 ± 14.14", "–", "5", "–", "2", "85.3"]
     assert lines[3][1:-1] == ["p_l", "1,234", "0.001*", "50.00", "42.50 ± 45.96", "+5.00", "5", "–", "2", "87.1"]
     assert (tmp_path / "table5.md").read_text() == text
+
+
+def test_a_report_of_some_rows_invents_no_numbers(tmp_path):
+    study = STUDIES["table5"]
+    facts = [{"trained_parameters": 7, "images_per_s": speed} for speed in (4.0, 8.0)]
+    scores = {0: Score("InsVP", None, 0.5, facts[0]), 1: Score("InsVP", 0.6, 0.7, facts[1])}
+    results = [Compared(row, 1e-3, False, scores) for row in study.rows if row.label in ("p_l", "p_g")]
+    text = report("table5", study, {"cub": results}, Protocol({}, (1e-3,), (0, 1)), tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| p_")]
+    mean = ["7", "0.001", "60.00", "60.00 ± 14.14", "–", "6", "–", "2"]  # the row to compare with is not there
+    assert [line[1:-1] for line in lines] == [["p_l", *mean, "87.1"], ["p_g", *mean, "–"]]
+    assert "The learning rate is 0.001." in text and "natural" not in text
 
 
 def test_the_papers_numbers_are_complete():
@@ -229,7 +355,11 @@ def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"select_on": "test"}, {"retrain": True}, {"amp": "bf16"}, {"split_seed": 5}, {"metric": "f1"}, {"img_size": 64}],
+    [
+        *({"select_on": "test"}, {"retrain": True}, {"amp": "bf16"}, {"split_seed": 5}, {"metric": "f1"}),
+        *({"backbone": "test_vit"}, {"checkpoint": "w.pth"}, {"img_size": 64}, {"preprocessing": "insvp"}),
+        *({"data": "photos"}, {"root": "photos"}, {"exif_rotation": False}, {"protocol": "released"}),
+    ],
 )
 def test_a_probe_that_would_be_another_is_fitted_too(settings):
     changed = with_one_probe([Entry({}, Recipe(), []), Entry({}, Recipe(**settings), [])])

@@ -1,6 +1,7 @@
 """The settings of a run, and the models they stand for."""
 
 import json
+import math
 
 import pytest
 
@@ -23,6 +24,12 @@ from insvp_fast.training.recipe import Recipe
         ("trackers", None, "some of tensorboard, wandb"),
         ("epochs", "ten", "a value of type int"),
         ("method_options", [8], "NAME=VALUE"),
+        ("method_options", ["rank="], "NAME=VALUE"),
+        ("seed", 2**32, r"an integer from 0 to 2\^32-1"),
+        *(("lr", value, "a positive number") for value in (0.0, math.inf)),
+        *(("weight_decay", value, "a number of at least 0") for value in (-0.1, math.inf)),
+        ("warmup", -0.1, r"a number in \[0, 1\)"),
+        ("mix_prob", -0.1, r"a number in \[0, 1\]"),
         ("epochs", True, "a value of type int"),
         ("lr", True, "a value of type float"),
         ("data", None, "a value of type str"),
@@ -32,6 +39,21 @@ from insvp_fast.training.recipe import Recipe
 def test_a_setting_that_does_not_fit_is_named(field, value, expected):
     with pytest.raises(InsVPError, match=f"`{field}` is .*: expected {expected}"):
         Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patience": 3, "retrain": True}, "`patience` is 3: expected 0 with `retrain`"),
+        ({"method": "vp", "compile": "prompters"}, "`compile` is prompters: expected off or model with the method vp"),
+        ({"method": "vp", "init_from": "x"}, "`init_from` is x: expected none with the method vp"),
+        ({"method": "vp", "released": True}, "`released` is True: expected none with the method vp"),
+        ({"mixup": 0.5, "batch_size": 1}, "`batch_size` is 1: expected at least 2 with `mixup`"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings, message):
+    with pytest.raises(InsVPError, match=message):
+        Recipe(**settings)
 
 
 def test_a_recipe_comes_back_from_json():
