@@ -23,6 +23,7 @@ watch("forward __call__", reference.GlobalPrompter, reference.PatchPrompter, ref
 watch("forward __call__", reference.PyramidPrompter, nn.ModuleList)
 watch("trunk", reference.SpecificPrompter)
 watch("leaky_relu max_pool2d adaptive_max_pool2d pad dropout", F)
+watch("relu", torch.Tensor)
 
 DROPOUT = (IDENTITY, rule(nn.Dropout, "p", inplace=False))  # runs, on a tensor that backward needs unchanged
 

@@ -78,7 +78,7 @@ def requirements(backbone: Eva, patch_size: int) -> Table:
     table: Table = {
         # any other attributes: they are read by timm's methods, which both paths call
         "": (rule(Eva, " ".join(vars(backbone)), optional="cls_token reg_token pos_embed", **places),),
-        **patch_embed_requirements(patch_size, backbone.embed_dim, backbone.dynamic_img_size),
+        **patch_embed_requirements(backbone, patch_size),
         "pos_drop": DROPOUT_OFF,
         "norm_pre": CALLED,
         "blocks": (rule(nn.ModuleList), rule(nn.Sequential)),
@@ -165,7 +165,10 @@ def embed(backbone: Eva, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [
 
 def shared(backbone: Eva, grid: tuple[int, int]) -> Tensor | None:
     """The sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode for each block."""
-    return _constants(backbone, pixel_weight(backbone), grid)[1]
+    rotation = _constants(backbone, pixel_weight(backbone), grid)[1]
+    if rotation is not None and rotation.shape[-2] != (patches := grid[0] * grid[1]):
+        raise ValueError(f"the image has {patches} patches: the backbone has rotations of {rotation.shape[-2]}")
+    return rotation
 
 
 def _constants(backbone: Eva, like: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:

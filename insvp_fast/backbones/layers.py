@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU, activations
 from timm.layers import norm as timm_norms
@@ -45,6 +46,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {  # to the names of ``ops.mlp``; PyTo
 watch("forward __call__", LayerNorm, LayerScale, DropPath, RmsNorm, nn.LayerNorm)
 watch("forward __call__", Mlp, GluMlp, SwiGLU, GeGluMlp, nn.GELU, *ACTIVATIONS)
 watch("layer_norm gelu silu", F)
+watch("layer_norm", torch)
 watch("rms_norm", F, timm_norms)
 watch("quick_gelu", activations)
 

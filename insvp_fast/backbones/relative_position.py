@@ -85,7 +85,7 @@ def requirements(backbone: Beit | VisionTransformerRelPos, patch_size: int) -> T
             rule(Beit, any_attributes, optional="cls_token pos_embed"),
             rule(VisionTransformerRelPos, any_attributes, optional="cls_token"),
         ),
-        **patch_embed_requirements(patch_size, width, dynamic=False),
+        **patch_embed_requirements(backbone, patch_size),
         "blocks": (rule(nn.ModuleList), rule(nn.Sequential)),
         "norm": norm,
         "fc_norm": CALLED,

@@ -65,7 +65,7 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
     tokens = "cls_token reg_token pos_embed"
     embedding: Table = {"patch_embed": CALLED}
     if not _is_hybrid(backbone):
-        embedding = patch_embed_requirements(patch_size, width, backbone.dynamic_img_size)
+        embedding = patch_embed_requirements(backbone, patch_size)
     table: Table = {
         "": (
             rule(VisionTransformer, any_attributes, optional=tokens),
@@ -89,26 +89,30 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
     return table
 
 
-def patch_embed_requirements(patch_size: int, width: int, dynamic: bool) -> Table:
-    """What the fast path requires of a patch embedding, with ``dynamic`` of one that takes images of any size."""
-    sides = (patch_size, patch_size)
-    embedding = {
+def patch_embed_requirements(backbone: Any, patch_size: int) -> Table:
+    """What the fast path requires of a patch embedding, which may take images of any size."""
+    dynamic, sides = getattr(backbone, "dynamic_img_size", False), (patch_size, patch_size)
+    embedding: dict[str, Any] = {
         "patch_size": sides,
         "flatten": not dynamic,
         "output_fmt": Format.NHWC if dynamic else Format.NCHW,
         "dynamic_img_pad": False,
     }
+    if not dynamic and getattr(backbone, "pos_embed", None) is not None:
+        embedding["strict_img_size"] = True  # else the one token of a small image is broadcast to all positions
     return {
         "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
         "patch_embed.proj": (patch_projection(patch_size),),
-        "patch_embed.norm": (IDENTITY, *norm_requirements(width)),
+        "patch_embed.norm": (IDENTITY, *norm_requirements(backbone.embed_dim)),
     }
 
 
 def patch_projection(patch_size: int) -> Rule:
     """A convolution of one patch after the other."""
-    projection = convolution((patch_size, patch_size), padding=(0, 0), dilation=(1, 1))
-    return projection._replace(parameters={"weight": True, "bias": False})
+    sides = (patch_size, patch_size)
+    projection = convolution(sides, padding=(0, 0), dilation=(1, 1))
+    attributes, parameters = projection.attributes | {"kernel_size": sides}, {"weight": True, "bias": False}
+    return projection._replace(attributes=attributes, parameters=parameters)
 
 
 # How it runs

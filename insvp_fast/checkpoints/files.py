@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -162,16 +163,16 @@ def read_torch(file: Path) -> Any:
     """
     try:
         # timm's train.py saves its options as a Namespace; unpickling one sets attributes and calls nothing
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the protocol of a file that is then refused
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # of many types for broken files
         text = "found a truncated file or one with code, not tensors of torch.save"
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message is advice to trust the file
+        asked = re.search(r"GLOBAL (\S+)", str(error))
         if "TorchScript" in str(error):
             text = "found a TorchScript archive, which is code: expected its state dict, saved by torch.save"
             raise CheckpointError(f"{file}: {text}") from error
-        first_line = str(error).partition("\n")[0]
-        reason = f"it asks for {asked[1]}" if asked else f"{type(error).__name__} {first_line}"
-        raise CheckpointError(f"{file}: {text}: {reason}") from error
+        # the rest of torch's message is of no use, or advice to trust the file
+        raise CheckpointError(f"{file}: {text}{f': it asks for {asked[1]}' if asked else ''}") from error

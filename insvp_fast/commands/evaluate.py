@@ -64,18 +64,17 @@ def run(
     names = facts["class_names"]
     content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
+    protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
+    print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")
+    print(metrics)
+    if "note" in facts:
+        print(f"insvp: {show_options(facts['note'])}", file=sys.stderr)
     file = folder / (f"eval-{_name(data)}.json" if data else "eval.json")
     lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
     write_file(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace"))
     picture = file.with_suffix(".png")
     if isinstance(metrics, Metrics):
         plot_confusion(metrics.confusion, names, picture)
-
-    protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
-    print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")
-    print(metrics)
-    if "note" in facts:
-        print(f"insvp: {show_options(facts['note'])}", file=sys.stderr)
     written = [file, picture] if isinstance(metrics, Metrics) else [file]
     print(f"written: {', '.join([str(file), *(other.name for other in written[1:])])}")
     return content | {"written": written}

@@ -137,8 +137,7 @@ def output_file(path: str | Path, option: str = "--output") -> Path:
     file = Path(path)
     if file.is_dir():
         raise CommandError(f"{option} is {path}: found a folder, expected the name of a file")
-    if not os.access(make_folder(file.parent, option), os.W_OK):
-        raise CommandError(f"{option} is {path}: the folder {file.parent} is read-only")
+    _make_folder(file.parent, f"{option} is {path}")
     return file
 
 
@@ -146,11 +145,16 @@ def make_folder(path: str | Path, option: str = "--output") -> Path:
     """The folder that an option or its default names, which is made if it does not exist.
 
     Raises:
-        CommandError: if it cannot be made.
+        CommandError: if it cannot be made, or is read-only.
     """
-    folder = Path(path)
+    _make_folder(Path(path), f"{option} is {path}")
+    return Path(path)
+
+
+def _make_folder(folder: Path, what: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"{option} is {path}: no folder can be made there ({error.strerror})") from error
-    return folder
+        raise CommandError(f"{what}: no folder can be made there ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"{what}: the folder {folder} is read-only")

@@ -10,6 +10,7 @@ Ctrl-C or SIGTERM stops it after the requests that are running.
 from __future__ import annotations
 
 import argparse
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,11 +90,22 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     folders = name_models(runs)
+    _check_address(host, port)
     classifiers = {escaped(name): load_classifier(folder, backbone, names) for name, folder in folders.items()}
     limits = Limits(max_bytes, max_images, max_pixels, max_requests)
     app = create_app(classifiers, limits, max_batch, max_wait_ms / 1000, workers)
     print(f"insvp: serving {', '.join(classifiers)}", flush=True)
     uvicorn.run(app, host=host, port=port, access_log=False)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Check that a server can listen there, before the models are loaded."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = f"no server can listen there ({error.strerror})"
+        raise CommandError(f"--host is {host} and --port {port}: {reason}") from error
 
 
 def name_models(runs: Sequence[str]) -> dict[str, str]:
@@ -107,6 +119,8 @@ def name_models(runs: Sequence[str]) -> dict[str, str]:
         name, given, folder = text.partition("=")
         if not given or Path(text).exists():
             name, folder = Path(text).resolve().name, text
+        if not name:
+            raise CommandError(f"{text} names no model: expected NAME=RUN")
         if name in folders:
             raise CommandError(f"{folders[name]} and {folder} are both named {name}: expected NAME=FOLDER for one")
         folders[name] = folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,10 @@ __all__ = [
 ]
 
 ANY = object()
+
+# names of parameters
+TOKENS = ("cls_token", "reg_token", "dist_token")
+VECTORS = ("weight", "bias", "gamma", "gamma_1", "gamma_2", "q_bias", "v_bias", "mlp_bias")
 
 
 class Rule(NamedTuple):
@@ -175,9 +179,25 @@ def _different_tensor(module: nn.Module, rule: Rule, frozen: bool) -> str | None
             return f"has a {type(parameter).__name__} {name!r} that the fast path does not know"
         if frozen and parameter.numel() == 1:
             return f"has a {name} of a single number, which fits by broadcasting alone"
+        if (shape := _shape_that_fits(module, name, parameter)) != parameter.shape:
+            return f"has a {name} of shape {tuple(parameter.shape)}: expected {tuple(shape)}"
         if frozen and parameter.requires_grad:
             return f"has a {name} that is trained"
     return None
+
+
+def _shape_that_fits(module: Any, name: str, x: Tensor) -> Sequence[int]:
+    """The shape of a parameter that is not broadcast, and of the kernel that its convolution says."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        kernel = module.kernel_size if isinstance(module, nn.Conv2d) else ()
+        return (*x.shape[:2], *kernel) if name == "weight" else module.weight.shape[:1]
+    if name == "relative_position_bias_table":
+        return (*x.shape[:1], getattr(module, "num_heads", x.shape[-1]))
+    if name in TOKENS:
+        return (1, *x.shape[-2:])
+    if name.startswith("pos_embed"):
+        return (1, *x.shape[1:])
+    return x.shape[-1:] if name in VECTORS else x.shape
 
 
 def _is_plain(x: Tensor) -> bool:

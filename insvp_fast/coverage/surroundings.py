@@ -26,7 +26,8 @@ def watch(names: str, *owners: Any) -> None:
     for owner in owners:
         for name in names.split():
             function = getattr(owner, name)
-            original = function.__module__.partition(".")[0] in ("torch", "timm", "insvp_fast")
+            home = getattr(function, "__module__", None) or "torch"  # PyTorch's functions in C++ may have none
+            original = home.partition(".")[0] in ("torch", "timm", "insvp_fast")
             _WATCHED[owner, name] = function if original else None
 
 

@@ -71,9 +71,14 @@ def blend_prompts_reference(
     w_c: float, w_s: float, batch: int, p: float, specific: Tensor | None, *common: Tensor
 ) -> tuple[Tensor, ...]:
     """The formula of ``blend_prompts``."""
-    stacked = torch.stack(common).unsqueeze(1)  # [J, 1, L, D]
+    stacked = _stacked(common).unsqueeze(1)  # [J, 1, L, D]
     stacked = F.dropout(stacked.repeat(1, batch, 1, 1), p) if p else stacked
     return _blended(stacked * w_c, w_s, batch, specific)
+
+
+def _stacked(common: tuple[Tensor, ...]) -> Tensor:
+    with torch.autocast(common[0].device.type, enabled=False):  # which stacks no fp16 where it computes in bf16
+        return torch.stack(common)
 
 
 def _blended(common: Tensor, w_s: float, batch: int, specific: Tensor | None) -> tuple[Tensor, ...]:
@@ -91,7 +96,7 @@ class _BlendPrompts(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.p = p
         if p:
-            stacked = torch.stack(common).unsqueeze(1).repeat(1, batch, 1, 1)
+            stacked = _stacked(common).unsqueeze(1).repeat(1, batch, 1, 1)
             dropped, kept = call("dropout_fwd", stacked, p, "auto")
             ctx.save_for_backward(kept)
             return _blended(dropped.mul_(w_c), w_s, batch, specific)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -51,7 +52,17 @@ def create_app(
         Route("/models", service.models),
         Route("/metrics", service.show_metrics),
     ]
-    return Starlette(routes=routes, lifespan=service.lifespan)
+    elsewhere = {404: _refuse_elsewhere, 405: _refuse_elsewhere}
+    return Starlette(routes=routes, lifespan=service.lifespan, exception_handlers=elsewhere)  # type: ignore[arg-type]
+
+
+def _refuse_elsewhere(request: Request, error: HTTPException) -> Response:
+    """The answer to a path that there is not, or to a method that it does not take."""
+    kind = "unknown_path" if error.status_code == 404 else "wrong_method"
+    message = f"{request.method} {request.url.path}: expected POST /predict, or GET /health, /models or /metrics"
+    response = answer_refusal(Refusal(kind, message))
+    response.headers.update(error.headers or {})
+    return response
 
 
 class Service:

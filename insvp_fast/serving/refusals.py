@@ -10,6 +10,8 @@ STATUS = {
     "incomplete_upload": 400,
     "malformed_upload": 400,
     "unknown_model": 404,
+    "unknown_path": 404,
+    "wrong_method": 405,
     "slow_upload": 408,
     "too_many_bytes": 413,
     "too_many_images": 413,

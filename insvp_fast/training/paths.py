@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def absolute_paths(recipe: Recipe, is_name: Callable[[str], bool] = lambda sourc
     for field in dataclasses.fields(recipe):
         value, kind = getattr(recipe, field.name), field.metadata["metavar"]
         if value is not None and kind in ("FILE", "FOLDER"):
-            values[field.name] = str(Path(value).absolute())
+            values[field.name] = _absolute(value)
         elif value is not None and kind == "NAME|PATH":
             values[field.name] = _absolute_if_there(value)
     return dataclasses.replace(
@@ -43,20 +44,26 @@ def _data(recipe: Recipe) -> str:
         return prefix + _absolute_if_there(place)
     if prefix == "tfds/" or (prefix == "wds/" and recipe.root is not None):  # the files are in `root`
         return recipe.data
-    return prefix + str(Path(place).absolute())
+    return prefix + _absolute(place)
 
 
 def _backbone(source: str, is_name: Callable[[str], bool]) -> str:
     if source.startswith(("hf-hub:", "hf_hub:")):
         return source
     if source.startswith("local-dir:"):
-        return f"local-dir:{Path(source.removeprefix('local-dir:')).absolute()}"
+        return f"local-dir:{_absolute(source.removeprefix('local-dir:'))}"
     if Path(source).exists():
-        return source if is_name(source) else str(Path(source).absolute())
+        return source if is_name(source) else _absolute(source)
     name, at, file = source.partition("@")
-    return f"{name}@{Path(file).absolute()}" if at else source
+    return f"{name}@{_absolute(file)}" if at else source
 
 
 def _absolute_if_there(value: str) -> str:
     """The absolute path of a file or folder; another value is a name."""
-    return str(Path(value).absolute()) if Path(value).exists() else value
+    return _absolute(value) if Path(value).exists() else value
+
+
+def _absolute(value: str) -> str:
+    """Without "..", so that folders that were passed through may be renamed; behind a link that is another place."""
+    path, short = Path(value).absolute(), os.path.abspath(value)
+    return short if path.exists() and os.path.exists(short) and path.samefile(short) else str(path)

@@ -34,8 +34,11 @@ def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """
     try:
         config = read_json(Path(run) / CONFIG_FILE, TrainingError)
+        if unknown := config["recipe"].keys() - {field.name for field in dataclasses.fields(Recipe)}:
+            other = (config.get("versions") or {}).get("insvp_fast", "unknown")
+            raise TrainingError(f"version {other} wrote it, whose setting {min(unknown)} this one does not have")
         return Recipe(**config["recipe"]), config
-    except (TrainingError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TrainingError, TypeError) as error:
         raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
 
 

@@ -377,7 +377,7 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
         ),
         (["bench", "--report", "."], "--report is .: found a folder, expected the name of a file"),
         (["bench", "--report", "x.png"], "--report is x.png: expected another ending, the plot beside it is a .png"),
-        (["bench", "--report", "/dev/null/r.md"], "--report is /dev/null: no folder can be made there"),
+        (["bench", "--report", "/dev/null/r.md"], "--report is /dev/null/r.md: no folder can be made there"),
         *(
             (
                 ["bench", "--model", name],

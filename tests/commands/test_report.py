@@ -145,6 +145,22 @@ def test_control_characters_are_shown_and_not_written(hostile, tmp_path):
     assert shown <= set(Page(tmp_path / "page.html").texts)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.pop("class_names"), "its config has no class_names"),
+        (lambda config: config["recipe"].update(tomorrow=1), "wrote it, whose setting tomorrow this one does not have"),
+    ],
+)
+def test_a_run_whose_config_has_other_keys_is_refused(change, message, hostile, tmp_path, capsys):
+    config = json.loads((hostile / "config.json").read_text())
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for command in ("report", "eval"):
+        assert cli.main([command, str(tmp_path)]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):
     shutil.copytree(hostile / "adapter", tmp_path / "adapter")
     assert cli.main(["report", str(tmp_path / "adapter")]) == 1

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import io
 import json
+import socket
 import struct
 import sys
 import threading
@@ -117,6 +118,26 @@ def test_a_charset_that_does_not_decode_a_name_is_refused(client, expected):
     headers = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
     answer = client.post("/predict?model=run", content=part + next(iter(expected)) + b"\r\n--b--\r\n", headers=headers)
     assert (answer.status_code, answer.json()["kind"]) == (400, "malformed_upload")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [("GET", "/nope", 404, "unknown_path"), ("PUT", "/predict", 405, "wrong_method")],
+)
+def test_what_is_not_there_is_refused_in_json(client, method, path, status, kind):
+    answer = client.request(method, path)
+    assert (answer.status_code, answer.json()["kind"]) == (status, kind)
+    assert answer.json()["error"] == f"{method} {path}: expected POST /predict, or GET /health, /models or /metrics"
+    assert status != 405 or answer.headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nohost.invalid"])
+def test_an_address_that_is_taken_or_unknown_is_told_before_models_are_loaded(host, run, capsys, monkeypatch):
+    monkeypatch.setattr("insvp_fast.training.prediction.load_classifier", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(run), "--host", host, "--port", str(port)]) == 1
+    assert f"insvp: error: --host is {host} and --port {port}: no server can listen there" in capsys.readouterr().err
 
 
 def test_an_unreadable_image_spoils_no_other(client, expected):
@@ -456,6 +477,8 @@ def test_models_are_named_by_folder_or_as_told(tmp_path):
     assert found == {"a=b": f"{tmp_path}/a=b", "birds": "runs/cub-1", "dogs-2": "runs/dogs-2/"}
     with pytest.raises(CommandError, match="x/cub and y/cub are both named cub: expected NAME=FOLDER for one"):
         name_models(["x/cub", "y/cub"])
+    with pytest.raises(CommandError, match="=x/cub names no model: expected NAME=RUN"):
+        name_models(["=x/cub"])
 
 
 def test_refused_requests_leave_room_for_others(classifier, expected):

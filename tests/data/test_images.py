@@ -424,10 +424,10 @@ def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
 def test_images_come_in_the_order_of_the_paths(tmp_path):
     for name in ("a/0.png", "b/1.png", "2.png"):
         write(tmp_path / name)
-    found = find_images([tmp_path / name for name in ("2.png", "b", "a")])
+    found = list(ImageList([tmp_path / name for name in ("2.png", "b", "a")]))
     assert found == [str(tmp_path / name) for name in ("2.png", "b/1.png", "a/0.png")]
     with pytest.raises(DataError, match="c: no such file or folder"):
-        find_images([tmp_path / "b", tmp_path / "c"])
+        ImageList([tmp_path / "b", tmp_path / "c"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may list every folder")

@@ -54,3 +54,21 @@ def test_dtypes_of_modules_and_images(config, amp):
                 allowed = 1e-5 * torch.finfo(lowest).eps / torch.finfo(torch.float32).eps
                 assert value.dtype == expected[name].dtype, f"{what}{name}"
                 assert relative_error(value, truth[name]) < allowed, f"{what}{name}"
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_common_prompts_of_another_dtype(dtype, amp):
+    """Also the other one of 16 bits, which autocast does not stack; a second pass may go another way than the first."""
+    draws = []
+    for _ in range(DRAWS):
+        reference, fast = make_pair("vit_tiny_patch16_224", CONFIGS["VPT-Deep"], **TINY)
+        for model in (reference, fast):
+            model.common_prompts.to(dtype)
+        image = torch.randn(2, 3, 32, 32)
+        exact = numbers(copy.deepcopy(reference).double(), image.double(), None)
+        with torch.no_grad(), torch.autocast("cpu", amp):
+            first, again = fast(image), fast(image)
+        assert torch.equal(first, again)
+        draws.append((numbers(fast, image, amp), numbers(reference, image, amp), exact))
+    assert_errors_within_budget(draws, amp)

@@ -342,6 +342,69 @@ def test_a_parameter_of_a_single_number(name, shape):
     assert problem(change, init_values=0.1) is None
 
 
+def other_shapes(x):
+    """Of a tensor: those that can be broadcast to its own, and those of several images."""
+    size = tuple(x.shape)
+    ones = [(*size[:i], 1, *size[i + 1 :]) for i in range(x.ndim)]
+    shapes = {(1, *size), (2, *size), *ones} | ({size[1:], (2, *size[1:])} if size[:1] == (1,) else set())
+    return sorted(shapes - {size})
+
+
+def given_shape(x, shape):
+    """Numbers of a tensor in another shape; several images have different ones."""
+    if x.numel() < torch.Size(shape).numel():
+        return torch.stack([x.reshape(shape[1:]), 1.1 * x.reshape(shape[1:])])
+    return x.flatten()[: torch.Size(shape).numel()].reshape(shape).clone()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"init_values": 0.3, "reg_tokens": 2, "no_embed_class": True, "qk_norm": True}],
+    ids=["plain", "more"],
+)
+def test_parameters_of_other_shapes(options):
+    """Each parameter of the patch embedding, the first block and the patch prompter, in shapes that may fit."""
+    wrong = {}
+    for name, x in originals(**options)[1].named_parameters():
+        if name.startswith(("backbone.blocks.1.", "backbone.head", "global", "specific", "common")):
+            continue
+        for shape in other_shapes(x.detach()):
+            number = given_shape(x.detach(), shape)
+
+            def change(model, name=name, number=number):
+                parent, _, leaf = name.rpartition(".")
+                old = getattr(model.get_submodule(parent), leaf)
+                setattr(model.get_submodule(parent), leaf, nn.Parameter(number.clone(), old.requires_grad))
+
+            if found := problem(change, **options):
+                wrong[name, shape] = found
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("kernel", [(4, 16), (2, 32), (4, 4), (1, 1)])
+@pytest.mark.parametrize("whole", [True, False], ids=["layer", "weight alone"])
+def test_patches_projected_by_another_kernel(kernel, whole):
+    """Even one with as many pixels as a patch."""
+
+    def change(model):
+        projection = nn.Conv2d(3, 48, kernel, stride=8).requires_grad_(False)
+        if whole:
+            model.backbone.patch_embed.proj = projection
+        else:
+            model.backbone.patch_embed.proj.weight = projection.weight
+
+    assert problem(change, pos_embed="none") is None
+    assert problem(change) is None
+
+
+@pytest.mark.parametrize("options", [{"class_token": False, "global_pool": "avg"}, {"no_embed_class": True}], ids=str)
+def test_the_one_token_of_a_small_image_is_broadcast(options):
+    """To all positions, where the size of the image is not checked."""
+    models = in_use(lambda model: setattr(model.backbone.patch_embed, "strict_img_size", False), **options)
+    reference, fast = (trained_gradients(model, image()[..., :8, :8]) for model in models)
+    assert max_error(fast, reference) < 1e-5
+
+
 @contextlib.contextmanager
 def hook_for_all_modules(register, hook):
     handle = register(hook)
@@ -375,6 +438,8 @@ PATCHED = [
     ("torch.nn.functional", "scaled_dot_product_attention"),
     ("torch.nn.functional", "linear"),
     ("torch.nn.functional", "conv2d"),
+    ("torch", "layer_norm"),
+    ("torch.Tensor", "relu"),
     ("torch.nn.Module", "_call_impl"),
 ]
 

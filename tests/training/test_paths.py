@@ -17,6 +17,8 @@ from tests.training.small_runs import make_folder, quick
         ({"data": "vtab/dmlab", "root": "sets"}, {"data": "vtab/dmlab", "root": "{here}/sets"}),
         ({"data": "new/pets"}, {"data": "{here}/new/pets"}),
         ({"data": "./sets/"}, {"data": "{here}/sets"}),
+        ({"data": "digits/../sets"}, {"data": "{here}/sets"}),
+        ({"data": "link/../sets"}, {"data": "{here}/link/../sets"}),  # where the link leads to
         ({"data": "/there/pets"}, {"data": "/there/pets"}),
         ({"data": "wds/sets"}, {"data": "wds/{here}/sets"}),
         ({"data": "wds/pets", "root": "sets"}, {"data": "wds/pets", "root": "{here}/sets"}),
@@ -35,6 +37,9 @@ from tests.training.small_runs import make_folder, quick
 def test_paths_are_absolute_and_names_stay(settings, expected, tmp_path, monkeypatch):
     for name in ("sets", "digits", "vit_tiny_patch16_224"):
         (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "sets").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "inside").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "inside")
     monkeypatch.chdir(tmp_path)
     recipe = absolute_paths(Recipe(**settings), is_name)
     assert {name: getattr(recipe, name) for name in expected} == {
