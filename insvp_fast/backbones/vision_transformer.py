@@ -111,7 +111,7 @@ def patch_projection(patch_size: int) -> Rule:
     """A convolution of one patch after the other."""
     sides = (patch_size, patch_size)
     projection = convolution(sides, padding=(0, 0), dilation=(1, 1))
-    attributes, parameters = projection.attributes | {"kernel_size": sides}, {"weight": True, "bias": False}
+    attributes, parameters = {**projection.attributes, "kernel_size": sides}, {"weight": True, "bias": False}
     return projection._replace(attributes=attributes, parameters=parameters)
 
 
