@@ -72,7 +72,7 @@ def _temporaries(folder: Path) -> tuple[Path, Path]:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt":  # which syncs no folder, and no file that is open for reading alone
+    if os.name == "nt":  # Windows syncs no folder, and no file opened for reading alone
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -164,7 +164,7 @@ def read_torch(file: Path) -> Any:
     try:
         # timm's train.py saves its options as a Namespace; unpickling one sets attributes and calls nothing
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the protocol of a file that is then refused
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a file is refused
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -36,11 +36,10 @@ def run(report: str | None, model: str, batch_size: int | None, rounds: int) -> 
 
 def _check_report(file: Path) -> None:
     """Check that report and plot can be written, before minutes of measurements."""
-    output_file(file, "--report")
-    picture = file.with_suffix(".png")
-    if file == picture:
+    if file.suffix == ".png":
         raise CommandError(f"--report is {file}: expected another ending, the plot beside it is a .png")
-    output_file(picture, "--report")
+    output_file(file, "--report")
+    output_file(file.with_suffix(".png"), "--report")
 
 
 def check_model(name: str, **backbone_kwargs: Any) -> None:

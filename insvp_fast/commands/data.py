@@ -42,6 +42,6 @@ def _check(name: str, root: str | None) -> dict[str, Any]:
     try:
         report = check(name, root)
     except DataError as error:
-        raise DataError(str(error).replace("`data` is ", "")) from error
+        raise DataError(str(error).removeprefix("`data` is ")) from error
     print(report)
     return report._asdict() | {"errors": [] if report.ok else [f"{name}: some images cannot be read"]}

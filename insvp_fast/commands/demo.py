@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from insvp_fast.commands.options import add_model, port_number, positive, read_class_names
+from insvp_fast.commands.options import add_model, check_address, port_number, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "try a trained model in a browser"
@@ -40,6 +40,7 @@ def run(
     from insvp_fast.demo import create_demo, serve_demo
     from insvp_fast.training.prediction import load_classifier
 
+    check_address(host, port)
     demo = create_demo(load_classifier(run, backbone, names), Path(run).resolve().name, max_pixels)
     try:
         address = serve_demo(demo, host, port or None, max_bytes)

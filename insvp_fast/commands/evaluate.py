@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,4 +83,4 @@ def run(
 
 def _name(data: str) -> str:
     """Of data, for files: a folder's own name, also of ``.``, and the whole name of a named data set."""
-    return data.replace("/", "-") if data in SETS else Path(data).resolve().name
+    return data.replace("/", "-") if data in SETS else Path(os.path.abspath(data)).name

@@ -57,11 +57,11 @@ def run(
     is_run = (folder / CONFIG_FILE).is_file()
     if folder.exists() and not is_run and not (folder / ADAPTER_FILE).is_file():
         raise CommandError(f"{run}: expected a run folder ({CONFIG_FILE}) or an adapter folder ({ADAPTER_FILE})")
-    file = output_file(output or Path(run if folder.exists() else ".", FILES[format]))
     if images and not int8:
         raise CommandError("--images: expected with --int8, which is tried on them")
     if int8 and not images and not is_run:
         raise CommandError("--int8 of an adapter: expected --images, to tell what it costs")
+    file = output_file(output or Path(run if folder.exists() else ".", FILES[format]))
 
     from insvp_fast.export import export_model, load, measure_loss
     from insvp_fast.export.formats import require_packages

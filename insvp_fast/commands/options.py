@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "add_model",
     "add_running",
     "add_tta",
+    "check_address",
     "make_folder",
     "output_file",
     "port_number",
@@ -50,6 +52,24 @@ def port_number(text: str) -> int:
     if not (text.isdecimal() and int(text) < 2**16):
         raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
     return int(text)
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that a server can listen at an address, before the work for it.
+
+    Raises:
+        CommandError: if it cannot.
+    """
+    try:  # as asyncio does, for which "" is every address of this machine
+        family, *_, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        socket.create_server(address, family=family).close()
+    except (OSError, UnicodeError) as error:
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else str(getattr(error, "strerror", error))
+        problem = f"--host is {host!r} and --port {port}: no server can listen there ({reason})"
+        raise CommandError(problem) from error
 
 
 def random_seed(text: str) -> int:
@@ -157,4 +177,4 @@ def _make_folder(folder: Path, what: str) -> None:
     except OSError as error:
         raise CommandError(f"{what}: no folder can be made there ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
-        raise CommandError(f"{what}: the folder {folder} is read-only")
+        raise CommandError(f"{what}: the folder {folder} is read-only: expected another one")

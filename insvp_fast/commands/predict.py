@@ -109,14 +109,14 @@ def _check(format: str | None, output: str | None, shard: tuple[int, int]) -> st
         raise CommandError(
             "started as several processes, which would all write the same: expected one, with --shard K/N"
         )
-    if output is not None:
-        output_file(output)
     suffix = Path(output or "").suffix.removeprefix(".")
     format = format or (suffix if suffix in FORMATS else "csv")
     if format == "parquet":
         if output is None:
             raise CommandError("--format is parquet: expected --output, a file to write it to")
         import pyarrow.parquet  # noqa: F401 (if it is missing, this is told before the work)
+    if output is not None:
+        output_file(output)
     return format
 
 

@@ -47,9 +47,10 @@ def run(
     from insvp_fast.training.load import load_run
     from insvp_fast.training.prediction import classifier_of
 
-    files, trained = list(ImageList(images)), load_run(run, backbone, given)
-    classifier = classifier_of(trained)
+    files = list(ImageList(images))
     folder = make_folder(output or Path(run if Path(run).is_dir() else ".", "prompts"))
+    trained = load_run(run, backbone, given)
+    classifier = classifier_of(trained)
     names, data, reason = _distinct_names(files), classifier.images(files), None
     pictures = _pictures(folder, -(-len(files) // ROWS))
     for start, picture in zip(range(0, len(files), ROWS), pictures, strict=True):

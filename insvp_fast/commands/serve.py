@@ -10,11 +10,10 @@ Ctrl-C or SIGTERM stops it after the requests that are running.
 from __future__ import annotations
 
 import argparse
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from insvp_fast.commands.options import add_model, port_number, positive, read_class_names
+from insvp_fast.commands.options import add_model, check_address, port_number, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "serve trained models over HTTP"
@@ -22,8 +21,10 @@ SUMMARY = "serve trained models over HTTP"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    text = "a run or an adapter, by its folder or by its name on the Hub, of which the last part names it in requests;"
-    text += " NAME=RUN gives it another name"
+    text = (
+        "a run folder, an adapter folder, or the name of an adapter on the Hub; requests name it by the last part, or"
+    )
+    text += " by NAME of NAME=RUN"
     add_model(parser, "runs", nargs="+", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument(
@@ -90,7 +91,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     folders = name_models(runs)
-    _check_address(host, port)
+    check_address(host, port)
     classifiers = {escaped(name): load_classifier(folder, backbone, names) for name, folder in folders.items()}
     limits = Limits(max_bytes, max_images, max_pixels, max_requests)
     app = create_app(classifiers, limits, max_batch, max_wait_ms / 1000, workers)
@@ -98,30 +99,20 @@ def run(
     uvicorn.run(app, host=host, port=port, access_log=False)
 
 
-def _check_address(host: str, port: int) -> None:
-    """Check that a server can listen there, before the models are loaded."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        reason = f"no server can listen there ({error.strerror})"
-        raise CommandError(f"--host is {host} and --port {port}: {reason}") from error
-
-
 def name_models(runs: Sequence[str]) -> dict[str, str]:
-    """The folder of each model by its name; each of ``runs`` is a folder or NAME=FOLDER.
+    """What is loaded for each model by its name; each of ``runs`` is that, or NAME=RUN.
 
     Raises:
-        CommandError: if two have the same name.
+        CommandError: if two have the same name, or one has none.
     """
     folders: dict[str, str] = {}
     for text in runs:
         name, given, folder = text.partition("=")
         if not given or Path(text).exists():
             name, folder = Path(text).resolve().name, text
-        if not name:
-            raise CommandError(f"{text} names no model: expected NAME=RUN")
+        if not (name and folder):
+            raise CommandError(f"{text} names no model: expected RUN or NAME=RUN")
         if name in folders:
-            raise CommandError(f"{folders[name]} and {folder} are both named {name}: expected NAME=FOLDER for one")
+            raise CommandError(f"{folders[name]} and {folder} are both named {name}: expected NAME=RUN for one")
         folders[name] = folder
     return folders

@@ -187,7 +187,10 @@ def _different_tensor(module: nn.Module, rule: Rule, frozen: bool) -> str | None
 
 
 def _shape_that_fits(module: Any, name: str, x: Tensor) -> Sequence[int]:
-    """The shape of a parameter that is not broadcast, and of the kernel that its convolution says."""
+    """The shape that a parameter has where nothing is broadcast, and a convolution's weight is of the module's kernel.
+
+    For parameters not named here any shape will do.
+    """
     if isinstance(module, nn.Linear | nn.Conv2d):
         kernel = module.kernel_size if isinstance(module, nn.Conv2d) else ()
         return (*x.shape[:2], *kernel) if name == "weight" else module.weight.shape[:1]

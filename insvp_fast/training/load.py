@@ -119,7 +119,7 @@ def _is_run(source: str | Path) -> bool:
 
 def _load_folder(folder: Path, name: str | None) -> Run:
     recipe, config = read_config(folder)
-    if missing := [name for name in ("preprocessing", "class_names") if name not in config]:
+    if missing := [key for key in ("preprocessing", "class_names") if key not in config]:
         raise TrainingError(f"{folder} is not a run folder of `insvp train`: its config has no {missing[0]}")
     backbone = load_backbone(name or recipe.backbone, recipe.checkpoint if name is None else None, recipe.img_size)
     try:

@@ -65,5 +65,5 @@ def _absolute_if_there(value: str) -> str:
 
 def _absolute(value: str) -> str:
     """Without "..", so that folders that were passed through may be renamed; behind a link that is another place."""
-    path, short = Path(value).absolute(), os.path.abspath(value)
-    return short if path.exists() and os.path.exists(short) and path.samefile(short) else str(path)
+    short = os.path.abspath(value)
+    return short if os.path.realpath(value) == os.path.realpath(short) else str(Path(value).absolute())

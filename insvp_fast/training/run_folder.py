@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from insvp_fast import __version__
 from insvp_fast.errors import TrainingError
 from insvp_fast.json_files import read_json
 from insvp_fast.training.candidates import candidates_of
@@ -34,12 +35,16 @@ def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """
     try:
         config = read_json(Path(run) / CONFIG_FILE, TrainingError)
-        if unknown := config["recipe"].keys() - {field.name for field in dataclasses.fields(Recipe)}:
-            other = (config.get("versions") or {}).get("insvp_fast", "unknown")
-            raise TrainingError(f"version {other} wrote it, whose setting {min(unknown)} this one does not have")
-        return Recipe(**config["recipe"]), config
-    except (AttributeError, KeyError, TrainingError, TypeError) as error:
+        settings, asked = config.get("recipe"), config.get("asked", {})
+        if not (isinstance(settings, dict) and isinstance(asked, dict)):
+            raise TrainingError(f"{CONFIG_FILE} has no recipe")
+        unknown = (settings | asked).keys() - {field.name for field in dataclasses.fields(Recipe)}
+        if not unknown:
+            return Recipe(**settings), config
+    except (TrainingError, TypeError) as error:
         raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
+    problem = f"{run} has the setting {min(unknown)}, which insvp_fast {__version__} does not know"
+    raise TrainingError(f"{problem}: another version wrote {CONFIG_FILE}")
 
 
 def read_asked(run: str | Path) -> Recipe:
@@ -49,10 +54,7 @@ def read_asked(run: str | Path) -> Recipe:
         TrainingError: as ``read_config``.
     """
     recipe, config = read_config(run)
-    try:
-        return dataclasses.replace(recipe, **config.get("asked", {}))
-    except TypeError as error:
-        raise TrainingError(f"{run} is not a run folder of `insvp train`: {error}") from error
+    return dataclasses.replace(recipe, **config.get("asked", {}))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

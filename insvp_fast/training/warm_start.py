@@ -10,7 +10,7 @@ from insvp_fast.checkpoints.adapter_config import AdapterConfig
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.state_dict import check_shapes, read_adapter_weights
-from insvp_fast.data.sets import DIGITS
+from insvp_fast.data.sets import DIGITS, PREFIXES
 from insvp_fast.errors import CheckpointError
 
 __all__ = ["warm_start"]
@@ -49,7 +49,9 @@ def _require_same_division(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
     if (digest := ours.get("undivided_sha256")) is None:
         same = theirs.get("data") == ours.get("data") == DIGITS
     else:
-        same = theirs.get("undivided_sha256") == digest  # whatever the folder is called
+        same = theirs.get("undivided_sha256") == digest
+        if same and ours["data"].startswith(PREFIXES):  # of folders it has the files' names, whatever they are called
+            same = theirs["data"] == ours["data"]
     if same and theirs["split_seed"] != ours["split_seed"]:
         expected = f"expected `split_seed` {theirs['split_seed']}"
         raise CheckpointError(f"it was trained on images of {ours['data']} that are tested here: {expected}")

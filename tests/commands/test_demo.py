@@ -90,7 +90,7 @@ def test_large_uploads_and_files_of_the_machine_are_refused(address, image):
 def test_a_port_in_use_is_said(hostile, address, capsys):
     port = address.rstrip("/").rpartition(":")[2]
     assert cli.main(["demo", str(hostile), "--port", port]) == 1
-    assert f"--port {port}: no page can be served there" in capsys.readouterr().err
+    assert f"--port {port}: no server can listen there" in capsys.readouterr().err
 
 
 @needs_chromium

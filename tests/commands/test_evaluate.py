@@ -62,10 +62,12 @@ def test_eval_scores_fewer_classes_by_their_names(run, images, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("data", "name"), [(".", "here"), ("a/few.csv", "few.csv"), ("vtab/dtd", "vtab-dtd"), ("dtd", "dtd")]
+    ("data", "name"),
+    [(".", "here"), ("a/few.csv", "few.csv"), ("vtab/dtd", "vtab-dtd"), ("dtd", "dtd"), ("birds", "birds")],
 )
 def test_results_on_other_data_have_its_name(data, name, tmp_path, monkeypatch):
     monkeypatch.chdir(make_folder(tmp_path / "here"))
+    Path("birds").symlink_to(tmp_path)
     assert evaluate._name(data) == name
 
 

@@ -11,6 +11,7 @@ from insvp_fast import export
 from insvp_fast.commands import cli
 from insvp_fast.commands.export import FILES
 from insvp_fast.data import transform_for
+from insvp_fast.errors import ExportError
 from insvp_fast.export import ExportedModel, Facts
 from insvp_fast.export.formats import Export
 from insvp_fast.methods.load import load_model
@@ -54,6 +55,20 @@ def test_8_bit_weights_for_several_labels_per_image(tmp_path, capsys):
     assert cli.main(["export", str(run / "adapter"), *options]) == 0  # whose labels are not known
     printed = capsys.readouterr().out
     assert "right labels" not in printed and "1 images, the same labels" in printed
+
+
+def test_a_model_of_the_hub_is_exported_to_here(run, tmp_path, monkeypatch):
+    asked, model = [], load_model(run / "adapter")
+
+    def write(model, file, format, **options):
+        asked.append((model, file, format))
+        raise ExportError("not written")
+
+    monkeypatch.setattr("insvp_fast.methods.load.load_model", lambda source, *_: asked.append(source) or model)
+    monkeypatch.setattr("insvp_fast.export.export_model", write)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "someone/birds", "--format", "torch"]) == 1
+    assert asked == ["someone/birds", (model, Path("model.pt2"), "torch")]
 
 
 def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monkeypatch):

@@ -149,7 +149,8 @@ def test_control_characters_are_shown_and_not_written(hostile, tmp_path):
     ("change", "message"),
     [
         (lambda config: config.pop("class_names"), "its config has no class_names"),
-        (lambda config: config["recipe"].update(tomorrow=1), "wrote it, whose setting tomorrow this one does not have"),
+        (lambda config: config.update(recipe=[]), "is not a run folder of `insvp train`: config.json has no recipe"),
+        (lambda config: config["recipe"].update(tomorrow=1), "does not know: another version wrote config.json"),
     ],
 )
 def test_a_run_whose_config_has_other_keys_is_refused(change, message, hostile, tmp_path, capsys):
@@ -159,6 +160,12 @@ def test_a_run_whose_config_has_other_keys_is_refused(change, message, hostile, 
     for command in ("report", "eval"):
         assert cli.main([command, str(tmp_path)]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["report", "tsne"])
+def test_a_backbone_that_is_elsewhere_is_given(command, hostile, capsys):
+    assert cli.main([command, str(hostile), "--backbone", "vit_shapes_32@gone.safetensors"]) == 1
+    assert "gone.safetensors" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):

@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 
 from insvp_fast import InsVPViT
 from insvp_fast.commands import cli
+from insvp_fast.commands.options import check_address
 from insvp_fast.commands.serve import name_models
 from insvp_fast.config import RELEASED_PREPROCESSING
 from insvp_fast.data.images import Images
@@ -131,13 +132,18 @@ def test_what_is_not_there_is_refused_in_json(client, method, path, status, kind
     assert status != 405 or answer.headers["Allow"] == "POST"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "nohost.invalid"])
+@pytest.mark.parametrize("host", ["", "127.0.0.1", "localhost"])
+def test_a_free_address_is_taken(host):
+    check_address(host, 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nohost.invalid", "a" * 70])
 def test_an_address_that_is_taken_or_unknown_is_told_before_models_are_loaded(host, run, capsys, monkeypatch):
     monkeypatch.setattr("insvp_fast.training.prediction.load_classifier", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["serve", str(run), "--host", host, "--port", str(port)]) == 1
-    assert f"insvp: error: --host is {host} and --port {port}: no server can listen there" in capsys.readouterr().err
+    assert f"--host is {host!r} and --port {port}: no server can listen there (" in capsys.readouterr().err
 
 
 def test_an_unreadable_image_spoils_no_other(client, expected):
@@ -475,10 +481,11 @@ def test_models_are_named_by_folder_or_as_told(tmp_path):
     (tmp_path / "a=b").mkdir()
     found = name_models([f"{tmp_path}/a=b", "birds=runs/cub-1", "runs/dogs-2/"])
     assert found == {"a=b": f"{tmp_path}/a=b", "birds": "runs/cub-1", "dogs-2": "runs/dogs-2/"}
-    with pytest.raises(CommandError, match="x/cub and y/cub are both named cub: expected NAME=FOLDER for one"):
+    with pytest.raises(CommandError, match="x/cub and y/cub are both named cub: expected NAME=RUN for one"):
         name_models(["x/cub", "y/cub"])
-    with pytest.raises(CommandError, match="=x/cub names no model: expected NAME=RUN"):
-        name_models(["=x/cub"])
+    for text in ("=x/cub", "cub="):
+        with pytest.raises(CommandError, match=f"{text} names no model: expected RUN or NAME=RUN"):
+            name_models([text])
 
 
 def test_refused_requests_leave_room_for_others(classifier, expected):

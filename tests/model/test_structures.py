@@ -512,3 +512,34 @@ def test_a_list_of_heads_is_refused(monkeypatch):
 def test_a_convolutional_network_takes_no_feature_prompts():
     with pytest.raises(ValueError, match="a ResNet has no blocks that prompts can be put into, it takes image prompts"):
         InsVPViT(convolutional(), 5)
+
+
+def test_rotations_of_another_number_of_patches_are_refused():
+    reference, fast, image = pair("EVA-02 with three layers")
+    for model, error in ((reference, RuntimeError), (fast, ValueError)):
+        model.backbone.rope.pos_embed = model.backbone.rope.pos_embed[:1]
+        with pytest.raises(error, match="rotations of 1" if model is fast else "must match"):
+            model(image)
+
+
+@pytest.mark.parametrize("kind", ["BEiT without a bias", "distilled DeiT"])
+def test_tokens_and_vectors_of_other_shapes(kind):
+    """Prefix tokens of each image, and vectors that are broadcast: the general path takes them."""
+    reference, fast, image = pair(kind)
+    for name, x in [*fast.backbone.named_parameters()]:
+        path, _, leaf = name.rpartition(".")
+        if leaf.endswith(("token", "bias", "gamma_1", "gamma_2")) and not path.startswith(("head", "norm")):
+            number = nn.Parameter(
+                torch.stack([x[0] * factor for factor in (1, 2, 3)]) if x.ndim > 1 else x[None], False
+            )
+            old = [getattr(model.backbone.get_submodule(path), leaf) for model in (reference, fast)]
+            for model in (reference, fast):
+                setattr(model.backbone.get_submodule(path), leaf, number)
+            try:
+                expected, found = reference(image), fast(image)
+            except RuntimeError:  # norms and convolutions take no other shape, whichever path
+                assert "norm" in path or path == "patch_embed.proj"
+            else:
+                assert relative_error(found, expected) < 1e-5, name
+            for model, parameter in zip((reference, fast), old, strict=True):
+                setattr(model.backbone.get_submodule(path), leaf, parameter)

@@ -24,6 +24,7 @@ from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.lr_finder import RangeTest, range_test
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
+from insvp_fast.training.warm_start import _require_same_division
 from tests.training.small_runs import make_folder, quick, read_records
 from tests.training.test_trainer import give_scores
 
@@ -145,6 +146,14 @@ def test_an_adapter_that_has_seen_the_test_images_is_refused(tmp_path):
         match = rf"init_from.* was trained on images of {place} that are tested here: expected `split_seed` 1"
         with pytest.raises(InsVPError, match=match):
             train(quick(tmp_path / place, tmp_path, split_seed=2, init_from=str(run)))
+
+
+def test_data_without_files_are_the_same_by_their_name():
+    """Their digest may be of the class numbers alone."""
+    cats, dogs = ({"data": f"hfds/{name}", "undivided_sha256": "1f", "split_seed": 1} for name in ("cats", "dogs"))
+    _require_same_division(cats, dogs | {"split_seed": 2})
+    with pytest.raises(InsVPError, match="trained on images of hfds/cats that are tested here"):
+        _require_same_division(cats, cats | {"split_seed": 2})
 
 
 def test_a_head_of_other_classes_is_drawn_anew(first_run, tmp_path, capsys, monkeypatch):

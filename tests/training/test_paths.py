@@ -18,6 +18,7 @@ from tests.training.small_runs import make_folder, quick
         ({"data": "new/pets"}, {"data": "{here}/new/pets"}),
         ({"data": "./sets/"}, {"data": "{here}/sets"}),
         ({"data": "digits/../sets"}, {"data": "{here}/sets"}),
+        ({"data": "digits/../gone"}, {"data": "{here}/gone"}),
         ({"data": "link/../sets"}, {"data": "{here}/link/../sets"}),  # where the link leads to
         ({"data": "/there/pets"}, {"data": "/there/pets"}),
         ({"data": "wds/sets"}, {"data": "wds/{here}/sets"}),
