@@ -536,10 +536,11 @@ def test_tokens_and_vectors_of_other_shapes(kind):
             for model in (reference, fast):
                 setattr(model.backbone.get_submodule(path), leaf, number)
             try:
-                expected, found = reference(image), fast(image)
-            except RuntimeError:  # norms and convolutions take no other shape, whichever path
-                assert "norm" in path or path == "patch_embed.proj"
+                expected = reference(image)
+            except RuntimeError:  # of a norm, say
+                with pytest.raises((RuntimeError, ValueError)):
+                    fast(image)
             else:
-                assert relative_error(found, expected) < 1e-5, name
+                assert relative_error(fast(image), expected) < 1e-5, name
             for model, parameter in zip((reference, fast), old, strict=True):
                 setattr(model.backbone.get_submodule(path), leaf, parameter)
