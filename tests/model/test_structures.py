@@ -522,6 +522,7 @@ def test_rotations_of_another_number_of_patches_are_refused():
             model(image)
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the general path:UserWarning")
 @pytest.mark.parametrize("kind", ["BEiT without a bias", "distilled DeiT"])
 def test_tokens_and_vectors_of_other_shapes(kind):
     """Prefix tokens of each image, and vectors that are broadcast: the general path takes them."""
