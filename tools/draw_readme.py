@@ -47,7 +47,7 @@ def main() -> None:
 @torch.inference_mode()
 def draw_prompts(figure: SubFigure, run: str) -> None:
     """One column per class: a test image, the two parts of its prompt, and the prompted image."""
-    _, model, preprocessing, class_names = loaded = load_run(run)
+    _, model, preprocessing, class_names, _ = loaded = load_run(run)
     test = own_test_data(loaded)
     first: dict[str, Tensor] = {}
     for index in range(len(test)):  # type: ignore[arg-type]

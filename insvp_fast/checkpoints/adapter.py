@@ -19,7 +19,7 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from torch import nn
+from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described
@@ -58,6 +58,10 @@ class AdapterCheckpoint(
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # the mixin's would record the arguments, and mistake a dataclass named `config` for its own configuration
         return object.__new__(cls)
+
+    def _adapter(self) -> dict[str, Tensor]:
+        """What is saved of the state dict."""
+        return adapter_part(self.state_dict())
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -112,7 +116,7 @@ class AdapterCheckpoint(
             **self.description(),
         )
         require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
-        weights = {key: value.detach().cpu().contiguous() for key, value in adapter_part(self.state_dict()).items()}
+        weights = {key: value.detach().cpu().contiguous() for key, value in self._adapter().items()}
         save_directory.mkdir(parents=True, exist_ok=True)
         write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
         write_file(save_directory / ADAPTER_FILE, config.to_json())

@@ -98,7 +98,7 @@ def _collect(
     from insvp_fast.training.accelerator import create_accelerator
     from insvp_fast.training.load import load_run, own_test_data
 
-    recipe, model, _, names = loaded = load_run(folder, backbone)
+    recipe, model, _, names, _ = loaded = load_run(folder, backbone)
     if recipe is None or names is None:
         raise CommandError(f"{folder}: expected a run of `insvp train`")
     if model.multi_label:

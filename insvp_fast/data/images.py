@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import io
 import os
@@ -113,9 +114,15 @@ class Part(Subset):
 
 
 def files_of(images: Images) -> set[str]:
-    """The whole paths of the images that are files of their own."""
+    """The whole paths of the images that are files of their own, wherever links lead to."""
     items = images.items if isinstance(images.items, list) else ()
-    return {os.path.abspath(item) for item in items if isinstance(item, str | Path)}
+    real = functools.cache(os.path.realpath)  # of folders, which have many images
+    paths = {
+        os.path.join(real(path.parent), path.name)
+        for item in items
+        if isinstance(item, str | Path) and (path := Path(item))
+    }
+    return {os.path.realpath(path) if os.path.islink(path) else path for path in paths}
 
 
 def names_sha256(images: Images | Part) -> str:

@@ -66,7 +66,7 @@ def find_results(
         TrainingError: if it is no finished run.
         DataError: if its data are not there, or have other classes.
     """
-    recipe, model, preprocessing, names = run = load_run(folder, backbone)
+    recipe, model, preprocessing, names, _ = run = load_run(folder, backbone)
     if recipe is None or names is None:
         raise TrainingError(f"{folder} is an adapter, which does not say how it was trained: expected a run folder")
     images = own_test_data(run)

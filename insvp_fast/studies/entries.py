@@ -151,5 +151,5 @@ def with_one_probe(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def settings_of_probe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the varied settings that a linear probe depends on."""
-    return {name: value for name, value in values.items() if name in PROBE_SETTINGS}
+    """Those of the varied settings that a linear probe depends on, or may: a recipe has any."""
+    return {name: value for name, value in values.items() if name in (*PROBE_SETTINGS, "recipe")}

@@ -63,7 +63,7 @@ class WeightAverage:
 
 
 @torch.no_grad()
-def copy_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Copy values into parameters, one by one."""
+def copy_weights(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copy values into parameters or buffers, one by one."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

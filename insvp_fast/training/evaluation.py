@@ -62,7 +62,7 @@ def evaluate_run(
         CheckpointError, TrainingError: as ``load_run``, or if there are no data for an adapter.
     """
     accelerator = create_accelerator()
-    recipe, model, _, names = loaded = load_run(run, backbone, class_names)
+    recipe, model, _, names, _ = loaded = load_run(run, backbone, class_names)
     if recipe is None and data is None:
         raise TrainingError(f"{run} is an adapter, which does not say what it is tested on: expected `data`")
     trained = recipe or Recipe()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.data import load_test_data
-from insvp_fast.data.images import Images, Part
+from insvp_fast.data.images import Images, Part, names_sha256
 from insvp_fast.errors import CheckpointError, DataError, TrainingError
 from insvp_fast.methods.load import AnyModel, load_model
 from insvp_fast.training.backbone import load_backbone, require_rgb
@@ -27,12 +27,14 @@ class Run(NamedTuple):
         recipe: None for an adapter, which does not record how it was trained.
         preprocessing: how images are prepared, as arguments of ``timm.data.create_transform``.
         class_names: None if an adapter has none.
+        test_sha256: ``names_sha256`` of the test images of training, if it is recorded.
     """
 
     recipe: Recipe | None
     model: AnyModel
     preprocessing: dict[str, Any]
     class_names: list[str] | None
+    test_sha256: str | None = None
 
     def loading(self, batch_size: int | None, workers: int | None) -> tuple[int, int]:
         """Batch size and workers: those given, else those of training, or the defaults of ``Recipe`` for an adapter."""
@@ -80,7 +82,7 @@ def own_test_data(run: Run) -> Images | Part:
     """The test images of a run, which training has not seen.
 
     Raises:
-        DataError: if its data are not there, have other classes or, where training divided them, other images.
+        DataError: if its data are not there, or have other classes or other images than in training.
         TrainingError: if it is an adapter without a run.
     """
     recipe, model = run.recipe, run.model
@@ -98,6 +100,11 @@ def own_test_data(run: Run) -> Images | Part:
     if digest is not None and isinstance(images, Images) and images.split == "train":
         divided = "training divided it, and its images have changed: the model may have seen some of them"
         raise DataError(f"`data` is {recipe.data}: {divided}: expected `data` with a test split")
+    if run.test_sha256 not in (None, names_sha256(images)):
+        raise DataError(
+            f"`data` is {recipe.data}: found {len(images)} other test images than in training; to test on what is there"
+            " now, give it to `insvp eval` as `data`"
+        )
     return images
 
 
@@ -130,4 +137,5 @@ def _load_folder(folder: Path, name: str | None) -> Run:
         raise TrainingError(f"{folder} has no adapter that can be loaded: {error}") from error
     model.preprocessing, model.class_names = config["preprocessing"], config["class_names"]
     model.exif_rotation = recipe.exif_rotation  # which adapters of earlier versions do not say
-    return Run(recipe, model, config["preprocessing"], config["class_names"])
+    test_sha256 = (config.get("images_sha256") or {}).get("test")
+    return Run(recipe, model, config["preprocessing"], config["class_names"], test_sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from insvp_fast.probabilities import decide
 from insvp_fast.training.loss import plain_loss
 
 __all__ = ["Metrics", "MultiLabelMetrics", "compute_metrics", "metrics_of_labels", "metrics_of_pairs"]
+
+NOT_FINITE = "the logits became infinite or not a number: try a lower `lr`"
 
 
 class Metrics(NamedTuple):
@@ -97,7 +100,7 @@ def compute_metrics(
     """Evaluate a model on all batches (images, targets); each is evaluated in one of the processes.
 
     Raises:
-        TrainingError: if the logits for several labels are infinite or not a number.
+        TrainingError: if logits are not a number or, for several labels, infinite.
     """
     # DDP's forward would wait for the processes that have fewer batches
     model = accelerator.unwrap_model(model).to(accelerator.device).eval()
@@ -106,6 +109,8 @@ def compute_metrics(
     loss = sum(loss for _, loss, _ in gathered) / max(1, found.shape[1])
     if multi_label:
         return metrics_of_labels(found[0], found[1], loss)
+    if math.isnan(loss):
+        raise TrainingError(NOT_FINITE)
     return metrics_of_pairs(found, num_classes, sum(hits for *_, hits in gathered), loss)
 
 
@@ -160,7 +165,7 @@ def metrics_of_labels(targets: Tensor, logits: Tensor, loss: float = 0.0) -> Mul
         TrainingError: if logits are infinite or not a number.
     """
     if not logits.isfinite().all():
-        raise TrainingError("the logits became infinite or not a number: try a lower `lr`")
+        raise TrainingError(NOT_FINITE)
     from sklearn.metrics import average_precision_score  # over a second
 
     labels, taken = targets > 0.5, decide(logits)

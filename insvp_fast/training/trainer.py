@@ -80,6 +80,8 @@ class Trainer:
         optimizer = create_optimizer_v2(decayed, opt="adamw", lr=self.lr, weight_decay=recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        # what moves with them, as the statistics of a batch norm
+        self.buffers = {key: b for key, b in model.named_buffers() if key in model._adapter()}
         self.average = WeightAverage(self.trained, recipe.ema)
         self.epoch = self.batch = 0  # completed epochs, and completed batches of the next one
         self.losses: list[Tensor] = []  # of these batches
@@ -114,6 +116,7 @@ class Trainer:
         if self.recipe.selection_split:
             best = self._read_on_main(lambda: read_safetensors(self.folder / "best" / WEIGHTS_FILE))
             copy_weights(self.trained.values(), [best[key] for key in self.trained])
+            copy_weights(self.buffers.values(), [best[key] for key in self.buffers])
         else:
             self.average.apply()
         # in fp32, as `evaluate_run` does; this takes autocast off the model, whose training is over
@@ -135,7 +138,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """All that changes in training, as ``save_state`` takes it; the tensors are those in use."""
         own = {"random": get_rng_states(self.accelerator.device), "losses": [loss.cpu() for loss in self.losses]}
-        weights = {key: p.detach() for key, p in self.trained.items()}
+        weights = {key: p.detach() for key, p in self.trained.items()} | self.buffers
         weights |= {f"ema.{key}": value for key, value in self.average.weights().items()}
         # the spelling of "optimiser" is part of the file format
         tensors = {"optimiser": self.optimizer.state_dict(), "processes": gather_object([own])}
@@ -163,12 +166,13 @@ class Trainer:
                 f"{self.folder} was trained by {len(processes)} processes, found {accelerator.num_processes}:"
                 " resume it with as many"
             )
-        if missing := sorted(self.trained.keys() - weights.keys()):
+        own_tensors = self.trained | self.buffers
+        if missing := sorted(own_tensors.keys() - weights.keys()):
             raise TrainingError(
                 f"{self.folder}/last has no {missing[0]}, because an earlier version wrote it: train anew, from its"
                 f" weights with `init_from` {self.folder}/best"
             )
-        copy_weights(self.trained.values(), [weights[key] for key in self.trained])
+        copy_weights(own_tensors.values(), [weights[key] for key in own_tensors])
         self.average.load({key.removeprefix("ema."): value for key, value in weights.items() if key.startswith("ema.")})
         self.optimizer.load_state_dict(tensors["optimiser"])
         if accelerator.scaler and facts["scaler"]:

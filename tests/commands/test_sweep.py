@@ -140,6 +140,16 @@ def test_a_shared_probe_is_planned_once(tmp_path, trainer):
     assert len(counted) == 6 and all(row[3:] == ("1", "1") for row in counted)
 
 
+def test_probes_of_different_recipes_are_no_repetitions_of_one(tmp_path, trainer):
+    file = tmp_path / "grid.toml"
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.toml").write_text(f"split_seed = {seed}")
+    file.write_text(f"[grid]\nrecipe = ['{tmp_path}/0.toml', '{tmp_path}/1.toml']")
+    assert cli.main(["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]) == 0
+    rows = [row for row in csv.DictReader((trainer.folder / "results.csv").open()) if row["model"] == "linear probe"]
+    assert [(Path(row["recipe"]).name, row["planned"]) for row in rows] == [("0.toml", "1"), ("1.toml", "1")]
+
+
 def test_the_table_is_there_after_each_run(grid, trainer, monkeypatch):
     seen = []
     monkeypatch.setattr(runner, "_launch", lambda *a: (seen.append(table.exists()), trainer(*a))[1])

@@ -495,3 +495,21 @@ def test_an_avif_is_refused_where_pixels_are_limited():
     assert read_image(io.BytesIO(small)).size == (8, 8)
     with pytest.raises(DataError, match="it is AVIF, which does not say how many pixels are decoded: expected another"):
         read_image(io.BytesIO(small), max_pixels=6000)
+
+
+@pytest.mark.parametrize("link", ["files", "folder"])
+def test_images_are_the_same_behind_links(link, tmp_path):
+    for i in range(3):
+        write(tmp_path / f"pool/train/a/{i}.png")
+        write(tmp_path / f"pool/train/b/{i}.png")
+    for name in ("a", "b"):
+        there, here = tmp_path / "pool/train" / name, tmp_path / "pool/test" / name
+        if link == "folder":
+            here.parent.mkdir(exist_ok=True)
+            here.symlink_to(there)
+            continue
+        here.mkdir(parents=True)
+        (here / "other.png").symlink_to(there / "1.png")
+    count = {"files": 2, "folder": 6}[link]
+    told = f"{count} of the {count} images of test are in train as well"
+    assert told in load_data(str(tmp_path / "pool"), SMALL, 0).protocol

@@ -21,6 +21,7 @@ from insvp_fast.errors import InsVPError
 from insvp_fast.training import load
 from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.lr_finder import RangeTest, range_test
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
@@ -146,6 +147,20 @@ def test_an_adapter_that_has_seen_the_test_images_is_refused(tmp_path):
         match = rf"init_from.* was trained on images of {place} that are tested here: expected `split_seed` 1"
         with pytest.raises(InsVPError, match=match):
             train(quick(tmp_path / place, tmp_path, split_seed=2, init_from=str(run)))
+
+
+@pytest.mark.parametrize("change", ["another", "none"])
+def test_a_run_is_tested_on_its_own_test_images(change, tmp_path):
+    """Not on others that are there by now, nor on a part of what it was trained on."""
+    data = make_folder(tmp_path / "photos", {"train": 6, "test": 2})
+    run = train(quick(data, tmp_path))
+    assert evaluate_run(run).metrics.images == 4
+    if change == "another":
+        shutil.copy(data / "train/dark/0.png", data / "test/light/new.png")
+    else:
+        shutil.rmtree(data / "test")
+    with pytest.raises(InsVPError, match="found . other test images than in training"):
+        evaluate_run(run)
 
 
 def test_data_without_files_are_the_same_by_their_name():

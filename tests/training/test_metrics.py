@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 
 from insvp_fast.errors import InsVPError
-from insvp_fast.training.metrics import metrics_of_labels, metrics_of_pairs
+from insvp_fast.training.accelerator import create_accelerator
+from insvp_fast.training.metrics import compute_metrics, metrics_of_labels, metrics_of_pairs
 
 
 def test_classes_without_images_do_not_count():
@@ -45,6 +46,14 @@ def test_metrics_of_several_labels_are_those_of_scikit_learn(images, classes):
 def test_logits_that_are_no_numbers_have_no_metrics():
     with pytest.raises(InsVPError, match="infinite or not a number"):
         metrics_of_labels(torch.ones(2, 3), torch.tensor([[0.0, 1.0, float("nan")]] * 2))
+
+
+def test_a_model_whose_logits_are_no_numbers_has_no_accuracy():
+    """NaN would rank first: its class would be found in every image."""
+    head = torch.nn.Linear(2, 4)
+    head.bias.data[3] = torch.nan
+    with pytest.raises(InsVPError, match="the logits became infinite or not a number"):
+        compute_metrics(head, [(torch.ones(5, 2), torch.tensor([0, 1, 2, 3, 3]))], 4, create_accelerator())
 
 
 def test_classes_without_images_that_none_was_taken_for_do_not_count_for_f1():

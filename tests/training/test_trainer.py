@@ -5,6 +5,7 @@ from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -196,3 +197,42 @@ def test_an_average_is_lent_and_the_weights_come_back():
     with average.in_place():
         assert weight.tolist() == [0, 0]
     assert weight.tolist() == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def batch_norms(tmp_path_factory):
+    """The name of a backbone whose stem has batch norms, which the method `full` trains."""
+    folder = tmp_path_factory.mktemp("mci")
+    sizes = {"img_size": 32, "depth": 1, "mlp_ratio": 1.0}
+    model = timm.create_model("vit_base_mci_224", num_classes=0, **sizes)
+    timm.models.save_for_hf(model, folder, model_config={"model_args": sizes})
+    return f"local-dir:{folder}"
+
+
+def statistics(file):
+    return {key: value for key, value in load_file(file).items() if "running" in key}
+
+
+def test_running_statistics_are_those_of_the_epoch_that_is_kept(batch_norms, pictures, tmp_path, monkeypatch):
+    give_scores(monkeypatch, accuracy=[0.9, 0.1, 0.9])
+    run = train(quick(pictures, tmp_path, backbone=batch_norms, method="full", epochs=2, prompt_length=None))
+    best, kept = (statistics(run / name / "adapter_model.safetensors") for name in ("best", "adapter"))
+    assert best.keys() == kept.keys() and len(best) > 0
+    assert all(torch.equal(best[key], kept[key]) for key in best)
+
+
+def test_running_statistics_are_resumed(batch_norms, pictures, tmp_path, monkeypatch):
+    recipe = quick(pictures, tmp_path, backbone=batch_norms, method="full", epochs=2, prompt_length=None)
+    whole, save = train(recipe), Trainer.save
+
+    def stop(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    resumed = train(resume=tmp_path / "pictures-2")
+    before, after = (load_file(run / "adapter/adapter_model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(before[key], after[key]) for key in before)
