@@ -81,7 +81,7 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
         # what moves with them, as the statistics of a batch norm
-        self.buffers = {key: b for key, b in model.named_buffers() if key in model._adapter()}
+        self.buffers = {key: b for key, b in model.named_buffers() if key in model._adapter()}  # type: ignore[operator]
         self.average = WeightAverage(self.trained, recipe.ema)
         self.epoch = self.batch = 0  # completed epochs, and completed batches of the next one
         self.losses: list[Tensor] = []  # of these batches
