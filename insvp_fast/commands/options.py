@@ -61,9 +61,8 @@ def check_address(host: str, port: int) -> None:
         CommandError: if it cannot.
     """
     try:  # as asyncio does, for which "" is every address of this machine
-        family, *_, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
         socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0

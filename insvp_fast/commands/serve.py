@@ -21,10 +21,8 @@ SUMMARY = "serve trained models over HTTP"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    text = (
-        "a run folder, an adapter folder, or the name of an adapter on the Hub; requests name it by the last part, or"
-    )
-    text += " by NAME of NAME=RUN"
+    text = "a run folder, an adapter folder, or the name of an adapter on the Hub; requests name it by the last part,"
+    text += " or by NAME of NAME=RUN"
     add_model(parser, "runs", nargs="+", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument(
