@@ -104,7 +104,7 @@ def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monk
         ("run", ["onnx", "--images", "x.png"], "--images: expected with --int8"),
         ("run/adapter", ["onnx", "--int8"], "--int8 of an adapter: expected --images"),
         ("run", ["onnx", "--output", f"{__file__}/x.onnx"], "no folder can be made there"),
-        ("run", ["onnx", "--channels-last"], "--channels-last without --preprocess: expected both"),
+        ("run", ["torch", "--channels-last"], "--channels-last without --preprocess: expected both"),
         ("run", ["torch", "--int8"], "8-bit weights in the format torch: expected onnx or openvino"),
         ("run", ["torch", "--output", "x.onnx"], "the file is x.onnx: expected a name that ends in .pt2"),
     ],
