@@ -99,7 +99,7 @@ def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[st
     digest, seed = origin.get("undivided_sha256"), None
     if digest is not None or origin.get("data") == source == DIGITS:
         seed = origin["split_seed"]
-    elif recipe is not None and Path(source).resolve() == Path(recipe.data).resolve():
+    elif not origin and recipe is not None and Path(source).resolve() == Path(recipe.data).resolve():
         seed = recipe.split_seed
     images = load_test_data(
         source,

@@ -80,8 +80,9 @@ class Trainer:
         optimizer = create_optimizer_v2(decayed, opt="adamw", lr=self.lr, weight_decay=recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        saved = model._adapter()  # type: ignore[operator]
         # what moves with them, as the statistics of a batch norm
-        self.buffers = {key: b for key, b in model.named_buffers() if key in model._adapter()}  # type: ignore[operator]
+        self.buffers = {key: b for key, b in model.named_buffers() if key in saved}
         self.average = WeightAverage(self.trained, recipe.ema)
         self.epoch = self.batch = 0  # completed epochs, and completed batches of the next one
         self.losses: list[Tensor] = []  # of these batches

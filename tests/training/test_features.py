@@ -161,6 +161,9 @@ def test_a_run_is_tested_on_its_own_test_images(change, tmp_path):
         shutil.rmtree(data / "test")
     with pytest.raises(InsVPError, match="found . other test images than in training"):
         evaluate_run(run)
+    tested = evaluate_run(run, str(data))
+    assert tested.metrics.images == {"another": 5, "none": 12}[change]
+    assert change == "another" or "12 of its 12 images are among those of training" in tested.facts["note"]
 
 
 def test_data_without_files_are_the_same_by_their_name():
