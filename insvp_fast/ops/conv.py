@@ -49,7 +49,7 @@ def conv(
         dtype: of the result; that of x if not given. Arithmetic is fp32, but on GPUs the operands of matrix
             products have 16 bits if x or the result has. These compute the gradient of the weight, and all where the
             weight is large.
-        operands: on CPUs, the dtype to which factors may be rounded for matrix units; None for none. With gradients
+        operands: on CPUs, the dtype to which factors may be rounded where that is faster; None for none. With gradients
             those in front of the ReLU are not: it decides where gradients go.
         impl: "auto" lets the device decide; "reference", "native" or "triton" insists.
 

@@ -54,7 +54,7 @@ def conv_pool(
         pool: at most 16, and a divisor of height and width.
         negative_slope: of the LeakyReLU; not negative. With 0 the native kernel makes 0 of -infinity, as ReLU does,
             where the formula makes NaN.
-        operands: on CPUs, the dtype to which x and weight may be rounded for matrix units; None for none. With
+        operands: on CPUs, the dtype to which x and weight may be rounded where that is faster; None for none. With
             gradients they are not: a maximum decides where those go.
 
     Returns:

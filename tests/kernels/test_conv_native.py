@@ -135,11 +135,14 @@ def test_conv_pool_parity_bf16(isa, shape, dtypes):
     check_conv_pool(shape, dtypes)
 
 
+ROUNDING = ("avx512_bf16", "amx")  # the instruction sets with products of bf16
+
+
 def rounded(t: Tensor) -> Tensor:
     return t.to(BF16).float()
 
 
-# as CONV_SHAPES, but so many products that matrix tiles pay
+# as CONV_SHAPES, but so many products that rounding pays
 LARGE_SHAPES = [
     (3, 3, 40, 37, 6, 11, 11, 1, 40, 37),
     (2, 6, 30, 70, 3, 25, 25, 1, 28, 69),  # most rows of the kernel lie in the padding
@@ -154,20 +157,20 @@ LARGE_SHAPES = [
 
 @pytest.mark.parametrize(("dtypes", "relu"), [((F32, F32), False), ((BF16, F32), True), ((F32, BF16), True)], ids=str)
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
-def test_factors_are_rounded_for_matrix_tiles_alone(isa, shape, dtypes, relu):
+def test_factors_are_rounded_where_bf16_is_multiplied(isa, shape, dtypes, relu):
     *sizes, dilation, height, width = shape
-    (x, weight, bias), tiles = inputs(*sizes, dtypes[0]), isa == "amx"
+    (x, weight, bias), rounds = inputs(*sizes, dtypes[0]), isa in ROUNDING
     where, window = (dilation, height, width), (*sizes[4:5], height, width)
-    factors = (rounded(x), rounded(weight)) if tiles else (x.float(), weight)
+    factors = (rounded(x), rounded(weight)) if rounds else (x.float(), weight)
     y = native.conv_fwd(x, weight, bias, *where, relu, dtypes[1], BF16)
     assert_close("y", y, conv_formula(*(t.double() for t in (*factors, bias)), *where, relu))
 
     grad = torch.randn(x.shape[0], *window).to(dtypes[1])
     masked = grad.float() * (y > 0) if relu else grad.float()
     got = native.conv_bwd(grad, x, y if relu else None, weight, *where, True, BF16)
-    factor = rounded(masked) if tiles else masked
+    factor = rounded(masked) if rounds else masked
     _, (d_x, d_weight, _) = expected(lambda *t: conv_formula(*t, *where, False), (*factors, bias), factor)
-    if tiles and dilation > 1:
+    if rounds and dilation > 1:
         operands = x.float(), weight, bias
         _, (_, d_weight, _) = expected(lambda *t: conv_formula(*t, *where, False), operands, masked)
     assert_close("d_x", got[0], d_x)
@@ -177,7 +180,7 @@ def test_factors_are_rounded_for_matrix_tiles_alone(isa, shape, dtypes, relu):
 
 @pytest.mark.parametrize("where", ["x", "grad", "weight"])
 def test_what_bf16_cannot_hold_is_not_rounded_in_convolutions(isa, where):
-    """3.4e38 is infinite in bf16: times the zeros beside a window it would not be zero."""
+    """3.4e38 is infinite in bf16: times the zeros of the padding or beside a window it would not be zero."""
     x, weight, bias = inputs(1, 3, 30, 44, 4, 11, 11)
     grad, large = torch.randn(1, 4, 30, 44), 3.4e38
     {"x": x, "grad": grad, "weight": weight}[where][0, 1, 2, 3] = large
@@ -202,11 +205,11 @@ LARGE_POOL_SHAPES = [
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", LARGE_POOL_SHAPES, ids=str)
-def test_operands_are_rounded_for_matrix_tiles_alone(isa, shape, dtype):
+def test_operands_are_rounded_where_bf16_is_multiplied(isa, shape, dtype):
     *sizes, height, width, pool = shape
     x, weight, bias = inputs(*sizes, dtype)
     y, indices = native.conv_pool_fwd(x, weight, bias, height, width, pool, SLOPE, F32, BF16)
-    operands = (rounded(x), rounded(weight), bias) if isa == "amx" else (x, weight, bias)
+    operands = (rounded(x), rounded(weight), bias) if isa in ROUNDING else (x, weight, bias)
     assert_close("y", y, conv_pool_formula(*(t.double() for t in operands), height, width, pool))
     _, places = native.conv_pool_fwd(*operands, height, width, pool, SLOPE, F32)
     assert torch.equal(indices, places)  # no two sums of random numbers are as near as their errors
@@ -214,7 +217,7 @@ def test_operands_are_rounded_for_matrix_tiles_alone(isa, shape, dtype):
 
 @pytest.mark.parametrize("shape", [CONV_POOL_SHAPES[i] for i in (2, 3, 5, 7)], ids=str)
 def test_few_products_are_not_rounded(isa, shape):
-    """For these, matrix tiles would take longer than vectors."""
+    """For these, matrix tiles would take longer than vectors of fp32."""
     *sizes, height, width, pool = shape
     tensors, rest = inputs(*sizes), (height, width, pool, SLOPE, F32)
     assert_same_bits([native.conv_pool_fwd(*tensors, *rest, operands) for operands in (None, BF16)])
@@ -301,7 +304,7 @@ def test_same_bits_for_every_number_of_threads(isa, threads, images, largest):
         pooled, indices = native.conv_pool_fwd(x, weight, bias, 144, 144, 4, SLOPE, F32, BF16)
         dense = native.conv_bwd(grad, x, y, weight, 1, 144, 144, True)
         sparse = native.conv_pool_bwd(small, x, pooled, indices, weight, 144, 144, 4, SLOPE, True)
-        wide = weight.repeat(1, 1, 2, 2)  # for matrix tiles
+        wide = weight.repeat(1, 1, 2, 2)  # which may be rounded
         large = native.conv_fwd(x, wide, bias, 1, 144, 144, True, F32, BF16)
         large_grads = native.conv_bwd(grad, x, None, wide, 1, 144, 144, True, BF16)
         runs.append((y, pooled, indices, *dense, *sparse, large, *large_grads))

@@ -51,7 +51,7 @@ def run_conv_alone(x, weight, bias, **kwargs):
     return ops.conv(x, weight, bias, 1, 32, 40, **kwargs)
 
 
-@pytest.mark.skipif(native.native_status().isa != "amx", reason="only matrix tiles take rounded factors")
+@pytest.mark.skipif(native.native_status().isa not in ("avx512_bf16", "amx"), reason="nothing multiplies bf16")
 @pytest.mark.parametrize("run", [run_conv, run_conv_pool, run_conv_alone])
 def test_rounding_does_not_decide_where_gradients_go(run):
     """Sums in front of a ReLU or a maximum are not rounded if there are gradients; these themselves may be."""

@@ -42,24 +42,16 @@ struct Words {
     for (; i + 32 <= n; i += 32) __builtin_memcpy(words + i, numbers + i, 64);
     for (; i < n; ++i) words[i] = numbers[i];
   }
-  static vec of_rows(const vec (&rows)[2]) { return joined(rounded(rows[0]), rounded(rows[1])); }
+  static vec of_rows(const vec (&rows)[2]) { return (vec)joined(rounded(rows[0]), rounded(rows[1])); }
   static const float* paired(float* to, const float* x, int64_t rows, int64_t columns, int64_t stride) {
     const bf16* numbers = reinterpret_cast<const bf16*>(x);
     for (int64_t j = 0; j < rows; j += 2, numbers += 4 * stride)
       for (int64_t i = 0; i < columns; i += kWidth, to += kWidth)
-        store(to, joined(load(numbers + i), j + 1 < rows ? load(numbers + 2 * stride + i) : vec{}));
+        store(to, (vec)joined(load(numbers + i), j + 1 < rows ? load(numbers + 2 * stride + i) : vec{}));
     const int64_t behind = depth(rows) - count(rows);
     __builtin_memset(to, 0, behind * columns * sizeof(float));
     return to - count(rows) * columns;
   }
-
- private:
-  static vec rounded(vec x) {
-    bf16 numbers[kWidth];
-    store(numbers, x);
-    return load(numbers);
-  }
-  static vec joined(vec first, vec second) { return (vec)((bits32)second | (bits32)first >> 16); }
 };
 
 #else

@@ -44,6 +44,13 @@ inline void store(bf16* p, vec v) {
   __builtin_memcpy(p, &high, sizeof high);
 }
 
+// The elements rounded to bf16.
+inline vec rounded(vec v) {
+  bf16 numbers[kWidth];
+  store(numbers, v);
+  return load(numbers);
+}
+
 // For each element, all bits if it is one of the first n, else none.
 inline bits32 is_one_of_the_first(int64_t n) {
   bits32 place;

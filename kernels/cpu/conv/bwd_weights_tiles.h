@@ -6,6 +6,7 @@
 #pragma once
 #include "bwd_weights.h"
 #include "common/amx.h"
+#include "common/bf16_pairs.h"
 #include "tiles.h"
 
 namespace {
@@ -15,7 +16,7 @@ namespace {
 // to[i] = the numbers i and i + 1 of a row, as a pair. `from` has a number more than there are pairs in whole vectors.
 inline void write_pairs(uint32_t* to, const float* from, int64_t n, vec& odd) {
   for (int64_t i = 0; i < n; i += kWidth) {
-    const bits32 pairs = (bits32)rounded(from + i, odd) >> 16 | (bits32)rounded(from + i + 1, odd);
+    const bits32 pairs = joined(rounded(from + i, odd), rounded(from + i + 1, odd));
     __builtin_memcpy(to + i, &pairs, sizeof pairs);
   }
 }

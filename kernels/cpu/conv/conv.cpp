@@ -18,6 +18,14 @@ ConvShape shape(int64_t B, int64_t C, int64_t H, int64_t W, int64_t O, int64_t O
   return {B, C, H, W, O, OH, OW, KH, KW, dilation, pool, top, left};
 }
 
+// A weight rounded to bf16. If that is not finite, `finite` becomes false.
+uint32_t narrowed(float weight, bool& finite) {
+  bf16 number;
+  narrow(number, weight);
+  finite = finite && (number & 0x7f80) != 0x7f80;
+  return number;
+}
+
 // Fills TileWeights with the weights element(o, tap). Returns whether all are finite when they are rounded.
 template <class Element>
 bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float* bias, const Element& element,
@@ -25,24 +33,52 @@ bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float
   constexpr int64_t T = kTileRows, K = kTileNumbers;
   const ConvShape& s = a.s;
   const int64_t row = t.chunks * t.columns * T;
-  std::atomic<bool> finite{true};
+  std::atomic<bool> all_finite{true};
   for (int64_t n = 0; n < t.columns; ++n) bias[n] = a.bias && n < t.across * s.O ? a.bias[n % s.O] : 0;
   for_each_job(s.KH, useful_threads(threads, s.KH), nullptr, 0, [&](int64_t i, float*) {
     uint32_t* to = pairs + i * row;
+    bool finite = true;
     std::memset(to, 0, row * sizeof(uint32_t));
     for (int64_t o = 0; o < s.O; ++o)
       for (int64_t c = 0; c < s.C; ++c)
         for (int64_t j = 0; j < s.KW; ++j) {
-          bf16 number;
-          narrow(number, element(o, (c * s.KH + i) * s.KW + j));
-          if ((number & 0x7f80) == 0x7f80) finite = false;
+          const uint32_t number = narrowed(element(o, (c * s.KH + i) * s.KW + j), finite);
           for (int64_t place = 0; place < t.across; ++place) {
             const int64_t k = (place + j * s.dilation) * s.C + c, n = place * s.O + o;
             const int64_t tile = k / K * (t.columns / T) + n / T;
-            to[(tile * K / 2 + k % K / 2) * T + n % T] |= uint32_t{number} << k % 2 * 16;
+            to[(tile * K / 2 + k % K / 2) * T + n % T] |= number << k % 2 * 16;
           }
         }
+    if (!finite) all_finite = false;
   });
+  return all_finite;
+}
+
+// Fills Taps with the weights element(o, tap).
+template <class Element>
+void pack(const ConvFwd& a, float* to, const Element& element) {
+  const int64_t taps = a.s.taps();
+  for (int64_t o = 0; o < a.s.O; ++o) {
+    const int64_t first = o / a.block * a.block, channels = smaller(a.block, a.s.O - first);
+    for (int64_t t = 0; t < taps; ++t) to[first * taps + t * channels + o - first] = element(o, t);
+  }
+}
+
+// Fills Taps with pairs of the packed weights of every second channel and the next one. Returns whether all are finite
+// when they are rounded.
+bool pack_pairs(const ConvFwd& a, uint32_t* to, const float* w) {
+  const ConvShape& s = a.s;
+  bool finite = true;
+  for (int64_t o = 0; o < s.O; o += a.block) {
+    const int64_t n = s.KH * s.KW * smaller(a.block, s.O - o);  // weights of a channel
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t i = 0; i < n; ++i, ++w) {
+        const uint32_t number = narrowed(*w, finite);
+        if (c % 2 == 0) to[c / 2 * n + i] = number;
+        else to[c / 2 * n + i] |= number << 16;
+      }
+    to += ceil_div(s.C, 2) * n;
+  }
   return finite;
 }
 
@@ -52,37 +88,41 @@ int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   const ConvShape& s = a.s;
   const int64_t taps = s.taps(), phases = s.pool * s.pool;
   a.block = block_of(s.O);
-  const bool tiles = rounded && tiles_pay(s) && kernels().tiles;
-  // Without tiles no result depends on the size of its job. With them a job rounds none of its factors if one is not
-  // finite, so that its size must not depend on the number of threads.
-  a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1), tiles ? 1 : threads / larger(1, s.B));
+  const Rounded by = rounded && rounding_pays(s) ? kernels().rounded : Rounded::none;
+  const bool tiles = by == Rounded::tiles, pairs = by == Rounded::pairs;
+  // Where nothing is rounded no result depends on the size of its job. Else a job rounds none of its factors if one is
+  // not finite, so that its size must not depend on the number of threads.
+  const int64_t wanted = by == Rounded::none ? threads / larger(1, s.B) : 1;
+  a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1), kernels().width, wanted);
   if (!has_places(s, a.l)) return -1;
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const TileSizes sizes(s);
   const int64_t scratch_size = whole_lines(larger(
       tiles ? TileScratch(s, sizes, a.l.rows).all : 0,
       phases * s.C * a.l.plane + kSlack + 2 * a.block * a.l.out_plane + spare_floats(s, a.l)));
-  const int64_t packed = tiles ? sizes.columns + sizes.weights : 0;
+  const int64_t weights = whole_lines(s.O * taps), offsets = whole_lines(phases * taps);
+  const int64_t rounded_weights = tiles ? sizes.columns + sizes.weights : pairs ? weights + offsets : 0;
   threads = useful_threads(threads, jobs);
-  Workspace memory(whole_lines(s.O * taps) + whole_lines(phases * taps) + whole_lines(n) + packed +
-                   threads * scratch_size);
+  Workspace memory(weights + offsets + whole_lines(n) + rounded_weights + threads * scratch_size);
   if (!memory.base) return -1;
-  float* w = memory.take(whole_lines(s.O * taps));
-  int32_t *offsets = take_integers(memory, phases * taps), *positions = take_integers(memory, n);
+  float* w = memory.take(weights);
+  int32_t *places = take_integers(memory, phases * taps), *positions = take_integers(memory, n);
   float* scratch = memory.take(threads * scratch_size);
-  for (int64_t o = 0; o < s.O; ++o) {
-    const int64_t first = o / a.block * a.block, channels = smaller(a.block, s.O - first);
-    for (int64_t t = 0; t < taps; ++t) w[first * taps + t * channels + o - first] = element(o, t);
-  }
-  list_offsets(offsets, s, a.l);
+  pack(a, w, element);
+  list_offsets(places, s, a.l);
   list_positions(positions, s, a.l);
-  a.w = w;
-  a.offsets = offsets;
+  a.taps = {w, places, taps};
   a.positions = positions;
   if (tiles) {
-    float* bias = memory.take(packed);
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(bias + sizes.columns);
-    if (pack_for_tiles(a, sizes, pairs, bias, element, threads)) a.tiles = {pairs, bias};
+    float* bias = memory.take(rounded_weights);
+    uint32_t* to = reinterpret_cast<uint32_t*>(bias + sizes.columns);
+    if (pack_for_tiles(a, sizes, to, bias, element, threads)) a.tiles = {to, bias};
+  }
+  if (pairs) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(memory.take(weights));
+    places = take_integers(memory, phases * taps);
+    list_offsets(places, s, a.l, 2);
+    if (pack_pairs(a, to, w)) a.pairs = {to, places, ceil_div(s.C, 2) * s.KH * s.KW};
   }
   const auto kernel = kernels().fwd;
   for_each_job(jobs, threads, scratch, scratch_size, [&](int64_t job, float* own) { kernel(a, job, own); });
@@ -127,13 +167,13 @@ int input_gradient(const ConvBwdWeights& a, Array d_x, const float* w, bool roun
 int weight_gradient(ConvBwdWeights a, float* dw, float* db, bool rounded, int threads) {
   const ConvShape& s = a.s;
   a.block = block_of(s.O);
-  a.l = layout(s, s.O);
+  a.rounded = rounded && rounding_weights_pays(s) ? kernels().rounded : Rounded::none;
+  a.l = layout(s, s.O, kernels().width * (a.rounded == Rounded::pairs ? 2 : 1));
   if (!has_places(s, a.l)) return -1;
   const int64_t taps = s.taps(), weights = s.O * taps, jobs = s.B * a.l.bands, n = most_positions(s, a.l);
   const int64_t size = whole_lines(weights + s.O);
-  a.tiles = rounded && weight_tiles_pay(s) && kernels().tiles;
   const int64_t scratch_size =
-      whole_lines(larger(a.tiles ? WeightTiles(s, a.l.rows).all : 0,
+      whole_lines(larger(a.rounded == Rounded::tiles ? WeightTiles(s, a.l.rows).all : 0,
                          s.C * a.l.plane + kSlack + s.O * a.l.out_plane + spare_floats(s, a.l)));
   threads = useful_threads(threads, jobs);
   Workspace memory(whole_lines(taps) + whole_lines(n) + sum_jobs_floats(jobs, size, scratch_size, threads));

@@ -12,7 +12,7 @@
 
 namespace insvp_fast {
 
-constexpr int64_t kSlack = 16;  // zeros behind the last row of a plane, which a vector may read
+constexpr int64_t kSlack = 32;  // zeros behind the last row of a plane, which a vector may read
 
 struct ConvShape {
   int64_t B, C, H, W, O, OH, OW, KH, KW, dilation, pool;
@@ -27,7 +27,19 @@ struct ConvLayout {
   int64_t rows, bands;  // pooled rows of a job, jobs of an image
   int64_t halo;         // rows of a phase that a job reads beyond its own
   int64_t stride, plane, out_plane;
-  bool flat;  // whether vectors run on from row to row, through the padding between them
+  int64_t width;  // the places that are computed together: those of a vector, or two
+  bool flat;      // whether they run on from row to row, through the padding between them
+};
+
+// What multiplies factors that are rounded to bf16: matrix tiles, or vectors of pairs; none if nothing is faster so.
+enum class Rounded { none, pairs, tiles };
+
+// The weights for vectors. A word is the weight of one channel or, in bf16, those of two channels.
+template <class Word>
+struct Taps {
+  const Word* w;           // blocks of channels out (the last may have fewer), each [taps, channels]; null: absent
+  const int32_t* offsets;  // [pool * pool, taps], where a tap finds its input
+  int64_t count;
 };
 
 // The second operand of products in matrix tiles (tiles.h); null: absent.
@@ -41,12 +53,12 @@ struct ConvFwd {
   ConvLayout l;
   Array x, mask, y;          // where the mask is 0 or less (and not NaN), x counts as zero; null: absent
   uint8_t* indices;          // [B, O, rows, columns], the maximum's place in its window; null if pool is 1
-  const float* w;            // blocks of `block` channels (the last may have fewer), each [taps, channels]
   const float* bias;         // [O]; null: absent
-  const int32_t* offsets;    // [pool * pool, taps], where a tap finds its input
   const int32_t* positions;  // of the vectors of a job
-  int64_t block;
+  int64_t block;             // channels out that are computed together, at most
   float negative_slope;
+  Taps<float> taps;
+  Taps<uint32_t> pairs;
   TileWeights tiles;
 };
 
@@ -55,9 +67,9 @@ struct ConvBwdWeights {
   ConvShape s;
   ConvLayout l;
   Array grad, mask, x;
-  const int32_t *offsets, *positions;  // as in ConvFwd
+  const int32_t *offsets, *positions;  // as in Taps and ConvFwd
   int64_t block;
-  bool tiles;  // whether matrix tiles may round factors
+  Rounded rounded;  // by what, if factors may be rounded
 };
 
 // The gradients through max-pooling, of which one position of a window has any. The others would contribute 0 times an
@@ -77,7 +89,7 @@ struct ConvPoolBwd {
 struct ConvKernels {
   int64_t width;     // floats of a vector
   int64_t channels;  // of a block, at most
-  bool tiles;        // whether there are matrix tiles
+  Rounded rounded;
   void (*fwd)(const ConvFwd&, int64_t job, float* scratch);
   void (*bwd_weights)(const ConvBwdWeights&, int64_t job, float* scratch, float* dw, float* db);
   void (*pool_bwd_weights)(const ConvPoolBwd&, int64_t job, float* scratch, float* dw, float* db);

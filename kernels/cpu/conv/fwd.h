@@ -1,13 +1,13 @@
 // The forward convolution of one job.
 #pragma once
-#include "input.h"
+#include "pairs.h"
 #include "tile.h"
 
 namespace {
 
 // The sums of M channels at V vectors.
-template <int M, int V>
-inline void products(vec (&acc)[M][V], const float* x, const int32_t* offsets, int64_t taps, const float* w,
+template <class Word, int M, int V>
+inline void products(vec (&acc)[M][V], const float* x, const int32_t* offsets, int64_t taps, const Word* w,
                      const float* bias, const int32_t (&p)[V]) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -21,7 +21,7 @@ inline void products(vec (&acc)[M][V], const float* x, const int32_t* offsets, i
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[m][v] += w[m] * in[v];
+      for (int v = 0; v < V; ++v) acc[m][v] = mul_add(acc[m][v], w[m], in[v]);
   }
 }
 
@@ -39,22 +39,24 @@ inline vec leaky_relu(vec x, float negative_slope) {
 }
 
 // M channels at `count` vectors: the sums or, with pooling, the maximum of each window and the place of the first one.
-template <int M>
-inline void correlate(const ConvFwd& a, const float* x, const float* w, const float* bias, int64_t count, float* out,
-                      float* indices) {
+template <int M, class Word>
+inline void correlate(const ConvFwd& a, const Taps<Word>& taps, int64_t channel, const float* x, int64_t count,
+                      float* out, float* indices) {
   constexpr int V = across(M);
-  const int64_t taps = a.s.taps(), phases = a.s.pool * a.s.pool;
+  const int64_t phases = a.s.pool * a.s.pool;
+  const Word* w = taps.w + channel * taps.count;
+  const float* bias = a.bias ? a.bias + channel : nullptr;
   for (int64_t i = 0; i < count; i += V) {
     int32_t p[V];
     for (int v = 0; v < V; ++v) p[v] = a.positions[smaller(i + v, count - 1)];
     vec best[M][V];
-    products(best, x, a.offsets, taps, w, bias, p);
+    products(best, x, taps.offsets, taps.count, w, bias, p);
     if (phases > 1) {
       vec place[M][V], acc[M][V];
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) place[m][v] = vec{};
       for (int64_t phase = 1; phase < phases; ++phase) {
-        products(acc, x, a.offsets + phase * taps, taps, w, bias, p);
+        products(acc, x, taps.offsets + phase * taps.count, taps.count, w, bias, p);
         for (int m = 0; m < M; ++m)
           for (int v = 0; v < V; ++v) keep_larger(best[m][v], place[m][v], acc[m][v], phase);
       }
@@ -70,6 +72,7 @@ inline void write_places(uint8_t* to, const float* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(static_cast<int>(from[i]));
 }
 
+template <Rounded by>
 void conv_fwd_in_vectors(const ConvFwd& a, int64_t job, float* scratch) {
   const ConvShape& s = a.s;
   const ConvLayout& l = a.l;
@@ -80,17 +83,21 @@ void conv_fwd_in_vectors(const ConvFwd& a, int64_t job, float* scratch) {
   float* spare = indices + (s.pool > 1 ? a.block * l.out_plane : 0);
   const Padded from{a.x, a.mask, s.C, s.H, s.W, b, s.top + first * s.pool, s.left};
   fill(x, from, rows + l.halo, l.stride, l.plane, s.pool, spare);
-  for (int64_t o = 0; o < s.O; o += a.block) {
-    const int64_t channels = smaller(a.block, s.O - o), count = vectors(s, l, rows);
-    const float *w = a.w + o * s.taps(), *bias = a.bias ? a.bias + o : nullptr;
-    with_constant<kChannels>(channels, [&](auto M) { correlate<M.value>(a, x, w, bias, count, out, indices); });
-    for (int64_t m = 0; m < channels; ++m)
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t to = ((b * s.O + o + m) * s.rows_out() + first + r) * s.cols_out();
-        write(a.y, to, out + m * l.out_plane + r * l.stride, s.cols_out());
-        if (s.pool > 1) write_places(a.indices + to, indices + m * l.out_plane + r * l.stride, s.cols_out());
-      }
-  }
+  const auto compute = [&](const auto& taps) {
+    for (int64_t o = 0; o < s.O; o += a.block) {
+      const int64_t channels = smaller(a.block, s.O - o), count = vectors(s, l, rows);
+      with_constant<kChannels>(channels, [&](auto M) { correlate<M.value>(a, taps, o, x, count, out, indices); });
+      for (int64_t m = 0; m < channels; ++m)
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t to = ((b * s.O + o + m) * s.rows_out() + first + r) * s.cols_out();
+          write(a.y, to, out + m * l.out_plane + r * l.stride, s.cols_out());
+          if (s.pool > 1) write_places(a.indices + to, indices + m * l.out_plane + r * l.stride, s.cols_out());
+        }
+    }
+  };
+  if constexpr (by == Rounded::pairs)
+    if (a.pairs.w && pair_channels(x, s, l, rows + l.halo)) return compute(a.pairs);
+  compute(a.taps);
 }
 
 }  // namespace

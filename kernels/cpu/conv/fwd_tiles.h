@@ -7,7 +7,6 @@
 namespace {
 
 #ifdef INSVP_FAST_AMX
-constexpr bool kHasTiles = true;
 static_assert(kTileRows == kTile);  // which files without the instruction set do not know
 
 // Fills a map [rows, cols, C] in bf16. Returns whether all of it is finite.
@@ -140,8 +139,6 @@ bool conv_fwd_in_tiles(const ConvFwd& a, int64_t job, float* scratch) {
   return true;
 }
 #else
-constexpr bool kHasTiles = false;
-
 inline bool conv_fwd_in_tiles(const ConvFwd&, int64_t, float*) { return false; }
 #endif
 

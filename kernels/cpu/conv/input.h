@@ -14,9 +14,7 @@ inline void zero(float* to, int64_t n) {
 
 // A vector rounded to bf16; `odd` becomes NaN where a number is then not finite.
 inline vec rounded(const float* from, vec& odd) {
-  bf16 numbers[kWidth];
-  store(numbers, load(from));
-  const vec v = load(numbers);
+  const vec v = rounded(load(from));
   odd += v - v;
   return v;
 }
@@ -67,7 +65,8 @@ inline void fill(float* to, const Padded& from, int64_t rows, int64_t stride, in
 
 // The number of vectors in `rows` output rows of a channel.
 inline int64_t vectors(const ConvShape& s, const ConvLayout& l, int64_t rows) {
-  return l.flat ? ceil_div((rows - 1) * l.stride + s.cols_out(), kWidth) : rows * ceil_div(s.cols_out(), kWidth);
+  const int64_t cols = s.cols_out();
+  return (l.flat ? round_up((rows - 1) * l.stride + cols, l.width) : rows * round_up(cols, l.width)) / kWidth;
 }
 
 }  // namespace

@@ -16,11 +16,12 @@ inline int64_t rows_of_job(int64_t rows, int64_t floats_of_row, int64_t floats_o
   return ceil_div(rows, larger(ceil_div(rows, most), smaller(wanted, rows / kFewestRows)));
 }
 
-// `out_channels` is the number of output channels in the scratch of a job; an image has about `wanted` jobs where it
-// can.
-inline ConvLayout layout(const ConvShape& s, int64_t out_channels, int64_t wanted = 1) {
+// `out_channels` is the number of output channels in the scratch of a job; `width` places
+// are computed together; an image has about `wanted` jobs where it can.
+inline ConvLayout layout(const ConvShape& s, int64_t out_channels, int64_t width, int64_t wanted = 1) {
   ConvLayout l{};
-  const int64_t planes = s.pool * s.pool * s.C, cols = s.cols_out(), width = kernels().width;
+  const int64_t planes = s.pool * s.pool * s.C, cols = s.cols_out();
+  l.width = width;
   const int64_t padded = cols + ceil_div((s.KW - 1) * s.dilation, s.pool);
   l.halo = ceil_div((s.KH - 1) * s.dilation, s.pool);
   l.flat = padded < round_up(cols, width);
@@ -44,20 +45,20 @@ inline bool has_places(const ConvShape& s, const ConvLayout& l) {
 
 // The number of vectors of a job, at most.
 inline int64_t most_positions(const ConvShape& s, const ConvLayout& l) {
-  return l.rows * ceil_div(larger(l.stride, s.cols_out()), kernels().width) + 1;
+  return (l.rows * ceil_div(larger(l.stride, s.cols_out()), l.width) + 1) * (l.width / kernels().width);
 }
 
 // Where the vectors of a job begin in a plane.
 inline void list_positions(int32_t* to, const ConvShape& s, const ConvLayout& l) {
-  const int64_t width = kernels().width, n = most_positions(s, l), across = ceil_div(s.cols_out(), width);
+  const int64_t width = kernels().width, n = most_positions(s, l), across = round_up(s.cols_out(), l.width) / width;
   for (int64_t i = 0; i < n; ++i)
     to[i] = static_cast<int32_t>(l.flat ? i * width : i / across * l.stride + i % across * width);
 }
 
-// For each phase, where a tap (channel, row, column) finds its input.
-inline void list_offsets(int32_t* to, const ConvShape& s, const ConvLayout& l) {
+// For each phase, where a tap (channel, row, column) finds its input, for every `step`-th channel.
+inline void list_offsets(int32_t* to, const ConvShape& s, const ConvLayout& l, int64_t step = 1) {
   for (int64_t phase = 0; phase < s.pool * s.pool; ++phase)
-    for (int64_t c = 0; c < s.C; ++c)
+    for (int64_t c = 0; c < s.C; c += step)
       for (int64_t i = 0; i < s.KH; ++i)
         for (int64_t j = 0; j < s.KW; ++j) {
           const int64_t y = phase / s.pool + i * s.dilation, x = phase % s.pool + j * s.dilation;

@@ -62,15 +62,15 @@ struct WeightTiles {
         all(grad + pairs + 4 * kTileRows * kTileRows + whole_lines(s.O) + row + whole_lines(larger(s.W, s.OW))) {}
 };
 
-// Whether tiles take fewer cycles for an output than vectors: about 25 for a product of tiles, whose operands often
-// begin inside of a cache line, and a few to round and turn each number of the map, and to turn results without
-// pooling.
-inline bool tiles_pay(const ConvShape& s) {
+// Whether factors that may be rounded are: where tiles take fewer cycles for an output than vectors of fp32: about 25
+// for a product of tiles, whose operands often begin inside of a cache line, and a few to round and turn each number of
+// the map, and to turn results without pooling. Pairs are taken for the same convolutions.
+inline bool rounding_pays(const ConvShape& s) {
   const TileSizes t(s);
   const double products = 25.0 * s.KH * t.chunks * t.columns / (kTileRows * kTileRows * t.across);
   const double vectors = s.KH * s.KW * s.C * s.O / 32.0;
   return products + 2.5 * s.C + (s.pool > 1 ? 0 : 1.5 * s.O) < vectors;
 }
-inline bool weight_tiles_pay(const ConvShape& s) { return s.dilation == 1 && tiles_pay(s); }
+inline bool rounding_weights_pays(const ConvShape& s) { return s.dilation == 1 && rounding_pays(s); }
 
 }  // namespace
