@@ -39,12 +39,12 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
     Args:
         recompute: what backward computes again instead of keeping it, with the same numbers: "none", "mlp" (the hidden
-            layers: half of the memory, a sixth more products), or "block" (all blocks).
+            layers: two fifths less memory, a sixth more products), or "block" (all blocks).
         fold_norm: fold the frozen norms' affine maps and the layer scales into the products beside them, which rounds
             those weights again.
         attention: the implementation, one of ``ops.ATTENTION``; in windows and with a bias of the scores, one of
             ``ops.WINDOW_ATTENTION``.
-        gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a quarter less memory for a block in bf16,
+        gelu_in_8_bits: keep the derivative of GELU for backward in 8 bits: a fifth less memory in bf16,
             and gradients that are off by up to 0.25 %. This is the only setting that is not exact.
         compile_prompters: run the convolutional prompters through ``torch.compile``.
         cuda_graphs: on a GPU, launch all kernels from the image to the last block at once, as a CUDA graph, from the

@@ -16,7 +16,7 @@ __all__ = ["apply", "differentiates", "first_order", "only_needed"]
 
 
 def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
-    """Let an autograd function say, where its gradient is differentiated or batched, which it is and what to use.
+    """Where its gradient is differentiated or batched, let an autograd function raise an error that says what to use.
 
     Args:
         name: of the operation in ``insvp_fast.ops``.

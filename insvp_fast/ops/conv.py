@@ -206,11 +206,13 @@ def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return native.conv_bwd(*a)
 
 
-def _fwd_native_reason(a: _Fwd) -> str | None:
+def fwd_native_reason(a: Any) -> str | None:
+    """Why native kernels cannot convolve the operands of a forward pass."""
     return native_reason(a.x.device, a.x.dtype, a.dtype, weights=(a.weight, a.bias))
 
 
-def _bwd_native_reason(a: _Bwd) -> str | None:
+def bwd_native_reason(a: Any) -> str | None:
+    """The same of a backward pass."""
     reason = native_reason(a.x.device, a.grad.dtype, a.x.dtype, weights=(a.weight,))
     return reason or not_finite_reason(a.grad, a.x, a.weight)
 
@@ -276,7 +278,7 @@ register(
     "Tensor",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_reason, recordable=True),
+    native=Implementation(_fwd_native, fwd_native_reason, recordable=True),
     triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
@@ -285,6 +287,6 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_reason),
+    native=Implementation(_bwd_native, bwd_native_reason),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

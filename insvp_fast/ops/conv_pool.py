@@ -10,19 +10,19 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, differentiates, first_order, only_needed
 from insvp_fast.ops.conv import (
+    bwd_native_reason,
     check_shapes,
     conv_bwd_reference,
     conv_reference,
     fake_grads,
+    fwd_native_reason,
     margin,
     narrow_grads,
-    not_finite_reason,
 )
 from insvp_fast.ops.registry import (
     Implementation,
     Size,
     call,
-    native_reason,
     register,
     require,
     triton_reason,
@@ -175,15 +175,6 @@ def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return native.conv_pool_bwd(*a)
 
 
-def _fwd_native_reason(a: _Fwd) -> str | None:
-    return native_reason(a.x.device, a.x.dtype, a.dtype, weights=(a.weight, a.bias))
-
-
-def _bwd_native_reason(a: _Bwd) -> str | None:
-    reason = native_reason(a.x.device, a.grad.dtype, a.x.dtype, weights=(a.weight,))
-    return reason or not_finite_reason(a.grad, a.x, a.weight)
-
-
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
     from insvp_fast.kernels.gpu import conv_pool as kernel
 
@@ -233,7 +224,7 @@ register(
     "(Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_reason, recordable=True),
+    native=Implementation(_fwd_native, fwd_native_reason, recordable=True),
     triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
@@ -242,6 +233,6 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_reason),
+    native=Implementation(_bwd_native, bwd_native_reason),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -131,6 +131,8 @@ def _draws_as_pytorch() -> bool:
     generator, ones = torch.Generator("cpu"), torch.ones(701, dtype=torch.float32, device="cpu")
     for p in (0.1, 0.9):
         state = generator.get_state()
+        if state.numel() < native.STATE_BYTES:
+            return False
         expected = torch.empty_like(ones).bernoulli_(1 - p, generator=generator), generator.get_state()
         generator.set_state(state)
         kept = native.dropout_fwd(ones, p, generator)[1].to(ones.dtype)

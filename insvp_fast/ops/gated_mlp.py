@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
-from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
+from insvp_fast.ops.linear import PROVIDERS, auto_providers, frozen_operands, provider_reason
 from insvp_fast.ops.registry import PACKS, Implementation, call, register, require
 from insvp_fast.runtime import products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
@@ -175,10 +174,6 @@ def _normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     return cast(Tensor, d_x).view(x.shape)
 
 
-def _auto(a: _Fwd | _Bwd) -> Sequence[str]:
-    return [products.provider(a[0].dtype, a[0].device)]
-
-
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
     kept = (*a.x.shape[:-1], a.wg.shape[0]) if a.keep == "pre" else 0
     rows = a.x.shape[:-1]
@@ -196,7 +191,7 @@ register(
     PACKS,
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
-    auto=_auto,
+    auto=auto_providers,
     **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS},
 )
 register(
@@ -206,6 +201,6 @@ register(
     PACKS,
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
-    auto=_auto,
+    auto=auto_providers,
     **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS},
 )

@@ -178,7 +178,8 @@ def _bwd(how: str, a: _Bwd) -> Tensor:
     return products.linear_bwd(a.grad, FrozenLinear(*a[1:]), how)
 
 
-def _auto(a: _Fwd | _Bwd) -> Sequence[str]:
+def auto_providers(a: Any) -> Sequence[str]:
+    """Of operands that begin with what is multiplied: the providers that "auto" tries."""
     return [products.provider(a[0].dtype, a[0].device)]
 
 
@@ -213,7 +214,7 @@ register(
     PACKS,
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
-    auto=_auto,
+    auto=auto_providers,
     **{how: Implementation(partial(_fwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )
 register(
@@ -223,6 +224,6 @@ register(
     PACKS,
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
-    auto=_auto,
+    auto=auto_providers,
     **{how: Implementation(partial(_bwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )

@@ -1,8 +1,7 @@
 """Reused memory for large results on CPUs, as the CUDA allocator does it for GPUs.
 
 The C library returns large blocks to the operating system as soon as they are free, so that every training step pays
-for the same page faults again: a fresh buffer of 19 MB costs several times what GELU does with it. Here a block is kept
-when its tensor dies, and serves the next tensor of its size.
+for the same page faults again. Here a block is kept when its tensor dies, and serves the next tensor of its size.
 
 Blocks are lent through public interfaces alone. A block is an ``mmap``: page-aligned, private to a process after a
 fork, and returned to the system when it is dropped, which NumPy arrays do not promise. PyTorch gets a fresh view of it
@@ -86,7 +85,7 @@ def _lend(nbytes: int) -> memoryview:
 
 
 class _Lent(weakref.ref[memoryview]):
-    """The end of a view, which gives back its block; ``weakref.finalize`` does the same in twice the time."""
+    """The end of a view, which gives back its block; ``weakref.finalize`` does the same more slowly."""
 
     block: mmap.mmap
 

@@ -19,7 +19,7 @@ def has_products(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices in ``dtype`` at full speed.
 
     fp32 and wider always, 16 bits where oneDNN has instructions for it. Elsewhere PyTorch's 16-bit products are slower
-    than widening the operands to fp32: with AVX-512 by half, with less, where they are scalar code, a hundred times.
+    than widening the operands to fp32: without AVX-512 by far, as they are scalar code.
     """
     return bool(torch_private.HAS_PRODUCTS.get(dtype, True))
 

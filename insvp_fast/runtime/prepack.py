@@ -184,7 +184,7 @@ class Uses:
             look = look_at([record.fingerprint for record in self._looked_at(found).values()])
             last = self._last = _Found(state, records, look)
         if last.broken():
-            _drop_broken(self._looked_at(found))  # a look at each alone would be one at its next sample
+            _drop_broken(self._looked_at(found))  # to look again at each would look at its next sample
             found = [None] * len(found)
         return [use.made(record) for use, record in zip(self._uses, found, strict=True)]
 

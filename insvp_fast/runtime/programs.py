@@ -121,7 +121,7 @@ class Program:
 
 
 def _layout(x: Tensor) -> object:
-    return x.shape, x.stride(), x.storage_offset(), x.dtype
+    return x.device, x.shape, x.stride(), x.storage_offset(), x.dtype
 
 
 class _Known(NamedTuple):

@@ -145,7 +145,7 @@ def sdpa_order() -> tuple[int, ...]:
 
 
 def current_stream(device: torch.device) -> int:
-    """What names the current stream of a GPU; PyTorch's object for it takes ten times as long to make."""
+    """What names the current stream of a GPU; PyTorch's object for it takes longer to make."""
     if _raw_stream is None or device.index is None:
         return torch.cuda.current_stream(device).cuda_stream
     return _raw_stream(device.index)
@@ -198,7 +198,7 @@ def dispatches(arguments: Sequence[object]) -> bool:
     """Whether PyTorch's dispatcher has more to do for an operator on these than to run its kernel.
 
     It has for modes, traces, transforms and the profiler of this thread, and for tensors of other classes or with other
-    keys: fake, meta, sparse, lazily negated and the like. It decides by what is asked here, for a seventh of the time.
+    keys: fake, meta, sparse, lazily negated and the like. It decides by what is asked here, which takes less time.
     """
     if not _KEYS or _len_function_modes() or _len_dispatch_modes() or _profiles():
         return True

@@ -4,7 +4,7 @@ They are x P(x) with a distribution function P: in GELU in its exact (erf) form 
 its approximation by tanh, in quick GELU and in SiLU sigmoid(a x + b x³).
 
 Only one tail of Φ is computed, Φ(-a) = 2^p(a) with a = |x| and a polynomial p of degree 10. It is fitted to log2 Φ(-a),
-and beyond the range of the fit it decreases without bound. This takes half the instructions of libdevice's erf, with
+and beyond the range of the fit it decreases without bound. This takes fewer instructions than libdevice's erf, with
 which the kernel would be limited by computation and not by memory. In fp32 the absolute error is at most 4e-8, half a
 unit in the last place of 1, and the relative error at most 1e-5 down to x = -6, where 1 + erf has lost all its digits.
 

@@ -228,7 +228,7 @@ def launch_config(kind: str, OUT: int, pool: int, dtype: torch.dtype, arch: int 
         BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32, 8 if arch == 80 else 4, 2
     elif kind == "bwd_map" and not wide:
         BLOCK_M, BLOCK_K, num_warps, num_stages = 64, 32 if arch == 100 else 64, 8, 2 if arch == "gfx942" else 3
-    else:  # twice to three times as fast on an H200 as with loads ahead, for which registers are too few
+    else:  # loads ahead were slower on an H200: there are too few registers for them
         BLOCK_M, BLOCK_K, num_warps, num_stages = (64, 32, 8, 1) if wide else (32, 64, 4, 1)
         if kind == "fwd" and arch == 80:
             BLOCK_K = 16

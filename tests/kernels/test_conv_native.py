@@ -337,3 +337,14 @@ def test_wrong_arguments_are_refused():
         native.conv_pool_fwd(x, weight, bias, 17, 17, 17, SLOPE, F32)
     with pytest.raises(ValueError, match="grad has shape"):
         native.conv_bwd(grad[:, :1], x, None, weight, 1, 12, 12, True)
+    for dilation in (0, -1):
+        with pytest.raises(ValueError, match=f"dilation is {dilation}: expected at least 1"):
+            native.conv_fwd(x, weight, bias, dilation, 12, 12, True, F32)
+        with pytest.raises(ValueError, match=f"dilation is {dilation}: expected at least 1"):
+            native.conv_bwd(grad, x, None, weight, dilation, 12, 12, True)
+    y, indices = native.conv_pool_fwd(x, weight, bias, 12, 12, 2, SLOPE, F32)
+    indices[0, 1, 2, 3] = 4
+    with pytest.raises(ValueError, match="an index of a maximum is 4: expected less than 4"):
+        native.conv_pool_bwd(y, x, y, indices, weight, 12, 12, 2, SLOPE, True)
+    with pytest.raises(ValueError, match="windows of 0x0"):
+        native.conv_pool_bwd(y, x, y, indices, weight, 12, 12, 0, SLOPE, True)

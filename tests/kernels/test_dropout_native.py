@@ -101,6 +101,15 @@ def test_what_is_refused():
         native.dropout_bwd(x, x, 0.5)
     with pytest.raises(ValueError, match="grad has shape"):
         native.dropout_bwd(x, torch.zeros(4, dtype=torch.bool), 0.5)
+    with pytest.raises(ValueError, match="the generator has 16 bytes of state: expected at least 5016"):
+        native.dropout_fwd(x, 0.5, OtherGenerator())
+
+
+class OtherGenerator:
+    """With a shorter state, as those of GPUs have."""
+
+    def get_state(self):
+        return torch.zeros(16, dtype=torch.uint8)
 
 
 def test_nothing_is_drawn_for_no_element():

@@ -110,3 +110,9 @@ def test_wrong_arguments_are_refused():
         native.norm_insert_fwd(residual.double(), branch, prompts, None, None, 1e-6, F32)
     with pytest.raises(ValueError, match=r"residual has shape \(5, 8\): expected \[B, T, D\]"):
         native.norm_insert_fwd(residual[0], branch, prompts, None, None, 1e-6, F32)
+    with pytest.raises(TypeError, match=r"normed cannot have dtype torch\.float16"):
+        native.norm_insert_fwd(residual, branch, prompts, None, None, 1e-6, torch.float16)
+    _, normed, xhat, rstd = native.norm_insert_fwd(residual, branch, prompts, torch.ones(8), None, 1e-6, F32)
+    for dtypes in ((torch.float16, F32), (F32, torch.float16), (F32, F32, True, torch.float16)):
+        with pytest.raises(TypeError, match=r"d_\w+ cannot have dtype torch\.float16"):
+            native.norm_insert_bwd(residual, normed, xhat, rstd, None, 5, *dtypes)

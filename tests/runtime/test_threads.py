@@ -56,7 +56,7 @@ def test_threads_may_change_between_calls(autocast, threads):
 @pytest.mark.parametrize("n", [7, 70])
 @pytest.mark.usefixtures("poison")  # else memory of the call before may hold what a thread has left out
 def test_any_number_of_threads_computes_every_head(n, threads):
-    """Also more than processors, and than shares of the work (``for_each_job`` in kernels/cpu/common/host.h)."""
+    """Also more than processors, and than shares of the work (``for_each_job`` in kernels/cpu/common/threads.h)."""
     qkv = torch.randn(25, 7, 3 * 3 * 8)
     threads(1)
     expected = attention(qkv, 3, 5, 0.5, impl="native")

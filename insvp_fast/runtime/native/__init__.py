@@ -23,7 +23,7 @@ from insvp_fast.runtime.native.attention import (
 )
 from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, conv_pool_fwd
 from insvp_fast.runtime.native.copy import copy
-from insvp_fast.runtime.native.dropout import dropout_bwd, dropout_fwd, dropout_mask
+from insvp_fast.runtime.native.dropout import STATE_BYTES, dropout_bwd, dropout_fwd, dropout_mask
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums, Look
 from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatus, available, native_status
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
@@ -37,6 +37,7 @@ __all__ = [
     "DTYPES",
     "LINES",
     "POINTER",
+    "STATE_BYTES",
     "Call",
     "Checksums",
     "Look",

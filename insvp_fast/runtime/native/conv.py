@@ -21,6 +21,7 @@ from insvp_fast.runtime.native.library import (
     pointer,
     ptr,
     require,
+    require_dtype,
 )
 
 __all__ = ["conv_bwd", "conv_fwd", "conv_pool_bwd", "conv_pool_fwd"]
@@ -30,8 +31,12 @@ _BWD = [*array * 3, ptr, *array, ptr, ptr, *[i64] * 10, i32]
 _POOL_BWD = [*array * 2, ptr, *array, ptr, *array, ptr, ptr, *[i64] * 10, f32]
 
 
-def _sizes(x: Tensor, weight: Tensor, height: int, width: int, pool: int = 1) -> tuple[int, ...]:
+def _sizes(x: Tensor, weight: Tensor, height: int, width: int, *, dilation: int = 1, pool: int = 1) -> tuple[int, ...]:
     """B, C, H, W, O, height, width, kh, kw."""
+    if not 1 <= pool <= 16:
+        raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
+    if dilation < 1:
+        raise ValueError(f"dilation is {dilation}: expected at least 1")
     if x.ndim != 4 or weight.ndim != 4 or 0 in weight.shape:
         shapes = tuple(x.shape), tuple(weight.shape)
         raise ValueError(f"x and weight have shapes {shapes}: expected [B, C, H, W] and [O, C, kh, kw], not empty")
@@ -62,9 +67,8 @@ def _run_fwd(
     dtype: torch.dtype,
     operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    sizes = _sizes(x, weight, height, width, pool)
-    if dtype not in TYPE_CODES:
-        raise TypeError(f"y cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
+    sizes = _sizes(x, weight, height, width, dilation=dilation, pool=pool)
+    require_dtype("y", dtype)
     x = require("x", x, sizes[:4], *TYPE_CODES)
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     bias = require("bias", bias, sizes[4:5], torch.float32)
@@ -115,8 +119,6 @@ def conv_pool_fwd(
     Returns y [B, O, height / pool, width / pool] in ``dtype`` and, in uint8, the index of each maximum in its window,
     row by row: the first of equal ones, the last NaN. The arguments are those of ``conv_fwd``; ``pool`` is at most 16.
     """
-    if not 1 <= pool <= 16:
-        raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
     y, indices = _run_fwd(x, weight, bias, 1, height, width, pool, negative_slope, dtype, operands)
     return y, torch.zeros(y.shape, dtype=torch.uint8, device="cpu") if indices is None else indices
 
@@ -145,7 +147,7 @@ def conv_bwd(
     bits for every number of threads. The caller makes sure that grad, x and weight are finite: 0 times a number counts
     as 0. Errors: see ``native``.
     """
-    sizes = _sizes(x, weight, height, width)
+    sizes = _sizes(x, weight, height, width, dilation=dilation)
     grad = require("grad", grad, (sizes[0], sizes[4], height, width), *TYPE_CODES)
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = None if y is None else require("y", y, grad.shape, *TYPE_CODES)
@@ -176,11 +178,13 @@ def conv_pool_bwd(
 
     Dtypes are those of ``conv_bwd``, y and indices those of ``conv_pool_fwd``. Errors: see ``native``.
     """
-    sizes = _sizes(x, weight, height, width, pool)
+    sizes = _sizes(x, weight, height, width, pool=pool)
     grad = require("grad", grad, (sizes[0], sizes[4], height // pool, width // pool), *TYPE_CODES)
     x = require("x", x, sizes[:4], *TYPE_CODES)
     y = require("y", y, grad.shape, *TYPE_CODES)
     indices = require("indices", indices, tuple(grad.shape), torch.uint8)
+    if indices.numel() and int(indices.max()) >= pool**2:  # C++ would read and write elsewhere
+        raise ValueError(f"an index of a maximum is {int(indices.max())}: expected less than {pool**2}")
     weight = require("weight", weight, _weight_shape(sizes), torch.float32)
     d_x, d_weight, d_bias = _empty_grads(x, weight, need_x)
     call(

@@ -15,10 +15,12 @@ from torch import Generator, Tensor
 from insvp_fast.runtime import buffers
 from insvp_fast.runtime.native.library import TYPE_CODES, array, call, f32, i64, pointer, ptr, require
 
-__all__ = ["dropout_bwd", "dropout_fwd", "dropout_mask"]
+__all__ = ["STATE_BYTES", "dropout_bwd", "dropout_fwd", "dropout_mask"]
 
 _FWD = [ptr, *array, *[ptr] * 3, i64, ctypes.c_uint64, f32]
 _BWD = [ptr, *array, ptr, i64, f32]
+
+STATE_BYTES = 5016  # of a generator's state that C++ reads and writes
 
 
 def dropout_fwd(x: Tensor, p: float, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -49,11 +51,13 @@ def _draw(operands: Sequence[object], kept: Tensor, p: float, scale: float, gene
     with _lock:
         while True:
             before = generator.get_state()
+            if before.numel() < STATE_BYTES:
+                raise ValueError(f"the generator has {before.numel()} bytes of state: expected at least {STATE_BYTES}")
             after = before.clone()
             rest = kept.data_ptr(), before.data_ptr(), after.data_ptr(), kept.numel(), below, scale
             call("dropout_fwd", _FWD, *operands, *rest)
             unchanged = before.numpy().tobytes()
-            if generator.get_state().numpy().tobytes() == unchanged:  # bytes: nothing here lets other threads run
+            if generator.get_state().numpy().tobytes() == unchanged:  # bytes: neither call waits for other threads
                 generator.set_state(after)
                 return
 

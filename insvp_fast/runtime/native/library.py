@@ -101,6 +101,12 @@ def require_kind(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}: expected {' or '.join(map(str, dtypes))}")
 
 
+def require_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check that C++ has a dtype; raises TypeError."""
+    if dtype not in TYPE_CODES:
+        raise TypeError(f"{name} cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
+
+
 def require(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
     """``x``, contiguous, after a check of its device, dtype and shape.
 

@@ -20,6 +20,7 @@ from insvp_fast.runtime.native.library import (
     pointer,
     ptr,
     require,
+    require_dtype,
     require_kind,
 )
 
@@ -50,8 +51,7 @@ def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [D_out, D_in]")
     require_kind("weight", weight, *TYPE_CODES)
-    if dtype not in TYPE_CODES:
-        raise TypeError(f"operands cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
+    require_dtype("operands", dtype)
     dtype = _packed_type(dtype)
     packed = torch.empty(_packed_size(dtype, *weight.shape), dtype=dtype, device="cpu")
     call("linear_pack", _PACK, *pointer(packed), *pointer(weight), *weight.shape, *weight.stride())
@@ -73,8 +73,7 @@ def _product(
     require_kind("x", x, *TYPE_CODES)
     *rows, K = x.shape
     dtype = x.dtype if dtype is None else dtype
-    if dtype not in TYPE_CODES:
-        raise TypeError(f"the product cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
+    require_dtype("the product", dtype)
     kinds = {torch.float32, _packed_type(x.dtype)}
     require_kind("packed", packed, *kinds)
     packed = require("packed", packed, (_packed_size(packed.dtype, out_features, K),), *kinds)

@@ -20,6 +20,7 @@ from insvp_fast.runtime.native.library import (
     pointer,
     ptr,
     require,
+    require_dtype,
 )
 
 __all__ = ["norm_insert_bwd", "norm_insert_fwd"]
@@ -49,6 +50,7 @@ def norm_insert_fwd(
         raise ValueError(f"residual has shape {tuple(residual.shape)}: expected [B, T, D]")
     B, T, D = residual.shape
     L = 0 if prompts is None else prompts.shape[1]
+    require_dtype("normed", dtype)
     residual = require("residual", residual, (B, T, D), *TYPE_CODES)
     if branch is not None:
         branch = require("branch", branch, (B, T, D), *TYPE_CODES)
@@ -103,6 +105,8 @@ def norm_insert_bwd(
     if grad_total is not None:
         grad_total = require("grad_total", grad_total, (B, T, D), *TYPE_CODES)
     weight = _affine("weight", weight, D)
+    for name, dtype in (("d_residual", stream_dtype), ("d_branch", branch_dtype), ("d_prompts", prompts_dtype)):
+        require_dtype(name, dtype or stream_dtype)
     d_residual = buffers.empty((B, T, D), stream_dtype)
     d_branch = buffers.empty((0,) if branch_dtype == stream_dtype else (B, T, D), branch_dtype)
     d_prompts = buffers.empty((B, S - T, D), prompts_dtype or stream_dtype)

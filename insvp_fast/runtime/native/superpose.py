@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
-from insvp_fast.runtime.native.library import TYPE_CODES, address, array, call, f32, i64, launch, pointer, ptr, require
+from insvp_fast.runtime.native.library import (
+    TYPE_CODES,
+    address,
+    array,
+    call,
+    f32,
+    i64,
+    launch,
+    pointer,
+    ptr,
+    require,
+    require_dtype,
+)
 
 __all__ = ["superpose_bwd", "superpose_fwd"]
 
@@ -54,8 +66,7 @@ def superpose_fwd(
     tokens [B, N, K] in ``dtype`` and hidden [B, N, R] in float32. Errors: see ``native``.
     """
     B, C, H, W, P, R, N, K = _sizes(image, w1, patch_size)
-    if dtype not in TYPE_CODES:
-        raise TypeError(f"tokens cannot have dtype {dtype}: expected {' or '.join(map(str, TYPE_CODES))}")
+    require_dtype("tokens", dtype)
     image = require("image", image, (B, C, H, W), *TYPE_CODES)
     if global_prompt is not None:
         global_prompt = require("global_prompt", global_prompt, (B, C, H, W), *TYPE_CODES)

@@ -38,20 +38,20 @@ INSVP_FAST_API int absorbed_attention_rows(
     void* rows, void* x, void* softmax, int type, const int64_t* num_keys, float scale, void* weights, void* means,
     int64_t B, int64_t S, int64_t E, int64_t R, int threads) {
   const auto array = [&](void* data) { return Array{data, DType(type)}; };
-  const AbsorbedKernels& kernels = best_kernels<AbsorbedKernels>(isa());
   const AbsorbedRows args{S, E, R, array(rows), array(x), array(softmax), num_keys, scale,
                           array(weights), array(means)};
-  return for_parts(kernels.rows, args, B, R, kRows, kernels.floats_of_rows(args), threads);
+  const int64_t scratch_size = kRows * round_up(E, kTogether * kLine) + (kRows + 1) * whole_lines(S);
+  return for_parts(best_kernels<AbsorbedKernels>(isa()).rows, args, B, R, kRows, scratch_size, threads);
 }
 
 INSVP_FAST_API int absorbed_attention_tokens(
     void* d_means, void* softmax, void* d_scores, void* rows, void* d_first, int type, void* d_x, int64_t B, int64_t S,
     int64_t E, int64_t R, int64_t T, int threads) {
   const auto array = [&](void* data) { return Array{data, DType(type)}; };
-  const AbsorbedKernels& kernels = best_kernels<AbsorbedKernels>(isa());
   const AbsorbedTokens args{S, E, R, T, array(d_means), array(softmax), array(d_scores), array(rows), array(d_first),
                             array(d_x)};
-  return for_parts(kernels.tokens, args, B, S, kTokens, kernels.floats_of_tokens(args), threads);
+  const int64_t scratch_size = whole_lines(2 * kTogether * R);
+  return for_parts(best_kernels<AbsorbedKernels>(isa()).tokens, args, B, S, kTokens, scratch_size, threads);
 }
 
 INSVP_FAST_STEP(absorbed_attention_rows)

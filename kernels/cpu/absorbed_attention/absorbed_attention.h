@@ -9,6 +9,7 @@
 namespace insvp_fast {
 
 constexpr int64_t kRows = 4;  // of a job
+constexpr int kTogether = 4;   // tokens, or vectors of a token, whose sums are in registers
 
 // weights[r, s] = the softmax over s of scale * rows[r] . x[s], or the gradient by these products where the softmax is
 // given: its gradient is rows[r] . x[s]. means[r] = the sum over s of weights[r, s] * x[s].
@@ -28,11 +29,10 @@ struct AbsorbedTokens {
   Array d_x;                                        // [B, S, E]
 };
 
-// Each computes a few rows or tokens of an image; `scratch` has floats_of_rows or floats_of_tokens.
+// Each computes a few rows or tokens of an image. The scratch holds kRows rows of E, in whole steps of kTogether
+// vectors, and a row more than kRows of S in whole lines; or 2 * kTogether * R floats.
 struct AbsorbedKernels {
-  int64_t (*floats_of_rows)(const AbsorbedRows&);
   void (*rows)(const AbsorbedRows&, int64_t image, int64_t first, int64_t count, float* scratch);
-  int64_t (*floats_of_tokens)(const AbsorbedTokens&);
   void (*tokens)(const AbsorbedTokens&, int64_t image, int64_t first, int64_t count, float* scratch);
 };
 

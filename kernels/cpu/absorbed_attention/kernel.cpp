@@ -8,7 +8,6 @@ namespace {
 
 using namespace insvp_fast;
 
-constexpr int kTogether = 4;  // tokens, or vectors of a token, whose sums are in registers
 
 template <class T>
 inline const T* at(Array a, int64_t offset) {
@@ -80,10 +79,6 @@ inline void soften_bwd(float* row, const float* softmax, int64_t count, float sc
   for (int64_t s = 0; s < count; ++s) row[s] = scale * softmax[s] * (row[s] - total);
 }
 
-int64_t floats_of_rows(const AbsorbedRows& a) {
-  return kRows * round_up(a.E, kTogether * kWidth) + (kRows + 1) * whole_lines(a.S);
-}
-
 template <class T>
 void compute_rows(const AbsorbedRows& a, int64_t image, int64_t first, int64_t count, float* scratch) {
   const int64_t S = a.S, E = a.E, stride = round_up(E, kTogether * kWidth);
@@ -143,8 +138,6 @@ inline void spread(const AbsorbedTokens& a, int64_t image, int64_t s, int64_t e,
     }
 }
 
-int64_t floats_of_tokens(const AbsorbedTokens& a) { return whole_lines(2 * kTogether * a.R); }
-
 template <class T>
 void compute_tokens(const AbsorbedTokens& a, int64_t image, int64_t first, int64_t count, float* scratch) {
   const T *softmax = at<T>(a.softmax, image * a.R * a.S), *d_scores = at<T>(a.d_scores, image * a.R * a.S);
@@ -176,6 +169,6 @@ void tokens(const AbsorbedTokens& a, int64_t image, int64_t first, int64_t count
 
 template <>
 const AbsorbedKernels& insvp_fast::kernels_for<AbsorbedKernels, Isa::INSVP_FAST_ISA>() {
-  static constexpr AbsorbedKernels kernels{floats_of_rows, rows, floats_of_tokens, tokens};
+  static constexpr AbsorbedKernels kernels{rows, tokens};
   return kernels;
 }

@@ -21,9 +21,9 @@ struct Attention {
 
   // The scratch consists of matrices of two kinds. `tokens` floats hold S rows of length `width` or d rows of length
   // `stride`, with matrix tiles also S rows of a word for two queries; `scores` floats hold the `queries` rows of
-  // length `stride` of a block of queries. `width` is d in whole cache lines, `stride` is S in whole lines, of which
-  // many are an odd number; with matrix tiles all are whole tiles. `lines` floats hold the addresses of the cache lines
-  // that a window writes and of those that the next one reads.
+  // length `stride` of a block of queries. `width` is d in whole cache lines, `stride` is S in whole lines, an odd
+  // number of them if they are many; with matrix tiles all are whole tiles. `lines` floats hold the addresses of the
+  // cache lines that a window writes and of those that the next one reads.
   int64_t width, stride, queries, tokens, scores, lines;
 };
 

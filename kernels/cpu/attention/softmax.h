@@ -138,7 +138,7 @@ inline void softmax(float* to, float* factor, float* x, int64_t rows, int64_t co
 }
 
 // Turns products x into probabilities and their gradient dp into that of the products, as words for sums over rows.
-// `d_words` gets the latter as words for sums over columns; where words are floats, dp is that already.
+// `d_words` gets the gradient as words for sums over columns too; where words are floats, dp holds them already.
 inline void softmax_bwd(float* dp, float* x, [[maybe_unused]] float* d_words, int64_t rows, int64_t count,
                         int64_t stride, const Scores& scores) {
   constexpr int n = Words::kNumbers;

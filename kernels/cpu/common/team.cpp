@@ -14,9 +14,9 @@
 namespace insvp_fast {
 namespace {
 
-// A thread waits awake for so many pauses of the processor (8192 take 0.19 ms on a Zen 5), then asleep, from which it
-// returns late. A wait that ends asleep halves the pauses of the next one, as on a busy machine others have the
-// processor for much longer; one that ends awake doubles them.
+// A thread waits awake for so many pauses of the processor (8192 take a fraction of a millisecond), then asleep, from
+// which it returns late. A wait that ends asleep halves the pauses of the next one, as on a busy machine others have
+// the processor for much longer; one that ends awake doubles them.
 constexpr int kMostPatience = 8192, kLeastPatience = 64;
 
 thread_local Team* current_team = nullptr;

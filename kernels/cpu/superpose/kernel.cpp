@@ -179,7 +179,6 @@ void superpose_bwd_tile(const SuperposeBwd& a, int64_t first, int64_t count, flo
   __builtin_memset(h + count * g.ld, 0, (kTile - count) * g.ld * sizeof(float));
   if (a.d_global.data) fold(a.d_global, grad, tile, g, a.global_weight);
 
-  if (!a.need_weights && !a.d_image.data) return;
   const float* d_patch = grad;
   if (a.kept) {
     keep<false>(x, grad, a.kept, tile, g);
@@ -191,13 +190,11 @@ void superpose_bwd_tile(const SuperposeBwd& a, int64_t first, int64_t count, flo
     for (int64_t r = 0; r < g.R; ++r)
       if (h[m * g.ld + r] <= 0) dh[m * g.ld + r] = 0;  // for a NaN the gradient stays, as in torch's relu
 
-  if (a.need_weights) {
-    accumulate(sums.dw2, h, d_patch, g.R + 1, g);
-    unfold(x, a.image, tile, g, 1.0f);
-    accumulate(sums.dw1, dh, x, g.R, g);
-    for (int64_t m = 0; m < count; ++m)
-      for (int64_t r = 0; r < g.R; ++r) sums.db1[r] += dh[m * g.ld + r];
-  }
+  accumulate(sums.dw2, h, d_patch, g.R + 1, g);
+  unfold(x, a.image, tile, g, 1.0f);
+  accumulate(sums.dw1, dh, x, g.R, g);
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t r = 0; r < g.R; ++r) sums.db1[r] += dh[m * g.ld + r];
   if (a.d_image.data) {
     expand(grad, dh, a.w1, g.R, g);
     fold(a.d_image, grad, tile, g, 1.0f);

@@ -39,8 +39,7 @@ void pack_w2(float* to, const float* w2, float scale, const Geometry& g) {
 int64_t chunk_size(int64_t patches) { return larger(96, round_up(ceil_div(patches, 64), kTile)); }
 
 struct WeightGrads {
-  float *dw1, *db1, *dw2, *db2;  // [R, K], [R], [K, R], [K]; null: not needed
-  bool any() const { return dw1 || db1 || dw2 || db2; }
+  float *dw1, *db1, *dw2, *db2;  // [R, K], [R], [K, R], [K]
 };
 
 int64_t partial_size(const Geometry& g) { return (2 * g.R + 1) * g.stride + whole_lines(g.R); }
@@ -50,14 +49,12 @@ Partial partial_at(float* p, const Geometry& g) {
 }
 
 void finish(const WeightGrads& out, const Partial& sums, float patch_weight, const Geometry& g) {
-  if (out.dw1)
-    for (int64_t r = 0; r < g.R; ++r) std::memcpy(out.dw1 + r * g.K, sums.dw1 + r * g.stride, g.K * sizeof(float));
-  if (out.db1) std::memcpy(out.db1, sums.db1, g.R * sizeof(float));
-  if (out.dw2)
-    for (int64_t k = 0; k < g.K; ++k)
-      for (int64_t r = 0; r < g.R; ++r) out.dw2[k * g.R + r] = patch_weight * sums.dw2[r * g.stride + k];
-  if (out.db2)
-    for (int64_t k = 0; k < g.K; ++k) out.db2[k] = patch_weight * sums.dw2[g.R * g.stride + k];
+  for (int64_t r = 0; r < g.R; ++r) std::memcpy(out.dw1 + r * g.K, sums.dw1 + r * g.stride, g.K * sizeof(float));
+  std::memcpy(out.db1, sums.db1, g.R * sizeof(float));
+  for (int64_t k = 0; k < g.K; ++k) {
+    for (int64_t r = 0; r < g.R; ++r) out.dw2[k * g.R + r] = patch_weight * sums.dw2[r * g.stride + k];
+    out.db2[k] = patch_weight * sums.dw2[g.R * g.stride + k];
+  }
 }
 
 }  // namespace
@@ -65,9 +62,9 @@ void finish(const WeightGrads& out, const Partial& sums, float patch_weight, con
 
 using namespace insvp_fast;
 
-// Both return 0, or -1 if there is no memory for the workspace. A null global_prompt or mask is absent, a null gradient
-// is not needed. Tensors are contiguous: images and the mask [B, C, H, W], tokens and grad [B, N, K], hidden [B, N, R],
-// w1 [R, K], w2 [K, R].
+// Both return 0, or -1 if there is no memory for the workspace. A null global_prompt or mask is absent, a null d_image
+// or d_global is not needed. Tensors are contiguous: images and the mask [B, C, H, W], tokens and grad [B, N, K], hidden
+// [B, N, R], w1 [R, K], w2 [K, R].
 
 INSVP_FAST_API int superpose_fwd(
     void* image, int image_type, void* global_prompt, int global_type, const float* w1, const float* b1,
@@ -101,10 +98,9 @@ INSVP_FAST_API int superpose_bwd(
     float* dw2, float* db2, int64_t B, int64_t C, int64_t H, int64_t W, int64_t P, int64_t R, float global_weight,
     float patch_weight, int threads) {
   const Geometry g = geometry(C, H, W, P, R);
-  const WeightGrads out{dw1, db1, dw2, db2};
   const int64_t patches = B * g.N, chunk = chunk_size(patches), chunks = ceil_div(patches, chunk);
   const int64_t scratch_size = scratch_floats(g), size = partial_size(g);
-  const int64_t partials_size = out.any() ? larger(1, chunks) * size : 0;
+  const int64_t partials_size = larger(1, chunks) * size;
   threads = useful_threads(threads, chunks);
 
   Workspace memory(2 * R * g.stride + threads * scratch_size + partials_size);
@@ -115,19 +111,17 @@ INSVP_FAST_API int superpose_bwd(
   pack_w2(packed2, w2, patch_weight, g);
 
   const SuperposeBwd args{g, {grad, DType(grad_type)}, {image, DType(image_type)}, {d_image, DType(d_image_type)},
-                          {d_global, DType(d_global_type)}, hidden, packed1, packed2, kept, global_weight, out.any()};
+                          {d_global, DType(d_global_type)}, hidden, packed1, packed2, kept, global_weight};
   const auto kernel = best_kernels<SuperposeKernels>(isa()).bwd;
   for_each_job(chunks, threads, scratch, scratch_size, [&](int64_t c, float* own) {
-    const Partial sums = out.any() ? partial_at(partials + c * size, g) : Partial{};
-    if (out.any()) std::memset(partials + c * size, 0, size * sizeof(float));
+    const Partial sums = partial_at(partials + c * size, g);
+    std::memset(partials + c * size, 0, size * sizeof(float));
     for (int64_t first = c * chunk, end = smaller(patches, first + chunk); first < end; first += kTile)
       kernel(args, first, smaller(kTile, end - first), own, sums);
   });
-  if (!out.any()) return 0;
-
   if (chunks == 0) std::memset(partials, 0, size * sizeof(float));
   sum_arrays(partials, chunks, size, threads);
-  finish(out, partial_at(partials, g), patch_weight, g);
+  finish({dw1, db1, dw2, db2}, partial_at(partials, g), patch_weight, g);
   return 0;
 }
 

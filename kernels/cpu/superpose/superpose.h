@@ -35,7 +35,6 @@ struct SuperposeBwd {
   const float *w1, *w2;  // as above, w2 without the bias
   const uint8_t* kept;
   float global_weight;
-  bool need_weights;
 };
 
 // The weight gradients of a chunk of patches; dw2 and db2 still lack the factor patch_weight.

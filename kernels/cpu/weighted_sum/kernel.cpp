@@ -9,10 +9,7 @@ using namespace insvp_fast;
 // `n` numbers of a term, rounded to its dtype.
 inline vec product(const Term& term, int64_t image, int64_t i, int64_t n) {
   const vec v = term.weight * read(term.array, image * term.stride + i, n);
-  if (term.array.type == DType::f32) return v;
-  bf16 rounded[kWidth];
-  store(rounded, v);
-  return load(rounded);
+  return term.array.type == DType::f32 ? v : rounded(v);
 }
 
 void run(const WeightedSum& s, int64_t image, int64_t first, int64_t last) {
