@@ -63,8 +63,8 @@ void finish(const WeightGrads& out, const Partial& sums, float patch_weight, con
 using namespace insvp_fast;
 
 // Both return 0, or -1 if there is no memory for the workspace. A null global_prompt or mask is absent, a null d_image
-// or d_global is not needed. Tensors are contiguous: images and the mask [B, C, H, W], tokens and grad [B, N, K], hidden
-// [B, N, R], w1 [R, K], w2 [K, R].
+// or d_global is not needed. Tensors are contiguous: images and the mask [B, C, H, W], tokens and grad [B, N, K],
+// hidden [B, N, R], w1 [R, K], w2 [K, R].
 
 INSVP_FAST_API int superpose_fwd(
     void* image, int image_type, void* global_prompt, int global_type, const float* w1, const float* b1,
