@@ -31,7 +31,7 @@ from insvp_fast.recipes import list_shipped, read_recipe
 from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.paper import STUDIES, UNVARIED, PaperStudy, method_rows, sensitivity
-from insvp_fast.training.recipe import METHODS
+from insvp_fast.training.recipe import METHODS, Recipe
 from insvp_fast.training.setting import POSITIVE
 
 SUMMARY = "train the comparisons of the paper"
@@ -66,7 +66,7 @@ def run(
     from insvp_fast.studies.report import report
     from insvp_fast.training.terminal import print_markdown
 
-    _refuse(what, methods, rates, given)
+    _refuse(what, recipe, methods, rates, given)
     table = "table1" if what == "figure5" else what
     study = STUDIES["table5" if what == "figure7" else table]
     if methods:
@@ -112,7 +112,13 @@ def _name(data: str) -> str:
     return data if data in SETS else Path(data).resolve().name
 
 
-def _refuse(what: str, methods: Sequence[str] | None, rates: Sequence[float] | None, given: dict[str, Any]) -> None:
+def _refuse(
+    what: str,
+    recipe: str | None,
+    methods: Sequence[str] | None,
+    rates: Sequence[float] | None,
+    given: dict[str, Any],
+) -> None:
     """Refuse settings that a study chooses itself, and what would train the same twice.
 
     Raises:
@@ -123,6 +129,11 @@ def _refuse(what: str, methods: Sequence[str] | None, rates: Sequence[float] | N
     for name, instead in chosen.items():
         if name in given:
             raise CommandError(f"`{name}` is given: expected none, as a study has {instead}")
+    own = read_recipe(recipe, given.get("released", False)) if recipe else {}
+    for name in ("method", "retrain"):  # seeds and probe of a recipe give way to the study's
+        if own.get(name, default := getattr(Recipe, name)) != default:
+            found = f"recipe {recipe}: {name} is {own[name]}"
+            raise CommandError(f"{found}: expected {default}, as a study has {chosen[name]}")
     if methods and what in ("table5", "figure7"):
         raise CommandError(f"--methods is {' '.join(methods)}: expected none, {what} compares InsVP with itself")
     shown = " ".join(map(str, rates or ()))
@@ -174,13 +185,14 @@ def _possible(rows: Sequence[Row], protocol: Protocol, folder: Path) -> list[Row
     Raises:
         InsVPError: if there is no such backbone, or a row of InsVP does not go with it.
     """
+    from insvp_fast.studies.comparison import settings_of
     from insvp_fast.training.backbone import load_backbone
     from insvp_fast.training.models import build_model
 
     recipe = make_entry({}, protocol.settings, folder, "paper").recipe
     backbone, possible = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size), []
     for row in rows:
-        recipe = make_entry({}, protocol.settings | row.settings, folder, row.label).recipe
+        recipe = make_entry({}, settings_of(row, protocol), folder, row.label).recipe
         try:
             build_model(recipe.method, recipe, backbone, 1)
         except TrainingError as error:

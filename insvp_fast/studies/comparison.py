@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from insvp_fast.errors import TrainingError
+from insvp_fast.recipes import read_recipe
 from insvp_fast.studies.entries import Entry, Protocol, Row, Score, find_run, read_runs, scores_of
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.runner import train_entries
 from insvp_fast.studies.tables import mean_and_std, paired_difference
 from insvp_fast.training.candidates import LINEAR
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import PROMPT_SETTINGS, Recipe
 
-__all__ = ["Compared", "compare"]
+__all__ = ["Compared", "compare", "settings_of"]
+
+OWN = ("released", *PROMPT_SETTINGS)  # settings of InsVP, which other methods refuse
 
 
 class Compared(NamedTuple):
@@ -49,6 +53,9 @@ def compare(
     """Train all rows; runs that are finished already are not repeated.
 
     A rate whose run failed, because the loss diverged, say, is not picked.
+
+    Raises:
+        TrainingError: if there are several rates, and no run of a row recorded a score on val.
     """
     first, rest = protocol.seeds[0], protocol.seeds[1:]
     searched = [_entry(row, protocol, folder, rate, first) for row in rows for rate in _rates(row, protocol)]
@@ -67,13 +74,26 @@ def compare(
     return compared
 
 
+def settings_of(row: Row, protocol: Protocol) -> dict[str, Any]:
+    """The settings of a row over those that all share, of which other methods than InsVP do not take InsVP's own."""
+    settings = protocol.settings | row.settings
+    recipe = settings.get("recipe")
+    resolved = (read_recipe(recipe, settings.get("released", False)) if recipe else {}) | settings
+    own = [name for name in OWN if resolved.get(name, getattr(Recipe, name)) != getattr(Recipe, name)]
+    if not own or resolved.get("method", "insvp") == "insvp":
+        return settings
+    if "released" in own and resolved.get("head_init", "auto") == "auto":
+        resolved["head_init"] = "random"  # as the head of InsVP then begins
+    return {name: value for name, value in resolved.items() if name not in ("recipe", *OWN)}
+
+
 def _rates(row: Row, protocol: Protocol) -> Sequence[float | None]:
     """A linear probe is fitted, not trained at a rate."""
     return (None,) if row.settings.get("method") == LINEAR else protocol.rates
 
 
 def _entry(row: Row, protocol: Protocol, folder: Path, rate: float | None, seed: int) -> Entry:
-    settings: dict[str, Any] = protocol.settings | row.settings | {"seed": seed, "split_seed": seed, "probe": False}
+    settings: dict[str, Any] = settings_of(row, protocol) | {"seed": seed, "split_seed": seed, "probe": False}
     settings |= {} if rate is None else {"lr": rate}
     return make_entry({"row": row.label, "lr": rate, "seed": seed}, settings, folder, row.label)
 
@@ -83,9 +103,12 @@ def _pick(row: Row, protocol: Protocol, folder: Path) -> float | None:
     rates, runs = _rates(row, protocol), read_runs(folder)
     if len(rates) == 1:
         return rates[0]
-    vals: dict[float, float] = {}
+    vals: dict[float, float | None] = {}
     for rate in sorted(rate for rate in rates if rate is not None):
         recipe: Recipe = _entry(row, protocol, folder, rate, protocol.seeds[0]).recipe
         for score in scores_of(find_run(runs, recipe)):
-            vals[rate] = -1.0 if score.val is None else score.val
-    return max(vals, key=lambda rate: vals[rate]) if vals else rates[0]
+            vals[rate] = score.val
+    known = {rate: val for rate, val in vals.items() if val is not None}
+    if vals and not known:
+        raise TrainingError(f"{row.label}: no run recorded a score on val: expected one, by which the rate is picked")
+    return max(known, key=lambda rate: known[rate]) if known else rates[0]

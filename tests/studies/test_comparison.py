@@ -18,7 +18,7 @@ from scipy import stats
 from insvp_fast.checkpoints.backbone import save_backbone
 from insvp_fast.commands import cli, paper
 from insvp_fast.data.sets import SETS
-from insvp_fast.errors import CommandError
+from insvp_fast.errors import CommandError, TrainingError
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
@@ -160,6 +160,60 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
 def test_what_a_study_chooses_itself_is_refused(options, message, trained, capsys):
     assert cli.main(["paper", *options]) == 1
     assert message in capsys.readouterr().err and not trained
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("retrain = true", "mine.toml: retrain is True: expected False, as a study has val, by which the rates are"),
+        ('method = "lora"', "mine.toml: method is lora: expected insvp, as a study has --methods"),
+    ],
+)
+def test_a_recipe_is_refused_what_a_study_chooses_itself(line, message, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(line)
+    for what in ("table1", "figure7"):
+        assert cli.main(["paper", what, "--recipe", "mine.toml"]) == 1
+        assert message in capsys.readouterr().err and not trained
+
+
+def test_the_seeds_and_the_probe_of_a_recipe_give_way_to_the_studys(trained, tmp_path):
+    (tmp_path / "mine.toml").write_text("data = 'digits'\nseed = 7\nsplit_seed = 8\nprobe = true\nretrain = false")
+    command = ["paper", "table1", "--methods", "insvp", "--recipe", str(tmp_path / "mine.toml"), "--seeds", "2"]
+    assert cli.main([*command, "--lr", "0.01", "--output", str(tmp_path / "out")]) == 0
+    assert [(recipe.seed, recipe.split_seed, recipe.probe) for recipe in trained] == [(0, 0, False), (1, 1, False)]
+
+
+def test_without_a_score_on_val_no_rate_is_picked(trained, tmp_path, monkeypatch):
+    rows, protocol = [Row("ours", {})], Protocol({}, (0.1, 0.01), (4,))
+    compare(rows, protocol, tmp_path)
+    monkeypatch.setattr(comparison, "scores_of", lambda run: [score._replace(val=None) for score in scores_of(run)])
+    with pytest.raises(TrainingError, match="ours: no run recorded a score on val: expected one, by which"):
+        compare(rows, protocol, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--prompt-length", "4"], {"prompt_length": 4}),
+        (["--released"], {"released": True}),
+        (["--recipe", "mine.toml"], {"prompt_length": 5, "epochs": 4, "released": True, "select_on": "test"}),
+    ],
+)
+def test_other_methods_do_not_take_the_settings_of_insvp(options, expected, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text('data = "digits"\nepochs = 4\nreleased = true\nprompt_length = 5\nselect_on = "test"')
+    command = ["paper", "table1", "--methods", "linear", "insvp", *options, "--seeds", "1", "--lr", "0.01"]
+    assert cli.main(command) == 0
+    probe, ours = trained
+    assert (probe.method, ours.method) == ("linear", "insvp")
+    assert {name: getattr(ours, name) for name in expected} == expected
+    own = {"prompt_length", "released"}
+    assert {name: getattr(probe, name) for name in own} == {"prompt_length": None, "released": False}
+    assert {name: getattr(probe, name) for name in expected if name not in own} == {
+        name: value for name, value in expected.items() if name not in own
+    }
+    assert probe.head_init == ("random" if ours.released else "auto")  # as InsVP's
 
 
 def test_the_data_sets_of_a_study_are_those_whose_files_are_there(tmp_path, capsys):
