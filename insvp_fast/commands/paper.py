@@ -42,7 +42,8 @@ NAMES = (*STUDIES, "figure5", "figure7")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="TABLE|FIGURE", choices=NAMES, help=", ".join(NAMES))
     parser.add_argument("--recipe", metavar="NAME|FILE", help="settings to start from; paper: those of each data set")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these (tables 1 to 4)")
+    only = "only these (tables 1 to 4, figure5)"
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=only)
     rates = f"learning rates to try (default: {' '.join(map(str, RATES))}); figure7 has the one of the recipe"
     parser.add_argument("--rates", nargs="+", type=float, metavar="X", help=rates)
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="number of seeds (default: 5)")
@@ -92,19 +93,26 @@ def run(
     print()
     print_markdown(report(table, study, results, protocol(sets[0]), folder))
     if what == "figure5":
-        from insvp_fast.figures.comparison import plot_parameters
-
-        for name, rows in results.items():
-            points = [
-                (row.row.label, next(iter(row.scores.values())).facts["trained_parameters"], *_mean_and_spread(row))
-                for row in rows
-                if row.scores
-            ]
-            if points:  # some runs did not fail
-                plot_parameters(points, folder / f"figure5-{name.replace('/', '-')}.png", title=name)
+        _draw_parameters(results, folder)
     print(f"written: {folder}")
     _require_all([row for rows in results.values() for row in rows], seeds)
     return {"folder": str(folder), "results": {name: _records(rows) for name, rows in results.items()}}
+
+
+def _draw_parameters(results: dict[str, list[Any]], folder: Path) -> None:
+    """Figure 5, a picture for each data set."""
+    from insvp_fast.figures.comparison import plot_parameters
+    from insvp_fast.studies.report import measured_by
+
+    for name, rows in results.items():
+        points = [
+            (row.row.label, next(iter(row.scores.values())).facts["trained_parameters"], *row.test())
+            for row in rows
+            if row.scores
+        ]
+        if points:  # some runs did not fail
+            file = folder / f"figure5-{name.replace('/', '-')}.png"
+            plot_parameters(points, file, title=name, measured=measured_by(rows))
 
 
 def _name(data: str) -> str:
@@ -211,7 +219,7 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     from insvp_fast.figures.comparison import plot_sensitivity
     from insvp_fast.reference import structure_of
     from insvp_fast.studies.comparison import compare
-    from insvp_fast.studies.report import report
+    from insvp_fast.studies.report import measured_by, report
     from insvp_fast.training.backbone import load_backbone
     from insvp_fast.training.terminal import print_markdown
 
@@ -223,9 +231,9 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     others = [row for panel in varied.values() for row in panel.values() if row is not UNVARIED]
     rows, protocol = [UNVARIED, *others], protocol._replace(rates=[recipe.lr])
     results = compare(rows, protocol, folder, jobs, launcher)
-    found = {compared.row.label: compared for compared in results if compared.scores}  # the others failed
+    found: dict[str, Any] = {compared.row.label: compared for compared in results if compared.scores}  # others failed
     panels = {
-        title: [(value, *_mean_and_spread(found[row.label])) for value, row in panel.items() if row.label in found]
+        title: [(value, *found[row.label].test()) for value, row in panel.items() if row.label in found]
         for title, panel in varied.items()
     }
     study = PaperStudy("hyper-parameters of InsVP", rows, (), UNVARIED.label, {})
@@ -233,7 +241,8 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     name = _name(protocol.settings["data"])
     print_markdown(report("figure7", study, {name: results}, protocol, folder))
     if found:
-        plot_sensitivity({title: points for title, points in panels.items() if points}, folder / "figure7.png")
+        drawn = {title: points for title, points in panels.items() if points}
+        plot_sensitivity(drawn, folder / "figure7.png", measured_by(results))
     print(f"written: {folder}")
     _require_all(results, len(protocol.seeds))
     return {"folder": str(folder), "results": {name: _records(results)}}
@@ -243,11 +252,6 @@ def _records(rows: Sequence[Any]) -> list[dict[str, Any]]:
     """For each row its rate, and the final record and seed of each run."""
     records = []
     for row, rate, _, scores in rows:
-        runs = [{"seed": seed, "val_accuracy": score.val} | score.facts for seed, score in scores.items()]
+        runs = [{"seed": seed, "val": score.val} | score.facts for seed, score in scores.items()]
         records.append({"row": row.label, "rate": rate, "runs": runs})
     return records
-
-
-def _mean_and_spread(compared: Any) -> tuple[float, float]:
-    mean, std = compared.test()
-    return mean, std or 0.0

@@ -17,6 +17,7 @@ __all__ = ["plot_parameters", "plot_sensitivity"]
 
 OWN = "InsVP"  # the method that is set off from the others
 NEAR = 12  # points between a name and its point, above which a line joins them
+BESIDE = 6  # points from the middle of a name to where a line ends that comes from straight above or below
 COLUMNS, LINES = (-48, -32, -16, -8, 0, 8, 16, 32, 48), range(-72, 73, 6)
 OFFSETS = sorted(  # of a name from its point, in points, the nearest first
     (place for place in product(COLUMNS, LINES) if place[0] or abs(place[1]) > 6),
@@ -24,15 +25,22 @@ OFFSETS = sorted(  # of a name from its point, in points, the nearest first
 )
 
 
-def plot_parameters(rows: Sequence[tuple[str, int, float, float]], file: str | Path, title: str = "") -> None:
+def plot_parameters(
+    rows: Sequence[tuple[str, int, float, float | None]],
+    file: str | Path,
+    title: str = "",
+    measured: str = "accuracy",
+) -> None:
     """Accuracy against the number of trained parameters on a logarithmic axis, a labeled point for each method.
 
     Args:
-        rows: of (name, trained parameters, mean accuracy, its standard deviation over seeds), accuracies in [0, 1].
+        rows: of (name, trained parameters, mean accuracy, its standard deviation over seeds), accuracies in [0, 1]; a
+            deviation of None has no error bar.
+        measured: what stands at the vertical axis, where it is another score than the accuracy.
     """
     with drawing(file, 6.4, 4.2) as figure:
         axes = figure.subplots()
-        axes.set(xscale="log", xlabel="trained parameters, head included", ylabel="accuracy", title=title)
+        axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=measured, title=title)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # powers of ten need formulas, which are off
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         for name, parameters, mean, deviation in rows:
@@ -45,13 +53,17 @@ def plot_parameters(rows: Sequence[tuple[str, int, float, float]], file: str | P
         _label_points(axes, rows)
 
 
-def plot_sensitivity(panels: Mapping[str, Sequence[tuple[float, float, float]]], file: str | Path) -> None:
+def plot_sensitivity(
+    panels: Mapping[str, Sequence[tuple[float, float, float | None]]], file: str | Path, measured: str = "accuracy"
+) -> None:
     """Accuracy over the values of settings: a panel for each setting, with a band of one standard deviation.
 
     Args:
         panels: by the setting's name, rows of (value, mean accuracy, its standard deviation over seeds), accuracies in
-            [0, 1]. All panels have the same vertical axis.
+            [0, 1]; a deviation of None widens no band. All panels have the same vertical axis.
+        measured: as of ``plot_parameters``.
     """
+    deviates = any(deviation is not None for rows in panels.values() for *_, deviation in rows)
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     with drawing(file, 3.3 * columns + 0.3, 2.5 * lines + 0.2) as figure:
@@ -59,7 +71,8 @@ def plot_sensitivity(panels: Mapping[str, Sequence[tuple[float, float, float]]],
         for axes, (setting, unsorted) in zip(grid, panels.items(), strict=False):
             values, means, deviations = zip(*sorted(unsorted), strict=True)
             low, high = (
-                [mean + sign * deviation for mean, deviation in zip(means, deviations, strict=True)] for sign in (-1, 1)
+                [mean + sign * (deviation or 0) for mean, deviation in zip(means, deviations, strict=True)]
+                for sign in (-1, 1)
             )
             axes.fill_between(values, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
             axes.plot(values, means, color=COLORS[0], marker="o")
@@ -67,14 +80,14 @@ def plot_sensitivity(panels: Mapping[str, Sequence[tuple[float, float, float]]],
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         for axes in list(grid):
             axes.set_visible(False)
-        figure.supylabel("accuracy, mean and standard deviation over seeds", fontsize=9)
+        figure.supylabel(measured + "\nmean and standard deviation over seeds" * deviates, fontsize=9)
 
 
-def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float]]) -> None:
+def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float | None]]) -> None:
     """Write a name beside each point, where it covers no point, other name or, if there is such a place, error bar."""
     to_pixels, size = axes.transData.transform, 16
     points = [Bbox([to_pixels((x, y)) - size / 2, to_pixels((x, y)) + size / 2]) for _, x, y, _ in rows]
-    bars = [Bbox([to_pixels((x, y - deviation)), to_pixels((x, y + deviation))]) for _, x, y, deviation in rows]
+    bars = [Bbox([to_pixels((x, y - (bar or 0))), to_pixels((x, y + (bar or 0)))]) for _, x, y, bar in rows]
     names: list[Bbox] = []
     for i, (name, x, y, _) in enumerate(rows):
         color, weight = (HIGHLIGHT, "bold") if name.startswith(OWN) else ("black", "normal")
@@ -84,8 +97,8 @@ def _label_points(axes: Axes, rows: Sequence[tuple[str, int, float, float]]) -> 
         offset, box = _best_place(label.get_window_extent(), axes, free, bars)
         label.set(position=offset, ha="left" if offset[0] > 0 else "right" if offset[0] < 0 else "center")
         names.append(box)
-        if offset[0] and math.hypot(*offset) > NEAR:
-            line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+        if math.hypot(*offset) > NEAR:
+            line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0 if offset[0] else BESIDE, "shrinkB": 3}
             axes.annotate("", (x, y), offset, textcoords="offset points", arrowprops=line)
 
 

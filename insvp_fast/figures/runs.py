@@ -13,10 +13,10 @@ from torch import Tensor
 
 from insvp_fast.figures.style import COLORS, SEQUENTIAL, drawable, drawing
 
-__all__ = ["plot_confusion", "plot_curves"]
+__all__ = ["TITLES", "plot_confusion", "plot_curves"]
 
 MAX_NAMED = 40  # with more classes, their names beside a confusion matrix could not be read
-TITLES = {  # of the panels, by the names of scores in records
+TITLES = {  # of panels, axes and tables, by the names of scores in records
     "accuracy": "accuracy",
     "map": "mean average precision",
     "mean_per_class": "mean accuracy per class",

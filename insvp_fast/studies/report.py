@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from insvp_fast.figures.runs import TITLES
 from insvp_fast.studies.comparison import Compared
 from insvp_fast.studies.entries import Protocol
+from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.paper import VTAB_GROUPS, PaperStudy
 from insvp_fast.studies.tables import format_percent, markdown, write_table
+from insvp_fast.training.recipe import Recipe, score_name
 
-__all__ = ["paper_number", "report"]
+__all__ = ["measured_by", "paper_number", "report"]
 
 HEADER = ("model", "trained parameters", "rate", "val", "test", "difference", "images/s", "memory MiB", "runs")
-METRICS = {  # what is in a table, by the metric of its runs
-    "top1": "accuracy",
-    "mean_per_class": "mean accuracy per class",
-    "f1": "macro F1",
-    "map": "mean average precision",
-}
 
 
 def report(
@@ -29,6 +26,9 @@ def report(
     Args:
         results: of each data set, its rows.
     """
+    measured = measured_by(compared for rows in results.values() for compared in rows)
+    if measured != TITLES["accuracy"]:
+        study = study._replace(numbers={})  # the paper's are accuracies
     parts, cells = [f"# {study.title[0].upper()}{study.title[1:]}\n"], []
     for data, rows in results.items():
         lines = [_line(compared, rows, study) for compared in rows]
@@ -41,11 +41,17 @@ def report(
         cells += [[data, *line[: len(HEADER)]] for line in lines]
     groups = _groups(study, results)
     parts += [f"\n{groups}"] if groups else []
-    scores = [score for rows in results.values() for compared in rows for score in compared.scores.values()]
-    parts += [f"\n{_notes(study, protocol, {score.facts.get('metric') or 'top1' for score in scores})}\n"]
+    recipe = make_entry({}, protocol.settings, folder, name).recipe
+    parts += [f"\n{_notes(study, protocol, recipe, measured)}\n"]
     text = "".join(parts)
     write_table(folder, name, ["data", *HEADER], cells, text)
     return text
+
+
+def measured_by(rows: Iterable[Compared]) -> str:
+    """What the runs of these rows measured, in words: "accuracy"."""
+    names = {score_name(score.facts.get("metric")) for compared in rows for score in compared.scores.values()}
+    return " or ".join(title for name, title in TITLES.items() if name in (names or ("accuracy",)))
 
 
 def paper_number(study: PaperStudy, data: str, label: str) -> float | None:
@@ -78,8 +84,8 @@ def _mean(facts: Sequence[Mapping[str, float]], name: str) -> str:
 
 
 def _groups(study: PaperStudy, results: Mapping[str, Sequence[Compared]]) -> str:
-    """Of VTAB, the means over the tasks of each group that were run; nothing for other data."""
-    if not all(data.startswith("vtab/") for data in results):
+    """Of the study of VTAB, the means over the tasks of each group that were run; nothing for others."""
+    if not all(data.startswith("vtab/") and data in study.sets for data in results):
         return ""
     lines = []
     for label in (compared.row.label for compared in next(iter(results.values()))):
@@ -89,24 +95,32 @@ def _groups(study: PaperStudy, results: Mapping[str, Sequence[Compared]]) -> str
             means = [compared.test()[0] for rows in done for compared in rows if compared.row.label == label]
             known = [mean for mean in means if mean is not None]
             mean = sum(known) / len(known) if known else None
-            line += [f"{format_percent(mean)} ({len(known)} of {len(tasks)})", f"{paper[number]:.1f}" if paper else "–"]
+            line.append(f"{format_percent(mean)} ({len(known)} of {len(tasks)})")
+            if study.numbers:
+                line.append(f"{paper[number]:.1f}" if paper else "–")
         lines.append(line)
-    return markdown(["model", *(name for group in VTAB_GROUPS for name in (group, "paper"))], lines)
+    columns = (name for group in VTAB_GROUPS for name in ((group, "paper") if study.numbers else (group,)))
+    return markdown(["model", *columns], lines)
 
 
-def _notes(study: PaperStudy, protocol: Protocol, metrics: Collection[str]) -> str:
-    measured = " or ".join(name for metric, name in METRICS.items() if metric in (metrics or ("top1",)))
+def _notes(study: PaperStudy, protocol: Protocol, recipe: Recipe, measured: str) -> str:
     seeds = ", ".join(map(str, protocol.seeds))
     rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
+    weights = f" with the weights of {recipe.checkpoint}" if recipe.checkpoint else ""
+    shown, difference = f"with seed {seeds} and its own division", ""
+    if len(protocol.seeds) > 1:
+        shown = f"mean ± standard deviation over seeds {seeds}, each with its own division"
+        difference = ", paired by seed, ± half the 95 % confidence interval"
     picked = f"The learning rate is {rates}."
     if len(protocol.rates) > 1:
         picked = (
             f"The learning rate of a model is the one of {rates} with the best {measured} on val with the first seed; *"
             " marks the smallest and the largest."
         )
+    if recipe.selection_split == "test":
+        picked += " The epoch is the best one on the test images, so these numbers are optimistic."
     return (
-        f"{measured[0].upper()}{measured[1:]} in percent, mean ± standard deviation over seeds {seeds}, each with its"
-        f" own division of what the data leave undivided. {picked} Difference: to {study.reference}, paired by seed,"
-        " ± half the 95 % confidence interval. Images/s in training, and the largest memory of the process (on a GPU:"
-        " of the device)."
+        f"{measured[0].upper()}{measured[1:]} in percent, {shown} of what the data leave undivided. Backbone"
+        f" {recipe.backbone}{weights}, {recipe.epochs} epochs. {picked} Difference: to {study.reference}{difference}."
+        " Images/s in training, and the largest memory of the process (on a GPU: of the device)."
     )

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.errors import DataError
-from insvp_fast.figures import style
+from insvp_fast.figures import comparison, style
 from insvp_fast.figures.comparison import plot_parameters, plot_sensitivity
 from insvp_fast.figures.embedding import choose_images, collect_vectors, plot_tsne
 from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
@@ -145,6 +145,24 @@ def test_settings_share_an_axis(drawn, tmp_path):
     assert list(axes[0].lines[0].get_xdata()) == [1, 2, 3]
     band = axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (pytest.approx(0.7), pytest.approx(0.95))
+
+
+def test_axes_say_what_was_measured_and_whether_it_deviates(drawn, tmp_path):
+    for deviation in (None, 0.1):
+        methods = [("VP", 10, 0.5, deviation), ("VPT", 20, 0.6, deviation)]
+        plot_parameters(methods, tmp_path / "a.png", measured="macro F1")
+        plot_sensitivity({"L": [(1, 0.5, deviation), (2, 0.6, deviation)]}, tmp_path / "b.png", measured="macro F1")
+    labels = [figure.axes[0].get_ylabel() or figure.get_supylabel() for figure in drawn]
+    assert labels == ["macro F1", "macro F1", "macro F1", "macro F1\nmean and standard deviation over seeds"]
+    assert [len(figure.axes[0].collections) for figure in drawn[::2]] == [0, 2]  # error bars
+
+
+def test_a_line_joins_every_name_that_is_far_from_its_point(drawn, tmp_path, monkeypatch):
+    for offset, joined in (((0, 12), False), ((0, -18), True), ((0, 24), True), ((8, 0), False), ((32, 6), True)):
+        monkeypatch.setattr(comparison, "OFFSETS", [offset])
+        plot_parameters([("VP", 10, 0.5, None), ("VPT", 20, 0.6, None)], tmp_path / "a.png")
+        lines = [text for text in drawn[-1].axes[0].texts if not text.get_text()]
+        assert bool(lines) == joined, offset
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):

@@ -114,7 +114,7 @@ def test_val_and_test_are_those_of_the_metric_of_the_run(tmp_path):
     for found, measured in ((score, "macro F1"), (score._replace(facts=score.facts | {"metric": None}), "accuracy")):
         results = {"cub": [Compared(study.rows[0], 1e-3, False, {0: found})]}
         text = report("table5", study, results, Protocol({}, (1e-3, 1e-2), (0,)), tmp_path)
-        assert f"\n{measured[0].upper()}{measured[1:]} in percent, mean" in text
+        assert f"\n{measured[0].upper()}{measured[1:]} in percent, with seed 0 and its own division" in text
         assert f"with the best {measured} on val" in text
 
 
@@ -240,7 +240,7 @@ def test_a_folder_of_the_name_of_a_set_is_none_of_the_papers(trained, tmp_path, 
     facts = json.loads(capsys.readouterr().out)
     (row,) = facts["results"]["cub"]
     assert (facts["folder"], row["row"], row["rate"]) == ("paper/table1", "InsVP", 0.01)
-    assert [(run["seed"], run["val_accuracy"]) for run in row["runs"]] == [(0, 0.99), (1, 0.99)]
+    assert [(run["seed"], run["val"]) for run in row["runs"]] == [(0, 0.99), (1, 0.99)]
     assert {(Path(recipe.output), recipe.data) for recipe in trained} == {
         (Path("paper/table1/cub"), str(tmp_path / "x" / "cub"))
     }
@@ -448,6 +448,40 @@ def test_the_tasks_of_vtab_count_for_their_groups(tmp_path):
     sizes, papers = [*map(len, VTAB_GROUPS.values())], [f"{number:.1f}" for number in study.numbers["InsVP"]]
     assert line[1::2] == [f"{10 * number}.00 (2 of {size})" for number, size in enumerate(sizes, 1)]
     assert line[2::2] == papers
+
+
+@pytest.mark.parametrize(("name", "data"), [("table1", "vtab/cifar"), ("table5", "vtab/cifar"), ("table2", "cub")])
+def test_groups_of_vtab_are_those_of_its_own_study(name, data, tmp_path):
+    study, scores = STUDIES[name], {0: Score("InsVP", None, 0.5, {"trained_parameters": 7})}
+    results = {data: [Compared(row, None, False, scores) for row in study.rows]}
+    text = report(name, study, results, Protocol({}, (1e-3,), (0,)), tmp_path)
+    assert "natural" not in text and "| paper" not in text
+
+
+def test_the_papers_accuracies_stand_beside_no_other_metric(tmp_path):
+    for name, data in (("table5", "cub"), ("table2", "vtab/cifar")):
+        study = STUDIES[name]
+        for metric, beside in ((None, True), ("top1", True), ("f1", False)):
+            scores = {0: Score("InsVP", None, 0.5, {"trained_parameters": 7, "metric": metric})}
+            results = {data: [Compared(row, None, False, scores) for row in study.rows]}
+            text = report(name, study, results, Protocol({}, (1e-3,), (0,)), tmp_path)
+            assert ("paper" in text) == beside and ("natural" in text) == (name == "table2")
+
+
+def test_a_report_says_how_it_was_made(tmp_path):
+    study = STUDIES["table5"]
+    results = {"cub": [Compared(study.rows[0], None, False, {})]}
+
+    def notes(seeds=(0,), **settings) -> str:
+        return report("table5", study, results, Protocol(settings, (1e-3,), seeds), tmp_path).splitlines()[-1]
+
+    one, two = notes(backbone="vit_tiny_patch16_224", epochs=7, checkpoint="a.npz"), notes((0, 1))
+    assert "Backbone vit_tiny_patch16_224 with the weights of a.npz, 7 epochs." in one
+    assert "Difference: to no prompts. " in one and "deviation" not in one and "interval" not in one
+    assert "Backbone vit_shapes_32, 10 epochs." in two
+    assert "mean ± standard deviation over seeds 0, 1" in two and "paired by seed, ± half the 95 %" in two
+    for settings, optimistic in (({}, False), ({"select_on": "test"}, True), ({"protocol": "released"}, True)):
+        assert ("best one on the test images, so these numbers are optimistic" in notes(**settings)) == optimistic
 
 
 def test_a_rate_that_is_the_only_one_is_at_no_edge(trained, tmp_path):
