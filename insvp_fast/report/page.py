@@ -71,6 +71,7 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
     epochs = [record for record in records if "trained_parameters" not in record]
     names, confusion = results.class_names, metrics.confusion if isinstance(metrics, Metrics) else None
     metric = score_name(recipe.metric_for(multi_label=confusion is None))
+    classes = _classes(metrics.per_class, confusion, names)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("insvp_fast.report", ""),
         autoescape=True,
@@ -91,7 +92,8 @@ def render(folder: str | Path, results: Results, warnings: list[str]) -> str:
         curves=_svg(lambda file: plot_curves(epochs, file, metric)) if epochs else None,
         confusion=None if confusion is None else _svg(lambda file: plot_confusion(confusion, names, file)),
         confusions=[] if confusion is None else _confusions(confusion, names),
-        classes=_classes(metrics.per_class, confusion, names)[:MAX_ROWS],
+        classes=classes[:MAX_ROWS],
+        tested=len(classes),
         class_count=len(names),
         mistakes=_mistakes(results),
         reason=results.mistakes.reason,

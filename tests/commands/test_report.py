@@ -13,10 +13,11 @@ import torch
 
 from insvp_fast.commands import cli
 from insvp_fast.methods import create_model
-from insvp_fast.report import results
+from insvp_fast.report import page, results
 from insvp_fast.report.page import _classes, _labels, render
 from insvp_fast.report.results import find_results
 from insvp_fast.training.backbone import load_backbone
+from insvp_fast.training.metrics import metrics_of_pairs
 from tests.browser import needs_chromium, open_page
 from tests.commands.finished_run import HOSTILE, with_random_head, write_run, write_run_of_several_labels
 
@@ -143,6 +144,31 @@ def test_control_characters_are_shown_and_not_written(hostile, tmp_path):
     assert not re.search("[^\n -~\xa1-\u2027\u2030-\ud7ff]", page)
     shown = {r"\x07 rings", r"a\x00\x1b[31m", r"b\x85\u2028", r"c\udcff\u202e", "f\u00e4<u>"}
     assert shown <= set(Page(tmp_path / "page.html").texts)
+
+
+@pytest.mark.parametrize(("kept", "shown"), [(0, "0"), (3, "3"), (None, "–")])
+def test_the_kept_epoch_may_be_the_first(kept, shown, hostile, tmp_path):
+    shutil.copy(hostile / "config.json", tmp_path)
+    result = {"model": "InsVP", "test_accuracy": 0.5, "trained_parameters": 7, "kept_epoch": kept}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(result))
+    (tmp_path / "page.html").write_text(render(tmp_path, find_results(hostile, 1), []))
+    assert Page(tmp_path / "page.html").behind("7") == [shown]
+
+
+@pytest.mark.parametrize(
+    ("tested", "most", "caption"),
+    [
+        (2, 50, "Accuracy of the classes that have test images, the worst first"),
+        (4, 50, "Accuracy of the classes, the worst first"),
+        (4, 3, "Accuracy of the 3 worst of 4 classes, the worst first"),
+        (3, 2, "Accuracy of the 2 worst of 3 classes that have test images, the worst first"),
+    ],
+)
+def test_classes_are_counted_that_have_test_images(tested, most, caption, hostile, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MAX_ROWS", most)
+    metrics = metrics_of_pairs(torch.arange(tested).expand(2, -1), 4, tested)
+    (tmp_path / "page.html").write_text(render(hostile, find_results(hostile, 1)._replace(metrics=metrics), []))
+    assert caption in Page(tmp_path / "page.html").texts
 
 
 @pytest.mark.parametrize(
