@@ -23,6 +23,8 @@ from insvp_fast.training.recipe import score_name
 from insvp_fast.training.run_folder import CONFIG_FILE, read_config, read_results
 
 SUMMARY = "describe a run, an adapter or a backbone"
+# what adapters hold besides parameters, which their files do not tell apart: of E2VPT, DAM-VP and batch norm
+BUFFERS = {"token_mask", "segment_mask", "centers", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +150,8 @@ def _count_parameters(file: Path) -> Counter[str]:
     try:
         with safe_open(file, framework="numpy") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (it is no dictionary)
-                sizes[key.partition(".")[0]] += math.prod(tensors.get_slice(key).get_shape())
+                if key.rpartition(".")[2] not in BUFFERS:
+                    sizes[key.partition(".")[0]] += math.prod(tensors.get_slice(key).get_shape())
     except (OSError, SafetensorError) as error:
         raise CommandError(f"{file}: not a safetensors file that can be read ({error})") from error
     return sizes
