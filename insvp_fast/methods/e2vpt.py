@@ -55,8 +55,12 @@ class E2VPT(VPTDeep):
         require_at_least(1, segments=segments)
         if geometry.width % segments:
             raise ValueError(f"segments={segments}: expected a divisor of the width, {geometry.width}")
-        keys_values = (torch.empty(1 if share else 2, num_keys, geometry.width) for _ in self.prompted_blocks)
-        self.keys_values = nn.ParameterList(nn.init.kaiming_uniform_(tensor) for tensor in keys_values)
+        heads, tensors = geometry.num_heads, 1 if share else 2
+        # as in the authors' code, whose bound is that of one head's keys
+        by_head = (torch.empty(tensors * heads, num_keys, geometry.width // heads) for _ in self.prompted_blocks)
+        self.keys_values = nn.ParameterList(
+            nn.init.kaiming_uniform_(each).view(tensors, num_keys, geometry.width) for each in by_head
+        )
         self.register_buffer("token_mask", torch.ones(len(self.prompted_blocks), length))
         self.register_buffer("segment_mask", torch.ones(len(self.prompted_blocks), length, segments))
 

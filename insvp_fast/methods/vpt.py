@@ -44,8 +44,9 @@ class VPTDeep(PromptMethod):
         require_at_least(1, projection=projection)
         require_probabilities(dropout=dropout)
         self.prompted_blocks = geometry.blocks(blocks)
+        bound = xavier_bound(geometry, projection or geometry.widths[0])
         self.prompts = nn.ParameterList(
-            xavier_prompts(geometry, length, projection or geometry.widths[j]) for j in self.prompted_blocks
+            torch.empty(length, projection or geometry.widths[j]).uniform_(-bound, bound) for j in self.prompted_blocks
         )
         self.projection: nn.Module = nn.Identity()
         if projection:
@@ -86,7 +87,6 @@ class VPTShallow(VPTDeep):
         super().__init__(geometry, length=length, dropout=dropout, projection=projection, blocks=(0,))
 
 
-def xavier_prompts(geometry: Geometry, length: int, width: int) -> nn.Parameter:
-    """Prompts [length, width], uniform with VPT's bound, Xavier's for a map from a patch to them."""
-    bound = math.sqrt(6 / (geometry.in_channels * geometry.patch_size**2 + width))
-    return nn.Parameter(torch.empty(length, width).uniform_(-bound, bound))
+def xavier_bound(geometry: Geometry, width: int) -> float:
+    """VPT's bound of uniform prompts, the same in all blocks: Xavier's for a map from a patch to the first block's."""
+    return math.sqrt(6 / (geometry.in_channels * geometry.patch_size**2 + width))

@@ -20,6 +20,7 @@ class Geometry(NamedTuple):
         in_channels, patch_size: C and P.
         image_size: (H, W) of the images that the backbone was made for, or pretrained on; None if it does not say.
         num_prefix_tokens: the number of tokens before those of the patches.
+        num_heads: of the first attention; 1 for a backbone that has none.
     """
 
     widths: tuple[int, ...]
@@ -27,6 +28,7 @@ class Geometry(NamedTuple):
     patch_size: int
     image_size: tuple[int, int] | None
     num_prefix_tokens: int
+    num_heads: int = 1
 
     @classmethod
     def of(cls, backbone: nn.Module, widths: Sequence[int], in_channels: int, patch_size: int) -> Self:
@@ -34,7 +36,8 @@ class Geometry(NamedTuple):
         cfg = getattr(backbone, "pretrained_cfg", None) or {}
         size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or cfg.get("input_size", ())[-2:]
         prefix = getattr(backbone, "num_prefix_tokens", 0)
-        return cls(tuple(widths), in_channels, patch_size, (size[0], size[1]) if size else None, prefix)
+        heads: Any = next((module.num_heads for module in backbone.modules() if hasattr(module, "num_heads")), 1)
+        return cls(tuple(widths), in_channels, patch_size, (size[0], size[1]) if size else None, prefix, heads)
 
     @property
     def width(self) -> int:

@@ -252,6 +252,32 @@ def test_named_configurations():
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
 
 
+def assert_uniform(tensor, bound):
+    """Of a large sample: it is uniform in (-bound, bound)."""
+    assert 0.99 * bound < tensor.abs().max() <= bound
+    assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_e2vpt_begins_as_the_authors_tensors_of_each_head(share):
+    method = create_model("e2vpt", NAME, 6, backbone_kwargs=SIZE, num_keys=50, segments=8, share=share).method
+    assert method.geometry.num_heads == 3
+    for tensor in method.keys_values:
+        assert tensor.shape == (1 if share else 2, 50, 48)
+        assert_uniform(tensor, math.sqrt(6 * 3 / (50 * 48)))
+
+
+def test_vpt_begins_with_one_bound_in_all_stages_of_a_swin():
+    """That of the first stage, as in the authors' code; of a projection, that of its width."""
+    swin = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4)}
+    method = create_model("vpt_deep", "swin_tiny_patch4_window7_224", 6, backbone_kwargs=swin, length=200).method
+    assert [p.shape[1] for p in method.prompts] == [32, 64]
+    for prompts in method.prompts:
+        assert_uniform(prompts, math.sqrt(6 / (3 * 2**2 + 32)))
+    method = create_model("vpt_deep", NAME, 6, backbone_kwargs=SIZE, length=900, projection=7, blocks=[2]).method
+    assert_uniform(method.prompts[0], math.sqrt(6 / (3 * 8**2 + 7)))
+
+
 def test_scores_of_masks_are_the_derivatives_and_the_lowest_are_pruned():
     model = make_pair("e2vpt")[0].double().cpu().eval()
     method, image = model.method, torch.randn(2, 3, 48, 32, dtype=torch.float64)
