@@ -53,13 +53,16 @@ class PartialTuning(Tuning):
 class BitFit(Tuning):
     """All biases of the backbone and the head are trained (Ben Zaken et al., ACL 2022; "Bias" in VPT's tables).
 
+    As in VPT's code, these are all parameters with "bias" in their names: also q_bias and v_bias of an Eva, and the
+    tables of relative positions in a Swin.
+
     Raises:
         ValueError: for a backbone without biases.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
-        biases = [p for name, p in backbone.named_parameters() if name.endswith("bias")]  # also Eva's q_bias, v_bias
+        biases = [p for name, p in backbone.named_parameters() if "bias" in name]
         if not biases:
             raise ValueError(f"bias in a {type(backbone).__name__} that has none: expected a backbone with biases")
         for bias in biases:

@@ -389,6 +389,14 @@ def test_other_backbones():
     assert relative_error(randomize(changed.method) and changed(torch.ones(1, 3, 32, 32)), before) > 1e-3
 
 
+def test_the_biases_of_relative_positions_are_biases():
+    arguments = {"img_size": 32, "patch_size": 2, "window_size": 4, "depths": (2, 1), "num_heads": (2, 4)}
+    model = create_model("bias", timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, **arguments), 5)
+    trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.backbone.named_parameters() if "bias" in name}
+    assert sum(name.endswith("relative_position_bias_table") for name in trained) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
