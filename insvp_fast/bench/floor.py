@@ -20,6 +20,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from insvp_fast.backbones.vision_transformer import read_tokens
 from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import InsVPReference
 from insvp_fast.runtime import cuda_graphs, hardware, native, products, torch_private
@@ -148,9 +149,10 @@ def require_known(backbone: nn.Module) -> None:
     blocks: Any = [block for stage in backbone.layers for block in stage.blocks] if swin else backbone.blocks
     parts = [part for block in blocks for part in (block, getattr(block, "attn", None), getattr(block, "mlp", None))]
     known = {Block, Attention, SwinTransformerBlock, WindowAttention, Mlp, PatchEmbed, type(None)}
-    if unknown := {type(part) for part in (*parts, backbone.patch_embed)} - known:
+    parts += [backbone.patch_embed, getattr(backbone, "attn_pool", None)]
+    if unknown := {type(part) for part in parts} - known:
         names = " and ".join(sorted(kind.__name__ for kind in unknown))
-        raise ValueError(f"expected blocks and a patch embedding whose operations are known, found {names}")
+        raise ValueError(f"expected blocks, patch embedding and pooling whose operations are known, found {names}")
 
 
 @functools.cache
@@ -158,8 +160,8 @@ def needed_flops(kind: str, name: str, config: InsVPConfig, backward: bool, **ba
     """The least floating-point operations that a model needs for one image.
 
     The bare backbone needs all of its own. With prompts, these are the operations left by the exact savings: prompts
-    give keys and values only, and the last block of a ViT has one query. Backward adds each frozen product once,
-    attention two and a half times, and of the prompters what ``_prompter_flops`` says.
+    give keys and values only, and in the last block of a ViT only the tokens ask that the head reads. Backward adds
+    each frozen product once, attention two and a half times, and of the prompters what ``_prompter_flops`` says.
 
     Args:
         kind: "bare", or anything else for InsVP.
@@ -176,10 +178,13 @@ def needed_flops(kind: str, name: str, config: InsVPConfig, backward: bool, **ba
 
 
 def _vit_terms(backbone: Any, L: int, saves: bool) -> tuple[float, float]:
-    """The multiplications of a ViT's frozen products and of its attention; ``saves``: one query in the last block."""
+    """The multiplications of a ViT's frozen products and of its attention.
+
+    ``saves``: in the last block only the tokens ask that the head reads, one if that is the class token.
+    """
     D, J, N = backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.num_patches
     T, hidden = N + backbone.num_prefix_tokens, backbone.blocks[0].mlp.fc1.out_features
-    queries = (J - 1) * T + (1 if saves else T)
+    queries = (J - 1) * T + ((saves and read_tokens(backbone)) or T)
     matrices = _patch_embedding(backbone) + queries * 2 * D * (D + hidden) + J * (T + L) * 2 * D * D
     return matrices, queries * (T + L) * 2 * D
 

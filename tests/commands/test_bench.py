@@ -20,7 +20,7 @@ from benchmarks import gpu, parity, results, waterfall
 from benchmarks.models import make_model, without_dropout
 from insvp_fast import InsVPConfig, InsVPReference
 from insvp_fast.bench import models, report
-from insvp_fast.bench.floor import BlockProducts, needed_flops
+from insvp_fast.bench.floor import BlockProducts, needed_flops, require_known
 from insvp_fast.bench.jobs import forward_backward, inference, training_step
 from insvp_fast.bench.machine import machine_facts
 from insvp_fast.bench.tables import format_products, line
@@ -184,6 +184,25 @@ def test_prompts_cost_keys_and_values_and_the_last_block_asks_once():
 def saved_row(provider, **values):
     row = {"job": "inference", "precision": "fp32", "provider": provider, "model": BASE, "batch": 8, "ratio": 1.0}
     return row | {"images per second": 2.0} | values  # as the oldest files have it, without configuration and spread
+
+
+@pytest.mark.parametrize(("pool", "saves"), [("token", True), ("avg", False), ("avgmax", False)])
+def test_the_last_block_asks_for_all_that_the_head_reads(pool, saves):
+    none = {f"{name}_prompt": False for name in ("global", "patch", "common", "specific")}
+    config = InsVPConfig(**none, prompt_length=0)
+    with torch.device("meta"):
+        model = InsVPReference(timm.create_model("test_vit", global_pool=pool), 0, config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.empty(1, 3, 160, 160, device="meta"))
+    needed = needed_flops("reference", "test_vit", config, False, global_pool=pool)
+    T, D, hidden = 101, 64, 192
+    saved = 2 * (T - 1) * (2 * D * (D + hidden) + T * 2 * D) if saves else 0
+    assert needed == counter.get_total_flops() - saved
+
+
+def test_a_pooling_whose_operations_are_not_known_is_refused():
+    with pytest.raises(ValueError, match="pooling whose operations are known, found AttentionPoolLatent"):
+        require_known(timm.create_model("vit_tiny_patch16_224", depth=1, global_pool="map"))
 
 
 def test_results_are_merged(tmp_path, monkeypatch):

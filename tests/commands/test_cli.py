@@ -381,7 +381,7 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
         *(
             (
                 ["bench", "--model", name],
-                f"expected blocks and a patch embedding whose operations are known, found {kind}",
+                f"expected blocks, patch embedding and pooling whose operations are known, found {kind}",
             )
             for name, kind in {
                 "vit_small_patch16_18x2_224": "ParallelThingsBlock",
