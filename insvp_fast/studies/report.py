@@ -120,7 +120,7 @@ def _notes(study: PaperStudy, protocol: Protocol, recipe: Recipe, measured: str)
     if recipe.selection_split == "test":
         picked += " The epoch is the best one on the test images, so these numbers are optimistic."
     return (
-        f"{measured[0].upper()}{measured[1:]} in percent, {shown} of what the data leave undivided. Backbone"
-        f" {recipe.backbone}{weights}, {recipe.epochs} epochs. {picked} Difference: to {study.reference}{difference}."
+        f"{measured[0].upper()}{measured[1:]} in percent, {shown} of what the data leave undivided. Backbone:"
+        f" {recipe.backbone}{weights}; epochs: {recipe.epochs}. {picked} Difference: to {study.reference}{difference}."
         " Images/s in training, and the largest memory of the process (on a GPU: of the device)."
     )

@@ -476,9 +476,9 @@ def test_a_report_says_how_it_was_made(tmp_path):
         return report("table5", study, results, Protocol(settings, (1e-3,), seeds), tmp_path).splitlines()[-1]
 
     one, two = notes(backbone="vit_tiny_patch16_224", epochs=7, checkpoint="a.npz"), notes((0, 1))
-    assert "Backbone vit_tiny_patch16_224 with the weights of a.npz, 7 epochs." in one
+    assert "Backbone: vit_tiny_patch16_224 with the weights of a.npz; epochs: 7." in one
     assert "Difference: to no prompts. " in one and "deviation" not in one and "interval" not in one
-    assert "Backbone vit_shapes_32, 10 epochs." in two
+    assert "Backbone: vit_shapes_32; epochs: 10." in two
     assert "mean ± standard deviation over seeds 0, 1" in two and "paired by seed, ± half the 95 %" in two
     for settings, optimistic in (({}, False), ({"select_on": "test"}, True), ({"protocol": "released"}, True)):
         assert ("best one on the test images, so these numbers are optimistic" in notes(**settings)) == optimistic
