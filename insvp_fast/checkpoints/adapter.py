@@ -10,13 +10,11 @@ files are checked before a model is built from them.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described
 from insvp_fast.checkpoints.backbone import create_backbone, difference, hub_id, settings_of, source_of, unlike_timm
-from insvp_fast.checkpoints.files import find_file
+from insvp_fast.checkpoints.files import find_file, save_adapter
 from insvp_fast.checkpoints.model_card import make_model_card
 from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.released import infer_config, read_released, to_ours, to_released
@@ -91,12 +89,8 @@ class AdapterCheckpoint(
         """
         if config is not None:
             raise ValueError("config was given: expected None, an adapter is saved with the model's own configuration")
-        if class_names is not None:
-            self.class_names = list(class_names)
-        if preprocessing is not None:  # through JSON, so that the attribute is what will be loaded
-            self.preprocessing = json.loads(json.dumps(dict(preprocessing)))
         folder = Path(save_directory)
-        self._save_pretrained(folder)
+        self._save(folder, self.description(class_names, preprocessing))
         if not (folder / CARD_FILE).exists():
             write_file(folder / CARD_FILE, str(self.generate_model_card(**(model_card_kwargs or {}))).encode())
         if not push_to_hub:
@@ -104,7 +98,10 @@ class AdapterCheckpoint(
         repo_id = repo_id or folder.resolve().name
         return self.push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def _save_pretrained(self, save_directory: Path) -> None:  # which the mixin calls to upload
+        self._save(save_directory, self.description())
+
+    def _save(self, folder: Path, description: dict[str, Any]) -> None:
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad:
                 raise ValueError(f"backbone.{name} is trainable: expected a frozen backbone, it is not saved here")
@@ -113,13 +110,11 @@ class AdapterCheckpoint(
             num_classes=self.num_classes,
             insvp=self.config,
             backbone=BackboneRecord.of(self.backbone).unless(unlike_timm(self.backbone)),
-            **self.description(),
+            **description,
         )
         require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
-        weights = {key: value.detach().cpu().contiguous() for key, value in self._adapter().items()}
-        save_directory.mkdir(parents=True, exist_ok=True)
-        write_file(save_directory / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
-        write_file(save_directory / ADAPTER_FILE, config.to_json())
+        save_adapter(folder, self._adapter(), config.to_json())
+        self.describe_as(config)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card of this adapter; ``kwargs`` are fields of its metadata."""
@@ -254,13 +249,16 @@ def adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_described(model: nn.Module, described: nn.Module) -> None:
-    """Raise ValueError for a module, public attribute or shape beside the backbone that the other model has not."""
+    """Raise ValueError for a module, method, attribute or shape beside the backbone that the other model has not."""
     found, expected = (_beside_backbone(each) for each in (model, described))
     for name in [*expected, *(name for name in found if name not in expected)]:
         own, other = found.get(name), expected.get(name)
         classes = [None if part is None else type(part).__name__ for part in (own, other)]
         if name and classes[0] != classes[1]:  # the model itself may be of any class with this constructor
             raise ValueError(f"{name} is {classes[0]}: {_expected(classes[1])}")
+        for key in vars(own):  # libraries of training replace the forward of the model itself
+            if callable(getattr(type(own), key, None)) and (name or key != "forward"):
+                raise ValueError(f"{name and f'{name}.'}{key} is replaced: {_expected('that of the class')}")
         for key, value in vars(other).items():
             if not key.startswith("_") and key != "training" and vars(own).get(key) != value:
                 raise ValueError(f"{name and f'{name}.'}{key} is {vars(own).get(key)}: {_expected(value)}")
@@ -287,18 +285,20 @@ def recorded_backbone(
 ) -> nn.Module:
     """The given backbone, or the recorded one; if it has to be built, with the recorded arguments, in that dtype.
 
-    Warns of a given module that, with the recorded weights, computes otherwise.
+    Warns of another one that, with the recorded weights, computes otherwise.
     """
     given = record.name if backbone is None else backbone
     if given is None:
         raise CheckpointError(f"{where}: backbone.name is null: expected the backbone itself, as `backbone`")
     elsewhere = "; the adapter was trained with this backbone: if it is elsewhere, give backbone="
     remedy, defaults = elsewhere if backbone is None else "", record.arguments or {}
-    if isinstance(given, nn.Module) and record.name and (change := unlike_timm(given, record.arguments)):
+    module = _take_or_create(given, pretrained, defaults, arguments, record.torch_dtype, where, remedy)
+    other = record.name and (given != record.name or arguments)
+    if other and (change := unlike_timm(module, record.arguments, record.name)):
         warnings.warn(
             f"{where}: the adapter was trained around a backbone that computes otherwise: {change}", stacklevel=3
         )
-    return _take_or_create(given, pretrained, defaults, arguments, record.torch_dtype, where, remedy)
+    return module
 
 
 def _take_or_create(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -21,7 +21,7 @@ from insvp_fast.config import InsVPConfig, is_number
 from insvp_fast.errors import CheckpointError
 from insvp_fast.json_files import read_json
 
-__all__ = ["AdapterConfig", "BackboneRecord", "Described", "check_fields"]
+__all__ = ["AdapterConfig", "BackboneRecord", "Described", "check_fields", "to_json"]
 
 PEFT_TYPE, FORMAT_VERSION = "INSVP", 1
 
@@ -44,14 +44,40 @@ class Described:
     exif_rotation: bool = True
     trained_on: dict[str, Any] | None = None
 
-    def description(self) -> dict[str, Any]:
-        """The attributes by their names."""
-        return {name: getattr(self, name) for name in get_type_hints(Described)}
+    def description(
+        self, class_names: Sequence[str] | None = None, preprocessing: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The attributes by their names, two of them with new values where these are given.
+
+        Raises:
+            ValueError: if class names are one text, or how images are prepared is not JSON.
+        """
+        found = {name: getattr(self, name) for name in get_type_hints(Described)}
+        if isinstance(class_names, str):
+            raise ValueError(f"class_names is {class_names!r}: expected a list of names")
+        if class_names is not None:
+            found["class_names"] = list(class_names)
+        if preprocessing is not None:  # through JSON, so that the attribute is what will be loaded
+            found["preprocessing"] = json.loads(to_json(dict(preprocessing), "preprocessing"))
+        return found
 
     def describe_as(self, other: object) -> None:
         """Take the attributes of a model or of what was read from a file."""
         for name in get_type_hints(Described):
             setattr(self, name, getattr(other, name))
+
+
+def to_json(values: object, what: str) -> bytes:
+    """The values as a file; ``what`` they are is named by messages.
+
+    Raises:
+        ValueError: if they are not JSON.
+    """
+    try:
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}: expected numbers, text, lists and dictionaries") from error
+    return text.encode(errors="backslashreplace")  # class names may be file names that are not UTF-8
 
 
 LATER = ("multi_label", "exif_rotation", "trained_on")  # not in all files
@@ -191,9 +217,8 @@ class AdapterConfig:
         check_description(self)
 
     def to_json(self) -> bytes:
-        """The content of the file."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        return text.encode(errors="backslashreplace")  # class names may be file names that are not UTF-8
+        """The content of the file; raises ValueError for what is not JSON."""
+        return to_json(dataclasses.asdict(self), "what is said of the adapter")
 
     @classmethod
     def read(cls, file: Path) -> Self:

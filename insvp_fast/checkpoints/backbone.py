@@ -133,19 +133,24 @@ def source_of(backbone: nn.Module) -> str | None:
     return f"{name}@{file}" if name and file else name
 
 
-def unlike_timm(backbone: nn.Module, arguments: Mapping[str, Any] | None = None) -> str | None:
+def unlike_timm(
+    backbone: nn.Module, arguments: Mapping[str, Any] | None = None, source: str | None = None
+) -> str | None:
     """What was changed in a backbone, besides weights, since it was built from its name.
 
     Hooks, buffers, functions and lists are not looked at.
 
     Args:
         arguments: with which it was to be built; None for its own.
+        source: from which it was to be built, if another than ``source_of`` it, by the name of an architecture.
 
     Returns:
         The first module or setting that differs, as ``difference`` says it, or why it cannot be built again; None if
         there is nothing, or for a backbone that neither timm nor this package has built.
     """
     name = _cfg(backbone).get("architecture")
+    recorded = (source or "").partition("@")[0]
+    name = recorded if is_name(recorded) else name
     if not name or not (is_shipped(name) or is_model(name)):
         return None
     own = get_model_args(backbone)

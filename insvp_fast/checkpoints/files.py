@@ -20,12 +20,23 @@ import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from insvp_fast.atomic_files import write_file
+from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.errors import CheckpointError
 
-__all__ = ["find_file", "read_metadata", "read_npz", "read_safetensors", "read_torch", "read_weights", "require_hub"]
+__all__ = [
+    "find_file",
+    "read_metadata",
+    "read_npz",
+    "read_safetensors",
+    "read_torch",
+    "read_weights",
+    "require_hub",
+    "save_adapter",
+]
 
 INDEX = ".safetensors.index.json"  # of weights that are in several files
 HUB_TIMEOUT = 3  # seconds to wait for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
@@ -176,3 +187,12 @@ def read_torch(file: Path) -> Any:
             raise CheckpointError(f"{file}: {text}") from error
         # the rest of torch's message is of no use, or advice to trust the file
         raise CheckpointError(f"{file}: {text}{f': it asks for {asked[1]}' if asked else ''}") from error
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: bytes) -> None:
+    """Write an adapter's tensors, and the content of its adapter_config.json, into a folder, made if need be."""
+    # as they lie in memory: contiguous, and without the sign that PyTorch may put off
+    stored = {key: tensor.detach().cpu().resolve_neg().contiguous() for key, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
+    write_file(folder / ADAPTER_FILE, config)

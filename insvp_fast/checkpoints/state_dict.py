@@ -212,7 +212,7 @@ def backbone_sha256(backbone: nn.Module, dtype: torch.dtype, positions: bool = T
     digest, heads = hashlib.sha256(), head_prefixes(backbone)
     for name, tensor in sorted(backbone.state_dict().items()):
         if not name.startswith(heads) and (positions or "pos" not in name):
-            tensor = tensor.detach().cpu()
+            tensor = tensor.detach().cpu().resolve_neg()
             tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).float()
             digest.update(f"{name}{list(tensor.shape)}".encode())
             digest.update(tensor.numpy().tobytes())

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter import recorded_backbone, require_described
 from insvp_fast.checkpoints.adapter_config import (
     AdapterConfig,
@@ -22,9 +19,10 @@ from insvp_fast.checkpoints.adapter_config import (
     Described,
     check_description,
     check_fields,
+    to_json,
     with_later_fields,
 )
-from insvp_fast.checkpoints.files import find_file, read_safetensors
+from insvp_fast.checkpoints.files import find_file, read_safetensors, save_adapter
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.state_dict import assign, check_shapes, head_of
 from insvp_fast.errors import CheckpointError
@@ -121,8 +119,6 @@ class MethodCheckpoint(Described, nn.Module):
             ValueError: if the method is not one of ``METHODS``, or its settings are not JSON, or not known because it
                 was made by another function, if there is not one class name for each class, or for a head of one's own.
         """
-        self.class_names = self.class_names if class_names is None else list(class_names)
-        self.preprocessing = self.preprocessing if preprocessing is None else dict(preprocessing)
         kind, names = type(self.method).__name__, [name for name, cls in CLASSES.items() if cls is type(self.method)]
         if not names:
             raise ValueError(f"the method is a {kind}: expected one of {sorted(CLASSES)}; save the state dict instead")
@@ -133,21 +129,14 @@ class MethodCheckpoint(Described, nn.Module):
             options=self._options,
             num_classes=self.num_classes,
             backbone=self._backbone_record(),
-            **self.description(),
+            **self.description(class_names, preprocessing),
         )
-        try:
-            text = json.dumps(dataclasses.asdict(config), indent=2)
-        except TypeError as error:
-            raise ValueError(
-                f"the settings of {names[0]}, or how images are prepared, are not JSON: {error}"
-            ) from error
+        content = to_json(dataclasses.asdict(config), f"what is said of {names[0]}")
         head = head_of(self.backbone, self.num_classes)
         head = self.method.make_head(head) if isinstance(self.method, Tuning) else head
         require_described(nn.ModuleDict({"head": self.head}), nn.ModuleDict({"head": head}))
-        weights = {key: value.detach().cpu().contiguous() for key, value in self._adapter().items()}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_file(Path(folder, WEIGHTS_FILE), safetensors.torch.save(weights, metadata={"format": "pt"}))
-        write_file(Path(folder, ADAPTER_FILE), f"{text}\n".encode())
+        save_adapter(Path(folder), self._adapter(), content)
+        self.describe_as(config)
 
     @classmethod
     def from_pretrained(

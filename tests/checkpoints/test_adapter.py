@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -25,6 +26,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from timm import create_model
 from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
@@ -187,6 +189,59 @@ def test_refuses_to_lose_any_attribute_that_was_changed_by_hand(model_type, tmp_
     assert {"global_prompter.conv1.dilation", "patch_prompter.dropout.p", "prompted_blocks"} < {*tried}
     assert not (tmp_path / "adapter").exists()
     model.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", ["insvp", "lora"])
+def test_refuses_to_lose_methods_that_were_replaced(method, tmp_path):
+    """But for the forward of the model itself, which libraries of training wrap."""
+    model: Any = make_model() if method == "insvp" else create_method_model(method, make_backbone(), 3)
+    parts = {"head": (model.head, "forward")}
+    if method == "insvp":
+        parts |= {"": (model, "specific_prompt"), "global_prompter": (model.global_prompter, "forward")}
+    for name, (part, replaced) in parts.items():
+        setattr(part, replaced, lambda *args: None)
+        with pytest.raises(
+            ValueError, match=f"{name and f'{name}.'}{replaced} is replaced: expected that of the class"
+        ):
+            model.save_pretrained(tmp_path / "adapter")
+        delattr(part, replaced)
+    assert not (tmp_path / "adapter").exists()
+    model.forward = functools.partial(model.forward)
+    model.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", ["insvp", "lora"])
+def test_an_adapter_that_cannot_be_described_leaves_files_and_model_as_they_are(method, tmp_path):
+    def make() -> Any:
+        return make_model(seed=1) if method == "insvp" else create_method_model(method, make_backbone(), 3)
+
+    make().save_pretrained(tmp_path, CLASSES, PREPROCESSING)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model = make()
+    for names, preprocessing, message in (
+        (["a", "b"], None, "class_names has 2 names"),
+        ("cat", None, "class_names is 'cat': expected a list of names"),
+        (CLASSES[::-1], PREPROCESSING | {"color_jitter": np.float32(0.4)}, "float32 is not JSON serializable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path, names, preprocessing)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+        assert model.class_names is model.preprocessing is None
+    model.trained_on = {"split_seed": 0, "undivided_sha256": None, "where": Path()}
+    with pytest.raises(ValueError, match="Path is not JSON serializable: expected numbers, text, lists"):
+        model.save_pretrained(tmp_path, CLASSES[::-1])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_sign_that_was_put_off_is_saved(tmp_path):
+    model = make_model()
+    model.head.weight.data = torch._neg_view(torch.randn(3, 48))
+    sha256 = backbone_sha256(model.backbone, torch.float32)
+    weight = model.backbone.norm.weight
+    weight.data = torch._neg_view(-weight.data)
+    assert backbone_sha256(model.backbone, torch.float32) == sha256
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(Reference.from_pretrained(tmp_path, model.backbone)), logits(model))
 
 
 def test_hooks_of_the_backbone_are_no_matter(tmp_path):
@@ -377,6 +432,24 @@ def test_a_given_backbone_that_computes_otherwise_than_the_recorded_one_is_told(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(tmp_path, make_backbone(dynamic_img_size=True, drop_path_rate=0.1))
+
+
+def test_a_named_backbone_that_computes_otherwise_than_the_recorded_one_is_told(tmp_path):
+    """Of the same weights: by another name, or with another argument."""
+    file = tmp_path / "weights.safetensors"
+    torch.manual_seed(0)
+    save_file(create_model(f"{NAME}", pretrained=False, **SIZES).state_dict(), file)
+    other = "vit_base_patch32_clip_quickgelu_224"
+    InsVPViT(f"{other}@{file}", 3, SMALL, pretrained=True, **SIZES, pre_norm=False).save_pretrained(tmp_path)
+    told = "the adapter was trained around a backbone that computes otherwise: "
+    with pytest.warns(UserWarning, match=f"{told}blocks.0.mlp.act is .*GELU.*: expected .*QuickGELU"):
+        InsVPViT.from_pretrained(tmp_path, f"vit_base_patch32_clip_224@{file}")
+    with pytest.warns(UserWarning, match=f"{told}blocks.0.attn.num_heads is 3: expected 2"):
+        InsVPViT.from_pretrained(tmp_path, num_heads=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moved = file.rename(tmp_path / "moved.safetensors")
+        InsVPViT.from_pretrained(tmp_path, f"{other}@{moved}", dynamic_img_size=True)
 
 
 UNCHANGED: dict[str, Any] = {
