@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from insvp_fast.figures.style import COLORS, HIGHLIGHT, drawing
@@ -42,6 +42,7 @@ def plot_parameters(
         axes = figure.subplots()
         axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=measured, title=title)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # powers of ten need formulas, which are off
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         for name, parameters, mean, deviation in rows:
             own = name.startswith(OWN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,11 +56,11 @@ class E2VPT(VPTDeep):
         require_at_least(1, segments=segments)
         if geometry.width % segments:
             raise ValueError(f"segments={segments}: expected a divisor of the width, {geometry.width}")
-        heads, tensors = geometry.num_heads, 1 if share else 2
-        # as in the authors' code, whose bound is that of one head's keys
-        by_head = (torch.empty(tensors * heads, num_keys, geometry.width // heads) for _ in self.prompted_blocks)
+        # as in the authors' code: Kaiming's bound for the keys of one head
+        bound = math.sqrt(6 * geometry.num_heads / (max(num_keys, 1) * geometry.width))
         self.keys_values = nn.ParameterList(
-            nn.init.kaiming_uniform_(each).view(tensors, num_keys, geometry.width) for each in by_head
+            torch.empty(1 if share else 2, num_keys, geometry.width).uniform_(-bound, bound)
+            for _ in self.prompted_blocks
         )
         self.register_buffer("token_mask", torch.ones(len(self.prompted_blocks), length))
         self.register_buffer("segment_mask", torch.ones(len(self.prompted_blocks), length, segments))
