@@ -30,7 +30,7 @@ from insvp_fast.errors import CommandError, TrainingError
 from insvp_fast.recipes import list_shipped, read_recipe
 from insvp_fast.studies.entries import Protocol, Row
 from insvp_fast.studies.grid import make_entry
-from insvp_fast.studies.paper import STUDIES, UNVARIED, PaperStudy, method_rows, sensitivity
+from insvp_fast.studies.paper import PROMPTS, STUDIES, UNVARIED, PaperStudy, method_rows, sensitivity
 from insvp_fast.training.recipe import METHODS, Recipe
 from insvp_fast.training.setting import POSITIVE
 
@@ -134,11 +134,13 @@ def _refuse(
     """
     chosen = {"seed": "--seeds", "split_seed": "--seeds", "probe": "a row of its own", "method": "--methods"}
     chosen["retrain"] = "val, by which the rates are picked"
+    if what == "table5":
+        chosen |= dict.fromkeys(PROMPTS.values(), "rows with and without it")
     for name, instead in chosen.items():
         if name in given:
             raise CommandError(f"`{name}` is given: expected none, as a study has {instead}")
     own = read_recipe(recipe, given.get("released", False)) if recipe else {}
-    for name in ("method", "retrain"):  # seeds and probe of a recipe give way to the study's
+    for name in [name for name in chosen if name not in ("seed", "split_seed", "probe")]:  # these give way
         if own.get(name, default := getattr(Recipe, name)) != default:
             found = f"recipe {recipe}: {name} is {own[name]}"
             raise CommandError(f"{found}: expected {default}, as a study has {chosen[name]}")

@@ -49,6 +49,9 @@ def plot_parameters(
             color, marker = (HIGHLIGHT, "D") if own else (COLORS[0], "o")
             axes.errorbar(parameters, mean, deviation, color=color, marker=marker, ms=7 if own else 5, capsize=2, lw=1)
         axes.margins(0.08)
+        least, most = (choose(parameters for _, parameters, *_ in rows) for choose in (min, max))
+        if least == most:  # an axis needs two ends
+            axes.set_xlim(least / 2, 2 * most)
         figure.draw_without_rendering()  # places the axes, and with them the points
         figure.set_layout_engine("none")
         _label_points(axes, rows)

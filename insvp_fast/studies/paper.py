@@ -12,7 +12,7 @@ from insvp_fast.studies.entries import Row
 from insvp_fast.training.candidates import insvp_config
 from insvp_fast.training.recipe import Recipe
 
-__all__ = ["ABLATION", "STUDIES", "UNVARIED", "VTAB_GROUPS", "PaperStudy", "method_rows", "sensitivity"]
+__all__ = ["ABLATION", "PROMPTS", "STUDIES", "UNVARIED", "VTAB_GROUPS", "PaperStudy", "method_rows", "sensitivity"]
 
 NAMES = {  # of the methods, as the paper has them where it has them
     "full": "Full",

@@ -147,6 +147,7 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
     [
         (["table5", "--seed", "7"], "--seed is given: expected none, as a study has --seeds"),
         (["table1", "--retrain"], "--retrain is given: expected none"),
+        (["table5", "--no-global-prompt"], "--global-prompt is given: expected none, as a study has rows with and"),
         (["table5", "--methods", "vp"], "--methods is vp: expected none, table5 compares InsVP with itself"),
         (["figure7", "--methods", "vp"], "--methods is vp: expected none, figure7 compares InsVP with itself"),
         (["table1", "--methods", "vp", "full", "vp"], "--methods is vp full vp: expected each value once"),
