@@ -28,13 +28,16 @@ UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
-MAX_SEGMENTS = 10_000  # of a JPEG; few have a hundred
+MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, tiles or strips of a TIFF; few have a hundred
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 TILE = 322, 323  # TIFF tags: width and height
+OFFSETS = 273, 324  # TIFF tags: where strips and tiles are
 SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # of JPEG; other markers have no content, 0 is data
 SCAN, END = b"\xda", b"\xd9"
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+PLAIN = b"P1", b"P2", b"P3"  # netpbm whose pixels are written as text
 
 
 def read_image(
@@ -47,13 +50,15 @@ def read_image(
         name: what messages call the image; None for the path.
         exif_rotation: as in ``to_rgb``.
         max_pixels: refuse, before any pixel is decoded, an image that has more of them, whose longer side is over 100
-            times the shorter, or that takes many passes, and AVIF, whose header does not say how many pixels are
-            decoded; None reads all that Pillow does.
+            times the shorter, or that takes many passes or has many parts, AVIF, whose header does not say how many
+            pixels are decoded, and netpbm in plain text; None reads all that Pillow does.
 
     Raises:
         DataError: naming the file, if it is missing, damaged, no image, too large, or its pixels have no known range.
     """
     try:
+        if max_pixels is not None:  # before Pillow, which looks at every part when it opens a file
+            _check_parts(_content(source))
         with Image.open(source, formats=_installed_formats()) as image:
             if max_pixels is not None:
                 _check_cost(image, max_pixels)
@@ -81,15 +86,42 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
     _check_size("tiles of ", tile_width, tile_height, max_pixels)
     if image.format == "AVIF":  # its frames are decoded whole, then scaled to the size in the header
         raise ValueError("it is AVIF, which does not say how many pixels are decoded: expected another format")
-    if image.format in ("JPEG", "MPO"):
-        assert image.fp is not None
-        image.fp.seek(0)  # decoders go to where they begin
-        _check_scans(image.fp.read())
+    if (tiles := max(len(_tags(image).get(tag, ())) for tag in OFFSETS)) > MAX_PARTS:
+        raise ValueError(f"it has {tiles:,} tiles or strips: expected at most {MAX_PARTS:,}")
 
 
 def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ValueError(f"it has {what}{width}x{height} pixels: expected at most {max_pixels:,}")
+
+
+def _content(source: str | Path | BinaryIO) -> bytes:
+    if isinstance(source, (str, Path)):
+        return Path(source).read_bytes()
+    source.seek(0)  # as Pillow does, wherever the last reader has left it
+    return source.read()
+
+
+def _check_parts(content: bytes) -> None:
+    """Refuse a file of which every part costs time that its pixels do not tell."""
+    if content.startswith(JPEG):
+        _check_scans(content)
+    elif content.startswith(PNG):
+        _check_chunks(content)
+    elif content.startswith(PLAIN):  # for each of its comments Pillow copies what is left of a block
+        raise ValueError(
+            f"it is netpbm in plain text ({content[:2].decode()}): expected a binary one, or another format"
+        )
+
+
+def _check_chunks(content: bytes) -> None:
+    """Refuse a PNG of many chunks; what is behind its end does not count."""
+    position, chunks = len(PNG), 0
+    while (name := content[position + 4 : position + 8]) and name != b"IEND":
+        chunks += 1
+        if chunks > MAX_PARTS:
+            raise ValueError(f"it has over {MAX_PARTS:,} chunks: expected at most {MAX_PARTS:,}")
+        position += 12 + int.from_bytes(content[position : position + 4], "big")
 
 
 def _check_scans(content: bytes) -> None:
@@ -99,8 +131,8 @@ def _check_scans(content: bytes) -> None:
         scans, segments = scans + (found[1] == SCAN), segments + 1
         if scans > MAX_SCANS:
             raise ValueError(f"it has over {MAX_SCANS} scans: expected at most {MAX_SCANS}")
-        if segments > MAX_SEGMENTS:
-            raise ValueError(f"it has over {MAX_SEGMENTS:,} segments: expected at most {MAX_SEGMENTS:,}")
+        if segments > MAX_PARTS:
+            raise ValueError(f"it has over {MAX_PARTS:,} segments: expected at most {MAX_PARTS:,}")
         position = found.end() + max(2, int.from_bytes(content[found.end() : found.end() + 2], "big"))
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -485,6 +486,39 @@ def test_a_jpeg_of_many_segments_is_refused():
     many = content[:2] + b"\xff\xfe\0\2" * 10_001 + content[2:]
     with pytest.raises(DataError, match="it has over 10,000 segments"):
         read_image(io.BytesIO(many), max_pixels=96 * 64)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_png_of_many_chunks_is_refused(place):
+    """Each is read, those before the pixels when the file is opened; what is behind the end is not."""
+    content, chunk = saved(Image.new("L", (32, 32)), "PNG").read(), b"\0\0\0\0abCd" + struct.pack(">I", crc32(b"abCd"))
+    pixels, end = (content.index(name) - 4 for name in (b"IDAT", b"IEND"))
+    there = {"before": pixels, "after": end}[place]
+    for count, refused in ((9_000, False), (10_000, True)):
+        many = content[:there] + chunk * count + content[there:] + chunk * 20_000
+        if refused:
+            (file := io.BytesIO(many)).seek(0, io.SEEK_END)  # where a reader has left it
+            with pytest.raises(DataError, match="it has over 10,000 chunks: expected at most 10,000"):
+                read_image(file, max_pixels=2000)
+        assert read_image(io.BytesIO(many), max_pixels=None if refused else 2000).size == (32, 32)
+
+
+@pytest.mark.parametrize(("compression", "refused"), [("raw", False), ("raw", True), ("tiff_lzw", True)])
+def test_a_tiff_of_many_strips_is_refused(compression, refused):
+    content = saved(Image.new("L", (200, 10_000 + refused)), "TIFF", compression=compression, tiffinfo={278: 1})
+    if refused:
+        with pytest.raises(DataError, match="it has 10,001 tiles or strips: expected at most 10,000"):
+            read_image(content, max_pixels=3_000_000)
+    assert read_image(content, max_pixels=None if refused else 3_000_000).size == (200, 10_000 + refused)
+
+
+@pytest.mark.parametrize("content", [b"P1 2 2\n0 1 1 0", b"P2 2 2 255\n0 1 1 0", b"P3\n1 1 255 1 2 3"])
+def test_netpbm_in_plain_text_is_refused_where_pixels_are_limited(content, tmp_path):
+    """Its comments take a time that is quadratic in their number."""
+    (file := tmp_path / "a.ppm").write_bytes(content)
+    assert read_image(file).mode == "RGB"
+    with pytest.raises(DataError, match=rf"netpbm in plain text \({content[:2].decode()}\): expected a binary one"):
+        read_image(file, max_pixels=100)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
