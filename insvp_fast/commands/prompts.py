@@ -12,12 +12,13 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 from insvp_fast.atomic_files import replace_file
 from insvp_fast.commands.options import add_json, add_model, make_folder, read_class_names
+from insvp_fast.errors import CommandError
 
 SUMMARY = "draw the prompts of images, their heat map and Grad-CAM"
 ROWS = 8  # of a picture
@@ -49,41 +50,55 @@ def run(
 
     files = list(ImageList(images))
     folder = make_folder(output or Path(run if Path(run).is_dir() else ".", "prompts"))
+    names, pictures = _distinct_names(files), [_picture(folder, 1 + i) for i in range(-(-len(files) // ROWS))]
+    inputs = {Path(file).resolve() for file in files}
+    for place in (*pictures, *(folder / name for name in names)):
+        if place.resolve() in inputs:
+            problem = f"--output is {folder}: {place} would be written, and is one of the images"
+            raise CommandError(f"{problem}: expected another folder")
     trained = load_run(run, backbone, given)
     classifier = classifier_of(trained)
-    names, data, reason = _distinct_names(files), classifier.images(files), None
-    pictures = _pictures(folder, -(-len(files) // ROWS))
+    data, reason = classifier.images(files), None
     for start, picture in zip(range(0, len(files), ROWS), pictures, strict=True):
         batch = torch.stack([data[i][0] for i in range(start, min(start + ROWS, len(files)))])
         shown, reason = explain(classifier.model, batch.to(classifier.device))
-        own = names[start : start + ROWS]
-        plot_prompts(shown, classifier.class_names, trained.preprocessing, picture, names=own)
-        for i, name in enumerate(own):
+        rows = names[start : start + ROWS]
+        plot_prompts(shown, classifier.class_names, trained.preprocessing, picture, names=rows)
+        for i, name in enumerate(rows):
             _write_arrays(folder / name, {part: of_all[i] for part, of_all in shown.items()})
-        print(f"written: {picture}, and arrays of {', '.join(own)}", flush=True)
+        print(f"written: {picture}, and arrays of {', '.join(rows)}", flush=True)
+    _remove_leftovers(folder, len(pictures), inputs)
     if reason is not None:
         print(f"insvp: {reason}", file=sys.stderr)
     return {"folder": str(folder), "images": dict(zip(files, names, strict=True)), "unsupported_reason": reason}
 
 
-def _pictures(folder: Path, count: int) -> list[Path]:
-    """The files of the pictures; of an earlier call that wrote more of them, the others are removed."""
-    pictures = [folder / f"prompts{f'-{number}' if number > 1 else ''}.png" for number in range(1, count + 1)]
-    for number in itertools.count(count + 1):
+def _picture(folder: Path, number: int) -> Path:
+    return folder / f"prompts{f'-{number}' if number > 1 else ''}.png"
+
+
+def _remove_leftovers(folder: Path, written: int, inputs: Container[Path]) -> None:
+    """Remove the pictures of an earlier call that wrote more of them, but none that was an image of this one."""
+    for number in itertools.count(written + 1):
+        picture = _picture(folder, number)
+        if picture.resolve() in inputs:
+            continue
         try:
-            (folder / f"prompts-{number}.png").unlink()
+            picture.unlink()
         except FileNotFoundError:
             break
-    return pictures
 
 
 def _distinct_names(files: Sequence[str]) -> list[str]:
-    """The files' names without their endings, and -2, -3, ... behind those that come again or are a picture's."""
+    """The files' names without their endings, and -2, -3, ... behind those that come again or are not a folder's here.
+
+    Such are a picture's, and dots alone, which name the folder itself or the one that it is in.
+    """
     names: list[str] = []
     taken: set[str] = set()  # in lower case: some file systems do not tell it apart
     for stem in (Path(file).stem for file in files):
         name, number = stem, 1
-        while name.lower() in taken or PICTURE.fullmatch(name):
+        while name.lower() in taken or PICTURE.fullmatch(name) or not name.strip("."):
             number += 1
             name = f"{stem}-{number}"
         names.append(name)

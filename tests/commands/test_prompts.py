@@ -51,6 +51,33 @@ def test_names_and_pictures_of_a_second_call(run, images, tmp_path):
     assert {"prompts.png-2", "A", "a-2"} <= {path.name for path in output.iterdir() if path.is_dir()}
 
 
+def test_images_beside_the_pictures_stay_as_they_are(run, images, tmp_path, capsys):
+    source, output = images / "test" / "ant" / "0.png", str(tmp_path)
+    for name in ("prompts-2.png", "prompts-3.png", "a.png"):
+        shutil.copyfile(source, tmp_path / name)
+    given = [str(run), str(tmp_path / "prompts-2.png"), str(tmp_path / "a.png"), "--output", output]
+    assert cli.main(["prompts", *given]) == 0
+    assert (tmp_path / "prompts-2.png").read_bytes() == source.read_bytes()
+    assert not (tmp_path / "prompts-3.png").exists()  # as if an earlier call had left it
+    shutil.copyfile(source, tmp_path / "prompts.png")
+    shutil.copyfile(source, tmp_path / "b")
+    for file in ("prompts.png", "b"):
+        assert cli.main(["prompts", str(run), str(tmp_path / file), "--output", output]) == 1
+        assert f"{tmp_path / file} would be written, and is one of the images" in capsys.readouterr().err
+        assert (tmp_path / file).read_bytes() == source.read_bytes()
+
+
+def test_a_name_of_dots_leads_nowhere_else(run, images, tmp_path):
+    (folder := tmp_path / "pictures").mkdir()
+    for name in ("..png", "...png"):
+        shutil.copyfile(images / "test" / "ant" / "0.png", folder / name)
+    given = [str(folder / name) for name in ("..png", "...png")]
+    assert cli.main(["prompts", str(run), *given, "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
+    found = [path for path in (tmp_path / "out").iterdir() if (path / "image.npy").exists()]
+    assert len(found) == 2
+
+
 def test_a_file_in_the_place_of_the_folder_is_an_error(run, images, tmp_path, capsys):
     (tmp_path / "file").touch()
     file = str(images / "test" / "ant" / "0.png")
