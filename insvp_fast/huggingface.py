@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms
 from transformers import PretrainedConfig, TimmWrapperImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from insvp_fast.data.decode import to_rgb
+from insvp_fast.data.transforms import steps_of, transform_for
 from insvp_fast.model import InsVPViT
 
 __all__ = ["InsVPForImageClassification", "image_processor"]
@@ -28,10 +32,13 @@ class InsVPForImageClassification(nn.Module):
         model: the ``InsVPViT``; the attribute ``model`` afterwards.
     """
 
+    _prefix = ""  # of its keys, where another module loads it
+
     def __init__(self, model: InsVPViT) -> None:
         super().__init__()
         self.model = model
         self.register_state_dict_post_hook(_drop_backbone)
+        self.register_load_state_dict_pre_hook(_remember_prefix)
         self.register_load_state_dict_post_hook(_miss_no_backbone)
 
     @property
@@ -91,17 +98,26 @@ class InsVPForImageClassification(nn.Module):
 
 
 def image_processor(preprocessing: Mapping[str, Any] | None) -> TimmWrapperImageProcessor:
-    """Transformers' image processor that prepares images as ``timm.data.create_transform`` does for evaluation.
+    """Transformers' image processor that prepares images of any mode as an adapter records, but turns none upright.
 
     Args:
         preprocessing: what an adapter records, ``model.preprocessing``, or ``resolve_model_data_config(model)``.
 
     Raises:
         ValueError: if an adapter records none.
+        DataError: if timm has no such transform.
     """
     if preprocessing is None:
         raise ValueError("preprocessing is None: expected timm.data.resolve_model_data_config(model), say")
-    return TimmWrapperImageProcessor(pretrained_cfg=dict(preprocessing))
+    transform = transform_for(dict(preprocessing))
+    processor = TimmWrapperImageProcessor(pretrained_cfg=dict(preprocessing))
+    # its own has other defaults than create_transform, and passes over what a pretrained_cfg does not have
+    processor.val_transforms = transforms.Compose([_as_rgb, *steps_of(transform)])
+    return processor
+
+
+def _as_rgb(image: Image.Image | Tensor) -> Image.Image | Tensor:
+    return to_rgb(image, exif_rotation=False) if isinstance(image, Image.Image) else image
 
 
 BACKBONE = "model.backbone."
@@ -112,5 +128,10 @@ def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metada
         del state[key]
 
 
-def _miss_no_backbone(module: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [key for key in keys.missing_keys if BACKBONE not in key]
+def _remember_prefix(module: InsVPForImageClassification, state: object, prefix: str, *others: object) -> None:
+    module._prefix = prefix
+
+
+def _miss_no_backbone(module: InsVPForImageClassification, keys: Any) -> None:
+    own = module._prefix + BACKBONE  # the keys are those of the whole load, also of modules beside this one
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(own)]

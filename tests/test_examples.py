@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
+from torch import nn
 
 from insvp_fast import InsVPViT
 from insvp_fast.config import RELEASED_PREPROCESSING
+from insvp_fast.data import transform_for
+from insvp_fast.data.decode import to_rgb
 from insvp_fast.methods import MethodViT
 from insvp_fast.training.prediction import load_classifier, predict
 
@@ -134,6 +137,20 @@ def test_the_loss_of_transformers_is_that_of_the_labels():
         module.image_processor(None)
 
 
+def test_the_state_of_transformers_may_lack_its_own_backbone_alone():
+    require("transformers")
+    model = importlib.import_module("insvp_fast.huggingface").InsVPForImageClassification(InsVPViT("vit_shapes_32", 3))
+    other = nn.ModuleDict({"model": nn.ModuleDict({"backbone": nn.Linear(2, 2)})})
+    state = model.state_dict()
+    assert model.load_state_dict(state) == ([], [])
+    for parts in ({"first": other, "own": model}, {"own": model, "other": other}, {"own": model, "own2": other}):
+        missing, unexpected = nn.ModuleDict(parts).load_state_dict({f"own.{key}": state[key] for key in state}, False)
+        name = next(name for name in parts if name != "own")
+        assert missing == [f"{name}.model.backbone.{key}" for key in ("weight", "bias")] and unexpected == []
+    with pytest.raises(RuntimeError, match="head.weight"):
+        model.load_state_dict({key: value for key, value in state.items() if key != "model.head.weight"})
+
+
 @pytest.mark.filterwarnings("ignore:Label smoothing is not compatible:UserWarning")
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_the_trainer_of_transformers_smooths_single_labels(multi_label, tmp_path):
@@ -163,6 +180,17 @@ def test_transformers_prepares_images_as_timm_does():
     files = [Image.fromarray(one) for one in pixels]
     expected = torch.stack([create_transform(**RELEASED_PREPROCESSING)(file) for file in files])
     assert torch.equal(processor(files, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("more", [{}, {"crop_border_pixels": 8}, {"normalize": False}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
+def test_transformers_prepares_images_as_the_adapter_records(mode, more):
+    require("transformers")
+    preprocessing = {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]} | more
+    processor = importlib.import_module("insvp_fast.huggingface").image_processor(preprocessing)
+    image = Image.effect_noise((60, 50), 90).convert("RGB").convert(mode)
+    expected = transform_for(preprocessing)(to_rgb(image))
+    assert torch.equal(processor(image, return_tensors="pt")["pixel_values"][0], expected)
 
 
 def test_lightning_trains_it(tmp_path):
