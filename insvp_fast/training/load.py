@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.data import load_test_data
 from insvp_fast.data.images import Images, Part, names_sha256
 from insvp_fast.errors import CheckpointError, DataError, TrainingError
 from insvp_fast.methods.load import AnyModel, load_model
+from insvp_fast.reference import structure_of
+from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.training.backbone import load_backbone, require_rgb
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import read_config
+from insvp_fast.training.run_folder import CONFIG_FILE, read_config
 
 __all__ = ["Run", "adapter_sha256", "load_run", "own_test_data"]
 
@@ -53,8 +57,8 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
 
     Raises:
         CheckpointError: if the backbone or an adapter cannot be loaded, or does not read RGB.
-        TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, or there are
-            other class names than given.
+        TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, the backbone
+            does not take images of that size, or there are other class names than given.
     """
     if _is_run(source):
         run = _load_folder(Path(source), backbone)
@@ -67,6 +71,7 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
                 " give it to save_pretrained as preprocessing=timm.data.resolve_model_data_config(model)"
             )
         run = Run(None, model, model.preprocessing, model.class_names)
+    _check_input_size(run, f"{source}: in {CONFIG_FILE if run.recipe else ADAPTER_FILE}")
     if class_names is None:
         return run
     if list(class_names) != (run.class_names or list(class_names)):
@@ -122,6 +127,18 @@ def adapter_sha256(source: str | Path) -> str:
 
 def _is_run(source: str | Path) -> bool:
     return Path(source).is_dir() and not Path(source, ADAPTER_FILE).is_file()
+
+
+def _check_input_size(run: Run, where: str) -> None:
+    """Embed an image of the size that images are prepared in: of some backbones it may be any multiple of a patch."""
+    backbone, size = run.model.backbone, run.preprocessing.get("input_size", ())
+    dtype = pixel_layer(backbone).weight.dtype
+    try:
+        with torch.no_grad():
+            structure_of(backbone).embed(backbone, torch.zeros(1, *size, dtype=dtype))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        problem = f"{where} preprocessing.input_size is {size}"
+        raise TrainingError(f"{problem}: expected a size of images that the backbone takes ({error})") from error
 
 
 def _load_folder(folder: Path, name: str | None) -> Run:

@@ -139,6 +139,29 @@ def test_images_without_three_channels_are_refused_before_the_work(command, imag
         assert message in refusal(capsys, command, source, *more.get(command, ["--data", images]))
 
 
+@pytest.mark.parametrize("size", [[3, 64, 64], [3, 30, 30]])
+@pytest.mark.parametrize("command", ["predict", "prompts", "eval"])
+def test_images_of_a_size_that_the_backbone_does_not_take_are_refused_before_the_work(
+    command, size, run, images, tmp_path, capsys
+):
+    folder = shutil.copytree(run, tmp_path / "run")
+    for source, name in ((folder, "config.json"), (folder / "adapter", "adapter_config.json")):
+        config = json.loads((source / name).read_text())
+        config["preprocessing"]["input_size"] = size
+        (source / name).write_text(json.dumps(config))
+        said = refusal(capsys, command, source, *(["--data", images] if command == "eval" else [images]))
+        assert f"{source}: in {name} preprocessing.input_size is {size}: expected a size of images" in said
+
+
+def test_a_backbone_for_images_of_any_size_is_given_them(tmp_path):
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, dynamic_img_size=True).bfloat16()
+    model = InsVPViT(backbone, 2, InsVPConfig(prompt_length=2))
+    preprocessing = resolve_preprocessing(model.backbone) | {"input_size": [3, 64, 48]}
+    model.save_pretrained(tmp_path, class_names=["a", "b"], preprocessing=preprocessing)
+    classifier = load_classifier(tmp_path, backbone)
+    assert classifier.logits(torch.zeros(1, *classifier.image_shape)).shape == (1, 2)
+
+
 def test_a_backbone_without_a_name_is_asked_for(run, images, bare, capsys):
     file = bare / "adapter_config.json"
     config = json.loads(file.read_text())
