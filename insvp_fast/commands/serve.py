@@ -17,6 +17,7 @@ from insvp_fast.commands.options import add_model, check_address, port_number, p
 from insvp_fast.errors import CommandError
 
 SUMMARY = "serve trained models over HTTP"
+MAX_THREADS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=5.0,
         help="how long an image waits for others to be computed with (default: 5)",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: PyTorch's)")
+    parser.add_argument(
+        "--threads", type=thread_count, metavar="N", help="CPU threads of the model (default: PyTorch's)"
+    )
+
+
+def thread_count(text: str) -> int:
+    """The argparse type of a number of threads."""
+    if not (text.isdecimal() and 1 <= int(text) <= MAX_THREADS):
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 to {MAX_THREADS}")
+    return int(text)
 
 
 def milliseconds(text: str) -> float:

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from insvp_fast.data.images import Images
-from insvp_fast.errors import DataError
+from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.serving.batcher import Batcher
 from insvp_fast.serving.metrics import Metrics
 from insvp_fast.serving.refusals import Refusal, answer_refusal
@@ -53,7 +53,9 @@ def create_app(
         Route("/metrics", service.show_metrics),
     ]
     elsewhere = {404: _refuse_elsewhere, 405: _refuse_elsewhere}
-    return Starlette(routes=routes, lifespan=service.lifespan, exception_handlers=elsewhere)  # type: ignore[arg-type]
+    app = Starlette(routes=routes, lifespan=service.lifespan, exception_handlers=elsewhere)  # type: ignore[arg-type]
+    app.router.redirect_slashes = False  # to an address made of what the client calls this host
+    return app
 
 
 def _refuse_elsewhere(request: Request, error: HTTPException) -> Response:
@@ -170,7 +172,10 @@ class Service:
     def _describe(self, name: str, logits: Tensor | DataError, top_k: int) -> dict[str, Any]:
         if isinstance(logits, DataError):
             return {"error": str(logits)}
-        classes, probabilities = zip(*self._classifiers[name].rank(logits[None], top_k)[0], strict=True)
+        try:
+            classes, probabilities = zip(*self._classifiers[name].rank(logits[None], top_k)[0], strict=True)
+        except TrainingError as error:  # JSON has no such numbers
+            raise Refusal("not_finite", f"{name}: {error}") from error
         return {"classes": classes, "probabilities": probabilities}
 
     async def health(self, request: Request) -> Response:

@@ -18,6 +18,7 @@ STATUS = {
     "unknown_content_type": 415,
     "invalid_query": 422,
     "no_image": 422,
+    "not_finite": 500,
     "busy": 503,
 }
 

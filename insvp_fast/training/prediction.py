@@ -59,8 +59,14 @@ class Classifier:
         return self.model(images.to(self.device)).cpu()
 
     def rank(self, logits: Tensor, top_k: int) -> list[list[tuple[str, float]]]:
-        """The likeliest ``top_k`` classes of each row with their probabilities, likeliest first; all if fewer."""
+        """The likeliest ``top_k`` classes of each row with their probabilities, likeliest first; all if fewer.
+
+        Raises:
+            TrainingError: if a probability is not a number, as of logits that are infinite or not numbers themselves.
+        """
         values, classes = probabilities(logits, self.multi_label).topk(min(top_k, len(self.class_names)))
+        if values.isnan().any():  # topk takes these for the largest
+            raise TrainingError("the logits of the model are infinite or not a number: expected finite ones")
         rows = zip(classes.tolist(), values.tolist(), strict=True)
         return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
+from insvp_fast import InsVPViT
 from insvp_fast.commands import cli
 from insvp_fast.data.decode import read_image
 from insvp_fast.training.recipe import Recipe
@@ -89,6 +91,18 @@ def test_a_run_remembers_whether_photographs_were_turned(numbered, tmp_path, cap
     found, seen, other = (json.loads(line)["probabilities"] for line in capsys.readouterr().out.splitlines())
     assert found == pytest.approx(seen, abs=1e-5) and found != pytest.approx(other, abs=1e-4)
     assert json.loads((numbered.run / "config.json").read_text())["recipe"]["exif_rotation"] is numbered.rotation
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_probabilities_that_are_no_numbers_are_an_error(run, images, multi_label, tmp_path, capsys):
+    model = InsVPViT.from_pretrained(run / "adapter")
+    model.multi_label = multi_label
+    torch.nn.init.constant_(model.head.bias[2:3], torch.nan)
+    model.save_pretrained(tmp_path / "adapter")
+    output = tmp_path / "rows.csv"
+    assert cli.main(["predict", str(tmp_path / "adapter"), str(images), "--output", str(output)]) == 1
+    assert "the logits of the model are infinite or not a number: expected finite ones" in capsys.readouterr().err
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("name", ["é ü.png", "猫 1.png", os.fsdecode(b"latin \xe9.png")], ids=["latin", "cat", "bytes"])

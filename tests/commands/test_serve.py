@@ -123,7 +123,12 @@ def test_a_charset_that_does_not_decode_a_name_is_refused(client, expected):
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "kind"),
-    [("GET", "/nope", 404, "unknown_path"), ("PUT", "/predict", 405, "wrong_method")],
+    [
+        ("GET", "/nope", 404, "unknown_path"),
+        ("GET", "/health/", 404, "unknown_path"),
+        ("POST", "/predict/", 404, "unknown_path"),
+        ("PUT", "/predict", 405, "wrong_method"),
+    ],
 )
 def test_what_is_not_there_is_refused_in_json(client, method, path, status, kind):
     answer = client.request(method, path)
@@ -323,6 +328,16 @@ def test_a_failure_of_the_model_is_500_and_not_the_end(classifier, expected):
         assert client.post("/predict", content=content, headers=PNG).status_code == 200
 
 
+def test_logits_that_are_no_numbers_are_an_error_in_words(run, expected):
+    broken = load_classifier(run)
+    torch.nn.init.constant_(broken.model.head.bias, torch.nan)
+    with TestClient(create_app({"animals": broken})) as client:
+        answer = client.post("/predict", content=next(iter(expected)), headers=PNG)
+        assert metrics(client)['insvp_errors_total{kind="not_finite"}'] == 1
+    assert (answer.status_code, answer.json()["kind"]) == (500, "not_finite")
+    assert answer.json()["error"].startswith("animals: the logits of the model are infinite or not a number")
+
+
 def test_a_batch_without_all_results_is_an_error_of_its_own():
     async def main():
         with ThreadPoolExecutor(1) as pool:
@@ -462,6 +477,10 @@ def test_the_command_hands_its_options_on(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["serve", str(run), "--port", "65536"])
     assert "65536: expected a port, 0 to 65535" in capsys.readouterr().err
+    for wrong in ("0", "1025", "9" * 20):
+        with pytest.raises(SystemExit):
+            cli.main(["serve", str(run), "--threads", wrong])
+        assert f"{wrong}: expected 1 to 1024" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["serve", str(run)]) == 1
     assert "pip install 'insvp-fast[serve]'" in capsys.readouterr().err
