@@ -113,8 +113,9 @@ def _explain(classifier: Classifier, file: str, max_pixels: int) -> tuple[dict[s
 
 
 def _label(names: Sequence[str], index: int) -> str:
-    """The name of a class, with its index if others have the same name."""
-    return names[index] if names.count(names[index]) == 1 else f"{names[index]} ({index})"
+    """The name of a class, with its index if others have the same name, or may get the name by theirs."""
+    name, with_indices = names[index], [f"{name} ({i})" for i, name in enumerate(names)]
+    return name if names.count(name) == 1 and name not in with_indices else with_indices[index]
 
 
 def _html(pictures: dict[str, Any]) -> str:

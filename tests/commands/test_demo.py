@@ -54,11 +54,18 @@ def test_classes_and_pictures_are_those_of_the_model(hostile, client, image):
     assert pictures.count('src="data:image/png;base64,') == len(TITLES)
 
 
-def test_classes_of_one_name_stay_apart(hostile, image):
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["crane", "kite", "crane", "owl"], ["crane (0)", "kite", "crane (2)", "owl"]),
+        (["cat", "cat", "cat (1)", "cat (4)"], ["cat (0)", "cat (1)", "cat (1) (2)", "cat (4)"]),
+    ],
+)
+def test_classes_of_one_name_stay_apart(names, labels, hostile, image):
     classifier = load_classifier(hostile)
-    classifier.class_names = ["crane", "kite", "crane", "owl"]
+    classifier.class_names = names
     label = create_demo(classifier, "birds").fns[0].fn(str(image))[0]
-    assert label.keys() == {"crane (0)", "kite", "crane (2)", "owl"} and sum(label.values()) == pytest.approx(1)
+    assert label.keys() == {*labels} and sum(label.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
