@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -93,11 +94,30 @@ class Facts:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A loaded file: images as ``facts`` say in, logits [B, num_classes] in fp32 out."""
+    """A loaded file: images as ``facts`` say in, logits [B, num_classes] in fp32 out.
+
+    Threads may share one; it computes for one of them at a time.
+
+    Raises:
+        ValueError: if the images have another dtype or shape, or are not on the CPU.
+    """
 
     run: Callable[[Tensor], Tensor]
     facts: Facts
+    # some runtimes fail when two threads run one file, and AOTInductor's waits forever
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.run(images)
+        sizes = [None if size is None else found for found, size in zip(images.shape, self.facts.input, strict=False)]
+        kind = images.dtype, images.device.type, images.ndim
+        if kind != (self.facts.dtype, "cpu", len(sizes)) or sizes != self.facts.input:
+            found = f"{_name(images.dtype, images.shape)} on {images.device}"
+            raise ValueError(f"the images are {found}: expected {_name(self.facts.dtype, self.facts.input)} on cpu")
+        # AOTInductor's files read the memory as it lies
+        with torch.no_grad(), self._one_at_a_time:
+            return self.run(images.resolve_neg().contiguous())
+
+
+def _name(dtype: torch.dtype, shape: Iterable[int | None]) -> str:
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"{str(dtype).removeprefix('torch.')} [{sizes}]"

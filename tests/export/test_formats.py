@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -37,10 +38,21 @@ def pictures(count: int, height: int, width: int) -> list[Image.Image]:
     return [*map(Image.fromarray, pixels)]
 
 
+def assert_threads_can_share(exported):
+    """Each gets the logits that it would alone."""
+    batches = [torch.randn(count, *exported.facts.input[1:]) for count in (1, 2, 3)]
+    alone = [*map(exported, batches)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(20):
+            assert all(map(torch.equal, pool.map(exported, batches), alone))
+
+
 def assert_right(exported, model, count, height, width):
-    """The logits of images of this size are the reference's in double precision."""
+    """The logits of images of this size are the reference's in double precision, in whatever order their memory is."""
     images = pictures(count, height, width)
-    found = exported(torch.stack([*map(exported.facts.prepare, images)]))
+    prepared = torch.stack([*map(exported.facts.prepare, images)])
+    found = exported(prepared)
+    assert torch.equal(exported(prepared.mT.contiguous().mT), found)
     exact = standard_model(model).double()
     inputs = torch.stack([*map(transform_for(model.preprocessing), images)]).double()
     assert found.dtype == torch.float32 and relative_error(found, exact(inputs)) < 1e-5
@@ -76,6 +88,7 @@ def test_aoti_keeps_the_operations(model, file):
     exported = load(file("aoti"))
     assert exported.facts == done.facts and exported.facts.preprocessing == settings()
     assert_right(exported, model, 3, 40, 44)
+    assert_threads_can_share(exported)
 
 
 def test_onnx_holds_standard_operators_and_all_preprocessing(model, file):
@@ -105,6 +118,11 @@ def test_openvino_normalizes_and_rounds_weights(model, file):
     loss = measure_loss(model, exported, Images([np.asarray(image) for image in pictures(4, 50, 60)], [-1] * 4))
     assert loss.accuracy_before is None and loss.images == 4
     assert 0 < loss.largest_difference < 0.1
+
+
+def test_threads_can_share_a_file_of_openvino(model, file):
+    export_model(model, file("openvino"), "openvino")
+    assert_threads_can_share(load(file("openvino")))
 
 
 # What is not written

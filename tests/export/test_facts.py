@@ -1,0 +1,67 @@
+"""A loaded file's images, before it runs."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from insvp_fast.export import ExportedModel, Facts
+from tests.export.test_preprocessing import settings
+
+
+def facts(**more) -> Facts:
+    about = {"class_names": None, "preprocessing": settings(), "insvp_fast_version": "0"}
+    return Facts(**about | {"inside": "nothing", "input": [None, 3, 32, 32]} | more)
+
+
+@pytest.mark.parametrize(
+    ("more", "images", "message"),
+    [
+        (
+            {},
+            torch.zeros(2, 3, 32, 32).double(),
+            r"are float64 \[2, 3, 32, 32\] on cpu: expected float32 \[any, 3, 32, 32\]",
+        ),
+        ({}, torch.zeros(2, 3, 32, 32).byte(), r"are uint8 \[2, 3, 32, 32\] on cpu: expected float32"),
+        ({}, torch.zeros(2, 3, 32, 48), r"are float32 \[2, 3, 32, 48\] on cpu: expected float32"),
+        ({}, torch.zeros(3, 32, 32), r"are float32 \[3, 32, 32\] on cpu: expected float32"),
+        ({}, torch.zeros(2, 3, 32, 32, 1), r"are float32 \[2, 3, 32, 32, 1\] on cpu: expected float32"),
+        ({}, torch.zeros(2, 3, 32, 32, device="meta"), "on meta: expected float32 .* on cpu"),
+        (
+            {"input": [2, 3, 32, 32]},
+            torch.zeros(1, 3, 32, 32),
+            r"\[1, 3, 32, 32\] on cpu: expected float32 \[2, 3, 32, 32\]",
+        ),
+        ({"inside": "normalize"}, torch.zeros(2, 3, 32, 32), "are float32 .*: expected uint8"),
+    ],
+)
+def test_other_images_than_the_file_takes_are_refused(more, images, message):
+    with pytest.raises(ValueError, match=message):
+        ExportedModel(lambda images: images, facts(**more))(images)
+
+
+def test_the_memory_of_the_images_is_in_order():
+    images = torch.randn(2, 32, 32, 3).permute(0, 3, 1, 2)
+    for given, expected in ((images, images), (torch._neg_view(images), -images)):
+        found = ExportedModel(lambda images: images, facts())(given)
+        assert torch.equal(found, expected) and found.is_contiguous() and not found.is_neg()
+
+
+def test_a_file_runs_for_one_thread_at_a_time():
+    running, most = [], []
+
+    def run(images):
+        running.append(images)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return images
+
+    exported = ExportedModel(run, facts())
+    threads = [threading.Thread(target=exported, args=(torch.zeros(1, 3, 32, 32),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
