@@ -8,7 +8,6 @@ logits are compared with the model's.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def run(
         raise CommandError("--int8 of an adapter: expected --images, to tell what it costs")
     file = output_file(output or Path(run if folder.exists() else ".", FILES[format]))
 
-    from insvp_fast.export import export_model, load, measure_loss
+    from insvp_fast.export import export_model
     from insvp_fast.export.formats import require_packages
 
     require_packages(format, int8)
@@ -77,8 +76,8 @@ def run(
         batch=batch,
         standard=standard,
         int8=int8,
+        images=test_images,
     )
-    loss = _measured_loss(done.files, lambda: measure_loss(model, load(file), test_images)) if int8 else None
     for note in done.notes:
         print(note)
     _print_facts(done, format)
@@ -90,20 +89,10 @@ def run(
         "parity": [parity._asdict() for parity in done.parity],
         "notes": done.notes,
     }
-    if loss is not None:
-        _print_loss(loss)
-        result["int8"] = loss._asdict()
+    if done.loss is not None:
+        _print_loss(done.loss)
+        result["int8"] = done.loss._asdict()
     return result
-
-
-def _measured_loss(files: Sequence[Path], measure: Callable[[], Any]) -> Any:
-    """What ``measure`` returns; if it fails, as for an image that cannot be read, no file is left."""
-    try:
-        return measure()
-    except BaseException:
-        for file in files:
-            file.unlink(missing_ok=True)
-        raise
 
 
 def _load(run: str, is_run: bool, backbone: str | None, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from insvp_fast.data.images import Images
 from insvp_fast.errors import CheckpointError, ExportError
 from insvp_fast.export.facts import INSIDE, ExportedModel, Facts
 from insvp_fast.export.graph import Graph, capture
 from insvp_fast.export.onnx import OPSET, load_onnx, quantize_onnx, write_onnx
 from insvp_fast.export.openvino import load_openvino, quantize_openvino, write_openvino
-from insvp_fast.export.parity import Parity, check_parity, run_in_new_process
+from insvp_fast.export.parity import Loss, Parity, check_parity, measure_loss, run_in_new_process
 from insvp_fast.export.preprocessing import resize_reason
 from insvp_fast.export.programs import is_aoti, load_aoti, load_torch, write_aoti, write_torch
 from insvp_fast.methods.load import AnyModel
@@ -57,6 +58,7 @@ class Export(NamedTuple):
     operations: int  # calls of this package's operations; with none, the file runs without it
     parity: list[Parity]  # with int8, of the file before
     notes: list[str]
+    loss: Loss | None = None  # with int8, of the file after; None without images
 
 
 def export_model(
@@ -69,6 +71,7 @@ def export_model(
     batch: int | None = None,
     standard: bool = False,
     int8: bool = False,
+    images: Images | None = None,
 ) -> Export:
     """Write a model to a file that computes its logits in fp32 on the CPU; nothing is written unless it does.
 
@@ -81,9 +84,12 @@ def export_model(
         batch: the only number of images that the file takes; None for any.
         standard: use PyTorch's own operators alone, also in "torch" and "aoti"; the other formats always do.
         int8: round the weights of the matrix products to 8 bits ("onnx" and "openvino"), after the comparison.
+        images: what ``Export.loss`` is measured on, before the file is in place.
 
     Raises:
-        ExportError: if a package is missing, an option has no meaning, or the file's logits are not the model's.
+        ExportError: if a package is missing, an option has no meaning, the file's logits are not the model's, or a
+            file of weights would replace one that is not of an export.
+        DataError: if one of the images cannot be read.
     """
     how, file, notes = FORMATS[format], Path(file), []
     require_packages(format, int8)
@@ -106,10 +112,14 @@ def export_model(
             assert how.quantize is not None
             (Path(folder) / "int8").mkdir()
             how.quantize(draft, draft := Path(folder) / "int8" / file.name)
-        written = sorted(filter(Path.is_file, draft.parent.iterdir()))
-        for part in written:
-            os.replace(part, file.parent / part.name)
-    return Export([file.parent / part.name for part in written], graph.facts, graph.operations, parity, notes)
+        places = {part: file.parent / part.name for part in sorted(filter(Path.is_file, draft.parent.iterdir()))}
+        for place in places.values():
+            if place.exists() and not file.exists():
+                raise ExportError(f"{place} is there without {file}, as no export leaves it: expected another name")
+        loss = None if images is None else measure_loss(model, how.load(draft), images)
+        for part, place in places.items():
+            os.replace(part, place)
+    return Export([*places.values()], graph.facts, graph.operations, parity, notes, loss)
 
 
 def _resize_reason(model: AnyModel, format: str) -> str | None:

@@ -12,7 +12,7 @@ from insvp_fast.commands import cli
 from insvp_fast.commands.export import FILES
 from insvp_fast.data import transform_for
 from insvp_fast.errors import ExportError
-from insvp_fast.export import ExportedModel, Facts
+from insvp_fast.export import ExportedModel, Facts, measure_loss
 from insvp_fast.export.formats import Export
 from insvp_fast.methods.load import load_model
 from tests.commands.finished_run import CLASSES, write_run_of_several_labels
@@ -72,17 +72,14 @@ def test_a_model_of_the_hub_is_exported_to_here(run, tmp_path, monkeypatch):
 
 
 def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monkeypatch):
-    exported = []
-
-    def write(model, file, format, **options):
+    def write(model, file, format, images, **options):
         about = {"class_names": model.class_names, "preprocessing": model.preprocessing, "insvp_fast_version": "0"}
         facts = Facts(inside="nothing", input=[None, 3, 32, 32], **about)
-        exported.append(ExportedModel(lambda x: model(x) + 0.25, facts))
+        loss = measure_loss(model, ExportedModel(lambda x: model(x) + 0.25, facts), images)
         file.write_bytes(b"")
-        return Export([file], facts, 0, [], ["a note"])
+        return Export([file], facts, 0, [], ["a note"], loss)
 
     monkeypatch.setattr("insvp_fast.export.export_model", write)
-    monkeypatch.setattr("insvp_fast.export.load", lambda file: exported[0])
     monkeypatch.setattr("insvp_fast.export.formats.require_packages", lambda *_: None)
     adapter, file = str(run / "adapter"), tmp_path / "a.onnx"
     options = ["--format", "onnx", "--int8", "--images", str(images / "test" / "ant"), "--output", str(file)]
@@ -91,10 +88,16 @@ def test_an_adapter_is_tried_on_given_images(run, images, tmp_path, capsys, monk
     assert "a note" in printed and "top-1" not in printed
     assert "int8: 5 images, the same class for 100.00%; logits differ by at most 0.25" in printed
 
-    broken = tmp_path / "broken.png"
+
+def test_an_image_that_cannot_be_read_leaves_the_file_of_before(run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    file, broken = tmp_path / "a.onnx", tmp_path / "broken.png"
+    file.write_bytes(b"of before")
     broken.write_bytes(b"")
-    assert cli.main(["export", adapter, *options[:4], str(broken), "--output", str(file)]) == 1
-    assert "broken.png" in capsys.readouterr().err and not file.exists()
+    options = ["--format", "onnx", "--int8", "--images", str(broken), "--output", str(file)]
+    assert cli.main(["export", str(run / "adapter"), *options]) == 1
+    assert "broken.png" in capsys.readouterr().err and file.read_bytes() == b"of before"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.onnx", "broken.png"]
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,14 @@ def test_a_file_that_does_not_load_is_not_left(model, file, facts, monkeypatch):
     assert file("onnx").read_bytes() == b"of before" and len([*file("onnx").parent.iterdir()]) == 1
 
 
+def test_weights_of_something_else_are_not_replaced(model, file):
+    weights = file("openvino").with_suffix(".bin")
+    weights.write_bytes(b"of something else")
+    with pytest.raises(ExportError, match=r"model.bin is there without .*model.xml, as no export leaves it: expected"):
+        export_model(model, file("openvino"), "openvino")
+    assert weights.read_bytes() == b"of something else" and [*weights.parent.iterdir()] == [weights]
+
+
 def test_aoti_without_a_compiler(file, facts):
     program = torch.export.export(torch.nn.Linear(32, 5), (torch.zeros(2, 3, 32, 32),))
     with (
