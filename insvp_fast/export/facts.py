@@ -15,8 +15,9 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from insvp_fast.data.decode import to_rgb
-from insvp_fast.data.transforms import steps_of, transform_for
+from insvp_fast.data.transforms import transform_for
 from insvp_fast.errors import CheckpointError
+from insvp_fast.export.preprocessing import image_steps
 
 __all__ = ["ExportedModel", "Facts"]
 
@@ -70,8 +71,9 @@ class Facts:
         image = to_rgb(image, self.exif_rotation)
         if self.inside == "nothing":
             return transform_for(self.preprocessing)(image)
-        resize, crop, *_ = steps_of(transform_for(self.preprocessing))
-        pixels = pil_to_tensor(image if self.inside.startswith("resize") else crop(resize(image)))
+        for step in [] if self.inside.startswith("resize") else image_steps(self.preprocessing):
+            image = step(image)
+        pixels = pil_to_tensor(image)
         return pixels.permute(1, 2, 0) if self.input[-1] == 3 else pixels
 
     def to_metadata(self) -> dict[str, str]:

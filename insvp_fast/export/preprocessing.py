@@ -13,12 +13,14 @@ from typing import Any
 
 import PIL
 import torch
+from timm.data.transforms import CenterCropOrPad, MaybeToTensor
 from torch import Tensor, nn
 from torchvision import transforms
 
 from insvp_fast.data.transforms import steps_of, transform_for
+from insvp_fast.errors import ExportError
 
-__all__ = ["ExportedPreprocessing", "resize_reason"]
+__all__ = ["ExportedPreprocessing", "image_steps", "resize_reason"]
 
 ONE = 2**22  # Pillow's weights are integers, multiples of its inverse
 
@@ -41,11 +43,25 @@ BEGINS_WITH_THE_LARGER_REDUCTION = int(PIL.__version__.partition(".")[0]) >= 13
 FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {"bilinear": (_bilinear, 1), "bicubic": (_bicubic, 2)}
 
 
+def image_steps(preprocessing: dict[str, Any]) -> list[Any]:
+    """The steps of ``transform_for`` from an image to one of the model's size, before its tensor and normalization.
+
+    Raises:
+        ExportError: if it has other steps after them, or none that makes images of one size.
+    """
+    steps = steps_of(transform_for(preprocessing))
+    kinds = [*map(type, steps[-3:])]
+    if kinds[1:] != [MaybeToTensor, transforms.Normalize] or kinds[0] not in (transforms.CenterCrop, CenterCropOrPad):
+        found = ", ".join(type(step).__name__ for step in steps)
+        raise ExportError(f"the steps of the preprocessing are {found}: expected to resize, crop, ToTensor, Normalize")
+    return steps[:-2]
+
+
 def resize_reason(preprocessing: dict[str, Any]) -> str | None:
     """Why the resizing and cropping cannot be part of an exported file, or None."""
-    resize, crop, *_ = steps_of(transform_for(preprocessing))
-    if not isinstance(resize, transforms.Resize) or not isinstance(crop, transforms.CenterCrop):
-        return f"it is {type(resize).__name__} and {type(crop).__name__}: expected Resize and CenterCrop"
+    resize, *_, crop = steps = image_steps(preprocessing)
+    if [*map(type, steps)] != [transforms.Resize, transforms.CenterCrop]:
+        return f"it is {' and '.join(type(step).__name__ for step in steps)}: expected Resize and CenterCrop"
     if resize.interpolation.value not in FILTERS:
         return f"its interpolation is {resize.interpolation.value}: expected {' or '.join(FILTERS)}"
     if any(side < cropped for side, cropped in zip(_pair(resize.size), crop.size, strict=True)):
@@ -67,12 +83,13 @@ class ExportedPreprocessing(nn.Module):
 
     def __init__(self, preprocessing: dict[str, Any], resize: bool, channels_last: bool) -> None:
         super().__init__()
-        resizing, crop, *_ = steps_of(transform_for(preprocessing))
+        steps = image_steps(preprocessing)
         self.channels_last, self.resize = channels_last, resize
-        self.size, self.crop = resizing.size, crop.size
-        self.filter = resizing.interpolation.value
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(preprocessing[name]).view(3, 1, 1))
+        if resize:
+            resizing, crop = steps
+            self.size, self.crop, self.filter = resizing.size, crop.size, resizing.interpolation.value
+        for name in ("mean", "std"):  # one value, or one a channel
+            self.register_buffer(name, torch.tensor(preprocessing[name]).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.permute(0, 3, 1, 2) if self.channels_last else images
