@@ -91,8 +91,8 @@ def export_model(
             file of weights would replace one that is not of an export.
         DataError: if one of the images cannot be read.
     """
-    how, file, notes = FORMATS[format], Path(file), []
     require_packages(format, int8)
+    how, file, notes = FORMATS[format], Path(file), []
     if file.suffix != how.suffix:
         raise ExportError(f"the file is {file}: expected a name that ends in {how.suffix}")
     if channels_last and not preprocess:
@@ -140,8 +140,10 @@ def require_packages(format: str, int8: bool = False) -> None:
     """Check that what a format needs is installed.
 
     Raises:
-        ExportError: if not, or if there is no ``int8`` for the format.
+        ExportError: if not, if there is no such format, or no ``int8`` for it.
     """
+    if format not in FORMATS:
+        raise ExportError(f"the format is {format}: expected one of {', '.join(FORMATS)}")
     how = FORMATS[format]
     if int8 and how.quantize is None:
         able = " or ".join(name for name, other in FORMATS.items() if other.quantize)

@@ -74,15 +74,21 @@ def capture(
         channels_last: images are [B, H, W, C].
 
     Raises:
-        ExportError: if preprocessing is asked for and unknown, or the model cannot be traced.
+        ExportError: if preprocessing is asked for and unknown or not of RGB images, the batch is not positive, or the
+            model cannot be traced.
     """
+    if batch is not None and batch < 1:
+        raise ExportError(f"the batch is {batch}: expected 1 or more images, or None for any number")
     if inside != NOTHING and model.preprocessing is None:
         raise ExportError("the adapter does not say how images are prepared: expected its preprocessing to be saved")
-    module: nn.Module = (standard_model(model) if standard else model).eval()
+    C, H, W = _image_shape(model)
+    if inside != NOTHING and C != 3:
+        raise ExportError(f"the channels of the images are {C}: expected 3 where preprocessing is inside")
+    with refusal("the model cannot be rebuilt in standard operators"):
+        module: nn.Module = (standard_model(model) if standard else model).eval()
     if inside != NOTHING:
         assert model.preprocessing is not None
         module = nn.Sequential(ExportedPreprocessing(model.preprocessing, inside == ALL, channels_last), module)
-    C, H, W = _image_shape(model)
     shape: list[int | None] = [batch, C, *((None, None) if inside == ALL else (H, W))]
     axes = {0: "batch"} if batch is None else {}
     if inside == ALL:
@@ -123,8 +129,9 @@ def refusal(problem: str) -> Iterator[None]:
     except (InsVPError, MemoryError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise ExportError(f"{problem}: {next(filter(None, lines), type(error).__name__)}") from error
+        lines = map(str.strip, str(error).splitlines())
+        said = (line for line in lines if line and not line.endswith(":"))  # rather than a headline
+        raise ExportError(f"{problem}: {next(said, type(error).__name__)}") from error
 
 
 def _image_shape(model: AnyModel) -> tuple[int, int, int]:

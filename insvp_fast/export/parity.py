@@ -17,13 +17,14 @@ from torch import Tensor
 from insvp_fast.data import transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import ExportError
-from insvp_fast.export.facts import ExportedModel, Facts
+from insvp_fast.export.facts import INSIDE, ExportedModel, Facts
 from insvp_fast.methods.load import AnyModel
 from insvp_fast.probabilities import decide
 from insvp_fast.testing import relative_error
 
 __all__ = ["TOLERANCE", "Loss", "Parity", "check_parity", "measure_loss", "run_in_new_process"]
 
+NOTHING = INSIDE[0]
 TOLERANCE = 1e-5  # of logits in fp32, relative: as between the fast path and the reference
 
 
@@ -62,9 +63,10 @@ def check_parity(model: AnyModel, run: Callable[[list[Tensor]], list[Tensor]], f
 
 def _noise(facts: Facts, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images for the file, and the same for the model."""
-    if facts.preprocessing is None:
+    if facts.inside == NOTHING:
         images = torch.randn([batch, *(size or 1 for size in facts.input[1:])], generator=generator)
-        return images, images.permute(0, 3, 1, 2) if facts.input[-1] == 3 else images
+        return images, images
+    assert facts.preprocessing is not None
     H, W = facts.preprocessing["input_size"][-2:]
     side = (3 * H + 1, W + 5, 3) if batch == 1 else (H + 3, 2 * W + 1, 3)
     pictures = [

@@ -177,6 +177,10 @@ def test_aoti_without_a_compiler(file, facts):
 def test_what_cannot_be_written(model, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"the file is .*x.bin: expected a name that ends in .pt2"):
         export_model(model, tmp_path / "x.bin", "torch")
+    with pytest.raises(ExportError, match="the format is ONNX: expected one of onnx, torch, aoti, openvino"):
+        export_model(model, tmp_path / "x.onnx", "ONNX")
+    with pytest.raises(ExportError, match="the batch is 0: expected 1 or more images, or None"):
+        export_model(model, tmp_path / "x.pt2", "torch", batch=0)
     with pytest.raises(ExportError, match="`channels_last` without `preprocess`: expected both"):
         export_model(model, tmp_path / "x.pt2", "torch", channels_last=True)
     with pytest.raises(ExportError, match="8-bit weights in the format torch: expected onnx or openvino"):

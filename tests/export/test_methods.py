@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from torch.nn.utils.parametrize import register_parametrization
 
 from insvp_fast.errors import ExportError
 from insvp_fast.export import export_model, graph, load
@@ -17,13 +18,13 @@ WIDTH = 24
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": WIDTH, "num_heads": 2, "depth": 2, "num_classes": 0}
 
 
-def model_of(name):
+def model_of(name, **sizes):
     """A model of which no trained parameter is zero."""
     options = {"padding": 3} if name in ("vp", "dam_vp") else {}
     if name in ("vpt_deep", "vpt_shallow", "e2vpt", "vfpt", "vapt"):
         options = {"length": 4}
     options |= {"vapt": {"kernel": 1}, "e2vpt": {"segments": 8}}.get(name, {})
-    model = create_model(name, timm.create_model("vit_tiny_patch16_224", **SIZES), 3, **options).eval()
+    model = create_model(name, timm.create_model("vit_tiny_patch16_224", **SIZES | sizes), 3, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -85,3 +86,28 @@ def test_a_file_says_whether_an_image_may_have_several_labels():
     model = model_of("vpt_deep")
     for model.multi_label in (True, False):
         assert capture(model, standard=True).facts.multi_label is model.multi_label
+
+
+class Triple(torch.nn.Module):
+    def forward(self, weight):
+        return 3 * weight
+
+
+def test_what_the_reference_does_not_hold_is_refused_in_one_sentence():
+    longer, other = model_of("vpt_deep"), model_of("vpt_deep")
+    longer.head = torch.nn.Sequential(longer.head)
+    register_parametrization(other.head, "weight", Triple())
+    with torch.inference_mode():
+        inference = model_of("vpt_deep")
+    for model, reason in ((longer, "Missing key"), (other, "Missing key"), (inference, ".*[Ii]nference")):
+        with pytest.raises(ExportError, match=f"the model cannot be rebuilt in standard operators: {reason}") as caught:
+            capture(model, standard=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_images_of_one_channel(tmp_path):
+    model = model_of("linear", in_chans=1)
+    model.preprocessing = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.5]}
+    assert export_model(model, tmp_path / "model.pt2", "torch").facts.input == [None, 1, 16, 16]
+    with pytest.raises(ExportError, match="the channels of the images are 1: expected 3 where"):
+        export_model(model, tmp_path / "model.pt2", "torch", preprocess=True)
