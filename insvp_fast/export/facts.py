@@ -86,12 +86,13 @@ class Facts:
         Raises:
             CheckpointError: if a field is missing or not JSON.
         """
+        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         try:
-            required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
             names = required | {field.name for field in dataclasses.fields(cls) if field.name in metadata}
             return cls(**{name: json.loads(metadata[name]) for name in names})
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{file}: not written by `insvp export`: no metadata {error}") from error
+        except (KeyError, TypeError, ValueError) as error:  # of type: JSON, but not of texts under names
+            found = f"its metadata are {metadata!s:.200}: expected JSON under {', '.join(sorted(required))}"
+            raise CheckpointError(f"{file}: not written by `insvp export`: {found}") from error
 
 
 @dataclass(frozen=True)

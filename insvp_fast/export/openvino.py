@@ -42,7 +42,9 @@ def load_openvino(file: Path) -> ExportedModel:
     except RuntimeError as error:
         raise CheckpointError(f"{file}: OpenVINO cannot load it: {error}") from error
     entries = model.get_rt_info()[SECTION] if model.has_rt_info(SECTION) else {}
-    metadata = {name: entry.astype(str) for name, entry in entries.items()}
+    if not isinstance(entries, dict):
+        entries = {}  # another program's text under this name
+    metadata = {name: entry.astype(str) for name, entry in entries.items() if not isinstance(entry, dict)}
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(compiled(images.numpy())[0])

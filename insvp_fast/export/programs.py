@@ -60,8 +60,13 @@ def load_aoti(file: Path) -> ExportedModel:
     """Load a package, which is machine code: it can do whatever this process may do."""
     from torch._inductor import aoti_load_package
 
-    package = aoti_load_package(str(file))
-    return ExportedModel(package, Facts.from_metadata(package.get_metadata(), file))
+    try:
+        package = aoti_load_package(str(file))
+        metadata = package.get_metadata()
+    except Exception as error:  # of many types for other archives
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{file}: AOTInductor cannot load it: {reason}") from error
+    return ExportedModel(package, Facts.from_metadata(metadata, file))
 
 
 def is_aoti(file: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -204,3 +205,30 @@ def test_what_cannot_be_loaded(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / name)
+
+
+@pytest.mark.parametrize("metadata", ["[1]", "5", "null", "{}", '{"class_names": 5}', '{"class_names": "["}'])
+def test_programs_of_others_cannot_be_loaded(metadata, tmp_path):
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "x.pt2", extra_files={"insvp_fast.json": metadata})
+    with pytest.raises(CheckpointError, match="x.pt2: not written by .*: its metadata are .*: expected JSON under"):
+        load(tmp_path / "x.pt2")
+
+
+def test_packages_of_others_cannot_be_loaded(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w") as archive:
+        archive.writestr("x/data/aotinductor/model/x.so", b"x")
+    with pytest.raises(CheckpointError, match="x.pt2: AOTInductor cannot load it: ") as caught:
+        load(tmp_path / "x.pt2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", [[], ["class_names"], ["class_names", "of another program"]])
+def test_files_of_others_for_openvino_cannot_be_loaded(path, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    images = openvino.opset13.parameter([1, 3], np.float32)
+    other = openvino.Model([openvino.opset13.relu(images)], [images])
+    other.set_rt_info("text", ["insvp_fast", *path])
+    openvino.save_model(other, tmp_path / "x.xml")
+    with pytest.raises(CheckpointError, match=r"x.xml: not written by .*: its metadata are \{.*\}: expected"):
+        load(tmp_path / "x.xml")
