@@ -178,15 +178,16 @@ def test_factors_are_rounded_where_bf16_is_multiplied(isa, shape, dtypes, relu):
     assert_close("d_bias", got[2], masked.double().sum((0, 2, 3)))
 
 
+@pytest.mark.parametrize("sizes", [(1, 3, 30, 44, 4, 11, 11), (1, 5, 130, 224, 4, 9, 9)], ids=["", "several jobs"])
 @pytest.mark.parametrize("where", ["x", "grad", "weight"])
-def test_what_bf16_cannot_hold_is_not_rounded_in_convolutions(isa, where):
+def test_what_bf16_cannot_hold_is_not_rounded_in_convolutions(isa, where, sizes):
     """3.4e38 is infinite in bf16: times the zeros of the padding or beside a window it would not be zero."""
-    x, weight, bias = inputs(1, 3, 30, 44, 4, 11, 11)
-    grad, large = torch.randn(1, 4, 30, 44), 3.4e38
+    (x, weight, bias), geometry = inputs(*sizes), (1, *sizes[2:4])
+    grad, large = torch.randn(1, 4, *sizes[2:4]), 3.4e38
     {"x": x, "grad": grad, "weight": weight}[where][0, 1, 2, 3] = large
-    y = native.conv_fwd(x, weight, bias, 1, 30, 44, False, F32, BF16)
-    gradients = native.conv_bwd(grad, x, None, weight, 1, 30, 44, True, BF16)
-    leaves, exact = (x, weight, bias), lambda *t: conv_formula(*t, 1, 30, 44, False)
+    y = native.conv_fwd(x, weight, bias, *geometry, False, F32, BF16)
+    gradients = native.conv_bwd(grad, x, None, weight, *geometry, True, BF16)
+    leaves, exact = (x, weight, bias), lambda *t: conv_formula(*t, *geometry, False)
     y64, gradients64 = expected(exact, leaves, grad)
     for value, double in zip((y, *gradients), (y64, *gradients64), strict=True):
         assert torch.equal(value.isnan(), torch.zeros_like(value, dtype=torch.bool))
@@ -223,6 +224,9 @@ def test_few_products_are_not_rounded(isa, shape):
     assert_same_bits([native.conv_pool_fwd(*tensors, *rest, operands) for operands in (None, BF16)])
     x, weight, bias = inputs(1, 40, 20, 21, 3, 3, 3)
     assert_same_bits([[native.conv_fwd(x, weight, bias, 12, 20, 21, False, F32, dtype)] for dtype in (None, BF16)])
+    if isa != "amx":  # half of each pair would be zeros
+        x, weight, bias = inputs(1, 1, 40, 37, 6, 11, 11)
+        assert_same_bits([[native.conv_fwd(x, weight, bias, 1, 40, 37, False, F32, dtype)] for dtype in (None, BF16)])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3.4e38])  # the last is infinite in bf16
@@ -337,10 +341,10 @@ def test_wrong_arguments_are_refused():
         native.conv_pool_fwd(x, weight, bias, 17, 17, 17, SLOPE, F32)
     with pytest.raises(ValueError, match="grad has shape"):
         native.conv_bwd(grad[:, :1], x, None, weight, 1, 12, 12, True)
-    for dilation in (0, -1):
-        with pytest.raises(ValueError, match=f"dilation is {dilation}: expected at least 1"):
+    for dilation in (0, -1, 2**60, 2**64):
+        with pytest.raises(ValueError, match=f"dilation is {dilation}: expected 1 or more"):
             native.conv_fwd(x, weight, bias, dilation, 12, 12, True, F32)
-        with pytest.raises(ValueError, match=f"dilation is {dilation}: expected at least 1"):
+        with pytest.raises(ValueError, match=f"dilation is {dilation}: expected 1 or more"):
             native.conv_bwd(grad, x, None, weight, dilation, 12, 12, True)
     y, indices = native.conv_pool_fwd(x, weight, bias, 12, 12, 2, SLOPE, F32)
     indices[0, 1, 2, 3] = 4

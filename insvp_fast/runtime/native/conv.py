@@ -35,14 +35,14 @@ def _sizes(x: Tensor, weight: Tensor, height: int, width: int, *, dilation: int 
     """B, C, H, W, O, height, width, kh, kw."""
     if not 1 <= pool <= 16:
         raise ValueError(f"windows of {pool}x{pool}: expected 1 to 16")
-    if dilation < 1:
-        raise ValueError(f"dilation is {dilation}: expected at least 1")
     if x.ndim != 4 or weight.ndim != 4 or 0 in weight.shape:
         shapes = tuple(x.shape), tuple(weight.shape)
         raise ValueError(f"x and weight have shapes {shapes}: expected [B, C, H, W] and [O, C, kh, kw], not empty")
     H, W = x.shape[-2:]
     if not (0 < height <= H and 0 < width <= W) or height % pool or width % pool:
         raise ValueError(f"{height}x{width} is no center of {H}x{W} in windows of {pool}x{pool}")
+    if not 0 < dilation * max(weight.shape[2:]) < 2**24:
+        raise ValueError(f"dilation is {dilation}: expected 1 or more, with which a kernel spans < 2**24 pixels")
     return *x.shape, weight.shape[0], height, width, *weight.shape[2:]
 
 

@@ -105,11 +105,12 @@ def norm_insert_bwd(
     if grad_total is not None:
         grad_total = require("grad_total", grad_total, (B, T, D), *TYPE_CODES)
     weight = _affine("weight", weight, D)
+    prompts_dtype = prompts_dtype or stream_dtype
     for name, dtype in (("d_residual", stream_dtype), ("d_branch", branch_dtype), ("d_prompts", prompts_dtype)):
-        require_dtype(name, dtype or stream_dtype)
+        require_dtype(name, dtype)
     d_residual = buffers.empty((B, T, D), stream_dtype)
     d_branch = buffers.empty((0,) if branch_dtype == stream_dtype else (B, T, D), branch_dtype)
-    d_prompts = buffers.empty((B, S - T, D), prompts_dtype or stream_dtype)
+    d_prompts = buffers.empty((B, S - T, D), prompts_dtype)
     launch(
         "norm_insert_bwd",
         _BWD,

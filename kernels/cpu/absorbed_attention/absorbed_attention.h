@@ -9,7 +9,7 @@
 namespace insvp_fast {
 
 constexpr int64_t kRows = 4;  // of a job
-constexpr int kTogether = 4;   // tokens, or vectors of a token, whose sums are in registers
+constexpr int kTogether = 4;  // tokens, or vectors of a token, whose sums are in registers
 
 // weights[r, s] = the softmax over s of scale * rows[r] . x[s], or the gradient by these products where the softmax is
 // given: its gradient is rows[r] . x[s]. means[r] = the sum over s of weights[r, s] * x[s].

@@ -8,6 +8,7 @@ namespace {
 
 using namespace insvp_fast;
 
+static_assert(kWidth <= kLine);  // of which the scratch has whole ones
 
 template <class T>
 inline const T* at(Array a, int64_t offset) {

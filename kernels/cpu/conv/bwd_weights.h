@@ -58,7 +58,7 @@ void conv_bwd_weights_in_vectors(const ConvBwdWeights& a, int64_t job, float* sc
     const int64_t of_grad = rows * l.stride + kSlack, of_map = of_grad + l.halo * l.stride;
     if (a.rounded == Rounded::pairs && finite_when_rounded(g, s.O, l.out_plane, of_grad) &&
         finite_when_rounded(x, s.C, l.plane, of_map))
-      return compute(narrowed(g, s.O, l.out_plane, of_grad), narrowed(x, s.C, l.plane, of_map));
+      return compute(narrow_in_place(g, s.O, l.out_plane, of_grad), narrow_in_place(x, s.C, l.plane, of_map));
   }
   compute(g, x);
 }

@@ -19,7 +19,7 @@ ConvShape shape(int64_t B, int64_t C, int64_t H, int64_t W, int64_t O, int64_t O
 }
 
 // A weight rounded to bf16. If that is not finite, `finite` becomes false.
-uint32_t narrowed(float weight, bool& finite) {
+uint32_t rounded_weight(float weight, bool& finite) {
   bf16 number;
   narrow(number, weight);
   finite = finite && (number & 0x7f80) != 0x7f80;
@@ -42,7 +42,7 @@ bool pack_for_tiles(const ConvFwd& a, const TileSizes& t, uint32_t* pairs, float
     for (int64_t o = 0; o < s.O; ++o)
       for (int64_t c = 0; c < s.C; ++c)
         for (int64_t j = 0; j < s.KW; ++j) {
-          const uint32_t number = narrowed(element(o, (c * s.KH + i) * s.KW + j), finite);
+          const uint32_t number = rounded_weight(element(o, (c * s.KH + i) * s.KW + j), finite);
           for (int64_t place = 0; place < t.across; ++place) {
             const int64_t k = (place + j * s.dilation) * s.C + c, n = place * s.O + o;
             const int64_t tile = k / K * (t.columns / T) + n / T;
@@ -70,10 +70,10 @@ bool pack_pairs(const ConvFwd& a, uint32_t* to, const float* w) {
   const ConvShape& s = a.s;
   bool finite = true;
   for (int64_t o = 0; o < s.O; o += a.block) {
-    const int64_t n = s.KH * s.KW * smaller(a.block, s.O - o);  // weights of a channel
+    const int64_t n = s.KH * s.KW * smaller(a.block, s.O - o);  // weights of a channel in, of this block
     for (int64_t c = 0; c < s.C; ++c)
       for (int64_t i = 0; i < n; ++i, ++w) {
-        const uint32_t number = narrowed(*w, finite);
+        const uint32_t number = rounded_weight(*w, finite);
         if (c % 2 == 0) to[c / 2 * n + i] = number;
         else to[c / 2 * n + i] |= number << 16;
       }
@@ -88,11 +88,12 @@ int correlate(ConvFwd a, const Element& element, bool rounded, int threads) {
   const ConvShape& s = a.s;
   const int64_t taps = s.taps(), phases = s.pool * s.pool;
   a.block = block_of(s.O);
-  const Rounded by = rounded && rounding_pays(s) ? kernels().rounded : Rounded::none;
+  Rounded by = rounded && rounding_pays(s) ? kernels().rounded : Rounded::none;
+  if (by == Rounded::pairs && s.C == 1) by = Rounded::none;  // half of a pair would be zeros
   const bool tiles = by == Rounded::tiles, pairs = by == Rounded::pairs;
   // Where nothing is rounded no result depends on the size of its job. Else a job rounds none of its factors if one is
-  // not finite, so that its size must not depend on the number of threads.
-  const int64_t wanted = by == Rounded::none ? threads / larger(1, s.B) : 1;
+  // not finite, so that its size must not depend on the number of threads, but on the batch alone.
+  const int64_t wanted = (by == Rounded::none ? threads : kJobs) / larger(1, s.B);
   a.l = layout(s, a.block * (s.pool > 1 ? 2 : 1), kernels().width, wanted);
   if (!has_places(s, a.l)) return -1;
   const int64_t jobs = s.B * a.l.bands, n = most_positions(s, a.l);

@@ -39,7 +39,7 @@ template <class Word>
 struct Taps {
   const Word* w;           // blocks of channels out (the last may have fewer), each [taps, channels]; null: absent
   const int32_t* offsets;  // [pool * pool, taps], where a tap finds its input
-  int64_t count;
+  int64_t count;           // of the taps
 };
 
 // The second operand of products in matrix tiles (tiles.h); null: absent.
@@ -58,7 +58,7 @@ struct ConvFwd {
   int64_t block;             // channels out that are computed together, at most
   float negative_slope;
   Taps<float> taps;
-  Taps<uint32_t> pairs;
+  Taps<uint32_t> pairs;  // as tiles: instead of taps, where a job's part of the map is finite when it is rounded
   TileWeights tiles;
 };
 
@@ -89,7 +89,7 @@ struct ConvPoolBwd {
 struct ConvKernels {
   int64_t width;     // floats of a vector
   int64_t channels;  // of a block, at most
-  Rounded rounded;
+  Rounded rounded;   // what multiplies factors that may be rounded
   void (*fwd)(const ConvFwd&, int64_t job, float* scratch);
   void (*bwd_weights)(const ConvBwdWeights&, int64_t job, float* scratch, float* dw, float* db);
   void (*pool_bwd_weights)(const ConvPoolBwd&, int64_t job, float* scratch, float* dw, float* db);

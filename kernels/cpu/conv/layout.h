@@ -9,6 +9,7 @@ inline const ConvKernels& kernels() { return best_kernels<ConvKernels>(isa()); }
 
 constexpr int64_t kBudget = 128 * 1024;  // floats of a job's scratch, which then stays in the second-level cache
 constexpr int64_t kFewestRows = 4;       // of a job; with fewer, its halo would cost more than they do
+constexpr int64_t kJobs = 8;             // wanted for few images, where that cannot follow from the threads
 
 // As many rows as the budget holds, in jobs of one size but the last, and about `wanted` jobs where rows are enough.
 inline int64_t rows_of_job(int64_t rows, int64_t floats_of_row, int64_t floats_of_halo, int64_t wanted = 1) {
@@ -16,8 +17,8 @@ inline int64_t rows_of_job(int64_t rows, int64_t floats_of_row, int64_t floats_o
   return ceil_div(rows, larger(ceil_div(rows, most), smaller(wanted, rows / kFewestRows)));
 }
 
-// `out_channels` is the number of output channels in the scratch of a job; `width` places
-// are computed together; an image has about `wanted` jobs where it can.
+// `out_channels` is the number of output channels in the scratch of a job; `width` places are computed together; an
+// image has about `wanted` jobs where it can.
 inline ConvLayout layout(const ConvShape& s, int64_t out_channels, int64_t width, int64_t wanted = 1) {
   ConvLayout l{};
   const int64_t planes = s.pool * s.pool * s.C, cols = s.cols_out();

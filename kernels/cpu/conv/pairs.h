@@ -38,8 +38,9 @@ inline bool finite_when_rounded(const float* planes, int64_t count, int64_t plan
   return sum(odd) == 0;
 }
 
-// Rounds the first n numbers of each of `count` planes, in whole vectors, and brings the planes twice as near together.
-inline const bf16* narrowed(float* planes, int64_t count, int64_t plane, int64_t n) {
+// Rounds the first n numbers of each of `count` planes, in whole vectors, to planes that are half as far apart, in the
+// same memory: each store ends in front of what is still to be read.
+inline const bf16* narrow_in_place(float* planes, int64_t count, int64_t plane, int64_t n) {
   bf16* to = reinterpret_cast<bf16*>(planes);
   for (int64_t k = 0; k < count; ++k)
     for (int64_t i = 0; i < n; i += kWidth) store(to + k * plane + i, load(planes + k * plane + i));

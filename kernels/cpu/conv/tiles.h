@@ -62,9 +62,9 @@ struct WeightTiles {
         all(grad + pairs + 4 * kTileRows * kTileRows + whole_lines(s.O) + row + whole_lines(larger(s.W, s.OW))) {}
 };
 
-// Whether factors that may be rounded are: where tiles take fewer cycles for an output than vectors of fp32: about 25
-// for a product of tiles, whose operands often begin inside of a cache line, and a few to round and turn each number of
-// the map, and to turn results without pooling. Pairs are taken for the same convolutions.
+// Whether to round factors that may be rounded: where tiles take fewer cycles for an output than vectors of fp32. They
+// take about 25 for a product of tiles, whose operands often begin inside of a cache line, and a few to round and turn
+// each number of the map, and to turn results without pooling. Where there are pairs, the rule is the same.
 inline bool rounding_pays(const ConvShape& s) {
   const TileSizes t(s);
   const double products = 25.0 * s.KH * t.chunks * t.columns / (kTileRows * kTileRows * t.across);

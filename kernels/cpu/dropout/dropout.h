@@ -15,6 +15,7 @@ struct Generator {
   uint64_t next, words[kStateWords];
   // numbers of other distributions follow
 };
+static_assert(sizeof(Generator) == 5016);  // STATE_BYTES in insvp_fast/runtime/native/dropout.py
 
 // y = x * scale where an element is kept, else x * 0.
 struct Dropout {
