@@ -72,7 +72,7 @@ class Implementation(NamedTuple):
     run: Callable[[Any], Any]  # of the operands
     reason: Callable[[Any], str | None]  # of the operands: why they cannot be computed this way; None if they can
     fake: Callable[[Any], Any] | None = None  # where its results have other shapes than the reference's
-    recordable: bool = False  # native calls alone compute, seen otherwise, and no value decides which are made
+    recordable: bool = False  # no value decides which native calls are made; what else computes ends a recording
 
 
 class _Fields(NamedTuple):
