@@ -193,7 +193,7 @@ class AdapterBank(PromptedViT):
             if model is None:
                 where = f"adapters[{places[0]}]" if places else "adapters"
                 raise ValueError(f"{where}={name!r}: expected None or {self._known()}")
-            groups.append(_Group(model, torch.tensor(places, dtype=torch.int64, device=image.device)))
+            groups.append(_Group(model, _rows(places, len(image), image.device)))
         return groups
 
     def _mixes(self, image: Tensor, groups: Sequence[_Group]) -> bool:
@@ -243,6 +243,14 @@ class AdapterBank(PromptedViT):
         for group, part in zip(groups, parts, strict=True):
             lengths[group.rows] = part.shape[1]
         return Prompts(tokens, lengths)
+
+
+def _rows(places: list[int], batch: int, device: torch.device) -> Tensor:
+    """The places of some images of a batch, without waiting for a GPU; of all, also while a CUDA graph is captured."""
+    if len(places) == batch:
+        return torch.arange(batch, device=device)
+    rows = torch.tensor(places, dtype=torch.int64)
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 def _has_usual_steps(model: PromptedViT) -> bool:

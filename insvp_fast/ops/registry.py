@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from insvp_fast.runtime import native, torch_private
+from insvp_fast.runtime import native, torch_private, triton_kernels
 
 __all__ = [
     "PACKS",
@@ -281,15 +280,4 @@ def native_reason(device: torch.device, *dtypes: torch.dtype, weights: Sequence[
 
 def triton_reason(device: torch.device, *dtypes: torch.dtype, covered: Sequence[torch.dtype] = FLOATS) -> str | None:
     """Why Triton kernels for the covered dtypes cannot compute in these on this device."""
-    return _no_triton(device) or dtype_reason(covered, *dtypes)
-
-
-@cache
-def _no_triton(device: torch.device) -> str | None:
-    try:
-        from insvp_fast.kernels.gpu import chip
-    except ImportError as error:
-        return f"cannot run here: {error}"
-    if device.type != "cuda" and not chip.INTERPRETED:
-        return f"cannot run here: it computes on CUDA and ROCm devices, not on {device}"
-    return f"cannot run here: its kernels are not made for {device}" if chip.arch(device) is None else None
+    return triton_kernels.missing(device) or dtype_reason(covered, *dtypes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ __all__ = ["Space", "has_graphs", "is_capturing", "settings"]
 T = TypeVar("T")
 
 _one_at_a_time = threading.Lock()  # PyTorch captures one graph in a process
+_failed: list[torch.cuda.CUDAGraph] = []  # of which PyTorch's allocator may keep the address
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -52,15 +54,31 @@ class Space:
             RuntimeError: for a function that waits for the GPU, or if there is not enough memory.
         """
         graph = torch.cuda.CUDAGraph()
-        # other threads, as those that load data, may go on
         with (
             _one_at_a_time,
             torch.cuda.device(self._stream.device),  # which may not be the current one
             torch.cuda.stream(torch.cuda.current_stream(self._stream.device)),  # again, also where capturing fails
-            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
         ):
-            results = function()
+            try:
+                with self._capturing(graph, self._pool):
+                    results = function()
+            except BaseException:
+                self._recover(graph)
+                raise
         return results, graph.replay
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any = None) -> AbstractContextManager[None]:
+        """Other threads, as those that load data, may go on."""
+        return torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local")
+
+    def _recover(self, failed: torch.cuda.CUDAGraph) -> None:
+        """End what PyTorch leaves open where CUDA refuses to end a capture, as of a function that waits for the GPU."""
+        failed.reset()
+        _failed.append(failed)
+        torch_private.end_allocating(self._stream.device, self._pool)
+        # PyTorch 2.11 draws no random numbers before another capture has succeeded
+        with suppress(RuntimeError), self._capturing(torch.cuda.CUDAGraph()):  # the first error is the one to tell
+            torch.zeros(1, device=self._stream.device)
 
     def lend(self) -> Tensor:
         """A tensor that stands for what the graph has kept: until PyTorch frees it, no other may be replayed."""

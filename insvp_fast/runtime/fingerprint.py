@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 
-from insvp_fast.runtime import native, torch_private
+from insvp_fast.runtime import native, torch_private, triton_kernels
 
 __all__ = ["SMALL", "Fingerprint", "Region", "fingerprint"]
 
@@ -62,9 +62,9 @@ class Fingerprint(Protocol):
 
 
 def fingerprint(regions: Sequence[Region], device: torch.device) -> Fingerprint:
-    """The fingerprint of memory as it is now: by the native library or in PyTorch on a CPU, by Triton on a GPU."""
+    """The fingerprint of memory as it is now: of a CPU by the native library, of a GPU by Triton, else by PyTorch."""
     if device.type == "cuda":
-        return DeviceFingerprint(regions, device)
+        return PlainFingerprint(regions) if triton_kernels.missing(device) else DeviceFingerprint(regions, device)
     return NativeFingerprint(regions) if native.available() else PlainFingerprint(regions)
 
 
@@ -102,7 +102,10 @@ class NativeFingerprint:
 
 
 class PlainFingerprint:
-    """Of each block of 8 KB, a look reads one word, so that 1024 looks of fp64 or paired fp32 words read everything."""
+    """Of each block of 8 KB, a look reads one word, so that 1024 looks of fp64 or paired fp32 words read everything.
+
+    It waits for a GPU, so that no stream compares what another has not written yet.
+    """
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions, self._turn = regions, 0
@@ -116,7 +119,7 @@ class PlainFingerprint:
         words, turn, size = region.words(), self._turn % len(sums), len(sums)
         if region.nbytes <= SMALL:
             return not torch.equal(_sums(words), sums)
-        return bool(_mixed(words[turn::size], turn, size).sum() != sums[turn])
+        return bool(_mixed(words[turn::size], turn, size).sum().cpu() != sums[turn])
 
     def broken_anywhere(self) -> bool:
         held = [region.storage() for region in self._regions]  # alive while it is read
@@ -126,9 +129,9 @@ class PlainFingerprint:
 
 
 def _sums(words: Tensor) -> Tensor:
-    """The sum over all blocks of each word of a block."""
+    """The sum over all blocks of each word of a block, on the host."""
     size = BLOCK // words.element_size()
-    return F.pad(_mixed(words, 0, 1), (0, -len(words) % size)).view(-1, size).sum(0)
+    return F.pad(_mixed(words, 0, 1), (0, -len(words) % size)).view(-1, size).sum(0).cpu()
 
 
 def _mixed(words: Tensor, first: int, step: int) -> Tensor:
@@ -181,7 +184,7 @@ class DeviceFingerprint:
 
     def broken_anywhere(self) -> bool:
         held = [region.storage() for region in self.regions]  # alive while it is read
-        self.found = None in held or not torch.equal(self._watch.sums(self.rows()), self.sums)
+        self.found = None in held or not torch.equal(self._watch.sums(self.rows()), self.sums_in_order())
         return self.found
 
 
@@ -232,9 +235,11 @@ class _Watch:
 
     def _look(self) -> None:
         self._line = (self._line + 1) % native.LINES
-        own = self._pass = self._gather()
-        changed = self._checksums(own.table, self._line, 1, SMALL)[:, 0] != own.sums[:, self._line]
-        own.changed.copy_(changed, non_blocking=True)
+        # the next look, which writes to tensors of this one, may be in another mode
+        with torch.inference_mode(False), torch.no_grad():
+            own = self._pass = self._gather()
+            changed = self._checksums(own.table, self._line, 1, SMALL)[:, 0] != own.sums[:, self._line]
+            own.changed.copy_(changed, non_blocking=True)
         self._looking = torch.cuda.Event()
         self._looking.record(torch.cuda.current_stream(self._device))
 

@@ -21,6 +21,7 @@ __all__ = [
     "current_stream",
     "dispatch_modes",
     "dispatches",
+    "end_allocating",
     "flash_attention",
     "flash_attention_bwd",
     "foreign_dispatch_modes",
@@ -152,6 +153,11 @@ def current_stream(device: torch.device) -> int:
 
 
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def end_allocating(device: torch.device, pool: tuple[int, int]) -> None:
+    """Let PyTorch allocate for other captures than one into this pool that has failed, if it does not do so already."""
+    _attempt(lambda: torch._C._cuda_endAllocateToPool(device.index, pool), None)
 
 
 def is_replica(module: torch.nn.Module) -> bool:

@@ -69,6 +69,23 @@ def a_pass(held):
     return found
 
 
+def test_passes_in_inference_mode_and_after_it(held):
+    with torch.inference_mode():
+        for _ in range(3):
+            assert not any(a_pass(held))
+    held[1][0].add_(1)
+    assert [any(a_pass(held)) for _ in range(3)][-1]
+
+
+def test_a_gpu_that_the_kernels_are_not_made_for(monkeypatch):
+    monkeypatch.setattr(fingerprint.triton_kernels, "missing", lambda device: "cannot run here: ...")
+    w = torch.randn(9, 512)
+    own = fingerprint.fingerprint([Region.of(w, weakref.ref(w.untyped_storage()))], torch.device("cuda"))
+    assert not own.broken()
+    w.add_(1)
+    assert own.broken()
+
+
 def test_a_change_is_found_two_passes_later(held):
     for _ in range(3):
         assert not any(a_pass(held))
