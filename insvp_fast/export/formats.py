@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from insvp_fast.data.images import Images
@@ -61,6 +62,7 @@ class Export(NamedTuple):
     loss: Loss | None = None  # with int8, of the file after; None without images
 
 
+@torch.autocast("cpu", enabled=False)
 def export_model(
     model: AnyModel,
     file: str | Path,
