@@ -10,6 +10,7 @@ files are checked before a model is built from them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described
+from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described, to_json
 from insvp_fast.checkpoints.backbone import create_backbone, difference, hub_id, settings_of, source_of, unlike_timm
 from insvp_fast.checkpoints.files import find_file, save_adapter
 from insvp_fast.checkpoints.model_card import make_model_card
@@ -113,7 +114,8 @@ class AdapterCheckpoint(
             **description,
         )
         require_described(self, skeleton(self.backbone, self.num_classes, self.config, type(self).__name__))
-        save_adapter(folder, self._adapter(), config.to_json())
+        content = to_json(dataclasses.asdict(config), "what is said of the adapter")
+        save_adapter(folder, self._adapter(), content)
         self.describe_as(config)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

@@ -216,10 +216,6 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         check_description(self)
 
-    def to_json(self) -> bytes:
-        """The content of the file; raises ValueError for what is not JSON."""
-        return to_json(dataclasses.asdict(self), "what is said of the adapter")
-
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read the file.

@@ -45,9 +45,9 @@ def adapter_warnings(adapter: Path, backbone: str = "") -> Iterator[str]:
     Raises:
         CheckpointError: if it is not an adapter folder.
     """
-    from insvp_fast.methods.checkpoint import read_config
+    from insvp_fast.methods.checkpoint import read_adapter_config
 
-    adapter_config = read_config(adapter / ADAPTER_FILE)
+    adapter_config = read_adapter_config(adapter / ADAPTER_FILE)
     name = adapter_config.backbone.name or backbone.partition("@")[0]
     config = getattr(adapter_config, "insvp", None)
     yield from _statistics_warnings(name, adapter_config.preprocessing)

@@ -73,7 +73,7 @@ class MethodConfig:
             raise CheckpointError(f"{file}: {error}") from error
 
 
-def read_config(file: Path) -> AdapterConfig | MethodConfig:
+def read_adapter_config(file: Path) -> AdapterConfig | MethodConfig:
     """What the adapter_config.json of any method says.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import nn
 
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE
-from insvp_fast.methods.checkpoint import MethodConfig, read_config
+from insvp_fast.methods.checkpoint import MethodConfig, read_adapter_config
 from insvp_fast.methods.model import MethodViT
 from insvp_fast.methods.table import CLASSES
 from insvp_fast.methods.tuned import TunedViT
@@ -66,7 +66,7 @@ def load_model(
         CheckpointError: if the files are not of an adapter, or the backbone is another one.
     """
     file = find_file(str(folder), ADAPTER_FILE, {"local_files_only": local_files_only})
-    config = read_config(file)
+    config = read_adapter_config(file)
     cls: Any = _model_of(config.method) if isinstance(config, MethodConfig) else InsVPViT
     return cls.from_pretrained(folder, backbone, local_files_only=local_files_only)
 
