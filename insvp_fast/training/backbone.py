@@ -26,20 +26,15 @@ def load_backbone(
         img_size: the side of its images; None for that of the pretraining.
 
     Raises:
-        CheckpointError: if there is no such model, its weights cannot be found, it has no blocks that prompts can be
-            put into, it does not read RGB, or its patches do not divide ``img_size``.
+        CheckpointError: if there is no such model, its weights cannot be found, it does not read RGB, or its patches do
+            not divide ``img_size``.
     """
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         backbone = create_backbone(source, checkpoint=checkpoint, num_classes=0, **size)
-        structure = structure_of(backbone)
-        widths = structure.widths(backbone)
-        patch_size = structure.patch_size(backbone) if widths else 1
+        patch_size = structure_of(backbone).patch_size(backbone)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(f"`backbone` is {source}: {error}") from error
-    if not widths:
-        kind = type(backbone).__name__
-        raise CheckpointError(f"`backbone` is {source}: a {kind} takes image prompts alone: expected one with blocks")
     require_rgb(backbone, f"`backbone` is {source}")
     if img_size is not None and img_size % patch_size:
         raise CheckpointError(f"`img_size` is {img_size}: expected a multiple of {patch_size}, the side of a patch")

@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from insvp_fast.config import InsVPConfig
 from insvp_fast.errors import TrainingError
 from insvp_fast.methods import CLASSES, TunedViT, create_model
 from insvp_fast.model import InsVPViT
+from insvp_fast.reference import structure_of
+from insvp_fast.training.backbone import resolve_preprocessing
 from insvp_fast.training.candidates import LINEAR, insvp_config
 from insvp_fast.training.recipe import Recipe
 
@@ -42,23 +45,50 @@ def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: i
     options = _read_options(method, recipe.method_options) if own else {}
     try:
         if method == "insvp":
+            config = insvp_config(recipe)
+            _check_without_blocks(recipe, config, backbone)
             compile_prompters = recipe.compile == "prompters"
             model: nn.Module = InsVPViT(
                 backbone,
                 num_classes,
-                insvp_config(recipe),
+                config,
                 recompute=recipe.recompute,
                 compile_prompters=compile_prompters,
             )
         else:
             model = create_model(method, backbone, num_classes, **options)
             _set_recompute(model, recipe.recompute)
-    except (TypeError, ValueError) as error:
+    except TrainingError:
+        raise
+    except (AssertionError, TypeError, ValueError) as error:  # the first of timm's set_grad_checkpointing
         where = "prompts" if method == "insvp" else f"`method` is {method}"
         raise TrainingError(f"{where}: {error}") from error
     if recipe.compile == "model" and method != LINEAR:  # which runs once
         model.compile()
     return model
+
+
+def _check_without_blocks(recipe: Recipe, config: InsVPConfig, backbone: nn.Module) -> None:
+    """Check that a backbone without blocks gets image prompts only, of images that patches fill.
+
+    Raises:
+        TrainingError: naming the settings that do not fit it.
+    """
+    structure = structure_of(backbone)
+    if structure.widths(backbone):
+        return
+    kind, patch_size = type(backbone).__name__, structure.patch_size(backbone)
+    if config.has_feature_prompt:
+        raise TrainingError(
+            f"`backbone` is {recipe.backbone}: a {kind} has no blocks that prompts can be put into: expected"
+            " `common_prompt` and `specific_prompt` to be off"
+        )
+    height, width = resolve_preprocessing(backbone, recipe.preprocessing)["input_size"][-2:]
+    if config.patch_prompt and (height % patch_size or width % patch_size):
+        raise TrainingError(
+            f"`backbone` is {recipe.backbone}: its images have {height}x{width} pixels, which patches of"
+            f" {patch_size}x{patch_size} do not fill: expected `patch_prompt` to be off"
+        )
 
 
 def _set_recompute(model: Any, recompute: str) -> None:
