@@ -7,18 +7,24 @@ On several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast train ...`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
 from insvp_fast.commands.options import add_json
 from insvp_fast.commands.settings import add_settings, show_options
+from insvp_fast.data.sets import DIGITS
 from insvp_fast.errors import CommandError, InsVPError
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies.arguments import to_option
-from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.recipe import BUILTIN_BACKBONE, Recipe
 from insvp_fast.training.run_folder import read_config, read_results
 
 SUMMARY = "train InsVP on a data set"
+SMALL = (
+    f"the backbone is {BUILTIN_BACKBONE}, a small one for images of 32x32 pixels, since none is given;"
+    " for photographs add --recipe paper, or --backbone vit_base_patch16_224.orig_in21k"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +64,11 @@ def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: 
 
 def _resolve(recipe: str | None, resume: str | None, given: dict[str, Any]) -> Recipe:
     if resume is None:
-        return Recipe(**(read_recipe(recipe, released=given.get("released", False)) if recipe else {}) | given)
+        settings = (read_recipe(recipe, released=given.get("released", False)) if recipe else {}) | given
+        resolved = Recipe(**settings)
+        if resolved.data != DIGITS and "backbone" not in settings and os.environ.get("RANK", "0") == "0":
+            print(SMALL)
+        return resolved
     if recipe or given:
         other = ["--recipe"] * bool(recipe) + [to_option(name) for name in given]
         raise CommandError(f"--resume goes on with the settings of {resume}: expected no {', '.join(other)}")

@@ -238,6 +238,24 @@ def test_options_override_a_recipe(trained):
     assert second == dataclasses.replace(Recipe(**recipes.read_recipe("cub", released=True)), prompt_length=3)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "photos"], True),
+        (["--data", "photos", "--recipe", "mine.toml"], True),
+        (["--data", "photos", "--backbone", "vit_shapes_32"], False),
+        (["--data", "photos", "--recipe", "paper"], False),
+        (["--data", "digits"], False),
+        ([], False),
+    ],
+)
+def test_a_backbone_that_nobody_chose_is_named(options, said, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("epochs = 1")
+    assert cli.main(["train", *options]) == 0
+    assert ("the backbone is vit_shapes_32, a small one" in capsys.readouterr().out) == said and trained
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_a_printed_recipe_is_a_recipe(released, tmp_path, capsys, trained):
     assert cli.main(["recipes", "svhn", *["--released"] * released]) == 0
