@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast.atomic_files import write_file
-from insvp_fast.commands.options import add_json, add_loading, add_model, add_tta, make_folder, read_class_names
+from insvp_fast.commands.options import (
+    add_amp,
+    add_json,
+    add_loading,
+    add_model,
+    add_tta,
+    make_folder,
+    read_class_names,
+)
 from insvp_fast.data.sets import SETS
 
 SUMMARY = "test a trained model: accuracies and confusion matrix"
@@ -25,6 +33,7 @@ SUMMARY = "test a trained model: accuracies and confusion matrix"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_tta(parser)
+    add_amp(parser)
     parser.add_argument(
         "--data", metavar="NAME|PATH", help="other data with the same classes (default: the run's test data)"
     )
@@ -43,6 +52,7 @@ def run(
     backbone: str | None,
     class_names: str | None,
     tta: str,
+    amp: str,
     data: str | None,
     root: str | None,
     output: str | None,
@@ -54,16 +64,19 @@ def run(
 
     from insvp_fast.commands.settings import show_options
     from insvp_fast.figures.runs import plot_confusion
+    from insvp_fast.training.accelerator import create_accelerator, resolve_amp
     from insvp_fast.training.evaluation import evaluate_run
     from insvp_fast.training.metrics import Metrics
 
-    facts, metrics, is_main_process = evaluate_run(
-        run, data, root, batch_size, workers, backbone=backbone, class_names=given, tta=tta
-    )
+    amp = resolve_amp(amp)
+    with create_accelerator(amp).autocast():
+        facts, metrics, is_main_process = evaluate_run(
+            run, data, root, batch_size, workers, backbone=backbone, class_names=given, tta=tta
+        )
     if not is_main_process:
         return None
     names = facts["class_names"]
-    content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
+    content = facts | {"amp": amp} | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
     protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
     print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")

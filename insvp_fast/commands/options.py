@@ -8,11 +8,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from insvp_fast.commands.settings import FIELDS
 from insvp_fast.errors import CommandError
 from insvp_fast.training.setting import SEED
 
 __all__ = [
     "RUN_OR_ADAPTER",
+    "add_amp",
     "add_backbone",
     "add_json",
     "add_loading",
@@ -101,6 +103,12 @@ def add_tta(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="flip: the mean of the logits for the image and for its mirror image (default: none)",
     )
+
+
+def add_amp(parser: argparse.ArgumentParser) -> None:
+    """Add the precision, with the choices of training, and fp32 as its default."""
+    facts = FIELDS["amp"].metadata
+    parser.add_argument("--amp", choices=facts["limits"].choices, default="off", help=f"{facts['help']} (default: off)")
 
 
 def add_backbone(parser: argparse.ArgumentParser) -> None:

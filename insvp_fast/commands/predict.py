@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_loading, add_model, add_tta, output_file, positive, read_class_names
+from insvp_fast.commands.options import (
+    add_amp,
+    add_loading,
+    add_model,
+    add_tta,
+    output_file,
+    positive,
+    read_class_names,
+)
 from insvp_fast.errors import CommandError
 
 SUMMARY = "classify image files with a trained model"
@@ -28,6 +36,7 @@ Classify = Callable[[Iterable[str]], Iterator[Any]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_tta(parser)
+    add_amp(parser)
     parser.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder to search for images")
     parser.add_argument("--top-k", type=positive, metavar="K", default=1, help="classes per image (default: 1)")
     parser.add_argument(
@@ -61,6 +70,7 @@ def run(
     backbone: str | None,
     class_names: str | None,
     tta: str,
+    amp: str,
     paths: list[str],
     top_k: int,
     format: str | None,
@@ -74,12 +84,13 @@ def run(
     names = read_class_names(class_names)
 
     from insvp_fast.data.image_list import ImageList
+    from insvp_fast.training.accelerator import resolve_amp
     from insvp_fast.training.load import adapter_sha256, load_run
     from insvp_fast.training.prediction import classifier_of, predict
 
     images = ImageList(paths, shard)
     loaded = load_run(run, backbone, names)
-    classifier = classifier_of(loaded, tta)
+    classifier = classifier_of(loaded, tta, amp := resolve_amp(amp))
     top_k, loading = min(top_k, len(classifier.class_names)), loaded.loading(batch_size, workers)
 
     def classify(files: Iterable[str]) -> Iterator[Any]:
@@ -93,7 +104,7 @@ def run(
     if output is None:
         skipped = _print_rows(classify, images, format, top_k)
     else:
-        settings = {"adapter": adapter_sha256(run), "class_names": _sha256(names), "tta": tta}
+        settings = {"adapter": adapter_sha256(run), "class_names": _sha256(names), "tta": tta, "amp": amp}
         skipped = _write_rows(classify, images, Path(output), format, top_k, loading[0], settings, skip_unreadable)
     if skipped:
         print(f"insvp: skipped {skipped} of {len(images)} files", file=sys.stderr)

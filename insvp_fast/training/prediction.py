@@ -26,12 +26,13 @@ __all__ = ["Classifier", "Prediction", "classifier_of", "load_classifier", "pred
 
 
 class Classifier:
-    """A trained model in fp32 on this machine's device, with the preparation of its images and its class names.
+    """A trained model on this machine's device, with the preparation of its images and its class names.
 
     Args:
         preprocessing: arguments of ``timm.data.create_transform``.
         exif_rotation: whether the images that it was trained with were turned upright.
         multi_label: whether an image may have several classes: each has a probability of its own.
+        amp: the precision, as ``resolve_amp`` returns it; the weights stay in fp32.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Classifier:
         class_names: Sequence[str],
         exif_rotation: bool,
         multi_label: bool = False,
+        amp: str = "off",
     ) -> None:
-        self.device = create_accelerator().device
+        accelerator = create_accelerator(amp)
+        self.device, self._autocast = accelerator.device, accelerator.autocast
         self.multi_label = multi_label
         self.model = model.to(self.device).float()
         self.class_names, self.exif_rotation = list(map(escaped, class_names)), exif_rotation
@@ -56,7 +59,8 @@ class Classifier:
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """fp32 [B, classes] on the CPU, of images fp32 [B, 3, H, W]."""
-        return self.model(images.to(self.device)).cpu()
+        with self._autocast():
+            return self.model(images.to(self.device)).float().cpu()
 
     def rank(self, logits: Tensor, top_k: int) -> list[list[tuple[str, float]]]:
         """The likeliest ``top_k`` classes of each row with their probabilities, likeliest first; all if fewer.
@@ -85,8 +89,8 @@ def load_classifier(
     return classifier_of(run)
 
 
-def classifier_of(run: Run, tta: str = "none") -> Classifier:
-    """The classifier of a loaded run or adapter; ``tta`` as in ``with_tta``.
+def classifier_of(run: Run, tta: str = "none", amp: str = "off") -> Classifier:
+    """The classifier of a loaded run or adapter; ``tta`` as in ``with_tta``, ``amp`` as in ``Classifier``.
 
     Raises:
         TrainingError: if there are no class names.
@@ -94,7 +98,7 @@ def classifier_of(run: Run, tta: str = "none") -> Classifier:
     if run.class_names is None:
         raise TrainingError("the adapter records no class names: expected `class_names`, one for each class")
     model = with_tta(run.model, tta)
-    return Classifier(model, run.preprocessing, run.class_names, run.model.exif_rotation, run.model.multi_label)
+    return Classifier(model, run.preprocessing, run.class_names, run.model.exif_rotation, run.model.multi_label, amp)
 
 
 class Prediction(NamedTuple):
@@ -108,7 +112,7 @@ class Prediction(NamedTuple):
 def predict(
     classifier: Classifier, files: Iterable[str], top_k: int = 1, batch_size: int = 32, workers: int = 0
 ) -> Iterator[Prediction]:
-    """Classify image files in their order, in fp32; there may be any number of them.
+    """Classify image files in their order; there may be any number of them.
 
     At most ``2 * workers + 1`` batches of images are in memory.
 

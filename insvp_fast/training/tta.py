@@ -12,7 +12,7 @@ class FlipAverage(nn.Module):
 
     Logits are averaged and not probabilities, because then the result is logits again: softmax, sigmoid, thresholds
     and losses apply to them as to the model's own. Their softmax is the geometric mean of both probabilities, scaled
-    to a sum of 1.
+    to a sum of 1. They are averaged in fp32, in whatever precision the model computes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -20,7 +20,7 @@ class FlipAverage(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return (self.model(images) + self.model(images.flip(-1))) / 2
+        return (self.model(images).float() + self.model(images.flip(-1)).float()) / 2
 
 
 def with_tta(model: nn.Module, tta: str) -> nn.Module:

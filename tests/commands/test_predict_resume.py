@@ -109,7 +109,12 @@ def test_stopped_twice_it_writes_the_same_bytes(form, stop, run, many, tmp_path,
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--top-k", "2"], "top_k 1, not 2"), (["--tta", "flip"], "tta none, not flip"), (["--batch-size", "3"], "batch")],
+    [
+        (["--top-k", "2"], "top_k 1, not 2"),
+        (["--tta", "flip"], "tta none, not flip"),
+        (["--amp", "bf16"], "amp off, not bf16"),
+        (["--batch-size", "3"], "batch"),
+    ],
 )
 def test_other_settings_do_not_go_on(options, message, run, images, tmp_path, capsys):
     command = ["predict", str(run), str(images / "test"), "--output", str(tmp_path / "out.csv")]
