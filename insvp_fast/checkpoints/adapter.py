@@ -178,7 +178,7 @@ class AdapterCheckpoint(
     def from_released(
         cls,
         source: str | Path | Mapping[str, Any],
-        backbone: str | nn.Module = "vit_base_patch16_224",
+        backbone: str | nn.Module = "vit_base_patch16_224.orig_in21k",
         simam: bool = False,
         num_classes: int | None = None,
         **backbone_kwargs: Any,
@@ -191,7 +191,8 @@ class AdapterCheckpoint(
         Args:
             source: a file (``best_model.pth``, or safetensors), or its state dict.
             backbone: a timm architecture, built with the file's depth, or a module; the file's weights are loaded into
-                either.
+                either. An adapter records the name, with the tag of timm's weights: by default of those that the
+                authors link.
             simam: whether the model was trained with SimAM, which no weight of the file shows.
             num_classes: the number of classes that the file must have; None accepts any.
             backbone_kwargs: for ``timm.create_model``; not for a module.

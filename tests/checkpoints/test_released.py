@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 from functools import cache, lru_cache
@@ -189,6 +190,8 @@ def test_becomes_an_adapter(tmp_path: Path):
     again = Reference.from_pretrained(tmp_path, backbone)
     assert torch.equal(again(images()), model(images()))
     assert again.preprocessing == model.preprocessing
+    recorded = json.loads((tmp_path / "adapter_config.json").read_text())["backbone"]["name"]
+    assert recorded == "vit_base_patch16_224.orig_in21k"  # as `insvp convert` records it
 
 
 @pytest.mark.filterwarnings("default:.*TokenPrompt:UserWarning")
