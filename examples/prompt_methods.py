@@ -1,7 +1,7 @@
 """Train a few other methods beside InsVP, and compare their accuracy and their trained parameters.
 
     python examples/prompt_methods.py                                    # offline: the shipped backbone, digits
-    python examples/prompt_methods.py --methods vpt_deep e2vpt vapt --backbone vit_base_patch16_224 --data FOLDER
+    python examples/prompt_methods.py --methods vpt_deep vapt --backbone vit_base_patch16_224.orig_in21k --data FOLDER
 
 FOLDER holds ``train`` and ``val`` or ``test``, each with a folder of images per class. Needs the extra ``train``.
 """
