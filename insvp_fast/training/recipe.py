@@ -161,7 +161,7 @@ class Recipe:
     class_weights: str = _training(
         "none",
         "weights of the classes in the loss; auto: N / (C n) for each of C classes, with n of the N images, which is 1"
-        " in the mean over the images; for several labels per image, N labels are counted, and positive terms weighted",
+        " averaged over the images; for several labels per image, N labels are counted, and positive terms weighted",
         one_of("none", "auto"),
     )
     sampling: str = _training(
