@@ -223,10 +223,12 @@ def _sensitivity(protocol: Protocol, folder: Path, jobs: int, launcher: Sequence
     from insvp_fast.studies.comparison import compare
     from insvp_fast.studies.report import measured_by, report
     from insvp_fast.training.backbone import load_backbone
+    from insvp_fast.training.models import build_model
     from insvp_fast.training.terminal import print_markdown
 
     recipe = make_entry({}, protocol.settings, folder, "figure7").recipe
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
+    build_model(recipe.method, recipe, backbone, 1)  # refuses prompts that the backbone cannot have
     varied = sensitivity(recipe, depth=len(structure_of(backbone).widths(backbone)))
     if not varied:
         raise CommandError("all prompts are off: expected some, as figure7 varies their settings")

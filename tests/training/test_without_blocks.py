@@ -71,6 +71,13 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(options, backbones, pictu
     assert outcome(train(resume=tmp_path / f"{pictures.name}-2")) == outcome(whole)
 
 
+@pytest.mark.parametrize("study", ["table5", "figure7"])
+def test_studies_of_prompts_in_blocks_refuse_them(study, backbones, tmp_path, capsys):
+    command = ["paper", study, "--backbone", backbones["test_resnet"], "--output", str(tmp_path)]
+    assert cli.main(command) == 1
+    assert "expected --common-prompt and --specific-prompt to be off" in capsys.readouterr().err
+
+
 def _interrupt():
     raise KeyboardInterrupt
 
