@@ -50,20 +50,20 @@ CHECKED = (
 )
 IMAGE_PROMPTS = InsVPConfig(common_prompt=False, specific_prompt=False, global_dropout=0.0)
 ALL_PROMPTS = InsVPConfig(prompt_length=3, global_dropout=0.0)
-VERDICTS = ("fast", "general", "image prompts alone", "refused")
+VERDICTS = ("fast", "general", "image prompts only", "refused")
 HEADER = """# Every architecture of timm
 
 What `InsVPViT` makes of the {total} architectures of timm {version}, by the module of timm that they are from:
 
 - **fast**: the fast path computes them.
 - **general**: with all prompts, on the general path, which calls timm's modules: exact, not fast.
-- **image prompts alone**: there are no blocks that prompts can be put into. Needs `common_prompt=False` and
+- **image prompts only**: there are no blocks that prompts can be put into. Needs `common_prompt=False` and
   `specific_prompt=False`; anything else is refused in words.
 - **refused**: an error says why.
 
 `python -m tools.backbones` made this page. The same is said of one model by `insvp_fast.unsupported_reason(model)`.
 
-| module | classes | fast | general | image prompts alone | refused |
+| module | classes | fast | general | image prompts only | refused |
 |---|---|---|---|---|---|
 """
 
@@ -138,7 +138,7 @@ def judge_image_prompts(backbone: nn.Module, patch_size: int) -> tuple[str, str]
     assert logits.shape == (2, 10), f"{type(backbone).__name__} returned {tuple(logits.shape)}"
     if not fits:
         reason += f"; images of {size[1]}x{size[2]} pixels need patch_prompt=False, its patches have {patch_size}"
-    return "image prompts alone", reason
+    return "image prompts only", reason
 
 
 def print_counts(findings: list[Finding]) -> None:
@@ -155,7 +155,7 @@ def page(findings: list[Finding]) -> str:
     for finding in findings:
         by_module.setdefault(finding.module, []).append(finding)
     prompted = {
-        module: found for module, found in by_module.items() if {f.verdict for f in found} != {"image prompts alone"}
+        module: found for module, found in by_module.items() if {f.verdict for f in found} != {"image prompts only"}
     }
     lines = [HEADER.format(total=len(findings), version=timm.__version__).rstrip("\n")]
     for module, found in prompted.items():
@@ -235,7 +235,7 @@ def compare(backbone: nn.Module, image: torch.Tensor) -> tuple[str, float]:
     reference, fast = InsVPReference(copy.deepcopy(backbone), 10, config), InsVPViT(backbone, 10, config)
     fast.load_state_dict(reference.state_dict())
     reason = unsupported_reason(fast)
-    verdict = "image prompts alone" if alone else "fast" if reason is None else "general"
+    verdict = "image prompts only" if alone else "fast" if reason is None else "general"
     exact = trained_gradients(copy.deepcopy(reference).double(), image.double())
     plain, values = trained_gradients(reference, image), trained_gradients(fast, image)
     errors = [

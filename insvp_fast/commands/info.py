@@ -119,7 +119,7 @@ def _describe_backbone(name: str) -> dict[str, Any]:
     if report := weights_report(backbone):
         _print("weights", report)
     counts = ", ".join(f"{count} of width {width}" for width, count in Counter(widths).items())
-    _print("blocks", counts or "none that prompts can be put into: it takes image prompts alone")
+    _print("blocks", counts or "none that prompts can be put into: it takes image prompts only")
     size, preprocessing = backbone.pretrained_cfg["input_size"], resolve_preprocessing(backbone)
     _print("images", f"{size[1]}x{size[2]} in patches of {patch_size}x{patch_size}")
     _print("preprocessing", _join(preprocessing) + " (timm's for these weights)")

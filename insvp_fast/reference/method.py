@@ -16,7 +16,7 @@ class Geometry(NamedTuple):
     """What a method may know of the backbone.
 
     Attributes:
-        widths: D of each block; empty for a backbone that takes image prompts alone.
+        widths: D of each block; empty for a backbone that takes image prompts only.
         in_channels, patch_size: C and P.
         image_size: (H, W) of the images that the backbone was made for, or pretrained on; None if it does not say.
         num_prefix_tokens: the number of tokens before those of the patches.
@@ -69,7 +69,7 @@ class Geometry(NamedTuple):
         """
         depth = len(self.widths)
         if not depth:
-            raise ValueError("the backbone has no blocks that prompts can be put into, it takes image prompts alone")
+            raise ValueError("the backbone has no blocks that prompts can be put into, it takes image prompts only")
         blocks = range(depth) if chosen is None else sorted({*chosen})
         if wrong := [j for j in blocks if not 0 <= j < depth]:
             raise ValueError(f"block {wrong[0]} was chosen, but the backbone has blocks 0 to {depth - 1}")

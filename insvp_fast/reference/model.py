@@ -33,7 +33,7 @@ class InsVPReference(PromptedReference):
 
     Args:
         backbone: a timm model name, or a timm model, which is modified: it gets frozen, and its head becomes the
-            model's. ``STRUCTURES`` lists the classes whose blocks take prompts; others take image prompts alone.
+            model's. ``STRUCTURES`` lists the classes whose blocks take prompts; others take image prompts only.
         num_classes: classes of a new head; None keeps the backbone's own head, 0 returns pooled features.
         config: the hyper-parameters; ``InsVPConfig()``, the paper's, if not given.
         pretrained, backbone_kwargs: for ``timm.create_model``, where the backbone is a name.
@@ -67,7 +67,7 @@ class InsVPReference(PromptedReference):
         if config.has_feature_prompt and not self.widths:
             kind = type(self.backbone).__name__
             raise ValueError(
-                f"a {kind} has no blocks that prompts can be put into, it takes image prompts alone: expected a"
+                f"a {kind} has no blocks that prompts can be put into, it takes image prompts only: expected a"
                 " configuration with common_prompt=False and specific_prompt=False"
             )
         self.prompted_blocks = config.block_indices(len(self.widths))

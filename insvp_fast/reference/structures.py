@@ -29,7 +29,7 @@ OF_TIMM = ("forward_features", "forward_head", "get_classifier", "reset_classifi
 
 
 def structure_of(backbone: nn.Module) -> Structure:
-    """The structure of a backbone, by its type or a base of that; other models of timm take image prompts alone.
+    """The structure of a backbone, by its type or a base of that; other models of timm take image prompts only.
 
     Raises:
         TypeError: if it is a class, has prompts already, or has not the methods of timm's models.

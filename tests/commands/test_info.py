@@ -48,7 +48,7 @@ def test_info_on_a_backbone_downloads_nothing(capsys):
     model = InsVPViT("vit_base_patch16_224", num_classes=0)
     assert f"{model.get_nb_trainable_parameters()[0]:,} trained" in printed
     assert cli.main(["info", "resnet18"]) == 0
-    assert "image prompts alone" in capsys.readouterr().out
+    assert "image prompts only" in capsys.readouterr().out
     assert cli.main(["info", "vit_huger"]) == 1
     assert cli.main(["info", "levit_128s"]) == 1
     assert "levit_128s: the LevitDistilled has 2 heads: expected one" in capsys.readouterr().err
