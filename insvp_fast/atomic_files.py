@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,14 @@ NEW, OLD = ".new", ".old"
 
 @contextmanager
 def replace_file(file: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces ``file`` when the block ends; after an error ``file`` is unchanged."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    """Open a temporary file that replaces ``file`` when the block ends; after an error ``file`` is unchanged.
+
+    Of several that replace it at once, each has a file of its own, and the last one wins.
+    """
+    # not the process id: other threads have the same, and processes of other containers and machines may have it
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary, "xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

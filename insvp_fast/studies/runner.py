@@ -43,7 +43,7 @@ def train_entries(
         jobs: runs at a time; the cores are divided among them.
         launcher: a command that starts a run, such as ``torchrun``; empty for a process that is forked from a server
             which has already loaded torch.
-        after: called after each run.
+        after: called after each run, never twice at once.
 
     Returns:
         The number of runs that failed.
@@ -51,7 +51,7 @@ def train_entries(
     Raises:
         KeyboardInterrupt: if a run was interrupted.
     """
-    known, interrupted = read_runs(folder), Event()
+    known, interrupted, one_at_a_time = read_runs(folder), Event(), Lock()
 
     def train_one(number: int) -> int:
         if interrupted.is_set():
@@ -69,11 +69,11 @@ def train_entries(
         if log and status not in (0, INTERRUPTED):
             print(f"{where} failed, see {log}", flush=True)
         elif log:
-            told = ", ".join(
-                f"{score.model} {score.test:.1%}" for score in scores_of(find_run(read_runs(folder), entry.recipe))
-            )
+            scores = scores_of(find_run(read_runs(folder), entry.recipe))
+            told = ", ".join(f"{score.model} {score.test:.1%}" for score in scores)
             print(f"{where} {time.perf_counter() - start:.0f} s: {told}", flush=True)
-        after()
+        with one_at_a_time:
+            after()
         if status == INTERRUPTED:
             interrupted.set()
         return status

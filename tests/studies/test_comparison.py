@@ -408,6 +408,22 @@ def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
         assert (status("second.log"), first.result()) == (1, 1)
 
 
+def test_of_runs_that_end_together_one_is_told_at_a_time(tmp_path, monkeypatch):
+    telling = []
+
+    def after() -> None:
+        telling.append(None)
+        time.sleep(0.05)
+        most.append(len(telling))
+        telling.pop()
+
+    most: list[int] = []
+    monkeypatch.setattr(runner, "_launch", lambda *_: 1)
+    entries = [Entry({"lr": lr}, Recipe(lr=lr), []) for lr in (0.1, 0.2, 0.3, 0.4)]
+    assert runner.train_entries(entries, tmp_path, 4, ["launch"], after) == 4
+    assert most == [1] * 4
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from insvp_fast.atomic_files import OLD, recover, replace_folder
+from insvp_fast.atomic_files import OLD, recover, replace_file, replace_folder
 from insvp_fast.training.state import get_rng_states, load_state, save_state, set_rng_states
 
 
@@ -58,3 +58,14 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert load_state(tmp_path / "nothing") is None
     (tmp_path / "last").rename(tmp_path / f"last{OLD}")  # as an interruption leaves it
     assert load_state(tmp_path / "last")[2] == facts
+
+
+def test_two_that_replace_a_file_at_once_do_not_meet(tmp_path):
+    """As threads of one process do, or processes of two containers, which may have the same number."""
+    file = tmp_path / "results.csv"
+    with replace_file(file) as one:
+        with replace_file(file) as other:
+            one.write(b"one")
+            other.write(b"other")
+        assert file.read_bytes() == b"other"
+    assert file.read_bytes() == b"one" and list(tmp_path.iterdir()) == [file]
