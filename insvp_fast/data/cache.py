@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = ["CachedImages", "cache_images"]
 
 FORMAT = 3  # raised whenever the file's format or the way images are read changes
 CHUNK = 32  # images decoded before they are written
+ABANDONED = 24 * 3600  # seconds: a process that lives writes all the time
 
 
 class CachedImages(Images):
@@ -83,6 +86,7 @@ def _write(images: Images, file: Path) -> None:
     from rich.console import Console
     from rich.progress import track
 
+    _remove_leftovers(file.parent)
     sizes, terminal = [], Console(stderr=True)
     starts = range(0, len(images), CHUNK)
     # written, not mapped: a full disk is then an error instead of a crash
@@ -96,18 +100,27 @@ def _write(images: Images, file: Path) -> None:
     write_file(file.with_suffix(".json"), json.dumps({"sizes": sizes}).encode())
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed have left, which may be gigabytes."""
+    for leftover in folder.glob("*.tmp"):
+        with suppress(OSError):  # another process may be faster
+            if time.time() - leftover.stat().st_mtime > ABANDONED:
+                leftover.unlink()
+
+
 def _hash(images: Images, steps: Iterable[Any]) -> str:
     digest = hashlib.sha256(f"{FORMAT} {list(steps)} {images.exif_rotation}".encode())
-    for item in images.items:
-        digest.update(_identity(item))
+    for index in range(len(images.items)):  # some readers cannot be iterated over: they raise other than IndexError
+        digest.update(_identity(images.items[index]))
     return digest.hexdigest()[:16]
 
 
 def _identity(item: Any) -> bytes:
-    """The content of pixels and open files; path, size and time of others."""
+    """The content of pixels and open files; of others size, time, and the path in whichever way it is spelled."""
     if isinstance(item, np.ndarray):
         return item.tobytes()
     if not isinstance(item, str | Path | TarMember):
         return item.read()
-    facts = os.stat(item.file if isinstance(item, TarMember) else item)
-    return f"{item} {facts.st_size} {facts.st_mtime_ns}\n".encode()
+    file, place = (item.file, f":{item.name}:{item.offset}") if isinstance(item, TarMember) else (item, "")
+    facts = os.stat(file)
+    return os.fsencode(f"{os.path.abspath(file)}{place} {facts.st_size} {facts.st_mtime_ns}\n")

@@ -1,10 +1,12 @@
 """Decoded images: the items of the uncached path to the bit, augmented or not; never a stale or half-written file."""
 
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -236,6 +238,16 @@ def test_pixels_without_their_description_are_written_again(food, tmp_path):
     assert content_of(cache_images(food(), RESIZED, tmp_path / "cache", "food")) == expected
 
 
+def test_what_a_killed_process_left_is_removed(food, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name, age in (("old.pixels.1.tmp", 2 * cache_module.ABANDONED), ("new.pixels.1.tmp", 60)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    file = cache_images(food(), RESIZED, folder, "food").file
+    assert files_in(folder) == sorted([file.name, file.with_suffix(".json").name, "new.pixels.1.tmp"])
+
+
 def test_a_broken_image_and_a_full_disk_are_told(food, tmp_path, monkeypatch):
     images = food()
     content = images.items[7].read_bytes()
@@ -314,6 +326,43 @@ def test_a_file_written_again_with_the_same_size_is_decoded_again(food, tmp_path
     first, file = cache_images(images, RESIZED, tmp_path / "cache", "food").file, images.items[0]
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000_000))
     assert cache_images(images, RESIZED, tmp_path / "cache", "food").file != first
+
+
+def test_one_file_by_any_spelling_of_a_path(food, root, tmp_path, monkeypatch):
+    """A run that is resumed has absolute paths, whatever was given."""
+    folders, tars = food(), [load_data(f"wds/{root / 'wds'}", SMALL, 0).test.items]
+    paths = [[Path(os.path.relpath(item, tmp_path)) for item in folders.items], folders.items]
+    tars.append([member._replace(file=os.path.relpath(member.file, tmp_path)) for member in tars[0]])
+    monkeypatch.chdir(tmp_path)
+    for spelled in (paths, tars):
+        assert spelled[0] != spelled[1]
+        files = {cache_images(Images(items, [0] * len(items)), RESIZED, "cache", "it").file for items in spelled}
+        assert len(files) == 1
+    moved = [member._replace(offset=member.offset + 512) for member in tars[0]]
+    assert cache_module._hash(Images(moved, []), []) != cache_module._hash(Images(tars[0], []), [])
+
+
+class Records:
+    """Encoded images that raise what a reader of records does where a list would raise IndexError."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> io.BytesIO:
+        if index >= len(self.files):
+            raise ValueError(f"record {index} is not there")
+        return io.BytesIO(self.files[index].read_bytes())
+
+
+def test_images_of_a_reader_that_cannot_be_iterated_over(food, tmp_path):
+    plain = food()
+    images = Images(Records(plain.items), plain.classes)
+    assert content_of(cache_images(images, RESIZED, tmp_path / "cache", "it")) == content_of(
+        plain.with_transform(Compose(RESIZED))
+    )
 
 
 def test_files_of_one_time_are_told_apart(food, tmp_path):
