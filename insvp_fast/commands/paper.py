@@ -79,7 +79,7 @@ def run(
     def protocol(data: str) -> Protocol:
         base = {"recipe": data if recipe == "paper" and data in list_shipped() else recipe} if recipe else {}
         own = read_recipe(base["recipe"]) if base else {}
-        defaults = {name: value for name, value in (("save_every", 10**6), ("pictures", False)) if name not in own}
+        defaults = {} if "pictures" in own else {"pictures": False}
         return Protocol(defaults | base | study.settings | given | {"data": data}, rates, range(seeds))
 
     if what == "figure7":
@@ -173,10 +173,10 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     Raises:
         CommandError: if none of the study's sets is there.
     """
-    own = read_recipe(recipe).get("data") if recipe else DIGITS
-    if "data" in given or own:
-        return [str(given.get("data", own))]
-    root = given.get("root", ".")
+    own = (read_recipe(recipe) if recipe else {"data": DIGITS}) | given
+    if "data" in own:
+        return [str(own["data"])]
+    root = str(own.get("root", "."))
     there = [
         name
         for name in study.sets

@@ -110,9 +110,9 @@ def find_run(runs: Iterable[Found], recipe: Recipe) -> Found | None:
 
 
 def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
-    # the study's folder may have been moved since, and pictures change no number
-    recipe = dataclasses.replace(recipe, output=recorded.output, pictures=recorded.pictures)
-    return absolute_paths(recipe) == absolute_paths(recorded)
+    # the study's folder may have been moved since, and the others change no number
+    same = {name: getattr(recorded, name) for name in ("output", "pictures", "save_every")}
+    return absolute_paths(dataclasses.replace(recipe, **same)) == absolute_paths(recorded)
 
 
 def scores_of(run: Found | None) -> list[Score]:

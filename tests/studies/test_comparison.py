@@ -126,7 +126,7 @@ def test_of_runs_with_the_same_settings_a_finished_one_is_found_else_the_last(tm
         run.folder.mkdir()
         (run.folder / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
         (run.folder / "metrics.jsonl").write_text(json.dumps(result) if run.folder.name == "b" else "")
-    moved = replace(recipe, output="elsewhere", pictures=False)  # which changes no number
+    moved = replace(recipe, output="elsewhere", pictures=False, save_every=7)  # which changes no number
     assert find_run(runs, moved) == runs[1] and find_run([runs[0], runs[2]], moved) == runs[2]
     assert find_run(runs, replace(recipe, seed=1)) is None
 
@@ -176,6 +176,11 @@ def test_a_recipe_is_refused_what_a_study_chooses_itself(line, message, trained,
     for what in ("table1", "figure7"):
         assert cli.main(["paper", what, "--recipe", "mine.toml"]) == 1
         assert message in capsys.readouterr().err and not trained
+
+
+def test_the_runs_of_a_study_save_their_state_like_others(trained, tmp_path):
+    assert cli.main(["paper", "table5", "--lr", "0.01", "--seeds", "1", "--output", str(tmp_path / "out")]) == 0
+    assert {recipe.save_every for recipe in trained} == {Recipe.save_every}
 
 
 def test_the_seeds_and_the_probe_of_a_recipe_give_way_to_the_studys(trained, tmp_path):
@@ -229,6 +234,8 @@ def test_the_data_sets_of_a_study_are_those_whose_files_are_there(tmp_path, caps
     assert capsys.readouterr().out == told
     with pytest.raises(CommandError, match="none: expected the files of some of cub, nabirds, cifar100, svhn"):
         paper._data_sets(study, "paper", {"root": "none"})
+    (tmp_path / "mine.toml").write_text(f"root = '{root}'")
+    assert paper._data_sets(study, str(tmp_path / "mine.toml"), {}) == ["cub"]
     assert paper._data_sets(study, None, {}) == ["digits"]
     assert paper._data_sets(study, "cub", {"data": "photos"}) == ["photos"]
 
