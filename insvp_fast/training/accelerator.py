@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from datetime import timedelta
 from importlib.util import find_spec
 
 import psutil
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils import InitProcessGroupKwargs, find_executable_batch_size, gather_object
 from torch import nn
 
 try:
@@ -26,6 +27,8 @@ from insvp_fast.training.recipe import Recipe
 
 __all__ = ["create_accelerator", "find_batch_size", "peak_memory", "resolve_amp"]
 
+# how long processes wait for the one that fills the cache or downloads data; PyTorch's 10 minutes would end the run
+PATIENCE = timedelta(hours=12)
 TENSOR_CORES = (7, 0)  # the compute capability of the first GPUs with them; before, fp16 may be slower than fp32
 
 
@@ -48,6 +51,7 @@ def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Acce
         mixed_precision="no" if amp == "off" else amp,
         log_with=list(trackers) or None,
         project_dir="." if trackers else None,  # until there is a run folder
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 

@@ -80,6 +80,11 @@ def test_all_processes_take_the_smallest_batch_that_one_of_them_can(monkeypatch)
     assert (recipe.batch_size, recipe.auto_batch) == (5, False)
 
 
+def test_processes_wait_for_hours_for_the_one_that_fills_the_cache():
+    assert accelerator.create_accelerator().init_handler.to_kwargs() == {"timeout": accelerator.PATIENCE}
+    assert accelerator.PATIENCE.total_seconds() >= 3600
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_an_error_of_clustering_is_raised_in_every_process(own, pictures, tmp_path, monkeypatch):
     def features_of(*_):
