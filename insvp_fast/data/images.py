@@ -70,8 +70,8 @@ class Images(Dataset):
         return read_image(file, _name(item, index), self.exif_rotation, self.max_pixels)
 
     def name(self, index: int) -> str:
-        """What messages call an image."""
-        return _name(self.items[index], index)
+        """What messages call an image; none is read for it."""
+        return _name(self.items[index], index) if isinstance(self.items, list | tuple) else f"image {index}"
 
     def digest(self) -> str:
         """A SHA-256 of the classes and, where each image is a file, of the files' sizes and names without folders."""

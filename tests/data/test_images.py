@@ -18,7 +18,7 @@ from insvp_fast.data.cache import cache_images
 from insvp_fast.data.decode import SUFFIXES, UPRIGHT, read_image, to_rgb
 from insvp_fast.data.folders import image_files, read_class_folders
 from insvp_fast.data.image_list import ImageList
-from insvp_fast.data.images import Images
+from insvp_fast.data.images import Images, names_sha256
 from insvp_fast.data.sets import SPLITS
 from insvp_fast.errors import DataError
 from insvp_fast.testing.fake_data import make_fake_dataset
@@ -547,3 +547,16 @@ def test_images_are_the_same_behind_links(link, tmp_path):
     count = {"files": 2, "folder": 6}[link]
     told = f"{count} of the {count} images of test are in train as well"
     assert told in load_data(str(tmp_path / "pool"), SMALL, 0).protocol
+
+
+def test_no_image_is_read_for_the_name_that_it_does_not_have():
+    class Encoded:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise AssertionError(f"image {index} was read")
+
+    images = Images(Encoded(), [0, 1, 0])
+    assert images.name(2) == "image 2"
+    assert names_sha256(images) == names_sha256(Images(np.zeros((3, 2, 2, 3), np.uint8), [0, 1, 0]))
