@@ -73,7 +73,6 @@ def train_linear_probe(name: str, model: nn.Module, data: Data, logger: RunLogge
     fitted again to train and val together.
     """
     recipe, accelerator, classes = logger.recipe, logger.accelerator, len(data.class_names)
-    logger.restore([], None)  # it begins again, also where the run is resumed
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.say(f"\n{name}: {parameters:,} trained parameters, logistic regression to convergence")
     model = accelerator.prepare(model)
@@ -98,10 +97,12 @@ def train_linear_probe(name: str, model: nn.Module, data: Data, logger: RunLogge
 
     unknown = dict.fromkeys((f"val_{score_name(metric)}", "val_loss"))
     scores = unknown if recipe.retrain else evaluate("val", val_loader)
+    tested = evaluate("test", test_loader)
+    logger.restore(name, [], None)  # it was fitted again, also where the run is resumed
     logger.log_epoch({"model": name, "epoch": 1, "loss": fit.loss} | scores)
     logger.log_result(
         {"model": name}
-        | evaluate("test", test_loader)
+        | tested
         | {
             "metric": metric,
             "trained_parameters": parameters,

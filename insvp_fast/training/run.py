@@ -140,7 +140,7 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
         set_seed(recipe.seed, device_specific=True)  # each process needs other dropout masks
     trainer = Trainer(candidate, model, data, logger)
     parameters = sum(p.numel() for p in trainer.trained.values())
-    logger.restore(trainer.records, trainer.result)
+    logger.restore(candidate.name, trainer.records, trainer.result)
     steps = _describe_steps(recipe, accelerator)
     logger.say(f"\n{candidate.name}: {parameters:,} trained parameters, learning rate {trainer.lr:g}, {steps}")
     if trainer.epoch or trainer.batch:

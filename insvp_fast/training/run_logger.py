@@ -28,7 +28,7 @@ from insvp_fast.json_files import read_json
 from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
-from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER
+from insvp_fast.training.run_folder import CONFIG_FILE, METRICS_FILE, SLOW_LOADER, read_metrics
 from insvp_fast.training.terminal import print_table
 from insvp_fast.training.trackers import log_to_trackers, start_trackers
 
@@ -132,13 +132,20 @@ class RunLogger:
         augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
         self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
 
-    def restore(self, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
-        """Take over the records of a model from before an interruption; metrics.jsonl is cut off after them."""
+    def restore(self, model: str, epochs: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
+        """Take over the records of a model from before an interruption; metrics.jsonl then has no others of it.
+
+        Those of models that come later stay there till it is their turn: another interruption must not leave a finished
+        run unfinished.
+        """
         self.epochs += epochs
         self.results += [result] if result else []
-        models = dict.fromkeys(record["model"] for record in self.epochs)
-        records = [record for model in models for record in self.epochs + self.results if record["model"] == model]
-        if self.active and (records or (self.folder / METRICS_FILE).exists()):
+        if not self.active:
+            return
+        models = dict.fromkeys([*(record["model"] for record in self.epochs), model])
+        records = [record for name in models for record in self.epochs + self.results if record["model"] == name]
+        records += [record for record in read_metrics(self.folder) if record["model"] not in models]
+        if records or (self.folder / METRICS_FILE).exists():
             write_file(self.folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def log_epoch(self, record: dict[str, Any]) -> None:

@@ -17,12 +17,12 @@ from timm.models import vision_transformer
 
 from insvp_fast.checkpoints.backbone import save_backbone, shipped_backbone
 from insvp_fast.errors import InsVPError
-from insvp_fast.training import run_lock
+from insvp_fast.training import linear_probe, run_lock
 from insvp_fast.training.load import load_run
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
-from insvp_fast.training.run_folder import read_asked, read_config
+from insvp_fast.training.run_folder import read_asked, read_config, read_results
 from insvp_fast.training.run_lock import locked
 from insvp_fast.training.trainer import Trainer
 from tests.training.killed_runs import make_digits, outcome, start
@@ -144,6 +144,23 @@ def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch):
             train(Recipe(**tiny))
     folder = train(resume=f"{tiny['output']}/few-1")
     assert [record.get("epoch") for record in outcome(folder)[1]] == [0, 1, 2, None]  # None: of the test
+
+
+def test_a_finished_run_stays_finished_when_resuming_it_is_interrupted(tiny, monkeypatch):
+    folder = train(Recipe(**tiny | {"epochs": 1, "probe": True, "head_init": "random"}))
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for owner, name in ((linear_probe, "fit_linear"), (Trainer, "__init__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(resume=folder)
+        assert read_results(folder).keys() == {"linear probe", "InsVP"}
+    train(resume=folder)
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tiny, monkeypatch):
