@@ -58,7 +58,6 @@ def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: 
         print(f"suggested: --lr {result['lr']:.2g}")
         return result if PartialState().is_main_process else None
     folder = run.train(settings, resume=resume)
-    # the other processes do not know the folder of a new run
     return {"run": folder, "results": read_results(folder)} if PartialState().is_main_process else None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from insvp_fast import __version__
@@ -59,9 +60,10 @@ class RunLogger:
         self.epochs: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
         self.warned = False
-        self.folder = folder or Path(recipe.output)
-        if self.active and folder is None:
-            self.folder = _new_folder(self.folder, Path(recipe.data).resolve().name)
+        if folder is None:
+            made = _new_folder(Path(recipe.output), Path(recipe.data).resolve().name) if self.active else None
+            folder = broadcast_object_list([made])[0]
+        self.folder: Path = folder
 
     def start(
         self,
@@ -82,11 +84,32 @@ class RunLogger:
         """
         metric = score_name(self.recipe.metric_for(data.multi_label))
         self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
-        for leftover in self.folder.glob("*.tmp") if self.active else ():  # of a process that was killed
-            leftover.unlink(missing_ok=True)
         splits = {split: getattr(data, split) for split in ("train", "val", "test")}
         images = {split: len(part) for split, part in splits.items()}
-        content = {
+        if self.active:
+            for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+            content = self._describe(asked, config, preprocessing, data, splits, backbone)
+            file = self.folder / CONFIG_FILE
+            if file.exists():
+                _require_same_inputs(read_json(file, TrainingError), content)
+            else:
+                write_file(file, (json.dumps(content, indent=2) + "\n").encode())
+        names = [candidate.name for candidate in candidates_of(self.recipe)]
+        start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
+        self._say_protocol(preprocessing, data, images, metric)
+
+    def _describe(
+        self,
+        asked: Recipe,
+        config: InsVPConfig | None,
+        preprocessing: dict[str, Any],
+        data: Data,
+        splits: dict[str, Any],
+        backbone: nn.Module,
+    ) -> dict[str, Any]:
+        """The content of config.json."""
+        return {
             "id": secrets.token_hex(8),
             "recipe": absolute_paths(self.recipe, is_name).to_dict(),
             "asked": dict(asked.to_dict().items() - self.recipe.to_dict().items()),
@@ -95,7 +118,7 @@ class RunLogger:
             "augmentation": data.augmentation,
             "class_names": data.class_names,
             "multi_label": data.multi_label,
-            "images": images,
+            "images": {split: len(part) for split, part in splits.items()},
             "images_sha256": {split: names_sha256(part) for split, part in splits.items()},
             "backbone_sha256": backbone_sha256(backbone, torch.float32, positions=False),
             "protocol": data.protocol,
@@ -111,14 +134,6 @@ class RunLogger:
             "command": shlex.join(sys.orig_argv),
             "working_folder": str(Path.cwd()),
         }
-        file = self.folder / CONFIG_FILE
-        if file.exists():
-            _require_same_inputs(read_json(file, TrainingError), content)
-        elif self.active:
-            write_file(file, (json.dumps(content, indent=2) + "\n").encode())
-        names = [candidate.name for candidate in candidates_of(self.recipe)]
-        start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
-        self._say_protocol(preprocessing, data, images, metric)
 
     def _say_protocol(self, preprocessing: dict[str, Any], data: Data, images: dict[str, int], metric: str) -> None:
         counts = ", ".join(f"{count} {split}" for split, count in images.items())

@@ -297,7 +297,8 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load ``last``, if there is one."""
-        recover(self.folder / "best")
+        if self.accelerator.is_main_process:
+            recover(self.folder / "best")
         state = self._read_on_main(lambda: load_state(self.folder / "last"))
         if state is not None:
             self.restore(state)

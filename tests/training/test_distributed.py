@@ -44,6 +44,8 @@ def digits(tmp_path_factory):
 def runs(digits, tmp_path_factory):
     """The outcomes of one process, of two, and of one that accumulates two batches per step."""
     root, shared = tmp_path_factory.mktemp("runs"), SETTINGS | {"data": str(digits)}
+    (root / "two" / "best.old").mkdir(parents=True)
+    (root / "two" / "config.json").write_text("{}")
     two = launch(shared | {"batch_size": 8, "output": str(root / "two")})
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("run folder: ") == 1  # the other process prints nothing, and makes none
@@ -52,7 +54,9 @@ def runs(digits, tmp_path_factory):
         child = start(shared | sizes | {"output": str(root / kind)}, log=root / f"{kind}.log")
         child.join(300)
         assert child.exitcode == 0, (root / f"{kind}.log").read_text()
-    assert [run.name for kind in ("two", *alone) for run in (root / kind).iterdir()] == ["few-1"] * 3
+    assert [run.name for kind in alone for run in (root / kind).iterdir()] == ["few-1"] * 2
+    # the second process has left alone what is in the folder of the runs, and was not confused by it
+    assert sorted(path.name for path in (root / "two").iterdir()) == ["best.old", "config.json", "few-1"]
     return {kind: outcome(root / kind / "few-1") for kind in ("two", *alone)}
 
 
