@@ -76,6 +76,9 @@ def range_test(trainer: Trainer, highest: float = HIGHEST, steps: int = STEPS) -
 
     Args:
         highest: the last rate, as in the recipe, before it is scaled with the images per step.
+
+    Raises:
+        TrainingError: if the loss is infinite or not a number from the first step on.
     """
     before, lr_of = copy.deepcopy(trainer.state()), trainer.lr_of
     scale = scale_lr(1.0, trainer.recipe, trainer.accelerator.num_processes)
@@ -96,6 +99,8 @@ def range_test(trainer: Trainer, highest: float = HIGHEST, steps: int = STEPS) -
     finally:
         trainer.lr_of = lr_of  # type: ignore[method-assign]
         trainer.restore(before)
+    if not losses:
+        raise TrainingError(f"the loss is {loss} at the lowest learning rate, {rates[0]:.3g}: expected a finite one")
     return RangeTest(rates[: len(losses)], losses, smoothed)
 
 

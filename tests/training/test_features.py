@@ -22,6 +22,7 @@ from insvp_fast.training import load
 from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.evaluation import evaluate_run
+from insvp_fast.training.loss import Loss
 from insvp_fast.training.lr_finder import RangeTest, range_test
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
@@ -195,6 +196,13 @@ def test_a_rate_is_found(pictures, tmp_path, capsys, monkeypatch):
     assert np.diff(np.log(rates)) == pytest.approx(np.log(1e7) / 14)
     assert Image.open(tmp_path / "pictures-lr" / "lr.png").size[0] > 300
     assert [path.name for path in tmp_path.iterdir()] == ["pictures-lr"]
+
+
+def test_no_rate_is_found_of_a_loss_that_is_not_a_number(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Loss, "__call__", lambda self, logits, *_: logits.sum() * float("nan"))
+    assert command(pictures, tmp_path, "--find-lr") == 1
+    assert "the loss is nan at the lowest learning rate, 1e-06: expected a finite one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_steepest_fall_of_the_loss_is_suggested():
