@@ -92,11 +92,13 @@ def _collect(
     folder: str, backbone: str | None, images: int, seed: int, batch_size: int | None, workers: int | None
 ) -> Collected:
     """What ``collect_vectors`` gives of a run; names and classes of the images, and the names of the classes."""
-    from torch.utils.data import DataLoader, Subset
+    from torch.utils.data import Subset
 
     from insvp_fast.figures.embedding import choose_images, collect_vectors
     from insvp_fast.training.accelerator import create_accelerator
     from insvp_fast.training.load import load_run, own_test_data
+    from insvp_fast.training.loader import Loader
+    from insvp_fast.training.sampler import BatchSampler
 
     recipe, model, _, names, _ = loaded = load_run(folder, backbone)
     if recipe is None or names is None:
@@ -108,6 +110,6 @@ def _collect(
     chosen = choose_images(labels, images, seed)
     device = create_accelerator().device
     batch_size, workers = loaded.loading(batch_size, workers)
-    loader = DataLoader(Subset(data, chosen), batch_size, num_workers=workers)
-    vectors = collect_vectors(model.to(device), (batch.to(device) for batch, _ in loader))
+    loader = Loader(Subset(data, chosen), BatchSampler(len(chosen), batch_size), workers, device)
+    vectors = collect_vectors(model.to(device), (batch for batch, _ in loader))
     return vectors, ([(data.name(i), labels[i]) for i in chosen], names)

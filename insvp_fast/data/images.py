@@ -63,10 +63,13 @@ class Images(Dataset):
         Raises:
             DataError: naming the file, if it is missing or no image.
         """
-        item = self.items[index]
+        try:  # an item may be read from a tar or the files of a library
+            item = self.items[index]
+            file = io.BytesIO(item.read()) if isinstance(item, TarMember) else item
+        except OSError as error:
+            raise DataError(f"{self.name(index)}: cannot be read ({error})") from error
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
-        file = io.BytesIO(item.read()) if isinstance(item, TarMember) else item
         return read_image(file, _name(item, index), self.exif_rotation, self.max_pixels)
 
     def name(self, index: int) -> str:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import PromptedImages, explain
@@ -17,7 +16,9 @@ from insvp_fast.probabilities import decide
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.counter import Counter
 from insvp_fast.training.load import load_run, own_test_data
+from insvp_fast.training.loader import Loader
 from insvp_fast.training.metrics import Metrics, MultiLabelMetrics, metrics_of_labels, metrics_of_pairs
+from insvp_fast.training.sampler import BatchSampler
 
 __all__ = ["Mistakes", "Results", "find_results"]
 
@@ -63,8 +64,8 @@ def find_results(
         backbone: as in ``load_run``.
 
     Raises:
-        TrainingError: if it is no finished run.
-        DataError: if its data are not there, or have other classes.
+        TrainingError: if it is no finished run, or the logits of its model are not a number.
+        DataError: if its data are not there, have other classes, or an image cannot be read.
     """
     recipe, model, preprocessing, names, _ = run = load_run(folder, backbone)
     if recipe is None or names is None:
@@ -72,12 +73,13 @@ def find_results(
     images = own_test_data(run)
     batch_size, workers = run.loading(batch_size, workers)
     device = create_accelerator().device
-    loader = DataLoader(images, batch_size, num_workers=workers)
+    loader = Loader(images, BatchSampler(len(images), batch_size), workers, device)
     model = model.to(device).float().eval()
     with Counter("report", len(images)) as counter, torch.inference_mode():  # type: ignore[arg-type]
         parts = []
         for batch, targets in loader:
-            parts.append((targets, *_judge(model(batch.to(device)).float().cpu(), targets)))
+            targets = targets.cpu()
+            parts.append((targets, *_judge(model(batch).float().cpu(), targets)))
             counter.add(len(targets))
     targets, found, losses = (torch.cat(part) for part in zip(*parts, strict=True))
     metrics: Metrics | MultiLabelMetrics

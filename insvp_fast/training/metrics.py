@@ -109,8 +109,6 @@ def compute_metrics(
     loss = sum(loss for _, loss, _ in gathered) / max(1, found.shape[1])
     if multi_label:
         return metrics_of_labels(found[0], found[1], loss)
-    if math.isnan(loss):
-        raise TrainingError(NOT_FINITE)
     return metrics_of_pairs(found, num_classes, sum(hits for *_, hits in gathered), loss)
 
 
@@ -144,7 +142,12 @@ def metrics_of_pairs(pairs: Tensor, num_classes: int, top5_hits: int, loss: floa
     Args:
         top5_hits: the number of images with their class among the five likeliest.
         loss: per image.
+
+    Raises:
+        TrainingError: if the loss is not a number, as that of such logits is.
     """
+    if math.isnan(loss):
+        raise TrainingError(NOT_FINITE)
     images, predicted = (row.bincount(minlength=num_classes) for row in pairs)
     hits = pairs[0][pairs[0] == pairs[1]].bincount(minlength=num_classes)
     total, present = max(1, pairs.shape[1]), images > 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from insvp_fast.commands import cli
+from insvp_fast.errors import TrainingError
 from insvp_fast.methods import create_model
 from insvp_fast.report import page, results
 from insvp_fast.report.page import _classes, _labels, render
@@ -19,7 +20,7 @@ from insvp_fast.report.results import find_results
 from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.metrics import metrics_of_pairs
 from tests.browser import needs_chromium, open_page
-from tests.commands.finished_run import HOSTILE, with_random_head, write_run, write_run_of_several_labels
+from tests.commands.finished_run import CLASSES, HOSTILE, with_random_head, write_run, write_run_of_several_labels
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -192,6 +193,26 @@ def test_a_run_whose_config_has_other_keys_is_refused(change, message, hostile, 
 def test_a_backbone_that_is_elsewhere_is_given(command, hostile, capsys):
     assert cli.main([command, str(hostile), "--backbone", "vit_shapes_32@gone.safetensors"]) == 1
     assert "gone.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("command", ["report", "tsne", "eval"])
+def test_an_unreadable_image_is_named_in_one_line(command, workers, images, tmp_path, capsys):
+    data = Path(shutil.copytree(images, tmp_path / "data"))
+    (data / "test" / "bee" / "0.png").write_bytes(b"no image")
+    model = with_random_head(create_model("vpt_deep", load_backbone(), 6))
+    run = write_run(tmp_path / "run", data, model, CLASSES, method="vpt_deep")
+    assert cli.main([command, str(run), "--workers", workers]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"insvp: error: {data}/test/bee/0.png: not an image that can be read")
+    assert "Traceback" not in error
+
+
+def test_logits_that_are_no_numbers_are_no_mistakes(hostile, monkeypatch):
+    nan = float("nan")
+    monkeypatch.setattr(results, "_judge", lambda logits, targets: (targets[:, None], torch.full((len(targets),), nan)))
+    with pytest.raises(TrainingError, match="the logits became infinite or not a number"):
+        find_results(hostile, 3)
 
 
 def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):

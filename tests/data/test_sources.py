@@ -21,6 +21,8 @@ from insvp_fast.data.sources import read_source
 from insvp_fast.data.tfds import TFRecords
 from insvp_fast.errors import DataError
 from insvp_fast.testing import make_fake_dataset
+from insvp_fast.training.loader import Loader
+from insvp_fast.training.sampler import BatchSampler
 
 SMALL = insvp_preprocessing(32)
 
@@ -232,6 +234,16 @@ def test_the_bytes_in_a_tar_are_the_images(tmp_path):
     (tmp_path / "test.tar").write_bytes(content.replace(b"IHDR", b"IHD_"))
     with pytest.raises(DataError, match=r"test.tar:./1.png: not an image that can be read"):
         load_test_data(f"wds/{tmp_path}", SMALL, 0, ["0", "1"])[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_that_is_gone_is_named_in_one_line(workers, tmp_path):
+    test = load_data(make_fake_dataset("wds", tmp_path), SMALL, 0).test
+    for file in tmp_path.glob("*.tar"):
+        file.unlink()
+    loader = Loader(test, BatchSampler(len(test), 2), workers, torch.device("cpu"))
+    with pytest.raises(DataError, match=r"^\S+\.tar:\S+: cannot be read \(.*No such file.*\)$"):
+        next(iter(loader))
 
 
 def test_wrong_tar_files_are_refused(tmp_path):
