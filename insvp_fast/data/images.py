@@ -116,9 +116,10 @@ class Part(Subset):
         return self.dataset.name(self.indices[index])  # type: ignore[attr-defined]
 
 
-def files_of(images: Images) -> set[str]:
+def files_of(images: Images | Part) -> set[str]:
     """The whole paths of the images that are files of their own, wherever links lead to."""
-    items = images.items if isinstance(images.items, list) else ()
+    whole, rows = (images.dataset, images.indices) if isinstance(images, Part) else (images, range(len(images)))
+    items = [whole.items[row] for row in rows] if isinstance(whole.items, list) else []  # type: ignore[attr-defined]
     real = functools.cache(os.path.realpath)  # of folders, which have many images
     paths = {
         os.path.join(real(path.parent), path.name)

@@ -21,7 +21,7 @@ from insvp_fast.data.splits import describe, divide, stratified_split, three_way
 from insvp_fast.data.transforms import Transform, describe_augmentation, repeatable_steps, steps_of, transform_for
 from insvp_fast.errors import DataError
 
-__all__ = ["Data", "load_data", "load_test_data"]
+__all__ = ["Data", "divide_source", "load_data", "load_test_data"]
 
 # VTAB images are resized straight to the input size, without crops or flips
 SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash", "augmentation": "none"}
@@ -143,6 +143,19 @@ def load_test_data(
     if split != "train" or seed is None or undivided_sha256 not in (None, splits["train"].digest()):
         return images
     return Part(images, _in_three(source, splits["train"], names, seed)[2])
+
+
+def divide_source(
+    source: str, seed: int, *, root: str | None = None, protocol: str = "paper"
+) -> dict[str, Images | Part]:
+    """The images of train, val and test without a transform; arguments and errors are those of ``load_data``."""
+    splits, class_names = read_source(source, seed, root)
+    parts, _ = _divide(source, splits, class_names, seed, protocol)
+    found: dict[str, Images | Part] = {}
+    for name in ("train", "val", "test"):
+        split, rows = parts[name]
+        found[name] = splits[split] if rows is None else Part(splits[split], rows)
+    return found
 
 
 def _check_protocol(protocol: str, source: str) -> None:

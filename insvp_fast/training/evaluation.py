@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,16 +9,18 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from insvp_fast.data import load_test_data
-from insvp_fast.data.images import Images, Part, files_of
+from insvp_fast.data.images import Images, Part, files_of, names_sha256
+from insvp_fast.data.load import divide_source
 from insvp_fast.data.sets import DIGITS, PREFIXES
 from insvp_fast.data.sources import read_source
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.counter import Counter
 from insvp_fast.training.load import Run, load_run, own_test_data
-from insvp_fast.training.loader import Loader, create_loader
+from insvp_fast.training.loader import Loader
 from insvp_fast.training.metrics import Metrics, MultiLabelMetrics, compute_metrics
 from insvp_fast.training.recipe import Recipe
+from insvp_fast.training.sampler import BatchSampler
 from insvp_fast.training.tta import with_tta
 
 __all__ = ["Evaluation", "evaluate_run"]
@@ -79,8 +80,8 @@ def evaluate_run(
         found, expected = labels[not model.multi_label], labels[model.multi_label]
         raise DataError(f"`data` is {source}: found {found} per image, expected {expected}, as the model was trained")
     batch_size, workers = loaded.loading(batch_size, workers)
-    loading = dataclasses.replace(trained, batch_size=batch_size, workers=workers)
-    loader = create_loader(images, loading, accelerator)
+    share = accelerator.process_index, accelerator.num_processes
+    loader = Loader(images, BatchSampler(len(images), batch_size, None, *share), workers, accelerator.device)
     with Counter("eval", len(images), silent=not accelerator.is_main_process) as counter:  # type: ignore[arg-type]
         batches = _counted(loader, counter, accelerator.num_processes)
         metrics = compute_metrics(with_tta(model, tta), batches, len(names), accelerator, model.multi_label)
@@ -110,7 +111,7 @@ def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[st
         exif_rotation=run.model.exif_rotation,
         undivided_sha256=digest,
     )
-    if isinstance(images, Images) and (known := _count_trained(recipe, images)):
+    if isinstance(images, Images) and (known := _count_trained(run, images)):
         return images, f"`data` is {source}: {known} of its {len(images)} images are among those of training"
     whole = isinstance(images, Images) and images.split == "train"
     if whole and digest is not None:
@@ -127,16 +128,22 @@ def _given_test_data(run: Run, source: str, root: str | None, names: Sequence[st
     )
 
 
-def _count_trained(recipe: Recipe | None, images: Images) -> int:
-    """How many images are files of the train split of a run, as far as that is still there."""
-    files = files_of(images)
+def _count_trained(run: Run, images: Images) -> int:
+    """How many images are files that a run was trained on, as far as these are still there.
+
+    Where other images are there by now, which would be divided otherwise, those that the run held out count as well.
+    """
+    recipe, files = run.recipe, files_of(images)
     if recipe is None or recipe.data.startswith(PREFIXES) or not files:  # others may be elsewhere, and far away
         return 0
     try:
-        splits, _ = read_source(recipe.data, recipe.split_seed, recipe.root)
+        parts = divide_source(recipe.data, recipe.split_seed, root=recipe.root, protocol=recipe.protocol)
+        undivided = read_source(recipe.data, recipe.split_seed, recipe.root).splits["train"]
     except DataError:
         return 0
-    return len(files & files_of(splits["train"]))
+    changed = any(digest != names_sha256(parts[split]) for split, digest in run.images_sha256.items())
+    trained = [parts["train"], *([parts["val"]] if recipe.retrain else []), *([undivided] if changed else [])]
+    return len(files & set().union(*map(files_of, trained)))
 
 
 def _names_of_data(source: str, root: str | None, classes: int) -> list[str]:

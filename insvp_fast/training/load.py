@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +32,14 @@ class Run(NamedTuple):
         recipe: None for an adapter, which does not record how it was trained.
         preprocessing: how images are prepared, as arguments of ``timm.data.create_transform``.
         class_names: None if an adapter has none.
-        test_sha256: ``names_sha256`` of the test images of training, if it is recorded.
+        images_sha256: ``names_sha256`` of the train, val and test images of training, as far as it is recorded.
     """
 
     recipe: Recipe | None
     model: AnyModel
     preprocessing: dict[str, Any]
     class_names: list[str] | None
-    test_sha256: str | None = None
+    images_sha256: Mapping[str, str] = MappingProxyType({})
 
     def loading(self, batch_size: int | None, workers: int | None) -> tuple[int, int]:
         """Batch size and workers: those given, else those of training, or the defaults of ``Recipe`` for an adapter."""
@@ -105,7 +106,7 @@ def own_test_data(run: Run) -> Images | Part:
     if digest is not None and isinstance(images, Images) and images.split == "train":
         divided = "training divided it, and its images have changed: the model may have seen some of them"
         raise DataError(f"`data` is {recipe.data}: {divided}: expected `data` with a test split")
-    if run.test_sha256 not in (None, names_sha256(images)):
+    if run.images_sha256.get("test") not in (None, names_sha256(images)):
         raise DataError(
             f"`data` is {recipe.data}: found {len(images)} other test images than in training; to test on what is there"
             " now, give it to `insvp eval` as `data`"
@@ -154,5 +155,5 @@ def _load_folder(folder: Path, name: str | None) -> Run:
         raise TrainingError(f"{folder} has no adapter that can be loaded: {error}") from error
     model.preprocessing, model.class_names = config["preprocessing"], config["class_names"]
     model.exif_rotation = recipe.exif_rotation  # which adapters of earlier versions do not say
-    test_sha256 = (config.get("images_sha256") or {}).get("test")
-    return Run(recipe, model, config["preprocessing"], config["class_names"], test_sha256)
+    digests = config.get("images_sha256") or {}
+    return Run(recipe, model, config["preprocessing"], config["class_names"], digests)

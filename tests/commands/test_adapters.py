@@ -25,6 +25,7 @@ from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
 from insvp_fast.training import evaluation
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from insvp_fast.training.loader import Loader
 from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import CLASSES
@@ -297,12 +298,13 @@ def test_eval_of_other_data_turns_images_as_training_did(turned, run, images, tm
     model = InsVPViT.from_pretrained(run / "adapter")
     model.exif_rotation = turned
     model.save_pretrained(tmp_path)
-    seen, create = [], evaluation.create_loader
+    seen = []
 
-    def spy(dataset, *rest):
-        seen.append(dataset.exif_rotation)
-        return create(dataset, *rest)
+    class Spy(Loader):
+        def __init__(self, dataset, *rest):
+            seen.append(dataset.exif_rotation)
+            super().__init__(dataset, *rest)
 
-    monkeypatch.setattr(evaluation, "create_loader", spy)
+    monkeypatch.setattr(evaluation, "Loader", Spy)
     evaluation.evaluate_run(tmp_path, data=str(images))
     assert seen == [turned]

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
+from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.commands import cli, evaluate
 from insvp_fast.commands.options import make_folder
-from tests.commands.finished_run import CLASSES
+from insvp_fast.training.backbone import load_backbone
+from tests.commands.finished_run import CLASSES, with_random_head, write_run
 
 
 def test_eval_reports_what_scikit_learn_reports(run, images, probabilities, capsys):
@@ -43,6 +45,12 @@ def test_eval_on_other_data_keeps_the_runs_own_results(run, images, tmp_path, ca
     report = json.loads((tmp_path / "eval-other.json").read_text())
     assert (report["images"], report["mean_per_class"]) == (6, pytest.approx(1 / 6))
     assert (tmp_path / "eval-other.png").exists() and not (run / "eval-other.json").exists()
+
+
+def test_eval_takes_a_batch_of_one_image_where_training_mixed_two(images, tmp_path):
+    model = with_random_head(InsVPViT(load_backbone(), len(CLASSES), InsVPConfig(prompt_length=2)))
+    run = write_run(tmp_path / "run", images, model, CLASSES, mixup=0.5)
+    assert cli.main(["eval", str(run), "--batch-size", "1"]) == 0
 
 
 def test_eval_scores_fewer_classes_by_their_names(run, images, tmp_path, capsys):

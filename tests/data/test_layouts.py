@@ -1,5 +1,6 @@
 """Data as people have them: folders of classes, tables, missing splits, several labels; and what is refused."""
 
+import dataclasses
 import re
 from itertools import chain
 from pathlib import Path
@@ -12,11 +13,13 @@ from insvp_fast.commands import cli
 from insvp_fast.data import insvp_preprocessing, load_data, load_test_data
 from insvp_fast.data.folders import require_class_folders
 from insvp_fast.data.lists import find_lists
+from insvp_fast.data.sources import read_source
 from insvp_fast.data.splits import stratified_split, three_way_split
 from insvp_fast.data.tables import parse_table
 from insvp_fast.errors import DataError
 from insvp_fast.training import run
-from insvp_fast.training.evaluation import evaluate_run
+from insvp_fast.training.evaluation import _count_trained, evaluate_run
+from insvp_fast.training.load import load_run
 from insvp_fast.training.run_folder import read_config
 
 SMALL = insvp_preprocessing(32)
@@ -371,10 +374,14 @@ def test_another_seed_keeps_the_split_and_the_run_says_what_it_is(tmp_path, monk
     other = make_images(tmp_path / "others", {"cat": 3, "dog": 2})
     facts, metrics, _ = evaluate_run(runs / "pets-3", str(other))
     assert metrics.images == 5 and "among them: they are not the images that training divided" in facts["note"]
-    # of a list, files that the run read as its train
-    names = [f"pets/cat/{n}.png,cat\n" for n in range(2)] + [f"others/cat/{n}.png,cat\n" for n in range(3)]
+    # of a list, files that the run was trained on, not those that it held out
+    own = [*sorted(third[0])[:2], *third[1], *third[2]]
+    names = [f"{file},{Path(file).parent.name}\n" for file in own] + ["others/cat/0.png,cat\n"]
     (tmp_path / "some.csv").write_text("".join(names))
     facts, metrics, _ = evaluate_run(runs / "pets-3", str(tmp_path / "some.csv"))
-    assert facts["note"].endswith("some.csv: 2 of its 5 images are among those of training") and metrics.images == 5
+    assert metrics.images == len(names) > 4
+    assert facts["note"].endswith(f"some.csv: 2 of its {len(names)} images are among those of training")
+    retrained = load_run(runs / "pets-3")._replace(recipe=dataclasses.replace(recipe, retrain=True))
+    assert _count_trained(retrained, read_source(str(tmp_path / "some.csv")).splits["train"]) == 2 + len(third[1])
     folder.rename(tmp_path / "elsewhere")
     assert "2 of" not in evaluate_run(runs / "pets-3", str(other)).facts["note"]
