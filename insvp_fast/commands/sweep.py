@@ -49,7 +49,7 @@ def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run:
     from insvp_fast.training.terminal import print_markdown
 
     folder = Path(output or Path("sweeps", Path(file).stem))
-    entries = with_one_probe(list(read_grid(Path(file), folder)))
+    entries = with_one_probe(list(read_grid(Path(file), folder)), read_runs(folder))
     if dry_run:
         commands = [f"insvp train {shlex.join(entry.arguments)}" for entry in entries]
         print(*commands, sep="\n")
@@ -82,6 +82,8 @@ def collect(folder: Path, entries: Sequence[Entry]) -> tuple[str, list[dict[str,
         models = [candidate.name for candidate in candidates_of(entry.recipe)]
         planned.update((*_key(entry, model, varied), model) for model in models)
         for score in scores_of(find_run(runs, entry.recipe)):
+            if score.model not in models:  # a probe that another entry counts
+                continue
             recipe, metric = entry.recipe, str(score.facts.get("metric", "top1"))
             kind = recipe.data, recipe.protocol, metric, score.model
             scores.setdefault((*_key(entry, score.model, varied), *kind), []).append((score.val, score.test))

@@ -104,14 +104,15 @@ def read_runs(folder: Path) -> list[Found]:
 
 
 def find_run(runs: Iterable[Found], recipe: Recipe) -> Found | None:
-    """The run with these settings, preferably a finished one."""
+    """The run with these settings, preferably a finished one; it may fit a probe that is not asked for."""
     same = [run for run in runs if _has_settings(run.recipe, recipe)]
     return next((run for run in same if run.finished), same[-1] if same else None)
 
 
 def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
     # the study's folder may have been moved since, and the others change no number
-    same = {name: getattr(recorded, name) for name in ("output", "pictures", "save_every")}
+    same: dict[str, Any] = {name: getattr(recorded, name) for name in ("output", "pictures", "save_every")}
+    same["probe"] = recipe.probe or recorded.probe
     return absolute_paths(dataclasses.replace(recipe, **same)) == absolute_paths(recorded)
 
 
@@ -133,21 +134,39 @@ def scores_of(run: Found | None) -> list[Score]:
     return scores
 
 
-def with_one_probe(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries, of which only the first of those with the same linear probe fits it; others that fit it alone go."""
-    seen: set[tuple[Any, ...]] = set()
+def with_one_probe(entries: Sequence[Entry], runs: Sequence[Found] = ()) -> list[Entry]:
+    """The entries, of which only one of those with the same linear probe fits it; others that fit it alone go.
+
+    It is the one of them for which the least is trained again, in view of ``runs``; of several the first.
+    """
+    sharing: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        if any(candidate.method == LINEAR for candidate in candidates_of(entry.recipe)):
+            sharing.setdefault(_key_of_probe(entry.recipe), []).append(entry)
+    fitting = {key: min(same, key=lambda entry: _repeated(entry.recipe, runs)) for key, same in sharing.items()}
     changed = []
     for entry in entries:
-        key = tuple(getattr(entry.recipe, name) for name in PROBE_SETTINGS)
-        if key in seen and entry.recipe.probe and entry.recipe.method != LINEAR:
+        fits = fitting.get(_key_of_probe(entry.recipe), entry)
+        if entry.recipe.method == LINEAR and fits is not entry:
+            continue
+        if entry.recipe.probe and fits is not entry:
             recipe = dataclasses.replace(entry.recipe, probe=False)
             entry = entry._replace(recipe=recipe, arguments=[*entry.arguments, "--no-probe"])
-        if key in seen and entry.recipe.method == LINEAR:
-            continue
-        if any(candidate.method == LINEAR for candidate in candidates_of(entry.recipe)):
-            seen.add(key)
         changed.append(entry)
     return changed
+
+
+def _key_of_probe(recipe: Recipe) -> tuple[Any, ...]:
+    return tuple(getattr(recipe, name) for name in PROBE_SETTINGS)
+
+
+def _repeated(recipe: Recipe, runs: Sequence[Found]) -> tuple[bool, ...]:
+    """How much is trained again if the run of a recipe fits the probe: the smaller, the less.
+
+    Nothing, where a finished run has it; then where an interrupted one does; then where there is no run yet.
+    """
+    own, without = find_run(runs, recipe), find_run(runs, dataclasses.replace(recipe, probe=False))
+    return not (own and own.finished), own is None, without is not None, bool(without and without.finished)
 
 
 def settings_of_probe(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,47 @@ def test_a_shared_probe_is_planned_once(tmp_path, trainer):
     assert len(counted) == 6 and all(row[3:] == ("1", "1") for row in counted)
 
 
+def test_a_sweep_that_grows_at_its_front_repeats_nothing(tmp_path, trainer):
+    file = tmp_path / "grid.toml"
+    command = ["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]
+    commands = []
+    for rates in ("[0.2, 0.3]", "[0.1, 0.2, 0.3]", "[0.3, 0.2, 0.1]", "[0.4, 0.3]"):
+        file.write_text(f"[grid]\nlr = {rates}")
+        assert cli.main(command) == 0
+        commands.append(len(trainer.commands))
+    # the last one has no more the run that has the probe: the new one fits it
+    assert commands == [2, 3, 3, 4] and ["--no-probe" in arguments for arguments in trainer.commands] == [
+        *(False, True, True, False)
+    ]
+    rows = list(csv.DictReader((trainer.folder / "results.csv").open()))
+    assert sorted((row["model"], row["lr"], row["runs"], row["planned"]) for row in rows) == [
+        *(("InsVP", "0.3", "1", "1"), ("InsVP", "0.4", "1", "1"), ("linear probe", "–", "1", "1"))
+    ]
+
+
+def test_an_interrupted_run_keeps_its_probe_to_itself(tmp_path, trainer):
+    file = tmp_path / "grid.toml"
+    command = ["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]
+    trainer.stops_at = {1: 130}
+    file.write_text("[grid]\nlr = [0.2]")
+    assert cli.main(command) == 130
+    file.write_text("[grid]\nlr = [0.1, 0.2]")
+    assert cli.main(command) == 0
+    assert ["--no-probe" in arguments for arguments in trainer.commands] == [False, True, False]
+    assert trainer.commands[2][0] == "--resume"
+
+
+def test_a_probe_is_counted_once_where_two_runs_have_it(tmp_path, trainer):
+    file = tmp_path / "grid.toml"
+    command = ["sweep", str(file), "--output", str(trainer.folder), "--launcher", "launch"]
+    for rates in ("[0.1]", "[0.2]", "[0.1, 0.2]"):
+        file.write_text(f"[grid]\nlr = {rates}")
+        assert cli.main(command) == 0
+    assert len(trainer.commands) == 2
+    (row,) = [row for row in csv.DictReader((trainer.folder / "results.csv").open()) if row["model"] == "linear probe"]
+    assert (row["runs"], row["planned"]) == ("1", "1")
+
+
 def test_probes_of_different_recipes_are_no_repetitions_of_one(tmp_path, trainer):
     file = tmp_path / "grid.toml"
     for seed in (0, 1):
