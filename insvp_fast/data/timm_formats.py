@@ -41,6 +41,8 @@ def read_timm_format(source: str, root: str | None) -> Splits:
         labels = {split: found.labels() for split, found in images.items()}
     else:
         images, labels, names = _read_hugging_face(source, root)
+    for split, found in labels.items():
+        _check_labels(found, f"`data` is {source}: {split}")
     texts = {split: [_name(names, label) for label in found] for split, found in labels.items()}
     if "train" not in texts:
         raise DataError(f"`data` is {source}: found {', '.join(texts) or 'no split'}: expected train as well")
@@ -87,6 +89,13 @@ class _Files(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         return self.reader[index][0]
+
+
+def _check_labels(labels: Sequence[Any], where: str) -> None:
+    """Raise DataError for a label that is no class: of measurements or lists each would become one of its own."""
+    for label in labels:
+        if not isinstance(label, int | np.integer | np.bool_ | str | bytes):
+            raise DataError(f"{where}: found the label {str(label)[:60]}: expected a number of a class or its name")
 
 
 def _name(classes: Sequence[str], label: Any) -> str:

@@ -343,6 +343,25 @@ def test_a_class_that_only_test_has_is_named(names, test, unknown, monkeypatch):
         load_data("hfds/animals", SMALL, 0)
 
 
+@pytest.mark.parametrize(
+    ("label", "shown"), [(0.5, "0.5"), ([1, 2], r"\[1, 2\]"), (np.zeros(2), r"\[0. 0.\]"), (None, "None")]
+)
+def test_labels_that_are_no_classes_are_refused(label, shown, monkeypatch):
+    monkeypatch.setattr(timm_formats, "create_dataset", lambda *_: SimpleNamespace(reader=Reader([0, label], {})))
+    with pytest.raises(DataError, match=f"`data` is hfds/x: train: found the label {shown}: expected a number of a"):
+        load_data("hfds/x", SMALL, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([True, False], ["False", "True"]), ([np.int64(3), np.int64(1)], ["1", "3"]), (["b", "a"], ["a", "b"])],
+)
+def test_labels_without_names_are_classes(labels, names, monkeypatch):
+    monkeypatch.setattr(timm_formats, "create_dataset", lambda *_: SimpleNamespace(reader=Reader(labels, {})))
+    splits, found = read_source("hfds/x")
+    assert found == names and [found[index] for index in splits["train"].classes] == [str(label) for label in labels]
+
+
 FEATURES = {
     "image": {
         "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
