@@ -53,7 +53,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]] | 
     try:
         facts = json.loads((folder / FACTS_FILE).read_text())
         return read_safetensors(folder / WEIGHTS_FILE), read_torch(folder / TENSORS_FILE), facts
-    except (CheckpointError, OSError, json.JSONDecodeError) as error:
+    except (CheckpointError, OSError, ValueError) as error:  # not JSON, or not even UTF-8
         raise TrainingError(f"{folder}: not a state that can be resumed ({error})") from error
 
 

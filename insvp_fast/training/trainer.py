@@ -300,8 +300,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             recover(self.folder / "best")
         state = self._read_on_main(lambda: load_state(self.folder / "last"))
-        if state is not None:
+        if state is None:
+            return
+        try:
             self.restore(state)
+        except (LookupError, TypeError) as error:
+            raise TrainingError(f"{self.folder / 'last'}: not a state that can be resumed ({error!r})") from error
 
     def _read_on_main(self, read: Callable[[], Any]) -> Any:
         """What the main process reads, sent to all processes: they may not share a disk."""

@@ -322,6 +322,12 @@ def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
     folder = train(Recipe(**tiny | {"epochs": 1}))
     with pytest.raises(InsVPError, match="expected no other settings"):
         train(Recipe(**tiny), resume=folder)
+    state = (folder / "last" / "state.json").read_text()
+    for damaged in (b"\xff", b"[]", b"{", state.replace('"epoch": 1', '"era": 1', 1).encode()):
+        (folder / "last" / "state.json").write_bytes(damaged)
+        with pytest.raises(InsVPError, match=r"few-1/last: not a state that can be resumed \("):
+            train(resume=folder)
+    (folder / "last" / "state.json").write_text(state)
     weights = load_file(file := folder / "last" / "trained.safetensors")
     blocks = [weights.pop(f"common_prompts.{i}") for i in range(sum("common_prompts." in key for key in weights))]
     save_file(weights | {"common_prompts": torch.stack(blocks)}, file)
