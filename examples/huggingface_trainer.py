@@ -4,7 +4,7 @@
     python examples/huggingface_trainer.py           # offline: the shipped backbone, handwritten digits
     python examples/huggingface_trainer.py --backbone vit_base_patch16_224.orig_in21k --data FOLDER --epochs 100
 
-On several GPUs: ``torchrun --nproc-per-node 8 examples/huggingface_trainer.py ...``.
+On several GPUs: ``torchrun --standalone --nproc-per-node 8 examples/huggingface_trainer.py ...``.
 """
 
 from __future__ import annotations

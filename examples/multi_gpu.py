@@ -1,7 +1,7 @@
 """InsVP on several GPUs, with Accelerate and DistributedDataParallel.
 
-    torchrun --nproc-per-node 2 examples/multi_gpu.py --cpu         # offline: two processes on a CPU, over gloo
-    torchrun --nproc-per-node 8 examples/multi_gpu.py --backbone vit_base_patch16_224.orig_in21k --data FOLDER
+    torchrun --standalone --nproc-per-node 2 examples/multi_gpu.py --cpu     # offline: two processes on a CPU, by gloo
+    torchrun --standalone --nproc-per-node 8 examples/multi_gpu.py --backbone NAME --data FOLDER
 
 Only the adapter's gradients are sent, about 1 MB per step for a ViT-B/16. Needs the extra ``train``.
 """

@@ -151,7 +151,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher",
         metavar="COMMAND",
-        help="command that starts a run, such as 'torchrun --nproc-per-node 8' (default: this Python)",
+        help="command that starts a run, such as 'torchrun --standalone --nproc-per-node 8' (default: this Python)",
     )
 
 

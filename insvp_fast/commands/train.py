@@ -1,7 +1,7 @@
 """Train InsVP on a data set around a frozen backbone, and a linear probe for comparison.
 
-A run makes a new folder with the adapter, all settings, metrics and plots. Options override the settings of --recipe.
-On several GPUs: `torchrun --nproc-per-node 8 -m insvp_fast train ...`.
+A run makes a new folder with adapter, settings, metrics and plots. Options override those of --recipe.
+On several GPUs: `torchrun --standalone --nproc-per-node 8 -m insvp_fast train ...`.
 """
 
 from __future__ import annotations

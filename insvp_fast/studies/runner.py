@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event, Lock
 
 import torch
@@ -40,7 +41,7 @@ def train_entries(
 
     Args:
         folder: of the runs.
-        jobs: runs at a time; the cores are divided among them.
+        jobs: runs at a time; the cores are divided among them, and the GPUs, unless there is a launcher.
         launcher: a command that starts a run, such as ``torchrun``; empty for a process that is forked from a server
             which has already loaded torch.
         after: called after each run, never twice at once.
@@ -51,7 +52,7 @@ def train_entries(
     Raises:
         KeyboardInterrupt: if a run was interrupted.
     """
-    known, interrupted, one_at_a_time = read_runs(folder), Event(), Lock()
+    known, interrupted, one_at_a_time, gpus = read_runs(folder), Event(), Lock(), _gpus_of(jobs)
 
     def train_one(number: int) -> int:
         if interrupted.is_set():
@@ -65,7 +66,7 @@ def train_entries(
         print(f"{where} insvp train {shlex.join(arguments)}", flush=True)
         log = folder / "logs" / _log_name(entry) if jobs > 1 else None
         start, resumed = time.perf_counter(), found.folder if found else None
-        status = _launch(launcher, arguments, log) if launcher else _fork(entry.recipe, resumed, log, jobs)
+        status = _launch(launcher, arguments, log) if launcher else _fork(entry.recipe, resumed, log, jobs, gpus)
         if log and status not in (0, INTERRUPTED):
             print(f"{where} failed, see {log}", flush=True)
         elif log:
@@ -98,11 +99,29 @@ def _launch(launcher: Sequence[str], arguments: Sequence[str], log: Path | None)
         return child.wait()  # after Ctrl-C, until it has printed how to resume
 
 
-def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int) -> int:
+def _gpus_of(jobs: int) -> SimpleQueue[str | None]:
+    """For each job the GPU that its run sees, in turn; None, for whatever there is, of one job or at most one GPU."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
+    gpus: SimpleQueue[str | None] = SimpleQueue()
+    for job in range(jobs):
+        gpus.put(names[job % count] if jobs > 1 and count > 1 else None)
+    return gpus
+
+
+def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int, gpus: SimpleQueue[str | None]) -> int:
+    gpu = gpus.get()
+    try:
+        return _run(recipe, resume, log, jobs, gpu)
+    finally:
+        gpus.put(gpu)
+
+
+def _run(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int, gpu: str | None) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["insvp_fast.training.run"])
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
-    child = context.Process(target=_train, args=(recipe, resume, log, threads))
+    child = context.Process(target=_train, args=(recipe, resume, log, gpu, threads))
     with _asking:
         child.start()
     wait([child.sentinel])
@@ -114,8 +133,10 @@ def _fork(recipe: Recipe, resume: Path | None, log: Path | None, jobs: int) -> i
 _asking = Lock()  # a start asks how all children are; of two that ask at once, one is told the status, the other 255
 
 
-def _train(recipe: Recipe, resume: Path | None, log: Path | None, threads: int) -> None:
-    """In the forked process, which would compute in one thread."""
+def _train(recipe: Recipe, resume: Path | None, log: Path | None, gpu: str | None, threads: int) -> None:
+    """In the forked process, which would compute in one thread, and has not looked for GPUs yet."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if log is not None:
         stream = _open(log)
         os.dup2(stream, 1)

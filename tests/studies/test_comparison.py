@@ -2,17 +2,20 @@
 
 import itertools
 import json
+import os
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
 import timm
+import torch
 from scipy import stats
 
 from insvp_fast.checkpoints.backbone import save_backbone
@@ -397,7 +400,7 @@ def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
 
 
 def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
-    read, asked, numbers = forkserver.read_signed, Event(), itertools.count()
+    read, asked, numbers, gpus = forkserver.read_signed, Event(), itertools.count(), runner._gpus_of(2)
 
     def read_slowly(descriptor: int) -> int:
         if next(numbers) == 1:  # after the number of the first process, its status
@@ -406,7 +409,9 @@ def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
         return read(descriptor)
 
     def status(name: str) -> int:
-        return runner._fork(Recipe(), tmp_path / "absent", tmp_path / name, 2)  # nothing to resume: it ends with 1
+        return runner._fork(
+            Recipe(), tmp_path / "absent", tmp_path / name, 2, gpus
+        )  # nothing to resume: it ends with 1
 
     monkeypatch.setattr(forkserver, "read_signed", read_slowly)
     with ThreadPoolExecutor(1) as pool:
@@ -534,5 +539,43 @@ def test_the_cores_are_divided_among_the_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
     for jobs in (2, 3, 16):
         with pytest.raises(RuntimeError, match="enough"):
-            runner._fork(Recipe(), None, None, jobs)
+            runner._fork(Recipe(), None, None, jobs, runner._gpus_of(jobs))
     assert given == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "jobs", "expected"),
+    [
+        (3, None, 2, ["0", "1"]),
+        (2, None, 5, ["0", "1", "0", "1", "0"]),
+        (2, "5,GPU-7", 3, ["5", "GPU-7", "5"]),
+        (3, None, 1, [None]),
+        (1, None, 2, [None] * 2),
+        (0, "", 2, [None] * 2),
+    ],
+)
+def test_the_gpus_are_given_to_the_jobs_in_turn(count, visible, jobs, expected, tmp_path, monkeypatch):
+    given, all_run = [], Barrier(jobs)
+
+    def run(recipe, resume, log, jobs, gpu) -> int:
+        given.append(gpu)
+        all_run.wait(60)
+        return 0
+
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(runner, "_run", run)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    entries = [Entry({"seed": seed}, Recipe(seed=seed), []) for seed in range(2 * jobs)]
+    assert runner.train_entries(entries, tmp_path, jobs) == 0
+    assert Counter(given[:jobs]) == Counter(given[jobs:]) == Counter(expected)
+
+
+def test_a_run_sees_its_gpu_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "train", lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    for gpu in (None, "2"):
+        runner._train(Recipe(), None, None, gpu, torch.get_num_threads())
+    assert seen == ["1,2", "2"]
