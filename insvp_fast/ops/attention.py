@@ -248,10 +248,6 @@ def _multiplied(x: Tensor) -> Tensor:
     return x if hardware.has_products(x.dtype) else x.float()
 
 
-def _explicit_reason(a: _Fwd | _Bwd) -> str | None:
-    return cpu_reason(a.qkv.device)
-
-
 def _fwd_explicit(a: _Fwd) -> tuple[Tensor, Tensor]:
     out = attention_by_image(_multiplied(a.qkv), a.num_heads, a.num_queries, a.scale, a.num_keys)
     return out.to(a.qkv.dtype), _nothing(a)
@@ -334,10 +330,6 @@ def _fwd_flash_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
     return out, logsumexp.transpose(1, 2)
 
 
-def _bwd_fake(a: _Bwd) -> Tensor:
-    return a.qkv.new_empty(a.qkv.shape)
-
-
 register(
     "attention_fwd",
     _Fwd,
@@ -346,7 +338,7 @@ register(
     reference=_fwd_reference,
     auto=_fwd_auto,
     native=Implementation(_fwd_native, _native_reason, recordable=True),
-    explicit=Implementation(_fwd_explicit, _explicit_reason),
+    explicit=Implementation(_fwd_explicit, lambda a: cpu_reason(a.qkv.device)),
     flash=Implementation(_fwd_flash, _flash_reason, fake=_fwd_flash_fake),
     sdpa=Implementation(_fwd_sdpa, lambda a: None),
     triton=Implementation(_fwd_triton, _triton_reason),
@@ -355,11 +347,11 @@ register(
     "attention_bwd",
     _Bwd,
     "Tensor",
-    fake=_bwd_fake,
+    fake=lambda a: a.qkv.new_empty(a.qkv.shape),
     reference=_bwd_reference,
     auto=_bwd_auto,
     native=Implementation(_bwd_native, _native_reason, recordable=True),
-    explicit=Implementation(_bwd_explicit, _explicit_reason),
+    explicit=Implementation(_bwd_explicit, lambda a: cpu_reason(a.qkv.device)),
     flash=Implementation(_bwd_flash, _flash_reason),
     triton=Implementation(_bwd_triton, _triton_reason),
 )

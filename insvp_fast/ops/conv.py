@@ -198,14 +198,6 @@ def not_finite_reason(*tensors: Tensor) -> str | None:
     return None if all(bool(t.sum().isfinite()) for t in tensors) else "cannot differentiate by infinities and NaN"
 
 
-def _fwd_native(a: _Fwd) -> Tensor:
-    return native.conv_fwd(*a)
-
-
-def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
-    return native.conv_bwd(*a)
-
-
 def fwd_native_reason(a: Any) -> str | None:
     """Why native kernels cannot convolve the operands of a forward pass."""
     return native_reason(a.x.device, a.x.dtype, a.dtype, weights=(a.weight, a.bias))
@@ -262,10 +254,6 @@ def _fwd_fake(a: _Fwd) -> Tensor:
     return a.x.new_empty(a.x.shape[0], a.weight.shape[0], a.height, a.width, dtype=a.dtype)
 
 
-def _bwd_fake(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_grads(a.x, a.weight, a.need_x)
-
-
 def fake_grads(x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients by x, weight and bias."""
     d_x = x.new_empty(x.shape if need_x else 0)
@@ -278,15 +266,15 @@ register(
     "Tensor",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, fwd_native_reason, recordable=True),
+    native=Implementation(lambda a: native.conv_fwd(*a), fwd_native_reason, recordable=True),
     triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
     "conv_bwd",
     _Bwd,
     "(Tensor, Tensor, Tensor)",
-    fake=_bwd_fake,
+    fake=lambda a: fake_grads(a.x, a.weight, a.need_x),
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, bwd_native_reason),
+    native=Implementation(lambda a: native.conv_bwd(*a), bwd_native_reason),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -167,14 +167,6 @@ def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return narrow_grads(grads, a.x, a.weight, a.need_x)
 
 
-def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
-    return native.conv_pool_fwd(*a)
-
-
-def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
-    return native.conv_pool_bwd(*a)
-
-
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
     from insvp_fast.kernels.gpu import conv_pool as kernel
 
@@ -214,25 +206,21 @@ def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
     return a.x.new_empty(shape, dtype=a.dtype), a.x.new_empty(shape, dtype=torch.uint8)
 
 
-def _bwd_fake(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_grads(a.x, a.weight, a.need_x)
-
-
 register(
     "conv_pool_fwd",
     _Fwd,
     "(Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, fwd_native_reason, recordable=True),
+    native=Implementation(lambda a: native.conv_pool_fwd(*a), fwd_native_reason, recordable=True),
     triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
     "conv_pool_bwd",
     _Bwd,
     "(Tensor, Tensor, Tensor)",
-    fake=_bwd_fake,
+    fake=lambda a: fake_grads(a.x, a.weight, a.need_x),
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, bwd_native_reason),
+    native=Implementation(lambda a: native.conv_pool_bwd(*a), bwd_native_reason),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )

@@ -86,22 +86,6 @@ class _Dropout(torch.autograd.Function):
         return call("dropout_bwd", grad, kept, ctx.p, ctx.impl), None, None
 
 
-def _fwd_reference(a: _Fwd) -> tuple[Tensor, Tensor]:
-    return dropout_reference(a.x, a.p)
-
-
-def _bwd_reference(a: _Bwd) -> Tensor:
-    return dropout_bwd_reference(a.grad, a.kept, a.p)
-
-
-def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor]:
-    return native.dropout_fwd(a.x, a.p, torch.default_generator)
-
-
-def _bwd_native(a: _Bwd) -> Tensor:
-    return native.dropout_bwd(a.grad, a.kept, a.p)
-
-
 def _fwd_native_reason(a: _Fwd) -> str | None:
     if reason := native_reason(a.x.device, a.x.dtype):
         return reason
@@ -146,24 +130,20 @@ def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a.x), torch.empty_like(a.x, dtype=torch.bool)
 
 
-def _bwd_fake(a: _Bwd) -> Tensor:
-    return torch.empty_like(a.grad)
-
-
 register(
     "dropout_fwd",
     _Fwd,
     "(Tensor, Tensor)",
     torch.Tag.nondeterministic_seeded,
     fake=_fwd_fake,
-    reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_reason),
+    reference=lambda a: dropout_reference(*a),
+    native=Implementation(lambda a: native.dropout_fwd(a.x, a.p, torch.default_generator), _fwd_native_reason),
 )
 register(
     "dropout_bwd",
     _Bwd,
     "Tensor",
-    fake=_bwd_fake,
-    reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_reason),
+    fake=lambda a: torch.empty_like(a.grad),
+    reference=lambda a: dropout_bwd_reference(*a),
+    native=Implementation(lambda a: native.dropout_bwd(*a), _bwd_native_reason),
 )

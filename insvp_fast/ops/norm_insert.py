@@ -213,14 +213,6 @@ def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     return d_residual, d_branch, d_prompts.to(a.prompts_dtype or a.stream_dtype).contiguous()
 
 
-def _fwd_native(a: _Fwd) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return native.norm_insert_fwd(*a)
-
-
-def _bwd_native(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
-    return native.norm_insert_bwd(*a)
-
-
 def _fwd_native_reason(a: _Fwd) -> str | None:
     maps = [t.dtype for t in (a.residual, a.branch, a.prompts) if t is not None]
     return native_reason(a.residual.device, *maps, a.dtype)
@@ -288,7 +280,7 @@ register(
     "(Tensor, Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     reference=_fwd_reference,
-    native=Implementation(_fwd_native, _fwd_native_reason, recordable=True),
+    native=Implementation(lambda a: native.norm_insert_fwd(*a), _fwd_native_reason, recordable=True),
     triton=Implementation(_fwd_triton, _fwd_triton_reason),
 )
 register(
@@ -297,6 +289,6 @@ register(
     "(Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     reference=_bwd_reference,
-    native=Implementation(_bwd_native, _bwd_native_reason, recordable=True),
+    native=Implementation(lambda a: native.norm_insert_bwd(*a), _bwd_native_reason, recordable=True),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
 )
