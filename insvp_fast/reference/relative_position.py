@@ -19,7 +19,7 @@ from torch import Tensor
 from insvp_fast.reference.structure import Prompts, require_plain
 from insvp_fast.reference.vision_transformer import patch_size, widths
 
-__all__ = ["Stream", "apply_block", "attention_bias", "embed", "final_norm", "patch_size", "qkv_bias", "widths"]
+__all__ = ["Stream", "apply_block", "attention_bias", "embed", "final_norm", "patch_size", "widths"]
 
 SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
 
@@ -78,14 +78,6 @@ def attention_bias(attn: Attention | RelPosAttention, shared: Tensor | None) -> 
     return shared if own is None else own if shared is None else own + shared
 
 
-def qkv_bias(attn: Attention | RelPosAttention) -> Tensor | None:
-    """The bias of the product that makes queries, keys and values."""
-    if isinstance(attn, Attention) and attn.q_bias is not None:
-        return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    bias: Tensor | None = attn.qkv.bias
-    return bias
-
-
 def _block(block: Any, z: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(block, ResPostRelPosBlock):  # with the norms behind the branches
         z = z + block.drop_path1(block.norm1(_attention(block.attn, z, bias)))
@@ -99,8 +91,10 @@ def _block(block: Any, z: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _attention(attn: Attention | RelPosAttention, x: Tensor, bias: Tensor | None) -> Tensor:
-    biased = isinstance(attn, Attention) and attn.q_bias is not None  # then timm does not call the layer either
-    qkv = F.linear(x, attn.qkv.weight, qkv_bias(attn)) if biased else attn.qkv(x)
+    if isinstance(attn, Attention) and attn.q_bias is not None:  # then timm does not call the layer either
+        qkv = F.linear(x, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
+    else:
+        qkv = attn.qkv(x)
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if isinstance(attn, RelPosAttention):
         q, k = attn.q_norm(q), attn.k_norm(k)
