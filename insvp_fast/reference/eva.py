@@ -34,7 +34,7 @@ def run_block(
 
     ``mixed``: whether each block has rotations of its own.
     """
-    (z, rotation, mask), prefix = h, backbone.num_prefix_tokens
+    (z, rotation, mask, _), prefix = h, backbone.num_prefix_tokens
     if rotation is not None and mixed:
         rotation = rotation[block]
     if prompts is not None:

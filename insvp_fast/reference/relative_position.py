@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,13 @@ from timm.models.vision_transformer_relpos import (
 )
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts, require_plain
+from insvp_fast.reference.eva import final_norm
+from insvp_fast.reference.structure import Prompts, Stream, require_plain
 from insvp_fast.reference.vision_transformer import patch_size, widths
 
-__all__ = ["Stream", "apply_block", "attention_bias", "embed", "final_norm", "patch_size", "widths"]
+__all__ = ["apply_block", "attention_bias", "embed", "final_norm", "patch_size", "widths"]
 
 SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
-
-
-class Stream(NamedTuple):
-    """Tokens [B, T, D], and the bias of the scores that all blocks share, [heads, T, T] or [1, heads, T, T]."""
-
-    tokens: Tensor
-    shared_bias: Tensor | None
 
 
 def embed(backbone: Beit | VisionTransformerRelPos, image: Tensor) -> Stream:
@@ -38,11 +32,11 @@ def embed(backbone: Beit | VisionTransformerRelPos, image: Tensor) -> Stream:
         tokens = torch.cat([backbone.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
     if isinstance(backbone, VisionTransformerRelPos):
         shared = backbone.shared_rel_pos
-        return Stream(tokens, None if shared is None else shared.get_bias())
+        return Stream(tokens, shared_bias=None if shared is None else shared.get_bias())
     if backbone.pos_embed is not None:
         tokens = tokens + backbone.pos_embed
     bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
-    return Stream(backbone.pos_drop(tokens), bias)
+    return Stream(backbone.pos_drop(tokens), shared_bias=bias)
 
 
 def apply_block(
@@ -53,21 +47,15 @@ def apply_block(
     Raises:
         TypeError: for a block or an attention of another class, with a forward of its own, or with hooks.
     """
-    run, (z, bias), T = backbone.blocks[block], h, h.tokens.shape[1]
+    run, z, T = backbone.blocks[block], h.tokens, h.tokens.shape[1]
     require_plain(run, BeitBlock, RelPosBlock, ResPostRelPosBlock)
     require_plain(run.attn, Attention, RelPosAttention)
-    bias = attention_bias(run.attn, bias)
+    bias = attention_bias(run.attn, h.shared_bias)
     if prompts is not None:  # behind the tokens, where the bias is filled up for them
         z, L = torch.cat([z, prompts.tokens.to(z.dtype)], dim=1), prompts.tokens.shape[1]
         bias = None if bias is None else F.pad(bias, (0, L, 0, L))
     z = _block(run, z, bias)
     return h._replace(tokens=z[:, :T]), z[:, T:] if prompts is not None else None
-
-
-def final_norm(backbone: Beit | VisionTransformerRelPos, h: Stream) -> Tensor:
-    """The norm after the last block."""
-    normed: Tensor = backbone.norm(h.tokens)
-    return normed
 
 
 def attention_bias(attn: Attention | RelPosAttention, shared: Tensor | None) -> Tensor | None:

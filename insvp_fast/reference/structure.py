@@ -34,11 +34,13 @@ class Stream(NamedTuple):
         tokens: [B, T, D].
         rotation: the sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode per block.
         attn_mask: of the attention among the tokens, [..., T, T]; see ``with_mask``.
+        shared_bias: of the scores in all blocks, [heads, T, T] or [1, heads, T, T].
     """
 
     tokens: Tensor
     rotation: Tensor | None = None
     attn_mask: Tensor | None = None
+    shared_bias: Tensor | None = None
 
 
 def require_plain(module: nn.Module | None, *expected: type[nn.Module]) -> None:
