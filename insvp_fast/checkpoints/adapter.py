@@ -30,6 +30,7 @@ from insvp_fast.checkpoints.released import infer_config, read_released, to_ours
 from insvp_fast.checkpoints.state_dict import assign, check_shapes, expected_shapes, read_adapter_weights, skeleton
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
+from insvp_fast.reference.heads import refuse_arguments
 
 __all__ = ["AdapterCheckpoint", "adapter_part", "recorded_backbone", "require_described"]
 
@@ -315,8 +316,7 @@ def _take_or_create(
 ) -> nn.Module:
     """A given module as it is, or what ``create_backbone`` makes of a name, with ``arguments`` over ``defaults``."""
     if not isinstance(backbone, str):
-        if arguments:
-            raise ValueError(f"{sorted(arguments)} belong to a backbone given by name, and a module was given")
+        refuse_arguments(arguments)
         return backbone
     try:
         return create_backbone(backbone, pretrained, **defaults | arguments).to(dtype)

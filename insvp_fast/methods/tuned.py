@@ -13,7 +13,7 @@ from insvp_fast.checkpoints.backbone import create_backbone, difference, setting
 from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
 from insvp_fast.methods.tuning import Branch, Tuning
 from insvp_fast.reference import structure_of, take_head
-from insvp_fast.reference.heads import DistilledHead, leaves_backbone, reset_classifier
+from insvp_fast.reference.heads import DistilledHead, leaves_backbone, refuse_arguments, reset_classifier
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.timm_interface import TimmInterface
 
@@ -54,10 +54,8 @@ class TunedViT(MethodCheckpoint):
         module: Any = backbone
         if isinstance(backbone, str):
             module = create_backbone(backbone, pretrained, **backbone_kwargs)
-        elif pretrained or backbone_kwargs:
-            raise ValueError(
-                f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
-            )
+        else:
+            refuse_arguments(backbone_kwargs, pretrained)
         structure_of(module)
         if any(isinstance(hook, Branch) for part in module.modules() for hook in part._forward_hooks.values()):
             raise ValueError("the backbone has the branches of another model: expected a copy of its own")

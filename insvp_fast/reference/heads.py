@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any, TypeVar, cast
 
 from timm.layers import ClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 
-__all__ = ["DistilledHead", "leaves_backbone", "reset_classifier", "take_head"]
+__all__ = ["DistilledHead", "leaves_backbone", "refuse_arguments", "reset_classifier", "take_head"]
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -46,6 +46,16 @@ def leaves_backbone(init: Init) -> Init:
             raise
 
     return cast(Init, construct)
+
+
+def refuse_arguments(names: Iterable[str], pretrained: bool = False) -> None:
+    """Check that a module comes without arguments, which only a backbone given by name can have.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if refused := [*["pretrained"] * bool(pretrained), *sorted(names)]:
+        raise ValueError(f"{refused} belong to a backbone given by name, and a module was given")
 
 
 def reset_classifier(backbone: Any, num_classes: int, *global_pool: str | None) -> None:

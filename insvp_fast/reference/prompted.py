@@ -9,7 +9,7 @@ import torch
 from timm import create_model
 from torch import Tensor, nn
 
-from insvp_fast.reference.heads import DistilledHead, leaves_backbone, reset_classifier, take_head
+from insvp_fast.reference.heads import DistilledHead, leaves_backbone, refuse_arguments, reset_classifier, take_head
 from insvp_fast.reference.masks import with_mask
 from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.structure import Prompts, in_channels, pixel_layer
@@ -58,10 +58,8 @@ class PromptedReference(nn.Module):
         module: Any = backbone
         if isinstance(backbone, str):
             module = self._create(backbone, pretrained=pretrained, **backbone_kwargs)
-        elif pretrained or backbone_kwargs:
-            raise ValueError(
-                f"pretrained and {sorted(backbone_kwargs)} belong to a backbone given by name, and a module was given"
-            )
+        else:
+            refuse_arguments(backbone_kwargs, pretrained)
         structure = structure_of(module)
         self.patch_size = structure.patch_size(module)
         if num_classes is not None:
