@@ -6,7 +6,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
 from insvp_fast.reference.eva import final_norm, run_block
-from insvp_fast.reference.structure import Prompts, Stream
+from insvp_fast.reference.structure import Prompts, Stream, square_side
 from insvp_fast.reference.vision_transformer import widths
 
 __all__ = ["apply_block", "embed", "final_norm", "patch_size", "widths"]
@@ -16,10 +16,7 @@ SUPPORTS = frozenset({"reads_tokens", "carry_prompts", "attn_mask"})
 
 def patch_size(backbone: NaFlexVit) -> int:
     """P, the side of the backbone's patches."""
-    height, width = backbone.embeds.patch_size
-    if height != width:
-        raise ValueError(f"the backbone has {height}x{width} patches: expected square ones")
-    return int(height)
+    return square_side(*backbone.embeds.patch_size)
 
 
 def embed(backbone: NaFlexVit, image: Tensor) -> Stream:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Prompts", "Stream", "Structure", "in_channels", "pixel_layer", "require_plain"]
+__all__ = ["Prompts", "Stream", "Structure", "in_channels", "pixel_layer", "require_plain", "square_side"]
 
 
 class Prompts(NamedTuple):
@@ -41,6 +41,17 @@ class Stream(NamedTuple):
     rotation: Tensor | None = None
     attn_mask: Tensor | None = None
     shared_bias: Tensor | None = None
+
+
+def square_side(height: int, width: int) -> int:
+    """The side of a backbone's patches.
+
+    Raises:
+        ValueError: if they are not square.
+    """
+    if height != width:
+        raise ValueError(f"the backbone has {height}x{width} patches: expected square ones")
+    return int(height)
 
 
 def require_plain(module: nn.Module | None, *expected: type[nn.Module]) -> None:

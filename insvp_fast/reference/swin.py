@@ -19,17 +19,14 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts, require_plain
+from insvp_fast.reference.structure import Prompts, require_plain, square_side
 
 __all__ = ["apply_block", "block_with_prompts", "embed", "final_norm", "locate", "patch_size", "widths"]
 
 
 def patch_size(backbone: SwinTransformer) -> int:
     """P, the side of the backbone's patches."""
-    height, width = backbone.patch_embed.patch_size
-    if height != width:
-        raise ValueError(f"the backbone has {height}x{width} patches: expected square ones")
-    return int(height)
+    return square_side(*backbone.patch_embed.patch_size)
 
 
 def locate(backbone: SwinTransformer, block: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from insvp_fast.reference.structure import Prompts, Stream, require_plain
+from insvp_fast.reference.structure import Prompts, Stream, require_plain, square_side
 
 __all__ = [
     "apply_block",
@@ -29,10 +29,7 @@ SUPPORTS = frozenset({"reads_tokens", "gives_keys_values", "carry_prompts", "att
 
 def patch_size(backbone: VisionTransformer) -> int:
     """P, the side of the backbone's patches; of a hybrid, of what each token comes from in the grid of the image."""
-    height, width = backbone.patch_embed.feat_ratio(as_scalar=False)
-    if height != width:
-        raise ValueError(f"the backbone has {height}x{width} patches: expected square ones")
-    return int(height)
+    return square_side(*backbone.patch_embed.feat_ratio(as_scalar=False))
 
 
 def widths(backbone: VisionTransformer) -> list[int]:
