@@ -8,17 +8,15 @@ of the patch prompter, T tokens of the backbone (prefix + N), L prompt tokens of
 J blocks.
 """
 
-from insvp_fast.reference.heads import DistilledHead, take_head
+from insvp_fast.reference.heads import take_head
 from insvp_fast.reference.images import crop_center, fold, normalize, pixel_scale, pool_center, simam, unfold
 from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.model import ImagePrompt, InsVPReference, split_common_prompts
 from insvp_fast.reference.prompters import GlobalPrompter, PatchPrompter, PyramidPrompter, SpecificPrompter
 from insvp_fast.reference.structure import Prompts, Structure
-from insvp_fast.reference.structures import STRUCTURES, structure_of
+from insvp_fast.reference.structures import structure_of
 
 __all__ = [
-    "STRUCTURES",
-    "DistilledHead",
     "Geometry",
     "GlobalPrompter",
     "ImagePrompt",
