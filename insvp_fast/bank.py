@@ -203,7 +203,7 @@ class AdapterBank(PromptedViT):
             return False
         lengths = {_lengths(model) for model in models}
         same = len(lengths) == 1 and None not in lengths
-        return same or "lengths" in getattr(self._family, "SUPPORTS", ())
+        return same or "lengths" in self._family.SUPPORTS
 
     def _alone(self, group: _Group, image: Tensor, features: bool = False) -> Tensor:
         """The result of a group by its own model."""

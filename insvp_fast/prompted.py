@@ -74,8 +74,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
             "gives_keys_values": self.gives_keys_values,
             "carry_prompts": self._carries_prompts,
         }
-        supported: frozenset[str] = getattr(family, "SUPPORTS", frozenset())
-        missing = next((name for name, needed in asked.items() if needed and name not in supported), None)
+        missing = next((name for name, needed in asked.items() if needed and name not in family.SUPPORTS), None)
         return f"{missing}=True has no fast path in a {type(self.backbone).__name__}" if missing else None
 
     def _takes_fast_path(self, image: Tensor, attn_mask: Tensor | None = None) -> bool:

@@ -40,6 +40,7 @@ from insvp_fast.reference import Prompts
 
 __all__ = [
     "INDEXED_DROPOUT_OFF",
+    "SUPPORTS",
     "block_requirements",
     "check_image",
     "embed",

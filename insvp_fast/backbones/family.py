@@ -51,6 +51,8 @@ class BackboneFamily(Protocol):
     ``embed``, ``forward_block`` and ``final_norm`` are called only while it holds, the others for all of the family.
     """
 
+    SUPPORTS: frozenset[str]
+
     def requirements(self, backbone: Any, patch_size: int) -> Table:
         """What the fast path requires of the backbone's modules."""
 

@@ -33,6 +33,7 @@ from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 
 __all__ = [
+    "SUPPORTS",
     "check_image",
     "embed",
     "final_norm",

@@ -53,6 +53,7 @@ from insvp_fast.reference import Prompts
 from insvp_fast.reference.relative_position import attention_bias
 
 __all__ = [
+    "SUPPORTS",
     "attention_choices",
     "check_image",
     "embed",

@@ -40,6 +40,7 @@ from insvp_fast.runtime.fingerprint import SMALL
 from insvp_fast.runtime.prepack import packed
 
 __all__ = [
+    "SUPPORTS",
     "attention_choices",
     "check_image",
     "embed",
@@ -52,6 +53,8 @@ __all__ = [
     "requirements",
     "shared",
 ]
+
+SUPPORTS: frozenset[str] = frozenset()
 
 # What is supported
 

@@ -32,6 +32,7 @@ from insvp_fast.runtime.elementwise import put, put_sum
 from insvp_fast.runtime.prepack import packed
 
 __all__ = [
+    "SUPPORTS",
     "add_positions",
     "check_image",
     "check_shape",

@@ -8,7 +8,9 @@ from torch import Tensor
 from insvp_fast.reference.structure import Prompts
 from insvp_fast.reference.vision_transformer import insert, patch_size, split, widths
 
-__all__ = ["apply_block", "embed", "final_norm", "patch_size", "widths"]
+__all__ = ["SUPPORTS", "apply_block", "embed", "final_norm", "patch_size", "widths"]
+
+SUPPORTS: frozenset[str] = frozenset()
 
 
 def embed(backbone: Cait, image: Tensor) -> Tensor:

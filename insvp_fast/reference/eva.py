@@ -11,7 +11,7 @@ from torch import Tensor
 from insvp_fast.reference.structure import Prompts, Stream
 from insvp_fast.reference.vision_transformer import insert, insert_in_mask, patch_size, split, widths
 
-__all__ = ["apply_block", "embed", "final_norm", "patch_size", "run_block", "widths"]
+__all__ = ["SUPPORTS", "apply_block", "embed", "final_norm", "patch_size", "run_block", "widths"]
 
 SUPPORTS = frozenset({"reads_tokens", "carry_prompts", "attn_mask"})
 

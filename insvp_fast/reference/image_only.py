@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from insvp_fast.reference.structure import Prompts
 
-__all__ = ["apply_block", "embed", "final_norm", "patch_size", "widths"]
+__all__ = ["SUPPORTS", "apply_block", "embed", "final_norm", "patch_size", "widths"]
 
+SUPPORTS: frozenset[str] = frozenset()
 PATCH_SIZE = 16  # the paper's
 
 

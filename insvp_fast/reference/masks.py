@@ -21,7 +21,7 @@ def require_masks(backbone: Any) -> None:
         ValueError: if they take none.
     """
     refusing = backbone
-    if "attn_mask" in getattr(structure_of(backbone), "SUPPORTS", ()):
+    if "attn_mask" in structure_of(backbone).SUPPORTS:
         refusing = next((b for b in backbone.blocks if "attn_mask" not in signature(b.forward).parameters), None)
     if refusing is not None:
         kind = type(refusing).__name__

@@ -9,7 +9,7 @@ from insvp_fast.reference.eva import final_norm, run_block
 from insvp_fast.reference.structure import Prompts, Stream, square_side
 from insvp_fast.reference.vision_transformer import widths
 
-__all__ = ["apply_block", "embed", "final_norm", "patch_size", "widths"]
+__all__ = ["SUPPORTS", "apply_block", "embed", "final_norm", "patch_size", "widths"]
 
 SUPPORTS = frozenset({"reads_tokens", "carry_prompts", "attn_mask"})
 

@@ -76,7 +76,7 @@ class PromptedReference(nn.Module):
         weight = pixel_layer(self.backbone).weight
         with torch.device(weight.device):
             method = make(Geometry.of(self.backbone, self.widths, self.in_channels, self.patch_size))
-        supported: frozenset[str] = getattr(structure_of(self.backbone), "SUPPORTS", frozenset())
+        supported = structure_of(self.backbone).SUPPORTS
         for name in ("reads_tokens", "gives_keys_values", "carry_prompts"):
             if getattr(method, name) and name not in supported:
                 kinds = type(method).__name__, type(self.backbone).__name__

@@ -20,7 +20,7 @@ from insvp_fast.reference.eva import final_norm
 from insvp_fast.reference.structure import Prompts, Stream, require_plain
 from insvp_fast.reference.vision_transformer import patch_size, widths
 
-__all__ = ["apply_block", "attention_bias", "embed", "final_norm", "patch_size", "widths"]
+__all__ = ["SUPPORTS", "apply_block", "attention_bias", "embed", "final_norm", "patch_size", "widths"]
 
 SUPPORTS = frozenset({"reads_tokens", "carry_prompts"})
 

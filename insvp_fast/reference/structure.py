@@ -73,10 +73,12 @@ class Structure(Protocol):
     A backbone is a sequence of J blocks. What runs from block to block is called h: the tokens [B, T, D], or whatever
     the backbone's own blocks take and return.
 
-    A module may say in ``SUPPORTS`` which attributes of a ``PromptMethod`` may be true: "reads_tokens" if h, or else
-    ``h.tokens``, is [B, T, D] with the prefix tokens first, "gives_keys_values", and "carry_prompts". Without it, none
-    of them. Besides, "attn_mask": h may be a ``Stream`` with a mask.
+    A module says in ``SUPPORTS`` which attributes of a ``PromptMethod`` may be true: "reads_tokens" if h, or else
+    ``h.tokens``, is [B, T, D] with the prefix tokens first, "gives_keys_values", and "carry_prompts". Besides,
+    "attn_mask": h may be a ``Stream`` with a mask.
     """
+
+    SUPPORTS: frozenset[str]
 
     def patch_size(self, backbone: Any) -> int:
         """P, the side of the patches that the backbone cuts an image into.

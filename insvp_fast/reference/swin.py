@@ -21,7 +21,9 @@ from torch import Tensor
 
 from insvp_fast.reference.structure import Prompts, require_plain, square_side
 
-__all__ = ["apply_block", "block_with_prompts", "embed", "final_norm", "locate", "patch_size", "widths"]
+__all__ = ["SUPPORTS", "apply_block", "block_with_prompts", "embed", "final_norm", "locate", "patch_size", "widths"]
+
+SUPPORTS: frozenset[str] = frozenset()
 
 
 def patch_size(backbone: SwinTransformer) -> int:

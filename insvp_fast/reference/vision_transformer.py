@@ -13,6 +13,7 @@ from torch import Tensor
 from insvp_fast.reference.structure import Prompts, Stream, require_plain, square_side
 
 __all__ = [
+    "SUPPORTS",
     "apply_block",
     "embed",
     "final_norm",
