@@ -230,7 +230,11 @@ def _attention(
     bias = None if bias is None else bias.flatten(0, -3)
     if num_queries is None:
         return _attend(attn, y, affine, num_tokens, bias, options.attention)
-    return _attend_from_first(attn, y, affine, num_queries, None if bias is None else bias[:, :num_queries])
+    bias = None if bias is None else bias[:, :num_queries]
+    if isinstance(attn, RelPosAttention):
+        return attend_from_first(attn, FrozenLinear.of(attn.qkv, *affine), y, num_queries, bias=bias)
+    q, kv = project_q_kv(attn, y, affine, num_queries)
+    return ops.query_attention(q, kv, attn.num_heads, attn.scale, bias=bias)
 
 
 def _attend(attn: Any, y: Tensor, affine: Affine, num_tokens: int, bias: Tensor | None, impl: str) -> Tensor:
@@ -241,10 +245,3 @@ def _attend(attn: Any, y: Tensor, affine: Affine, num_tokens: int, bias: Tensor 
         return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=impl)
     window = torch.arange(num_tokens, dtype=torch.int32, device=y.device).unsqueeze(0)
     return ops.window_attention(packed, attn.num_heads, window, bias, None, attn.scale, impl=impl)
-
-
-def _attend_from_first(attn: Any, y: Tensor, affine: Affine, num_queries: int, bias: Tensor | None) -> Tensor:
-    if isinstance(attn, RelPosAttention):
-        return attend_from_first(attn, FrozenLinear.of(attn.qkv, *affine), y, num_queries, bias=bias)
-    q, kv = project_q_kv(attn, y, affine, num_queries)
-    return ops.query_attention(q, kv, attn.num_heads, attn.scale, bias=bias)
