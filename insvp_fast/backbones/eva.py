@@ -189,21 +189,26 @@ def forward_block(
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11)."""
-    if backbone.rope_mixed and options.shared is not None:
-        options = options._replace(shared=options.shared[block])
-    return run_block(backbone.blocks[block], residual, branch, prompts, options, num_queries)
+    return run_block(backbone, block, residual, branch, prompts, options, num_queries, mixed=backbone.rope_mixed)
 
 
 def run_block(
-    run: EvaBlock | EvaBlockPostNorm,
+    backbone: Any,
+    block: int,
     residual: Tensor,
     branch: Tensor | None,
     prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None,
+    mixed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One block (eq. 11), with its rotations, or None, as ``shared`` in the options."""
-    rotation, T = options.shared, residual.shape[1]
+    """One block (eq. 11).
+
+    ``mixed``: whether each block has rotations of its own.
+    """
+    run, rotation, T = backbone.blocks[block], options.shared, residual.shape[1]
+    if rotation is not None and mixed:
+        rotation = rotation[block]
     inserted, lengths = (None, None) if prompts is None else (prompts.tokens, prompts.lengths)
     num_keys = None if lengths is None else T + lengths  # prompts stand behind the tokens
 

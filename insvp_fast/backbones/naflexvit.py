@@ -153,9 +153,7 @@ def forward_block(
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11)."""
-    run = backbone.blocks[block]
-    if isinstance(run, EvaBlock):
-        if backbone.rope_is_mixed:
-            options = options._replace(shared=options.shared[block])
-        return eva.run_block(run, residual, branch, prompts, options, num_queries)
-    return vision_transformer.forward_block(backbone, block, residual, branch, prompts, options, num_queries)
+    rest = residual, branch, prompts, options, num_queries
+    if isinstance(backbone.blocks[block], EvaBlock):
+        return eva.run_block(backbone, block, *rest, mixed=backbone.rope_is_mixed)
+    return vision_transformer.forward_block(backbone, block, *rest)
