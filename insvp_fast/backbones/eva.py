@@ -33,7 +33,7 @@ from insvp_fast.backbones.vision_transformer import (
     pixel_weight,
     read_tokens,
 )
-from insvp_fast.backbones.vit_blocks import inactive_dropout, post_norm_block, pre_norm_block, prefixed
+from insvp_fast.backbones.vit_blocks import inactive_dropout, num_keys_of, post_norm_block, pre_norm_block, prefixed
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.reference import Prompts
@@ -209,15 +209,14 @@ def run_block(
     run, rotation, T = backbone.blocks[block], options.shared, residual.shape[1]
     if rotation is not None and mixed:
         rotation = rotation[block]
-    inserted, lengths = (None, None) if prompts is None else (prompts.tokens, prompts.lengths)
-    num_keys = None if lengths is None else T + lengths  # prompts stand behind the tokens
+    num_keys = num_keys_of(prompts, T)
 
     def attend(y: Tensor, affine: Affine) -> Tensor:
         queries = T if num_queries is None else num_queries
         return _attention(run.attn, y, affine, rotation, queries, num_keys, options)
 
     order = post_norm_block if isinstance(run, EvaBlockPostNorm) else pre_norm_block
-    return order(run, attend, residual, branch, inserted, options, num_queries)
+    return order(run, attend, residual, branch, prompts, options, num_queries)
 
 
 def _attention(

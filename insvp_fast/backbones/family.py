@@ -22,8 +22,6 @@ class BlockOptions(NamedTuple):
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
     shared: Any  # what the family's ``shared`` returns
-    prompt_lengths: Tensor | None = None  # ``Prompts.lengths`` of the block
-    keys_values: Tensor | None = None  # ``Prompts.keys_values`` of the block
 
     @property
     def folds_scale(self) -> bool:

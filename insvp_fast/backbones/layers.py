@@ -16,6 +16,7 @@ from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import Prompts
 
 __all__ = [
     "DROP_PATH_OFF",
@@ -116,15 +117,15 @@ def norm_insert(
     norm: nn.LayerNorm | RmsNorm,
     residual: Tensor,
     branch: Tensor | None,
-    prompts: Tensor | None,
+    prompts: Prompts | None,
     options: BlockOptions,
 ) -> tuple[Tensor, Tensor, Affine]:
     """The new residual [B, T, D], the normalized tokens and prompts [B, T+L, D], and the affine map left to apply."""
     folded, own = Affine(), _affine(norm)
     if options.fold_norm:
         folded, own = own, folded
-    center = not isinstance(norm, RmsNorm)
-    return *ops.norm_insert(residual, branch, prompts, *own, norm.eps, center=center, dtype=options.dtype), folded
+    center, inserted = not isinstance(norm, RmsNorm), None if prompts is None else prompts.tokens
+    return *ops.norm_insert(residual, branch, inserted, *own, norm.eps, center=center, dtype=options.dtype), folded
 
 
 def _affine(norm: Any) -> Affine:

@@ -220,7 +220,7 @@ def forward_block(
         return _attention(run.attn, y, affine, T, options, num_queries)
 
     order = post_norm_block if isinstance(run, ResPostRelPosBlock) else pre_norm_block
-    return order(run, attend, residual, branch, None if prompts is None else prompts.tokens, options, num_queries)
+    return order(run, attend, residual, branch, prompts, options, num_queries)
 
 
 def _attention(

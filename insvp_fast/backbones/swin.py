@@ -200,8 +200,7 @@ def forward_block(
         residual, branch = _merge(layer.downsample, residual, branch, grid, options), None
     blk = layer.blocks[number]
     attn, mlp = blk.attn, blk.mlp
-    inserted = None if prompts is None else prompts.tokens
-    residual, y, affine = norm_insert(blk.norm1, residual, branch, inserted, options)
+    residual, y, affine = norm_insert(blk.norm1, residual, branch, prompts, options)
     qkv = ops.linear(y, FrozenLinear.of(attn.qkv, *affine))
     find = tokens_of_windows if type(residual) is Tensor else _tokens_of_windows  # a FakeTensor must not be kept
     windows = find(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)

@@ -244,9 +244,7 @@ def forward_block(
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11); see ``run_block``."""
-    tokens, lengths, keys_values = (None, None, None) if prompts is None else prompts
-    options = options._replace(prompt_lengths=lengths, keys_values=keys_values)
-    return run_block(backbone.blocks[block], residual, branch, tokens, options, num_queries)
+    return run_block(backbone.blocks[block], residual, branch, prompts, options, num_queries)
 
 
 def only_operations(

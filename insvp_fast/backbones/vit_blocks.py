@@ -36,6 +36,7 @@ from insvp_fast.backbones.qkv import norm_heads, qkv_requirements
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
+from insvp_fast.reference import Prompts
 from insvp_fast.reference.vision_transformer import require_block
 from insvp_fast.runtime import buffers
 from insvp_fast.runtime.elementwise import put
@@ -46,6 +47,7 @@ __all__ = [
     "block_requirements",
     "first_tokens",
     "inactive_dropout",
+    "num_keys_of",
     "post_norm_block",
     "pre_norm_block",
     "prefixed",
@@ -170,7 +172,7 @@ def run_block(
     block: nn.Module,
     residual: Tensor,  # [B, T, D]
     branch: Tensor | None,  # [B, T, D], not yet added to the residual
-    prompts: Tensor | None,  # [B, L, D]
+    prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
@@ -178,7 +180,7 @@ def run_block(
 
     With ``num_queries`` only the first tokens go on; the others are keys and values of the attention and end there.
     """
-    if options.keys_values is not None:
+    if prompts is not None and prompts.keys_values is not None:
         require_block(block)
     rest = residual, branch, prompts, options, num_queries
     if isinstance(block, ParallelThingsBlock):
@@ -188,7 +190,7 @@ def run_block(
     attn: Any = block.attn
 
     def attend(y: Tensor, affine: Affine) -> Tensor:
-        return _attention(attn, y, affine, residual.shape[1], options, num_queries)
+        return _attention(attn, y, affine, prompts, options, num_queries)
 
     return (post_norm_block if isinstance(block, ResPostBlock) else pre_norm_block)(block, attend, *rest)
 
@@ -198,7 +200,7 @@ def pre_norm_block(
     attend: Attend,
     residual: Tensor,
     branch: Tensor | None,
-    prompts: Tensor | None,
+    prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -228,14 +230,14 @@ def post_norm_block(
     attend: Attend,
     residual: Tensor,
     branch: Tensor | None,
-    prompts: Tensor | None,
+    prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
     """As ``pre_norm_block``, for the norms behind attention and MLP."""
     residual = residual if branch is None else residual + branch
     y = residual.to(options.dtype)
-    y = y if prompts is None else torch.cat([y, prompts.to(y.dtype)], dim=1)
+    y = y if prompts is None else torch.cat([y, prompts.tokens.to(y.dtype)], dim=1)
     branch = in_own_dtype(block.norm1, ops.linear(attend(y, Affine()), FrozenLinear.of(block.attn.proj)))
     residual = first_tokens(residual, num_queries) + branch
     y = residual.to(options.dtype)
@@ -246,7 +248,7 @@ def _things(
     block: ParallelThingsBlock,
     residual: Tensor,
     branch: Tensor | None,
-    prompts: Tensor | None,
+    prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -254,7 +256,7 @@ def _things(
     for one in block.attns:
         norm, attn, scale, _ = one
         residual, y, affine = norm_insert(norm, residual, branch, prompts, options)
-        values = _attention(attn, y, affine, residual.shape[1], options, num_queries)
+        values = _attention(attn, y, affine, prompts, options, num_queries)
         attended.append(scale(ops.linear(values, FrozenLinear.of(attn.proj))))
         branch = None
     residual, branch = first_tokens(residual, num_queries), reduce(torch.add, attended)
@@ -270,14 +272,14 @@ def _scaling(
     block: ParallelScalingBlock,
     residual: Tensor,
     branch: Tensor | None,
-    prompts: Tensor | None,
+    prompts: Prompts | None,
     options: BlockOptions,
     num_queries: int | None,
 ) -> tuple[Tensor, Tensor]:
     residual, y, affine = norm_insert(block.in_norm, residual, branch, prompts, options)
     weight, bias, M = block.in_proj.weight, block.in_proj.bias, block.in_split[0]
     qkv = FrozenLinear(weight[M:], None if bias is None else bias[M:], *affine)
-    attended = _attend(block, qkv, y, residual.shape[1], options, num_queries)
+    attended = _attend(block, qkv, y, prompts, options, num_queries)
     residual = first_tokens(residual, num_queries)
     up = FrozenLinear(weight[:M], block.mlp_bias if bias is None else bias[:M], *affine)
     if block.out_proj is None:
@@ -291,24 +293,25 @@ def _scaling(
 
 
 def _attention(
-    attn: Attention, y: Tensor, affine: Affine, num_tokens: int, options: BlockOptions, num_queries: int | None
+    attn: Attention, y: Tensor, affine: Affine, prompts: Prompts | None, options: BlockOptions, num_queries: int | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
     qkv = FrozenLinear.of(attn.qkv, *affine)
-    attended = _attend(attn, qkv, y, num_tokens, options, num_queries)
+    attended = _attend(attn, qkv, y, prompts, options, num_queries)
     return in_own_dtype(attn.norm, attended).to(y.dtype)
 
 
 def _attend(
-    attn: Any, qkv: FrozenLinear, y: Tensor, num_tokens: int, options: BlockOptions, num_queries: int | None
+    attn: Any, qkv: FrozenLinear, y: Tensor, prompts: Prompts | None, options: BlockOptions, num_queries: int | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
     """Softmax attention of a module with ``num_heads``, ``scale``, ``q_norm`` and ``k_norm``."""
-    lengths = options.prompt_lengths
-    num_keys = None if lengths is None else num_tokens + lengths  # prompts stand behind the tokens
+    L, keys_values = (0, None) if prompts is None else (prompts.tokens.shape[1], prompts.keys_values)
+    T = y.shape[1] - L
+    num_keys = num_keys_of(prompts, T)
     if num_queries is not None:
-        return attend_from_first(attn, qkv, y, num_queries, num_keys, options.keys_values)
+        return attend_from_first(attn, qkv, y, num_queries, num_keys, keys_values)
     packed = norm_heads(attn, ops.linear(y, qkv), 3)
-    packed = _append(packed, options.keys_values, num_keys)
-    return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, num_keys=num_keys, impl=options.attention)
+    packed = _append(packed, keys_values, num_keys)
+    return ops.attention(packed, attn.num_heads, T, attn.scale, num_keys=num_keys, impl=options.attention)
 
 
 def attend_from_first(
@@ -330,6 +333,11 @@ def attend_from_first(
     q = in_own_dtype(attn.q_norm, torch.unflatten(q, -1, (attn.num_heads, -1))).to(kv.dtype).flatten(2)
     kv = _append(norm_heads(attn, kv, 2), keys_values, num_keys)
     return ops.query_attention(q, kv, attn.num_heads, attn.scale, num_keys=num_keys, bias=bias)
+
+
+def num_keys_of(prompts: Prompts | None, num_tokens: int) -> Tensor | None:  # [B]
+    """How many keys each image has, of tokens and the prompts behind them; None where all have the same number."""
+    return None if prompts is None or prompts.lengths is None else num_tokens + prompts.lengths
 
 
 def absorbs(attn: Any, num_queries: int, num_keys: int, width: int) -> bool:

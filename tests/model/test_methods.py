@@ -323,10 +323,11 @@ def test_a_method_of_ones_own():
 def test_keys_and_values_beside_prompts_with_lengths_are_refused():
     """They would stand behind the padding, which the lengths cut off."""
     block = timm.create_model(NAME, **SIZE).blocks[0].requires_grad_(False)
-    residual, prompts = torch.randn(2, 5, SIZE["embed_dim"]), torch.randn(2, 3, SIZE["embed_dim"])
-    options = BlockOptions(torch.float32, True, "auto", "pre", (2, 2), None, torch.tensor([1, 3]))
+    residual, tokens = torch.randn(2, 5, SIZE["embed_dim"]), torch.randn(2, 3, SIZE["embed_dim"])
+    prompts = Prompts(tokens, torch.tensor([1, 3]))
+    options = BlockOptions(torch.float32, True, "auto", "pre", (2, 2), None)
     assert vit_blocks.run_block(block, residual, None, prompts, options)[0].isfinite().all()
-    options = options._replace(keys_values=torch.randn(2, 4, 2 * SIZE["embed_dim"]))
+    prompts = prompts._replace(keys_values=torch.randn(2, 4, 2 * SIZE["embed_dim"]))
     for num_queries in (None, 1):
         with pytest.raises(ValueError, match="prompts have lengths and keys_values: expected one of them"):
             vit_blocks.run_block(block, residual, None, prompts, options, num_queries)
