@@ -20,8 +20,8 @@ from insvp_fast.backbones import (
 )
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.coverage import Covered, Requirements
+from insvp_fast.coverage.copies import with_tensors
 from insvp_fast.coverage.rules import foreign, full_name
-from insvp_fast.module_copies import with_tensors
 from insvp_fast.ops.graphs import Ahead, Graphs
 from insvp_fast.ops.programs import Programs
 from insvp_fast.reference import Prompts

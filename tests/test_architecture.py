@@ -19,7 +19,7 @@ LAYERS = [
     ["kernels"],
     ["runtime"],
     ["ops"],
-    ["coverage", "module_copies"],
+    ["coverage"],
     ["backbones", "prompters"],
     ["backbone_settings", "checkpoints", "timm_interface"],
     ["prompted"],

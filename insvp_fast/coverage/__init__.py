@@ -10,6 +10,7 @@ in evaluation mode.
 - ``rules.py``: the entries of a table, and how one module is compared with them.
 - ``covered.py``: ``Covered``, and the decision for a whole part, repeated only after something has changed.
 - ``snapshot.py``: whether something has changed.
+- ``copies.py``: shallow copies of modules with other parameters, which are decided about anew.
 - ``surroundings.py``: what outside of a model changes its modules, such as global hooks and replaced functions.
 
 ``torch.compile`` evaluates the decision while it traces. It traces again when a module is replaced, hooked (not with

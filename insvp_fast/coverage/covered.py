@@ -198,7 +198,7 @@ def _memo(part: nn.Module) -> _Memo:
     return memo
 
 
-def forget(part: Covered) -> None:
+def forget(part: nn.Module) -> None:
     """Drop what is remembered of a part, about 1 KB for each of its modules; it is examined anew when it is used."""
     vars(part).pop("_memo", None)
 

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from insvp_fast.coverage.covered import forget
+
 __all__ = ["with_tensors"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -26,7 +28,7 @@ def with_tensors(module: M, own: Sequence[Tensor], given: Sequence[Tensor], but:
 def _copy(module: M, tensors: Mapping[int, Tensor], but: nn.Module) -> M:
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
-    copy.__dict__.pop("_memo", None)  # of coverage, which rests on the tensors
+    forget(copy)  # what is remembered rests on the tensors
     parameters: dict[str, Any] = {name: tensors.get(id(p), p) for name, p in module._parameters.items()}
     copy._parameters = parameters
     copy._modules = {
