@@ -35,6 +35,7 @@ from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
 from insvp_fast.runtime import buffers, native, torch_private
+from insvp_fast.runtime.dtypes import widened
 from insvp_fast.runtime.elementwise import put, put_sum
 from insvp_fast.runtime.fingerprint import SMALL
 from insvp_fast.runtime.prepack import packed
@@ -226,7 +227,7 @@ def _position_bias(attn: WindowAttention) -> Tensor:  # [heads, w, w]
 
     def make() -> Tensor:
         bias: Tensor = attn._get_rel_pos_bias()[0]
-        return bias.to(torch.promote_types(bias.dtype, torch.float32))
+        return bias.to(widened(bias.dtype))
 
     seen = all(x.is_cpu and x.nbytes <= SMALL and not x.requires_grad for x in sources)
     if not seen or torch.compiler.is_compiling() or torch_private.dispatches(sources):  # those of a trace neither

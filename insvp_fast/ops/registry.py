@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from insvp_fast.runtime import native, torch_private, triton_kernels
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = [
     "PACKS",
@@ -240,11 +241,6 @@ def _only_device(x: Tensor, device: torch.device | None, name: str) -> torch.dev
     if device is None:
         return x.device
     raise ValueError(f"{name} is on {x.device}: expected {device}, where the other operands are")
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic for tensors of ``dtype``: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # Reasons, to be read behind 'impl="<name>"'.

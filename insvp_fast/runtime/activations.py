@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from insvp_fast.runtime.dtypes import widened
+
 __all__ = ["ACTIVATIONS", "activate", "activate_bwd"]
 
 # GELU in its exact (erf) form; its approximation by tanh; x * sigmoid(1.702 x); x * sigmoid(x). Their order is that of
@@ -19,7 +21,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return F.silu(x)
     if activation == "quick_gelu":
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(widened(x.dtype))
         return (wide * torch.sigmoid(QUICK * wide)).to(x.dtype)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
@@ -30,7 +32,7 @@ def activate_bwd(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         result = torch.ops.aten.silu_backward(grad, x)
     elif activation == "quick_gelu":
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(widened(x.dtype))
         gate = torch.sigmoid(QUICK * wide)
         result = (grad * (gate + wide * (QUICK * gate * torch.sigmoid(-QUICK * wide)))).to(x.dtype)
     else:

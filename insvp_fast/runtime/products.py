@@ -23,6 +23,7 @@ from torch import Tensor
 
 from insvp_fast.runtime import hardware, native, torch_private
 from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
+from insvp_fast.runtime.dtypes import widened
 from insvp_fast.runtime.prepack import packed
 
 HALF = (torch.bfloat16, torch.float16)
@@ -106,9 +107,9 @@ class FrozenLinear(NamedTuple):
 
     def _matrix(self) -> Tensor:
         weight = self.weight.flatten(1)
-        if self.gain is None and self.scale is None:
-            return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.to(_wide(weight))
-        weight = weight.to(_wide(weight))
+        if self.gain is None and self.scale is None and weight.dtype in (torch.float32, torch.bfloat16):
+            return weight
+        weight = weight.to(widened(weight.dtype))
         weight = weight if self.gain is None else weight * self.gain.to(weight.dtype)
         return weight if self.scale is None else weight * self.scale.to(weight.dtype).unsqueeze(1)
 
@@ -116,15 +117,13 @@ class FrozenLinear(NamedTuple):
         constant = self.bias
         if self.shift is not None:
             # a matrix product would have the precision that PyTorch is set to, and this is kept for other settings
-            constant = (self.weight.flatten(1).to(_wide(self.weight)) * self.shift.to(_wide(self.weight))).sum(1)
+            wide = widened(self.weight.dtype)
+            constant = (self.weight.flatten(1).to(wide) * self.shift.to(wide)).sum(1)
             constant = constant if self.bias is None else constant + self.bias
         if constant is None or self.scale is None:
             return constant
-        return constant.to(_wide(constant)) * self.scale.to(_wide(constant))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+        wide = widened(constant.dtype)
+        return constant.to(wide) * self.scale.to(wide)
 
 
 def linear(x: Tensor, w: FrozenLinear, how: str) -> Tensor:  # [..., D_in] -> [..., n]
