@@ -21,7 +21,7 @@ from insvp_fast.export.preprocessing import image_steps
 
 __all__ = ["ExportedModel", "Facts"]
 
-INSIDE = ("nothing", "normalize", "resize, crop, normalize")
+NOTHING, NORMALIZE, ALL = "nothing", "normalize", "resize, crop, normalize"  # what is inside a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Facts:
         class_names: the names of the classes in order, or None.
         multi_label: whether an image may have several: the logits then give a probability each, by a sigmoid.
         preprocessing: how images are prepared, as arguments of ``timm.data.create_transform``, or None if unknown.
-        inside: the steps of it that the file takes itself, one of ``INSIDE``.
+        inside: the steps of it that the file takes itself, ``NOTHING``, ``NORMALIZE`` or ``ALL``.
         input: the shape of the images, [B, C, H, W] or [B, H, W, C], with None where any size will do.
         insvp_fast_version: what wrote it.
         exif_rotation: whether images were turned upright in training, as their EXIF orientation says.
@@ -55,7 +55,7 @@ class Facts:
     @property
     def dtype(self) -> torch.dtype:
         """Of the images: fp32, or 8 bits where normalization is inside."""
-        return torch.float32 if self.inside == "nothing" else torch.uint8
+        return torch.float32 if self.inside == NOTHING else torch.uint8
 
     def prepare(self, image: Image.Image) -> Tensor:
         """One image for the file, without the batch's dimension: after the steps that are not inside.
@@ -69,9 +69,9 @@ class Facts:
         if self.preprocessing is None:
             raise ValueError("preprocessing is None: expected images to be prepared as they were in training")
         image = to_rgb(image, self.exif_rotation)
-        if self.inside == "nothing":
+        if self.inside == NOTHING:
             return transform_for(self.preprocessing)(image)
-        for step in [] if self.inside.startswith("resize") else image_steps(self.preprocessing):
+        for step in [] if self.inside == ALL else image_steps(self.preprocessing):
             image = step(image)
         pixels = pil_to_tensor(image)
         return pixels.permute(1, 2, 0) if self.input[-1] == 3 else pixels

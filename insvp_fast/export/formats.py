@@ -15,7 +15,7 @@ from torch import Tensor
 
 from insvp_fast.data.images import Images
 from insvp_fast.errors import CheckpointError, ExportError
-from insvp_fast.export.facts import INSIDE, ExportedModel, Facts
+from insvp_fast.export.facts import ALL, NORMALIZE, NOTHING, ExportedModel, Facts
 from insvp_fast.export.graph import Graph, capture
 from insvp_fast.export.onnx import OPSET, load_onnx, quantize_onnx, write_onnx
 from insvp_fast.export.openvino import load_openvino, quantize_openvino, write_openvino
@@ -25,8 +25,6 @@ from insvp_fast.export.programs import is_aoti, load_aoti, load_torch, write_aot
 from insvp_fast.methods.load import AnyModel
 
 __all__ = ["FORMATS", "Export", "Format", "export_model", "load", "require_packages"]
-
-NOTHING, NORMALIZE, ALL = INSIDE
 
 
 class Format(NamedTuple):

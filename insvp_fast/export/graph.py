@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from insvp_fast import __version__
 from insvp_fast.data.lists import escaped
 from insvp_fast.errors import ExportError, InsVPError
-from insvp_fast.export.facts import INSIDE, Facts
+from insvp_fast.export.facts import ALL, NOTHING, Facts
 from insvp_fast.export.preprocessing import ExportedPreprocessing
 from insvp_fast.methods import DAMVP, VFPT, TunedViT
 from insvp_fast.methods.load import AnyModel
@@ -25,8 +25,6 @@ from insvp_fast.reference.structure import in_channels
 from insvp_fast.reference.structures import structure_of
 
 __all__ = ["Graph", "capture", "refusal", "standard_model"]
-
-NOTHING, NORMALIZE, ALL = INSIDE
 
 
 class Graph(NamedTuple):
@@ -70,7 +68,7 @@ def capture(
 
     Args:
         standard: trace the reference rather than the operations of this package.
-        inside: the steps of the preprocessing that are part of the graph, one of ``facts.INSIDE``.
+        inside: the steps of the preprocessing that are part of the graph, as in ``Facts``.
         channels_last: images are [B, H, W, C].
 
     Raises:

@@ -17,14 +17,13 @@ from torch import Tensor
 from insvp_fast.data import transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import ExportError
-from insvp_fast.export.facts import INSIDE, ExportedModel, Facts
+from insvp_fast.export.facts import NOTHING, ExportedModel, Facts
 from insvp_fast.methods.load import AnyModel
 from insvp_fast.probabilities import decide
 from insvp_fast.testing import relative_error
 
 __all__ = ["TOLERANCE", "Loss", "Parity", "check_parity", "measure_loss", "run_in_new_process"]
 
-NOTHING = INSIDE[0]
 TOLERANCE = 1e-5  # of logits in fp32, relative: as between the fast path and the reference
 
 
