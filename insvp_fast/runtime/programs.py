@@ -224,7 +224,7 @@ class Recorder(Recording):
     def run(self, call: native.Call) -> None:
         places = []
         for argument, (kind, value) in enumerate(zip(call.argtypes, call.args, strict=False)):
-            if kind is native.POINTER and value is not None:
+            if kind is native.ptr and value is not None:
                 if (place := self._pointers.get(value)) is None:
                     self._runs_again = False
                 else:

@@ -25,7 +25,7 @@ from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, co
 from insvp_fast.runtime.native.copy import copy
 from insvp_fast.runtime.native.dropout import STATE_BYTES, dropout_bwd, dropout_fwd, dropout_mask
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums, Look
-from insvp_fast.runtime.native.library import DTYPES, POINTER, Call, NativeStatus, available, native_status
+from insvp_fast.runtime.native.library import DTYPES, Call, NativeStatus, available, native_status, ptr
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.program import Place, Steps
@@ -36,7 +36,6 @@ from insvp_fast.runtime.recording import interrupt, lasting
 __all__ = [
     "DTYPES",
     "LINES",
-    "POINTER",
     "STATE_BYTES",
     "Call",
     "Checksums",
@@ -68,6 +67,7 @@ __all__ = [
     "norm_insert_bwd",
     "norm_insert_fwd",
     "pack_linear",
+    "ptr",
     "superpose_bwd",
     "superpose_fwd",
     "weighted_sum",

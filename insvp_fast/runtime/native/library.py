@@ -24,7 +24,6 @@ TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(TYPE_CODES)
 
 ptr, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-POINTER = ptr
 array = [ptr, i32]  # a tensor's memory and the code of its dtype
 
 
