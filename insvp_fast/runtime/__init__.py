@@ -1,6 +1,7 @@
 """What the operations run on.
 
 - ``hardware``: what this machine's processors compute fast.
+- ``dtypes``: those of arithmetic.
 - ``buffers``: memory for large results on CPUs, used again.
 - ``activations``: the activations of an MLP, by name, in PyTorch's own operators.
 - ``elementwise``: copies and sums that may be part of a program of native calls.
