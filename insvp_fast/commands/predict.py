@@ -86,11 +86,11 @@ def run(
     from insvp_fast.data.image_list import ImageList
     from insvp_fast.training.accelerator import resolve_amp
     from insvp_fast.training.load import adapter_sha256, load_run
-    from insvp_fast.training.prediction import classifier_of, predict
+    from insvp_fast.training.prediction import Classifier, predict
 
     images = ImageList(paths, shard)
     loaded = load_run(run, backbone, names)
-    classifier = classifier_of(loaded, tta, amp := resolve_amp(amp))
+    classifier = Classifier(loaded, tta, amp := resolve_amp(amp))
     top_k, loading = min(top_k, len(classifier.class_names)), loaded.loading(batch_size, workers)
 
     def classify(files: Iterable[str]) -> Iterator[Any]:

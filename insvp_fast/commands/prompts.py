@@ -46,7 +46,7 @@ def run(
     from insvp_fast.data.image_list import ImageList
     from insvp_fast.figures.prompts import explain, plot_prompts
     from insvp_fast.training.load import load_run
-    from insvp_fast.training.prediction import classifier_of
+    from insvp_fast.training.prediction import Classifier
 
     files = list(ImageList(images))
     folder = make_folder(output or Path(run if Path(run).is_dir() else ".", "prompts"))
@@ -57,7 +57,7 @@ def run(
             problem = f"--output is {folder}: {place} would be written, and is one of the images"
             raise CommandError(f"{problem}: expected another folder")
     trained = load_run(run, backbone, given)
-    classifier = classifier_of(trained)
+    classifier = Classifier(trained)
     data, reason = classifier.images(files), None
     for start, picture in zip(range(0, len(files), ROWS), pictures, strict=True):
         batch = torch.stack([data[i][0] for i in range(start, min(start + ROWS, len(files)))])

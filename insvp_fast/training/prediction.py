@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from insvp_fast.data import transform_for
@@ -22,35 +22,32 @@ from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.load import Run, load_run
 from insvp_fast.training.tta import with_tta
 
-__all__ = ["Classifier", "Prediction", "classifier_of", "load_classifier", "predict"]
+__all__ = ["Classifier", "Prediction", "load_classifier", "predict"]
 
 
 class Classifier:
     """A trained model on this machine's device, with the preparation of its images and its class names.
 
     Args:
-        preprocessing: arguments of ``timm.data.create_transform``.
-        exif_rotation: whether the images that it was trained with were turned upright.
-        multi_label: whether an image may have several classes: each has a probability of its own.
+        run: a loaded run or adapter.
+        tta: as in ``with_tta``.
         amp: the precision, as ``resolve_amp`` returns it; the weights stay in fp32.
+        source: what an error calls it.
+
+    Raises:
+        TrainingError: if there are no class names.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocessing: Mapping[str, Any],
-        class_names: Sequence[str],
-        exif_rotation: bool,
-        multi_label: bool = False,
-        amp: str = "off",
-    ) -> None:
+    def __init__(self, run: Run, tta: str = "none", amp: str = "off", source: object = "the adapter") -> None:
+        if run.class_names is None:
+            raise TrainingError(f"{source} records no class names: expected `class_names`, one for each class")
         accelerator = create_accelerator(amp)
         self.device, self._autocast = accelerator.device, accelerator.autocast
-        self.multi_label = multi_label
-        self.model = model.to(self.device).float()
-        self.class_names, self.exif_rotation = list(map(escaped, class_names)), exif_rotation
-        self.image_shape = tuple(preprocessing["input_size"])
-        self.transform = transform_for(dict(preprocessing))
+        self.model = with_tta(run.model, tta).to(self.device).float()
+        self.class_names = list(map(escaped, run.class_names))
+        self.exif_rotation, self.multi_label = run.model.exif_rotation, run.model.multi_label
+        self.image_shape = tuple(run.preprocessing["input_size"])
+        self.transform = transform_for(run.preprocessing)
 
     def images(self, files: Sequence[str | Path | BinaryIO], max_pixels: int | None = None) -> Images:
         """The files as items (fp32 [3, H, W], -1); ``max_pixels`` as in ``read_image``."""
@@ -83,22 +80,8 @@ def load_classifier(
     Raises:
         TrainingError: if an adapter records no class names and none are given.
     """
-    run = load_run(source, backbone, class_names)
-    if run.class_names is None:  # of several models that are served, this one
-        raise TrainingError(f"{source} records no class names: expected `class_names`, one for each class")
-    return classifier_of(run)
-
-
-def classifier_of(run: Run, tta: str = "none", amp: str = "off") -> Classifier:
-    """The classifier of a loaded run or adapter; ``tta`` as in ``with_tta``, ``amp`` as in ``Classifier``.
-
-    Raises:
-        TrainingError: if there are no class names.
-    """
-    if run.class_names is None:
-        raise TrainingError("the adapter records no class names: expected `class_names`, one for each class")
-    model = with_tta(run.model, tta)
-    return Classifier(model, run.preprocessing, run.class_names, run.model.exif_rotation, run.model.multi_label, amp)
+    # which of several models that are served an error is about
+    return Classifier(load_run(source, backbone, class_names), source=source)
 
 
 class Prediction(NamedTuple):
