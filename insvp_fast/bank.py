@@ -18,6 +18,7 @@ from insvp_fast.coverage.snapshot import HOOKS
 from insvp_fast.model import STEPS, InsVPViT
 from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import Prompts
+from insvp_fast.runtime import cuda_graphs
 
 __all__ = ["AdapterBank"]
 
@@ -246,9 +247,15 @@ class AdapterBank(PromptedViT):
 
 
 def _rows(places: list[int], batch: int, device: torch.device) -> Tensor:
-    """The places of some images of a batch, without waiting for a GPU; of all, also while a CUDA graph is captured."""
+    """The places of some images of a batch, without waiting for a GPU.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, unless they are all of the batch.
+    """
     if len(places) == batch:
         return torch.arange(batch, device=device)
+    if cuda_graphs.is_capturing(device):  # which would read the places from memory that is gone
+        raise RuntimeError("a CUDA graph of several adapters is captured: expected one adapter for all images")
     rows = torch.tensor(places, dtype=torch.int64)
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 

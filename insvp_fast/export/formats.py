@@ -60,7 +60,6 @@ class Export(NamedTuple):
     loss: Loss | None = None  # with int8, of the file after; None without images
 
 
-@torch.autocast("cpu", enabled=False)
 def export_model(
     model: AnyModel,
     file: str | Path,
@@ -103,8 +102,11 @@ def export_model(
         inside = NORMALIZE
         notes.append(f"resizing and cropping are not inside: {reason}")
     standard = standard or format not in KEEPS_OPERATIONS
-    graph = capture(model, standard=standard, inside=inside, channels_last=channels_last, batch=batch)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+    with (
+        torch.autocast("cpu", enabled=False),  # the caller's would be captured, and compared with itself
+        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder,
+    ):
+        graph = capture(model, standard=standard, inside=inside, channels_last=channels_last, batch=batch)
         draft = Path(folder) / file.name
         how.write(graph, draft)
         parity = check_parity(model, partial(_run, format, draft), graph.facts)

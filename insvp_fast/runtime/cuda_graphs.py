@@ -73,12 +73,13 @@ class Space:
 
     def _recover(self, failed: torch.cuda.CUDAGraph) -> None:
         """End what PyTorch leaves open where CUDA refuses to end a capture, as of a function that waits for the GPU."""
-        failed.reset()
         _failed.append(failed)
         torch_private.end_allocating(self._stream.device, self._pool)
-        # PyTorch 2.11 draws no random numbers before another capture has succeeded
-        with suppress(RuntimeError), self._capturing(torch.cuda.CUDAGraph()):  # the first error is the one to tell
-            torch.zeros(1, device=self._stream.device)
+        with suppress(RuntimeError):  # the first error is the one to tell
+            failed.reset()  # which gives back its memory, where the capture was ended
+            # PyTorch 2.11 draws no random numbers before another capture has succeeded
+            with self._capturing(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=self._stream.device)
 
     def lend(self) -> Tensor:
         """A tensor that stands for what the graph has kept: until PyTorch frees it, no other may be replayed."""
