@@ -64,19 +64,16 @@ def run(
 
     from insvp_fast.commands.settings import show_options
     from insvp_fast.figures.runs import plot_confusion
-    from insvp_fast.training.accelerator import create_accelerator, resolve_amp
+    from insvp_fast.training.accelerator import resolve_amp
     from insvp_fast.training.evaluation import evaluate_run
     from insvp_fast.training.metrics import Metrics
 
-    amp = resolve_amp(amp)
-    with create_accelerator(amp).autocast():
-        facts, metrics, is_main_process = evaluate_run(
-            run, data, root, batch_size, workers, backbone=backbone, class_names=given, tta=tta
-        )
+    more: dict[str, Any] = {"backbone": backbone, "class_names": given, "tta": tta, "amp": resolve_amp(amp)}
+    facts, metrics, is_main_process = evaluate_run(run, data, root, batch_size, workers, **more)
     if not is_main_process:
         return None
     names = facts["class_names"]
-    content = facts | {"amp": amp} | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
+    content = facts | metrics.to_dict() | {"per_class": dict(zip(names, metrics.per_class, strict=True))}
 
     protocol = f", protocol {facts['protocol']}" if "protocol" in facts else ""
     print(f"{facts['data']}: {metrics.images:,} images, {len(names)} classes{protocol}")

@@ -67,7 +67,8 @@ class Images(Dataset):
             item = self.items[index]
             file = io.BytesIO(item.read()) if isinstance(item, TarMember) else item
         except OSError as error:
-            raise DataError(f"{self.name(index)}: cannot be read ({error})") from error
+            reason = " ".join(str(error).split())  # in one line, as all errors
+            raise DataError(f"{self.name(index)}: cannot be read ({reason})") from error
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
         return read_image(file, _name(item, index), self.exif_rotation, self.max_pixels)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from insvp_fast.errors import TrainingError
 from insvp_fast.recipes import read_recipe
-from insvp_fast.studies.entries import Entry, Protocol, Row, Score, find_run, read_runs, scores_of
+from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, find_run, read_runs, scores_of
 from insvp_fast.studies.grid import make_entry
 from insvp_fast.studies.runner import train_entries
 from insvp_fast.studies.tables import mean_and_std, paired_difference
-from insvp_fast.training.candidates import LINEAR
+from insvp_fast.training.candidates import LINEAR, candidates_of
 from insvp_fast.training.recipe import PROMPT_SETTINGS, Recipe
 
 __all__ = ["Compared", "compare", "settings_of"]
@@ -68,9 +68,9 @@ def compare(
     for row in rows:
         rate = picked[row.label]
         entries = {seed: _entry(row, protocol, folder, rate, seed) for seed in protocol.seeds}
-        scores = {seed: scores_of(find_run(runs, entry.recipe)) for seed, entry in entries.items()}
+        scores = {seed: _score(runs, entry) for seed, entry in entries.items()}
         at_edge = len(protocol.rates) > 1 and rate in (min(protocol.rates), max(protocol.rates))
-        compared.append(Compared(row, rate, at_edge, {seed: found[-1] for seed, found in scores.items() if found}))
+        compared.append(Compared(row, rate, at_edge, {seed: found for seed, found in scores.items() if found}))
     return compared
 
 
@@ -98,6 +98,12 @@ def _entry(row: Row, protocol: Protocol, folder: Path, rate: float | None, seed:
     return make_entry({"row": row.label, "lr": rate, "seed": seed}, settings, folder, row.label)
 
 
+def _score(runs: Sequence[Found], entry: Entry) -> Score | None:
+    """That of the row's own model, beside which a run of another study may have fitted a linear probe."""
+    own = candidates_of(entry.recipe)[-1].name
+    return next((score for score in scores_of(find_run(runs, entry.recipe)) if score.model == own), None)
+
+
 def _pick(row: Row, protocol: Protocol, folder: Path) -> float | None:
     """The rate with the best score on val; of equally good ones, the smallest."""
     rates, runs = _rates(row, protocol), read_runs(folder)
@@ -105,8 +111,7 @@ def _pick(row: Row, protocol: Protocol, folder: Path) -> float | None:
         return rates[0]
     vals: dict[float, float | None] = {}
     for rate in sorted(rate for rate in rates if rate is not None):
-        recipe: Recipe = _entry(row, protocol, folder, rate, protocol.seeds[0]).recipe
-        for score in scores_of(find_run(runs, recipe)):
+        if score := _score(runs, _entry(row, protocol, folder, rate, protocol.seeds[0])):
             vals[rate] = score.val
     known = {rate: val for rate, val in vals.items() if val is not None}
     if vals and not known:

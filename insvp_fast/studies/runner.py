@@ -19,7 +19,7 @@ from threading import Event, Lock
 
 import torch
 
-from insvp_fast.errors import INTERRUPTED, InsVPError
+from insvp_fast.errors import INTERRUPTED, InsVPError, TrainingError
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
@@ -52,7 +52,7 @@ def train_entries(
     Raises:
         KeyboardInterrupt: if a run was interrupted.
     """
-    known, interrupted, one_at_a_time, gpus = read_runs(folder), Event(), Lock(), _gpus_of(jobs)
+    known, interrupted, one_at_a_time, gpus = read_runs(folder), Event(), Lock(), _gpus_of(1 if launcher else jobs)
 
     def train_one(number: int) -> int:
         if interrupted.is_set():
@@ -103,6 +103,10 @@ def _gpus_of(jobs: int) -> SimpleQueue[str | None]:
     """For each job the GPU that its run sees, in turn; None, for whatever there is, of one job or at most one GPU."""
     count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
+    if names and names[0].startswith("MIG-"):  # of which a process sees one
+        count = len(names)
+    if any(name in os.environ for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")):  # which come first there
+        count = 0
     gpus: SimpleQueue[str | None] = SimpleQueue()
     for job in range(jobs):
         gpus.put(names[job % count] if jobs > 1 and count > 1 else None)
@@ -143,6 +147,8 @@ def _train(recipe: Recipe, resume: Path | None, log: Path | None, gpu: str | Non
         os.dup2(stream, 2)
     torch.set_num_threads(threads)
     try:
+        if gpu is not None and not torch.cuda.is_available():
+            raise TrainingError(f"CUDA_VISIBLE_DEVICES is {gpu}: expected a GPU that PyTorch can use")
         train(None if resume else recipe, resume)
     except InsVPError as error:
         print(f"insvp train: error: {error}", file=sys.stderr)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, find_executable_batch_size, gather_object
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    find_executable_batch_size,
+    gather_object,
+)
 from torch import nn
 
 try:
@@ -21,11 +28,13 @@ try:
 except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
-from insvp_fast.errors import TrainingError
+from insvp_fast.errors import InsVPError, TrainingError
 from insvp_fast.runtime import hardware
 from insvp_fast.training.recipe import Recipe
 
-__all__ = ["create_accelerator", "find_batch_size", "peak_memory", "resolve_amp"]
+__all__ = ["create_accelerator", "find_batch_size", "from_main", "peak_memory", "resolve_amp"]
+
+T = TypeVar("T")
 
 # how long processes wait for the one that fills the cache or downloads data; PyTorch's 10 minutes would end the run
 PATIENCE = timedelta(hours=12)
@@ -53,6 +62,23 @@ def create_accelerator(amp: str = "off", trackers: tuple[str, ...] = ()) -> Acce
         project_dir="." if trackers else None,  # until there is a run folder
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+def from_main(accelerator: Accelerator, compute: Callable[[], T]) -> T:
+    """What the main process computes, sent to all processes, which may not share a disk.
+
+    Its ``InsVPError`` or ``OSError`` is raised in all of them: otherwise they would wait for it.
+    """
+    found: tuple[Any, Exception | None] = None, None
+    if accelerator.is_main_process:
+        try:
+            found = compute(), None
+        except (InsVPError, OSError) as error:
+            found = None, error
+    value, problem = broadcast_object_list([found])[0]
+    if problem is not None:
+        raise problem
+    return value
 
 
 def peak_memory(device: torch.device) -> int:

@@ -32,7 +32,8 @@ def load_backbone(
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         backbone = create_backbone(source, checkpoint=checkpoint, num_classes=0, **size)
-        patch_size = structure_of(backbone).patch_size(backbone)
+        structure = structure_of(backbone)
+        patch_size = structure.patch_size(backbone) if structure.widths(backbone) else 1
     except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(f"`backbone` is {source}: {error}") from error
     require_rgb(backbone, f"`backbone` is {source}")

@@ -49,20 +49,22 @@ def evaluate_run(
     backbone: str | None = None,
     class_names: Sequence[str] | None = None,
     tta: str = "none",
+    amp: str = "off",
 ) -> Evaluation:
-    """Test the model of a run, in fp32, on its own test data or on other data with the same classes.
+    """Test the model of a run on its own test data or on other data with the same classes.
 
     Args:
         run, backbone, class_names: as in ``load_run``; an adapter without class names has those of the data.
         data, root: other data, as in ``Recipe``; None for the run's own.
         batch_size, workers: None for those of the run, or the defaults of ``Recipe``.
         tta: as in ``with_tta``.
+        amp: the precision, as ``resolve_amp`` returns it; fp32 unless it is given.
 
     Raises:
         DataError: if the data do not exist or have other classes.
         CheckpointError, TrainingError: as ``load_run``, or if there are no data for an adapter.
     """
-    accelerator = create_accelerator()
+    accelerator = create_accelerator(amp)
     recipe, model, _, names, _ = loaded = load_run(run, backbone, class_names)
     if recipe is None and data is None:
         raise TrainingError(f"{run} is an adapter, which does not say what it is tested on: expected `data`")
@@ -84,8 +86,9 @@ def evaluate_run(
     loader = Loader(images, BatchSampler(len(images), batch_size, None, *share), workers, accelerator.device)
     with Counter("eval", len(images), silent=not accelerator.is_main_process) as counter:  # type: ignore[arg-type]
         batches = _counted(loader, counter, accelerator.num_processes)
-        metrics = compute_metrics(with_tta(model, tta), batches, len(names), accelerator, model.multi_label)
-    facts = {"run": str(run), "data": source, "root": root, "tta": tta, "class_names": names}
+        with accelerator.autocast():
+            metrics = compute_metrics(with_tta(model, tta), batches, len(names), accelerator, model.multi_label)
+    facts = {"run": str(run), "data": source, "root": root, "tta": tta, "amp": amp, "class_names": names}
     facts |= {} if recipe is None else {"protocol": recipe.protocol}
     facts |= {"note": note} if note else {}
     return Evaluation(facts, metrics, accelerator.is_main_process)

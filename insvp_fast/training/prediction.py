@@ -24,6 +24,8 @@ from insvp_fast.training.tta import with_tta
 
 __all__ = ["Classifier", "Prediction", "load_classifier", "predict"]
 
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Classifier:
     """A trained model on this machine's device, with the preparation of its images and its class names.
@@ -41,8 +43,7 @@ class Classifier:
     def __init__(self, run: Run, tta: str = "none", amp: str = "off", source: object = "the adapter") -> None:
         if run.class_names is None:
             raise TrainingError(f"{source} records no class names: expected `class_names`, one for each class")
-        accelerator = create_accelerator(amp)
-        self.device, self._autocast = accelerator.device, accelerator.autocast
+        self.device, self._dtype = create_accelerator(amp).device, AMP.get(amp)
         self.model = with_tta(run.model, tta).to(self.device).float()
         self.class_names = list(map(escaped, run.class_names))
         self.exif_rotation, self.multi_label = run.model.exif_rotation, run.model.multi_label
@@ -56,7 +57,7 @@ class Classifier:
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """fp32 [B, classes] on the CPU, of images fp32 [B, 3, H, W]."""
-        with self._autocast():
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
             return self.model(images.to(self.device)).float().cpu()
 
     def rank(self, logits: Tensor, top_k: int) -> list[list[tuple[str, float]]]:

@@ -20,6 +20,7 @@ from insvp_fast.training.prediction import Prediction
 __all__ = ["PredictionFile", "row_writer"]
 
 COMMIT_SECONDS = 5.0  # an interruption loses at most the work of this time and of one batch
+BEFORE = {"amp": "off"}  # settings that earlier versions do not record
 ROW_GROUP = 2**24  # bytes of CSV that become a row group of Parquet
 
 
@@ -156,7 +157,7 @@ class PredictionFile:
         remedy = f"or remove {self.part} to begin anew"
         try:
             facts = json.loads(self.record.read_bytes())
-            settings, digest = dict(facts["settings"]), str(facts["sha256"])
+            settings, digest = BEFORE | dict(facts["settings"]), str(facts["sha256"])
             images, self.skipped, size = (int(facts[name]) for name in ("images", "skipped", "bytes"))
             if min(images, self.skipped, size) < 0:
                 raise ValueError("a negative number")

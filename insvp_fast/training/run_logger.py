@@ -14,7 +14,6 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from insvp_fast import __version__
@@ -26,6 +25,7 @@ from insvp_fast.data import Data
 from insvp_fast.data.images import names_sha256
 from insvp_fast.errors import TrainingError
 from insvp_fast.json_files import read_json
+from insvp_fast.training.accelerator import from_main
 from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
@@ -61,8 +61,7 @@ class RunLogger:
         self.results: list[dict[str, Any]] = []
         self.warned = False
         if folder is None:
-            made = _new_folder(Path(recipe.output), Path(recipe.data).resolve().name) if self.active else None
-            folder = broadcast_object_list([made])[0]
+            folder = from_main(accelerator, lambda: _new_folder(Path(recipe.output), Path(recipe.data).resolve().name))
         self.folder: Path = folder
 
     def start(
@@ -86,7 +85,8 @@ class RunLogger:
         self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
         splits = {split: getattr(data, split) for split in ("train", "val", "test")}
         images = {split: len(part) for split, part in splits.items()}
-        if self.active:
+
+        def describe() -> None:
             for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
             content = self._describe(asked, config, preprocessing, data, splits, backbone)
@@ -95,6 +95,8 @@ class RunLogger:
                 _require_same_inputs(read_json(file, TrainingError), content)
             else:
                 write_file(file, (json.dumps(content, indent=2) + "\n").encode())
+
+        from_main(self.accelerator, describe)
         names = [candidate.name for candidate in candidates_of(self.recipe)]
         start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
         self._say_protocol(preprocessing, data, images, metric)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -17,8 +16,8 @@ from insvp_fast.atomic_files import recover, replace_folder
 from insvp_fast.checkpoints.files import read_safetensors
 from insvp_fast.checkpoints.names import WEIGHTS_FILE
 from insvp_fast.data import Data
-from insvp_fast.errors import TrainingError
-from insvp_fast.training.accelerator import peak_memory
+from insvp_fast.errors import InsVPError, TrainingError
+from insvp_fast.training.accelerator import from_main, peak_memory
 from insvp_fast.training.average import WeightAverage, copy_weights
 from insvp_fast.training.balance import class_weights, targets_of
 from insvp_fast.training.candidates import Candidate
@@ -73,7 +72,7 @@ class Trainer:
         if recipe.init_from and candidate.is_adapter and not (self.folder / "last").exists():
             logger.say(warm_start(model, recipe.init_from))
         self.begins_as_probe = begins_as_probe(recipe, model)
-        if self.begins_as_probe and not self._read_on_main(lambda: (self.folder / "last").exists()):
+        if self.begins_as_probe and not from_main(self.accelerator, lambda: (self.folder / "last").exists()):
             start_as_probe(model, data, logger)
         # of a model, timm does not decay biases and what it takes for embeddings; the release decays all that it trains
         decayed = [p for p in model.parameters() if p.requires_grad] if recipe.released else model
@@ -115,7 +114,7 @@ class Trainer:
     def test(self) -> dict[str, Any]:
         """Load the weights of the best epoch, or keep the last ones if no split selects; test them, set ``result``."""
         if self.recipe.selection_split:
-            best = self._read_on_main(lambda: read_safetensors(self.folder / "best" / WEIGHTS_FILE))
+            best = from_main(self.accelerator, lambda: read_safetensors(self.folder / "best" / WEIGHTS_FILE))
             copy_weights(self.trained.values(), [best[key] for key in self.trained])
             copy_weights(self.buffers.values(), [best[key] for key in self.buffers])
         else:
@@ -297,16 +296,17 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load ``last``, if there is one."""
-        if self.accelerator.is_main_process:
+
+        def read() -> Any:
             recover(self.folder / "best")
-        state = self._read_on_main(lambda: load_state(self.folder / "last"))
+            return load_state(self.folder / "last")
+
+        state = from_main(self.accelerator, read)
         if state is None:
             return
         try:
             self.restore(state)
-        except (LookupError, TypeError) as error:
+        except InsVPError:
+            raise
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise TrainingError(f"{self.folder / 'last'}: not a state that can be resumed ({error!r})") from error
-
-    def _read_on_main(self, read: Callable[[], Any]) -> Any:
-        """What the main process reads, sent to all processes: they may not share a disk."""
-        return broadcast_object_list([read() if self.accelerator.is_main_process else None])[0]

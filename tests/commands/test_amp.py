@@ -11,6 +11,8 @@ from PIL import Image
 from insvp_fast.commands import cli
 from insvp_fast.data import transform_for
 from insvp_fast.methods import load_model
+from insvp_fast.training.load import load_run
+from insvp_fast.training.prediction import Classifier
 from tests.commands.finished_run import CLASSES
 
 
@@ -39,6 +41,14 @@ def test_bf16_is_that_of_autocast(tta, run, images, tmp_path, capsys):
     for file, row in zip(files, logits.softmax(1), strict=True):
         assert [found["bf16"][str(file)][name] for name in CLASSES] == pytest.approx(row.tolist(), abs=1e-3)
     assert found["bf16"] != found["off"]
+
+
+def test_the_precision_of_a_classifier_is_its_own(run):
+    images = torch.randn(2, 3, 32, 32)
+    first = Classifier(load_run(run), amp="bf16")
+    found = first.logits(images)
+    assert not torch.equal(Classifier(load_run(run)).logits(images), found)
+    assert torch.equal(first.logits(images), found)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="GPUs compute in fp16")

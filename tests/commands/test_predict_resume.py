@@ -125,6 +125,18 @@ def test_other_settings_do_not_go_on(options, message, run, images, tmp_path, ca
     assert (tmp_path / "out.csv.part").read_bytes() == before
 
 
+def test_a_file_of_an_earlier_version_goes_on(run, images, tmp_path):
+    command = ["predict", str(run), str(images / "test"), "--output"]
+    assert cli.main([*command, str(tmp_path / "whole.csv")]) == 0
+    assert interrupted([*command, str(tmp_path / "out.csv")], 2)
+    record = tmp_path / "out.csv.part.json"
+    facts = json.loads(record.read_text())
+    del facts["settings"]["amp"]
+    record.write_text(json.dumps(facts))
+    assert cli.main([*command, str(tmp_path / "out.csv")]) == 0
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["00.png", "0.png"], ids=["added", "replaced"])
 def test_other_images_do_not_go_on(name, run, images, tmp_path, capsys):
     shutil.copytree(images / "test", tmp_path / "data")

@@ -552,6 +552,7 @@ def test_the_cores_are_divided_among_the_jobs(tmp_path, monkeypatch):
         (3, None, 1, [None]),
         (1, None, 2, [None] * 2),
         (0, "", 2, [None] * 2),
+        (1, "MIG-4,MIG-5", 2, ["MIG-4", "MIG-5"]),  # PyTorch sees one of them
     ],
 )
 def test_the_gpus_are_given_to_the_jobs_in_turn(count, visible, jobs, expected, tmp_path, monkeypatch):
@@ -579,3 +580,9 @@ def test_a_run_sees_its_gpu_alone(monkeypatch):
     for gpu in (None, "2"):
         runner._train(Recipe(), None, None, gpu, torch.get_num_threads())
     assert seen == ["1,2", "2"]
+
+
+def test_a_probe_that_another_study_has_fitted_beside_it_is_not_the_model(monkeypatch):
+    scores = [Score("InsVP", 0.5, 0.5, {}), Score("linear probe", 0.9, 0.9, {})]
+    monkeypatch.setattr(comparison, "scores_of", lambda run: scores)
+    assert comparison._score([], Entry({}, Recipe(probe=False), [])) is scores[0]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_all_processes_take_the_smallest_batch_that_one_of_them_can(monkeypatch)
 def test_processes_wait_for_hours_for_the_one_that_fills_the_cache():
     assert accelerator.create_accelerator().init_handler.to_kwargs() == {"timeout": accelerator.PATIENCE}
     assert accelerator.PATIENCE.total_seconds() >= 3600
+
+
+@pytest.mark.parametrize("is_main_process", [True, False])
+def test_an_error_of_the_main_process_is_raised_in_every_process(is_main_process, monkeypatch):
+    def compute():
+        raise DataError("no such file")
+
+    sent = []
+    monkeypatch.setattr(accelerator, "broadcast_object_list", lambda own: sent.extend(own) or [(None, DataError("it"))])
+    with pytest.raises(DataError, match="^it$"):
+        accelerator.from_main(SimpleNamespace(is_main_process=is_main_process), compute)
+    ((value, error),) = sent
+    assert value is None and (str(error) == "no such file" if is_main_process else error is None)
 
 
 @pytest.mark.parametrize("own", [False, True])
