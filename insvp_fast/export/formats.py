@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -102,10 +102,8 @@ def export_model(
         inside = NORMALIZE
         notes.append(f"resizing and cropping are not inside: {reason}")
     standard = standard or format not in KEEPS_OPERATIONS
-    with (
-        torch.autocast("cpu", enabled=False),  # the caller's would be captured, and compared with itself
-        tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder,
-    ):
+    # the caller's autocast would be captured, and compared with itself
+    with torch.autocast("cpu", enabled=False), TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
         graph = capture(model, standard=standard, inside=inside, channels_last=channels_last, batch=batch)
         draft = Path(folder) / file.name
         how.write(graph, draft)

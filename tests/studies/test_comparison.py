@@ -573,13 +573,17 @@ def test_the_gpus_are_given_to_the_jobs_in_turn(count, visible, jobs, expected, 
     assert Counter(given[:jobs]) == Counter(given[jobs:]) == Counter(expected)
 
 
-def test_a_run_sees_its_gpu_alone(monkeypatch):
-    seen = []
+def test_a_run_sees_its_gpu_alone(monkeypatch, capsys):
+    seen, usable = [], iter([True, False])
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: next(usable))
     monkeypatch.setattr(runner, "train", lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
     for gpu in (None, "2"):
         runner._train(Recipe(), None, None, gpu, torch.get_num_threads())
     assert seen == ["1,2", "2"]
+    with pytest.raises(SystemExit):
+        runner._train(Recipe(), None, None, "2", torch.get_num_threads())
+    assert len(seen) == 2 and "CUDA_VISIBLE_DEVICES is 2: expected a GPU that" in capsys.readouterr().err
 
 
 def test_a_probe_that_another_study_has_fitted_beside_it_is_not_the_model(monkeypatch):
