@@ -36,8 +36,6 @@ def backbones(tmp_path_factory):
     ("name", "options"),
     [
         ("test_resnet", ["--method", "full"]),
-        ("test_resnet", NO_TOKENS),
-        ("test_convnext", ["--method", "bias"]),
         ("test_convnext", NO_TOKENS),
     ],
     ids=lambda value: value if isinstance(value, str) else value[-1],
