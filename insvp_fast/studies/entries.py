@@ -29,6 +29,11 @@ __all__ = [
 # what a linear probe depends on: besides these, its runs would be repetitions to the bit
 PROBE_SETTINGS: tuple[str, ...] = ("backbone", "checkpoint", "img_size", "data", "root", "preprocessing")
 PROBE_SETTINGS += ("exif_rotation", "protocol", "split_seed", "select_on", "metric", "retrain", "amp")
+# settings by which no runs are told apart: the study's folder may have been moved, and the others change no number
+IGNORED = ("output", "pictures", "save_every")
+# numbers and switches among the others: no path, which has several spellings
+NUMBERS = [field.name for field in dataclasses.fields(Recipe) if field.type in ("bool", "int", "float")]
+NUMBERS = [name for name in NUMBERS if name not in (*IGNORED, "probe")]
 
 
 class Entry(NamedTuple):
@@ -110,8 +115,9 @@ def find_run(runs: Iterable[Found], recipe: Recipe) -> Found | None:
 
 
 def _has_settings(recorded: Recipe, recipe: Recipe) -> bool:
-    # the study's folder may have been moved since, and the others change no number
-    same: dict[str, Any] = {name: getattr(recorded, name) for name in ("output", "pictures", "save_every")}
+    if any(getattr(recorded, name) != getattr(recipe, name) for name in NUMBERS):  # in a fraction of the time
+        return False
+    same: dict[str, Any] = {name: getattr(recorded, name) for name in IGNORED}
     same["probe"] = recipe.probe or recorded.probe
     return absolute_paths(dataclasses.replace(recipe, **same)) == absolute_paths(recorded)
 
