@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from insvp_fast import AdapterBank, InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.errors import CheckpointError
 from insvp_fast.methods import create_model
+from insvp_fast.runtime import cuda_graphs
 from insvp_fast.testing import DEVICE, assert_within_budget, relative_error
 
 NO_IMAGE_PROMPT = {"global_prompt": False, "patch_prompt": False}
@@ -196,6 +197,14 @@ def test_a_backbone_without_a_head_returns_its_features():
 
 
 @torch.no_grad()
+def test_a_cuda_graph_has_one_adapter(monkeypatch):
+    bank, image = make_bank(["three"])[0], images(2)
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda device: True)
+    assert [len(group.rows) for group in bank._groups(image, "three")] == [2]
+    with pytest.raises(RuntimeError, match="expected one adapter for all images"):
+        bank._groups(image, ["three", None])
+
+
 def test_adapters_from_folders_added_and_removed(tmp_path):
     backbone = make_backbone()
     for classes, name in enumerate(("three", "released"), 2):
