@@ -141,11 +141,12 @@ def _count_trained(run: Run, images: Images) -> int:
         return 0
     try:
         parts = divide_source(recipe.data, recipe.split_seed, root=recipe.root, protocol=recipe.protocol)
-        undivided = read_source(recipe.data, recipe.split_seed, recipe.root).splits["train"]
     except DataError:
         return 0
-    changed = any(digest != names_sha256(parts[split]) for split, digest in run.images_sha256.items())
-    trained = [parts["train"], *([parts["val"]] if recipe.retrain else []), *([undivided] if changed else [])]
+    train = parts["train"]
+    if isinstance(train, Part) and any(names_sha256(parts[split]) != old for split, old in run.images_sha256.items()):
+        train = train.dataset  # type: ignore[assignment]
+    trained = [train, *([parts["val"]] if recipe.retrain else [])]
     return len(files & set().union(*map(files_of, trained)))
 
 

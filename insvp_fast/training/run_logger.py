@@ -86,7 +86,7 @@ class RunLogger:
         splits = {split: getattr(data, split) for split in ("train", "val", "test")}
         images = {split: len(part) for split, part in splits.items()}
 
-        def describe() -> None:
+        def write_config() -> None:
             for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
             content = self._describe(asked, config, preprocessing, data, splits, backbone)
@@ -96,7 +96,7 @@ class RunLogger:
             else:
                 write_file(file, (json.dumps(content, indent=2) + "\n").encode())
 
-        from_main(self.accelerator, describe)
+        from_main(self.accelerator, write_config)
         names = [candidate.name for candidate in candidates_of(self.recipe)]
         start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
         self._say_protocol(preprocessing, data, images, metric)
