@@ -70,7 +70,7 @@ def _dropout(default: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class InsVPConfig:
-    """The hyper-parameters of InsVP; the defaults are the paper's.
+    """The hyper-parameters of InsVP; the defaults are the paper's model (docs/adapters.md: what the paper leaves open).
 
     The letters are those of the equations in ``insvp_fast/reference``. A configuration is immutable; derive another
     with ``dataclasses.replace``.
@@ -91,7 +91,8 @@ class InsVPConfig:
         specific_kernels: kernel sides of the specific prompter's three convolutions.
         specific_input: what the specific prompter reads: "image", or "prompted" for the image with the image prompt
             added (the release).
-        global_dropout, patch_dropout, common_dropout, specific_dropout: dropout on each prompt in training.
+        global_dropout, patch_dropout, common_dropout: dropout on each prompt in training.
+        specific_dropout: dropout in the specific prompter in training, in front of its second and third convolution.
         simam: weigh the input image with SimAM first (the release, for some data sets).
 
     Raises:
@@ -130,8 +131,8 @@ class InsVPConfig:
         """The configuration of the authors' released code, which differs from the paper; ``overrides`` are fields.
 
         Weights 2 and 1 for the image prompt and 1 and 1 for the feature prompt, dense 11x11 and 25x25 convolutions,
-        dropout 0.1 on all four prompts, the prompted image as input of the specific prompter, prompts carried through
-        unprompted blocks, ``prompt_length=16``.
+        dropout 0.1 on three prompts and in the specific prompter, which reads the prompted image, prompts carried
+        through unprompted blocks, ``prompt_length=16``.
 
         The released code runs the specific prompter once per block, and its results differ only in their dropout
         masks. Here it runs once: the same function in evaluation, one mask for all blocks in training.

@@ -48,8 +48,9 @@ class SpecificPrompter(nn.Module):
     """G_s: three convolutions with pooling between that make L tokens from an image (eq. 9). [B, C, H, W] -> [B, L, D].
 
     The paper reshapes [c·L, grid, grid] to [L, D], which needs D = c·grid². Its own case is c = 3 and grid = P = 16;
-    for other widths c and grid come from ``token_grid``. Each pooling window is the largest that fits, on the center
-    of the image, and for 224 pixels, P = 16 and D = 768 all sizes are those of the authors' release.
+    for other widths c and grid come from ``token_grid``. The first pooling, to 3·grid + 4, has the largest windows that
+    fit on the center of the image (on a smaller image they overlap), the second has windows of 3 on the center of the
+    map. For 224 pixels, P = 16 and D = 768 all sizes are those of the authors' release.
     """
 
     def __init__(self, channels: int, patch_size: int, embed_dim: int, config: InsVPConfig) -> None:

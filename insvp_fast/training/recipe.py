@@ -255,7 +255,7 @@ class Recipe:
     global_dropout: float | None = _prompt_setting("dropout on the global prompt (default: 0.1)")
     patch_dropout: float | None = _prompt_setting("dropout on the patch prompt (default: 0; 0.1 with `released`)")
     common_dropout: float | None = _prompt_setting("dropout on the common prompts (default: 0; 0.1 with `released`)")
-    specific_dropout: float | None = _prompt_setting("dropout on the specific prompt (default: 0; 0.1 with `released`)")
+    specific_dropout: float | None = _prompt_setting("dropout in the specific prompter (default: 0; 0.1 if `released`)")
     simam: bool | None = _prompt_setting("weight the input image by SimAM (default: off)")
     probe: bool = _training(
         True,

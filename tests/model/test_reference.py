@@ -163,15 +163,31 @@ def test_token_grid(width, patch, expected):
     assert (channels, grid) == expected and channels * grid**2 == width
 
 
-def test_specific_prompter_has_the_released_geometry_at_224():
-    prompter = reference.SpecificPrompter(3, 16, 768, InsVPConfig(prompt_length=2)).double()
-    image = double(1, 3, 224, 224)
+@pytest.mark.parametrize(
+    ("side", "patch_size", "width", "first", "second"),
+    [
+        pytest.param(224, 16, 768, [(i, i + 4) for i in range(8, 216, 4)], slice(2, 50), id="as released"),
+        pytest.param(40, 8, 96, [(i, i + 2) for i in range(4, 36, 2)], slice(2, 14), id="a small grid"),
+        pytest.param(
+            24,
+            8,
+            192,
+            [(24 * i // 28, -(-24 * (i + 1) // 28)) for i in range(28)],
+            slice(2, 26),
+            id="windows that overlap",
+        ),
+    ],
+)
+def test_specific_prompter_pools_windows_on_the_center(side, patch_size, width, first, second):
+    prompter = reference.SpecificPrompter(3, patch_size, width, InsVPConfig(prompt_length=2)).double()
+    image = double(1, 3, side, side)
     x = F.leaky_relu(F.conv2d(image, prompter.conv1.weight, prompter.conv1.bias, padding=3))
-    x = F.max_pool2d(x[:, :, 8:216, 8:216], 4)
+    for dim in (2, 3):
+        x = torch.stack([x.narrow(dim, start, end - start).amax(dim) for start, end in first], dim)
     x = F.leaky_relu(F.conv2d(x, prompter.conv2.weight, prompter.conv2.bias, padding=4))
-    x = F.max_pool2d(x[:, :, 2:50, 2:50], 3)
+    x = F.max_pool2d(x[:, :, second, second], 3)
     x = F.conv2d(x, prompter.conv3.weight, prompter.conv3.bias, padding=1)
-    torch.testing.assert_close(prompter(image), x.reshape(1, 2, 768))
+    torch.testing.assert_close(prompter(image), x.reshape(1, 2, width))
 
 
 def test_superpose_gradients_written_out():
