@@ -46,8 +46,9 @@ ACTIVATIONS: dict[type[nn.Module], str] = {  # to the names of ``ops.mlp``; PyTo
 
 watch("forward __call__", LayerNorm, LayerScale, DropPath, RmsNorm, nn.LayerNorm)
 watch("forward __call__", Mlp, GluMlp, SwiGLU, GeGluMlp, nn.GELU, *ACTIVATIONS)
-watch("layer_norm gelu silu", F)
+watch("layer_norm gelu silu softmax", F)
 watch("layer_norm", torch)
+watch("softmax", torch.Tensor)  # of attention that is not fused
 watch("rms_norm", F, timm_norms)
 watch("quick_gelu", activations)
 

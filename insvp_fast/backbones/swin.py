@@ -174,14 +174,17 @@ def embed(backbone: SwinTransformer, patches: Tensor, grid: tuple[int, int]) -> 
 
 
 def embeds_by_operations(backbone: SwinTransformer) -> Hashable:
-    """The epsilon where the norm of the embedding, which may be anything, is a LayerNorm.
+    """What is read of the norm of the embedding, which may be anything, where it is a LayerNorm.
 
-    Not on GPUs, where no graph of a Swin was tried.
+    Its tensors by their numbers, which are no others' while a program holds them. Not on GPUs, where no graph of a Swin
+    was tried.
     """
     projection, norm = backbone.patch_embed.proj, backbone.patch_embed.norm
     layer_norm, of_timm, _ = norm_requirements(projection.out_channels)
     known = difference(norm, (IDENTITY, layer_norm, of_timm), frozen=True) is None
-    return projection.weight.is_cpu and known and ("eps", getattr(norm, "eps", None))
+    tensors = [*norm.parameters()] if known else []
+    known = known and all(x.dtype == projection.weight.dtype for x in tensors)
+    return projection.weight.is_cpu and known and ("eps", getattr(norm, "eps", None), *map(id, tensors))
 
 
 def forward_block(

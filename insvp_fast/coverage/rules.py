@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from insvp_fast.coverage.snapshot import HOOKS
-from insvp_fast.coverage.surroundings import watch
+from insvp_fast.coverage.surroundings import home, watch
 
 __all__ = [
     "CALLED",
@@ -133,16 +133,10 @@ def foreign(owner: object, *names: str) -> str | None:
     """The first of these methods that an object has and that is not this package's."""
     for name in names:
         method = getattr(owner, name, None)
-        home = _home(getattr(method, "__func__", method))
-        if name in getattr(owner, "__dict__", ()) or (method is not None and not home.startswith("insvp_fast.")):
+        ours = home(getattr(method, "__func__", method)).startswith("insvp_fast.")
+        if name in getattr(owner, "__dict__", ()) or (method is not None and not ours):
             return name
     return None
-
-
-def _home(function: Any) -> str:
-    """The module in which a function was written, whatever a decorator says; "" if that is not known."""
-    name: str = getattr(function, "__globals__", {}).get("__name__", "")
-    return name
 
 
 def full_name(cls: type[nn.Module]) -> str:

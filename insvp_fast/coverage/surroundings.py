@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from itertools import starmap
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
 
 from insvp_fast.runtime import torch_private
 
-__all__ = ["surroundings_reason", "watch"]
+__all__ = ["home", "surroundings_reason", "watch"]
 
 _WATCHED: dict[tuple[Any, str], Any] = {}
 
@@ -19,16 +21,25 @@ def watch(names: str, *owners: Any) -> None:
     """Stop all fast paths when one of these functions is replaced.
 
     Args:
-        names: of functions that modules of a fast path call, separated by blanks. One that comes from another package
-            than torch, timm and this one counts as replaced from the start.
+        names: of functions that modules of a fast path call, separated by blanks, but for arithmetic and shapes. One
+            that comes from another package than torch, timm and this one counts as replaced from the start.
         owners: classes or modules that have them.
     """
     for owner in owners:
         for name in names.split():
             function = getattr(owner, name)
-            home = getattr(function, "__module__", None) or "torch"  # PyTorch's functions in C++ may have none
-            original = home.partition(".")[0] in ("torch", "timm", "insvp_fast")
-            _WATCHED[owner, name] = function if original else None
+            homes = {home(f).partition(".")[0] for f in (function, inspect.unwrap(function))}  # torch.compile wraps too
+            _WATCHED[owner, name] = function if homes <= {"torch", "timm", "insvp_fast"} else None
+
+
+def home(function: Any) -> str:
+    """The module in which a function was written, whatever a decorator says; "" if that is not known."""
+    if isinstance(function, MethodDescriptorType):
+        function = function.__objclass__
+    elif not isinstance(function, BuiltinFunctionType):
+        name: str = getattr(function, "__globals__", {}).get("__name__", "")
+        return name
+    return function.__module__ or "torch"  # PyTorch's functions in C++ may have none
 
 
 def surroundings_reason() -> str | None:

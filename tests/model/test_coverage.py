@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import json
+import operator
 import pickle
 import pkgutil
 import warnings
@@ -438,8 +439,10 @@ PATCHED = [
     ("torch.nn.functional", "scaled_dot_product_attention"),
     ("torch.nn.functional", "linear"),
     ("torch.nn.functional", "conv2d"),
+    ("torch.nn.functional", "softmax"),
     ("torch", "layer_norm"),
     ("torch.Tensor", "relu"),
+    ("torch.Tensor", "softmax"),
     ("torch.nn.Module", "_call_impl"),
 ]
 
@@ -454,13 +457,34 @@ def test_a_replaced_function(monkeypatch, owner, name):
     assert unsupported_reason(fast).endswith(f"{name} has been replaced")
 
 
-def test_a_function_of_another_package_counts_as_replaced(monkeypatch):
+class Wrapped:
+    """As functools.partial, with the name of what it calls."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+
+
+WRITTEN_ELSEWHERE = {
+    "another package's": lambda owner: json.loads,
+    "another package's in C": lambda owner: operator.neg,
+    "that calls PyTorch's and has its name": lambda owner: functools.wraps(owner.softmax)(lambda *a: owner.softmax(*a)),
+    "that calls PyTorch's in C and has its name": lambda owner: functools.wraps(owner.linear)(
+        lambda *a: owner.linear(*a)
+    ),
+    "compiled": lambda owner: torch.compile(lambda x: x),
+    "partial": lambda owner: functools.partial(owner.softmax, dim=0),
+    "an object": lambda owner: Wrapped(owner.softmax),
+}
+
+
+@pytest.mark.parametrize("replace", WRITTEN_ELSEWHERE.values(), ids=WRITTEN_ELSEWHERE)
+def test_a_function_that_was_written_elsewhere_counts_as_replaced(replace, monkeypatch):
     monkeypatch.setattr(surroundings, "_WATCHED", {})
     owner = ModuleType("owner")
-    owner.linear = nn.functional.linear
-    surroundings.watch("linear", owner)
+    owner.linear, owner.relu, owner.softmax = nn.functional.linear, torch.Tensor.relu, nn.functional.softmax
+    surroundings.watch("linear relu softmax", owner)
     assert surroundings.surroundings_reason() is None
-    owner.patched = json.loads
+    owner.patched = replace(owner)
     surroundings.watch("patched", owner)
     assert surroundings.surroundings_reason() == "owner.patched has been replaced"
 

@@ -357,6 +357,10 @@ def move_bias_of_embedding(model):
     norm.bias.data = behind_other_numbers(norm.bias + 0.5)
 
 
+def frozen_of(size):
+    return nn.Parameter(torch.randn(size), requires_grad=False)
+
+
 SWIN_CHANGES = {
     "the place of the mask": move_mask,
     "a weight": CHANGES["in place"],
@@ -368,6 +372,12 @@ SWIN_CHANGES = {
     "the shift": lambda m: setattr(shifted(m), "shift_size", (0, 0)),
     "the norm of the embedding": lambda m: m.backbone.patch_embed.norm.weight.mul_(torch.rand(24)),
     "the place of its bias": move_bias_of_embedding,
+    "its weight, another parameter": lambda m: setattr(m.backbone.patch_embed.norm, "weight", frozen_of(24)),
+    "its bias, another parameter": lambda m: setattr(m.backbone.patch_embed.norm, "bias", frozen_of(24)),
+    "no bias of it": lambda m: setattr(m.backbone.patch_embed.norm, "bias", None),
+    "both, assigned": lambda m: m.backbone.patch_embed.norm.load_state_dict(
+        {"weight": frozen_of(24), "bias": frozen_of(24)}, assign=True
+    ),
     "its epsilon": lambda m: setattr(m.backbone.patch_embed.norm, "eps", 0.5),
     "another norm": lambda m: setattr(m.backbone.patch_embed, "norm", nn.Identity()),
     "a hook of the norm": lambda m: m.backbone.patch_embed.norm.register_forward_hook(lambda module, x, y: y.abs()),
