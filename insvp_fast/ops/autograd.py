@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from insvp_fast.runtime import torch_private
 
-__all__ = ["apply", "differentiates", "first_order", "only_needed"]
+__all__ = ["apply", "differentiates", "first_order", "kept_weights", "only_needed"]
 
 
 def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
@@ -93,6 +93,14 @@ class _NoBackward:
 
     def set_materialize_grads(self, value: bool) -> None:
         pass
+
+
+def kept_weights(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What a product keeps of its weights for backward: the matrices' memory, as PyTorch's ``linear`` does.
+
+    A parameter may have been given other memory by then, by ``.data =``.
+    """
+    return [w.detach() if w is not None and w.ndim == 2 else w for w in weights]
 
 
 def only_needed(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

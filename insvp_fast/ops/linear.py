@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order
+from insvp_fast.ops.autograd import apply, first_order, kept_weights
 from insvp_fast.ops.registry import (
     FLOATS,
     PACKS,
@@ -142,7 +142,7 @@ class _Bwd(NamedTuple):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(*rest[:5])
+        ctx.save_for_backward(*kept_weights(rest[:5]))
         ctx.rest = rest[5:]
         return cast(Tensor, call("linear_fwd", x, *rest))
 
@@ -156,7 +156,7 @@ class _ProjectQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_queries: int, *rest: Any) -> tuple[Tensor, Tensor]:
         *weights, impl = rest
-        ctx.save_for_backward(*weights)
+        ctx.save_for_backward(*kept_weights(weights))
         ctx.num_queries, ctx.impl, (last, D) = num_queries, impl, weights[0].shape
         q = call("linear_fwd", x[:, :num_queries], *weights, 0, D, impl)
         return q, call("linear_fwd", x, *weights, D, last, impl)

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from insvp_fast.ops.autograd import first_order
 from insvp_fast.runtime import prepack, recording, torch_private
-from insvp_fast.runtime.programs import Given, Memory, New, Packed, Program, Recorder
+from insvp_fast.runtime.programs import Given, Memory, New, Packed, Program, Read, Recorder
 
 __all__ = ["Programs"]
 
@@ -57,9 +57,12 @@ class Programs:
         if program is not None:
             with contextlib.suppress(KeyError):  # another thread may have dropped it
                 self._programs.move_to_end(key)
-            forward = program.forward if isinstance(program, _Pair) else program
-            if (memory := forward.run(_starts(given))) is not None:
-                return _Replayed.apply(program, memory, *inputs) if any(needs) else forward.outputs(memory)
+            pair = program if isinstance(program, _Pair) else None
+            forward = program if pair is None else pair.forward
+            read, later = forward.read(), None if pair is None else pair.backward.read()
+            if read is not None and (pair is None or later is not None):
+                memory = forward.run(_starts(given), read)
+                return forward.outputs(memory) if pair is None else _Replayed.apply(pair, memory, later, *inputs)
         if any(needs):
             if not _may_hook():
                 return compute(inputs)
@@ -116,9 +119,10 @@ class _Recorded(torch.autograd.Function):
         saved, recorder = _Saved(), Recorder(_given(own)[0])
         with torch.enable_grad(), saved_tensors_hooks(saved.pack, saved.unpack):
             outputs = recording.record(recorder, lambda: compute(own))
-        # weights themselves, not aliases: only they tell whether their memory has been replaced
+        # weights themselves, not aliases: only they tell a program whether their memory has been replaced
         weights = {prepack.place(w): w for w in recorder.uses.weights()}
         ctx.save_for_backward(*(weights.get(prepack.place(x), x) for x in saved.tensors))
+        ctx.weights = {i: x for i, x in enumerate(saved.tensors) if prepack.place(x) in weights}
         saved.tensors = ()
         forward = recorder.program(outputs)
         if forward is None:
@@ -136,11 +140,13 @@ class _Recorded(torch.autograd.Function):
         def differentiate() -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(outputs, wanted, given, retain_graph=True, allow_unused=True)
 
-        saved.tensors = ctx.saved_tensors
+        kept = ctx.saved_tensors
+        moved = {i: x for i, x in ctx.weights.items() if prepack.place(kept[i]) != prepack.place(x)}
+        saved.tensors = [moved.get(i, x) for i, x in enumerate(kept)]
         try:
             found = iter(recording.record(recorder, differentiate))
             results = [next(found) if x is not None and x.requires_grad else None for x in own]
-            if forward is not None:
+            if forward is not None and not moved:
                 backward = recorder.program(results)
                 if backward is not None and _agrees(backward, [*_starts(given), *recorder.taken.values()], results):
                     programs.keep(key, _Pair(forward, backward, [*recorder.taken]))
@@ -153,8 +159,9 @@ class _Recorded(torch.autograd.Function):
 
 def _agrees(program: Program, given: Sequence[int], expected: Tensors) -> bool:
     """Whether a program computes these bits; not if PyTorch has written into the memory of native calls."""
-    if (memory := program.run(given, poison=True)) is None:
+    if (read := program.read()) is None:
         return False
+    memory = program.run(given, read, poison=True)
     pairs = [(x, y) for x, y in zip(program.outputs(memory), expected, strict=True) if x is not None and y is not None]
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
@@ -180,21 +187,20 @@ class _Replayed(torch.autograd.Function):
     """What a program has computed, and its gradients by another."""
 
     @staticmethod
-    def forward(ctx: Any, pair: _Pair, memory: Memory, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, pair: _Pair, memory: Memory, read: Read, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         given, _ = _given(inputs)
         kept = [given[piece.number] if isinstance(piece, Given) else memory.tensor(piece) for piece in pair.kept]
-        ctx.save_for_backward(*kept, *pair.backward.read)  # the latter, so that PyTorch sees whether they are written
-        ctx.backward, ctx.num_kept = pair.backward, len(kept)
+        # the latter, so that PyTorch sees whether they are written; they may have other memory by then (``read``)
+        ctx.save_for_backward(*kept, *pair.backward.sources)
+        ctx.backward, ctx.read, ctx.num_kept = pair.backward, read, len(kept)
         return pair.forward.outputs(memory)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors[: ctx.num_kept]
         given = [_plain(g) for g in grads]
-        memory = ctx.backward.run([g.data_ptr() for g in given] + _starts(kept))
-        if memory is None:
-            raise RuntimeError("frozen weights, or masks, have another shape, dtype or place than in the forward pass")
-        return None, None, *ctx.backward.outputs(memory)
+        memory = ctx.backward.run([g.data_ptr() for g in given] + _starts(kept), ctx.read)
+        return *(None,) * 3, *ctx.backward.outputs(memory)
 
 
 def _plain(grad: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, only_needed
+from insvp_fast.ops.autograd import apply, first_order, kept_weights, only_needed
 from insvp_fast.ops.registry import (
     DTYPES,
     AnyTensor,
@@ -198,7 +198,7 @@ class _Superpose(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
         patches, hidden = call("superpose_fwd", *a[:-1], impl, a.kept)
-        ctx.save_for_backward(a.image, hidden, a.w1, a.w2, a.scale, a.shift, a.kept)
+        ctx.save_for_backward(a.image, hidden, *kept_weights([a.w1, a.w2]), a.scale, a.shift, a.kept)
         ctx.blend, ctx.impl = a.blend, impl
         return cast(Tensor, patches)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from insvp_fast.runtime import buffers, native
 from insvp_fast.runtime.prepack import Use, Uses
 from insvp_fast.runtime.recording import Recording
 
-__all__ = ["Given", "Memory", "New", "Packed", "Program", "Recorder"]
+__all__ = ["Given", "Memory", "New", "Packed", "Program", "Read", "Recorder"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,19 @@ class Lasting:
 Piece = Given | New | Packed | Lasting
 
 
+class Read(NamedTuple):
+    """What the calls of a program read that is not given."""
+
+    packed: Sequence[tuple[Tensor | None, ...]]
+    lasting: Mapping[Lasting, Tensor]
+
+
 class Memory(NamedTuple):
     """What a program has read and written."""
 
     given: Sequence[int]  # addresses
     new: Sequence[Tensor]
-    packed: Sequence[tuple[Tensor | None, ...]]
+    read: Read
 
     def start(self, piece: Piece) -> int:
         """The address where a piece begins."""
@@ -78,37 +85,41 @@ class Memory(NamedTuple):
     def tensor(self, piece: New | Packed | Lasting) -> Tensor | None:
         """A tensor in a piece."""
         if isinstance(piece, Lasting):
-            return piece.tensor
-        return self.new[piece.number] if isinstance(piece, New) else self.packed[piece.use][piece.number]
+            return self.read.lasting[piece]
+        return self.new[piece.number] if isinstance(piece, New) else self.read.packed[piece.use][piece.number]
 
 
 class Program:
     """Recorded calls. Of what they read and write, nothing is kept but tensors that last.
 
     Attributes:
-        read: the weights of which the packed ones are made, and the tensors that last.
+        sources: the weights of which the packed ones are made, and the tensors that last.
     """
 
     def __init__(self, recorder: Recorder, outputs: Sequence[tuple[int, Tensor] | None]) -> None:
         self.steps, self._pieces, self._uses = native.Steps(recorder.calls), recorder.pieces, recorder.uses
         self._lasting = [piece for piece in recorder.pieces if isinstance(piece, Lasting)]
-        self.read = [*recorder.uses.weights(), *(piece.tensor for piece in self._lasting)]
+        self.sources = [*recorder.uses.weights(), *(piece.tensor for piece in self._lasting)]
         self._new: list[tuple[Sequence[int], torch.dtype]] = [((nbytes,), torch.uint8) for nbytes in recorder.sizes]
         self._outputs = [None if output is None else output[0] for output in outputs]
         for output in outputs:
             if output is not None:
                 self._new[output[0]] = output[1].shape, output[1].dtype
 
-    def run(self, given: Sequence[int], *, poison: bool = False) -> Memory | None:
-        """Run the calls where given memory starts at other addresses.
-
-        None, and nothing is done, if weights or tensors that last have other sizes than they had. With ``poison`` all
-        new memory is NaN before, so that what reads memory that no call has written gives other results.
-        """
+    def read(self) -> Read | None:
+        """What the calls would read now; None if weights or tensors that last have other sizes than they had."""
         packed = self._uses.made()
         if packed is None or any(_layout(piece.tensor) != piece.layout for piece in self._lasting):
             return None
-        memory = Memory(given, [buffers.empty(shape, dtype) for shape, dtype in self._new], packed)
+        return Read(packed, {piece: piece.tensor.detach() for piece in self._lasting})
+
+    def run(self, given: Sequence[int], read: Read, *, poison: bool = False) -> Memory:
+        """Run the calls where given memory starts at other addresses.
+
+        With ``poison`` all new memory is NaN before, so that what reads memory that no call has written gives other
+        results.
+        """
+        memory = Memory(given, [buffers.empty(shape, dtype) for shape, dtype in self._new], read)
         if poison:
             for x in memory.new:
                 x.view(-1).view(torch.uint8).fill_(0xFF)

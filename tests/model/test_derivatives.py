@@ -1,12 +1,16 @@
 """Gradients are of the first order: any other derivative is an error that names the operation and what to use."""
 
+import contextlib
+
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
-from insvp_fast import InsVPConfig, ops
+from insvp_fast import InsVPConfig, ops, unsupported_reason
 from insvp_fast.runtime import torch_private
-from insvp_fast.testing import DEVICE, make_pair
+from insvp_fast.testing import DEVICE, make_pair, relative_error
 
 
 def operations():
@@ -106,3 +110,47 @@ def test_an_older_pytorch_raises_its_own_error(monkeypatch):
     f, x = operations()["linear"]
     with pytest.raises(RuntimeError, match="setup_context"):
         TRANSFORMS["grad"](f, x)
+
+
+def gradients_with_other_memory_before_backward(model, image):
+    """As an exchange of weights for averaged ones, or their way to another device and back, may give them."""
+    model.zero_grad()
+    loss = model(image).square().sum()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    before = [layer.weight.data for layer in layers]
+    for layer, weight in zip(layers, before, strict=True):
+        layer.weight.data = 1.5 * weight
+    loss.backward()
+    for layer, weight in zip(layers, before, strict=True):
+        layer.weight.data = weight
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+BACKBONES = {
+    "ViT": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}),
+    "one query": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 1},
+    ),
+    "EVA": ("eva02_tiny_patch14_224", {"img_size": 28, "embed_dim": 48, "num_heads": 3, "depth": 2}),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6)},
+    ),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_gradients_are_those_of_the_pass_that_ran(kind, recorded):
+    name, arguments = BACKBONES[kind]
+    config = InsVPConfig(prompt_length=3, global_dropout=0)
+    reference, fast = make_pair(name, config, **arguments)
+    image = torch.randn(2, 3, *fast.backbone.patch_embed.img_size, device=DEVICE)
+    expected = gradients_with_other_memory_before_backward(reference.double(), image.double())
+    hook = saved_tensors_hooks(lambda x: x, lambda x: x)  # which no program has
+    for _ in range(3):
+        with contextlib.nullcontext() if recorded else hook:
+            found = gradients_with_other_memory_before_backward(fast, image)
+        assert relative_error(found, expected) < 1e-5
+    assert unsupported_reason(fast) is None
