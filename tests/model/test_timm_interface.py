@@ -14,7 +14,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
 
-from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, timm_models, unsupported_reason
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, timm_models, timm_script, unsupported_reason
 from insvp_fast.methods.lora import LoRA
 from insvp_fast.methods.model import MethodViT
 from insvp_fast.methods.tuned import TunedViT
@@ -459,6 +459,19 @@ def test_the_shipped_backbone_has_a_name():
     plain = InsVPViT("vit_shapes_32", 10, pretrained=True)
     assert all(torch.equal(a, b) for a, b in zip(model.backbone.parameters(), plain.backbone.parameters(), strict=True))
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [(["nofile.py", "--model", "x"], "the script is nofile.py: no such file"), ([], "no script")],
+)
+def test_a_script_that_is_not_there_is_refused(arguments, found, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["timm_script.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        timm_script.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"timm_script: error: {found}") and "expected one of timm, such as validate.py" in error
 
 
 def test_an_import_is_light_and_registers_the_names_when_timm_is_imported():
