@@ -22,6 +22,22 @@ from insvp_fast.export.preprocessing import image_steps
 __all__ = ["ExportedModel", "Facts"]
 
 NOTHING, NORMALIZE, ALL = "nothing", "normalize", "resize, crop, normalize"  # what is inside a file
+# what is right under the names of the fields, and in words: a file may be damaged, or another program's
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "class_names": (
+        lambda v: v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+        "a list of texts, or null",
+    ),
+    "preprocessing": (lambda v: isinstance(v, dict | None), "an object, or null"),
+    "inside": (lambda v: v in (NOTHING, NORMALIZE, ALL), f"one of {NOTHING!r}, {NORMALIZE!r}, {ALL!r}"),
+    "input": (
+        lambda v: isinstance(v, list) and len(v) == 4 and all(n is None or (type(n) is int and n > 0) for n in v),
+        "four sizes, of which those that are open are null",
+    ),
+    "insvp_fast_version": (lambda v: isinstance(v, str), "text"),
+    "multi_label": (lambda v: isinstance(v, bool), "true or false"),
+    "exif_rotation": (lambda v: isinstance(v, bool), "true or false"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +100,21 @@ class Facts:
         """What ``to_metadata`` gave; other entries are ignored.
 
         Raises:
-            CheckpointError: if a field is missing or not JSON.
+            CheckpointError: if a field is missing, not JSON, or has a value that it cannot have.
         """
         required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         try:
             names = required | {field.name for field in dataclasses.fields(cls) if field.name in metadata}
-            return cls(**{name: json.loads(metadata[name]) for name in names})
+            values = {name: json.loads(metadata[name]) for name in names}
         except (KeyError, TypeError, ValueError) as error:  # of type: JSON, but not of texts under names
             found = f"its metadata are {metadata!s:.200}: expected JSON under {', '.join(sorted(required))}"
             raise CheckpointError(f"{file}: not written by `insvp export`: {found}") from error
+        for name, value in values.items():
+            is_valid, expected = VALUES[name]
+            if not is_valid(value):
+                found = f"its {name} is {json.dumps(value):.200}: expected {expected}"
+                raise CheckpointError(f"{file}: not written by `insvp export`: {found}")
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """A loaded file's images, before it runs."""
 
+import json
+import re
 import threading
 import time
 
 import pytest
 import torch
 
+from insvp_fast.errors import CheckpointError
 from insvp_fast.export import ExportedModel, Facts
 from tests.export.test_preprocessing import settings
 
@@ -39,6 +42,30 @@ def facts(**more) -> Facts:
 def test_other_images_than_the_file_takes_are_refused(more, images, message):
     with pytest.raises(ValueError, match=message):
         ExportedModel(lambda images: images, facts(**more))(images)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"class_names": 5}, "class_names is 5: expected a list of texts, or null"),
+        ({"class_names": ["ant", 5]}, 'class_names is ["ant", 5]: expected a list of texts, or null'),
+        ({"preprocessing": [1]}, "preprocessing is [1]: expected an object, or null"),
+        ({"inside": "all"}, "inside is \"all\": expected one of 'nothing', 'normalize', 'resize, crop, normalize'"),
+        ({"inside": ["nothing"]}, 'inside is ["nothing"]: expected one of'),
+        ({"input": 3}, "input is 3: expected four sizes, of which those that are open are null"),
+        ({"input": [1, 3, 32]}, "input is [1, 3, 32]: expected four sizes"),
+        ({"input": [0, 3, 32, 32]}, "input is [0, 3, 32, 32]: expected four sizes"),
+        ({"input": [True, 3, 32, 32.0]}, "input is [true, 3, 32, 32.0]: expected four sizes"),
+        ({"insvp_fast_version": 1}, "insvp_fast_version is 1: expected text"),
+        ({"multi_label": 1}, "multi_label is 1: expected true or false"),
+        ({"exif_rotation": None}, "exif_rotation is null: expected true or false"),
+    ],
+)
+def test_metadata_of_other_kinds_are_refused(wrong, found):
+    metadata = facts(class_names=["ant"]).to_metadata()
+    assert Facts.from_metadata(metadata, "x.onnx").to_metadata() == metadata
+    with pytest.raises(CheckpointError, match=re.escape(f"x.onnx: not written by `insvp export`: its {found}")):
+        Facts.from_metadata(metadata | {name: json.dumps(value) for name, value in wrong.items()}, "x.onnx")
 
 
 def test_the_memory_of_the_images_is_in_order():
