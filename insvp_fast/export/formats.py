@@ -86,14 +86,14 @@ def export_model(
         images: what ``Export.loss`` is measured on, before the file is in place.
 
     Raises:
-        ExportError: if a package is missing, an option has no meaning, the file's logits are not the model's, or a
-            file of weights would replace one that is not of an export.
+        ExportError: if a package is missing, an option has no meaning, there is no such folder, the model has no
+            values, the file's logits are not the model's, or a file of weights would replace one that is not of an
+            export.
         DataError: if one of the images cannot be read.
     """
     require_packages(format, int8)
     how, file, notes = FORMATS[format], Path(file), []
-    if file.suffix != how.suffix:
-        raise ExportError(f"the file is {file}: expected a name that ends in {how.suffix}")
+    _check(model, file, how.suffix)
     if channels_last and not preprocess:
         raise ExportError("`channels_last` without `preprocess`: expected both, as it is the order of 8-bit images")
     model = model.cpu().float().eval()
@@ -120,6 +120,17 @@ def export_model(
         for part, place in places.items():
             os.replace(part, place)
     return Export([*places.values()], graph.facts, graph.operations, parity, notes, loss)
+
+
+def _check(model: AnyModel, file: Path, suffix: str) -> None:
+    """Refuse a file that cannot be written, and a model without values, before any work."""
+    if file.suffix != suffix:
+        raise ExportError(f"the file is {file}: expected a name that ends in {suffix}")
+    if file.is_dir() or not file.parent.is_dir():
+        problem = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise ExportError(f"the file is {file}: {problem}: expected a file in a folder that exists")
+    if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise ExportError(f"{meta[0]} is on the meta device, without values: expected a model with its weights loaded")
 
 
 def _resize_reason(model: AnyModel, format: str) -> str | None:

@@ -1,5 +1,6 @@
 """Each format of exported files, written from a tiny model, loaded and run on other sizes than it was traced with."""
 
+import copy
 import importlib
 import shutil
 import zipfile
@@ -187,6 +188,13 @@ def test_what_cannot_be_written(model, tmp_path, monkeypatch):
         export_model(model, tmp_path / "x.pt2", "torch", channels_last=True)
     with pytest.raises(ExportError, match="8-bit weights in the format torch: expected onnx or openvino"):
         export_model(model, tmp_path / "x.pt2", "torch", int8=True)
+    with pytest.raises(ExportError, match="the file is .*/none/x.pt2: there is no folder .*/none: expected a"):
+        export_model(model, tmp_path / "none" / "x.pt2", "torch")
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(ExportError, match="the file is .*folder.pt2: it is a folder: expected a file"):
+        export_model(model, tmp_path / "folder.pt2", "torch")
+    with pytest.raises(ExportError, match="head.weight is on the meta device, without values: expected a"):
+        export_model(copy.deepcopy(model).to("meta"), tmp_path / "x.pt2", "torch")
     monkeypatch.setattr(model, "preprocessing", None)
     with pytest.raises(ExportError, match="does not say how images are prepared"):
         export_model(model, tmp_path / "x.pt2", "torch", preprocess=True)
