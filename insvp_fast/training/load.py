@@ -16,7 +16,9 @@ from insvp_fast.data import load_test_data
 from insvp_fast.data.images import Images, Part, names_sha256
 from insvp_fast.errors import CheckpointError, DataError, TrainingError
 from insvp_fast.methods.load import AnyModel, load_model
+from insvp_fast.methods.tuned import TunedViT
 from insvp_fast.reference import structure_of
+from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.training.backbone import load_backbone, require_rgb
 from insvp_fast.training.recipe import Recipe
@@ -58,8 +60,8 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
 
     Raises:
         CheckpointError: if the backbone or an adapter cannot be loaded, or does not read RGB.
-        TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, the backbone
-            does not take images of that size, or there are other class names than given.
+        TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, the model does
+            not take images of that size, or there are other class names than given.
     """
     if _is_run(source):
         run = _load_folder(Path(source), backbone)
@@ -131,15 +133,21 @@ def _is_run(source: str | Path) -> bool:
 
 
 def _check_input_size(run: Run, where: str) -> None:
-    """Embed an image of the size that images are prepared in: of some backbones it may be any multiple of a patch."""
-    backbone, size = run.model.backbone, run.preprocessing.get("input_size", ())
-    dtype = pixel_layer(backbone).weight.dtype
+    """Take an image of the size that images are prepared in through all that has a size: not the backbone alone.
+
+    Some backbones take any size, but not the prompts; those of VAPT have one from the second block on.
+    """
+    model, size = run.model, run.preprocessing.get("input_size", ())
+    image = torch.zeros(1, *size, dtype=pixel_layer(model.backbone).weight.dtype)
     try:
         with torch.no_grad():
-            structure_of(backbone).embed(backbone, torch.zeros(1, *size, dtype=dtype))
+            if isinstance(model, TunedViT):
+                structure_of(model.backbone).embed(model.backbone, image)
+            else:  # on the general path, which keeps nothing for the next image
+                PromptedReference.block_outputs(model, image, [min(1, len(model.widths) - 1)])
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         problem = f"{where} preprocessing.input_size is {size}"
-        raise TrainingError(f"{problem}: expected a size of images that the backbone takes ({error})") from error
+        raise TrainingError(f"{problem}: expected a size of images that the model takes ({error})") from error
 
 
 def _load_folder(folder: Path, name: str | None) -> Run:

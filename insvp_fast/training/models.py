@@ -46,7 +46,7 @@ def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: i
     try:
         if method == "insvp":
             config = insvp_config(recipe)
-            _check_without_blocks(recipe, config, backbone)
+            _check_backbone(recipe, config, backbone)
             compile_prompters = recipe.compile == "prompters"
             model: nn.Module = InsVPViT(
                 backbone,
@@ -68,26 +68,25 @@ def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: i
     return model
 
 
-def _check_without_blocks(recipe: Recipe, config: InsVPConfig, backbone: nn.Module) -> None:
-    """Check that a backbone without blocks gets image prompts only, of images that patches fill.
+def _check_backbone(recipe: Recipe, config: InsVPConfig, backbone: nn.Module) -> None:
+    """Check that a backbone without blocks gets image prompts only, and that patches fill the images.
 
     Raises:
         TrainingError: naming the settings that do not fit it.
     """
     structure = structure_of(backbone)
-    if structure.widths(backbone):
-        return
-    kind, patch_size = type(backbone).__name__, structure.patch_size(backbone)
-    if config.has_feature_prompt:
+    kind, patch_size, widths = type(backbone).__name__, structure.patch_size(backbone), structure.widths(backbone)
+    if config.has_feature_prompt and not widths:
         raise TrainingError(
             f"`backbone` is {recipe.backbone}: a {kind} has no blocks that prompts can be put into: expected"
             " `common_prompt` and `specific_prompt` to be off"
         )
     height, width = resolve_preprocessing(backbone, recipe.preprocessing)["input_size"][-2:]
     if config.patch_prompt and (height % patch_size or width % patch_size):
+        remedy = f"`img_size` to be a multiple of {patch_size}" if widths else "`patch_prompt` to be off"
         raise TrainingError(
             f"`backbone` is {recipe.backbone}: its images have {height}x{width} pixels, which patches of"
-            f" {patch_size}x{patch_size} do not fill: expected `patch_prompt` to be off"
+            f" {patch_size}x{patch_size} do not fill: expected {remedy}"
         )
 
 

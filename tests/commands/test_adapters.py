@@ -1,5 +1,6 @@
 """``insvp eval`` and ``insvp predict`` with an adapter instead of a run, and with test-time augmentation."""
 
+import copy
 import csv
 import io
 import json
@@ -161,6 +162,35 @@ def test_a_backbone_for_images_of_any_size_is_given_them(tmp_path):
     model.save_pretrained(tmp_path, class_names=["a", "b"], preprocessing=preprocessing)
     classifier = load_classifier(tmp_path, backbone)
     assert classifier.logits(torch.zeros(1, *classifier.image_shape)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "reason"),
+    [
+        ("insvp", 36, "36x36 pixels: expected multiples of the patch size 16"),
+        ("vp", 64, "expected 32x32 pixels, as the frame has"),
+        ("vapt", 64, "images have 16 patches: expected 4"),
+        ("vpt_deep", 36, None),
+        ("lora", 36, None),
+    ],
+)
+def test_a_size_that_the_backbone_takes_and_the_prompts_do_not_is_refused_at_loading(method, size, reason, tmp_path):
+    sizes = {"img_size": 32, "embed_dim": 24, "depth": 2, "dynamic_img_size": True, "dynamic_img_pad": True}
+    backbone = timm.create_model("vit_tiny_patch16_224", **sizes)
+    own = copy.deepcopy(backbone)
+    if method == "insvp":
+        model = InsVPViT(own, 2, InsVPConfig(prompt_length=2))
+    else:
+        model = create_model(method, own, 2, **{"kernel": 2} if method == "vapt" else {})
+    preprocessing = resolve_preprocessing(model.backbone) | {"input_size": [3, size, size]}
+    model.save_pretrained(tmp_path, class_names=["a", "b"], preprocessing=preprocessing)
+    if reason is None:
+        classifier = load_classifier(tmp_path, backbone)
+        assert classifier.logits(torch.zeros(1, *classifier.image_shape)).shape == (1, 2)
+        return
+    message = rf"input_size is \[3, {size}, {size}\]: expected a size of images that the model takes .*{reason}"
+    with pytest.raises(TrainingError, match=message):
+        load_classifier(tmp_path, backbone)
 
 
 def test_a_backbone_without_a_name_is_asked_for(run, images, bare, capsys):

@@ -1,6 +1,7 @@
 """The settings of methods from ``--method-options``."""
 
 import pytest
+import timm
 
 from insvp_fast.errors import TrainingError
 from insvp_fast.training.backbone import load_backbone
@@ -35,3 +36,15 @@ def test_other_options_are_refused_with_those_there_are(method, option, message,
     with pytest.raises(TrainingError) as error:
         build_model(method, Recipe(method=method, method_options=(option,)), backbone, 2)
     assert str(error.value).startswith(f"`method_options` {message}")
+
+
+def test_images_that_patches_do_not_fill_are_refused_before_the_first_batch():
+    sizes = {"img_size": 30, "patch_size": 8, "depth": 1, "dynamic_img_size": True, "dynamic_img_pad": True}
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
+    backbone.pretrained_cfg = dict(backbone.pretrained_cfg, input_size=(3, 30, 30))
+    message = (
+        "its images have 30x30 pixels, which patches of 8x8 do not fill: expected `img_size` to be a multiple of 8"
+    )
+    with pytest.raises(TrainingError, match=message):
+        build_model("insvp", Recipe(backbone="padded"), backbone, 2)
+    build_model("vpt_deep", Recipe(method="vpt_deep"), backbone, 2)  # which adds nothing to pixels
