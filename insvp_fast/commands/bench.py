@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def check_model(name: str, **backbone_kwargs: Any) -> None:
             f"--model is {name}: timm has no such model: expected a VisionTransformer or SwinTransformer"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of shipped weights, which stay unread
             require_known(timm.create_model(name, **backbone_kwargs))
     except (RuntimeError, TypeError, ValueError) as error:  # of a tag that the model does not have, say
         raise CommandError(f"--model is {name}: {error}") from error

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -383,6 +384,13 @@ def test_the_command_refuses_no_rounds(capsys):
         cli.main(["bench", "--rounds", "0"])
     assert stop.value.code == 2
     assert "argument --rounds: 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_model_with_prompts_in_one_sentence(capsys):
+    with warnings.catch_warnings(action="error"):
+        assert cli.main(["bench", "--model", "insvp_vit_shapes_32"]) == 1
+    expected = "--model is insvp_vit_shapes_32: expected a VisionTransformer or SwinTransformer of timm, found InsVPViT"
+    assert capsys.readouterr().err == f"insvp: error: {expected}\n"
 
 
 def test_double_precision_is_the_measure():
