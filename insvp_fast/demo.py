@@ -9,7 +9,7 @@ from typing import Any
 import gradio
 
 from insvp_fast.data.decode import read_image
-from insvp_fast.errors import DataError, InsVPError
+from insvp_fast.errors import InsVPError
 from insvp_fast.figures.attention import class_attention
 from insvp_fast.figures.prompts import explain, overlay, pictures_of
 from insvp_fast.figures.web import encode_picture
@@ -46,7 +46,7 @@ def create_demo(classifier: Classifier, name: str, max_pixels: int = 25_000_000)
             return None, "", ""
         try:
             return _explain(classifier, file, max_pixels)
-        except DataError as error:
+        except InsVPError as error:
             raise gradio.Error(escape(str(error)), print_exception=False) from error
 
     with gradio.Blocks(analytics_enabled=False, title=name, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as demo:

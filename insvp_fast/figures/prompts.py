@@ -16,7 +16,7 @@ from insvp_fast.errors import InsVPError
 from insvp_fast.figures.grad_cam import grad_cam
 from insvp_fast.figures.modes import evaluating
 from insvp_fast.figures.style import HIGHLIGHT, SEQUENTIAL, drawable, drawing
-from insvp_fast.probabilities import probabilities
+from insvp_fast.probabilities import finite_probabilities
 from insvp_fast.reference import ImagePrompt
 from insvp_fast.reference.prompted import PromptedReference
 
@@ -65,11 +65,14 @@ def explain(model: nn.Module, images: Tensor) -> tuple[PromptedImages, str | Non
 
     Returns:
         They, and why there is no Grad-CAM, if there is none.
+
+    Raises:
+        TrainingError: as ``finite_probabilities``.
     """
     with torch.inference_mode(), evaluating(model):
         prompts_of: Any = getattr(model, "image_prompt", lambda _: ImagePrompt(None, None, None, images))
         prompt = prompts_of(images)
-        chances = probabilities(model(images).float(), getattr(model, "multi_label", False))
+        chances = finite_probabilities(model(images).float(), getattr(model, "multi_label", False))
     heat_map = None if prompt.prompt is None else prompt.prompt.abs().mean(1)
     cams: list[Tensor | None] = [None, None]
     reason, classes = None, chances.argmax(1).tolist()

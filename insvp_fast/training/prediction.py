@@ -17,7 +17,7 @@ from insvp_fast.data.images import Images
 from insvp_fast.data.lists import escaped
 from insvp_fast.data.transforms import Transform
 from insvp_fast.errors import DataError, TrainingError
-from insvp_fast.probabilities import probabilities
+from insvp_fast.probabilities import finite_probabilities
 from insvp_fast.training.accelerator import create_accelerator
 from insvp_fast.training.load import Run, load_run
 from insvp_fast.training.tta import with_tta
@@ -64,11 +64,9 @@ class Classifier:
         """The likeliest ``top_k`` classes of each row with their probabilities, likeliest first; all if fewer.
 
         Raises:
-            TrainingError: if a probability is not a number, as of logits that are infinite or not numbers themselves.
+            TrainingError: as ``finite_probabilities``.
         """
-        values, classes = probabilities(logits, self.multi_label).topk(min(top_k, len(self.class_names)))
-        if values.isnan().any():  # topk takes these for the largest
-            raise TrainingError("the logits of the model are infinite or not a number: expected finite ones")
+        values, classes = finite_probabilities(logits, self.multi_label).topk(min(top_k, len(self.class_names)))
         rows = zip(classes.tolist(), values.tolist(), strict=True)
         return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 

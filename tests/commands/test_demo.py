@@ -68,6 +68,13 @@ def test_classes_of_one_name_stay_apart(names, labels, hostile, image):
     assert label.keys() == {*labels} and sum(label.values()) == pytest.approx(1)
 
 
+def test_logits_that_are_no_numbers_are_an_error(hostile, image):
+    classifier = load_classifier(hostile)
+    torch.nn.init.constant_(classifier.model.head.bias, torch.nan)
+    with pytest.raises(gradio.Error, match="the logits of the model are infinite or not a number: expected finite"):
+        create_demo(classifier, "birds").fns[0].fn(str(image))
+
+
 @pytest.mark.parametrize(
     ("size", "message"), [((50, 41), r"50x41 pixels: expected at most 2,000"), (None, "not an image that can be read")]
 )

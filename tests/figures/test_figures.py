@@ -11,7 +11,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from insvp_fast import InsVPConfig, InsVPViT
-from insvp_fast.errors import DataError
+from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.figures import comparison, style
 from insvp_fast.figures.comparison import plot_parameters, plot_sensitivity
 from insvp_fast.figures.embedding import choose_images, collect_vectors, plot_tsne
@@ -88,6 +88,13 @@ def test_every_prompt_has_a_column_and_wrong_classes_are_marked(drawn, tmp_path)
     shown, _ = explain(model_of(patch_prompt=False, global_prompt=False), images)
     plot_prompts(shown, "abc", STATISTICS, tmp_path / "b.png", names=["x", "y"])
     assert titles(drawn[1]) == ["image", "Grad-CAM with prompts", "Grad-CAM without prompts"]
+
+
+def test_logits_that_are_no_numbers_are_not_drawn():
+    model, images = model_of(), torch.randn(1, 3, 16, 16)
+    torch.nn.init.constant_(model.head.bias, torch.inf)
+    with pytest.raises(TrainingError, match="the logits of the model are infinite or not a number: expected finite"):
+        explain(model, images)
 
 
 def test_tsne_is_of_what_the_head_reads(drawn, tmp_path):
