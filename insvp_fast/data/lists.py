@@ -79,7 +79,8 @@ def _read(file: Path) -> tuple[list[Listed], list[str] | None]:
             pairs = _from_json(text) if file.suffix.lower() == ".json" else _from_lines(text)
             images, classes = [Listed(path, (label,)) for path, label in pairs], None
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 ({error}): expected a list saved as UTF-8") from error
+        expected = f"a list saved as UTF-8, {', '.join(LIST_SUFFIXES)}"
+        raise DataError(f"{file}: not UTF-8 ({error}): expected {expected}") from error
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: not a list of images that can be read ({error})") from error
     if not images:

@@ -86,6 +86,7 @@ def test_lists_of_each_kind(name, tmp_path):
         ("list.json", '{"a.png": [1]}', "expected an object path -> label, or an array"),
         ("list.json", '{"a.png": null}', "expected an object path -> label, or an array"),
         ("list.txt", b"\xff\xfe\x00", "not UTF-8 .*: expected a list saved as UTF-8"),
+        ("list.parquet", b"PAR1\x15\x04\x15\xa0", r"not UTF-8 .*: expected .*, \.txt, \.json, \.csv, \.tsv"),
         ("train-000.tar", b"", r"found an archive: expected a list, or `wds/.*` for a folder of archives"),
         ("train-000.TAR", b"", r"found an archive: expected a list, or `wds/.*` for a folder of archives"),
         ("list.tsv", "a.png elk\nb.png owl\n", "found a.png elk: expected the columns path, label and"),
