@@ -28,16 +28,20 @@ UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
-MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, tiles or strips of a TIFF; few have a hundred
+MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, tags, tiles or strips of a TIFF; few have a hundred
+MAX_HEADER = 10_000  # bytes of netpbm before its pixels, which Pillow reads one by one
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 TILE = 322, 323  # TIFF tags: width and height
 OFFSETS = 273, 324  # TIFF tags: where strips and tiles are
 SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # of JPEG; other markers have no content, 0 is data
+COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")  # of netpbm
 SCAN, END = b"\xda", b"\xd9"
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 PLAIN = b"P1", b"P2", b"P3"  # netpbm whose pixels are written as text
+NETPBM = b"P0", b"P4", b"P5", b"P6", b"Pf", b"Py"  # the others that Pillow reads
+TIFF = b"II*\0", b"II+\0", b"II\0*", b"MM\0*", b"MM\0+", b"MM*\0"
 
 
 def read_image(
@@ -86,8 +90,6 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
     _check_size("tiles of ", tile_width, tile_height, max_pixels)
     if image.format == "AVIF":  # its frames are decoded whole, then scaled to the size in the header
         raise ValueError("it is AVIF, which does not say how many pixels are decoded: expected another format")
-    if (tiles := max(len(_tags(image).get(tag, ())) for tag in OFFSETS)) > MAX_PARTS:
-        raise ValueError(f"it has {tiles:,} tiles or strips: expected at most {MAX_PARTS:,}")
 
 
 def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
@@ -112,6 +114,33 @@ def _check_parts(content: bytes) -> None:
         raise ValueError(
             f"it is netpbm in plain text ({content[:2].decode()}): expected a binary one, or another format"
         )
+    elif content.startswith(NETPBM):
+        _check_header(content)
+    elif content.startswith(TIFF):
+        _check_tiles(content)
+
+
+def _check_header(content: bytes) -> None:
+    """Refuse netpbm of many spaces or long comments before its pixels."""
+    words = COMMENT.sub(b"", content[:MAX_HEADER]).split()
+    if len(words) < (3 if content.startswith(b"P4") else 4):  # its kind, width, height and, but for bits, the maximum
+        raise ValueError(f"its header is longer than {MAX_HEADER:,} bytes, or not whole: expected a shorter one")
+
+
+def _check_tiles(content: bytes) -> None:
+    """Refuse a TIFF whose first image has many tags, tiles or strips; the header is read as Pillow does."""
+    order: Any = "little" if content.startswith(b"II") else "big"
+    size, counter = (8, 8) if content[2:3] == b"+" else (4, 2)  # bytes of a number, and of that of tags
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(content[position : position + size], order)
+
+    directory, step = number(size, size), 4 + 2 * size
+    if (tags := number(directory, counter)) > MAX_PARTS:
+        raise ValueError(f"it has {tags:,} tags: expected at most {MAX_PARTS:,}")
+    for tag in range(directory + counter, directory + counter + tags * step, step):
+        if number(tag, 2) in OFFSETS and (tiles := number(tag + 4, size)) > MAX_PARTS:
+            raise ValueError(f"it has {tiles:,} tiles or strips: expected at most {MAX_PARTS:,}")
 
 
 def _check_chunks(content: bytes) -> None:

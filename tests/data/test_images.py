@@ -512,6 +512,32 @@ def test_a_tiff_of_many_strips_is_refused(compression, refused):
     assert read_image(content, max_pixels=None if refused else 3_000_000).size == (200, 10_000 + refused)
 
 
+@pytest.mark.parametrize("form", ["<", ">", "<big"])
+@pytest.mark.parametrize(("tag", "count"), [(273, 2_000_000), (324, 10_001), (700, 10_001)])
+def test_tiles_of_a_tiff_are_counted_before_it_is_opened(form, tag, count, monkeypatch):
+    order, big = form[0], form.endswith("big")
+    number = "Q" if big else "L"
+    entries = [struct.pack(f"{order}HH{number}{number}", tag, 4, count, 8)]
+    entries *= count if tag == 700 else 1  # then, of which tags there are many
+    header = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}H", 43 if big else 42)
+    header += struct.pack("<HHQQ", 8, 0, 16, len(entries)) if big else struct.pack(f"{order}LH", 8, len(entries))
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(DataError, match=f"it has {count:,} (tags|tiles or strips): expected at most 10,000"):
+        read_image(io.BytesIO(header + b"".join(entries)), max_pixels=3_000_000)
+
+
+@pytest.mark.parametrize("kind", [b"P6", b"P5", b"P4", b"Pf", b"PyP", b"PyRGBA", b"P0CMYK"])
+@pytest.mark.parametrize("filling", [b"#" + b"a" * 10_000 + b"\n", b"#\n" * 5000, b" " * 10_000])
+def test_netpbm_of_a_long_header_is_refused_before_it_is_opened(kind, filling, monkeypatch):
+    numbers = b"1 1 " if kind == b"P4" else b"1 1 1 "
+    short = kind + b"\n# a comment\n" + numbers + bytes(16)
+    assert read_image(io.BytesIO(short), max_pixels=100).size == (1, 1)
+    monkeypatch.setattr(Image, "open", None)
+    for content in (kind + b"\n" + filling + numbers, kind + b"\n1 " + filling + numbers[2:]):
+        with pytest.raises(DataError, match="its header is longer than 10,000 bytes, or not whole: expected a shorter"):
+            read_image(io.BytesIO(content + bytes(16)), max_pixels=100)
+
+
 @pytest.mark.parametrize("content", [b"P1 2 2\n0 1 1 0", b"P2 2 2 255\n0 1 1 0", b"P3\n1 1 255 1 2 3"])
 def test_netpbm_in_plain_text_is_refused_where_pixels_are_limited(content, tmp_path):
     """Its comments take a time that is quadratic in their number."""
