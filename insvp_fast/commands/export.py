@@ -14,7 +14,7 @@ from typing import Any
 from insvp_fast.checkpoints.names import ADAPTER_FILE
 from insvp_fast.commands.options import RUN_OR_ADAPTER, add_backbone, add_json, output_file, positive
 from insvp_fast.errors import CommandError
-from insvp_fast.training.run_folder import CONFIG_FILE
+from insvp_fast.training.run_folder import CONFIG_FILE, is_run
 
 SUMMARY = "write a trained model as a file for ONNX Runtime, OpenVINO or PyTorch"
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "aoti": "model-aoti.pt2", "openvino": "model.xml"}
@@ -53,12 +53,12 @@ def run(
     images: list[str] | None,
 ) -> dict[str, Any]:
     folder = Path(run)
-    is_run = (folder / CONFIG_FILE).is_file()
-    if folder.exists() and not is_run and not (folder / ADAPTER_FILE).is_file():
+    of_run = is_run(folder)
+    if folder.exists() and not (folder / (CONFIG_FILE if of_run else ADAPTER_FILE)).is_file():
         raise CommandError(f"{run}: expected a run folder ({CONFIG_FILE}) or an adapter folder ({ADAPTER_FILE})")
     if images and not int8:
         raise CommandError("--images: expected with --int8, which is tried on them")
-    if int8 and not images and not is_run:
+    if int8 and not images and not of_run:
         raise CommandError("--int8 of an adapter: expected --images, to tell what it costs")
     file = output_file(output or Path(run if folder.exists() else ".", FILES[format]))
 
@@ -66,7 +66,7 @@ def run(
     from insvp_fast.export.formats import require_packages
 
     require_packages(format, int8)
-    model, test_images = _load(run, is_run, backbone, images, int8)
+    model, test_images = _load(run, of_run, backbone, images, int8)
     done = export_model(
         model,
         file,
@@ -95,14 +95,14 @@ def run(
     return result
 
 
-def _load(run: str, is_run: bool, backbone: str | None, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
+def _load(run: str, of_run: bool, backbone: str | None, paths: list[str] | None, int8: bool) -> tuple[Any, Any]:
     """The model, and the images on which 8-bit weights are tried, or None without ``int8``."""
     from insvp_fast.data.images import Images
     from insvp_fast.methods.load import load_model
     from insvp_fast.training.backbone import require_rgb
     from insvp_fast.training.load import load_run, own_test_data
 
-    loaded = load_run(run, backbone) if is_run else None
+    loaded = load_run(run, backbone) if of_run else None
     model = load_model(run, backbone) if loaded is None else loaded.model
     require_rgb(model.backbone, f"the backbone of {run}")
     if not int8:

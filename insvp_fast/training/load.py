@@ -22,7 +22,7 @@ from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.reference.structure import pixel_layer
 from insvp_fast.training.backbone import load_backbone, require_rgb
 from insvp_fast.training.recipe import Recipe
-from insvp_fast.training.run_folder import CONFIG_FILE, read_config
+from insvp_fast.training.run_folder import CONFIG_FILE, is_run, read_config
 
 __all__ = ["Run", "adapter_sha256", "load_run", "own_test_data"]
 
@@ -53,8 +53,7 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
     """Load the trained model of a run or an adapter, on the CPU.
 
     Args:
-        source: a folder with adapter_config.json is an adapter, any other folder a run; what is no folder is an
-            adapter's name on the Hub.
+        source: a folder, as ``is_run`` tells them apart; what is no folder is an adapter's name on the Hub.
         backbone: what ``create_backbone`` takes; None for the recorded one.
         class_names: of an adapter that records none.
 
@@ -63,7 +62,7 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
         TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, the model does
             not take images of that size, or there are other class names than given.
     """
-    if _is_run(source):
+    if is_run(source):
         run = _load_folder(Path(source), backbone)
     else:
         model = load_model(source, backbone)
@@ -122,14 +121,10 @@ def adapter_sha256(source: str | Path) -> str:
     Raises:
         CheckpointError: if it has none.
     """
-    digest, place = hashlib.sha256(), Path(source, "adapter") if _is_run(source) else source
+    digest, place = hashlib.sha256(), Path(source, "adapter") if is_run(source) else source
     for name in (ADAPTER_FILE, WEIGHTS_FILE):
         digest.update(find_file(str(place), name, {}).read_bytes())
     return digest.hexdigest()
-
-
-def _is_run(source: str | Path) -> bool:
-    return Path(source).is_dir() and not Path(source, ADAPTER_FILE).is_file()
 
 
 def _check_input_size(run: Run, where: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from insvp_fast import __version__
+from insvp_fast.checkpoints.names import ADAPTER_FILE
 from insvp_fast.errors import TrainingError
 from insvp_fast.json_files import read_json
 from insvp_fast.training.candidates import candidates_of
@@ -17,6 +18,7 @@ __all__ = [
     "CONFIG_FILE",
     "METRICS_FILE",
     "SLOW_LOADER",
+    "is_run",
     "read_asked",
     "read_config",
     "read_metrics",
@@ -25,6 +27,11 @@ __all__ = [
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # of a run
 SLOW_LOADER = 0.3  # the share of the time spent waiting for images from which on it is reported
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a folder is taken for a run: if it is no adapter, beside which others may put a config.json."""
+    return Path(source).is_dir() and not Path(source, ADAPTER_FILE).is_file()
 
 
 def read_config(run: str | Path) -> tuple[Recipe, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """``insvp export``."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,13 @@ def test_what_cannot_be_exported(what, options, message, run, tmp_path, capsys):
     folder = str(run) + what.removeprefix("run") if what else str(tmp_path)
     assert cli.main(["export", folder, "--format", *options]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_adapter_beside_the_config_of_another_program_is_no_run(run, tmp_path, capsys):
+    folder = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (folder / "config.json").write_text("{}")
+    assert cli.main(["export", str(folder), "--format", "onnx", "--int8"]) == 1
+    assert "--int8 of an adapter: expected --images" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_before_any_work(run, capsys, monkeypatch):
