@@ -99,9 +99,10 @@ def test_answers_are_those_of_predict_in_order(client, expected, model, count):
         assert probabilities(found) == pytest.approx(expected[content], abs=1e-6)
 
 
-def test_a_body_that_is_the_image_is_answered(client, expected):
+@pytest.mark.parametrize("kind", ["image/png", "Image/PNG", "application/octet-stream"])
+def test_a_body_that_is_the_image_is_answered(client, expected, kind):
     content = next(iter(expected))
-    answer = client.post("/predict?model=run&top_k=2", content=content, headers=PNG).json()
+    answer = client.post("/predict?model=run&top_k=2", content=content, headers={"Content-Type": kind}).json()
     (found,) = answer["predictions"]
     assert found["classes"] == sorted(expected[content], key=expected[content].get, reverse=True)[:2]
 
@@ -217,11 +218,12 @@ PART = b'--b\r\nContent-Disposition: form-data; name="f"; filename="%d.png"\r\n\
     ],
 )
 def test_requests_outside_the_limits_are_refused(client, query, sent, status, kind):
-    errors = f'insvp_errors_total{{kind="{kind}"}}'
-    before = metrics(client).get(errors, 0)
+    counters = f'insvp_errors_total{{kind="{kind}"}}', f'insvp_requests_total{{status="{status}"}}'
+    before = metrics(client)
     answer = client.post(f"/predict?{query}", **sent)
     assert (answer.status_code, answer.json()["kind"]) == (status, kind)
-    assert metrics(client)[errors] == before + 1
+    after = metrics(client)
+    assert [after[counter] - before.get(counter, 0) for counter in counters] == [1, 1]
 
 
 @pytest.mark.parametrize("end", [b"--b--", b"--b--\r\n", b"--b--\r\nan epilogue --b"])
@@ -257,6 +259,51 @@ def test_uploads_that_never_end_are_given_up(message, kind):
     with pytest.raises(Refusal) as refused:
         asyncio.run(upload())
     assert refused.value.kind == kind
+
+
+def opened(content_type: str, receive, *headers: tuple[bytes, bytes]):
+    """``open_uploads`` of a request, within the limits of the server's defaults."""
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", content_type.encode()), *headers]}
+    return open_uploads(Request(scope, receive), Limits())
+
+
+def test_uploaded_files_are_closed_at_the_end():
+    async def receive():
+        return {"type": "http.request", "body": PART % (0, b"pixels") + b"--b--"}
+
+    async def upload():
+        async with opened(MULTIPART["Content-Type"], receive) as (found,):
+            assert found.file.read() == b"pixels"
+        return found.file
+
+    assert asyncio.run(upload()).closed
+
+
+def test_nothing_is_read_of_a_body_that_says_it_is_too_large():
+    async def upload():
+        async with opened("image/png", None, (b"content-length", b"99999999")):
+            pass
+
+    with pytest.raises(Refusal, match="the body is too large"):
+        asyncio.run(upload())
+
+
+def test_models_are_warmed_up_with_one_image_and_with_a_full_batch():
+    sizes = []
+    warmed = SimpleNamespace(image_shape=(3, 4, 4), logits=lambda images: sizes.append(tuple(images.shape)))
+    with TestClient(create_app({"animals": warmed}, max_batch=3)):
+        assert sorted(sizes) == [(1, 3, 4, 4), (3, 3, 4, 4)]
+
+
+def test_the_threads_of_a_server_end_with_it(classifier, expected):
+    def own() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread not in before}
+
+    before = threading.enumerate()
+    with TestClient(create_app({"animals": classifier})) as client:
+        assert client.post("/predict", content=next(iter(expected)), headers=PNG).status_code == 200
+        assert {"model_0", "decode_0"} <= own()
+    assert not {"model_0", "decode_0"} & own()
 
 
 def test_models_health_and_metrics(classifier, expected):
@@ -349,6 +396,22 @@ def test_a_batch_without_all_results_is_an_error_of_its_own():
             running.cancel()
 
     asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def test_a_batch_that_fails_for_who_has_gone_fails_for_the_others_too():
+    async def main():
+        with ThreadPoolExecutor(1) as pool:
+            batcher = Batcher(lambda items: [1 / item for item in items], pool, max_batch=2, max_wait=0.01)
+            given_up, waiting = (asyncio.create_task(batcher.submit(0)) for _ in range(2))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            running = asyncio.create_task(batcher.run())
+            with pytest.raises(ZeroDivisionError):
+                await waiting
+            assert await batcher.submit(2) == 0.5
+            running.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 5))
 
 
 def test_batches_are_full_or_late_and_errors_stay_in_theirs():
