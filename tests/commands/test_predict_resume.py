@@ -22,7 +22,8 @@ from insvp_fast.data.folders import image_files
 from insvp_fast.data.image_list import ImageList
 from insvp_fast.errors import INTERRUPTED, DataError
 from insvp_fast.training import counter, prediction_file
-from insvp_fast.training.prediction import Classifier, load_classifier, predict
+from insvp_fast.training.prediction import Classifier, Prediction, load_classifier, predict
+from insvp_fast.training.prediction_file import PredictionFile
 
 FILES = 120
 
@@ -145,6 +146,55 @@ def test_other_images_do_not_go_on(name, run, images, tmp_path, capsys):
     shutil.copy(tmp_path / "data" / "bee" / "0.png", tmp_path / "data" / "ant" / name)
     assert cli.main(command) == 1
     assert "begun with other images, or they have changed" in capsys.readouterr().err
+
+
+ROW = Prediction("0.png", [("ant", 1.0)], None)
+
+
+def test_what_is_recorded_are_whole_batches_every_few_seconds(tmp_path, monkeypatch):
+    seconds, recorded = 0.0, []
+    monkeypatch.setattr("time.monotonic", lambda: seconds)
+    with PredictionFile(tmp_path / "out.csv", [], "csv", top_k=1, batch_size=2, settings={}) as rows:
+        for seconds in (1.0, 2.0, 5.0, 5.5, 6.0, 10.0, 10.5, 11.0):  # noqa: B007 (the clock reads it)
+            rows.add(ROW)
+            recorded.append(json.loads(rows.record.read_text())["images"] if rows.record.exists() else 0)
+    assert recorded == [0, 0, 0, 4, 4, 4, 4, 8]
+
+
+def test_rows_are_on_the_disk_before_anything_says_so(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        status = os.fstat(descriptor)
+        events.extend([("rows", status.st_size)] if status.st_ino == rows.part.stat().st_ino else [])
+        fsync(descriptor)
+
+    def replaced(source, target):
+        events.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(prediction_file, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with PredictionFile(tmp_path / "out.csv", [], "csv", top_k=1, batch_size=2, settings={}) as rows:
+        for _ in range(3):
+            rows.add(ROW)
+        rows.finish()
+    header, row = len("file,class,probability\n"), len("0.png,ant,1.0000\n")
+    assert events == [("rows", header + 2 * row), "out.csv.part.json", ("rows", header + 3 * row), "out.csv"]
+
+
+def test_without_a_whole_batch_nothing_is_left_to_go_on_from(tmp_path):
+    (tmp_path / "out.csv.part.json").write_text("{}")  # of a file that was put in its place just before a crash
+
+    def stopped():
+        with PredictionFile(tmp_path / "out.csv", [], "csv", top_k=1, batch_size=2, settings={}) as rows:
+            rows.add(ROW)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_skipped_files_are_not_forgotten(run, images, tmp_path, capsys):
