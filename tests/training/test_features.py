@@ -140,6 +140,13 @@ def test_a_run_begins_with_another_adapter(first_run, pictures, tmp_path, capsys
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def test_a_resumed_run_does_without_the_adapter_it_began_with(first_run, pictures, tmp_path):
+    source = shutil.copytree(first_run / "adapter", tmp_path / "adapter")
+    run = train(quick(pictures, tmp_path, init_from=str(source)))
+    shutil.rmtree(source)
+    assert train(resume=run) == run
+
+
 def test_an_adapter_that_has_seen_the_test_images_is_refused(tmp_path):
     data = make_folder(tmp_path / "undivided", {".": 6})
     run = train(quick(data, tmp_path, split_seed=1))

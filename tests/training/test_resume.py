@@ -335,6 +335,10 @@ def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
         InsVPError, match=r"/last has no common_prompts.0, because an earlier version wrote it: .*init_from"
     ):
         train(resume=folder)
-    (folder / "last" / "training.pt").write_bytes(b"")
+    tensors = torch.load(file := folder / "last" / "training.pt")
+    torch.save(tensors | {"processes": tensors["processes"] * 2}, file)
+    with pytest.raises(InsVPError, match="few-1 was trained by 2 processes, found 1: resume it with as many"):
+        train(resume=folder)
+    file.write_bytes(b"")
     with pytest.raises(InsVPError, match="not a state that can be resumed"):
         train(resume=folder)

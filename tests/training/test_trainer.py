@@ -1,6 +1,7 @@
 """What the settings of a recipe change in training."""
 
 import json
+from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
 
@@ -77,14 +78,37 @@ def test_selection_on_the_test_images_is_named(pictures, tmp_path, capsys):
     assert "protocol paper, epoch selected on test, tested on test" in capsys.readouterr().out
 
 
-def test_retraining_takes_train_and_val_and_the_last_epoch(pictures, tmp_path, capsys):
+def test_retraining_takes_train_and_val_and_the_last_epoch(pictures, tmp_path, capsys, monkeypatch):
+    counts, train_batch = [], Trainer.train_batch
+
+    def counted(self, images, targets):
+        counts.append(len(images))
+        return train_batch(self, images, targets)
+
+    monkeypatch.setattr(Trainer, "train_batch", counted)
     run = train(quick(pictures, tmp_path, retrain=True, epochs=2))
     *epochs, result = read_records(run)
     assert [(record["val_accuracy"], record["val_loss"]) for record in epochs] == [(None, None)] * 2
     assert (result["kept_epoch"], result["selected_on"]) == (2, None)
+    assert sum(counts) == 2 * (18 + 8)
     assert not (run / "best").exists()
     assert "trained on train and val, last epoch" in capsys.readouterr().out
     assert json.loads((run / "last" / "state.json").read_text())["epoch"] == 2
+
+
+def test_the_state_is_saved_as_often_as_asked_and_before_the_test(pictures, tmp_path, monkeypatch):
+    saved, save = [], Trainer.save
+
+    def noted(self):
+        saved.append((self.epoch, self.batch, self.result is not None))
+        save(self)
+
+    monkeypatch.setattr(Trainer, "save", noted)
+    give_scores(monkeypatch, accuracy=[0.5] * 4)
+    recipe = quick(pictures, tmp_path, epochs=3, batch_size=9, save_every=2, save_steps=1)  # of 18 images
+    train(replace(recipe, pictures=False))
+    within, ends = [(0, 1, False), (1, 1, False)], [(2, 0, False), (2, 1, False), (3, 0, False), (3, 0, True)]
+    assert saved == within + ends
 
 
 def test_an_average_is_what_is_kept(pictures, tmp_path, monkeypatch):
