@@ -556,7 +556,8 @@ def test_an_adapter_is_served_in_fp32_if_it_says_what_its_classes_are(tmp_path):
         load_classifier(tmp_path)
     model.save_pretrained(tmp_path, class_names=["cat", "dog"])
     classifier = load_classifier(tmp_path)
-    assert classifier.logits(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
+    logits = classifier.logits(torch.zeros(2, 3, 32, 32))
+    assert logits.dtype == torch.float32 and not logits.requires_grad
 
 
 def test_models_are_named_by_folder_or_as_told(tmp_path):

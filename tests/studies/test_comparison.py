@@ -586,6 +586,19 @@ def test_a_run_sees_its_gpu_alone(monkeypatch, capsys):
     assert len(seen) == 2 and "CUDA_VISIBLE_DEVICES is 2: expected a GPU that" in capsys.readouterr().err
 
 
+def test_all_that_a_run_prints_is_added_to_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda *_: [os.write(1, b"epoch 1\n"), os.write(2, b"a warning\n")])
+    log, before = tmp_path / "logs" / "lr=0.1.log", [os.dup(1), os.dup(2)]
+    try:
+        for _ in range(2):
+            runner._train(Recipe(), None, log, None, torch.get_num_threads())
+    finally:
+        for stream, descriptor in enumerate(before, 1):
+            os.dup2(descriptor, stream)
+            os.close(descriptor)
+    assert log.read_text() == 2 * "epoch 1\na warning\n"
+
+
 def test_a_probe_that_another_study_has_fitted_beside_it_is_not_the_model(monkeypatch):
     scores = [Score("InsVP", 0.5, 0.5, {}), Score("linear probe", 0.9, 0.9, {})]
     monkeypatch.setattr(comparison, "scores_of", lambda run: scores)

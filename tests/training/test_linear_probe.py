@@ -1,5 +1,7 @@
 """The linear probe: logistic regression to convergence on what the head reads."""
 
+from collections import OrderedDict
+
 import pytest
 import timm
 import torch
@@ -33,6 +35,7 @@ def test_it_is_scikit_learns_minimum(noisy):
     assert fit.converged
     found = (noisy.inputs @ fit.weight.T + fit.bias).log_softmax(1)
     torch.testing.assert_close(found, torch.from_numpy(theirs.predict_log_proba(scaled)), rtol=0, atol=1e-3)
+    assert fit.loss == pytest.approx(torch.nn.functional.nll_loss(found, noisy.targets).item())
 
 
 def test_the_weight_decay_is_chosen_on_held_out_images(noisy):
@@ -60,6 +63,15 @@ def test_a_head_gives_the_logits_of_the_fit(name):
     with torch.inference_mode():
         logits = model(images).double()
     torch.testing.assert_close(logits, features.inputs @ fit.weight.T + fit.bias, rtol=0, atol=1e-5)
+
+
+def test_features_are_read_without_dropout_and_leave_the_model_as_it_was():
+    layers = OrderedDict(pixels=torch.nn.Flatten(), drop=torch.nn.Dropout(0.5), head=torch.nn.Linear(12, 2))
+    model, images, accelerator = torch.nn.Sequential(layers).train(), torch.rand(5, 3, 2, 2) + 1, Accelerator(cpu=True)
+    loader = create_loader(TensorDataset(images, torch.arange(5) % 2), Recipe(batch_size=2), accelerator)
+    features = read_features(model, loader, accelerator)
+    assert torch.equal(features.inputs, images.flatten(1).double())
+    assert not model.head._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 import contextlib
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 
+from insvp_fast.training import progress, terminal
 from insvp_fast.training import run as run_module
-from insvp_fast.training import terminal
 from insvp_fast.training.counter import Counter
 from insvp_fast.training.run import train
+from insvp_fast.training.run_logger import RunLogger
 from tests.training.small_runs import quick
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -65,6 +67,39 @@ def test_elsewhere_training_prints_plain_lines(pictures, tmp_path, capsys, monke
     assert "\r" not in out + err and not ESCAPES.search(out + err)
     header = " " * 14 + "test accuracy  trained parameters        kept"
     assert re.search(rf"\n\n{header}\nInsVP {{9,}} [\d.]+% {{9,}}[\d,]+     epoch 1\nprotocol paper", out)
+
+
+class Batches:
+    """Stands in for a loader of 10 batches, in the second epoch from the fifth batch on, which waited for 2 seconds."""
+
+    sampler = SimpleNamespace(epoch=1, first_batch=4)
+    timer = SimpleNamespace(reset=lambda: None, seconds=lambda: 2.0)
+
+    def __len__(self):
+        return 10
+
+
+def test_what_is_left_of_a_resumed_training(monkeypatch):
+    now, lines = 100.0, []
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 7.0)
+    logger = SimpleNamespace(active=False, say=lines.append)
+    with progress.Progress(logger, "epoch 2/3", Batches(), epochs=3) as shown:
+        for now in (104.0, 108.0):  # noqa: B007 (the clock reads it)
+            shown.count(16)
+            shown.show(0.5)
+    # of 16 batches, 2 are done in 8 seconds
+    assert lines == ["epoch 2/3   60%  loss 0.500  4 images/s  waiting 25%  0:00:56 left"]
+
+
+def test_scores_beside_a_bar_are_those_of_its_own_training():
+    logger, probe = object.__new__(RunLogger), {"model": "linear probe", "epoch": 1, "val_accuracy": 0.5}
+    logger.shown, logger.epochs = ["accuracy"], []
+    assert logger.scores() == ""
+    logger.epochs = [probe]
+    assert logger.scores() == ""
+    logger.epochs = [probe, {"model": "InsVP", "epoch": 1, "val_accuracy": 0.25, "images_per_s": 9.0}]
+    assert logger.scores() == "val 25.0%"
 
 
 def count():

@@ -183,6 +183,14 @@ def test_the_largest_batch_that_fits_is_found(pictures, tmp_path, monkeypatch, c
     assert "batch size 5" in capsys.readouterr().out
 
 
+def test_a_batch_is_tried_in_the_mode_and_precision_of_training():
+    seen, model = [], torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)).eval()
+    model.register_forward_pre_hook(lambda *_: seen.append((model.training, torch.is_autocast_enabled("cpu"))))
+    recipe = Recipe(batch_size=7, auto_batch=True)
+    accelerator.find_batch_size(recipe, model, (3, 2, 2), accelerator.create_accelerator("bf16"))
+    assert seen == [(True, True)]
+
+
 def test_a_slow_loader_is_told_once(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_logger, "SLOW_LOADER", -1.0)
     train(quick(pictures, tmp_path, epochs=2))
