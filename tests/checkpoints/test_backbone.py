@@ -16,6 +16,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPReference
+from insvp_fast.checkpoints import files
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, is_name, save_backbone, source_of
 from insvp_fast.checkpoints.state_dict import backbone_sha256
@@ -135,6 +136,15 @@ def test_backbones_that_timm_made_are_recorded_alike(made, arguments, tmp_path):
     again = Model.from_pretrained(tmp_path / "adapter")
     assert backbone_sha256(again.backbone, torch.float32) == backbone_sha256(backbone, torch.float32)
     assert arguments or backbone_sha256(backbone, torch.float32) == backbone_sha256(original(), torch.float32)
+
+
+def test_a_tag_that_timm_does_not_know_is_left_out_beside_a_file(tmp_path):
+    model = create_model(NAME)
+    model.pretrained_cfg = model.pretrained_cfg | {"tag": "mine"}
+    save_for_hf(model, str(tmp_path / "folder"))
+    torch.save(model.state_dict(), file := tmp_path / "weights.pth")
+    backbone = create_backbone(f"local-dir:{tmp_path / 'folder'}", checkpoint=file)
+    assert source_of(backbone) == f"{NAME}@{file}"
 
 
 def test_the_shipped_backbone_is_found_again(tmp_path):
@@ -344,3 +354,15 @@ def test_what_is_in_the_cache_needs_no_hub(tmp_path):
     safetensors.torch.save_file(create_model(NAME).state_dict(), snapshot / "model.safetensors")
     code = f"from insvp_fast.training.backbone import load_backbone; load_backbone('{NAME}'); print('loaded')"
     assert offline(code, tmp_path) == "loaded\n"
+
+
+def test_another_revision_in_the_cache_does_not_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_hub_answers", lambda seconds: False)
+    repository = tmp_path / "models--someone--flowers"
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40) / "model.safetensors").touch()
+    files.require_hub("someone/flowers", (".safetensors",), None, tmp_path)
+    with pytest.raises(CheckpointError, match="someone/flowers is not in the cache of the Hub, and .* not answer"):
+        files.require_hub("someone/flowers", (".safetensors",), "v2", tmp_path)

@@ -15,7 +15,8 @@ from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.commands import cli, evaluate
 from insvp_fast.commands.options import make_folder
 from insvp_fast.training.backbone import load_backbone
-from tests.commands.finished_run import CLASSES, with_random_head, write_run
+from insvp_fast.training.evaluation import evaluate_run
+from tests.commands.finished_run import CLASSES, noise, with_random_head, write_run
 
 
 def test_eval_reports_what_scikit_learn_reports(run, images, probabilities, capsys):
@@ -67,6 +68,19 @@ def test_eval_scores_fewer_classes_by_their_names(run, images, tmp_path, capsys)
     assert list(every["per_class"]) == CLASSES
     kept = {name: share if name in ("cat", "fox, red") else None for name, share in every["per_class"].items()}
     assert few["per_class"] == kept
+
+
+@pytest.mark.parametrize("retrain", [True, False])
+def test_images_of_val_are_among_those_of_training_where_it_took_them(retrain, tmp_path, threads):
+    threads(1)
+    random, names = np.random.default_rng(0), ["ant", "bee"]
+    for split in ("train", "val", "test"):
+        for name in names:
+            noise(tmp_path / "data" / split / name / "0.png", random)
+    model = with_random_head(InsVPViT(load_backbone(), 2, InsVPConfig(prompt_length=2)))
+    run = write_run(tmp_path / "run", tmp_path / "data", model, names, retrain=retrain)
+    note = evaluate_run(run, str(tmp_path / "data" / "val")).facts["note"]
+    assert ("2 of its 2 images are among those of training" in note) is retrain
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_classes_are_counted_that_have_test_images(tested, most, caption, hostil
         (lambda config: config.pop("class_names"), "its config has no class_names"),
         (lambda config: config.update(recipe=[]), "is not a run folder of `insvp train`: config.json has no recipe"),
         (lambda config: config["recipe"].update(tomorrow=1), "does not know: another version wrote config.json"),
+        (lambda config: config.update(asked={"tomorrow": 1}), "does not know: another version wrote config.json"),
     ],
 )
 def test_a_run_whose_config_has_other_keys_is_refused(change, message, hostile, tmp_path, capsys):
@@ -219,6 +220,11 @@ def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):
     shutil.copytree(hostile / "adapter", tmp_path / "adapter")
     assert cli.main(["report", str(tmp_path / "adapter")]) == 1
     assert "is not a run folder of `insvp train`" in capsys.readouterr().err
+
+
+def test_the_loss_of_an_image_of_several_labels_is_the_mean_over_the_classes():
+    _, losses = results._judge(torch.tensor([[0.0, 0.0, 0.0], [9.0, -9.0, 0.0]]), torch.tensor([[1.0, 0.0, 1.0]] * 2))
+    assert losses.tolist() == pytest.approx([0.6931, 0.2311], abs=1e-4)
 
 
 def test_a_right_image_is_no_mistake_however_large_its_loss(hostile, monkeypatch):

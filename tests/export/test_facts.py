@@ -75,6 +75,11 @@ def test_the_memory_of_the_images_is_in_order():
         assert torch.equal(found, expected) and found.is_contiguous() and not found.is_neg()
 
 
+def test_logits_keep_nothing_for_a_gradient():
+    scale = torch.ones(1, requires_grad=True)
+    assert not ExportedModel(lambda images: images * scale, facts())(torch.zeros(1, 3, 32, 32)).requires_grad
+
+
 def test_a_file_runs_for_one_thread_at_a_time():
     running, most = [], []
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import logging
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.data import transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import CheckpointError, ExportError
-from insvp_fast.export import FORMATS, Facts, export_model, formats, load, measure_loss, programs
+from insvp_fast.export import FORMATS, Facts, export_model, formats, load, measure_loss, onnx, programs
 from insvp_fast.export.graph import Graph, standard_model
 from insvp_fast.export.parity import check_parity
 from insvp_fast.testing import make_pair, relative_error
@@ -95,7 +96,7 @@ def test_aoti_keeps_the_operations(model, file):
 
 
 def test_onnx_holds_standard_operators_and_all_preprocessing(model, file):
-    done = export_model(model, file("onnx"), "onnx", preprocess=True, channels_last=True)
+    done = export_model(model.train(), file("onnx"), "onnx", preprocess=True, channels_last=True)
     assert [p.batch for p in done.parity] == [1, 7] and done.operations == 0
     content = importlib.import_module("onnx").load(file("onnx"))
     assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", 18)]
@@ -177,6 +178,20 @@ def test_aoti_without_a_compiler(file, facts):
         pytest.raises(ExportError, match="AOTInductor, which needs a C.. compiler, failed: .*No working C.. compiler"),
     ):
         programs.write_aoti(Graph(program, facts, {}), file("aoti"))
+
+
+def test_the_advice_of_the_quantizer_is_not_printed_and_other_lines_are(monkeypatch, caplog):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    def fail(*_, **__):
+        logging.warning("infer shapes first")
+        raise ValueError("no such file")
+
+    monkeypatch.setattr(quantization, "quantize_dynamic", fail)
+    with pytest.raises(ValueError, match="no such file"):
+        onnx.quantize_onnx("in.onnx", "out.onnx")
+    logging.warning("after it")
+    assert caplog.messages == ["after it"]
 
 
 def test_what_cannot_be_written(model, tmp_path, monkeypatch):
