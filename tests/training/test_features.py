@@ -24,7 +24,7 @@ from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.loss import Loss
 from insvp_fast.training.lr_finder import RangeTest, range_test
-from insvp_fast.training.run import train
+from insvp_fast.training.run import find_lr, train
 from insvp_fast.training.trainer import Trainer
 from insvp_fast.training.warm_start import _require_same_division
 from tests.training.small_runs import make_folder, quick, read_records
@@ -203,6 +203,22 @@ def test_a_rate_is_found(pictures, tmp_path, capsys, monkeypatch):
     assert np.diff(np.log(rates)) == pytest.approx(np.log(1e7) / 14)
     assert Image.open(tmp_path / "pictures-lr" / "lr.png").size[0] > 300
     assert [path.name for path in tmp_path.iterdir()] == ["pictures-lr"]
+
+
+def test_a_range_test_begins_alike_each_time_and_not_as_a_probe(pictures, tmp_path, monkeypatch):
+    heads = []
+
+    def stop(trainer):
+        assert not trainer.begins_as_probe
+        heads.append(trainer.trained["head.weight"].detach().clone())
+        raise InsVPError("enough")
+
+    monkeypatch.setattr(run_module, "range_test", stop)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with pytest.raises(InsVPError, match="enough"):
+            find_lr(quick(pictures, tmp_path, head_init="probe"))
+    assert torch.equal(*heads)
 
 
 def test_no_rate_is_found_of_a_loss_that_is_not_a_number(pictures, tmp_path, capsys, monkeypatch):

@@ -29,7 +29,7 @@ def test_a_run_is_never_worse_on_val_than_the_probe_it_begins_with(pictures, tmp
 
 
 def test_a_resumed_run_does_not_begin_again(pictures, tmp_path, monkeypatch):
-    settings = {"epochs": 2, "head_init": "probe"}
+    settings = {"epochs": 2, "head_init": "probe", "save_steps": 1}
     whole = train(quick(pictures, tmp_path / "whole", **settings))
     save = Trainer.save
 
@@ -43,7 +43,8 @@ def test_a_resumed_run_does_not_begin_again(pictures, tmp_path, monkeypatch):
             train(quick(pictures, tmp_path / "stopped", **settings))
     part = next((tmp_path / "stopped").iterdir())
     monkeypatch.setattr(trainer, "start_as_probe", None)
-    resumed = train(resume=part)
+    resumed = train(resume=part)  # in the first epoch
+    assert [record.get("epoch") for record in read_records(resumed)] == [0, 1, 2, None]
     ends = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
@@ -54,3 +55,20 @@ def test_the_head_begins_with_images_that_are_not_augmented(pictures, tmp_path, 
     for augmentation in ("none", "timm"):
         train(quick(pictures, tmp_path, head_init="probe", augmentation=augmentation))
     assert torch.equal(*seen)
+
+
+def test_the_head_begins_with_features_in_the_precision_of_training(pictures, tmp_path, monkeypatch):
+    precisions, read = [], linear_probe.read_features
+
+    def noted(*arguments):
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return read(*arguments)
+
+    def stop(*_):
+        raise InsVPError("enough")
+
+    monkeypatch.setattr(linear_probe, "read_features", noted)
+    monkeypatch.setattr(linear_probe, "fit_linear", stop)
+    with pytest.raises(InsVPError, match="enough"):
+        train(quick(pictures, tmp_path, head_init="probe", amp="bf16"))
+    assert precisions == [True, True]

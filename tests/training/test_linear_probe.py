@@ -38,6 +38,12 @@ def test_it_is_scikit_learns_minimum(noisy):
     assert fit.loss == pytest.approx(torch.nn.functional.nll_loss(found, noisy.targets).item())
 
 
+def test_a_feature_that_is_the_same_in_all_images_counts_for_nothing(noisy):
+    wider = Features(torch.cat([noisy.inputs, torch.full((120, 1), 0.25)], 1), noisy.targets)
+    alone, beside = (fit_linear(features, features, 5, [1e-2]) for features in (noisy, wider))
+    torch.testing.assert_close(beside.weight, torch.cat([alone.weight, torch.zeros(5, 1)], 1), check_dtype=False)
+
+
 def test_the_weight_decay_is_chosen_on_held_out_images(noisy):
     shifted = Features(noisy.inputs, noisy.targets.roll(1))  # nothing can be learned
     scores = [fit_linear(shifted, noisy, 5, [decay]).score for decay in WEIGHT_DECAYS]

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -303,6 +304,12 @@ def test_one_process_at_a_time_trains_in_a_folder(digits, tmp_path):
     child.join()
     with locked(folder):
         pass
+
+
+def test_a_lock_names_none_of_those_who_held_it_before(tmp_path):
+    (tmp_path / run_lock.LOCK_FILE).write_text("process 1234567 on another-machine-of-a-cluster\n")
+    with locked(tmp_path):
+        assert (tmp_path / run_lock.LOCK_FILE).read_text() == f"process {os.getpid()} on {platform.node()}\n"
 
 
 def test_a_file_system_or_system_without_locks_is_warned_of(tmp_path, monkeypatch):

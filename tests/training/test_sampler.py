@@ -8,8 +8,12 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from insvp_fast.data.images import Images
+from insvp_fast.errors import InsVPError
+from insvp_fast.training import clusters
 from insvp_fast.training.balance import balanced_order, class_weights, targets_of
+from insvp_fast.training.run import train
 from insvp_fast.training.sampler import BatchSampler, SeededDataset
+from tests.training.small_runs import quick
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -109,3 +113,15 @@ def test_every_random_generator_follows_from_the_sample():
 
     noise = SeededDataset(Noise(), seed=3)
     assert noise[2, 7, 0] == noise[2, 7, 0] != noise[2, 7, 1]
+
+
+def test_clusters_are_of_images_of_any_class(pictures, tmp_path, monkeypatch):
+    """Of many images only the first are taken, and in a folder those are of one class."""
+
+    def features_of(self, loader, count):
+        raise InsVPError(f"classes {sorted(set(next(iter(loader))[1].tolist()))}")
+
+    monkeypatch.setattr(clusters.DAMVP, "features_of", features_of)
+    recipe = quick(pictures, tmp_path, method="dam_vp", method_options=("num_prompts=2",), prompt_length=None)
+    with pytest.raises(InsVPError, match=r"classes \[0, 1\]"):
+        train(recipe)

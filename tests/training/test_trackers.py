@@ -5,10 +5,14 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from insvp_fast.training.accelerator import create_accelerator
+from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
+from insvp_fast.training.run_logger import RunLogger
 from tests.training.small_runs import quick, read_records
 
 
@@ -74,3 +78,10 @@ def test_wandb_gets_every_epoch_of_every_model_and_the_result(pictures, tmp_path
     assert dict(found) == expected_scalars(run)
     assert {("InsVP/*", "InsVP/epoch"), ("linear probe/*", "linear probe/epoch")} <= metrics
     assert ids == {json.loads((run / "config.json").read_text())["id"]}
+
+
+def test_trackers_end_with_their_run(tmp_path):
+    accelerator, ended = create_accelerator(), []
+    accelerator.trackers = [SimpleNamespace(finish=lambda: ended.append(True))]
+    RunLogger(Recipe(), accelerator, tmp_path).finish()
+    assert ended == [True]
