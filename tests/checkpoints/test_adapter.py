@@ -471,6 +471,10 @@ def test_what_timm_does_to_a_backbone_leaves_it_the_one_that_it_names(drop, chan
     assert unlike_timm(backbone) is None
 
 
+def test_a_backbone_for_images_of_another_size_is_the_one_that_it_names():
+    assert unlike_timm(create_backbone("test_vit", pretrained=False, img_size=96), {}) is None
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224"])
 def test_other_backbones_are_those_that_timm_names(name):
     with torch.device("meta"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import timm
 import torch
@@ -189,6 +190,10 @@ def test_a_batch_is_tried_in_the_mode_and_precision_of_training():
     recipe = Recipe(batch_size=7, auto_batch=True)
     accelerator.find_batch_size(recipe, model, (3, 2, 2), accelerator.create_accelerator("bf16"))
     assert seen == [(True, True)]
+
+
+def test_peak_memory_is_in_bytes():
+    assert accelerator.peak_memory(torch.device("cpu")) > 0.9 * psutil.Process().memory_info().rss
 
 
 def test_a_slow_loader_is_told_once(pictures, tmp_path, capsys, monkeypatch):
