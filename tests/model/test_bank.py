@@ -244,6 +244,15 @@ def test_a_model_around_a_backbone_that_computes_otherwise_is_refused():
     bank.add("other", other)
 
 
+def test_a_model_is_taken_in_the_precision_of_the_bank():
+    """The weights of its backbone are the same, in more bits."""
+    backbone = make_backbone().bfloat16()
+    bank, model = AdapterBank(backbone), InsVPViT(copy.deepcopy(backbone).float(), 2, CONFIGS["three"])
+    bank.add("three", model)
+    assert {p.dtype for p in bank.adapters["three"].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_adapters_of_other_methods_are_refused_by_name(tmp_path):
     backbone = make_backbone()
     model = create_model("vpt_deep", copy.deepcopy(backbone), 5, length=2)
