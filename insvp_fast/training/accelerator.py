@@ -122,7 +122,6 @@ def find_batch_size(recipe: Recipe, model: nn.Module, size: tuple[int, ...], acc
         with accelerator.autocast():
             loss = F.cross_entropy(model(images).float(), classes)
         loss.backward()
-        model.zero_grad()
         return batch_size
 
     try:
