@@ -2,10 +2,12 @@
 
 import copy
 import csv
+import itertools
 import json
 import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +20,13 @@ from insvp_fast.commands import cli
 from insvp_fast.data import Data, transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import InsVPError
-from insvp_fast.training import load
+from insvp_fast.training import load, lr_finder
 from insvp_fast.training import run as run_module
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.loss import Loss
 from insvp_fast.training.lr_finder import RangeTest, range_test
+from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import find_lr, train
 from insvp_fast.training.trainer import Trainer
 from insvp_fast.training.warm_start import _require_same_division
@@ -235,6 +238,22 @@ def test_the_steepest_fall_of_the_loss_is_suggested():
     assert found.suggestion() == pytest.approx(10**-2.5)
     with pytest.raises(InsVPError, match="the loss fell at no learning rate from 1e-06 to 0.0001"):
         RangeTest([1e-6, 1e-5, 1e-4], [1.0, 1.1, 2.0], [1.0, 1.1, 2.0]).suggestion()
+
+
+def test_a_range_test_ends_at_four_times_the_least_loss_and_scales_its_rates(monkeypatch):
+    rates, accelerator = [], SimpleNamespace(num_processes=2)
+    trainer = SimpleNamespace(accelerator=accelerator, epoch=0, batch=0, steps_per_epoch=9, lr_of=None)
+    trainer.recipe, trainer.state, trainer.restore = Recipe(batch_size=16, lr_scale="linear"), dict, dict
+
+    def losses(trainer):  # which grow so slowly that none is four times the one before
+        for step in itertools.count():
+            rates.append(trainer.lr_of(step))
+            yield 1.0 + step
+
+    monkeypatch.setattr(lr_finder, "_losses_of_steps", losses)
+    found = range_test(trainer, steps=50)
+    assert 3.5 < found.smoothed[-1] <= 4
+    assert rates[0] == pytest.approx(found.rates[0] * 2 * 16 / 64)
 
 
 def test_a_range_test_leaves_no_trace(pictures, tmp_path, monkeypatch):

@@ -250,6 +250,22 @@ def test_runs_of_earlier_versions_go_on(key, finished, tmp_path):
     assert train(resume=folder) == folder
 
 
+def test_what_a_killed_process_was_writing_is_removed(finished, tmp_path):
+    folder = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    (folder / "metrics.jsonl.0123456789abcdef.tmp").write_text("{")
+    train(resume=folder)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_is_finished_when_it_has_the_results_of_all_its_models(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(probe=True).to_dict()}))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for names in ([], ["linear probe", "InsVP"]):
+            name = "InsVP" if names else "linear probe"
+            print(json.dumps({"model": name, "test_accuracy": 0.5, "trained_parameters": 7}), file=file, flush=True)
+            assert list(read_results(tmp_path)) == names
+
+
 def test_a_run_goes_on_around_its_own_backbone_alone(digits, tmp_path):
     save_backbone(backbone := shipped_backbone("vit_shapes_32", num_classes=0), file := tmp_path / "own.safetensors")
     settings = {"data": str(digits), "output": str(tmp_path), "epochs": 1, "probe": False, "pictures": False}

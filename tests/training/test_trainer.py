@@ -112,6 +112,20 @@ def test_the_state_is_saved_as_often_as_asked_and_before_the_test(pictures, tmp_
     assert saved == within + ends
 
 
+def test_a_best_epoch_that_was_being_replaced_is_put_back(pictures, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "test", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(quick(pictures, tmp_path))
+    best = tmp_path / "pictures-1" / "best"
+    best.rename(best.with_name("best.old"))
+    train(resume=best.parent)
+    assert best.is_dir() and not best.with_name("best.old").exists()
+
+
 def test_an_average_is_what_is_kept(pictures, tmp_path, monkeypatch):
     weights, step = [], Trainer._step
 
