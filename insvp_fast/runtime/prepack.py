@@ -12,7 +12,8 @@ have changed. Two things are compared before each forward product:
   write may take thousands of passes. On a GPU, which is not waited for, all of it takes a pass or a few more
   (``DeviceFingerprint``).
 
-A backward pass relies on the check of the forward pass. ``verify()`` compares everything, ``clear()`` drops everything.
+A backward pass relies on the check of the forward pass, and reads the memory that the weights had in it. ``verify()``
+compares everything, ``clear()`` drops everything.
 A CUDA graph of the caller's reads the packed weights that it was captured with, so these live as long as the weights
 that they were made of: capture a graph after a warm-up, and again when weights have changed. Those of a model itself
 (``insvp_fast.ops.graphs``) are dropped then. Outside of graphs, a stream waits for what another has packed.
