@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from triton.runtime.jit import KernelInterface
 
 from insvp_fast import InsVPConfig, InsVPViT, coverage
-from insvp_fast.runtime import products
+from insvp_fast.runtime import prepack, products
 
 PAGE = Path(__file__).parents[1] / "docs" / "launches.md"
 NAME, DEPTH, BATCH = "vit_base_patch16_224", 12, 8
@@ -149,7 +149,7 @@ def pretended_gpu() -> Iterator[None]:
     made: dict[Any, Any] = {}
 
     def packed(sources: Any, name: Any, make: Any, **_: Any) -> Any:
-        key = (*map(id, sources), name)
+        key = (*(None if w is None else prepack.place(w) for w in sources), name)
         if key not in made:
             made[key] = make()
         return made[key]
