@@ -15,7 +15,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from insvp_fast import __version__
-from insvp_fast.checkpoints.backbone import require_architecture_only, source_of
+from insvp_fast.checkpoints.backbone import image_size, require_architecture_only, source_of
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig, is_number
 from insvp_fast.errors import CheckpointError
@@ -24,6 +24,10 @@ from insvp_fast.json_files import read_json
 __all__ = ["AdapterConfig", "BackboneRecord", "Described", "check_fields", "to_json"]
 
 PEFT_TYPE, FORMAT_VERSION = "INSVP", 1
+REMEDY = (
+    "Give as backbone= the one that the adapter was trained with; InsVPViT.from_pretrained takes another with"
+    " allow_backbone_mismatch=True"
+)
 
 
 class Described:
@@ -156,26 +160,34 @@ class BackboneRecord:
     def require_same_weights(self, backbone: nn.Module, where: object) -> None:
         """Check that a backbone has the recorded weights, and pools its tokens as recorded, for which it needs none.
 
-        Warns if embeddings of positions that were resampled differ, as they do between CPUs.
+        Warns if embeddings of positions that were resampled differ, as they do between CPUs, for images of one size.
 
         Raises:
             CheckpointError: if it has others, or pools otherwise.
         """
         found, but_positions = backbone_sha256(backbone, self.torch_dtype), self.sha256_but_positions
+        size, trained = self._image_sizes(backbone)
+        if found != self.sha256 and size != trained:
+            text = f"the backbone is for images of {size} pixels: expected {trained}, those of the training"
+            raise CheckpointError(f"{where}: {text}. {REMEDY}")
         if found != self.sha256 and but_positions == backbone_sha256(backbone, self.torch_dtype, positions=False):
             text = "the position embeddings, resampled for `img_size`, are not to the bit those of the training"
             warnings.warn(f"{where}: {text}: another CPU or version of PyTorch rounds them otherwise", stacklevel=3)
         elif found != self.sha256:
             expected = f"{self.sha256} ({self.name or 'not made by timm'}, {self.dtype})"
-            remedy = "Give as backbone= the one that the adapter was trained with"
-            remedy += "; InsVPViT.from_pretrained takes another with allow_backbone_mismatch=True"
-            raise CheckpointError(f"{where}: the backbone has sha256 {found}: expected {expected}. {remedy}")
+            raise CheckpointError(f"{where}: the backbone has sha256 {found}: expected {expected}. {REMEDY}")
         pool = _pooling(backbone)
         if None not in (pool, self.global_pool) and pool != self.global_pool:
             raise CheckpointError(
                 f"{where}: the backbone has global_pool={pool!r}: expected {self.global_pool!r}, as the adapter was"
                 " trained"
             )
+
+    def _image_sizes(self, backbone: nn.Module) -> tuple[str, str]:
+        """The sizes of images of a backbone and of the recorded one, in words; twice the same if one is not known."""
+        sizes = [image_size(source_of(backbone), get_model_args(backbone)), image_size(self.name, self.arguments or {})]
+        size, trained = (f"{pair[0]}x{pair[1]}" if pair else "" for pair in sizes)
+        return (size, trained) if size and trained else ("", "")
 
 
 def _pooling(backbone: Any) -> str | None:

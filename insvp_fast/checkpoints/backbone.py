@@ -30,6 +30,7 @@ __all__ = [
     "create_backbone",
     "difference",
     "hub_id",
+    "image_size",
     "is_name",
     "is_shipped",
     "require_architecture_only",
@@ -111,6 +112,15 @@ def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:
 def is_shipped(name: str) -> bool:
     """Whether the package holds this backbone."""
     return name.isidentifier() and (ASSETS / f"{name}.json").is_file()
+
+
+def image_size(source: str | None, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(H, W) of the images of what ``create_backbone`` builds of this; None where that does not say it."""
+    size, name = arguments.get("img_size"), (source or "").partition("@")[0]
+    if size is None and is_shipped(name):
+        size = json.loads((ASSETS / f"{name}.json").read_text())["architecture"]["img_size"]
+    pair = (size, size) if isinstance(size, int) else size
+    return (pair[0], pair[1]) if isinstance(pair, list | tuple) and len(pair) == 2 else None
 
 
 def save_backbone(backbone: nn.Module, file: Path) -> None:

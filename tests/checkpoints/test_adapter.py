@@ -617,6 +617,22 @@ def test_refuses_another_backbone(folder):
     assert model.backbone is other
 
 
+@pytest.mark.parametrize("name", ["vit_shapes_32", NAME])
+def test_refuses_a_backbone_for_images_of_another_size(name, tmp_path):
+    """Its embeddings of positions are others, of which an adapter may record the size or the hash of the rest."""
+    source = name
+    if name == NAME:
+        save_backbone(make_backbone(), file := tmp_path / "backbone.safetensors")
+        source = str(file)
+    Reference(create_backbone(source), 3, SMALL).save_pretrained(tmp_path)
+    told = "the backbone is for images of 64x64 pixels: expected 32x32, those of the training. Give as backbone= .*mism"
+    with pytest.raises(CheckpointError, match=told):
+        Reference.from_pretrained(tmp_path, img_size=64)
+    with pytest.raises(CheckpointError, match=told):
+        Reference.from_pretrained(tmp_path, create_backbone(source, img_size=64))
+    assert Reference.from_pretrained(tmp_path, img_size=64, allow_backbone_mismatch=True).num_classes == 3
+
+
 def test_one_changed_weight_makes_another_backbone():
     backbone = make_backbone()
     before = backbone_sha256(backbone, torch.float32)
