@@ -1,11 +1,24 @@
-"""The errors of this package that a user can correct; the command line prints each in one line.
+"""The errors of this package that a user can correct, and its warnings; the command line prints each in one line.
 
 In a message, a setting of ``Recipe`` stands in backticks, `lr`; the command line shows it as its option, --lr.
 """
 
 from __future__ import annotations
 
-__all__ = ["INTERRUPTED", "CheckpointError", "CommandError", "DataError", "ExportError", "InsVPError", "TrainingError"]
+import inspect
+import warnings
+
+__all__ = [
+    "INTERRUPTED",
+    "CheckpointError",
+    "CommandError",
+    "DataError",
+    "ExportError",
+    "InsVPError",
+    "InsVPWarning",
+    "TrainingError",
+    "warn",
+]
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, by convention
 
@@ -32,3 +45,15 @@ class ExportError(InsVPError):
 
 class CommandError(InsVPError):
     """A command cannot do what it was asked to do."""
+
+
+class InsVPWarning(UserWarning):
+    """What a user should know of something that is done all the same."""
+
+
+def warn(message: str) -> None:
+    """Warn, at the place of the code that called this package, be it through torch or timm."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("insvp_fast.", "torch.", "timm.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, InsVPWarning, stacklevel=level)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import warnings
 from collections import deque
 from collections.abc import Mapping
 from importlib.resources import files
@@ -31,6 +30,7 @@ from torch import nn
 
 import insvp_fast
 from insvp_fast.config import InsVPConfig
+from insvp_fast.errors import warn
 
 __all__: list[str] = []  # timm enters the names
 
@@ -99,7 +99,7 @@ def create(
         raise ValueError(f"feature_cls={feature_cls!r}: expected 'getter', the features of {backbone} are not modules")
     if dropping := [key for key, value in arguments.items() if "drop" in key and key.endswith("_rate") and value]:
         text = "the frozen backbone runs in evaluation mode and drops nothing"
-        warnings.warn(f"{PREFIX}{backbone}: {', '.join(dropping)} without effect, {text}", stacklevel=4)
+        warn(f"{PREFIX}{backbone}: {', '.join(dropping)} without effect, {text}")
     config, own = _take_config(arguments), _take(arguments, _own_arguments())
     cfg, saved = pretrained_cfg, False
     if isinstance(cfg, dict | PretrainedCfg):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +28,7 @@ from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
 from insvp_fast.checkpoints.released import infer_config, read_released, to_ours, to_released
 from insvp_fast.checkpoints.state_dict import assign, check_shapes, expected_shapes, read_adapter_weights, skeleton
 from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
-from insvp_fast.errors import CheckpointError
+from insvp_fast.errors import CheckpointError, warn
 from insvp_fast.reference.heads import refuse_arguments
 
 __all__ = ["AdapterCheckpoint", "adapter_part", "recorded_backbone", "require_described"]
@@ -217,7 +216,7 @@ class AdapterCheckpoint(
         check_shapes(released, {key: tuple(value.shape) for key, value in theirs.items()}, where)
         if config.specific_prompt:
             text = "the authors' code leaves TokenPrompt, the specific prompter, at its random initial values"
-            warnings.warn(f"{where}: {text}", stacklevel=2)
+            warn(f"{where}: {text}")
 
         model = cls(module, classes, config)
         model.load_state_dict(tensors)
@@ -299,9 +298,7 @@ def recorded_backbone(
     module = _take_or_create(given, pretrained, defaults, arguments, record.torch_dtype, where, remedy)
     other = record.name and (given != record.name or arguments)
     if other and (change := unlike_timm(module, record.arguments, record.name)):
-        warnings.warn(
-            f"{where}: the adapter was trained around a backbone that computes otherwise: {change}", stacklevel=3
-        )
+        warn(f"{where}: the adapter was trained around a backbone that computes otherwise: {change}")
     return module
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from insvp_fast import __version__
 from insvp_fast.checkpoints.backbone import image_size, require_architecture_only, source_of
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig, is_number
-from insvp_fast.errors import CheckpointError
+from insvp_fast.errors import CheckpointError, warn
 from insvp_fast.json_files import read_json
 
 __all__ = ["AdapterConfig", "BackboneRecord", "Described", "check_fields", "to_json"]
@@ -131,7 +130,7 @@ class BackboneRecord:
         if change is None or self.name is None:
             return self
         text = f"the backbone is not what {self.name} names: {change}"
-        warnings.warn(f"{text}; what is saved is loaded around the backbone itself, given as backbone=", stacklevel=4)
+        warn(f"{text}; what is saved is loaded around the backbone itself, given as backbone=")
         return dataclasses.replace(self, name=None, arguments=None)
 
     @classmethod
@@ -172,7 +171,7 @@ class BackboneRecord:
             raise CheckpointError(f"{where}: {text}. {REMEDY}")
         if found != self.sha256 and but_positions == backbone_sha256(backbone, self.torch_dtype, positions=False):
             text = "the position embeddings, resampled for `img_size`, are not to the bit those of the training"
-            warnings.warn(f"{where}: {text}: another CPU or version of PyTorch rounds them otherwise", stacklevel=3)
+            warn(f"{where}: {text}: another CPU or version of PyTorch rounds them otherwise")
         elif found != self.sha256:
             expected = f"{self.sha256} ({self.name or 'not made by timm'}, {self.dtype})"
             raise CheckpointError(f"{where}: the backbone has sha256 {found}: expected {expected}. {REMEDY}")

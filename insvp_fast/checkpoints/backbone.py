@@ -23,7 +23,7 @@ from torch import nn
 from insvp_fast.checkpoints.files import INDEX, read_metadata, read_torch, require_hub
 from insvp_fast.checkpoints.state_dict import head_prefixes
 from insvp_fast.checkpoints.weights import read_backbone_weights
-from insvp_fast.errors import CheckpointError
+from insvp_fast.errors import CheckpointError, warn
 from insvp_fast.timm_models import PREFIX
 
 __all__ = [
@@ -347,4 +347,4 @@ def _load(backbone: nn.Module, file: Path) -> None:
     backbone.load_state_dict(state, strict=False)
     _record(backbone, weights_report=str(report))
     if report.missing_head:
-        warnings.warn(f"{file}: {report}", stacklevel=3)
+        warn(f"{file}: {report}")

@@ -12,15 +12,17 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
 from insvp_fast import __version__
 from insvp_fast.commands.completion import PrintCompletion
 from insvp_fast.commands.settings import show_options
-from insvp_fast.errors import INTERRUPTED, InsVPError
+from insvp_fast.errors import INTERRUPTED, InsVPError, InsVPWarning
 
 __all__ = ["COMMANDS", "main", "run"]
 
@@ -52,6 +54,7 @@ EXTRAS = {  # which one installs a package, by the name of its import
     **dict.fromkeys(("starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
 
+_warned: set[str] = set()  # the lines of ``_show_warning``
 _statuses: list[int] = []  # the exit status of ``run``, when it is known
 
 
@@ -93,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(end="", flush=True)  # here, where its errors are caught
         return 1 if errors else 0
     except InsVPError as error:
-        message = " ".join(line.strip() for line in str(error).splitlines())
-        print(f"insvp: error: {show_options(message)}", file=sys.stderr)
+        print(f"insvp: error: {_in_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:  # its arguments may say how to resume
         message = "; ".join(["interrupted", *map(str, interrupt.args)])
@@ -118,8 +120,22 @@ def run() -> NoReturn:
     """The process ``insvp``: ``main``, and the end, without what was registered for it before this module's import."""
     # imports make no garbage, but so many objects that all would be searched for it six times
     gc.set_threshold(*gc.get_threshold()[:2], 100)
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     _statuses.append(main())
     sys.exit(_statuses[0])
+
+
+def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print our own warnings once, and without the place in the code, which says nothing to who runs a command."""
+    if not issubclass(category, InsVPWarning):
+        show(message, category, *place)
+    elif (line := f"insvp: warning: {_in_one_line(message)}") not in _warned:
+        _warned.add(line)
+        print(line, file=sys.stderr)
+
+
+def _in_one_line(message: object) -> str:
+    return show_options(" ".join(line.strip() for line in str(message).splitlines()))
 
 
 @contextmanager

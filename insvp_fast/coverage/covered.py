@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from insvp_fast.coverage.rules import CALLED, Table, difference, foreign, full_name
 from insvp_fast.coverage.snapshot import Snapshot
 from insvp_fast.coverage.surroundings import surroundings_reason
+from insvp_fast.errors import warn
 from insvp_fast.runtime.torch_private import overrides
 
 __all__ = [
@@ -228,18 +227,9 @@ def _report(part: nn.Module, reason: str | None) -> bool:
     """Warn of a new reason; returns whether there is none."""
     memo = _memo(part)
     if reason is not None and reason != memo.reported:
-        text = f"{type(part).__name__} takes the general path, exact but not fast: {reason}"
-        warnings.warn(text, stacklevel=_levels_to_caller())
+        warn(f"{type(part).__name__} takes the general path, exact but not fast: {reason}")
     memo.reported = reason
     return reason is None
-
-
-def _levels_to_caller() -> int:
-    """How far up the stack the code is that called the model, seen from ``_report``."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("insvp_fast.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _changeable_reason(part: Covered) -> str | None:

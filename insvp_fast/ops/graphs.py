@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from insvp_fast.errors import warn
 from insvp_fast.ops.captured_graph import Graph, Launch, Tensors, evaluate, same_random_numbers
 from insvp_fast.runtime import cuda_graphs, recording, torch_private
 
@@ -160,7 +160,7 @@ class Graphs:
             if len(found) == len(expected) and all(map(_same_bits, found, expected)):
                 return graph
             reason = "gave other bits"
-        warnings.warn(f"kernels are launched one by one, as a CUDA graph of them {reason}", stacklevel=4)
+        warn(f"kernels are launched one by one, as a CUDA graph of them {reason}")
         return False
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from insvp_fast.errors import TrainingError
+from insvp_fast.errors import TrainingError, warn
 
 __all__ = ["locked"]
 
@@ -38,9 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise TrainingError(f"{folder} is being trained by {file.read().strip() or 'another process'}") from error
         except OSError as error:  # of clusters, some have none
-            warnings.warn(
-                f"{folder} cannot be locked ({error.strerror}): train in it by one process alone", stacklevel=3
-            )
+            warn(f"{folder} cannot be locked ({error.strerror}): train in it by one process alone")
         else:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")

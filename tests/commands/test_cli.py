@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 
 import pytest
 
@@ -15,7 +16,7 @@ from insvp_fast.commands import train as train_command
 from insvp_fast.commands.cli import COMMANDS
 from insvp_fast.commands.options import output_file
 from insvp_fast.commands.settings import show_options
-from insvp_fast.errors import CheckpointError, CommandError, DataError, InsVPError
+from insvp_fast.errors import CheckpointError, CommandError, DataError, InsVPError, warn
 from insvp_fast.studies.arguments import to_arguments, to_option
 from insvp_fast.training import run as run_module
 from insvp_fast.training.recipe import Recipe
@@ -70,6 +71,25 @@ def test_a_process_ends_with_its_status_after_all_that_was_registered_for_its_en
     assert done.returncode == status
     assert done.stdout.endswith("thread\nregistered\n")
     assert len(done.stderr.splitlines()) == status and done.stderr.startswith("insvp: error: " * status), done.stderr
+
+
+def test_warnings_of_ours_are_told_once_without_a_place_in_the_code(monkeypatch, capsys):
+    """Those of other packages say where they come from."""
+
+    def main():
+        for _ in range(2):
+            warn("`img_size` is\n  3")
+        warnings.warn("theirs", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(cli, "_statuses", [])
+    monkeypatch.setattr(cli, "_warned", set())
+    monkeypatch.setattr(cli.gc, "set_threshold", lambda *thresholds: None)
+    with pytest.warns(UserWarning, match="theirs") as others, pytest.raises(SystemExit):
+        cli.run()
+    assert [warning.filename for warning in others] == [__file__]
+    assert capsys.readouterr().err == "insvp: warning: --img-size is 3\n"
 
 
 @pytest.mark.parametrize(
