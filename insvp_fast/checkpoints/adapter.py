@@ -132,6 +132,7 @@ class AdapterCheckpoint(
         *,
         pretrained: bool = True,
         allow_backbone_mismatch: bool = False,
+        num_classes: int | None = None,
         force_download: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -150,6 +151,8 @@ class AdapterCheckpoint(
             pretrained, backbone_kwargs: for ``create_backbone``, where they override the recorded arguments; not for a
                 module.
             allow_backbone_mismatch: accept a backbone with other weights than the adapter was trained with.
+            num_classes: the number of classes that the adapter must have; None accepts any. ``reset_classifier`` gives
+                the loaded model a new head.
             force_download, token, cache_dir, local_files_only, revision: for ``huggingface_hub.hf_hub_download`` of the
                 adapter; timm downloads the backbone. HF_HUB_OFFLINE keeps both offline.
 
@@ -163,7 +166,9 @@ class AdapterCheckpoint(
         config_file = find_file(str(pretrained_model_name_or_path), ADAPTER_FILE, hub)
         weights_file = find_file(str(pretrained_model_name_or_path), WEIGHTS_FILE, hub)
         config, weights = AdapterConfig.read(config_file), read_adapter_weights(weights_file)
-
+        if num_classes not in (None, config.num_classes):
+            remedy = f"call reset_classifier({num_classes}) after loading for a new head"
+            raise CheckpointError(f"{config_file}: the adapter has {config.num_classes} classes: {remedy}")
         module = recorded_backbone(config.backbone, backbone, pretrained, backbone_kwargs, config_file)
         expected = expected_shapes(module, config.num_classes, config.insvp, config_file)
         check_shapes(weights, adapter_part(expected), weights_file)

@@ -633,6 +633,20 @@ def test_refuses_a_backbone_for_images_of_another_size(name, tmp_path):
     assert Reference.from_pretrained(tmp_path, img_size=64, allow_backbone_mismatch=True).num_classes == 3
 
 
+@models
+def test_another_number_of_classes_is_asked_of_a_new_head(model_type, folder):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config.json: the adapter has 3 classes: call reset_classifier\(7\)"
+    ):
+        model_type.from_pretrained(folder, make_backbone(), num_classes=7)
+    model = model_type.from_pretrained(folder, make_backbone(), num_classes=3)
+    assert model.num_classes == 3
+    if model_type is InsVPViT:
+        model.reset_classifier(7)
+        model.save_pretrained(folder, class_names=list("abcdefg"))
+        assert InsVPViT.from_pretrained(folder, make_backbone()).num_classes == 7
+
+
 def test_one_changed_weight_makes_another_backbone():
     backbone = make_backbone()
     before = backbone_sha256(backbone, torch.float32)
