@@ -18,7 +18,7 @@ from insvp_fast.backbones import (
     family_of,
     only_operations,
 )
-from insvp_fast.checkpoints.backbone import create_backbone
+from insvp_fast.checkpoints.backbone import create_frozen
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.copies import with_tensors
 from insvp_fast.coverage.rules import foreign, full_name
@@ -45,7 +45,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
     How the backbone is computed is set by the attributes of ``BackboneSettings``, at any time.
     """
 
-    _create = staticmethod(create_backbone)
+    _create = staticmethod(create_frozen)
     replaced_methods = ("forward_features", "forward_head", "block_outputs", "apply_block")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

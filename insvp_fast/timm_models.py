@@ -97,9 +97,6 @@ def create(
     """
     if feature_cls != "getter":
         raise ValueError(f"feature_cls={feature_cls!r}: expected 'getter', the features of {backbone} are not modules")
-    if dropping := [key for key, value in arguments.items() if "drop" in key and key.endswith("_rate") and value]:
-        text = "the frozen backbone runs in evaluation mode and drops nothing"
-        warn(f"{PREFIX}{backbone}: {', '.join(dropping)} without effect, {text}")
     config, own = _take_config(arguments), _take(arguments, _own_arguments())
     cfg, saved = pretrained_cfg, False
     if isinstance(cfg, dict | PretrainedCfg):
@@ -112,12 +109,20 @@ def create(
         classes = arguments.pop("num_classes", None)
         model = insvp_fast.InsVPViT(backbone, classes, config, pretrained=True, **own, **arguments)
     else:
+        warn_of_drop_rates(f"{PREFIX}{backbone}", arguments)
         module = timm.create_model(backbone, pretrained and not saved, cfg, cache_dir=cache_dir, **arguments)
         model = insvp_fast.InsVPViT(module, None, config, **own)
     if saved and pretrained:
         load_pretrained(model, pretrained_cfg, model.num_classes, model.in_chans, cache_dir=cache_dir)
     built: nn.Module = _features(model, out_indices) if features_only else model
     return built
+
+
+def warn_of_drop_rates(name: str, arguments: Mapping[str, Any]) -> None:
+    """Warn if a backbone that gets frozen is to be built with a drop rate."""
+    if dropping := [key for key, value in arguments.items() if "drop" in key and key.endswith("_rate") and value]:
+        text = "the frozen backbone runs in evaluation mode and drops nothing"
+        warn(f"{name}: {', '.join(dropping)} without effect, {text}")
 
 
 def _take(arguments: dict[str, Any], names: set[str]) -> dict[str, Any]:

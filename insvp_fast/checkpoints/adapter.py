@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from insvp_fast.atomic_files import write_file
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord, Described, to_json
-from insvp_fast.checkpoints.backbone import create_backbone, difference, hub_id, settings_of, source_of, unlike_timm
+from insvp_fast.checkpoints.backbone import create_frozen, difference, hub_id, settings_of, source_of, unlike_timm
 from insvp_fast.checkpoints.files import find_file, save_adapter
 from insvp_fast.checkpoints.model_card import make_model_card
 from insvp_fast.checkpoints.names import ADAPTER_FILE, CARD_FILE, WEIGHTS_FILE
@@ -321,6 +321,6 @@ def _take_or_create(
         refuse_arguments(arguments)
         return backbone
     try:
-        return create_backbone(backbone, pretrained, **defaults | arguments).to(dtype)
+        return create_frozen(backbone, pretrained, **defaults | arguments).to(dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}{remedy}") from error

@@ -24,10 +24,11 @@ from insvp_fast.checkpoints.files import INDEX, read_metadata, read_torch, requi
 from insvp_fast.checkpoints.state_dict import head_prefixes
 from insvp_fast.checkpoints.weights import read_backbone_weights
 from insvp_fast.errors import CheckpointError, warn
-from insvp_fast.timm_models import PREFIX
+from insvp_fast.timm_models import PREFIX, warn_of_drop_rates
 
 __all__ = [
     "create_backbone",
+    "create_frozen",
     "difference",
     "hub_id",
     "image_size",
@@ -91,6 +92,12 @@ def create_backbone(
         channels = _cfg(backbone).get("input_size", (3,))[0]
         _record(backbone, input_size=(channels, *((size, size) if isinstance(size, int) else size)))
     return backbone
+
+
+def create_frozen(source: str, pretrained: bool = True, **arguments: Any) -> nn.Module:
+    """``create_backbone`` of what gets frozen."""
+    warn_of_drop_rates(source, arguments)
+    return create_backbone(source, pretrained, **arguments)
 
 
 def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:

@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, timm_models, timm_script, unsupported_reason
+from insvp_fast.methods import create_model as create_method_model
 from insvp_fast.methods.lora import LoRA
 from insvp_fast.methods.model import MethodViT
 from insvp_fast.methods.tuned import TunedViT
@@ -442,6 +443,21 @@ def test_arguments_reach_the_configuration_the_model_and_the_backbone(tmp_path):
         timm.create_model(NAME, prompt_length=-1, **TINY)
     with pytest.warns(UserWarning, match="drop_path_rate without effect"):
         timm.create_model(NAME, drop_path_rate=0.1, **TINY)
+
+
+def test_a_drop_rate_without_effect_is_told_once(tmp_path):
+    """However a frozen backbone gets it."""
+    told, shipped = "drop_rate without effect, the frozen backbone", "vit_shapes_32"
+    InsVPViT(shipped, 2, pretrained=True).save_pretrained(tmp_path)
+    for make in (
+        lambda: timm.create_model(f"insvp_{shipped}", drop_rate=0.1),
+        lambda: InsVPViT(shipped, 2, drop_rate=0.1),
+        lambda: InsVPViT.from_pretrained(tmp_path, drop_rate=0.1),
+        lambda: create_method_model("vpt_deep", shipped, 2, backbone_kwargs={"drop_rate": 0.1}),
+    ):
+        with pytest.warns(UserWarning, match=told) as warned:
+            make()
+        assert [one.filename for one in warned] == [__file__]
 
 
 def test_features_only():
