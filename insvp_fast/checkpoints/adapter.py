@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -158,9 +159,10 @@ class AdapterCheckpoint(
 
         Raises:
             CheckpointError: if this version cannot read the files as an adapter, or the backbone is another one.
-            TypeError: if the backbone is not a model of timm that can be prompted.
+            TypeError: if the backbone is not a model of timm that can be prompted, or for an argument of the model.
             ValueError: for ``backbone_kwargs`` beside a module.
         """
+        _refuse_arguments_of(cls, backbone_kwargs)
         hub: dict[str, Any] = {"force_download": force_download, "token": token, "cache_dir": cache_dir}
         hub |= {"local_files_only": local_files_only, "revision": revision}
         config_file = find_file(str(pretrained_model_name_or_path), ADAPTER_FILE, hub)
@@ -204,9 +206,10 @@ class AdapterCheckpoint(
 
         Raises:
             CheckpointError: if it is not such a checkpoint, or does not fit the backbone.
-            TypeError: if the backbone is not a model of timm that can be prompted.
+            TypeError: if the backbone is not a model of timm that can be prompted, or for an argument of the model.
             ValueError: for ``backbone_kwargs`` beside a module.
         """
+        _refuse_arguments_of(cls, backbone_kwargs)
         where, released = read_released(source)
         tensors = to_ours(released)
         depth, config = infer_config(tensors, simam, where)
@@ -242,6 +245,15 @@ class AdapterCheckpoint(
         if (weight.device, weight.dtype) != (own.device, own.dtype):
             model.to(weight.device, None if weight.dtype == own.dtype else weight.dtype)
         return model.eval()
+
+
+def _refuse_arguments_of(model: type, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError for an argument that is not the backbone's, where a model is loaded."""
+    for name in arguments:
+        if name == "config" or name in InsVPConfig.__dataclass_fields__:
+            raise TypeError(f"{name} was given: expected none, the configuration is that of what is loaded")
+        if name in inspect.signature(model).parameters:
+            raise TypeError(f"{name} was given: expected none, it is an attribute to be set after loading")
 
 
 def _counterparts(module: nn.Module, other: nn.Module) -> Iterator[tuple[int, Any]]:
@@ -323,4 +335,5 @@ def _take_or_create(
     try:
         return create_frozen(backbone, pretrained, **defaults | arguments).to(dtype)
     except CheckpointError as error:
+        remedy = "" if isinstance(error.__cause__, TypeError) else remedy  # for an argument that it does not take
         raise CheckpointError(f"{where}: {error}{remedy}") from error

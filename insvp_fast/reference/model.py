@@ -45,7 +45,8 @@ class InsVPReference(PromptedReference):
     specific prompter has a last convolution for each.
 
     Raises:
-        TypeError: if the backbone is no model of timm, or has more than one head, or ``config`` is something else.
+        TypeError: if the backbone is no model of timm, or has more than one head, or ``config`` is something else,
+            or a field of it was given by itself.
         ValueError: if its patches are not square, or the configuration asks for what it does not have.
     """
 
@@ -61,6 +62,9 @@ class InsVPReference(PromptedReference):
     ) -> None:
         if not isinstance(config, InsVPConfig | None):
             raise TypeError(f"config is a {type(config).__name__}: expected an InsVPConfig")
+        for name in InsVPConfig.__dataclass_fields__.keys() & backbone_kwargs.keys():
+            instead = f"config=InsVPConfig({name}={backbone_kwargs[name]!r})"
+            raise TypeError(f"{name} is a field of InsVPConfig, not an argument of the backbone: expected {instead}")
         super().__init__(backbone, num_classes, pretrained=pretrained, **backbone_kwargs)
         self.config = config = config or InsVPConfig()
         self.carry_prompts = config.carry_prompts

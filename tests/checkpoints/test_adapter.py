@@ -664,6 +664,21 @@ def test_refuses_arguments_for_a_module_and_modules_of_another_kind(folder):
         Reference.from_pretrained(folder, nn.Linear(2, 2))
 
 
+@models
+def test_arguments_of_the_model_are_not_the_backbones(model_type, folder):
+    with pytest.raises(
+        TypeError, match=r"^prompt_length is a field of .*: expected config=InsVPConfig\(prompt_length=4\)$"
+    ):
+        model_type("vit_shapes_32", 3, prompt_length=4)
+    for argument in ({"prompt_length": 4}, {"config": SMALL}):
+        with pytest.raises(TypeError, match="was given: expected none, the configuration is that of what is loaded"):
+            model_type.from_pretrained(folder, **argument)
+    with pytest.raises(CheckpointError, match="unexpected keyword argument 'flavour'$"):
+        model_type.from_pretrained(folder, pretrained=False, flavour="sweet")
+    with pytest.raises(TypeError, match="recompute was given: expected none, it is an attribute to be set after load"):
+        InsVPViT.from_pretrained(folder, recompute="block")
+
+
 # Wrong files
 
 WRONG_DESCRIPTIONS = {
