@@ -59,18 +59,23 @@ class InsVPForImageClassification(nn.Module):
                 [B, num_classes].
 
         Raises:
-            ValueError: for labels of floating-point numbers, or for one class, if the model is not for several labels.
+            ValueError: for labels of another shape, and of floating-point numbers or for one class, if the model is
+                not for several labels.
         """
+        B, C = len(pixel_values), self.model.num_classes
         if labels is not None and not self.model.multi_label:
-            if labels.is_floating_point():
-                raise ValueError(f"labels are {labels.dtype}: expected integers, or multi_label = True on the InsVPViT")
-            if self.model.num_classes == 1:  # its softmax is 1, whatever the image
+            if labels.is_floating_point() or labels.shape != (B,):
+                found = f"labels are {labels.dtype} {list(labels.shape)}"
+                raise ValueError(f"{found}: expected integers [{B}], or multi_label = True on the InsVPViT")
+            if C == 1:  # its softmax is 1, whatever the image
                 raise ValueError("the model has one class: expected two or more, or multi_label = True on the InsVPViT")
+        elif labels is not None and labels.shape != (B, C):
+            raise ValueError(f"labels are {list(labels.shape)}: expected 0 or 1 for each class, [{B}, {C}]")
         logits, loss = self.model(pixel_values), None
         if labels is not None and self.model.multi_label:
             loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         elif labels is not None:
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels.long())
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> str | None:

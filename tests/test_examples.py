@@ -122,11 +122,17 @@ def test_the_loss_of_transformers_is_that_of_the_labels():
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([[1, 0, 1], [0, 0, 1]])
     logits = model.model(images)
     torch.testing.assert_close(model(images, labels.argmax(1)).loss, F.cross_entropy(logits, labels.argmax(1)))
-    with pytest.raises(ValueError, match="labels are torch.float32: expected integers, or multi_label = True"):
-        model(images, labels.float())
+    torch.testing.assert_close(model(images, labels.argmax(1).int()).loss, F.cross_entropy(logits, labels.argmax(1)))
+    for several in (labels, labels.float(), labels.bool()):
+        with pytest.raises(
+            ValueError, match=r"labels are .*\[2, 3\]: expected integers \[2\], or multi_label = True on"
+        ):
+            model(images, several)
     with pytest.raises(ValueError, match="the model has one class: expected two or more"):
         module.InsVPForImageClassification(InsVPViT("vit_shapes_32", 1))(images, labels[:, 1])
     model.model.multi_label = True
+    with pytest.raises(ValueError, match=r"labels are \[2\]: expected 0 or 1 for each class, \[2, 3\]"):
+        model(images, labels[:, 1])
     expected = F.binary_cross_entropy_with_logits(logits, labels.float())
     torch.testing.assert_close(model(images, labels).loss, expected)
     model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
