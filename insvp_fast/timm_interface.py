@@ -40,6 +40,7 @@ class TimmInterface(nn.Module):
     head: nn.Module
     num_classes: int
     class_names: list[str] | None
+    preprocessing: dict[str, Any] | None
     recompute: str
     config: InsVPConfig
     patch_size: int
@@ -134,12 +135,17 @@ class TimmInterface(nn.Module):
     ) -> None:
         """Resize the backbone's position embedding for another image size; ``size`` goes to the backbone as it is.
 
+        Images are then prepared in that size, where it is known how: ``preprocessing`` gets another ``input_size``.
+
         Raises:
             ValueError: for another patch size, which the patch prompter's weights do not fit.
         """
         if patch_size not in (None, self.patch_size, (self.patch_size, self.patch_size)):
             raise ValueError(f"patch_size={patch_size!r}: expected {self.patch_size}, that of the patch prompter")
-        self.backbone.set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size, **size)
+        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.backbone.set_input_size(sides, **size)
+        if sides is not None and self.preprocessing is not None:
+            self.preprocessing = self.preprocessing | {"input_size": [self.in_chans, *sides]}
 
     # training
 

@@ -171,7 +171,8 @@ class BackboneRecord:
             raise CheckpointError(f"{where}: {text}. {REMEDY}")
         if found != self.sha256 and but_positions == backbone_sha256(backbone, self.torch_dtype, positions=False):
             text = "the position embeddings, resampled for `img_size`, are not to the bit those of the training"
-            warn(f"{where}: {text}: another CPU or version of PyTorch rounds them otherwise")
+            reasons = "another CPU or version of PyTorch rounds them otherwise, or they were resampled more than once"
+            warn(f"{where}: {text}: {reasons}")
         elif found != self.sha256:
             expected = f"{self.sha256} ({self.name or 'not made by timm'}, {self.dtype})"
             raise CheckpointError(f"{where}: the backbone has sha256 {found}: expected {expected}. {REMEDY}")

@@ -22,6 +22,7 @@ from insvp_fast.methods.tuned import TunedViT
 from insvp_fast.methods.vfpt import VFPT
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, make_pair
+from insvp_fast.training.load import load_run
 
 TINY = {"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 32}
 SWIN = {"embed_dim": 24, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 64, "window_size": 2}
@@ -443,6 +444,22 @@ def test_arguments_reach_the_configuration_the_model_and_the_backbone(tmp_path):
         timm.create_model(NAME, prompt_length=-1, **TINY)
     with pytest.warns(UserWarning, match="drop_path_rate without effect"):
         timm.create_model(NAME, drop_path_rate=0.1, **TINY)
+
+
+def test_images_are_prepared_in_the_size_that_was_set(tmp_path):
+    """And so after the adapter is saved and loaded."""
+    model = InsVPViT("vit_shapes_32", 2, pretrained=True)
+    model.set_input_size(32)
+    assert model.preprocessing is None
+    model.save_pretrained(tmp_path, ["a", "b"], resolve_model_data_config(model) | {"input_size": (3, 32, 32)})
+    model.set_input_size((64, 40))
+    model.save_pretrained(tmp_path)
+    again = load_run(tmp_path)
+    assert (
+        again.preprocessing["input_size"] == [3, 64, 40] and again.preprocessing["mean"] == model.preprocessing["mean"]
+    )
+    with torch.no_grad():
+        assert torch.equal(again.model(image := torch.randn(1, 3, 64, 40)), model.eval()(image))
 
 
 def test_a_drop_rate_without_effect_is_told_once(tmp_path):
