@@ -268,11 +268,15 @@ def adapter_part(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("backbone.")}
 
 
-def require_described(model: nn.Module, described: nn.Module) -> None:
-    """Raise ValueError for a module, method, attribute or shape beside the backbone that the other model has not."""
-    found, expected = (_beside_backbone(each) for each in (model, described))
-    for name in [*expected, *(name for name in found if name not in expected)]:
-        own, other = found.get(name), expected.get(name)
+def require_described(model: nn.Module, described: nn.Module, owner: object = None) -> None:
+    """Raise ValueError for a module, method, attribute or shape beside the backbone that the other model has not.
+
+    Args:
+        owner: what has the methods of the model, if not the model itself.
+    """
+    parts, expected = (_beside_backbone(each) for each in (model, described))
+    for name in [*expected, *(name for name in parts if name not in expected)]:
+        own, other = parts.get(name), expected.get(name)
         classes = [None if part is None else type(part).__name__ for part in (own, other)]
         if name and classes[0] != classes[1]:  # the model itself may be of any class with this constructor
             raise ValueError(f"{name} is {classes[0]}: {_expected(classes[1])}")
@@ -280,8 +284,11 @@ def require_described(model: nn.Module, described: nn.Module) -> None:
             if callable(getattr(type(own), key, None)) and (name or key != "forward"):
                 raise ValueError(f"{name and f'{name}.'}{key} is replaced: {_expected('that of the class')}")
         for key, value in vars(other).items():
-            if not key.startswith("_") and key != "training" and vars(own).get(key) != value:
-                raise ValueError(f"{name and f'{name}.'}{key} is {vars(own).get(key)}: {_expected(value)}")
+            found = vars(own).get(key)
+            if not key.startswith("_") and key != "training" and found != value:
+                made_so = (name, key) == ("head", "out_features") and hasattr(owner or model, "reset_classifier")
+                remedy = f"; reset_classifier({found}) gives it a head of so many classes" * made_so
+                raise ValueError(f"{name and f'{name}.'}{key} is {found}: {_expected(value)}{remedy}")
     shapes, wanted = ({k: tuple(t.shape) for k, t in adapter_part(m.state_dict()).items()} for m in (model, described))
     for key in [*wanted, *shapes]:
         if shapes.get(key) != wanted.get(key):

@@ -134,7 +134,7 @@ class MethodCheckpoint(Described, nn.Module):
         content = to_json(dataclasses.asdict(config), f"what is said of {names[0]}")
         head = head_of(self.backbone, self.num_classes)
         head = self.method.make_head(head) if isinstance(self.method, Tuning) else head
-        require_described(nn.ModuleDict({"head": self.head}), nn.ModuleDict({"head": head}))
+        require_described(nn.ModuleDict({"head": self.head}), nn.ModuleDict({"head": head}), owner=self)
         save_adapter(Path(folder), self._adapter(), content)
         self.describe_as(config)
 

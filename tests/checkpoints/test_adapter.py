@@ -302,6 +302,15 @@ def test_refuses_a_head_that_would_not_come_back(method, head, message, tmp_path
     assert [(tmp_path / name).read_bytes() for name in FILES[1:]] == before
 
 
+@pytest.mark.parametrize(("method", "has_remedy"), [("insvp", True), ("vpt_deep", True), ("lora", False)])
+def test_a_head_of_other_classes_is_refused_with_the_way_to_give_it(method, has_remedy, tmp_path):
+    model = make_model(InsVPViT) if method == "insvp" else create_method_model(method, make_backbone(), 3)
+    model.head = nn.Linear(48, 5)
+    with pytest.raises(ValueError, match="^head.out_features is 5: expected 3, ") as refused:
+        model.save_pretrained(tmp_path)
+    assert has_remedy == str(refused.value).endswith("; reset_classifier(5) gives it a head of so many classes")
+
+
 @pytest.mark.parametrize("method", ["insvp", "vpt_deep", "lora"])
 @pytest.mark.parametrize(
     "arguments",
