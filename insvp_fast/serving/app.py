@@ -52,19 +52,10 @@ def create_app(
         Route("/models", service.models),
         Route("/metrics", service.show_metrics),
     ]
-    elsewhere = {404: _refuse_elsewhere, 405: _refuse_elsewhere}
+    elsewhere = {404: service.refuse_elsewhere, 405: service.refuse_elsewhere}
     app = Starlette(routes=routes, lifespan=service.lifespan, exception_handlers=elsewhere)  # type: ignore[arg-type]
     app.router.redirect_slashes = False  # to an address made of what the client calls this host
     return app
-
-
-def _refuse_elsewhere(request: Request, error: HTTPException) -> Response:
-    """The answer to a path that there is not, or to a method that it does not take."""
-    kind = "unknown_path" if error.status_code == 404 else "wrong_method"
-    message = f"{request.method} {request.url.path}: expected POST /predict, or GET /health, /models or /metrics"
-    response = answer_refusal(Refusal(kind, message))
-    response.headers.update(error.headers or {})
-    return response
 
 
 class Service:
@@ -122,6 +113,16 @@ class Service:
         finally:
             self._metrics.requests.labels(str(status)).inc()
             self._metrics.latency.observe(time.perf_counter() - start)
+        return response
+
+    def refuse_elsewhere(self, request: Request, error: HTTPException) -> Response:
+        """Answer a request for a path that there is not, or with a method that it does not take, and count it."""
+        kind = "unknown_path" if error.status_code == 404 else "wrong_method"
+        message = f"{request.method} {request.url.path}: expected POST /predict, or GET /health, /models or /metrics"
+        response = answer_refusal(Refusal(kind, message))
+        response.headers.update(error.headers or {})
+        self._metrics.errors.labels(kind).inc()
+        self._metrics.requests.labels(str(response.status_code)).inc()
         return response
 
     async def _answer(self, request: Request) -> Response:

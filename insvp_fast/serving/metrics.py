@@ -30,7 +30,8 @@ class Metrics:
 
     def __init__(self, queue_length: Callable[[], int]) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter("insvp_requests", "requests to /predict by HTTP status", ["status"], registry=registry)
+        requests = "requests to /predict, and those that fit no endpoint, by HTTP status"
+        self.requests = Counter("insvp_requests", requests, ["status"], registry=registry)
         self.errors = Counter(
             "insvp_errors", "refused requests, unreadable images and failures", ["kind"], registry=registry
         )

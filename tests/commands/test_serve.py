@@ -131,8 +131,11 @@ def test_a_charset_that_does_not_decode_a_name_is_refused(client, expected):
         ("PUT", "/predict", 405, "wrong_method"),
     ],
 )
-def test_what_is_not_there_is_refused_in_json(client, method, path, status, kind):
+def test_what_is_not_there_is_refused_in_json_and_counted(client, method, path, status, kind):
+    counters = f'insvp_errors_total{{kind="{kind}"}}', f'insvp_requests_total{{status="{status}"}}'
+    before = [metrics(client).get(counter, 0) for counter in counters]
     answer = client.request(method, path)
+    assert [metrics(client)[counter] for counter in counters] == [count + 1 for count in before]
     assert (answer.status_code, answer.json()["kind"]) == (status, kind)
     assert answer.json()["error"] == f"{method} {path}: expected POST /predict, or GET /health, /models or /metrics"
     assert status != 405 or answer.headers["Allow"] == "POST"
