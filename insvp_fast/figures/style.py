@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
 from insvp_fast.atomic_files import replace_file
+from insvp_fast.errors import warn
 
 __all__ = ["COLORS", "HIGHLIGHT", "MARKERS", "SEQUENTIAL", "drawable", "drawing", "printable"]
 
@@ -22,6 +25,8 @@ MARKERS = ("o", "^", "s")  # with the colors, they tell 21 classes apart
 SEQUENTIAL = "viridis"
 # for the characters that matplotlib's own font lacks, such as Chinese names of classes, where one is installed
 FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei")
+GLYPH = r"Glyph (\d+) .*missing from "  # what matplotlib warns of, once for each character and picture
+_told: set[str] = set()  # the characters that users know of
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -67,8 +72,24 @@ def drawing(file: str | Path, width: float, height: float) -> Iterator[Figure]:
     """
     file = Path(file)
     fonts = ["sans-serif", *(name for name in FALLBACKS if name in get_font_names())]
-    with rc_context(STYLE | {"font.family": fonts}):
+    with _missing_characters(), rc_context(STYLE | {"font.family": fonts}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with replace_file(file) as stream:
             figure.savefig(stream, format=file.suffix[1:] or "png")
+
+
+@contextmanager
+def _missing_characters() -> Iterator[None]:
+    """Warn once of characters that are drawn as boxes, instead of matplotlib, which warns of each in each picture."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", GLYPH)
+        yield
+    missing = {chr(int(found[1])) for one in caught if (found := re.match(GLYPH, str(one.message)))}
+    for one in caught:
+        if not re.match(GLYPH, str(one.message)):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if new := sorted(missing - _told):
+        _told.update(new)
+        some = "".join(new[:20]) + "…" * (len(new) > 20)
+        warn(f"no installed font has {some}, drawn as boxes: expected one of {', '.join(FALLBACKS)}")

@@ -1,5 +1,6 @@
 """What is on the pictures: titles, rows, curves, and labels that do not cover one another."""
 
+import warnings
 from itertools import combinations
 from xml.etree import ElementTree
 
@@ -191,11 +192,28 @@ def test_names_of_every_kind_can_be_drawn(tmp_path):
     ElementTree.parse(tmp_path / "a.svg")
 
 
+def test_characters_that_no_font_has_are_told_once(tmp_path, monkeypatch):
+    """Another warning while a picture is drawn stays what it is."""
+    monkeypatch.setattr(style, "_told", set())
+
+    def draw(*names: str) -> None:
+        for name in names:
+            with drawing(tmp_path / "a.png", 1, 1) as figure:
+                figure.suptitle(name)
+                warnings.warn("another", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="no installed font has ⌚, drawn as boxes: expected one of Noto") as warned:
+        draw("⌚", "⌚⌛", "⌚")
+    assert [str(one.message).partition(",")[0].removeprefix("no installed font has ") for one in warned] == [
+        *("another", "⌚"),
+        *("another", "⌛"),
+        "another",
+    ]
+
+
 @pytest.mark.filterwarnings("error")
 def test_characters_come_from_other_fonts_that_are_installed(tmp_path, monkeypatch, caplog):
     """matplotlib's DejaVu Sans has no watch, its STIX has one."""
-    with pytest.raises(UserWarning, match="Glyph 8986 .* missing"), drawing(tmp_path / "a.png", 2, 2) as figure:
-        figure.suptitle("\N{WATCH}")
     monkeypatch.setattr(style, "FALLBACKS", ("a font that nobody has", "STIXGeneral"))
     with drawing(tmp_path / "b.png", 2, 2) as figure:
         figure.suptitle("\N{WATCH}")
