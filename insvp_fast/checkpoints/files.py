@@ -54,7 +54,13 @@ def find_file(place: str, name: str, hub: Mapping[str, Any]) -> Path:
     """
     if os.path.isdir(place):
         if not os.path.isfile(os.path.join(place, name)):
-            raise CheckpointError(f"{place}: not an adapter: found {sorted(os.listdir(place))[:8]}: expected {name}")
+            found = sorted(os.listdir(place))
+            text = f"{place}: not an adapter: found {found[:8]}: expected {name}"
+            if "training_args.bin" in found:
+                text += (
+                    "; what the Trainer of transformers saves is loaded by load_state_dict, into a model made as before"
+                )
+            raise CheckpointError(text)
         return Path(place, name)
     try:
         if not hub.get("local_files_only"):

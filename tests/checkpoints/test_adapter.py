@@ -900,6 +900,15 @@ def test_refuses_a_folder_without_the_files(folder, name):
     refused(folder, f"not an adapter: found .*README.*: expected {name}", "")
 
 
+def test_what_the_trainer_of_transformers_saves_is_no_adapter_yet(tmp_path):
+    for name in ("model.safetensors", "training_args.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        CheckpointError, match=r"expected adapter_config.json; what the Trainer .* load_state_dict, into"
+    ):
+        Reference.from_pretrained(tmp_path)
+
+
 # Saving
 
 
