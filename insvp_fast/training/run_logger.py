@@ -23,9 +23,11 @@ from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.data.images import names_sha256
+from insvp_fast.data.lists import escaped
 from insvp_fast.errors import TrainingError
 from insvp_fast.json_files import read_json
 from insvp_fast.training.accelerator import from_main
+from insvp_fast.training.balance import targets_of
 from insvp_fast.training.candidates import candidates_of
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe, score_name
@@ -139,7 +141,7 @@ class RunLogger:
 
     def _say_protocol(self, preprocessing: dict[str, Any], data: Data, images: dict[str, int], metric: str) -> None:
         counts = ", ".join(f"{count} {split}" for split, count in images.items())
-        classes = f"{len(data.class_names)} classes" + data.multi_label * ", several labels per image"
+        classes = f"{len(data.class_names)} classes{_several_labels(data) if data.multi_label else ''}"
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {classes}")
         self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
@@ -239,6 +241,14 @@ class RunLogger:
     def _run_id(self) -> str:
         """What distinguishes this run from all others; a resumed run has its own again."""
         return str(read_json(self.folder / CONFIG_FILE, TrainingError).get("id", "")) if self.active else ""
+
+
+def _several_labels(data: Data) -> str:
+    """That images have several labels, with an example: the names of classes may have been divided unawares."""
+    targets = targets_of(data.plain_train)
+    several = (targets.sum(1) > 1).nonzero().flatten()
+    names = [data.class_names[index] for index in targets[several[0]].nonzero().flatten()] if len(several) else []
+    return ", several labels per image" + (f", such as {' and '.join(map(escaped, names[:3]))}" if names else "")
 
 
 def _require_same_inputs(before: dict[str, Any], now: dict[str, Any]) -> None:

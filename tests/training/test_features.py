@@ -99,7 +99,7 @@ class TestSeveralLabels:
         assert all({"val_map", "val_f1", "val_f1_micro", "val_loss"} <= epoch.keys() for epoch in epochs)
         assert result["test_map"] > 0.6  # chance is 0.5
         printed = capsys.readouterr().out
-        assert "3 classes, several labels per image" in printed
+        assert "images, 3 classes, several labels per image, such as dark and red\n" in printed
         assert f"val mAP {epochs[0]['val_map']:6.1%}" in printed and "test mAP" in printed
         assert json.loads((run / "config.json").read_text())["multi_label"] is True
 
