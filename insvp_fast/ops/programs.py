@@ -57,8 +57,7 @@ class Programs:
         if program is not None:
             with contextlib.suppress(KeyError):  # another thread may have dropped it
                 self._programs.move_to_end(key)
-            pair = program if isinstance(program, _Pair) else None
-            forward = program if pair is None else pair.forward
+            pair, forward = (program, program.forward) if isinstance(program, _Pair) else (None, program)
             read, later = forward.read(), None if pair is None else pair.backward.read()
             if read is not None and (pair is None or later is not None):
                 memory = forward.run(_starts(given), read)
