@@ -15,7 +15,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the script that the command line names, with the arguments behind it and our names in timm's registry."""
     del sys.argv[0]
-    if not sys.argv or not os.path.isfile(sys.argv[0]):
+    if not sys.argv or not os.path.exists(sys.argv[0]):
         found = f"the script is {sys.argv[0]}: no such file" if sys.argv else "no script is named"
         print(f"timm_script: error: {found}: expected one of timm, such as validate.py", file=sys.stderr)
         raise SystemExit(2)

@@ -176,8 +176,8 @@ def embed(backbone: SwinTransformer, patches: Tensor, grid: tuple[int, int]) -> 
 def embeds_by_operations(backbone: SwinTransformer) -> Hashable:
     """What is read of the norm of the embedding, which may be anything, where it is a LayerNorm.
 
-    Its tensors by their numbers, which are no others' while a program holds them. Not on GPUs, where no graph of a Swin
-    was tried.
+    Its tensors by their ids, which no others get, as a program holds them. Not on GPUs, where no graph of a Swin was
+    tried.
     """
     projection, norm = backbone.patch_embed.proj, backbone.patch_embed.norm
     layer_norm, of_timm, _ = norm_requirements(projection.out_channels)

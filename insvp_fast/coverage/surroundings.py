@@ -21,14 +21,14 @@ def watch(names: str, *owners: Any) -> None:
     """Stop all fast paths when one of these functions is replaced.
 
     Args:
-        names: of functions that modules of a fast path call, separated by blanks, but for arithmetic and shapes. One
+        names: separated by blanks, of functions that modules of a fast path call, without arithmetic and shapes. One
             that comes from another package than torch, timm and this one counts as replaced from the start.
         owners: classes or modules that have them.
     """
     for owner in owners:
         for name in names.split():
             function = getattr(owner, name)
-            homes = {home(f).partition(".")[0] for f in (function, inspect.unwrap(function))}  # torch.compile wraps too
+            homes = {home(f).partition(".")[0] for f in (function, inspect.unwrap(function))}  # torch.compile wraps any
             _WATCHED[owner, name] = function if homes <= {"torch", "timm", "insvp_fast"} else None
 
 

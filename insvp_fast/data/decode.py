@@ -124,7 +124,7 @@ def _check_header(content: bytes) -> None:
     """Refuse netpbm of many spaces or long comments before its pixels."""
     words = COMMENT.sub(b"", content[:MAX_HEADER]).split()
     if len(words) < (3 if content.startswith(b"P4") else 4):  # its kind, width, height and, but for bits, the maximum
-        raise ValueError(f"its header is longer than {MAX_HEADER:,} bytes, or not whole: expected a shorter one")
+        raise ValueError(f"its header is longer than {MAX_HEADER:,} bytes, or not whole: expected a whole one of fewer")
 
 
 def _check_tiles(content: bytes) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, kept_weights
+from insvp_fast.ops.autograd import apply, first_order, save, saved
 from insvp_fast.ops.heads import add_bias, check_bias, check_heads, check_num_keys, without_padding
 from insvp_fast.ops.linear import frozen_operands
 from insvp_fast.ops.registry import AnyTensor, Implementation, call, native_reason, register, require
@@ -72,13 +72,13 @@ class _AbsorbedAttention(torch.autograd.Function):
         D = weights[0].shape[0] // 3
         rows = _turned(_by_head(_product(x[:, :T], weights, 0, D), H), weights, D, 2 * D)  # [B, H·T, E]
         means, p = call("absorbed_attention_fwd", rows, x, H, scale, impl, num_keys, bias)
-        ctx.save_for_backward(x, rows, p, *kept_weights(weights))
+        save(ctx, x, rows, p, weights=weights)
         ctx.shape = H, scale, impl
         return _own_heads(_product(means, weights, 2 * D, 3 * D), H)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, rows, p, *weights), (H, scale, impl) = ctx.saved_tensors, ctx.shape
+        (x, rows, p, *weights), (H, scale, impl) = saved(ctx), ctx.shape
         D = weights[0].shape[0] // 3
         d_means = _turned(_by_head(grad, H), weights, 2 * D, 3 * D)
         d_rows, d_products = call("absorbed_attention_bwd_rows", d_means, x, p, scale, impl)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from insvp_fast.runtime import torch_private
+from insvp_fast.runtime import prepack, torch_private
 
-__all__ = ["apply", "differentiates", "first_order", "kept_weights", "only_needed"]
+__all__ = ["apply", "differentiates", "first_order", "only_needed", "save", "saved"]
 
 
 def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Function]]:
@@ -95,12 +95,24 @@ class _NoBackward:
         pass
 
 
-def kept_weights(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What a product keeps of its weights for backward: the matrices' memory, as PyTorch's ``linear`` does.
+def save(ctx: Any, *tensors: Tensor | None, weights: Sequence[Tensor | None]) -> None:
+    """Leave tensors to ``saved``, the weights behind the others, with the memory that these have now."""
+    if isinstance(ctx, _NoBackward):
+        return
+    ctx.save_for_backward(*tensors, *weights)
+    if not torch.compiler.is_compiling():
+        ctx.memory = [None if w is None or w.is_inference() else (w.detach(), w._version) for w in weights]
 
-    A parameter may have been given other memory by then, by ``.data =``.
-    """
-    return [w.detach() if w is not None and w.ndim == 2 else w for w in weights]
+
+def saved(ctx: Any) -> list[Tensor | None]:
+    """What was saved: of weights that ``.data =`` has given other memory since, those that the forward pass read."""
+    found = [*ctx.saved_tensors]
+    if not torch.compiler.is_compiling():
+        for i, kept in enumerate(ctx.memory, len(found) - len(ctx.memory)):
+            # what a hook has saved elsewhere is the same, unless the memory has been written since
+            if kept is not None and prepack.place(found[i]) != prepack.place(kept[0]) and kept[0]._version == kept[1]:
+                found[i] = kept[0]
+    return found
 
 
 def only_needed(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

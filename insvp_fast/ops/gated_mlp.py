@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, kept_weights
+from insvp_fast.ops.autograd import apply, first_order, save, saved
 from insvp_fast.ops.linear import PROVIDERS, auto_providers, frozen_operands, provider_reason
 from insvp_fast.ops.registry import PACKS, Implementation, call, register, require
 from insvp_fast.runtime import products
@@ -122,13 +122,13 @@ class _GatedMlp(torch.autograd.Function):
         *weights, eps, activation, keep, impl = rest
         out, pre, value = call("gated_mlp_fwd", x, *rest)
         kept = (x, None) if keep == "input" else (pre, None if weights[2] is None else value)
-        ctx.save_for_backward(*kept, *kept_weights(weights))
+        save(ctx, *kept, weights=weights)
         ctx.rest = eps, activation, keep, impl
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call("gated_mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 15
+        return call("gated_mlp_bwd", grad, *saved(ctx), *ctx.rest), *(None,) * 15
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:

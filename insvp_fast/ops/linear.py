@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, kept_weights
+from insvp_fast.ops.autograd import apply, first_order, save, saved
 from insvp_fast.ops.registry import (
     FLOATS,
     PACKS,
@@ -142,13 +142,13 @@ class _Bwd(NamedTuple):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(*kept_weights(rest[:5]))
+        save(ctx, weights=rest[:5])
         ctx.rest = rest[5:]
         return cast(Tensor, call("linear_fwd", x, *rest))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call("linear_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 8
+        return call("linear_bwd", grad, *saved(ctx), *ctx.rest), *(None,) * 8
 
 
 @first_order("project_q_kv", "torch.nn.functional.linear")
@@ -156,14 +156,14 @@ class _ProjectQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_queries: int, *rest: Any) -> tuple[Tensor, Tensor]:
         *weights, impl = rest
-        ctx.save_for_backward(*kept_weights(weights))
+        save(ctx, weights=weights)
         ctx.num_queries, ctx.impl, (last, D) = num_queries, impl, weights[0].shape
         q = call("linear_fwd", x[:, :num_queries], *weights, 0, D, impl)
         return q, call("linear_fwd", x, *weights, D, last, impl)
 
     @staticmethod
     def backward(ctx: Any, d_q: Tensor, d_kv: Tensor) -> tuple[Tensor | None, ...]:
-        weights, impl = ctx.saved_tensors, ctx.impl
+        weights, impl = saved(ctx), ctx.impl
         last, D = weights[0].shape
         d_x = call("linear_bwd", d_kv, *weights, D, last, impl)
         d_x[:, : ctx.num_queries] += call("linear_bwd", d_q, *weights, 0, D, impl)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, kept_weights
+from insvp_fast.ops.autograd import apply, first_order, save, saved
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
 from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason, widened
 from insvp_fast.runtime import native, products
@@ -123,13 +123,13 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, activation, keep, impl = rest
         out, kept = call("mlp_fwd", x, *rest)
-        ctx.save_for_backward(x if keep == "input" else kept, *kept_weights(weights))
+        save(ctx, x if keep == "input" else kept, weights=weights)
         ctx.rest = activation, keep, impl
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call("mlp_bwd", grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 10
+        return call("mlp_bwd", grad, *saved(ctx), *ctx.rest), *(None,) * 10
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, only_needed
+from insvp_fast.ops.autograd import apply, first_order, only_needed, save, saved
 from insvp_fast.ops.registry import (
     Implementation,
     call,
@@ -155,7 +155,7 @@ class _NormInsert(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor]:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
         total, normed, xhat, rstd = call("norm_insert_fwd", *a, impl)
-        ctx.save_for_backward(normed if a.weight is None else xhat, rstd, a.weight)
+        save(ctx, normed if a.weight is None else xhat, rstd, weights=[a.weight])
         ctx.set_materialize_grads(False)
         dtypes = a.residual.dtype, (a.residual if a.branch is None else a.branch).dtype
         ctx.rest = a.residual.shape[1], *dtypes, a.center, impl, None if a.prompts is None else a.prompts.dtype
@@ -167,7 +167,7 @@ class _NormInsert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        xhat, rstd, weight = ctx.saved_tensors
+        xhat, rstd, weight = saved(ctx)
         if grad_normed is None:
             grad_normed = torch.zeros_like(xhat)
         kept = xhat, rstd, weight, *ctx.rest

@@ -121,7 +121,7 @@ class _Recorded(torch.autograd.Function):
         # weights themselves, not aliases: only they tell a program whether their memory has been replaced
         weights = {prepack.place(w): w for w in recorder.uses.weights()}
         ctx.save_for_backward(*(weights.get(prepack.place(x), x) for x in saved.tensors))
-        ctx.weights = {i: x for i, x in enumerate(saved.tensors) if prepack.place(x) in weights}
+        ctx.places = [prepack.place(x) for x in saved.tensors]
         saved.tensors = ()
         forward = recorder.program(outputs)
         if forward is None:
@@ -139,9 +139,8 @@ class _Recorded(torch.autograd.Function):
         def differentiate() -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(outputs, wanted, given, retain_graph=True, allow_unused=True)
 
-        kept = ctx.saved_tensors
-        moved = {i: x for i, x in ctx.weights.items() if prepack.place(kept[i]) != prepack.place(x)}
-        saved.tensors = [moved.get(i, x) for i, x in enumerate(kept)]
+        saved.tensors = ctx.saved_tensors
+        moved = [prepack.place(x) for x in saved.tensors] != ctx.places  # the program would read the new memory
         try:
             found = iter(recording.record(recorder, differentiate))
             results = [next(found) if x is not None and x.requires_grad else None for x in own]
@@ -189,7 +188,7 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Any, pair: _Pair, memory: Memory, read: Read, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         given, _ = _given(inputs)
         kept = [given[piece.number] if isinstance(piece, Given) else memory.tensor(piece) for piece in pair.kept]
-        # the latter, so that PyTorch sees whether they are written; they may have other memory by then (``read``)
+        # the latter, so that PyTorch sees whether they are written; what is read is ``read``, wherever they are then
         ctx.save_for_backward(*kept, *pair.backward.sources)
         ctx.backward, ctx.read, ctx.num_kept = pair.backward, read, len(kept)
         return pair.forward.outputs(memory)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast.ops.autograd import apply, first_order, kept_weights, only_needed
+from insvp_fast.ops.autograd import apply, first_order, only_needed, save, saved
 from insvp_fast.ops.registry import (
     DTYPES,
     AnyTensor,
@@ -198,14 +198,14 @@ class _Superpose(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         a, impl = _Fwd(*arguments[:-1]), arguments[-1]
         patches, hidden = call("superpose_fwd", *a[:-1], impl, a.kept)
-        ctx.save_for_backward(a.image, hidden, *kept_weights([a.w1, a.w2]), a.scale, a.shift, a.kept)
+        save(ctx, a.image, hidden, a.scale, a.shift, a.kept, weights=[a.w1, a.w2])
         ctx.blend, ctx.impl = a.blend, impl
         return cast(Tensor, patches)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, scale, shift, kept = ctx.saved_tensors
-        a = _Bwd._make((grad, *operands, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift, kept))
+        image, hidden, scale, shift, kept, *weights = saved(ctx)
+        a = _Bwd._make((grad, image, hidden, *weights, *ctx.blend, *ctx.needs_input_grad[:2], scale, shift, kept))
         grads = call("superpose_bwd", *a[:-1], ctx.impl, a.kept)
         return only_needed(ctx, grads)
 

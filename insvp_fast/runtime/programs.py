@@ -62,7 +62,7 @@ Piece = Given | New | Packed | Lasting
 
 
 class Read(NamedTuple):
-    """What the calls of a program read that is not given."""
+    """What the calls of a program read that is not given; a pass that waits for its gradients holds it."""
 
     packed: Sequence[tuple[Tensor | None, ...]]
     lasting: Mapping[Lasting, Tensor]

@@ -69,7 +69,7 @@ def build_model(method: str, recipe: Recipe, backbone: nn.Module, num_classes: i
 
 
 def _check_backbone(recipe: Recipe, config: InsVPConfig, backbone: nn.Module) -> None:
-    """Check that a backbone without blocks gets image prompts only, and that patches fill the images.
+    """Check that a backbone without blocks gets image prompts only, and that patches fill images with a patch prompt.
 
     Raises:
         TrainingError: naming the settings that do not fit it.

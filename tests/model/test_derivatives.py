@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
@@ -112,17 +113,20 @@ def test_an_older_pytorch_raises_its_own_error(monkeypatch):
         TRANSFORMS["grad"](f, x)
 
 
-def gradients_with_other_memory_before_backward(model, image):
-    """As an exchange of weights for averaged ones, or their way to another device and back, may give them."""
+def gradients_of(model, image, exchange=False):
+    """With ``exchange`` frozen weights have other memory in the backward pass, as averaged ones may have it, or those
+    that come back from another device."""
     model.zero_grad()
     loss = model(image).square().sum()
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    before = [layer.weight.data for layer in layers]
-    for layer, weight in zip(layers, before, strict=True):
-        layer.weight.data = 1.5 * weight
+    names = ("blocks.", "layers.", "patch_embed.proj.")  # the norm behind them is PyTorch's own
+    frozen = [p for name, p in model.backbone.named_parameters() if name.startswith(names)]
+    frozen += [model.patch_prompter.fc1.weight, model.patch_prompter.fc2.weight]
+    before = [p.data for p in frozen]
+    for p, own in zip(frozen, before, strict=True):
+        p.data = 1.5 * own if exchange else own
     loss.backward()
-    for layer, weight in zip(layers, before, strict=True):
-        layer.weight.data = weight
+    for p, own in zip(frozen, before, strict=True):
+        p.data = own
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -138,19 +142,33 @@ BACKBONES = {
         {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6)},
     ),
 }
+HOOKS = {
+    "programs": contextlib.nullcontext(),
+    "a hook": saved_tensors_hooks(lambda x: x, lambda x: x),  # with which there are no programs
+    "copies": saved_tensors_hooks(torch.clone, lambda x: x),
+}
 
 
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_gradients_are_those_of_the_pass_that_ran(kind, recorded):
+def test_gradients_are_those_of_the_pass_that_ran(kind, hook):
     name, arguments = BACKBONES[kind]
-    config = InsVPConfig(prompt_length=3, global_dropout=0)
-    reference, fast = make_pair(name, config, **arguments)
+    _, fast = make_pair(name, InsVPConfig(prompt_length=3, global_dropout=0), **arguments)
     image = torch.randn(2, 3, *fast.backbone.patch_embed.img_size, device=DEVICE)
-    expected = gradients_with_other_memory_before_backward(reference.double(), image.double())
-    hook = saved_tensors_hooks(lambda x: x, lambda x: x)  # which no program has
+    expected = gradients_of(fast, image)
     for _ in range(3):
-        with contextlib.nullcontext() if recorded else hook:
-            found = gradients_with_other_memory_before_backward(fast, image)
-        assert relative_error(found, expected) < 1e-5
+        with HOOKS[hook]:
+            found = gradients_of(fast, image, exchange=True)
+        assert relative_error(found, expected) < 1e-6
     assert unsupported_reason(fast) is None
+
+
+def test_a_gradient_with_other_memory_is_that_of_pytorch():
+    weight, x = nn.Parameter(torch.randn(7, 16), requires_grad=False), torch.randn(2, 5, 16, requires_grad=True)
+    results = []
+    for linear in (F.linear, lambda x, w: ops.linear(x, ops.FrozenLinear(w))):
+        out, own = linear(x, weight), weight.data
+        weight.data = 1.5 * own
+        results += torch.autograd.grad(out.square().sum(), x)
+        weight.data = own
+    assert relative_error(*reversed(results)) < 1e-6
