@@ -30,11 +30,14 @@ SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torch
 MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
 MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, tags, tiles or strips of a TIFF; few have a hundred
 MAX_HEADER = 10_000  # bytes of netpbm before its pixels, which Pillow reads one by one
+MAX_EXIF = 2**16  # bytes of EXIF data, as in a JPEG; each fraction in them becomes an object
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 TILE = 322, 323  # TIFF tags: width and height
 OFFSETS = 273, 324  # TIFF tags: where strips and tiles are
+DIRECTORIES = 34665, 34853, 40965  # TIFF tags: where further tags are, of EXIF, GPS and interoperability
+FRACTIONS = 5, 10  # types of TIFF's values, of which Pillow makes an object each
 SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # of JPEG; other markers have no content, 0 is data
 COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")  # of netpbm
 SCAN, END = b"\xda", b"\xd9"
@@ -66,6 +69,7 @@ def read_image(
         with Image.open(source, formats=_installed_formats()) as image:
             if max_pixels is not None:
                 _check_cost(image, max_pixels)
+                _check_exif(image)
             return to_rgb(image, exif_rotation)
     except UnidentifiedImageError as error:  # whose message would show the address of an open file
         raise DataError(f"{name or source}: not an image that can be read (none of {', '.join(FORMATS)})") from error
@@ -90,6 +94,14 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
     _check_size("tiles of ", tile_width, tile_height, max_pixels)
     if image.format == "AVIF":  # its frames are decoded whole, then scaled to the size in the header
         raise ValueError("it is AVIF, which does not say how many pixels are decoded: expected another format")
+
+
+def _check_exif(image: ImageFile.ImageFile) -> None:
+    """Refuse an image with long EXIF data, which of a PNG are known once it is loaded; TIFF's are tags of its own."""
+    image.load()
+    size = max(len(image.info.get("exif", b"")), len(image.info.get("Raw profile type exif", "")) // 2)
+    if size > MAX_EXIF and image.format != "TIFF":
+        raise ValueError(f"it has {size:,} bytes of EXIF data: expected at most {MAX_EXIF:,}")
 
 
 def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
@@ -117,7 +129,7 @@ def _check_parts(content: bytes) -> None:
     elif content.startswith(NETPBM):
         _check_header(content)
     elif content.startswith(TIFF):
-        _check_tiles(content)
+        _check_tags(content)
 
 
 def _check_header(content: bytes) -> None:
@@ -127,20 +139,25 @@ def _check_header(content: bytes) -> None:
         raise ValueError(f"its header is longer than {MAX_HEADER:,} bytes, or not whole: expected a whole one of fewer")
 
 
-def _check_tiles(content: bytes) -> None:
-    """Refuse a TIFF whose first image has many tags, tiles or strips; the header is read as Pillow does."""
+def _check_tags(content: bytes) -> None:
+    """Refuse a TIFF whose first image has many tags, tiles, strips or fractions; the header is read as Pillow does."""
     order: Any = "little" if content.startswith(b"II") else "big"
     size, counter = (8, 8) if content[2:3] == b"+" else (4, 2)  # bytes of a number, and of that of tags
 
     def number(position: int, size: int) -> int:
         return int.from_bytes(content[position : position + size], order)
 
-    directory, step = number(size, size), 4 + 2 * size
-    if (tags := number(directory, counter)) > MAX_PARTS:
-        raise ValueError(f"it has {tags:,} tags: expected at most {MAX_PARTS:,}")
-    for tag in range(directory + counter, directory + counter + tags * step, step):
-        if number(tag, 2) in OFFSETS and (tiles := number(tag + 4, size)) > MAX_PARTS:
-            raise ValueError(f"it has {tiles:,} tiles or strips: expected at most {MAX_PARTS:,}")
+    directories, step = [number(size, size)], 4 + 2 * size
+    for directory in directories:
+        if (tags := number(directory, counter)) > MAX_PARTS:
+            raise ValueError(f"it has {tags:,} tags: expected at most {MAX_PARTS:,}")
+        for tag in range(directory + counter, directory + counter + tags * step, step):
+            name, kind, count = number(tag, 2), number(tag + 2, 2), number(tag + 4, size)
+            if (name in OFFSETS or kind in FRACTIONS) and count > MAX_PARTS:
+                what = "tiles or strips" if name in OFFSETS else f"fractions in tag {name}"
+                raise ValueError(f"it has {count:,} {what}: expected at most {MAX_PARTS:,}")
+            if name in DIRECTORIES and len(directories) <= len(DIRECTORIES):
+                directories.append(number(tag + 4 + size, size))
 
 
 def _check_chunks(content: bytes) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, features
+from PIL.PngImagePlugin import PngInfo
 from torchvision.datasets import ImageFolder
 
 from insvp_fast.data import check, load_data, load_test_data, transform_for
@@ -526,6 +527,38 @@ def test_tiles_of_a_tiff_are_counted_before_it_is_opened(form, tag, count, monke
         read_image(io.BytesIO(header + b"".join(entries)), max_pixels=3_000_000)
 
 
+def tags_of(tag, kind, count, beyond=b""):
+    """The beginning of a TIFF with one tag, and what is behind it."""
+    return b"II*\0" + struct.pack("<LHHHLL", 8, 1, tag, kind, count, 26) + bytes(4) + beyond
+
+
+@pytest.mark.parametrize("kind", [5, 10])
+@pytest.mark.parametrize("inside", [None, 34665, 34853, 40965])
+def test_fractions_in_a_tiff_are_counted_before_it_is_opened(kind, inside, monkeypatch):
+    content = tags_of(282, kind, 10_001)
+    if inside:  # a directory in the first one
+        content = tags_of(inside, 4, 1, content[8:])
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(DataError, match="it has 10,001 fractions in tag 282: expected at most 10,000"):
+        read_image(io.BytesIO(content), max_pixels=100)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "raw profile"])
+def test_long_exif_data_are_refused_where_pixels_are_limited(form):
+    for count, refused in ((8_000, False), (9_000, True)):
+        exif = b"Exif\0\0" + tags_of(40_000, 5, count, b"\1\0\0\0\1\0\0\0" * count)
+        if form == "raw profile":  # as ImageMagick writes it
+            info = PngInfo()
+            info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n", zip=True)
+            content = saved(Image.new("RGB", (8, 8)), "PNG", pnginfo=info)
+        else:
+            content = saved(Image.new("RGB", (8, 8)), form, exif=exif)
+        if refused:
+            with pytest.raises(DataError, match=r"it has 72,\d\d\d bytes of EXIF data: expected at most 65,536"):
+                read_image(content, max_pixels=100)
+        assert read_image(content, max_pixels=None if refused else 100).size == (8, 8)
+
+
 @pytest.mark.parametrize("kind", [b"P6", b"P5", b"P4", b"Pf", b"PyP", b"PyRGBA", b"P0CMYK"])
 @pytest.mark.parametrize("filling", [b"#" + b"a" * 10_000 + b"\n", b"#\n" * 5000, b" " * 10_000])
 def test_netpbm_of_a_long_header_is_refused_before_it_is_opened(kind, filling, monkeypatch):
@@ -534,7 +567,7 @@ def test_netpbm_of_a_long_header_is_refused_before_it_is_opened(kind, filling, m
     assert read_image(io.BytesIO(short), max_pixels=100).size == (1, 1)
     monkeypatch.setattr(Image, "open", None)
     for content in (kind + b"\n" + filling + numbers, kind + b"\n1 " + filling + numbers[2:]):
-        with pytest.raises(DataError, match="its header is longer than 10,000 bytes, or not whole: expected a shorter"):
+        with pytest.raises(DataError, match="its header is longer than 10,000 bytes, or not whole: expected a whole"):
             read_image(io.BytesIO(content + bytes(16)), max_pixels=100)
 
 
