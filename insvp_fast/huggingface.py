@@ -32,6 +32,7 @@ class InsVPForImageClassification(nn.Module):
         model: the ``InsVPViT``; the attribute ``model`` afterwards.
     """
 
+    main_input_name = "pixel_values"  # what ``Trainer`` gives to metrics that ask for inputs
     _prefix = ""  # of its keys, where another module loads it
 
     def __init__(self, model: InsVPViT) -> None:
@@ -93,7 +94,8 @@ class InsVPForImageClassification(nn.Module):
         Raises:
             ValueError: for an argument that would have an effect.
         """
-        arguments |= arguments.pop("gradient_checkpointing_kwargs", None) or {}
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the former before version 6
+            arguments |= arguments.pop(name, None) or {}
         if chosen := {name: value for name, value in arguments.items() if value not in (None, False, 1)}:
             raise ValueError(f"{chosen}: expected none, InsVPViT knows one way to compute blocks again")
         self.model.set_grad_checkpointing(True)

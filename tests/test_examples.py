@@ -135,8 +135,11 @@ def test_the_loss_of_transformers_is_that_of_the_labels():
         model(images, labels[:, 1])
     expected = F.binary_cross_entropy_with_logits(logits, labels.float())
     torch.testing.assert_close(model(images, labels).loss, expected)
-    model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert model.model.recompute == "block"
+    assert model.main_input_name == "pixel_values"
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        model.model.recompute = "none"
+        model.activation_checkpointing_enable(**{name: {"use_reentrant": False}})
+        assert model.model.recompute == "block"
     with pytest.raises(ValueError, match="use_reentrant': 'x'"):
         model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": "x"})
     with pytest.raises(ValueError, match="preprocessing is None: expected"):

@@ -18,6 +18,7 @@ from insvp_fast.export.facts import ALL, NOTHING, Facts
 from insvp_fast.export.preprocessing import ExportedPreprocessing
 from insvp_fast.methods import DAMVP, VFPT, TunedViT
 from insvp_fast.methods.load import AnyModel
+from insvp_fast.methods.vfpt import fold_transform
 from insvp_fast.model import InsVPViT
 from insvp_fast.reference import InsVPReference, PromptMethod
 from insvp_fast.reference.prompted import PromptedReference
@@ -57,7 +58,7 @@ def standard_model(model: AnyModel) -> nn.Module:
             method.attach(PromptedReference(backbone, method=PromptMethod))
     reference.load_state_dict(model.state_dict(), assign=True)
     if isinstance(reference.method, VFPT):
-        reference.method.fold_transform()
+        fold_transform(reference.method)
     return reference.eval()
 
 

@@ -9,7 +9,7 @@ from insvp_fast.methods.checks import require_probabilities
 from insvp_fast.methods.vpt import VPTDeep
 from insvp_fast.reference import Geometry
 
-__all__ = ["VFPT"]
+__all__ = ["VFPT", "fold_transform"]
 
 
 class VFPT(VPTDeep):
@@ -28,17 +28,22 @@ class VFPT(VPTDeep):
 
     def transform(self, block: int, p: Tensor, batch: int) -> Tensor:
         """The first prompts transformed, over sequence and width, and the others as they are."""
-        return super().transform(block, self._transformed(p), batch)
+        return super().transform(block, self.transformed(p), batch)
 
-    def _transformed(self, p: Tensor) -> Tensor:
+    def transformed(self, p: Tensor) -> Tensor:
+        """Prompts [..., L, D] of which the first ones have passed the transform."""
         n = self.num_transformed
         if not n or not len(p):  # there is no transform of nothing
             return p
         wide = p[..., :n, :].to(torch.promote_types(p.dtype, torch.float32))  # there is no transform in 16 bits
         return torch.cat([torch.fft.fft2(wide).real.to(p.dtype), p[..., n:, :]], dim=-2)
 
-    @torch.no_grad()
-    def fold_transform(self) -> None:
-        """Replace the prompts by the transformed ones: the same in evaluation, for systems without the transform."""
-        self.prompts = nn.ParameterList(map(self._transformed, self.prompts))
-        self.num_transformed = 0
+
+@torch.no_grad()
+def fold_transform(method: VFPT) -> None:
+    """Replace the prompts by the transformed ones: the same in evaluation, for systems without the transform.
+
+    What it leaves is for an export alone: no settings describe it.
+    """
+    method.prompts = nn.ParameterList(map(method.transformed, method.prompts))
+    method.num_transformed = 0

@@ -40,7 +40,10 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
             with torch.no_grad():
                 results = backward(ctx, *grads)
             results = results if isinstance(results, tuple) else (results,)
-            return _Once.apply(once, *(None if g is None else g.detach().requires_grad_() for g in results))
+            # what they depend on, so that whoever differentiates them by some of it comes to the error
+            graph = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+            found = [None if g is None else g.detach().requires_grad_() for g in results]
+            return _Once.apply(once, len(found), *found, *graph)
 
         function.backward = staticmethod(run_backward)  # type: ignore[method-assign]
         where = "a transform of torch.func or forward-mode differentiation"
@@ -54,9 +57,9 @@ class _Once(Function):
     """The gradients as they are, and an error where they are differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, message: str, number: int, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.message = message
-        return grads
+        return grads[:number]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:

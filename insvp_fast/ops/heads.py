@@ -57,6 +57,8 @@ def check_num_keys(num_keys: Tensor | None, tokens: Tensor, num_queries: int) ->
     if num_keys is None:
         return
     B, S = tokens.shape[:2]
+    if not isinstance(num_keys, Tensor):
+        raise ValueError(f"num_keys is {num_keys!r}: expected a tensor, torch.int64 {(B,)} on {tokens.device}")
     if num_keys.shape != (B,) or num_keys.dtype != torch.int64 or num_keys.device != tokens.device:
         found = f"{num_keys.dtype} {tuple(num_keys.shape)} on {num_keys.device}"
         raise ValueError(f"num_keys is {found}: expected torch.int64 {(B,)} on {tokens.device}")

@@ -82,6 +82,8 @@ def _check(
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.shape != (D,):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {(D,)}")
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient: ops.norm_insert is for frozen norms, use F.layer_norm")
 
 
 def norm_insert_reference(

@@ -10,6 +10,7 @@ exact but for the rounding of W*g. So is a frozen factor of its outputs, the lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -193,12 +194,16 @@ def _by_rows(
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, matrix: Tensor, constant: Tensor | None
 ) -> Tensor:
     # two dimensions, or PyTorch may take a batched product for one with a transposed weight
-    y = product(x.reshape(-1, x.shape[-1]), matrix, constant)
+    y = product(_rows(x), matrix, constant)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is no size where there are no columns
+
+
 def _flat(x: Tensor) -> Tensor:
-    return x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])  # what the native product takes
+    return x if x.ndim in (2, 3) else _rows(x)  # what the native product takes
 
 
 def _unflat(y: Tensor, x: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ softmax_bwd = _softmax_bwd if _works(_softmax_works) else _softmax_bwd_formula
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """[B, heads, T or S, d] -> the attended values and, for backward, the logarithms of the softmax's sums."""
+    q, k, v = map(_dense_rows, (q, k, v))
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, scale=scale)
     return out, logsumexp
 
@@ -103,8 +104,14 @@ def flash_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``flash_attention`` by q, k and v."""
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    grad, q, k, v, out = map(_dense_rows, (grad, q, k, v, out))
     d_q, d_k, d_v = backward(grad, q, k, v, out, logsumexp, 0.0, False, scale=scale)
     return d_q, d_k, d_v
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """What the kernel reads right: it takes rows to have no gaps, whatever their stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _flash_works() -> bool:

@@ -80,6 +80,19 @@ def test_a_gradient_is_not_differentiated_again(operation, loss):
         (grad.square().sum() + x.sum()).backward()
 
 
+@pytest.mark.parametrize("operation", operations())
+def test_a_gradient_is_not_differentiated_again_by_some_inputs(operation):
+    """Nor is a part of such a derivative left out silently, where the loss itself has a gradient too."""
+    f, x = operations()[operation]
+    loss = f(x.requires_grad_()).norm()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    total, message = loss + grad.square().sum(), rf"gradient of insvp_fast\.ops\.{operation} cannot be .*"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(total, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        total.backward(inputs=[x])
+
+
 BATCHED = {
     "is_grads_batched": lambda y, x, g: torch.autograd.grad(y, x, g, is_grads_batched=True),
     "vmap": lambda y, x, g: torch.vmap(lambda one: torch.autograd.grad(y, x, one))(g),
@@ -102,8 +115,24 @@ def test_a_models_gradient_is_not_differentiated_again():
     loss = model(torch.randn(2, 3, 32, 32, device=DEVICE)).sum()
     trained = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, trained, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"gradient of insvp_fast\.ops\.\w+ cannot be .*use InsVPReference"):
-        sum(g.square().sum() for g in grads).backward()
+    total, message = sum(g.square().sum() for g in grads), r"gradient of insvp_fast\.ops\.\w+ cannot be .*use InsVPRef"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(total + loss, trained, retain_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        total.backward()
+
+
+@pytest.mark.parametrize("loss", [torch.sum, torch.norm], ids=["linear", "not linear"])
+def test_no_part_of_the_derivative_of_a_models_gradient_is_left_out(loss):
+    """In each pass, of which the first is recorded and the others are replayed."""
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    _, model = make_pair("vit_tiny_patch16_224", InsVPConfig(prompt_length=2), 3, **kwargs)
+    for _ in range(3):
+        image = torch.randn(2, 3, 32, 32, device=DEVICE, requires_grad=True)
+        first = loss(model(image))
+        (grad,) = torch.autograd.grad(first, image, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"gradient of insvp_fast\.ops\.\w+ cannot be .*use InsVPReference"):
+            torch.autograd.grad(first + grad.square().sum(), image)
 
 
 def test_an_older_pytorch_raises_its_own_error(monkeypatch):

@@ -36,6 +36,31 @@ def test_attention(impl, dtype, B, S, queries):
         assert_within_budget(value, rough, expected, dtype)
 
 
+LAYOUTS = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "with gaps": lambda x: torch.stack([x, -x], -1)[..., 0],
+    "rows with gaps": lambda x: torch.cat([x, -x], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[..., :1].expand_as(x),
+    "of one image": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("impl", [*CPU, "sdpa", "reference"])
+def test_attention_of_any_layout(impl, dtype, layout):
+    if impl == "native" and dtype == torch.float16:
+        pytest.skip("the native library has no fp16")
+    qkv, grad = layout(torch.randn(2, 21, 72).to(dtype)), layout(torch.randn(2, 12, 24).to(dtype))
+    results = []
+    for x, g in ((qkv, grad), (qkv.contiguous(), grad.contiguous())):
+        x = x.detach().requires_grad_()
+        out = ops.attention(x, 3, 12, 0.4, impl=impl)
+        results.append((out, *torch.autograd.grad(out, x, g)))
+    for value, expected in zip(*results, strict=True):
+        assert relative_error(value, expected) < 16 * torch.finfo(dtype).eps  # PyTorch may take another kernel
+
+
 @pytest.mark.parametrize("impl", CPU)
 def test_attention_gradcheck_and_opcheck(impl):
     qkv = torch.randn(2, 5, 3 * 4, dtype=torch.float64, requires_grad=True)
@@ -98,6 +123,11 @@ def test_attention_with_num_keys_is_an_operator(impl):
     if impl != "native":  # which has no fp64
         x = qkv.detach().double().requires_grad_()
         assert torch.autograd.gradcheck(lambda t: ops.attention(t, 2, 3, 0.5, num_keys=keys, impl=impl), [x])
+
+
+def test_attention_refuses_numbers_of_keys_that_are_no_tensor():
+    with pytest.raises(ValueError, match=r"num_keys is \[5, 5\]: expected a tensor, torch.int64 \(2,\) on cpu"):
+        ops.attention(torch.randn(2, 5, 24), 1, 4, 0.5, num_keys=[5, 5])
 
 
 @pytest.mark.parametrize(

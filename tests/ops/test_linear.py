@@ -116,6 +116,19 @@ def test_compiled_graphs_find_packed_weights(monkeypatch):
 
 
 @PROVIDERS
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 5, 12), (2, 1, 5, 12), (0, 12), (2, 0, 12)])
+@pytest.mark.parametrize("last", [3, 9])
+def test_dimensions_of_any_number_and_size(how, shape, last):
+    if how == "onednn" and last == 3:
+        pytest.skip("oneDNN refuses a product without columns")
+    weight, x = torch.randn(20, 12), torch.randn(shape, requires_grad=True)
+    y = ops.linear(x, FrozenLinear(weight, first=3, last=last), impl=NAMES.get(how, how))
+    assert y.shape == (*shape[:-1], last - 3) and torch.allclose(y, x @ weight[3:last].T, atol=1e-5)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(grad, weight[3:last].sum(0).expand(shape), atol=1e-5)
+
+
+@PROVIDERS
 def test_rows_of_a_convolutions_weight(how):
     weight, bias, x = torch.randn(12, 3, 2, 2), torch.randn(12), torch.randn(5, 12, requires_grad=True)
     layer = FrozenLinear(weight.to(memory_format=torch.channels_last), bias, first=2, last=9)

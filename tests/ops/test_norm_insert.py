@@ -86,6 +86,16 @@ def test_the_kernels_of_norm_insert_fit_in(affine, branch, center):
             assert relative_error(value, exact) < (1e-3 if value.dtype == torch.float16 else 1e-6)
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_norm_insert_refuses_a_norm_that_is_trained(trained):
+    """Which would have no gradient."""
+    affine = {name: torch.ones(8, requires_grad=name == trained) for name in ("weight", "bias")}
+    with pytest.raises(ValueError, match=f"{trained} requires a gradient: ops.norm_insert is for frozen norms, use F"):
+        ops.norm_insert(torch.randn(2, 3, 8), None, None, **affine, eps=1e-6)
+    with torch.no_grad():
+        ops.norm_insert(torch.randn(2, 3, 8), None, None, **affine, eps=1e-6)
+
+
 def test_norm_insert_keeps_the_stream_wide_and_the_product_narrow():
     residual, branch = torch.randn(2, 3, 8), torch.randn(2, 3, 8).bfloat16()
     stream, normed = ops.norm_insert(residual, branch, None, torch.ones(8), torch.zeros(8), 1e-6, dtype=torch.bfloat16)
