@@ -107,7 +107,7 @@ def save(ctx: Any, *tensors: Tensor | None, weights: Sequence[Tensor | None]) ->
         ctx.memory = [None if w is None or w.is_inference() else (w.detach(), w._version) for w in weights]
 
 
-def saved(ctx: Any) -> list[Tensor | None]:
+def saved(ctx: Any) -> list[Any]:
     """What was saved: of weights that ``.data =`` has given other memory since, those that the forward pass read."""
     found = [*ctx.saved_tensors]
     if not torch.compiler.is_compiling():
