@@ -112,10 +112,14 @@ def saved(ctx: Any) -> list[Any]:
     found = [*ctx.saved_tensors]
     if not torch.compiler.is_compiling():
         for i, kept in enumerate(ctx.memory, len(found) - len(ctx.memory)):
-            # what a hook has saved elsewhere is the same, unless the memory has been written since
-            if kept is not None and prepack.place(found[i]) != prepack.place(kept[0]) and kept[0]._version == kept[1]:
+            if kept is not None and prepack.place(found[i]) != prepack.place(kept[0]) and _lasts(*kept):
                 found[i] = kept[0]
     return found
+
+
+def _lasts(memory: Tensor, version: int) -> bool:
+    """Whether memory is as it was: not written, which what a hook has saved elsewhere is not, and not given back."""
+    return memory._version == version and memory.untyped_storage().nbytes() > 0
 
 
 def only_needed(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -192,6 +192,19 @@ def test_gradients_are_those_of_the_pass_that_ran(kind, hook):
     assert unsupported_reason(fast) is None
 
 
+def test_memory_that_was_given_back_or_written_is_not_read():
+    """As sharded training gives it back, and what a hook has saved elsewhere before a write remains."""
+    x, own = torch.randn(2, 5, 16, requires_grad=True), torch.randn(7, 16)
+    for end in (lambda w: w.data.untyped_storage().resize_(0), lambda w: w.zero_()):
+        weight = nn.Parameter(own.clone(), requires_grad=False)
+        with saved_tensors_hooks(torch.clone, lambda t: t):
+            out = ops.linear(x, ops.FrozenLinear(weight))
+        end(weight)
+        weight.data = own.clone()
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert relative_error(grad, own.sum(0).expand_as(x)) < 1e-6
+
+
 def test_a_gradient_with_other_memory_is_that_of_pytorch():
     weight, x = nn.Parameter(torch.randn(7, 16), requires_grad=False), torch.randn(2, 5, 16, requires_grad=True)
     results = []
