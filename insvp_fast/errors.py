@@ -54,6 +54,7 @@ class InsVPWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn, at the place of the code that called this package, be it through torch or timm."""
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("insvp_fast.", "torch.", "timm.")):
+    between = ("insvp_fast.", "torch.", "timm.", "contextlib")
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(between):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, InsVPWarning, stacklevel=level)

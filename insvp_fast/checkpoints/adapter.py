@@ -252,7 +252,7 @@ def _refuse_arguments_of(model: type, arguments: Mapping[str, Any]) -> None:
     for name in arguments:
         if name == "config" or name in InsVPConfig.__dataclass_fields__:
             raise TypeError(f"{name} was given: expected none, the configuration is that of what is loaded")
-        if name in inspect.signature(model).parameters:
+        if name in inspect.signature(model).parameters or name in ("multi_label", "class_names", "preprocessing"):
             raise TypeError(f"{name} was given: expected none, it is an attribute to be set after loading")
 
 

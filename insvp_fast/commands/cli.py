@@ -125,10 +125,12 @@ def run() -> NoReturn:
     sys.exit(_statuses[0])
 
 
-def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+def _show_warning(
+    show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any, **to: Any
+) -> None:
     """Print our own warnings once, and without the place in the code, which says nothing to who runs a command."""
     if not issubclass(category, InsVPWarning):
-        show(message, category, *place)
+        show(message, category, *place, **to)
     elif (line := f"insvp: warning: {_in_one_line(message)}") not in _warned:
         _warned.add(line)
         print(line, file=sys.stderr)

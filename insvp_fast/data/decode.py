@@ -30,14 +30,14 @@ SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torch
 MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
 MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, tags, tiles or strips of a TIFF; few have a hundred
 MAX_HEADER = 10_000  # bytes of netpbm before its pixels, which Pillow reads one by one
-MAX_EXIF = 2**16  # bytes of EXIF data, as in a JPEG; each fraction in them becomes an object
+MAX_EXIF = 2**16  # bytes of EXIF data, as a segment of a JPEG holds; each fraction in them becomes an object
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 TILE = 322, 323  # TIFF tags: width and height
 OFFSETS = 273, 324  # TIFF tags: where strips and tiles are
 DIRECTORIES = 34665, 34853, 40965  # TIFF tags: where further tags are, of EXIF, GPS and interoperability
-FRACTIONS = 5, 10  # types of TIFF's values, of which Pillow makes an object each
+SHORT, FRACTIONS = 3, (5, 10)  # types of TIFF's values; of each of the latter Pillow makes an object
 SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # of JPEG; other markers have no content, 0 is data
 COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")  # of netpbm
 SCAN, END = b"\xda", b"\xd9"
@@ -58,7 +58,8 @@ def read_image(
         exif_rotation: as in ``to_rgb``.
         max_pixels: refuse, before any pixel is decoded, an image that has more of them, whose longer side is over 100
             times the shorter, or that takes many passes or has many parts, AVIF, whose header does not say how many
-            pixels are decoded, and netpbm in plain text; None reads all that Pillow does.
+            pixels are decoded, and netpbm in plain text; and, once it is decoded, a PNG or WebP with long EXIF data.
+            None reads all that Pillow does.
 
     Raises:
         DataError: naming the file, if it is missing, damaged, no image, too large, or its pixels have no known range.
@@ -69,7 +70,9 @@ def read_image(
         with Image.open(source, formats=_installed_formats()) as image:
             if max_pixels is not None:
                 _check_cost(image, max_pixels)
-                _check_exif(image)
+                image.load()  # after which alone a PNG has its EXIF data
+                text = "".join(image.info.get("Raw profile type exif", "").split()[2:])  # behind name and length
+                _check_exif(0 if image.format == "TIFF" else max(len(image.info.get("exif", b"")), len(text) // 2))
             return to_rgb(image, exif_rotation)
     except UnidentifiedImageError as error:  # whose message would show the address of an open file
         raise DataError(f"{name or source}: not an image that can be read (none of {', '.join(FORMATS)})") from error
@@ -96,11 +99,9 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
         raise ValueError("it is AVIF, which does not say how many pixels are decoded: expected another format")
 
 
-def _check_exif(image: ImageFile.ImageFile) -> None:
-    """Refuse an image with long EXIF data, which of a PNG are known once it is loaded; TIFF's are tags of its own."""
-    image.load()
-    size = max(len(image.info.get("exif", b"")), len(image.info.get("Raw profile type exif", "")) // 2)
-    if size > MAX_EXIF and image.format != "TIFF":
+def _check_exif(size: int) -> None:
+    """Refuse long EXIF data; those of a TIFF are tags of its own."""
+    if size > MAX_EXIF:
         raise ValueError(f"it has {size:,} bytes of EXIF data: expected at most {MAX_EXIF:,}")
 
 
@@ -147,17 +148,20 @@ def _check_tags(content: bytes) -> None:
     def number(position: int, size: int) -> int:
         return int.from_bytes(content[position : position + size], order)
 
-    directories, step = [number(size, size)], 4 + 2 * size
+    directories, seen, fractions, step = [number(size, size)], set[int](), 0, 4 + 2 * size
     for directory in directories:
         if (tags := number(directory, counter)) > MAX_PARTS:
             raise ValueError(f"it has {tags:,} tags: expected at most {MAX_PARTS:,}")
         for tag in range(directory + counter, directory + counter + tags * step, step):
             name, kind, count = number(tag, 2), number(tag + 2, 2), number(tag + 4, size)
-            if (name in OFFSETS or kind in FRACTIONS) and count > MAX_PARTS:
-                what = "tiles or strips" if name in OFFSETS else f"fractions in tag {name}"
-                raise ValueError(f"it has {count:,} {what}: expected at most {MAX_PARTS:,}")
-            if name in DIRECTORIES and len(directories) <= len(DIRECTORIES):
-                directories.append(number(tag + 4 + size, size))
+            fractions += count if kind in FRACTIONS else 0
+            if name in OFFSETS and count > MAX_PARTS:
+                raise ValueError(f"it has {count:,} tiles or strips: expected at most {MAX_PARTS:,}")
+            if fractions > MAX_PARTS:
+                raise ValueError(f"it has over {MAX_PARTS:,} fractions in its tags: expected at most {MAX_PARTS:,}")
+            if name in DIRECTORIES and name not in seen:  # of tags of one name Pillow takes the first
+                seen.add(name)
+                directories.append(number(tag + 4 + size, 2 if kind == SHORT else size))
 
 
 def _check_chunks(content: bytes) -> None:
@@ -172,14 +176,17 @@ def _check_chunks(content: bytes) -> None:
 
 def _check_scans(content: bytes) -> None:
     """Refuse a JPEG of many scans; what is behind its end does not count, as a film that a phone puts there."""
-    position, scans, segments = 2, 0, 0
+    position, scans, segments, exif = 2, 0, 0, 0
     while (found := SEGMENT.search(content, position)) and found[1] != END:
         scans, segments = scans + (found[1] == SCAN), segments + 1
         if scans > MAX_SCANS:
             raise ValueError(f"it has over {MAX_SCANS} scans: expected at most {MAX_SCANS}")
         if segments > MAX_PARTS:
             raise ValueError(f"it has over {MAX_PARTS:,} segments: expected at most {MAX_PARTS:,}")
-        position = found.end() + max(2, int.from_bytes(content[found.end() : found.end() + 2], "big"))
+        size = max(2, int.from_bytes(content[found.end() : found.end() + 2], "big"))
+        exif += size if content[found.start() : found.start() + 10].endswith(b"Exif\0\0") else 0
+        _check_exif(exif)  # which are read while it is opened
+        position = found.end() + size
 
 
 def to_rgb(image: Image.Image, exif_rotation: bool = True) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from insvp_fast.runtime import prepack, torch_private
+from insvp_fast.runtime import prepack, recording, torch_private
 
 __all__ = ["apply", "differentiates", "first_order", "only_needed", "save", "saved"]
 
@@ -37,6 +37,7 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
                 raise RuntimeError(batched)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
+            ctx = _Read(ctx)
             with torch.no_grad():
                 results = backward(ctx, *grads)
             results = results if isinstance(results, tuple) else (results,)
@@ -51,6 +52,16 @@ def first_order(name: str, instead: str) -> Callable[[type[Function]], type[Func
         return function
 
     return decorate
+
+
+class _Read:
+    """The context of a function whose saved tensors are read once: checkpoints give them only once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _Once(Function):
@@ -102,9 +113,14 @@ def save(ctx: Any, *tensors: Tensor | None, weights: Sequence[Tensor | None]) ->
     """Leave tensors to ``saved``, the weights behind the others, with the memory that these have now."""
     if isinstance(ctx, _NoBackward):
         return
-    ctx.save_for_backward(*tensors, *weights)
-    if not torch.compiler.is_compiling():
-        ctx.memory = [None if w is None or w.is_inference() else (w.detach(), w._version) for w in weights]
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(*tensors, *weights)
+        return
+    memory = [None if w is None or w.is_inference() else w.detach() for w in weights]
+    # hooks may save it elsewhere, or compute it again; those of a recording give what they got
+    hooked = recording.current() is None and torch_private.saving_hooks()
+    ctx.save_for_backward(*tensors, *(memory if hooked else weights))
+    ctx.memory = [] if hooked else memory
 
 
 def saved(ctx: Any) -> list[Any]:
@@ -112,14 +128,9 @@ def saved(ctx: Any) -> list[Any]:
     found = [*ctx.saved_tensors]
     if not torch.compiler.is_compiling():
         for i, kept in enumerate(ctx.memory, len(found) - len(ctx.memory)):
-            if kept is not None and prepack.place(found[i]) != prepack.place(kept[0]) and _lasts(*kept):
-                found[i] = kept[0]
+            if kept is not None and prepack.place(found[i]) != prepack.place(kept):
+                found[i] = kept if kept.untyped_storage().nbytes() else found[i]  # which sharding gives back
     return found
-
-
-def _lasts(memory: Tensor, version: int) -> bool:
-    """Whether memory is as it was: not written, which what a hook has saved elsewhere is not, and not given back."""
-    return memory._version == version and memory.untyped_storage().nbytes() > 0
 
 
 def only_needed(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -539,8 +539,37 @@ def test_fractions_in_a_tiff_are_counted_before_it_is_opened(kind, inside, monke
     if inside:  # a directory in the first one
         content = tags_of(inside, 4, 1, content[8:])
     monkeypatch.setattr(Image, "open", None)
-    with pytest.raises(DataError, match="it has 10,001 fractions in tag 282: expected at most 10,000"):
+    with pytest.raises(DataError, match="it has over 10,000 fractions in its tags: expected at most 10,000"):
         read_image(io.BytesIO(content), max_pixels=100)
+
+
+def directory(order, *tags):
+    return struct.pack(f"{order}H", len(tags)) + b"".join(struct.pack(f"{order}HHLL", *tag) for tag in tags) + bytes(4)
+
+
+def test_fractions_in_a_tiff_are_counted_in_all_its_tags(monkeypatch):
+    many = [(40_000 + i, 5, 1_001, 0) for i in range(10)]
+    inner = directory("<", (40_000, 5, 10_001, 0))
+    contents = {"in many tags": b"II*\0" + struct.pack("<L", 8) + directory("<", *many)}
+    first = [(34_665, 4, 1, 8 + 2 + 12 * 4 + 4)] * 3 + [(34_853, 4, 1, 8 + 2 + 12 * 4 + 4 + 6)]
+    contents["behind tags of one name"] = b"II*\0" + struct.pack("<L", 8) + directory("<", *first) + bytes(6) + inner
+    short = struct.pack(">HHLHH", 34_665, 3, 1, 8 + 2 + 12 + 4, 0)  # in the first half of its place
+    contents["by a short address"] = (
+        b"MM\0*" + struct.pack(">LH", 8, 1) + short + bytes(4) + directory(">", (40_000, 5, 10_001, 0))
+    )
+    monkeypatch.setattr(Image, "open", None)
+    for content in contents.values():
+        with pytest.raises(DataError, match="it has over 10,000 fractions in its tags: expected at most 10,000"):
+            read_image(io.BytesIO(content), max_pixels=100)
+
+
+def test_exif_data_in_several_segments_of_a_jpeg_are_counted_before_it_is_opened(monkeypatch):
+    content = saved(Image.new("RGB", (8, 8)), "JPEG").getvalue()
+    segment = b"\xff\xe1" + struct.pack(">H", 40_000) + b"Exif\0\0" + bytes(39_992)
+    assert read_image(io.BytesIO(content[:2] + segment + content[2:]), max_pixels=100).size == (8, 8)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(DataError, match="it has 80,000 bytes of EXIF data: expected at most 65,536"):
+        read_image(io.BytesIO(content[:2] + 2 * segment + content[2:]), max_pixels=100)
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "raw profile"])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import InsVPConfig, ops, unsupported_reason
 from insvp_fast.runtime import torch_private
@@ -190,6 +191,35 @@ def test_gradients_are_those_of_the_pass_that_ran(kind, hook):
             found = gradients_of(fast, image, exchange=True)
         assert relative_error(found, expected) < 1e-6
     assert unsupported_reason(fast) is None
+
+
+def test_a_checkpoint_gives_its_tensors_once():
+    """Also for a gradient with a graph; what it computes again is of the weights that there are then."""
+    weight, x = nn.Parameter(torch.randn(7, 16), requires_grad=False), torch.randn(2, 5, 16, requires_grad=True)
+    results = []
+    for linear in (F.linear, lambda x, w: ops.linear(x, ops.FrozenLinear(w))):
+        out = checkpoint(lambda x, linear=linear: linear(x.tanh(), weight).tanh(), x, use_reentrant=False)
+        results += torch.autograd.grad(out.sum(), x, create_graph=True)
+        out = checkpoint(lambda x, linear=linear: linear(x, weight).tanh(), x, use_reentrant=False)
+        own = weight.data
+        weight.data = 1.5 * own
+        results += torch.autograd.grad(out.sum(), x)
+        weight.data = own
+    for found, expected in zip(results[2:], results[:2], strict=True):
+        assert relative_error(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_a_graph_of_gradients_may_be_made_where_activations_are_computed_again(recompute):
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    _, model = make_pair("vit_tiny_patch16_224", InsVPConfig(prompt_length=2, global_dropout=0), 3, **kwargs)
+    image, trained = torch.randn(2, 3, 32, 32, device=DEVICE), [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(image).square().sum(), trained)
+    model.recompute = recompute
+    for _ in range(3):
+        found = torch.autograd.grad(model(image).square().sum(), trained, create_graph=True)
+        for grad, exact in zip(found, expected, strict=True):
+            assert relative_error(grad, exact) < 1e-5
 
 
 def test_memory_that_was_given_back_or_written_is_not_read():
