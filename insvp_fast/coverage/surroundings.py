@@ -28,7 +28,8 @@ def watch(names: str, *owners: Any) -> None:
     for owner in owners:
         for name in names.split():
             function = getattr(owner, name)
-            homes = {home(f).partition(".")[0] for f in (function, inspect.unwrap(function))}  # torch.compile wraps any
+            # what torch.compile makes of any function is written in torch, and wraps it
+            homes = {home(f).partition(".")[0] for f in (function, inspect.unwrap(function))}
             _WATCHED[owner, name] = function if homes <= {"torch", "timm", "insvp_fast"} else None
 
 

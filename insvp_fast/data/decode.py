@@ -28,7 +28,7 @@ UPRIGHT = {  # the operation that undoes each EXIF orientation; 1 is upright
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2")  # torchvision's, and others that Pillow reads
 MAX_SCANS = 100  # of a JPEG: each passes over all pixels, and costs a few bytes; libtiff allows as many
-MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, tags, tiles or strips of a TIFF; few have a hundred
+MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG, tags, tiles, strips, fractions of a TIFF; few have a hundred
 MAX_HEADER = 10_000  # bytes of netpbm before its pixels, which Pillow reads one by one
 MAX_EXIF = 2**16  # bytes of EXIF data, as a segment of a JPEG holds; each fraction in them becomes an object
 MAX_ASPECT = 100  # of the longer to the shorter side: resizing to a shorter side multiplies the pixels by it
@@ -70,9 +70,7 @@ def read_image(
         with Image.open(source, formats=_installed_formats()) as image:
             if max_pixels is not None:
                 _check_cost(image, max_pixels)
-                image.load()  # after which alone a PNG has its EXIF data
-                text = "".join(image.info.get("Raw profile type exif", "").split()[2:])  # behind name and length
-                _check_exif(0 if image.format == "TIFF" else max(len(image.info.get("exif", b"")), len(text) // 2))
+                _check_exif(_exif_size(image))
             return to_rgb(image, exif_rotation)
     except UnidentifiedImageError as error:  # whose message would show the address of an open file
         raise DataError(f"{name or source}: not an image that can be read (none of {', '.join(FORMATS)})") from error
@@ -99,8 +97,15 @@ def _check_cost(image: ImageFile.ImageFile, max_pixels: int) -> None:
         raise ValueError("it is AVIF, which does not say how many pixels are decoded: expected another format")
 
 
+def _exif_size(image: ImageFile.ImageFile) -> int:
+    """Bytes of EXIF data, which of a PNG are known once it is loaded; those of a TIFF are tags, which were counted."""
+    image.load()
+    text = "".join(image.info.get("Raw profile type exif", "").split()[2:])  # behind name and length
+    return 0 if image.format == "TIFF" else max(len(image.info.get("exif", b"")), len(text) // 2)
+
+
 def _check_exif(size: int) -> None:
-    """Refuse long EXIF data; those of a TIFF are tags of its own."""
+    """Refuse long EXIF data."""
     if size > MAX_EXIF:
         raise ValueError(f"it has {size:,} bytes of EXIF data: expected at most {MAX_EXIF:,}")
 

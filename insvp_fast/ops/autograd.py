@@ -128,8 +128,9 @@ def saved(ctx: Any) -> list[Any]:
     found = [*ctx.saved_tensors]
     if not torch.compiler.is_compiling():
         for i, kept in enumerate(ctx.memory, len(found) - len(ctx.memory)):
-            if kept is not None and prepack.place(found[i]) != prepack.place(kept):
-                found[i] = kept if kept.untyped_storage().nbytes() else found[i]  # which sharding gives back
+            moved = kept is not None and prepack.place(found[i]) != prepack.place(kept)
+            if moved and kept.untyped_storage().nbytes():  # there is none where sharding has given it back
+                found[i] = kept
     return found
 
 
