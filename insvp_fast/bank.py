@@ -256,7 +256,7 @@ def _rows(places: list[int], batch: int, device: torch.device) -> Tensor:
         return torch.arange(batch, device=device)
     if cuda_graphs.is_capturing(device):  # which would read the places from memory that is gone
         raise RuntimeError("a CUDA graph of several adapters is captured: expected one adapter for all images")
-    rows = torch.tensor(places, dtype=torch.int64)
+    rows = torch.tensor(places, dtype=torch.int64, device="cpu")
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 

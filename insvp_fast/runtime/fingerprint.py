@@ -256,7 +256,7 @@ class _Watch:
         table = self._table(rows)
         sums = torch.cat([table.new_empty(0, native.LINES), *(one.sums_in_order() for one in held)])
         sums = torch.where(table[:, 1:] <= SMALL, sums.sum(1, keepdim=True), sums)
-        on_host = torch.empty(len(rows), dtype=torch.bool, pin_memory=cuda)
+        on_host = torch.empty(len(rows), dtype=torch.bool, device="cpu", pin_memory=cuda)
         return _Pass(held, rows, stream, table, sums, on_host)
 
     def sums(self, rows: list[tuple[int, int]]) -> Tensor:
@@ -264,7 +264,7 @@ class _Watch:
         return self._checksums(self._table(rows), 0, native.LINES)
 
     def _table(self, rows: list[tuple[int, int]]) -> Tensor:
-        table = torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
         # pinned: a copy from other memory would wait for the GPU
         return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
 

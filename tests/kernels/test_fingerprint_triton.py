@@ -77,6 +77,13 @@ def test_passes_in_inference_mode_and_after_it(held):
     assert [any(a_pass(held)) for _ in range(3)][-1]
 
 
+def test_a_default_device_does_not_matter(held):
+    with torch.device("meta"):
+        assert not any(any(a_pass(held)) for _ in range(3))
+        held[1][0].add_(1)
+        assert [a_pass(held) for _ in range(3)][-1] == [False, True, False]
+
+
 def test_a_gpu_that_the_kernels_are_not_made_for(monkeypatch):
     monkeypatch.setattr(fingerprint.triton_kernels, "missing", lambda device: "cannot run here: ...")
     w = torch.randn(9, 512)

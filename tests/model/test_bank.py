@@ -205,6 +205,16 @@ def test_a_cuda_graph_has_one_adapter(monkeypatch):
         bank._groups(image, ["three", None])
 
 
+@torch.no_grad()
+def test_a_default_device_does_not_matter():
+    bank, references = make_bank(("three",))
+    image = images(2)
+    with torch.device("meta"):
+        found = bank(image, ["three", None])
+    for row, expected in zip(found, rows(references, ["three", None], image), strict=True):
+        assert relative_error(row[: len(expected)], expected) < 1e-5
+
+
 def test_adapters_from_folders_added_and_removed(tmp_path):
     backbone = make_backbone()
     for classes, name in enumerate(("three", "released"), 2):
