@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from insvp_fast import InsVPConfig
-from insvp_fast.testing import make_pair, relative_error, trained_gradients
+from insvp_fast.testing import DEVICE, make_pair, relative_error, trained_gradients
 from tests.model.parity import DRAWS, assert_errors_within_budget
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +32,7 @@ def numbers(model, image, amp):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_dtypes_of_modules_and_images(config, amp):
     pairs = [make_pair("vit_tiny_patch16_224", CONFIGS[config], **TINY) for _ in range(DRAWS)]
-    pixels = [torch.randn(2, 3, 32, 32) for _ in pairs]
+    pixels = [torch.randn(2, 3, 32, 32, device=DEVICE) for _ in pairs]
     exact = [numbers(copy.deepcopy(pair[0]).double(), x.double(), None) for pair, x in zip(pairs, pixels, strict=True)]
     for modules, image in itertools.product(DTYPES, DTYPES):
         if image == DTYPES[0]:
@@ -65,9 +65,9 @@ def test_common_prompts_of_another_dtype(dtype, amp):
         reference, fast = make_pair("vit_tiny_patch16_224", CONFIGS["VPT-Deep"], **TINY)
         for model in (reference, fast):
             model.common_prompts.to(dtype)
-        image = torch.randn(2, 3, 32, 32)
+        image = torch.randn(2, 3, 32, 32, device=DEVICE)
         exact = numbers(copy.deepcopy(reference).double(), image.double(), None)
-        with torch.no_grad(), torch.autocast("cpu", amp):
+        with torch.no_grad(), torch.autocast(DEVICE.type, amp):
             first, again = fast(image), fast(image)
         assert torch.equal(first, again)
         draws.append((numbers(fast, image, amp), numbers(reference, image, amp), exact))

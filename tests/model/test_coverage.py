@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 
 from insvp_fast import InsVPConfig, InsVPViT, coverage, unsupported_reason
 from insvp_fast.coverage import surroundings
-from insvp_fast.testing import make_pair, relative_error, trained_gradients
+from insvp_fast.testing import DEVICE, make_pair, relative_error, trained_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes the general path:UserWarning")
 
@@ -331,7 +331,7 @@ def test_a_changed_setting(setting):
 @pytest.mark.parametrize("name", ["gamma", "bias", "data of bias"])
 def test_a_parameter_of_a_single_number(name, shape):
     """A layer scale for all channels, say."""
-    number = torch.full(shape, 0.3)
+    number = torch.full(shape, 0.3, device=DEVICE)
 
     def change(model):
         block = model.backbone.blocks[0]
@@ -704,7 +704,7 @@ def gradient(model, x):
 TRANSFORMS = {
     "vmap": lambda model, x: torch.func.vmap(lambda one: model(one[None])[0])(x),
     "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
-    "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(len(x), 10))[0],
+    "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(len(x), 10, device=x.device))[0],
     "gradients by the parameters": lambda model, x: torch.cat([g.flatten() for g in gradient(model, x).values()]),
     "gradients of each image": lambda model, x: torch.func.vmap(lambda one: gradient(model, one[None])["head.bias"])(x),
     "a functional call": lambda model, x: torch.func.functional_call(

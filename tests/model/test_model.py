@@ -814,10 +814,10 @@ def test_prompts_of_several_dtypes_are_made_block_by_block():
 
 def test_8_bit_images_are_normalized_by_the_preprocessing_of_now():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
     fast.eval()(pixels)
     first, half = (0.4, 0.5, 0.6), (0.5, 0.5, 0.5)
     for mean, std in ((first, (0.2, 0.3, 0.4)), (first, half), ((0.1, 0.2, 0.3), half)):
         fast.preprocessing = {"mean": mean, "std": std}
-        m, s = (torch.tensor(numbers)[:, None, None] for numbers in (mean, std))
+        m, s = (torch.tensor(numbers, device=DEVICE)[:, None, None] for numbers in (mean, std))
         assert relative_error(fast(pixels), fast((pixels / 255 - m) / s)) < 1e-5

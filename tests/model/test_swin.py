@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
 from insvp_fast.backbones.swin import embed, tokens_of_windows
 from insvp_fast.reference.swin import block_with_prompts
-from insvp_fast.testing import make_pair, relative_error, saved_bytes, trained_gradients
+from insvp_fast.testing import DEVICE, make_pair, relative_error, saved_bytes, trained_gradients
 from tests.model.parity import assert_equal_numbers, assert_low_precision, assert_replaced_modules_are_noticed
 from tests.model.test_model import images
 
@@ -301,9 +301,9 @@ def test_carried_prompts_are_refused():
 
 def test_adapters_and_8_bit_images(tmp_path):
     _, fast = pair()
-    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
     assert fast.eval()(pixels).shape == (2, 10)
-    copied = InsVPViT(copy.deepcopy(fast.backbone), 10, CONFIG).eval()
+    copied = InsVPViT(copy.deepcopy(fast.backbone), 10, CONFIG).eval().to(DEVICE)
     state = {name: value for name, value in fast.state_dict().items() if not name.startswith("backbone.")}
     copied.load_state_dict(state, strict=False)
     assert torch.equal(copied(pixels), fast(pixels))
