@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from insvp_fast.ops.autograd import first_order
 from insvp_fast.runtime import cuda_graphs, prepack, recording
 
-__all__ = ["Graph", "Launch", "Tensors", "evaluate", "same_random_numbers"]
+__all__ = [
+    "Graph",
+    "Launch",
+    "Tensors",
+    "evaluate",
+    "random_state",
+    "same_random_numbers",
+    "set_random_state",
+]
 
 Tensors = Sequence[Tensor]
 
@@ -61,9 +69,9 @@ class Graph:
             for x in (*self._outputs, *self._found):
                 if x is not None:
                     x.fill_(torch.nan)
-            before = _random_state(inputs[0].device)
+            before = random_state(inputs[0].device)
             outputs = self.forward(inputs)
-            self.draws = not torch.equal(_random_state(inputs[0].device), before)
+            self.draws = not torch.equal(random_state(inputs[0].device), before)
             grads = self.backward([*map(_some_gradient, outputs)]) if self.has_gradients else []
             return [x for x in (*outputs, *grads) if x is not None]
 
@@ -103,11 +111,11 @@ class Launch:
     def __init__(self, graph: Graph, inputs: Tensors) -> None:
         self.graph, self._device = graph, inputs[0].device
         if graph.draws:
-            self._before = _random_state(self._device)
+            self._before = random_state(self._device)
         self._outputs = graph.forward(inputs)
         if graph.draws:
-            self._after = _random_state(self._device)
-            _set_random_state(self._device, self._before)
+            self._after = random_state(self._device)
+            set_random_state(self._device, self._before)
         self._kept = graph.space.lend() if graph.has_gradients else None
 
     def drop(self) -> None:
@@ -117,8 +125,8 @@ class Launch:
     def adopt(self, lock: threading.RLock, lasting: Tensors, inputs: Tensors) -> Tensors:
         """The outputs, with gradients where the graph has them; random numbers go on behind those that it has drawn."""
         if self.graph.draws:
-            if torch.equal(_random_state(self._device), self._before):
-                _set_random_state(self._device, self._after)
+            if torch.equal(random_state(self._device), self._before):
+                set_random_state(self._device, self._after)
             else:  # another thread has drawn these meanwhile
                 self._outputs = self.graph.forward(inputs)
         if not self.graph.has_gradients:
@@ -178,11 +186,13 @@ def _differentiate(outputs: Tensors, own: Sequence[Tensor], grads: Tensors) -> S
     return torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """That of PyTorch's generator for a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Let random numbers go on as they did in a ``random_state``."""
     torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
@@ -210,9 +220,9 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, lock: Any, graph: Graph, outputs: Tensors, kept: Tensor, lasting: Tensors, *inputs: Tensor
+        ctx: Any, lock: Any, graph: Graph, outputs: Tensors, kept: Any, lasting: Tensors, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.lock, ctx.graph = lock, graph
+        ctx.lock, kept.graph = lock, graph  # which goes with what it has kept, though its results are there
         # memory that backward reads, where the tensors have got another by then
         ctx.storages = [x.untyped_storage() for x in (*lasting, *inputs)]
         ctx.set_materialize_grads(False)
@@ -222,6 +232,6 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if what was kept is gone
+        kept, *_ = ctx.saved_tensors  # raises if it is gone
         with ctx.lock:
-            return *(None,) * 5, *ctx.graph.backward(grads)
+            return *(None,) * 5, *kept.graph.backward(grads)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast.errors import warn
-from insvp_fast.ops.captured_graph import Graph, Launch, Tensors, evaluate, same_random_numbers
+from insvp_fast.ops.captured_graph import (
+    Graph,
+    Launch,
+    Tensors,
+    evaluate,
+    random_state,
+    same_random_numbers,
+    set_random_state,
+)
 from insvp_fast.runtime import cuda_graphs, recording, torch_private
 
 __all__ = ["Ahead", "Graphs"]
@@ -95,7 +103,7 @@ class Graphs:
                 graph = self._capture(self._space(stream, device), inputs, needs, compute)
             self._keep(key, True if graph is None else graph)
             if not isinstance(graph, Graph) or (launch is None and not graph.space.is_free()):
-                return compute(inputs)
+                return self._one_by_one(compute, inputs)
             if ahead is not None and graph.copies_only_image:
                 self._remember(ahead, launch is not None, key, [*inputs[1:], *lasting])
             launch = launch or Launch(graph, inputs)
@@ -104,7 +112,24 @@ class Graphs:
                 return launch.adopt(self._lock, lasting, inputs)
             launch.drop()
             self._keep(key, True)
+        return self._one_by_one(compute, inputs)
+
+    def _one_by_one(self, compute: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+        """``compute(inputs)``; where there is too little memory, once more without the graphs and theirs."""
+        before = random_state(inputs[0].device)
+        try:
+            return compute(inputs)
+        except torch.OutOfMemoryError:
+            with self._lock:
+                if not any(isinstance(graph, Graph) for graph in self._graphs.values()):
+                    raise
+                self._drop_all()
+        set_random_state(inputs[0].device, before)
         return compute(inputs)
+
+    def _drop_all(self) -> None:
+        self._graphs.clear()
+        self._guesses.clear()
 
     def _remember(self, ahead: Ahead, right: bool, key: Hashable, tensors: list[Tensor]) -> None:
         """Which graph a call took, and whether the guess was right."""
@@ -117,8 +142,7 @@ class Graphs:
     def _drop_where_moved(self, places: list[int]) -> None:
         """Drop all graphs if parameters are elsewhere: they read the old places, and hold memory on the old device."""
         if places != self._places:
-            self._graphs.clear()
-            self._guesses.clear()
+            self._drop_all()
             self._places = places
 
     def _keep(self, key: Hashable, graph: Graph | bool) -> None:

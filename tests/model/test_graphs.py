@@ -683,6 +683,39 @@ def test_too_little_memory_for_a_graph_does_not_end_the_step():
     assert own.run("key", [x], [], fills)[0].sum() == 6 and len(calls) == 4
 
 
+def test_graphs_give_their_memory_to_a_pass_that_has_too_little():
+    own, x = Graphs(), torch.ones(3, device=DEVICE)
+
+    def needs_all(inputs):
+        drawn = torch.rand(3, device=DEVICE)
+        if any(graph() is not None for graph in held):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [inputs[0] + drawn]
+
+    for _ in range(3):
+        own.run("key", [x], [], doubled)
+    held = [weakref.ref(graph) for graph in own._graphs.values() if isinstance(graph, captured_graph.Graph)]
+    assert len(held) == 1
+    torch.manual_seed(7)
+    (found,) = own.run("other", [x], [], needs_all)
+    torch.manual_seed(7)
+    assert torch.equal(found, x + torch.rand(3, device=DEVICE)) and not own._graphs
+    held.append(lambda: 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        own.run("other", [x], [], needs_all)
+
+
+def test_a_graph_is_not_held_by_results_whose_backward_pass_is_over():
+    model = prepared(model_of(), image_of())
+    loss, graph = model(image_of()).sum(), weakref.ref(graphs_of(model)[0])
+    coverage.kept(model)["graphs"]._drop_all()
+    gc.collect()
+    assert graph() is not None
+    loss.backward()
+    gc.collect()
+    assert graph() is None and loss.grad_fn is not None
+
+
 def test_only_some_graphs_are_kept():
     own = Graphs()
     for batch in range(1, 40):
