@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.layers import DROP_PATH_OFF, Affine, in_own_dtype, mlp_requirements, norm_requirements
+from insvp_fast.backbones.layers import Affine, in_own_dtype, norm_requirements
 from insvp_fast.backbones.qkv import BIASES, bias_tensors, norm_heads, project_q_kv, project_qkv, qkv_requirements
 from insvp_fast.backbones.vision_transformer import (
     add_positions,
@@ -33,7 +33,14 @@ from insvp_fast.backbones.vision_transformer import (
     pixel_weight,
     read_tokens,
 )
-from insvp_fast.backbones.vit_blocks import inactive_dropout, num_keys_of, post_norm_block, pre_norm_block, prefixed
+from insvp_fast.backbones.vit_blocks import (
+    branch_requirements,
+    inactive_dropout,
+    num_keys_of,
+    post_norm_block,
+    pre_norm_block,
+    prefixed,
+)
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.reference import Prompts
@@ -84,10 +91,7 @@ def requirements(backbone: Eva, patch_size: int) -> Table:
         "norm_pre": CALLED,
         "blocks": (rule(nn.ModuleList), rule(nn.Sequential)),
         "norm": (IDENTITY, *norm_requirements(backbone.embed_dim)),
-        "fc_norm": CALLED,
-        "attn_pool": CALLED,
-        "head_drop": CALLED,
-        "head": CALLED,
+        **dict.fromkeys(("fc_norm", "attn_pool", "head_drop", "head"), CALLED),
     }
     if backbone.patch_drop is not None:
         table["patch_drop"] = INDEXED_DROPOUT_OFF
@@ -111,16 +115,11 @@ def _rotation_rule(rope: nn.Module, cls: type[nn.Module]) -> Rule:
 
 def block_requirements(block: nn.Module, backbone: Any) -> Table:
     """What the fast path requires of a block of such a backbone, by paths that begin with a point."""
-    width, attn = backbone.embed_dim, getattr(block, "attn", None)
+    attn = getattr(block, "attn", None)
     scales: dict[str, Any] = {"free": "init_values gamma_1 gamma_2", "optional": "gamma_1 gamma_2"}
     return {
         "": (rule(EvaBlock, **scales), rule(EvaBlockPostNorm)),
-        ".norm1": norm_requirements(width),
-        **prefixed(".attn", _attention_requirements(attn, backbone)),
-        ".drop_path1": DROP_PATH_OFF,
-        ".norm2": norm_requirements(width),
-        **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
-        ".drop_path2": DROP_PATH_OFF,
+        **branch_requirements(block, backbone.embed_dim, _attention_requirements(attn, backbone)),
     }
 
 

@@ -74,10 +74,7 @@ def requirements(backbone: NaFlexVit, patch_size: int) -> Table:
         "norm_pre": CALLED,
         "blocks": (rule(nn.Sequential),),
         "norm": (IDENTITY, *norm_requirements(width)),
-        "fc_norm": CALLED,
-        "attn_pool": CALLED,
-        "head_drop": CALLED,
-        "head": CALLED,
+        **dict.fromkeys(("fc_norm", "attn_pool", "head_drop", "head"), CALLED),
     }
     if backbone.patch_drop is not None:
         table["patch_drop"] = eva.INDEXED_DROPOUT_OFF

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.layers import DROP_PATH_OFF, LAYER_SCALE, Affine, mlp_requirements, norm_requirements
+from insvp_fast.backbones.layers import LAYER_SCALE, Affine, mlp_requirements, norm_requirements
 from insvp_fast.backbones.qkv import (
     BIASES,
     bias_tensors,
@@ -41,6 +41,7 @@ from insvp_fast.backbones.vision_transformer import (
 )
 from insvp_fast.backbones.vit_blocks import (
     attend_from_first,
+    branch_requirements,
     inactive_dropout,
     post_norm_block,
     pre_norm_block,
@@ -89,9 +90,7 @@ def requirements(backbone: Beit | VisionTransformerRelPos, patch_size: int) -> T
         **patch_embed_requirements(backbone, patch_size),
         "blocks": (rule(nn.ModuleList), rule(nn.Sequential)),
         "norm": norm,
-        "fc_norm": CALLED,
-        "head_drop": CALLED,
-        "head": CALLED,
+        **dict.fromkeys(("fc_norm", "head_drop", "head"), CALLED),
     }
     if isinstance(backbone, Beit):
         table["pos_drop"] = DROPOUT_OFF
@@ -121,7 +120,6 @@ def _bias_requirements(source: nn.Module) -> Table:
 
 
 def _block_requirements(block: nn.Module, width: int) -> Table:
-    attn = getattr(block, "attn", None)
     scales: Table = {".ls1": LAYER_SCALE, ".ls2": LAYER_SCALE} if isinstance(block, RelPosBlock) else {}
     return {
         "": (
@@ -129,12 +127,7 @@ def _block_requirements(block: nn.Module, width: int) -> Table:
             rule(RelPosBlock),
             rule(ResPostRelPosBlock, "init_values"),
         ),
-        ".norm1": norm_requirements(width),
-        **prefixed(".attn", _attention_requirements(attn, width)),
-        ".drop_path1": DROP_PATH_OFF,
-        ".norm2": norm_requirements(width),
-        **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
-        ".drop_path2": DROP_PATH_OFF,
+        **branch_requirements(block, width, _attention_requirements(getattr(block, "attn", None), width)),
         **scales,
     }
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.layers import DROP_PATH_OFF, forward_mlp, mlp_requirements, norm_insert, norm_requirements
+from insvp_fast.backbones.layers import forward_mlp, norm_insert, norm_requirements
 from insvp_fast.backbones.vision_transformer import check_image, patch_projection, pixel_weight
-from insvp_fast.backbones.vit_blocks import inactive_dropout, prefixed
+from insvp_fast.backbones.vit_blocks import branch_requirements, inactive_dropout, prefixed
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, difference
 from insvp_fast.ops import FrozenLinear
@@ -110,10 +110,8 @@ def _merging(stage: nn.Module, first: bool) -> Table:
 
 
 def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
-    attn, width = getattr(block, "attn", None), getattr(block, "dim", 0)
-    window = getattr(block, "window_size", (1, 1))
+    width, window = getattr(block, "dim", 0), getattr(block, "window_size", (1, 1))
     fits = [side % part for side, part in zip(grid, window, strict=False)] == [0, 0]
-    attention: dict[str, Any] = {"window_size": window, "window_area": math.prod(window), **inactive_dropout(attn)}
     shape: dict[str, Any] = {
         "dim": width,
         "input_resolution": grid,
@@ -124,25 +122,26 @@ def _block_requirements(block: nn.Module, grid: tuple[int, ...]) -> Table:
     return {
         # the buffers are read, whatever they hold
         "": (rule(SwinTransformerBlock, free, buffers="attn_mask", **shape),),
-        ".norm1": norm_requirements(width),
-        ".attn": (
-            rule(
-                WindowAttention,
-                "dim num_heads scale fused_attn",
-                required="relative_position_bias_table",
-                buffers="relative_position_index",
-                **attention,
-            ),
-        ),
-        ".attn.qkv": LINEAR,
-        ".attn.attn_drop": DROPOUT_OFF,
-        ".attn.softmax": (rule(nn.Softmax, dim=-1),),
-        ".attn.proj": LINEAR,
-        ".attn.proj_drop": DROPOUT_OFF,
-        ".drop_path1": DROP_PATH_OFF,
-        ".norm2": norm_requirements(width),
-        **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
-        ".drop_path2": DROP_PATH_OFF,
+        **branch_requirements(block, width, _attention_requirements(getattr(block, "attn", None), window)),
+    }
+
+
+def _attention_requirements(attn: nn.Module | None, window: tuple[int, int]) -> Table:
+    sizes: dict[str, Any] = {"window_size": window, "window_area": math.prod(window), **inactive_dropout(attn)}
+    own = rule(
+        WindowAttention,
+        "dim num_heads scale fused_attn",
+        required="relative_position_bias_table",
+        buffers="relative_position_index",
+        **sizes,
+    )
+    return {
+        "": (own,),
+        ".qkv": LINEAR,
+        ".attn_drop": DROPOUT_OFF,
+        ".softmax": (rule(nn.Softmax, dim=-1),),
+        ".proj": LINEAR,
+        ".proj_drop": DROPOUT_OFF,
     }
 
 

@@ -78,10 +78,7 @@ def requirements(backbone: VisionTransformer, patch_size: int) -> Table:
         "norm_pre": CALLED,
         "blocks": (rule(nn.Sequential), rule(nn.ModuleList)),
         "norm": (IDENTITY, *norm_requirements(width)),
-        "fc_norm": CALLED,
-        "attn_pool": CALLED,
-        "head_drop": CALLED,
-        "head": CALLED,
+        **dict.fromkeys(("fc_norm", "attn_pool", "head_drop", "head"), CALLED),
     }
     if isinstance(backbone, VisionTransformerDistilled):
         table["head_dist"] = CALLED

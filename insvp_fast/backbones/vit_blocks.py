@@ -45,6 +45,7 @@ __all__ = [
     "absorbs",
     "attend_from_first",
     "block_requirements",
+    "branch_requirements",
     "first_tokens",
     "inactive_dropout",
     "num_keys_of",
@@ -70,16 +71,24 @@ def block_requirements(block: nn.Module, width: int) -> Table:
     if isinstance(block, ParallelScalingBlock):
         return _scaling_requirements(block, width)
     post = isinstance(block, ResPostBlock)
-    norm, scale = norm_requirements(width), {} if post else {".ls1": LAYER_SCALE, ".ls2": LAYER_SCALE}
+    attention = _attention_requirements(getattr(block, "attn", None), width)
     return {
         "": (rule(Block), rule(ResPostBlock, "init_values")),
+        **branch_requirements(block, width, attention),
+        **({} if post else {".ls1": LAYER_SCALE, ".ls2": LAYER_SCALE}),
+    }
+
+
+def branch_requirements(block: nn.Module, width: int, attention: Table) -> Table:
+    """What the fast path requires of the parts of a block with one attention and one MLP, but for layer scales."""
+    norm = norm_requirements(width)
+    return {
         ".norm1": norm,
-        **prefixed(".attn", _attention_requirements(getattr(block, "attn", None), width)),
+        **prefixed(".attn", attention),
         ".drop_path1": DROP_PATH_OFF,
         ".norm2": norm,
         **prefixed(".mlp", mlp_requirements(getattr(block, "mlp", None))),
         ".drop_path2": DROP_PATH_OFF,
-        **scale,
     }
 
 
