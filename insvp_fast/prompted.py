@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,13 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from insvp_fast import coverage, reference
 from insvp_fast.backbone_settings import BackboneSettings
-from insvp_fast.backbones import (
-    BackboneFamily,
-    BlockOptions,
-    embeds_by_operations,
-    family_of,
-    only_operations,
-)
+from insvp_fast.backbones import BackboneFamily, BlockOptions, embeds_by_operations, family_of, only_operations
 from insvp_fast.checkpoints.backbone import create_frozen
 from insvp_fast.coverage import Covered, Requirements
 from insvp_fast.coverage.copies import with_tensors
@@ -280,7 +275,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         recomputes = self.recompute == "block" and torch.is_grad_enabled()
         steps = range(BLOCKS_PER_CHECKPOINT, max(wanted) + 1, BLOCKS_PER_CHECKPOINT) if recomputes else ()
         ends, outputs = sorted({*steps, *(j + 1 for j in wanted)}), []
-        for first, end in zip([0, *ends], ends, strict=False):
+        for first, end in pairwise([0, *ends]):
             indices = range(first, end)
             if recomputes:
                 tokens = checkpoint(run, tokens, context, indices, use_reentrant=False)

@@ -74,7 +74,7 @@ def find_results(
     batch_size, workers = run.loading(batch_size, workers)
     device = create_accelerator().device
     loader = Loader(images, BatchSampler(len(images), batch_size), workers, device)
-    model = model.to(device).float().eval()
+    model = model.to(device).float()
     with Counter("report", len(images)) as counter, torch.inference_mode():  # type: ignore[arg-type]
         parts = []
         for batch, targets in loader:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -69,7 +69,7 @@ class _Record:
     storages: tuple[weakref.ref[UntypedStorage], ...]
     state: list[int]  # the version and the address of each
     fingerprint: Fingerprint
-    made: dict[object, _Form] = field(default_factory=dict)
+    made: dict[object, _Form]
 
 
 _records: dict[object, _Record] = {}  # by where the weights are; without those whose weights are gone

@@ -69,7 +69,7 @@ class Trainer:
         if recipe.class_weights == "auto":
             weights = class_weights(targets_of(images), self.num_classes).to(accelerator.device)
         self.loss = Loss(recipe, self.num_classes, weights, data.multi_label)
-        if recipe.init_from and candidate.is_adapter and not (self.folder / "last").exists():
+        if recipe.init_from and not (self.folder / "last").exists():
             logger.say(warm_start(model, recipe.init_from))
         self.begins_as_probe = begins_as_probe(recipe, model)
         if self.begins_as_probe and not from_main(self.accelerator, lambda: (self.folder / "last").exists()):
