@@ -11,7 +11,7 @@ from insvp_fast.errors import ExportError
 from insvp_fast.export import export_model, graph, load
 from insvp_fast.export.graph import capture, standard_model
 from insvp_fast.method_names import METHODS
-from insvp_fast.methods import create_model
+from insvp_fast.methods import CLASSES, Tuning, create_model
 from insvp_fast.testing import relative_error
 
 WIDTH = 24
@@ -46,9 +46,11 @@ def test_standard_models_have_the_numbers_of_every_method(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in ("partial_1", "bias")]
+)  # they compute as full
 def test_every_method_is_captured(name):
-    model = model_of(name)
+    model = model_of(name, **{"depth": 1} if issubclass(CLASSES[name], Tuning) else {})
     images = torch.randn(30, 3, 16, 16)  # more than an example has, and more than torch.cdist takes in one way
     captured = capture(model, standard=True)
     assert captured.operations == 0 and captured.facts.input == [None, 3, 16, 16]
