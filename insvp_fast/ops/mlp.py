@@ -159,12 +159,10 @@ def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
 
     how, (fc1, fc2) = products.provider(a.x.dtype, a.x.device), _layers(a)
     pre = products.linear(a.x, fc1, how)
-    hidden, code = (
-        kernel.activation_fwd_code(pre, a.activation)
-        if a.keep == "code"
-        else (kernel.activation_fwd(pre, a.activation), None)
-    )
-    kept = code if code is not None else pre if a.keep == "pre" else a.x.new_empty(0)
+    if a.keep == "code":
+        hidden, kept = kernel.activation_fwd_code(pre, a.activation)
+    else:
+        hidden, kept = kernel.activation_fwd(pre, a.activation), pre if a.keep == "pre" else a.x.new_empty(0)
     return products.linear(hidden, fc2, how), kept
 
 

@@ -20,7 +20,7 @@ class Candidate(NamedTuple):
     Attributes:
         name: in the metrics and in what is printed.
         method: a value of ``Recipe.method``.
-        is_adapter: whether it is the run's result, of which the adapter and the plot of the prompts are written.
+        is_adapter: whether it is the run's result, which is written as its adapter.
     """
 
     name: str
