@@ -24,12 +24,14 @@ from insvp_fast import InsVPViT
 from insvp_fast.checkpoints.backbone import create_backbone
 from insvp_fast.data import load_data
 
+BACKBONE = "model.backbone."
+STATES = {"state_dict", "current_model_state"}  # the second one where a callback averages the weights
+
 
 class InsVP(lightning.LightningModule):
     def __init__(self, model: InsVPViT, lr: float) -> None:
         super().__init__()
         self.model, self.lr = model, lr
-        self.strict_loading = False  # checkpoints hold no backbone
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, classes = batch
@@ -57,8 +59,15 @@ class InsVP(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out of checkpoints."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("model.backbone.")}
+        for name in STATES & checkpoint.keys():
+            state = checkpoint[name].items()
+            checkpoint[name] = {k: v for k, v in state if not k.startswith(BACKBONE)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the backbone from this module; all else has to be in the checkpoint."""
+        backbone = {k: v for k, v in self.state_dict().items() if k.startswith(BACKBONE)}
+        for name in STATES & checkpoint.keys():
+            checkpoint[name] |= backbone
 
 
 def main() -> None:

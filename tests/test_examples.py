@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from insvp_fast import InsVPViT
+from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.config import RELEASED_PREPROCESSING
 from insvp_fast.data import transform_for
 from insvp_fast.data.decode import to_rgb
@@ -211,6 +212,43 @@ def test_lightning_trains_it(tmp_path):
     own = {f"model.{name}": p for name, p in model.named_parameters() if not name.startswith("backbone.")}
     assert state.keys() == own.keys()
     assert all(torch.equal(state[name], p) for name, p in own.items())
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoints_of_lightning_hold_all_but_the_backbone(averaged, tmp_path):
+    require("lightning")
+    lightning = importlib.import_module("lightning")
+    spec = importlib.util.spec_from_file_location("lightning_module", EXAMPLES / "lightning_module.py")
+    spec.loader.exec_module(example := importlib.util.module_from_spec(spec))
+    batches = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4) % 2), 2)
+
+    def fit(epochs: int, checkpoint: Path | None = None) -> nn.Module:
+        callbacks = [lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5)] if averaged else []
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", default_root_dir=tmp_path, callbacks=callbacks, **quiet
+        )
+        config = InsVPConfig(global_dropout=0)  # whose masks no checkpoint continues
+        torch.manual_seed(0)
+        module = example.InsVP(InsVPViT("vit_shapes_32", 2, config), 1e-3)
+        module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), 1e-3)
+        trainer.fit(module, batches, ckpt_path=checkpoint)
+        return module
+
+    whole = fit(2)
+    files = sorted(tmp_path.rglob("*.ckpt"))
+    fit(1)
+    (file,) = set(tmp_path.rglob("*.ckpt")) - set(files)
+    resumed = fit(2, file)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    content = torch.load(file, weights_only=True)
+    states = [content[name] for name in ("state_dict", "current_model_state") if name in content]
+    assert len(states) == 1 + averaged
+    assert not [key for state in states for key in state if "backbone" in key]
+    del states[-1]["model.head.weight"]
+    torch.save(content, tmp_path / "part.ckpt")
+    with pytest.raises(RuntimeError, match=r"model\.head\.weight"):
+        fit(2, tmp_path / "part.ckpt")
 
 
 @pytest.mark.slow
