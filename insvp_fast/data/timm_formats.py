@@ -14,7 +14,7 @@ from timm.data import create_dataset
 from insvp_fast.data.decode import SUFFIXES
 from insvp_fast.data.folders import is_ignored
 from insvp_fast.data.images import Images, Splits, TarMember
-from insvp_fast.data.lists import class_indices, sorted_labels
+from insvp_fast.data.lists import abbreviated, class_indices, sorted_labels
 from insvp_fast.data.sets import SPLIT_NAMES, SPLITS
 from insvp_fast.data.tfds import read_tfds
 from insvp_fast.errors import DataError
@@ -56,6 +56,8 @@ def _read_hugging_face(
 ) -> tuple[Mapping[str, Sequence[Any]], dict[str, list[Any]], list[str]]:
     """The images and labels of each split, and the names of the classes, empty if they have none."""
     readers = {split: reader for split in SPLITS if (reader := _open(source, root, split)) is not None}
+    for split, reader in readers.items():
+        _check_columns(reader.dataset.data, f"`data` is {source}: {split}")
     images = {split: _Files(reader) for split, reader in readers.items()}
     labels = {split: list(reader.iter_targets()) for split, reader in readers.items()}
     indices: dict[str, int] = readers["train"].class_to_idx
@@ -76,6 +78,17 @@ def _open(source: str, root: str | None, split: str) -> Any:
     if split == "train":
         raise DataError(f"`data` is {source}: train cannot be opened ({reason})") from reason
     return None
+
+
+def _check_columns(table: Any, where: str) -> None:
+    """Raise DataError without a label or images; where there is no column of images, timm has added one of nulls."""
+    rows, nulls = table.num_rows, {name: table.column(name).null_count for name in table.column_names}
+    columns = [name for name, count in nulls.items() if count < max(1, rows)]
+    if not {"image", "label"} <= {*columns}:
+        expected = "expected image and label, which `rename_column` of datasets makes of others"
+        raise DataError(f"{where} has the columns {abbreviated(columns)}: {expected}")
+    if nulls["image"]:
+        raise DataError(f"{where} has no image in {nulls['image']} of {rows} rows: expected one in each")
 
 
 class _Files(Sequence):

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -318,6 +319,9 @@ class Reader:
 
     def __init__(self, labels, class_to_idx):
         self.labels, self.class_to_idx = labels, class_to_idx
+        whole = SimpleNamespace(null_count=0)
+        table = SimpleNamespace(num_rows=len(labels), column_names=["image", "label"], column=lambda name: whole)
+        self.dataset = SimpleNamespace(data=table)
 
     def __len__(self):
         return len(self.labels)
@@ -342,6 +346,28 @@ def test_a_class_that_only_test_has_is_named(names, test, unknown, monkeypatch):
         DataError, match=f"hfds/animals, test: found the class {unknown}: expected .* 2 classes of train"
     ):
         load_data("hfds/animals", SMALL, 0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "images", "found"),
+    [
+        (("img", "label"), 6, "train has the columns img, label: expected image and label"),
+        (("image", "fine_label"), 6, "train has the columns image, fine_label: expected image and label"),
+        (("image", "label"), 0, "train has the columns label: expected image and label"),
+        (("image", "label"), 5, "train has no image in 1 of 6 rows: expected one in each"),
+        (("image", "label"), 6, None),
+    ],
+)
+def test_images_and_labels_of_a_hugging_face_data_set_are_in_its_columns(columns, images, found, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    rows = {columns[0]: [Image.new("RGB", (8, 8))] * images + [None] * (6 - images), columns[1]: [0, 1] * 3}
+    features = datasets.Features({columns[0]: datasets.Image(), columns[1]: datasets.Value("int64")})
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows" / "train.parquet")
+    refused = nullcontext() if found is None else pytest.raises(DataError, match=found)
+    with refused:
+        assert read_source(f"hfds/{tmp_path / 'rows'}", root=str(tmp_path / "hf")).class_names == ["0", "1"]
 
 
 @pytest.mark.parametrize(
