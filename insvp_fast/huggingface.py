@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from insvp_fast.data.decode import to_rgb
 from insvp_fast.data.transforms import steps_of, transform_for
 from insvp_fast.model import InsVPViT
+from insvp_fast.reference.structure import pixel_layer
 
 __all__ = ["InsVPForImageClassification", "image_processor"]
 
@@ -56,6 +57,7 @@ class InsVPForImageClassification(nn.Module):
         """Images [B, C, H, W] to logits [B, num_classes], and with labels also to their mean cross-entropy.
 
         Args:
+            pixel_values: in 8 bits, or floating point of any dtype, cast to the model's as transformers' models do.
             labels: classes [B]; of a model for several labels per image (``model.multi_label``), 0 or 1 for each,
                 [B, num_classes].
 
@@ -72,6 +74,8 @@ class InsVPForImageClassification(nn.Module):
                 raise ValueError("the model has one class: expected two or more, or multi_label = True on the InsVPViT")
         elif labels is not None and labels.shape != (B, C):
             raise ValueError(f"labels are {list(labels.shape)}: expected 0 or 1 for each class, [{B}, {C}]")
+        if pixel_values.is_floating_point():  # `bf16_full_eval` casts the model alone
+            pixel_values = pixel_values.to(pixel_layer(self.model.backbone).weight.dtype)
         logits, loss = self.model(pixel_values), None
         if labels is not None and self.model.multi_label:
             loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

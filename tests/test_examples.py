@@ -147,6 +147,17 @@ def test_the_loss_of_transformers_is_that_of_the_labels():
         module.image_processor(None)
 
 
+@pytest.mark.parametrize("pixels", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pixel_values_are_cast_as_by_the_models_of_transformers(pixels, dtype):
+    require("transformers")
+    module = importlib.import_module("insvp_fast.huggingface")
+    model = module.InsVPForImageClassification(InsVPViT("vit_shapes_32", 3)).eval().to(dtype)
+    images = torch.arange(2 * 3 * 32 * 32).view(2, 3, 32, 32).remainder(251).to(pixels)  # all exact in 8 bits
+    expected = model.model(images if pixels == torch.uint8 else images.to(dtype))
+    assert expected.dtype == dtype and torch.equal(model(images).logits, expected)
+
+
 def test_the_state_of_transformers_may_lack_its_own_backbone_alone():
     require("transformers")
     model = importlib.import_module("insvp_fast.huggingface").InsVPForImageClassification(InsVPViT("vit_shapes_32", 3))
