@@ -48,7 +48,7 @@ def _write(path: Path, name: str, rows: Sequence[Row]) -> None:
     _plot(rows, picture)
     facts = "\n".join(f"- {key}: {value}" for key, value in machine_facts().items())
     path.write_text(
-        f"# InsVP against the bare frozen timm ViT\n\n{name}, random weights and images, "
+        f"# InsVP against the bare frozen timm model\n\n{name}, random weights and images, "
         "the paper's configuration.\n\n"
         f"{facts}\n\n{table(rows)}\n\n![images per second]({picture.name})\n"
     )

@@ -68,7 +68,7 @@ def provider_title(provider: str) -> str:
     """A provider's name for readers."""
     kind, _, more = provider.partition(" ")
     names = {
-        "bare": "bare timm ViT",
+        "bare": "bare timm model",
         "reference": "InsVPReference",
         "insvp_fast": "InsVPViT",
         "released": "the release",
