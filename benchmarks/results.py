@@ -34,12 +34,19 @@ def save(rows: list[Row], section: str = "rows", folder: Path = FOLDER) -> Path:
     path = folder / f"{name}-torch{facts['torch']}.json"
     path.parent.mkdir(exist_ok=True)
     saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    # older rows stay, so that these facts of the machine are those of the new rows alone
-    own = {key: facts[key] for key in ("date", "OMP_WAIT_POLICY") if key in facts}
-    merged = {_identity(row): row for row in [*saved.get(section, []), *(row | own for row in rows)]}
+    # older rows stay, so that the file's facts become those of the new rows alone: rows without their own get the old
+    before = _own(saved.get("machine", {}))
+    for old in (key for key, value in saved.items() if isinstance(value, list)):
+        saved[old] = [before | row for row in saved[old]]
+    merged = {_identity(row): row for row in [*saved.get(section, []), *(row | _own(facts) for row in rows)]}
     saved = {**saved, "machine": facts, section: list(merged.values())}
     path.write_text(json.dumps(saved, indent=1) + "\n")
     return path
+
+
+def _own(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that rows of one file may differ in."""
+    return {key: facts[key] for key in ("date", "OMP_WAIT_POLICY") if key in facts}
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
