@@ -28,9 +28,10 @@ def make_operands(batch, dtype):
 def operation(batch, itemsize, folded=False):
     """``folded``: without the affine map, which is in the next product, as the model runs it."""
     # forward: residual, branch and prompts in, residual and normalized tokens out; backward: both gradients and the
-    # kept tokens in, the gradients of the three operands out
+    # normalized tokens in, the gradients of the three operands out, of which the residual's is the branch's in fp32
     forward = T * (4 + itemsize + 4 + itemsize) + L * (4 + itemsize)
-    backward = T * (4 + itemsize + 4 + 4 + itemsize) + L * (itemsize + 4 + 4)
+    branch = itemsize if itemsize < 4 else 0
+    backward = T * (4 + itemsize + itemsize + 4 + branch) + L * (itemsize + itemsize + 4)
     return Operation(
         name=f"norm_insert {batch}x({T}+{L})x{D}" + ", folded" * folded,
         plain=plain,

@@ -54,10 +54,10 @@ def main() -> None:
     arguments = [str(number) for number in (options.batch, options.depth, options.rounds)]
     ratios: dict[str, list[float]] = {}
     for pair in range(options.pairs):
-        trees = [options.before, options.after]
-        times = {tree: seconds(tree, arguments) for tree in (trees if pair % 2 else trees[::-1])}
-        for job, after in times[options.after].items():
-            ratios.setdefault(job, []).append(after / times[options.before][job])
+        step = 1 if pair % 2 else -1  # who begins; both run, also if they are the same checkout, which shows the noise
+        before, after = [seconds(tree, arguments) for tree in (options.before, options.after)[::step]][::step]
+        for job in before:
+            ratios.setdefault(job, []).append(after[job] / before[job])
     for job, values in ratios.items():
         print(f"{job}: after/before {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
 
