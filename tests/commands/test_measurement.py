@@ -14,6 +14,7 @@ from benchmarks.operations import DTYPES, evaluate
 from insvp_fast import InsVPConfig
 from insvp_fast.bench import floor, models, tables, timing
 from insvp_fast.bench.floor import BlockProducts, needed_flops
+from insvp_fast.bench.jobs import AUTOCAST_DTYPES
 from insvp_fast.runtime import products
 from insvp_fast.testing import DEVICE, saved_bytes
 from tools import speed
@@ -130,6 +131,7 @@ def rows_of(monkeypatch):
             return {name: seconds["bare" if name == "bare" else "other"][:rounds] for name in runs}
 
         def products(*arguments, **kwargs):
+            assert arguments[3] == (AUTOCAST_DTYPES[precision] or torch.float32)  # the floor is of the same precision
             built.append(BlockProducts(*arguments, **kwargs))
             return built[-1]
 
