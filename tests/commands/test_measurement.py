@@ -300,3 +300,11 @@ def test_checkouts_are_timed_in_turns_also_if_they_are_the_same(trees, monkeypat
     before, after = trees
     assert asked == [after, before, before, after]
     assert capsys.readouterr().out == "inference fp32: after/before 1.125 (0.250 to 2.000)\n"
+
+
+@pytest.mark.parametrize("job", timing.JOBS)
+@pytest.mark.parametrize("provider", ["bare", "insvp_fast"])
+def test_both_models_run_every_job_under_the_same_autocast(provider, job):
+    for amp, dtype in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        model = models.make_model(provider, TINY, InsVPConfig(), **CUT)
+        assert timing.JOBS[job](model, 1, amp)()["logits"].dtype == dtype
