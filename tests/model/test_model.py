@@ -402,15 +402,21 @@ def deterministic(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
+def on_path(path, config, **kwargs):
+    """A model that takes the fast path, or the general one."""
+    variant = GENERAL["ReLU"] if path == "general" else {}
+    _, fast = make_pair("vit_tiny_patch16_224", config, **variant | kwargs)
+    assert (unsupported_reason(fast) is not None) == (path == "general")
+    return fast
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(
     ("path", "recompute", "share"), [("fast", "mlp", 0.8), ("fast", "block", 0.5), ("general", "block", 0.6)]
 )
 def test_recompute_changes_memory_and_nothing_else(path, recompute, share):
-    variant = {"img_size": 64, "depth": 5} | ({"scale_mlp_norm": True} if path == "general" else {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(common_dropout=0.1), **variant)
+    fast = on_path(path, InsVPConfig(common_dropout=0.1), img_size=64, depth=5)
     image = images(fast)
     expected, kept = trained_gradients(fast, image), saved_bytes(fast, image)
     fast.recompute = recompute
@@ -421,13 +427,11 @@ def test_recompute_changes_memory_and_nothing_else(path, recompute, share):
     assert saved_bytes(fast, image) < share * kept
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
 @pytest.mark.parametrize("path", ["fast", "general"])
 @pytest.mark.parametrize("simam", [False, True])
 def test_an_8_bit_image_is_normalized(path, simam):
-    variant = TINY | ({"scale_mlp_norm": True} if path == "general" else {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, fast = make_pair("vit_tiny_patch16_224", InsVPConfig(simam=simam), **variant)
+    fast = on_path(path, InsVPConfig(simam=simam), **TINY)
     fast.preprocessing = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
     pixels = torch.randint(0, 256, images(fast).shape, dtype=torch.uint8, device=DEVICE)
     mean, std = (torch.tensor(fast.preprocessing[key], device=DEVICE)[:, None, None] for key in ("mean", "std"))
