@@ -158,8 +158,8 @@ class AdapterBank(PromptedViT):
             adapters: the name of each image's adapter, None for the bare backbone; or one for all images.
 
         Raises:
-            ValueError: for an unknown name, other than B names, an image that requires a gradient, or one that the
-                backbone cannot take.
+            ValueError: for an unknown name, other than B names, an adapter whose backbone or the bank's was replaced,
+                an image that requires a gradient, or one that the backbone cannot take.
         """
         groups = self._groups(image, adapters)
         if not self._mixes(image, groups):
@@ -194,6 +194,8 @@ class AdapterBank(PromptedViT):
             if model is None:
                 where = f"adapters[{places[0]}]" if places else "adapters"
                 raise ValueError(f"{where}={name!r}: expected None or {self._known()}")
+            if model.backbone is not self.backbone:
+                raise ValueError(f"the adapter {name!r} is around another backbone: expected that of the bank")
             groups.append(_Group(model, _rows(places, len(image), image.device)))
         return groups
 
