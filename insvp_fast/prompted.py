@@ -381,14 +381,15 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
 
     def _pixel_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """See ``reference.pixel_scale``; kept, but in traces, modes and transforms, which make tensors of their own."""
-        facts: Any = getattr(self, "preprocessing", None) or self.backbone.pretrained_cfg
-        key = device, tuple(facts["mean"]), tuple(facts["std"])
+        facts: Any = getattr(self, "preprocessing", None) or getattr(self.backbone, "pretrained_cfg", None) or {}
+        mean, std = (tuple(facts.get(name, ())) for name in ("mean", "std"))
+        key = device, mean, std
         if (scale := self._pixel_scales.get(key)) is None:
-            for name in ("mean", "std"):
-                if len(facts[name]) not in (1, C := self.in_channels):
-                    raise ValueError(f"{name} is {tuple(facts[name])}: expected one number, or {C}, in `preprocessing`")
+            for name, numbers in (("mean", mean), ("std", std)):
+                if len(numbers) not in (1, C := self.in_channels):
+                    raise ValueError(f"{name} is {numbers}: expected one number, or {C}, in `preprocessing`")
             with torch.inference_mode(False):  # backward may keep them
-                scale = reference.pixel_scale(*key[1:], device)
+                scale = reference.pixel_scale(mean, std, device)
             if not (torch.compiler.is_compiling() or torch_private.dispatch_modes() or torch_private.transforming()):
                 self._pixel_scales = {key: scale}
         return scale

@@ -449,6 +449,21 @@ def test_8_bit_images_need_statistics_of_their_channels():
     assert relative_error(fast.eval()(pixels), fast((pixels / 255 - 0.5) / 0.5)) < 1e-5
 
 
+@pytest.mark.parametrize(("known", "missing"), [({}, "mean"), ({"mean": [0.5]}, "std")])
+@pytest.mark.parametrize("where", ["preprocessing", "pretrained_cfg", "no pretrained_cfg"])
+def test_8_bit_images_need_statistics(where, known, missing):
+    _, fast = make_pair("vit_tiny_patch16_224", **TINY)
+    if where == "preprocessing" and known:
+        fast.preprocessing = known
+    elif where == "no pretrained_cfg":  # as of a backbone that its class has made
+        del fast.backbone.pretrained_cfg
+        fast.preprocessing = known or None
+    else:
+        fast.backbone.pretrained_cfg = known
+    with pytest.raises(ValueError, match=rf"{missing} is \(\): expected one number, or 3, in `preprocessing`"):
+        fast(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=DEVICE))
+
+
 def test_a_default_device_does_not_matter():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
     image, expected = images(fast), None
