@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from insvp_fast import coverage
-from insvp_fast.coverage.rules import foreign
 from insvp_fast.coverage.snapshot import HOOKS
 from insvp_fast.model import STEPS, InsVPViT
 from insvp_fast.prompted import PromptedViT
@@ -266,7 +265,7 @@ def _has_usual_steps(model: PromptedViT) -> bool:
     """Whether a model's result is its head's, of what the backbone makes of its patches and its prompts."""
     if any(vars(model)[hooks] for hooks in HOOKS) or type(model).__call__ is not nn.Module.__call__:
         return False
-    if foreign(model, *model.replaced_methods, "forward", "block_prompts", "feature_prompt"):
+    if coverage.overridden(model, *model.replaced_methods, "forward", "block_prompts", "feature_prompt"):
         return False
     return not (model._own_reason() or model._carries_prompts)
 
@@ -276,7 +275,7 @@ def _lengths(model: PromptedViT) -> tuple[int, ...] | None:
     if not isinstance(model, InsVPViT):
         return (0,) * len(model.widths)
     specific: Any = model.specific_prompter
-    if foreign(model, *STEPS) or not (specific is None or coverage.covers(specific)):
+    if coverage.overridden(model, *STEPS) or not (specific is None or coverage.covers(specific)):
         return None
     made = 0 if specific is None else specific.conv1.out_channels
     length = made if model.common_prompts is None else max(made, model.config.prompt_length)

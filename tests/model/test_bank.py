@@ -419,3 +419,16 @@ def test_a_replaced_backbone_is_refused(whose, names):
     for run in (bank, bank.forward_features):
         with pytest.raises(ValueError, match="adapter 'three' is around another backbone: expected that of the bank"):
             run(images(len(names)), names)
+
+
+@pytest.mark.parametrize("names", [["three", None, "one block"], ["three"] * 3, "one block", None], ids=str)
+@torch.no_grad()
+def test_it_is_traced_whole(names):
+    bank, references = make_bank(("three", "one block"))
+    image, each = images(3), names if isinstance(names, list) else [names] * 3
+    exact = rows({name: copy.deepcopy(model).double() for name, model in references.items()}, each, image.double())
+    program = torch.export.export(bank, (image, names), strict=True).run_decompositions({})
+    assert any("insvp_fast" in str(node.target) for node in program.graph.nodes)
+    for traced in (program.module(), torch.compile(bank, fullgraph=True, backend="eager")):
+        for row, expected in zip(traced(image, names), exact, strict=True):
+            assert relative_error(row[: len(expected)], expected) < 1e-5
