@@ -82,13 +82,13 @@ def _open(source: str, root: str | None, split: str) -> Any:
 
 def _check_columns(table: Any, where: str) -> None:
     """Raise DataError without a label or images; where there is no column of images, timm has added one of nulls."""
-    rows, nulls = table.num_rows, {name: table.column(name).null_count for name in table.column_names}
-    columns = [name for name, count in nulls.items() if count < max(1, rows)]
+    rows, nulls = table.num_rows, table.column("image").null_count
+    columns = [name for name in table.column_names if name != "image" or nulls < max(1, rows)]
     if not {"image", "label"} <= {*columns}:
-        expected = "expected image and label, which `rename_column` of datasets makes of others"
+        expected = "expected image and label; `rename_column` of datasets renames others"
         raise DataError(f"{where} has the columns {abbreviated(columns)}: {expected}")
-    if nulls["image"]:
-        raise DataError(f"{where} has no image in {nulls['image']} of {rows} rows: expected one in each")
+    if nulls:
+        raise DataError(f"{where} has no image in {nulls} of {rows} rows: expected one in each")
 
 
 class _Files(Sequence):

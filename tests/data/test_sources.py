@@ -349,19 +349,22 @@ def test_a_class_that_only_test_has_is_named(names, test, unknown, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("columns", "images", "found"),
+    ("columns", "images", "labels", "found"),
     [
-        (("img", "label"), 6, "train has the columns img, label: expected image and label"),
-        (("image", "fine_label"), 6, "train has the columns image, fine_label: expected image and label"),
-        (("image", "label"), 0, "train has the columns label: expected image and label"),
-        (("image", "label"), 5, "train has no image in 1 of 6 rows: expected one in each"),
-        (("image", "label"), 6, None),
+        (("img", "label"), 6, [0, 1], "train has the columns img, label: expected image and label"),
+        (("image", "fine_label"), 6, [0, 1], "train has the columns image, fine_label: expected image and label"),
+        (("image", "label"), 0, [0, 1], "train has the columns label: expected image and label"),
+        (("image", "label"), 5, [0, 1], "train has no image in 1 of 6 rows: expected one in each"),
+        (("image", "label"), 6, [None, None], "train: found the label None: expected a number of a class or its name"),
+        (("image", "label"), 6, [0, 1], None),
     ],
 )
-def test_images_and_labels_of_a_hugging_face_data_set_are_in_its_columns(columns, images, found, tmp_path, monkeypatch):
+def test_images_and_labels_of_a_hugging_face_data_set_are_in_its_columns(
+    columns, images, labels, found, tmp_path, monkeypatch
+):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    rows = {columns[0]: [Image.new("RGB", (8, 8))] * images + [None] * (6 - images), columns[1]: [0, 1] * 3}
+    rows = {columns[0]: [Image.new("RGB", (8, 8))] * images + [None] * (6 - images), columns[1]: labels * 3}
     features = datasets.Features({columns[0]: datasets.Image(), columns[1]: datasets.Value("int64")})
     (tmp_path / "rows").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows" / "train.parquet")
