@@ -684,9 +684,10 @@ def test_too_little_memory_for_a_graph_does_not_end_the_step():
 
 
 def test_graphs_give_their_memory_to_a_pass_that_has_too_little():
-    own, x = Graphs(), torch.ones(3, device=DEVICE)
+    own, x, calls = Graphs(), torch.ones(3, device=DEVICE), []
 
     def needs_all(inputs):
+        calls.append(inputs)
         drawn = torch.rand(3, device=DEVICE)
         if any(graph() is not None for graph in held):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -699,10 +700,11 @@ def test_graphs_give_their_memory_to_a_pass_that_has_too_little():
     torch.manual_seed(7)
     (found,) = own.run("other", [x], [], needs_all)
     torch.manual_seed(7)
-    assert torch.equal(found, x + torch.rand(3, device=DEVICE)) and not own._graphs
+    assert torch.equal(found, x + torch.rand(3, device=DEVICE)) and not own._graphs and len(calls) == 2
     held.append(lambda: 1)
     with pytest.raises(torch.OutOfMemoryError):
         own.run("other", [x], [], needs_all)
+    assert len(calls) == 3  # without graphs a second time is no better
 
 
 def test_a_graph_is_not_held_by_results_whose_backward_pass_is_over():
