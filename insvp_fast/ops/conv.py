@@ -177,14 +177,16 @@ def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     if a.y is not None:
         grad = torch.ops.aten.threshold_backward(grad, a.y.to(wide), 0)
     grads = conv_bwd_reference(grad, a.x.to(wide), a.weight.to(wide), a.dilation, a.height, a.width)
-    return narrow_grads(grads, a)
+    return narrow_grads(grads, a.x, a.weight, a.need_x)
 
 
-def narrow_grads(grads: tuple[Tensor, Tensor, Tensor], a: Any) -> tuple[Tensor, Tensor, Tensor]:
+def narrow_grads(
+    grads: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by x, weight and bias, contiguous and in their dtypes; the first empty where it is not needed."""
     d_x, d_weight, d_bias = grads
-    d_x = d_x.to(a.x.dtype).contiguous() if a.need_x else a.x.new_empty(0)
-    return d_x, d_weight.to(a.weight.dtype).contiguous(), d_bias.to(a.weight.dtype)
+    d_x = d_x.to(x.dtype).contiguous() if need_x else x.new_empty(0)
+    return d_x, d_weight.to(weight.dtype).contiguous(), d_bias.to(weight.dtype)
 
 
 def not_finite_reason(*tensors: Tensor) -> str | None:
@@ -252,10 +254,10 @@ def _fwd_fake(a: _Fwd) -> Tensor:
     return a.x.new_empty(a.x.shape[0], a.weight.shape[0], a.height, a.width, dtype=a.dtype)
 
 
-def fake_grads(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fake_grads(x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients by x, weight and bias."""
-    d_x = a.x.new_empty(a.x.shape if a.need_x else 0)
-    return d_x, a.weight.new_empty(a.weight.shape), a.weight.new_empty(a.weight.shape[0])
+    d_x = x.new_empty(x.shape if need_x else 0)
+    return d_x, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 register(
@@ -271,7 +273,7 @@ register(
     "conv_bwd",
     _Bwd,
     "(Tensor, Tensor, Tensor)",
-    fake=fake_grads,
+    fake=lambda a: fake_grads(a.x, a.weight, a.need_x),
     reference=_bwd_reference,
     native=Implementation(lambda a: native.conv_bwd(*a), bwd_native_reason),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),

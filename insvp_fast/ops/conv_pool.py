@@ -164,7 +164,7 @@ def _bwd_reference(a: _Bwd) -> tuple[Tensor, Tensor, Tensor]:
     wide = widened(a.x.dtype)
     operands = a.grad.to(wide), a.x.to(wide), a.y, a.indices, a.weight.to(wide)
     grads = conv_pool_bwd_reference(*operands, a.height, a.width, a.pool, a.negative_slope)
-    return narrow_grads(grads, a)
+    return narrow_grads(grads, a.x, a.weight, a.need_x)
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ register(
     "conv_pool_bwd",
     _Bwd,
     "(Tensor, Tensor, Tensor)",
-    fake=fake_grads,
+    fake=lambda a: fake_grads(a.x, a.weight, a.need_x),
     reference=_bwd_reference,
     native=Implementation(lambda a: native.conv_pool_bwd(*a), bwd_native_reason),
     triton=Implementation(_bwd_triton, _bwd_triton_reason),
