@@ -37,7 +37,7 @@ def save(rows: list[Row], section: str = "rows", folder: Path = FOLDER) -> Path:
     # older rows stay, so that the file's facts become those of the new rows alone: rows without their own get the old
     before = _own(saved.get("machine", {}))
     for old in (key for key, value in saved.items() if isinstance(value, list)):
-        saved[old] = [before | row for row in saved[old]]
+        saved[old] = [row | before | row for row in saved[old]]  # what a row has stays, and in its order
     merged = {_identity(row): row for row in [*saved.get(section, []), *(row | _own(facts) for row in rows)]}
     saved = {**saved, "machine": facts, section: list(merged.values())}
     path.write_text(json.dumps(saved, indent=1) + "\n")

@@ -250,6 +250,9 @@ def test_rows_of_a_file_keep_the_day_and_the_threads_that_were_the_files(tmp_pat
     days = [(row["date"], row["OMP_WAIT_POLICY"]) for row in (*saved["rows"], *saved["waterfall"])]
     first, last = ("2025-12-01", "ACTIVE"), ("2026-01-31", "PASSIVE")
     assert days == [first, ("2025-11-01", "ACTIVE"), last, first]
+    results.save([row()], folder=tmp_path)
+    other = json.loads(path.read_text())["rows"][2]
+    assert [*other.items()] == [*saved["rows"][2].items()]  # in this order, so that `git diff` shows what is new
     different = [("job", "training step"), ("precision", "bf16"), ("provider", "insvp_fast"), ("model", "x")]
     for key, value in [*different, ("batch", 3), ("config", "released")]:
         before = len(saved["rows"])
