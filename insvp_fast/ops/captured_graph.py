@@ -119,8 +119,8 @@ class Launch:
         self._kept = graph.space.lend() if graph.has_gradients else None
 
     def drop(self) -> None:
-        """Leave the graph's memory to others."""
-        self._kept = None
+        """Leave the graph's memory to others, and hold no graph that is dropped."""
+        vars(self).clear()
 
     def adopt(self, lock: threading.RLock, lasting: Tensors, inputs: Tensors) -> Tensors:
         """The outputs, with gradients where the graph has them; random numbers go on behind those that it has drawn."""

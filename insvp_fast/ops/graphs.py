@@ -112,6 +112,7 @@ class Graphs:
                 return launch.adopt(self._lock, lasting, inputs)
             launch.drop()
             self._keep(key, True)
+        del graph, launch  # its memory is for the kernels
         return self._one_by_one(compute, inputs)
 
     def _one_by_one(self, compute: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:

@@ -707,6 +707,32 @@ def test_graphs_give_their_memory_to_a_pass_that_has_too_little():
     assert len(calls) == 3  # without graphs a second time is no better
 
 
+@pytest.mark.parametrize("change", ["weights", "settings"])
+@pytest.mark.parametrize("guessed", [False, True])
+def test_a_graph_that_is_not_the_right_one_gives_its_memory(change, guessed, monkeypatch):
+    own, x = Graphs(), torch.ones(3, device=DEVICE)
+
+    def run(key, compute):
+        ahead = own.ahead("mode", x) if guessed else None
+        launched.append(ahead is not None and ahead.launch is not None)
+        return own.run(key, [x], [], compute, ahead)
+
+    def needs_all(inputs):
+        gc.collect()
+        if held() is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return doubled(inputs)
+
+    launched = []
+    for _ in range(5):
+        run("key", doubled)
+    (held,) = [weakref.ref(graph) for graph in own._graphs.values() if isinstance(graph, captured_graph.Graph)]
+    if change == "weights":
+        monkeypatch.setattr(captured_graph.Graph, "holds", lambda graph: False)
+    assert run("key" if change == "weights" else "other", needs_all)[0].sum() == 6
+    assert launched[-1] == guessed
+
+
 def test_a_graph_is_not_held_by_results_whose_backward_pass_is_over():
     model = prepared(model_of(), image_of())
     loss, graph = model(image_of()).sum(), weakref.ref(graphs_of(model)[0])
