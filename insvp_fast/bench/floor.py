@@ -161,8 +161,8 @@ def needed_flops(kind: str, name: str, config: InsVPConfig, backward: bool, **ba
 
     The bare backbone needs all of its own. With prompts, these are the operations left by the exact savings: prompts
     give keys and values only, and in the last block of a ViT only the tokens ask that the head reads. Keys and values
-    of that block are counted, although InsVPViT does without: 1.4 % of a ViT-B/16. Backward adds each frozen product
-    once, attention two and a half times, since it makes the scores again, and of the prompters what
+    of that block are counted, although InsVPViT does without: 1.4 to 1.5 % of a ViT-B/16. Backward adds each frozen
+    product once, attention two and a half times, since it makes the scores again, and of the prompters what
     ``_prompter_flops`` says.
 
     Args:

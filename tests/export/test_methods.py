@@ -16,6 +16,7 @@ from insvp_fast.testing import relative_error
 
 WIDTH = 24
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": WIDTH, "num_heads": 2, "depth": 2, "num_classes": 0}
+COMPUTE_AS_FULL = ("partial_1", "bias")
 
 
 def model_of(name, **sizes):
@@ -46,9 +47,7 @@ def test_standard_models_have_the_numbers_of_every_method(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in ("partial_1", "bias")]
-)  # they compute as full
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in COMPUTE_AS_FULL])
 def test_every_method_is_captured(name):
     model = model_of(name, **{"depth": 1} if issubclass(CLASSES[name], Tuning) else {})
     images = torch.randn(30, 3, 16, 16)  # more than an example has, and more than torch.cdist takes in one way
