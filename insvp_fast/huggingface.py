@@ -19,7 +19,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from insvp_fast.data.decode import to_rgb
 from insvp_fast.data.transforms import steps_of, transform_for
 from insvp_fast.model import InsVPViT
-from insvp_fast.reference.structure import pixel_layer
 
 __all__ = ["InsVPForImageClassification", "image_processor"]
 
@@ -75,7 +74,8 @@ class InsVPForImageClassification(nn.Module):
         elif labels is not None and labels.shape != (B, C):
             raise ValueError(f"labels are {list(labels.shape)}: expected 0 or 1 for each class, [{B}, {C}]")
         if pixel_values.is_floating_point():  # `bf16_full_eval` casts the model alone
-            pixel_values = pixel_values.to(pixel_layer(self.model.backbone).weight.dtype)
+            dtypes = (p.dtype for p in self.model.backbone.parameters() if p.is_floating_point())
+            pixel_values = pixel_values.to(next(dtypes, pixel_values.dtype))
         logits, loss = self.model(pixel_values), None
         if labels is not None and self.model.multi_label:
             loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -156,6 +157,29 @@ def test_pixel_values_are_cast_as_by_the_models_of_transformers(pixels, dtype):
     images = torch.arange(2 * 3 * 32 * 32).view(2, 3, 32, 32).remainder(251).to(pixels)  # all exact in 8 bits
     expected = model.model(images if pixels == torch.uint8 else images.to(dtype))
     assert expected.dtype == dtype and torch.equal(model(images).logits, expected)
+
+
+class InEightBits(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("rounded", (linear.weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return F.linear(x, self.rounded * self.scale)
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
+def test_a_backbone_in_8_bits_takes_pixel_values_of_transformers():
+    require("transformers")
+    module = importlib.import_module("insvp_fast.huggingface")
+    backbone = timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=48, num_heads=2)
+    model = InsVPViT(backbone, 3)
+    for name, layer in [*backbone.named_modules()]:
+        if isinstance(layer, nn.Linear):
+            backbone.set_submodule(name, InEightBits(layer))
+    images = torch.randn(2, 3, 384, 384)
+    assert torch.equal(module.InsVPForImageClassification(model.eval())(images).logits, model(images))
 
 
 def test_the_state_of_transformers_may_lack_its_own_backbone_alone():
