@@ -71,7 +71,13 @@ class AdapterBank(PromptedViT):
         Args:
             backbone: what ``create_backbone`` takes, with ``pretrained`` and ``backbone_kwargs``, or a module, which
                 becomes part of the bank.
+
+        Raises:
+            CheckpointError: as by ``add``.
+            TypeError: as by ``add``, and for adapters without names.
         """
+        if not isinstance(adapters, Mapping):
+            raise TypeError(f"adapters is a {type(adapters).__name__}: expected a dictionary, from names to adapters")
         bank = cls(backbone, pretrained=pretrained and isinstance(backbone, str), **backbone_kwargs)
         for name, source in adapters.items():
             bank.add(name, source)
@@ -157,6 +163,7 @@ class AdapterBank(PromptedViT):
             adapters: the name of each image's adapter, None for the bare backbone; or one for all images.
 
         Raises:
+            TypeError: for an image that is no dense tensor of floating-point numbers or 8-bit pixels.
             ValueError: for an unknown name, other than B names, an adapter whose backbone or the bank's was replaced,
                 an image that requires a gradient, or one that the backbone cannot take.
         """
@@ -179,6 +186,7 @@ class AdapterBank(PromptedViT):
 
     def _groups(self, image: Tensor, adapters: str | Sequence[str | None] | None) -> list[_Group]:
         """The images by adapter."""
+        coverage.check_image_type(image)
         if torch.is_grad_enabled() and image.requires_grad:
             raise ValueError("the image requires a gradient: expected none, an AdapterBank is for inference")
         names = [adapters] * len(image) if adapters is None or isinstance(adapters, str) else list(adapters)

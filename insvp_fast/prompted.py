@@ -92,6 +92,7 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
             attn_mask: see ``PromptedReference.forward``; with a mask, the general path runs.
 
         Raises:
+            TypeError: for an image that is no dense tensor of floating-point numbers or 8-bit pixels.
             ValueError: for an image of a size or shape that the backbone cannot take, or such a mask. On the general
                 path the backbone's modules raise errors of their own.
         """

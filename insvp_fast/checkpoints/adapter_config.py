@@ -53,13 +53,17 @@ class Described:
         """The attributes by their names, two of them with new values where these are given.
 
         Raises:
-            ValueError: if class names are one text, or how images are prepared is not JSON.
+            ValueError: if class names are one text, or how images are prepared is no dictionary or not JSON.
         """
         found = {name: getattr(self, name) for name in get_type_hints(Described)}
         if isinstance(class_names, str):
             raise ValueError(f"class_names is {class_names!r}: expected a list of names")
         if class_names is not None:
             found["class_names"] = list(class_names)
+        if not isinstance(preprocessing, Mapping | None):
+            raise ValueError(
+                f"preprocessing is {preprocessing!r:.200}: expected arguments of timm.data.create_transform"
+            )
         if preprocessing is not None:  # through JSON, so that the attribute is what will be loaded
             found["preprocessing"] = json.loads(to_json(dict(preprocessing), "preprocessing"))
         return found

@@ -92,6 +92,8 @@ def require_hub(
     seconds = HUB_TIMEOUT if timeout == constants.DEFAULT_ETAG_TIMEOUT else timeout
     if not any(name.endswith(endings) for name in names) and not _hub_answers(seconds):
         where = f"{constants.ENDPOINT} does not answer within {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets others)"
+        if constants.HF_HUB_OFFLINE:
+            where = "HF_HUB_OFFLINE is set"
         raise CheckpointError(f"{repository} is not in the cache of the Hub, and {where}")
 
 

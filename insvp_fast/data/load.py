@@ -18,7 +18,14 @@ from insvp_fast.data.lists import abbreviated, class_indices
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
 from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source, tested_split
 from insvp_fast.data.splits import describe, divide, stratified_split, three_way_split
-from insvp_fast.data.transforms import Transform, describe_augmentation, repeatable_steps, steps_of, transform_for
+from insvp_fast.data.transforms import (
+    Transform,
+    describe_augmentation,
+    repeatable_steps,
+    require_arguments,
+    steps_of,
+    transform_for,
+)
 from insvp_fast.errors import DataError
 
 __all__ = ["Data", "divide_source", "load_data", "load_test_data"]
@@ -79,6 +86,9 @@ def load_data(
     Raises:
         DataError: saying what is missing or wrong, and what was expected where.
     """
+    if not isinstance(source, str):
+        raise DataError(f"`data` is {source!r}: expected text")
+    require_arguments(preprocessing)
     _check_protocol(protocol, source)
     preprocessing = _adapted(preprocessing, source, augmentation=augmentation, hflip=hflip)
     transforms = {training: transform_for(preprocessing, training) for training in (True, False)}

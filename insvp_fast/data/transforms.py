@@ -20,6 +20,7 @@ __all__ = [
     "describe_augmentation",
     "insvp_preprocessing",
     "repeatable_steps",
+    "require_arguments",
     "steps_of",
     "transform_for",
 ]
@@ -51,6 +52,7 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
     Raises:
         DataError: if there is no such augmentation, timm has no such transform, or ``crop`` has nothing to crop from.
     """
+    require_arguments(preprocessing)
     augmentation = preprocessing.get("augmentation", DEFAULT_AUGMENTATION)
     if augmentation not in AUGMENTATIONS:
         raise DataError(f"`augmentation` is {augmentation}: expected one of {', '.join(AUGMENTATIONS)}")
@@ -71,6 +73,16 @@ def transform_for(preprocessing: dict[str, Any], training: bool = False) -> Tran
     return transforms.Compose(
         [resize, crop if augmentation == "none" else transforms.RandomCrop(crop.size), *flip, *rest]
     )
+
+
+def require_arguments(preprocessing: object) -> None:
+    """Refuse what has no names, such as the None of a model that does not say how its images are prepared.
+
+    Raises:
+        DataError: naming it.
+    """
+    if not isinstance(preprocessing, dict):
+        raise DataError(f"`preprocessing` is {preprocessing!r:.200}: expected arguments of timm.data.create_transform")
 
 
 def describe_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:

@@ -80,8 +80,11 @@ class Facts:
             image: of any mode, as Pillow opens it; turned upright here, as in training, if its EXIF data say how.
 
         Raises:
+            TypeError: for what is not an image of Pillow.
             ValueError: if the preprocessing is unknown.
         """
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image is a {type(image).__name__}: expected an image as Pillow opens it")
         if self.preprocessing is None:
             raise ValueError("preprocessing is None: expected images to be prepared as they were in training")
         image = to_rgb(image, self.exif_rotation)
@@ -124,7 +127,8 @@ class ExportedModel:
     Threads may share one; it computes for one of them at a time.
 
     Raises:
-        ValueError: if the images have another dtype or shape, or are not on the CPU.
+        TypeError: if the images are no tensor.
+        ValueError: if they have another dtype or shape, or are not on the CPU.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -133,6 +137,8 @@ class ExportedModel:
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def __call__(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images is a {type(images).__name__}: expected a tensor")
         sizes = [None if size is None else found for found, size in zip(images.shape, self.facts.input, strict=False)]
         kind = images.dtype, images.device.type, images.ndim
         if kind != (self.facts.dtype, "cpu", len(sizes)) or sizes != self.facts.input:

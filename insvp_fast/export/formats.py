@@ -123,7 +123,9 @@ def export_model(
 
 
 def _check(model: AnyModel, file: Path, suffix: str) -> None:
-    """Refuse a file that cannot be written, and a model without values, before any work."""
+    """Refuse a file that cannot be written, another model, and one without values, before any work."""
+    if not isinstance(model, AnyModel):
+        raise ExportError(f"the model is a {type(model).__name__}: expected an InsVPViT, a MethodViT or a TunedViT")
     if file.suffix != suffix:
         raise ExportError(f"the file is {file}: expected a name that ends in {suffix}")
     if file.is_dir() or not file.parent.is_dir():
@@ -174,8 +176,10 @@ def load(file: str | Path) -> ExportedModel:
         ExportError: if a package is missing.
     """
     file = Path(file)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: there is no such file")
     names = [name for name, how in FORMATS.items() if how.suffix == file.suffix]
-    if not names or not file.is_file():
+    if not names:
         suffixes = ", ".join(sorted({how.suffix for how in FORMATS.values()}))
         raise CheckpointError(f"{file}: expected a file of `insvp export`, {suffixes}")
     name = names[0] if len(names) == 1 else "aoti" if is_aoti(file) else "torch"

@@ -179,6 +179,18 @@ class MethodCheckpoint(Described, nn.Module):
         return model.eval()
 
 
+def require_method(make: object, kind: type[nn.Module]) -> None:
+    """Refuse what does not make a method of this kind.
+
+    Raises:
+        TypeError: naming it.
+    """
+    made = make.func if isinstance(make, partial) else make
+    if not callable(made) or (isinstance(made, type) and not issubclass(made, kind)):
+        found = made.__name__ if isinstance(made, type) else repr(made)
+        raise TypeError(f"method={found}: expected a subclass of {kind.__name__}; create_model takes names")
+
+
 def options_of(method: Callable[..., Any]) -> dict[str, Any] | None:
     """The settings of a method; None for a function of its own, which may have chosen any."""
     if isinstance(method, partial) and isinstance(method.func, type):

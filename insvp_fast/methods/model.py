@@ -12,7 +12,7 @@ from insvp_fast import coverage
 from insvp_fast.checkpoints.adapter import adapter_part
 from insvp_fast.checkpoints.adapter_config import BackboneRecord
 from insvp_fast.checkpoints.backbone import unlike_timm
-from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
+from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of, require_method
 from insvp_fast.methods.dam_vp import DAMVP
 from insvp_fast.prompted import PromptedViT
 from insvp_fast.reference import Geometry, ImagePrompt, PromptMethod
@@ -34,7 +34,8 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
     Other arguments: see ``InsVPViT``.
 
     Raises:
-        TypeError: if the backbone cannot be prompted, or has more than one head.
+        TypeError: if the backbone cannot be prompted, or has more than one head, or ``method`` makes no
+            ``PromptMethod``.
         ValueError: if the method asks for what cannot be done with such a backbone.
     """
 
@@ -58,6 +59,7 @@ class MethodViT(MethodCheckpoint, TimmInterface, PromptedViT):
         gelu_in_8_bits: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
+        require_method(method, PromptMethod)
         super().__init__(backbone, num_classes, method=method, pretrained=pretrained, **backbone_kwargs)
         if isinstance(self.method, DAMVP):
             self.method.attach(PromptedViT(self.backbone, method=PromptMethod))

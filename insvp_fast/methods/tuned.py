@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from insvp_fast.checkpoints.adapter_config import BackboneRecord
 from insvp_fast.checkpoints.backbone import create_backbone, difference, settings_of, unlike_timm
-from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of
+from insvp_fast.methods.checkpoint import MethodCheckpoint, options_of, require_method
 from insvp_fast.methods.tuning import Branch, Tuning
 from insvp_fast.reference import structure_of, take_head
 from insvp_fast.reference.heads import DistilledHead, leaves_backbone, refuse_arguments, reset_classifier
@@ -33,7 +33,7 @@ class TunedViT(MethodCheckpoint):
         pretrained, backbone_kwargs: for ``create_backbone``, where the backbone is a name.
 
     Raises:
-        TypeError: if the backbone is not a model of timm.
+        TypeError: if the backbone is not a model of timm, or ``method`` makes no ``Tuning``.
         ValueError: if the method cannot be used with such a backbone, or the backbone has two heads, or belongs to
             another ``TunedViT``, whose trained modules would run here as well.
     """
@@ -50,6 +50,7 @@ class TunedViT(MethodCheckpoint):
         pretrained: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
+        require_method(method, Tuning)
         super().__init__()
         module: Any = backbone
         if isinstance(backbone, str):

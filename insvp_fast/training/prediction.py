@@ -102,7 +102,15 @@ def predict(
         top_k: the number of classes in each ranking; all if there are fewer.
         batch_size: images computed together; with another one the last bits may differ.
         workers: processes that read images; with 0 this one does.
+
+    Raises:
+        ValueError: for files that are one text, or a ``top_k`` or ``batch_size`` below 1.
     """
+    if isinstance(files, str):
+        raise ValueError(f"files={files!r}: expected a list of files")
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected an integer of at least 1")
     images = _ReadableImages(classifier.transform, classifier.exif_rotation)
     loader = DataLoader(images, batch_sampler=_batches(files, batch_size), num_workers=workers, collate_fn=_collate)
     for names, errors, readable in loader:

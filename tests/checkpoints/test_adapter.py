@@ -221,6 +221,8 @@ def test_an_adapter_that_cannot_be_described_leaves_files_and_model_as_they_are(
     for names, preprocessing, message in (
         (["a", "b"], None, "class_names has 2 names"),
         ("cat", None, "class_names is 'cat': expected a list of names"),
+        (None, "timm", "preprocessing is 'timm': expected arguments of timm.data.create_transform"),
+        (None, transform_for(PREPROCESSING), "preprocessing is Compose"),
         (CLASSES[::-1], PREPROCESSING | {"color_jitter": np.float32(0.4)}, "float32 is not JSON serializable"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import Subset
 from torchvision.transforms.functional import resize
 
-from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data
+from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, transform_for
 from insvp_fast.data.pickles import read_pickle
 from insvp_fast.data.readers import read_set
 from insvp_fast.data.sets import HTA, SETS, VTAB
@@ -326,6 +327,20 @@ def test_no_root_and_no_folder(tmp_path):
         load_data("cub", SMALL, 0)
     with pytest.raises(DataError, match="no such folder. Get it from"):
         load_data("cub", SMALL, 0, root=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("source", [None, Path("data"), 3])
+def test_a_source_is_text(source):
+    with pytest.raises(DataError, match=re.escape(f"`data` is {source!r}: expected text")):
+        load_data(source, SMALL, 0)
+
+
+@pytest.mark.parametrize("wrong", [None, "timm", [224]])
+def test_what_is_no_preprocessing_is_refused(wrong):
+    message = re.escape(f"`preprocessing` is {wrong!r}: expected arguments of timm.data.create_transform")
+    for prepare in (transform_for, lambda wrong: load_data("digits", wrong, 0)):
+        with pytest.raises(DataError, match=message):
+            prepare(wrong)
 
 
 def test_a_broken_image_is_named_when_it_is_read(fakes, tmp_path):

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,14 @@ def facts(**more) -> Facts:
 def test_other_images_than_the_file_takes_are_refused(more, images, message):
     with pytest.raises(ValueError, match=message):
         ExportedModel(lambda images: images, facts(**more))(images)
+
+
+def test_what_is_no_tensor_and_no_picture_is_refused():
+    with pytest.raises(TypeError, match="images is a ndarray: expected a tensor"):
+        ExportedModel(lambda images: images, facts())(np.zeros((2, 3, 32, 32), np.float32))
+    for image, kind in (("a.jpg", "str"), (np.zeros((32, 32, 3), np.uint8), "ndarray")):
+        with pytest.raises(TypeError, match=f"image is a {kind}: expected an image as Pillow opens it"):
+            facts().prepare(image)
 
 
 @pytest.mark.parametrize(

@@ -220,13 +220,19 @@ def test_what_cannot_be_written(model, tmp_path, monkeypatch):
         export_model(model, tmp_path / "x.onnx", "onnx")
 
 
+def test_what_is_no_model_of_this_package_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="the model is a Linear: expected an InsVPViT, a MethodViT or a TunedViT"):
+        export_model(torch.nn.Linear(2, 2), tmp_path / "x.onnx", "onnx")
+
+
 def test_what_cannot_be_loaded(tmp_path):
-    (tmp_path / "x.pt2").write_text("text")
+    for name in ("x.pt2", "x.bin"):
+        (tmp_path / name).write_text("text")
     torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pt2")
     for name, message in (
         ("weights.pt2", "torch.export cannot load it"),
         ("x.pt2", "not a .pt2 file"),
-        ("none.pt2", "expected a file of"),
+        ("none.pt2", "none.pt2: there is no such file"),
         ("x.bin", r"\.onnx, \.pt2"),
     ):
         with pytest.raises(CheckpointError, match=message):

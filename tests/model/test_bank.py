@@ -338,6 +338,11 @@ def test_it_is_for_inference():
         bank(images(2), ["three"])
     with pytest.raises(ValueError, match="32x24 pixels"):
         bank(images(1)[..., :24], "three")
+    with pytest.raises(TypeError, match="image is a ndarray: expected a tensor"):
+        bank(images(1).numpy(), "three")
+    for adapters in ("three", ["three"]):
+        with pytest.raises(TypeError, match=f"adapters is a {type(adapters).__name__}: expected a dictionary"):
+            AdapterBank.from_pretrained(bank.backbone, adapters)
 
 
 def test_no_image_has_the_width_of_its_adapter():

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, ops, unsupported_reason
 from insvp_fast.backbones import BlockOptions, vit_blocks
@@ -20,6 +21,7 @@ from insvp_fast.methods import (
     MethodViT,
     PromptMethod,
     Prompts,
+    TunedViT,
     VPTDeep,
     create_model,
 )
@@ -434,6 +436,22 @@ def test_other_backbones():
 def test_what_cannot_be_is_said_at_once(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, NAME, 6, backbone_kwargs=SIZE, **options)
+
+
+@pytest.mark.parametrize("model", [MethodViT, TunedViT])
+@pytest.mark.parametrize("make", ["vpt_deep", None, nn.Identity, partial(nn.Linear, 3), MethodViT])
+def test_what_makes_no_method_is_refused(model, make):
+    with pytest.raises(TypeError, match=f"method=.*: expected a subclass of {model.KIND.__name__}; create_model takes"):
+        model(NAME, 6, method=make, **SIZE)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_a_method_of_the_other_kind_is_refused(name):
+    other = TunedViT if issubclass(CLASSES[name], PromptMethod) else MethodViT
+    with pytest.raises(
+        TypeError, match=f"method={CLASSES[name].__name__}: expected a subclass of {other.KIND.__name__}"
+    ):
+        other(NAME, 6, method=CLASSES[name], **SIZE)
 
 
 WRONG = {

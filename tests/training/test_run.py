@@ -111,6 +111,20 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
         assert share == pytest.approx(chance.max().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("files", "settings", "message"),
+    [
+        ("a.png", {}, "files='a.png': expected a list of files"),
+        (["a.png"], {"top_k": 0}, "top_k=0: expected an integer of at least 1"),
+        (["a.png"], {"batch_size": 0}, "batch_size=0: expected an integer of at least 1"),
+        (["a.png"], {"batch_size": -1}, "batch_size=-1: expected an integer of at least 1"),
+    ],
+)
+def test_predict_refuses_what_would_classify_nothing(files, settings, message, digits_run):
+    with pytest.raises(ValueError, match=message):
+        next(predict(load_classifier(digits_run.folder), files, **settings))
+
+
 def test_predict_names_the_file_that_is_no_image(digits_run, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     (row,) = predict(load_classifier(digits_run.folder), [str(tmp_path / "text.png")])
