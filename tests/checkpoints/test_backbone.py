@@ -328,7 +328,12 @@ with ThreadPoolExecutor() as pool:
 
 def offline(code: str, place: Path) -> str:
     """What a process prints that finds no Hub, and a cache of it in ``place``."""
-    env = os.environ | {"HF_HOME": str(place), "TORCH_HOME": str(place), "HF_ENDPOINT": "http://hub.invalid"}
+    env = os.environ | {
+        "HF_HOME": str(place),
+        "TORCH_HOME": str(place),
+        "HF_ENDPOINT": "http://hub.invalid",
+        "HF_HUB_OFFLINE": "0",
+    }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Retrying" not in done.stderr, done.stderr
     return done.stdout
