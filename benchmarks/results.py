@@ -32,7 +32,6 @@ def save(rows: list[Row], section: str = "rows", folder: Path = FOLDER) -> Path:
     facts = machine_facts() | {"date": date.today().isoformat()}
     name = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
     path = folder / f"{name}-torch{facts['torch']}.json"
-    path.parent.mkdir(exist_ok=True)
     saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     # older rows stay, so that the file's facts become those of the new rows alone: rows without their own get the old
     before = _own(saved.get("machine", {}))

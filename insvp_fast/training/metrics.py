@@ -151,7 +151,7 @@ def metrics_of_pairs(pairs: Tensor, num_classes: int, top5_hits: int, loss: floa
     images, predicted = (row.bincount(minlength=num_classes) for row in pairs)
     hits = pairs[0][pairs[0] == pairs[1]].bincount(minlength=num_classes)
     total, present = max(1, pairs.shape[1]), images > 0
-    accuracies = hits / images.clamp(min=1).double()
+    accuracies = hits / images.double()
     mean = accuracies[present].mean().item() if present.any() else 0.0
     per_class = [value if there else None for value, there in zip(accuracies.tolist(), present.tolist(), strict=True)]
     top1 = hits.sum().item() / total
@@ -186,5 +186,5 @@ def metrics_of_labels(targets: Tensor, logits: Tensor, loss: float = 0.0) -> Mul
 def _mean_f1(hits: Tensor, images: Tensor, predicted: Tensor) -> float:
     """The mean of F1 = 2 TP / (2 TP + FP + FN) over the classes in which there is anything to count."""
     counted = images + predicted
-    f1 = (2 * hits / counted.clamp(min=1).double())[counted > 0]
+    f1 = (2 * hits / counted.double())[counted > 0]
     return f1.mean().item() if len(f1) else 0.0

@@ -22,7 +22,7 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / (steps - rising))
 
 
 def scale_lr(lr: float, recipe: Recipe, num_processes: int) -> float:

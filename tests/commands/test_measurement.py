@@ -238,10 +238,10 @@ def row(**values):
 
 
 def test_rows_of_a_file_keep_the_day_and_the_threads_that_were_the_files(tmp_path, monkeypatch):
-    facts = {"device": "CPU", "torch": "2.15.0"}
+    facts = {"device": "CPU (R)", "torch": "2.15.0"}
     monkeypatch.setattr(results, "date", SimpleNamespace(today=lambda: date(2026, 1, 31)))
     monkeypatch.setattr(results, "machine_facts", lambda: facts | {"OMP_WAIT_POLICY": "PASSIVE"})
-    path = tmp_path / "cpu-torch2.15.0.json"
+    path = tmp_path / "cpu-r-torch2.15.0.json"
     old = {"date": "2025-12-01", "OMP_WAIT_POLICY": "ACTIVE"}
     sections = {"rows": [row(), row(batch=1, date="2025-11-01")], "waterfall": [row(technique="x")]}
     path.write_text(json.dumps({"machine": facts | old, **sections}))
@@ -254,7 +254,7 @@ def test_rows_of_a_file_keep_the_day_and_the_threads_that_were_the_files(tmp_pat
     other = json.loads(path.read_text())["rows"][2]
     assert [*other.items()] == [*saved["rows"][2].items()]  # in this order, so that `git diff` shows what is new
     different = [("job", "training step"), ("precision", "bf16"), ("provider", "insvp_fast"), ("model", "x")]
-    for key, value in [*different, ("batch", 3), ("config", "released")]:
+    for key, value in [*different, ("batch", 3), ("config", "released"), ("technique", "x")]:
         before = len(saved["rows"])
         results.save([row(**{key: value})], folder=tmp_path)
         saved = json.loads(path.read_text())

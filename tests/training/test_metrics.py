@@ -43,9 +43,10 @@ def test_metrics_of_several_labels_are_those_of_scikit_learn(images, classes):
     assert metrics.f1_micro == pytest.approx(f1_score(labels, taken, average="micro"), rel=1e-12)
 
 
-def test_logits_that_are_no_numbers_have_no_metrics():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_have_no_metrics(value):
     with pytest.raises(InsVPError, match="infinite or not a number"):
-        metrics_of_labels(torch.ones(2, 3), torch.tensor([[0.0, 1.0, float("nan")]] * 2))
+        metrics_of_labels(torch.ones(2, 3), torch.tensor([[0.0, 1.0, value]] * 2))
 
 
 def test_a_model_whose_logits_are_no_numbers_has_no_accuracy():
@@ -63,9 +64,15 @@ def test_classes_without_images_that_none_was_taken_for_do_not_count_for_f1():
     assert metrics.per_class == [0.5, 1, None, None, None]
 
 
-def test_without_images_all_metrics_are_zero():
-    one = metrics_of_pairs(torch.zeros(2, 0, dtype=torch.int64), 3, top5_hits=0)
-    several = metrics_of_labels(torch.zeros(0, 3), torch.zeros(0, 3))
-    for metrics in (one, several):
-        assert not any(metrics.scores().values()) and metrics.images == 0
-        assert metrics.per_class == [None] * 3
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_without_images_all_metrics_are_zero(multi_label):
+    metrics = compute_metrics(torch.nn.Linear(2, 3), [], 3, create_accelerator(), multi_label)
+    assert not any(metrics.scores().values()) and metrics.images == 0
+    assert metrics.per_class == [None] * 3
+
+
+def test_a_model_is_evaluated_in_evaluation_mode():
+    model = torch.nn.Sequential(torch.nn.Dropout(1.0), torch.nn.Linear(2, 2, bias=False)).train()
+    model[1].weight.data = torch.eye(2)
+    metrics = compute_metrics(model, [(torch.eye(2), torch.tensor([0, 1]))], 2, create_accelerator())
+    assert metrics.top1 == 1.0
