@@ -131,6 +131,7 @@ def test_the_authors_code_is_an_import(tmp_path, monkeypatch):
 
 def test_rows_and_spread():
     assert median_and_spread([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
+    assert median_and_spread([3.0]) == (3.0, 3.0, 3.0)
     rows = compare("training step", "fp32", ["bare", "insvp_fast"], "vit_tiny_patch16_224", 2, 2, **TINY)
     assert rows[0]["ratio"] == 1
     assert rows[1]["ratio p20"] <= rows[1]["ratio"] <= rows[1]["ratio p80"]

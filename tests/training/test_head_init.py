@@ -1,12 +1,15 @@
 """Training that begins from a linear probe."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import linear_probe, trainer
-from insvp_fast.training.linear_probe import fit_linear
+from insvp_fast.training.linear_probe import begins_as_probe, fit_linear
+from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
 from insvp_fast.training.trainer import Trainer
 from tests.training.small_runs import quick, read_records
@@ -72,3 +75,11 @@ def test_the_head_begins_with_features_in_the_precision_of_training(pictures, tm
     with pytest.raises(InsVPError, match="enough"):
         train(quick(pictures, tmp_path, head_init="probe", amp="bf16"))
     assert precisions == [True, True]
+
+
+@pytest.mark.parametrize("settings", [{"head_init": "random"}, {"released": True}, {"init_from": "adapter"}])
+def test_by_default_a_head_of_one_linear_layer_begins_as_a_probe(settings):
+    layer = torch.nn.Linear(2, 2)
+    linear, deep = (SimpleNamespace(head=head) for head in (layer, torch.nn.Sequential(layer, layer)))
+    assert begins_as_probe(Recipe(), linear) and not begins_as_probe(Recipe(), deep)
+    assert not begins_as_probe(Recipe(**settings), linear)

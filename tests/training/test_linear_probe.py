@@ -81,14 +81,18 @@ def test_features_are_read_without_dropout_and_leave_the_model_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("settings", "fits"),
+    ("settings", "steps", "fits"),
     [
-        ({}, [(8, 2, 6)]),
-        ({"select_on": "test"}, [(8, 6, 6)]),
-        ({"retrain": True}, [(8, 2, 6), (10, 2, 1)]),  # again to train and val, with the weight decay chosen before
+        ({}, 1, [(8, 2, 6)]),
+        ({"select_on": "test"}, 1000, [(8, 6, 6)]),
+        (
+            {"retrain": True},
+            1000,
+            [(8, 2, 6), (10, 2, 1)],
+        ),  # again to both, with the weight decay chosen before
     ],
 )
-def test_what_a_probe_is_fitted_to_and_selected_on(settings, fits, tmp_path, monkeypatch):
+def test_what_a_probe_is_fitted_to_and_selected_on(settings, steps, fits, tmp_path, monkeypatch, capsys):
     data, seen, fit = make_folder(tmp_path / "data", {"train": 4, "val": 1, "test": 3}), [], fit_linear
 
     def spy(train, held_out, classes, weight_decays=WEIGHT_DECAYS):
@@ -96,8 +100,11 @@ def test_what_a_probe_is_fitted_to_and_selected_on(settings, fits, tmp_path, mon
         return fit(train, held_out, classes, weight_decays)
 
     monkeypatch.setattr(linear_probe, "fit_linear", spy)
+    monkeypatch.setattr(linear_probe, "MAX_STEPS", steps)
     train(quick(data, tmp_path, method="linear", prompt_length=None, **settings))
     assert seen == fits
+    warned = "warning: the linear probe did not converge in 1 steps of L-BFGS" in capsys.readouterr().out
+    assert warned == (steps == 1)
 
 
 def test_of_equally_good_weight_decays_the_strongest_is_taken():
