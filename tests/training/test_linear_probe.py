@@ -56,6 +56,7 @@ def test_where_an_image_may_have_several_classes_each_is_fitted_by_itself(noisy)
     # the mean over two classes halves each loss
     halved, whole = fit_linear(both, both, 2, [1e-2]), fit_linear(first, first, 1, [2e-2])
     torch.testing.assert_close(halved.weight[:1], whole.weight, rtol=0, atol=1e-4)
+    assert halved.score == pytest.approx(-halved.loss)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])  # one head, two heads
@@ -80,16 +81,21 @@ def test_features_are_read_without_dropout_and_leave_the_model_as_it_was():
     assert not model.head._forward_pre_hooks
 
 
+def test_a_process_without_images_has_the_features_of_the_others(monkeypatch):
+    model = torch.nn.Sequential(OrderedDict(head=torch.nn.Linear(2, 2)))
+    others = Features(torch.ones(3, 2, dtype=torch.float64), torch.arange(3))
+    monkeypatch.setattr(linear_probe, "gather_object", lambda own: [*own, others])
+    features = read_features(model, [], Accelerator(cpu=True))
+    assert torch.equal(features.inputs, others.inputs) and torch.equal(features.targets, others.targets)
+
+
 @pytest.mark.parametrize(
     ("settings", "steps", "fits"),
     [
         ({}, 1, [(8, 2, 6)]),
         ({"select_on": "test"}, 1000, [(8, 6, 6)]),
-        (
-            {"retrain": True},
-            1000,
-            [(8, 2, 6), (10, 2, 1)],
-        ),  # again to both, with the weight decay chosen before
+        # again to train and val, with the weight decay chosen before
+        ({"retrain": True}, 1000, [(8, 2, 6), (10, 2, 1)]),
     ],
 )
 def test_what_a_probe_is_fitted_to_and_selected_on(settings, steps, fits, tmp_path, monkeypatch, capsys):
