@@ -99,5 +99,5 @@ def _as_map(model: PromptedReference, features: Tensor, image: Tensor) -> Tensor
             kind = type(model.backbone).__name__
             raise InsVPError(f"no Grad-CAM of a {kind}: expected {height}x{width} patches, got {features.shape[1]}")
         return features[:, -height * width :].mT.unflatten(2, (height, width))
-    channels_last = bool(model.widths) or getattr(model.backbone, "output_fmt", "NCHW") == "NHWC"
+    channels_last = getattr(model.backbone, "output_fmt", "NCHW") == "NHWC"
     return features.permute(0, 3, 1, 2) if channels_last else features

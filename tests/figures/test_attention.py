@@ -47,6 +47,7 @@ def test_it_is_the_softmax_of_the_class_tokens_scores(changes):
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
 
     assert model.training and torch.equal(model.eval()(images), before)  # nothing is left behind
+    assert model.backbone.blocks[-1].attn.fused_attn == attn.fused_attn
 
 
 def test_of_a_method_that_looks_twice_it_is_that_of_the_prompted_image():

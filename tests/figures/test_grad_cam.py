@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 
 from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
 from insvp_fast.errors import InsVPError
@@ -84,14 +84,18 @@ def test_of_a_convolutional_backbone_it_is_that_of_the_last_map():
     assert exact.any() and relative_error(grad_cam(model, images, CLASSES), exact) < 1e-6  # it is in fp32
 
 
-def test_of_swin_it_is_a_map_of_the_last_stage():
+def test_of_swin_it_is_that_of_the_tokens_of_the_last_block():
     backbone = SwinTransformer(
         img_size=(32, 48), patch_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 2), window_size=2
     )
-    model = InsVPViT(backbone, 4, InsVPConfig(prompt_length=3))
-    cams = grad_cam(model, pictures(), CLASSES)
-    assert cams.shape == (2, 32, 48) and cams.min() == 0 and cams.any()
-    assert relative_error(cams, grad_cam(model.double(), pictures().double(), CLASSES)) < 1e-5
+    model, images, normed = InsVPReference(backbone, 4, InsVPConfig(prompt_length=3)).eval(), pictures().double(), []
+    found = grad_cam(model, pictures(), CLASSES)
+    backbone.layers[-1].blocks[-1].norm1.register_forward_hook(lambda module, args, output: normed.append(output))
+    scores = model.double()(images)[range(2), CLASSES].sum()
+    (gradient,) = torch.autograd.grad(scores, normed[0])  # the prompts, which have no place, come after the tokens
+    exact = (gradient.mean((1, 2), keepdim=True) * normed[0]).sum(3).relu()[:, None]
+    exact = F.interpolate(exact, images.shape[2:], mode="bilinear")[:, 0].detach()
+    assert exact.any() and relative_error(found, exact) < 1e-5
 
 
 def test_it_leaves_no_trace():
@@ -107,18 +111,27 @@ def test_it_leaves_no_trace():
 
 
 def test_inference_mode_and_recomputation_change_nothing():
-    model = InsVPViT(vit(), 4, InsVPConfig(prompt_length=5)).requires_grad_(False).train()
+    model = InsVPViT(vit(), 4, InsVPConfig(prompt_length=5)).train()
     model.specific_prompter.eval()
     expected = grad_cam(model, pictures(), CLASSES)
     with torch.inference_mode():
         assert torch.equal(grad_cam(model, pictures(), CLASSES), expected)
+    model.requires_grad_(False)
     model.set_grad_checkpointing(True)
     assert torch.equal(grad_cam(model, pictures(), CLASSES), expected)
     explain(model, pictures()), collect_vectors(model, [pictures()])
     assert model.training and model.head.training and not model.specific_prompter.conv1.training
 
 
-def test_a_head_that_reads_no_patch_is_refused():
-    model = InsVPReference(vit(block_fn=ResPostBlock), 4, InsVPConfig(prompt_length=5))  # its norm1 is behind attention
-    with pytest.raises(InsVPError, match="VisionTransformer: its head does not read"):
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (ResPostBlock, "VisionTransformer: its head does not read"),  # its norm1 is behind attention
+        (ParallelScalingBlock, "VisionTransformer: its blocks have no norm1"),
+    ],
+)
+def test_a_backbone_without_such_features_is_refused(block, reason):
+    model = InsVPReference(vit(block_fn=block), 4, InsVPConfig(prompt_length=5)).train()
+    with pytest.raises(InsVPError, match=reason):
         grad_cam(model, pictures(), CLASSES)
+    assert model.training

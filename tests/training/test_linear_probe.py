@@ -15,7 +15,7 @@ from insvp_fast.training.linear_probe import WEIGHT_DECAYS, Features, fit_linear
 from insvp_fast.training.loader import create_loader
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
-from tests.training.small_runs import make_folder, quick
+from tests.training.small_runs import make_folder, quick, read_records
 
 
 @pytest.fixture
@@ -83,10 +83,11 @@ def test_features_are_read_without_dropout_and_leave_the_model_as_it_was():
 
 def test_a_process_without_images_has_the_features_of_the_others(monkeypatch):
     model = torch.nn.Sequential(OrderedDict(head=torch.nn.Linear(2, 2)))
-    others = Features(torch.ones(3, 2, dtype=torch.float64), torch.arange(3))
+    others = torch.ones(3, 2, dtype=torch.float64), torch.eye(3, 2)
     monkeypatch.setattr(linear_probe, "gather_object", lambda own: [*own, others])
     features = read_features(model, [], Accelerator(cpu=True))
-    assert torch.equal(features.inputs, others.inputs) and torch.equal(features.targets, others.targets)
+    assert torch.equal(features.inputs, others[0])
+    assert features.targets.dtype == torch.float64 and torch.equal(features.targets, others[1].double())
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,11 @@ def test_what_a_probe_is_fitted_to_and_selected_on(settings, steps, fits, tmp_pa
 
     monkeypatch.setattr(linear_probe, "fit_linear", spy)
     monkeypatch.setattr(linear_probe, "MAX_STEPS", steps)
-    train(quick(data, tmp_path, method="linear", prompt_length=None, **settings))
+    run = train(quick(data, tmp_path, method="linear", prompt_length=None, **settings))
     assert seen == fits
+    records = read_records(run)
+    assert [record.get("kept_epoch", 0) for record in records] == [0, None]
+    assert read_records(train(resume=run)) == records  # fitted again
     warned = "warning: the linear probe did not converge in 1 steps of L-BFGS" in capsys.readouterr().out
     assert warned == (steps == 1)
 
