@@ -19,7 +19,7 @@ from insvp_fast.data.readers import read_set
 from insvp_fast.data.sets import HTA, SETS, VTAB
 from insvp_fast.data.splits import describe, divide
 from insvp_fast.errors import DataError
-from insvp_fast.testing import make_fake_dataset
+from insvp_fast.testing import fake_data, make_fake_dataset
 
 SMALL = insvp_preprocessing(32)
 
@@ -87,6 +87,12 @@ def test_labels_belong_to_the_images(name, fakes):
             label = images.classes[i]
             color = np.random.RandomState(label).randint(0, 200, 3) + 27.5
             assert np.abs(np.asarray(images.decode(i)).mean((0, 1)) - color).max() < 8
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_pixels_in_arrays_are_not_turned(name, fakes):
+    for images in read_set(name, fakes(name)).splits.values():
+        assert np.array_equal(images.decode(0), fake_data._pixels(images.classes[0]))
 
 
 @pytest.mark.parametrize("name", SETS)

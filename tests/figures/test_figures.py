@@ -4,6 +4,7 @@ import warnings
 from itertools import combinations
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,8 @@ from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.figures import comparison, style
 from insvp_fast.figures.comparison import plot_parameters, plot_sensitivity
 from insvp_fast.figures.embedding import choose_images, collect_vectors, plot_tsne
-from insvp_fast.figures.prompts import explain, one_per_class, plot_prompts
+from insvp_fast.figures.grad_cam import grad_cam
+from insvp_fast.figures.prompts import PromptedImages, explain, one_per_class, pictures_of, plot_prompts
 from insvp_fast.figures.runs import plot_confusion, plot_curves
 from insvp_fast.figures.style import drawable, drawing
 
@@ -67,6 +69,15 @@ def test_a_confusion_matrix_of_many_classes_is_drawn_without_names(tmp_path):
     assert Image.open(tmp_path / "birds.png").size[0] < 2500
 
 
+def test_a_confusion_matrix_shows_shares_of_the_true_class_and_counts(drawn, tmp_path):
+    plot_confusion(torch.tensor([[1, 3, 0], [0, 1, 1], [0, 0, 0]]), "abc", tmp_path / "few.png")
+    axes = drawn[0].axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.25, 0.75, 0], [0, 0.5, 0.5], [0, 0, 0]]
+    texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}  # at (column, row)
+    light, dark = "white", "black"  # on a dark and on a light cell
+    assert texts == {(0, 0): ("1", light), (1, 0): ("3", dark), (1, 1): ("1", light), (2, 1): ("1", light)}
+
+
 def test_one_image_of_each_class_is_shown():
     assert one_per_class([2, 2, 0, 0, 1], 10) == [2, 4, 0]
     classes = one_per_class(list(range(25)), 10)
@@ -82,6 +93,8 @@ def test_every_prompt_has_a_column_and_wrong_classes_are_marked(drawn, tmp_path)
     assert reason is None
     assert torch.equal(shown.prompted_image, shown.image + shown.image_prompt)
     assert torch.equal(shown.heat_map, shown.image_prompt.abs().mean(1))
+    assert torch.equal(shown.grad_cam, grad_cam(model, images, best))
+    assert torch.equal(shown.grad_cam_without_prompts, grad_cam(model, images, best, prompts=False))
     prompts = ["global prompt", "patch prompt", "image prompt", "its heat map", "prompted image"]
     assert titles(drawn[0]) == ["image", *prompts, "Grad-CAM with prompts", "Grad-CAM without prompts"]
     predicted = [text for axes in drawn[0].axes for text in axes.texts if text.get_text().startswith("predicted")]
@@ -89,6 +102,37 @@ def test_every_prompt_has_a_column_and_wrong_classes_are_marked(drawn, tmp_path)
     shown, _ = explain(model_of(patch_prompt=False, global_prompt=False), images)
     plot_prompts(shown, "abc", STATISTICS, tmp_path / "b.png", names=["x", "y"])
     assert titles(drawn[1]) == ["image", "Grad-CAM with prompts", "Grad-CAM without prompts"]
+    assert shown.prompted_image is None
+
+
+def test_pictures_have_the_colors_of_what_they_show():
+    pixels, statistics = torch.rand(2, 3, 4, 4), {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+    mean, std = (torch.tensor(statistics[key])[:, None, None] for key in ("mean", "std"))
+    prompt = torch.zeros(2, 3, 4, 4)
+    prompt[0, 0, 0, 0], prompt[0, 0, 0, 1] = -2.0, 1.0
+    strong, ramp = torch.full((2, 4, 4), 4.0), torch.linspace(0, 1, 16).view(1, 4, 4)
+    strong[1] = 2.0
+    cams = torch.cat([ramp, 3 * ramp])
+    shown = PromptedImages((pixels - mean) / std, prompt, None, prompt, strong, pixels + 9, cams, None, torch.eye(2))
+    pictures = {title.replace("\n", " "): picture for title, picture in pictures_of(shown, statistics).items()}
+    assert pictures.keys() == {
+        "image",
+        "global prompt",
+        "image prompt",
+        "its heat map",
+        "prompted image",
+        "Grad-CAM with prompts",
+    }
+    torch.testing.assert_close(pictures["image"][0], pixels)
+    assert (pictures["prompted image"][0] == 1).all()  # no pixel is brighter
+    prompted, largest = pictures["global prompt"]
+    assert prompted[0, 0, 0, :3].tolist() == [0, 0.75, 0.5] and (prompted[1] == 0.5).all() and largest[0] == "max 2"
+    yellow, green = (torch.tensor(matplotlib.colormaps["viridis"](share)[:3]) for share in (1.0, 0.5))
+    heat = pictures["its heat map"][0][:, :, 0, 0]  # on one scale
+    torch.testing.assert_close(heat, torch.stack([yellow, green]), check_dtype=False)
+    over = pictures["Grad-CAM with prompts"][0] - 0.4 * pixels.mean(1, keepdim=True)  # each on its own scale
+    torch.testing.assert_close(over[0], over[1])
+    torch.testing.assert_close(over[0, :, -1, -1], 0.6 * yellow, check_dtype=False)
 
 
 def test_logits_that_are_no_numbers_are_not_drawn():
