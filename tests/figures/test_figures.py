@@ -1,5 +1,7 @@
 """What is on the pictures: titles, rows, curves, and labels that do not cover one another."""
 
+import base64
+import io
 import warnings
 from itertools import combinations
 from xml.etree import ElementTree
@@ -8,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +24,7 @@ from insvp_fast.figures.grad_cam import grad_cam
 from insvp_fast.figures.prompts import PromptedImages, explain, one_per_class, pictures_of, plot_prompts
 from insvp_fast.figures.runs import plot_confusion, plot_curves
 from insvp_fast.figures.style import drawable, drawing
+from insvp_fast.figures.web import encode_picture
 
 STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -217,10 +221,24 @@ def test_a_line_joins_every_name_that_is_far_from_its_point(drawn, tmp_path, mon
         assert bool(lines) == joined, offset
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), drawing(tmp_path / "a.png", 2, 2):
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def savefig(figure, stream, **_):
+        stream.write(b"half of it")
         raise RuntimeError
-    assert not list(tmp_path.iterdir())
+
+    (file := tmp_path / "a.png").write_bytes(b"old")
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(RuntimeError), drawing(file, 2, 2):
+        pass
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("side", "kind"), [(64, "png"), (65, "jpeg")])
+def test_pictures_in_pages_are_lossless_if_they_are_small(side, kind):
+    head, content = encode_picture(torch.full((3, 2, side), 0.999)).split(",")
+    assert head == f"data:image/{kind};base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert image.size == (side, 2) and image.getextrema() == ((255, 255),) * 3
 
 
 @pytest.mark.parametrize("vectors", [np.ones((10, 4)), np.full((10, 60), np.nan), np.full((10, 4), np.inf)])
@@ -230,9 +248,16 @@ def test_vectors_without_places_are_refused(vectors, tmp_path):
 
 
 def test_names_of_every_kind_can_be_drawn(tmp_path):
-    names = ["great white shark, white shark, man-eater, Carcharodon carcharias", "a\nb\x01", "\udcff", "é ☃"]
-    assert [drawable(name) for name in names] == [names[0][:39] + "…", r"a\nb\x01", r"\udcff", "é ☃"]
-    plot_confusion(torch.eye(4), names, tmp_path / "a.svg")
+    names = [
+        "great white shark, white shark, man-eater, Carcharodon carcharias",
+        "a\nb\x01",
+        "\udcff",
+        "é ☃",
+        "$_{$",
+        40 * "x",
+    ]
+    assert [drawable(name) for name in names] == [names[0][:39] + "…", r"a\nb\x01", r"\udcff", *names[3:]]
+    plot_confusion(torch.eye(6), names, tmp_path / "a.svg")
     ElementTree.parse(tmp_path / "a.svg")
 
 
