@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from insvp_fast.data import check, load_data, load_test_data, transform_for
 from insvp_fast.data.cache import cache_images
-from insvp_fast.data.decode import SUFFIXES, UPRIGHT, read_image, to_rgb
+from insvp_fast.data.decode import SUFFIXES, UPRIGHT, _check_tags, read_image, to_rgb
 from insvp_fast.data.folders import image_files, read_class_folders
 from insvp_fast.data.image_list import ImageList
 from insvp_fast.data.images import Images, names_sha256
@@ -468,7 +468,8 @@ def with_scans(count: int) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("scans", "inside", "behind"), [(100, b"", b""), (101, b"", b""), (10, b"\xff\xda" * 200, b"\xff\xda" * 200)]
+    ("scans", "inside", "behind"),
+    [(100, b"", b""), (101, b"", b""), (10, b"\xff\xda\0\2" * 200, b"\0\2" + b"\xff\xda\0\2" * 200)],
 )
 def test_a_jpeg_of_many_scans_is_refused(scans, inside, behind, tmp_path):
     """Each passes over the whole image; those of a thumbnail and what is behind the end are not read."""
@@ -563,6 +564,14 @@ def test_fractions_in_a_tiff_are_counted_in_all_its_tags(monkeypatch):
             read_image(io.BytesIO(content), max_pixels=100)
 
 
+def test_tags_of_a_tiff_that_lead_back_to_themselves_are_read_once():
+    _check_tags(b"II*\0" + struct.pack("<IHHHII", 8, 1, 34665, 4, 1, 8))
+
+
+def test_sides_of_a_hundred_to_one_are_read():
+    assert read_image(saved(Image.new("L", (100, 1)), "PNG"), max_pixels=100).size == (100, 1)
+
+
 def test_exif_data_in_several_segments_of_a_jpeg_are_counted_before_it_is_opened(monkeypatch):
     content = saved(Image.new("RGB", (8, 8)), "JPEG").getvalue()
     segment = b"\xff\xe1" + struct.pack(">H", 40_000) + b"Exif\0\0" + bytes(39_992)
@@ -592,7 +601,7 @@ def test_long_exif_data_are_refused_where_pixels_are_limited(form):
 @pytest.mark.parametrize("filling", [b"#" + b"a" * 10_000 + b"\n", b"#\n" * 5000, b" " * 10_000])
 def test_netpbm_of_a_long_header_is_refused_before_it_is_opened(kind, filling, monkeypatch):
     numbers = b"1 1 " if kind == b"P4" else b"1 1 1 "
-    short = kind + b"\n# a comment\n" + numbers + bytes(16)
+    short = kind + b"\n# a comment\n" + numbers + b" " * 16  # pixels that are no words
     assert read_image(io.BytesIO(short), max_pixels=100).size == (1, 1)
     monkeypatch.setattr(Image, "open", None)
     for content in (kind + b"\n" + filling + numbers, kind + b"\n1 " + filling + numbers[2:]):
