@@ -114,6 +114,9 @@ class TunedViT(MethodCheckpoint):
         """Compute the blocks of the backbone again in backward, instead of keeping what is in them."""
         self.backbone.set_grad_checkpointing(enable)
 
+    # what timm's code reads from a model, which else takes defaults that are not the backbone's
+    pretrained_cfg, default_cfg = TimmInterface.pretrained_cfg, TimmInterface.default_cfg
+    group_matcher, _place = TimmInterface.group_matcher, TimmInterface._place
     no_weight_decay = TimmInterface.no_weight_decay
     get_nb_trainable_parameters = TimmInterface.get_nb_trainable_parameters
     print_trainable_parameters = TimmInterface.print_trainable_parameters

@@ -18,7 +18,9 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, timm_models, timm_
 from insvp_fast.methods import create_model as create_method_model
 from insvp_fast.methods.lora import LoRA
 from insvp_fast.methods.model import MethodViT
+from insvp_fast.methods.table import CLASSES
 from insvp_fast.methods.tuned import TunedViT
+from insvp_fast.methods.tuning import Tuning
 from insvp_fast.methods.vfpt import VFPT
 from insvp_fast.reference.prompted import PromptedReference
 from insvp_fast.testing import DEVICE, make_pair
@@ -328,6 +330,20 @@ def test_a_backbone_that_is_trained_decays_as_without_prompts(name, make_model):
     of_bare, of_backbone = kept(bare), {key for key in kept(model) if key.startswith("backbone.")}
     assert of_backbone == {f"backbone.{key}" for key in of_bare if not key.startswith("head")} != set()
     assert any(len(bare.get_parameter(key).shape) > 1 for key in of_bare)  # by name, not by shape
+
+
+@pytest.mark.parametrize("method", ["full", "bias", "lora", "sidetune", "vp"])
+def test_images_and_layers_of_a_method_are_those_of_its_backbone(method):
+    bare = timm.create_model("vit_tiny_patch16_224", num_classes=3, **TINY)
+    bare.pretrained_cfg = bare.pretrained_cfg | {"mean": (0.1, 0.2, 0.3), "input_size": (3, 32, 32)}
+    make_model = TunedViT if issubclass(CLASSES[method], Tuning) else MethodViT
+    model = make_model(copy.deepcopy(bare), method=CLASSES[method])
+    assert resolve_model_data_config(model) == resolve_model_data_config(bare)
+    assert model.get_submodule(model.default_cfg["first_conv"]) is model.backbone.patch_embed.proj
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    for name, layer in group_parameters(bare, bare.group_matcher(), reverse=True).items():
+        assert layers[name if name.startswith("head") else f"backbone.{name}"] == layer
+    assert all(layers[name] == layers["head.weight"] for name in layers if name.startswith("method."))
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the general path")
