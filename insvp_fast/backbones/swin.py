@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import forward_mlp, norm_insert, norm_requirements
-from insvp_fast.backbones.vision_transformer import check_image, patch_projection, pixel_weight
+from insvp_fast.backbones.vision_transformer import check_image, filled_size, patch_projection, pixel_weight
 from insvp_fast.backbones.vit_blocks import branch_requirements, inactive_dropout, prefixed
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, difference
@@ -77,11 +77,12 @@ def requirements(backbone: SwinTransformer, patch_size: int) -> Table:
         "output_fmt": Format.NHWC,
         "strict_img_size": True,  # else the attention masks are made anew for each image
         "dynamic_img_pad": False,
+        "img_size": filled_size(backbone.patch_embed),
     }
     table: Table = {
         # any attributes: they are read by timm's methods, which both paths call
         "": (rule(SwinTransformer, " ".join(vars(backbone))),),
-        "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches", **embedding),),
+        "patch_embed": (rule(PatchEmbed, "grid_size num_patches", **embedding),),
         "patch_embed.proj": (patch_projection(patch_size),),
         "patch_embed.norm": CALLED,
         "layers": (rule(nn.Sequential),),

@@ -39,6 +39,7 @@ __all__ = [
     "embed",
     "embed_patches",
     "embeds_by_operations",
+    "filled_size",
     "final_norm",
     "forward_block",
     "only_operations",
@@ -95,14 +96,25 @@ def patch_embed_requirements(backbone: Any, patch_size: int) -> Table:
         "flatten": not dynamic,
         "output_fmt": Format.NHWC if dynamic else Format.NCHW,
         "dynamic_img_pad": False,
+        "img_size": filled_size(backbone.patch_embed),
     }
     if not dynamic and getattr(backbone, "pos_embed", None) is not None:
         embedding["strict_img_size"] = True  # else the one token of a small image is broadcast to all positions
     return {
-        "patch_embed": (rule(PatchEmbed, "img_size grid_size num_patches strict_img_size", **embedding),),
+        "patch_embed": (rule(PatchEmbed, "grid_size num_patches strict_img_size", **embedding),),
         "patch_embed.proj": (patch_projection(patch_size),),
         "patch_embed.norm": (IDENTITY, *norm_requirements(backbone.embed_dim)),
     }
+
+
+def filled_size(embedding: Any) -> Any:
+    """The size that ``img_size`` of a patch embedding must have for its patches to fill an image: timm cuts the rest.
+
+    Where it takes images of any size, or is another class, that which it has.
+    """
+    if type(embedding) is not PatchEmbed or not (embedding.strict_img_size and embedding.grid_size):
+        return getattr(embedding, "img_size", None)
+    return tuple(count * side for count, side in zip(embedding.grid_size, embedding.patch_size, strict=True))
 
 
 def patch_projection(patch_size: int) -> Rule:

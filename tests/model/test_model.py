@@ -122,6 +122,21 @@ def test_general_path(variant):
 
 
 @pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_tiny_patch16_224", 40),
+        ("beit_base_patch16_224", 40),
+        ("eva02_tiny_patch14_224", 30),
+        ("swin_tiny_patch4_window7_224", 226),
+    ],
+)
+def test_what_patches_leave_over_is_cut_as_timm_does(name, size):
+    with pytest.warns(UserWarning, match=rf"patch_embed has img_size=\({size}, {size}\): expected"):
+        reference, fast = make_pair(name, InsVPConfig(patch_prompt=False, **NO_DROPOUT), img_size=size)
+    assert_equal_numbers(reference, fast, images(fast))
+
+
+@pytest.mark.parametrize(
     "name", ["vit_small_patch16_224", "vit_base_patch32_224", "vit_large_patch16_224", "vit_huge_patch14_224"]
 )
 def test_sizes(name):
