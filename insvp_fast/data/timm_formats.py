@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ def _read_hugging_face(
     """The images and labels of each split, and the names of the classes, empty if they have none."""
     readers = {split: reader for split in SPLITS if (reader := _open(source, root, split)) is not None}
     for split, reader in readers.items():
-        _check_columns(reader.dataset.data, f"`data` is {source}: {split}")
+        _check_columns(reader.dataset.data, f"`data` is {source}: {split}", split == "train")
     images = {split: _Files(reader) for split, reader in readers.items()}
     labels = {split: list(reader.iter_targets()) for split, reader in readers.items()}
     indices: dict[str, int] = readers["train"].class_to_idx
@@ -80,15 +81,22 @@ def _open(source: str, root: str | None, split: str) -> Any:
     return None
 
 
-def _check_columns(table: Any, where: str) -> None:
-    """Raise DataError without a label or images; where there is no column of images, timm has added one of nulls."""
-    rows, nulls = table.num_rows, table.column("image").null_count
-    columns = [name for name in table.column_names if name != "image" or nulls < max(1, rows)]
+def _check_columns(table: Any, where: str, is_train: bool) -> None:
+    """Raise DataError without a label or images; where there is no column of images, timm has added one of nulls.
+
+    All splits have the columns of train, so another one without any image has a column of them.
+    """
+    import pyarrow.compute as pc
+
+    rows, lengths = table.num_rows, [pc.binary_length(field) for field in table.column("image").flatten()]
+    given = [pc.fill_null(pc.greater(length, 0), False) for length in lengths]  # timm takes the bytes, or else the path
+    images = pc.sum(functools.reduce(pc.or_, given)).as_py() or 0
+    columns = [name for name in table.column_names if name != "image" or images or not (rows and is_train)]
     if not {"image", "label"} <= {*columns}:
         expected = "expected image and label; `rename_column` of datasets renames others"
         raise DataError(f"{where} has the columns {abbreviated(columns)}: {expected}")
-    if nulls:
-        raise DataError(f"{where} has no image in {nulls} of {rows} rows: expected one in each")
+    if images < rows:
+        raise DataError(f"{where} has no image in {rows - images} of {rows} rows: expected one in each")
 
 
 class _Files(Sequence):

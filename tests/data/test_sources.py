@@ -318,10 +318,10 @@ class Reader:
     """A stand-in for timm's reader of Hugging Face datasets: integer labels, with or without names."""
 
     def __init__(self, labels, class_to_idx):
+        pyarrow = pytest.importorskip("pyarrow")
         self.labels, self.class_to_idx = labels, class_to_idx
-        whole = SimpleNamespace(null_count=0)
-        table = SimpleNamespace(num_rows=len(labels), column_names=["image", "label"], column=lambda name: whole)
-        self.dataset = SimpleNamespace(data=table)
+        images = pyarrow.array([{"bytes": b"an image", "path": ""}] * len(labels))
+        self.dataset = SimpleNamespace(data=pyarrow.table({"image": images, "label": [0] * len(labels)}))
 
     def __len__(self):
         return len(self.labels)
@@ -371,6 +371,37 @@ def test_images_and_labels_of_a_hugging_face_data_set_are_in_its_columns(
     refused = nullcontext() if found is None else pytest.raises(DataError, match=found)
     with refused:
         assert read_source(f"hfds/{tmp_path / 'rows'}", root=str(tmp_path / "hf")).class_names == ["0", "1"]
+
+
+NOTHING = {"bytes": None, "path": None}
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        ([NOTHING, {"bytes": b"", "path": ""}, None], 3),
+        ([None] * 4, 4),
+        ([NOTHING, {"bytes": b"x", "path": None}, {"bytes": None, "path": "x"}, {"bytes": b"", "path": "x"}], 1),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_without_an_image_are_counted_in_every_split(images, found, split, tmp_path, monkeypatch):
+    """An image is bytes or a path; a row that is not null may have neither."""
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    whole = {"bytes": b"x", "path": None}
+    splits = {"train": [whole] * 2, "test": [whole] * 2} | {split: [*images, *[whole] * (split == "train")]}
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    (tmp_path / "rows").mkdir()
+    for name, rows in splits.items():
+        table = pyarrow.table({"image": pyarrow.array(rows, kind), "label": list(range(len(rows)))})
+        pyarrow.parquet.write_table(table, tmp_path / "rows" / f"{name}.parquet")
+    message = f"{split} has no image in {found} of {len(splits[split])} rows: expected one in each"
+    with pytest.raises(DataError, match=message):
+        read_source(f"hfds/{tmp_path / 'rows'}", root=str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize(
