@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -163,7 +163,8 @@ class AdapterBank(PromptedViT):
             adapters: the name of each image's adapter, None for the bare backbone; or one for all images.
 
         Raises:
-            TypeError: for an image that is no dense tensor of floating-point numbers or 8-bit pixels.
+            TypeError: for an image that is no dense tensor of floating-point numbers or 8-bit pixels, and adapters that
+                are neither names nor None.
             ValueError: for an unknown name, other than B names, an adapter whose backbone or the bank's was replaced,
                 an image that requires a gradient, or one that the backbone cannot take.
         """
@@ -189,9 +190,14 @@ class AdapterBank(PromptedViT):
         coverage.check_image_type(image)
         if torch.is_grad_enabled() and image.requires_grad:
             raise ValueError("the image requires a gradient: expected none, an AdapterBank is for inference")
+        if not (adapters is None or isinstance(adapters, Iterable)):
+            raise TypeError(f"adapters={adapters!r}: expected a name, None, or one of these for each image")
         names = [adapters] * len(image) if adapters is None or isinstance(adapters, str) else list(adapters)
         if len(names) != len(image):
             raise ValueError(f"adapters has {len(names)} names: expected one for each of the {len(image)} images")
+        for row, name in enumerate(names):
+            if name is not None and not isinstance(name, str):
+                raise TypeError(f"adapters[{row}]={name!r}: expected a name, or None for the bare backbone")
         rows: dict[str | None, list[int]] = {adapters: []} if adapters is None or isinstance(adapters, str) else {}
         for row, name in enumerate(names):
             rows.setdefault(name, []).append(row)

@@ -345,6 +345,21 @@ def test_it_is_for_inference():
             AdapterBank.from_pretrained(bank.backbone, adapters)
 
 
+@pytest.mark.parametrize(
+    ("adapters", "found"),
+    [
+        ([None, ["three"]], r"adapters\[1\]=\['three'\]"),
+        (["three", 0], r"adapters\[1\]=0"),
+        (b"ab", r"adapters\[0\]=97"),
+        (7, "adapters=7"),
+    ],
+)
+def test_what_is_no_name_of_an_adapter_is_refused(adapters, found):
+    bank, _ = make_bank(("three",))
+    with pytest.raises(TypeError, match=f"{found}: expected a name, "):
+        bank(images(2), adapters)
+
+
 def test_no_image_has_the_width_of_its_adapter():
     bank, _ = make_bank(("three", "released"))
     assert bank(images(0), "three").shape == (0, 2) and bank(images(0), "released").shape == (0, 3)
