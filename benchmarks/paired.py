@@ -10,6 +10,9 @@ python -m benchmarks.paired --save --tables   also writes benchmarks/results/<ma
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+from torch import nn
 
 from benchmarks import models, results
 from benchmarks.peers import missing
@@ -46,13 +49,20 @@ def main() -> None:
         check_model(arguments.model, **cut)
     except InsVPError as error:
         parser.error(str(error))
+
+    def make(provider: str, *options: Any, **kwargs: Any) -> nn.Module:
+        try:
+            return models.make_model(provider, *options, **kwargs)
+        except ValueError as error:
+            parser.error(f"--model {arguments.model} --config {arguments.config}: {provider} cannot be made: {error}")
+
     for batch in arguments.batch:
         for precision in arguments.precisions:
             for job in arguments.jobs:
                 reasons = {name: missing(name, job, precision) for name in arguments.providers}
                 providers = [name for name, reason in reasons.items() if reason is None]
                 what = job, precision, providers, arguments.model, batch, arguments.rounds, arguments.config
-                rows = compare(*what, make=models.make_model, **cut)
+                rows = compare(*what, make=make, **cut)
                 print("\n".join(map(line, rows)), flush=True)
                 print("\n".join([*filter(None, reasons.values()), format_products(rows[:1])]), flush=True)
                 if arguments.save:

@@ -1,11 +1,12 @@
 """Other programs that benchmarks/paired.py times beside this package: skipped in words, or right."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import paired, peers
 from benchmarks.models import make_model
 from insvp_fast import InsVPConfig
 from insvp_fast.bench.jobs import inference
@@ -39,3 +40,17 @@ def test_a_peer_computes_the_same(provider):
     with torch.no_grad():
         expected = own(make_images(own, 2)[0])
     assert relative_error(run()["logits"], expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ("--model swin_tiny_patch4_window7_224", "insvp_fast cannot be made: carry_prompts=True: expected"),
+        (f"--model {NAME} --depth 1 --providers bare released", "released cannot be made: .* the release has ViT-B/16"),
+    ],
+)
+def test_a_provider_that_a_model_does_not_have_is_refused_in_a_line(arguments, found, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["paired", *arguments.split(), "--config", "released", "--jobs", "inference"])
+    with pytest.raises(SystemExit):
+        paired.main()
+    assert re.search(f"error: --model .* --config released: {found}", capsys.readouterr().err.splitlines()[-1])
