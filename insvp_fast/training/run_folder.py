@@ -65,14 +65,17 @@ def read_asked(run: str | Path) -> Recipe:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All records of a run so far; an incomplete last line is left out."""
+    """All records of a run so far, up to an incomplete or damaged line."""
     records = []
     file = run / METRICS_FILE
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except ValueError:  # not JSON, or not even UTF-8
             break
+        if not (isinstance(record, dict) and "model" in record):
+            break
+        records.append(record)
     return records
 
 

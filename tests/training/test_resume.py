@@ -23,7 +23,7 @@ from insvp_fast.training.load import load_run
 from insvp_fast.training.paths import absolute_paths
 from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run import train
-from insvp_fast.training.run_folder import read_asked, read_config, read_results
+from insvp_fast.training.run_folder import read_asked, read_config, read_metrics, read_results
 from insvp_fast.training.run_lock import locked
 from insvp_fast.training.trainer import Trainer
 from tests.training.killed_runs import make_digits, outcome, start
@@ -264,6 +264,14 @@ def test_a_run_is_finished_when_it_has_the_results_of_all_its_models(tmp_path):
             name = "InsVP" if names else "linear probe"
             print(json.dumps({"model": name, "test_accuracy": 0.5, "trained_parameters": 7}), file=file, flush=True)
             assert list(read_results(tmp_path)) == names
+
+
+@pytest.mark.parametrize("damage", [b'{"model": "Ins', b"\xff\xfe", b"\x00\x00", b"[1]", b"3", b'{"epoch": 2}'])
+def test_records_end_where_a_line_is_damaged(damage, tmp_path):
+    record = {"model": "InsVP", "epoch": 1}
+    line = json.dumps(record).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([line, damage, line]))
+    assert read_metrics(tmp_path) == [record]
 
 
 def test_a_run_goes_on_around_its_own_backbone_alone(digits, tmp_path):
