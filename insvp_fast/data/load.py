@@ -14,7 +14,7 @@ from torchvision.transforms import Compose
 
 from insvp_fast.data.cache import cache_images
 from insvp_fast.data.images import Images, Part, files_of
-from insvp_fast.data.lists import abbreviated, class_indices
+from insvp_fast.data.lists import abbreviated, class_indices, escaped
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
 from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source, tested_split
 from insvp_fast.data.splits import describe, divide, stratified_split, three_way_split
@@ -95,6 +95,10 @@ def load_data(
     splits, class_names = read_source(source, seed, root)
     for images in splits.values():
         images.exif_rotation = exif_rotation
+    multi_label = isinstance(splits["train"].classes, Tensor)
+    if len(class_names) < 2 and not multi_label:  # the softmax of one class is 1, whatever the image
+        found = ", ".join(map(escaped, class_names)) or "none"
+        raise DataError(f"`data` is {source}: found as classes {found}: expected two or more")
     parts, words = _divide(source, splits, class_names, seed, protocol)
     words += _describe_overlap(splits)
     view = _views(splits, transforms, cache, Path(source).resolve().name)
@@ -115,7 +119,7 @@ def load_data(
         plain_train=part("train", False),
         preprocessing={name: value for name, value in preprocessing.items() if name not in ("augmentation", "hflip")},
         augmentation=describe_augmentation(preprocessing),
-        multi_label=isinstance(splits["train"].classes, Tensor),
+        multi_label=multi_label,
         origin=_origin(source, splits, seed, words),
     )
 

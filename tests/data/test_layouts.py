@@ -43,6 +43,18 @@ def parts_of(data) -> list[set[str]]:
 # Folders
 
 
+@pytest.mark.parametrize("layout", ["folders", "list", "table"])
+def test_one_class_is_refused(layout, tmp_path):
+    """Its softmax is 1, whatever the image: a folder too much, or a wrong column of labels, would be 100 % accuracy."""
+    source = make_images(tmp_path, {"train/owl": 3, "val/owl": 1, "test/owl": 1})
+    if layout != "folders":
+        separator, source = (" ", tmp_path / "all.txt") if layout == "list" else (",", tmp_path / "all.csv")
+        rows = [f"train/owl/{n}.png{separator}owl\n" for n in range(3)]
+        source.write_text("".join([f"path{separator}label\n"] * (layout == "table") + rows))
+    with pytest.raises(DataError, match="`data` is .*: found as classes owl: expected two or more"):
+        load_data(str(source), SMALL, 0)
+
+
 def test_a_folder_of_classes_is_divided_in_three(tmp_path):
     folder = make_images(tmp_path, {"elk": 20, "owl": 10, "yak/white": 6, ".git/a": 1})
     data, again, other = (load_data(str(folder), SMALL, seed) for seed in (0, 0, 1))
