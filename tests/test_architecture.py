@@ -66,7 +66,7 @@ PLACES = {
     "onnxruntime": ("export/",),
     "openvino": ("export/",),
     "nncf": ("export/",),
-    "pyarrow": ("training/prediction_file.py",),
+    "pyarrow": ("data/timm_formats.py", "training/prediction_file.py"),
 }
 
 

@@ -96,9 +96,8 @@ def load_data(
     for images in splits.values():
         images.exif_rotation = exif_rotation
     multi_label = isinstance(splits["train"].classes, Tensor)
-    if len(class_names) < 2 and not multi_label:  # the softmax of one class is 1, whatever the image
-        found = ", ".join(map(escaped, class_names)) or "none"
-        raise DataError(f"`data` is {source}: found as classes {found}: expected two or more")
+    if not multi_label:
+        _require_classes(source, class_names)
     parts, words = _divide(source, splits, class_names, seed, protocol)
     words += _describe_overlap(splits)
     view = _views(splits, transforms, cache, Path(source).resolve().name)
@@ -170,6 +169,12 @@ def divide_source(
         split, rows = parts[name]
         found[name] = splits[split] if rows is None else Part(splits[split], rows)
     return found
+
+
+def _require_classes(source: str, class_names: Sequence[str]) -> None:
+    if len(class_names) < 2:  # the softmax of one class is 1, whatever the image
+        found = ", ".join(map(escaped, class_names)) or "none"
+        raise DataError(f"`data` is {source}: found as classes {found}: expected two or more")
 
 
 def _check_protocol(protocol: str, source: str) -> None:
