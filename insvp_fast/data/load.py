@@ -95,9 +95,6 @@ def load_data(
     splits, class_names = read_source(source, seed, root)
     for images in splits.values():
         images.exif_rotation = exif_rotation
-    multi_label = isinstance(splits["train"].classes, Tensor)
-    if not multi_label:
-        _require_classes(source, class_names)
     parts, words = _divide(source, splits, class_names, seed, protocol)
     words += _describe_overlap(splits)
     view = _views(splits, transforms, cache, Path(source).resolve().name)
@@ -118,7 +115,7 @@ def load_data(
         plain_train=part("train", False),
         preprocessing={name: value for name, value in preprocessing.items() if name not in ("augmentation", "hflip")},
         augmentation=describe_augmentation(preprocessing),
-        multi_label=multi_label,
+        multi_label=isinstance(splits["train"].classes, Tensor),
         origin=_origin(source, splits, seed, words),
     )
 
@@ -171,12 +168,6 @@ def divide_source(
     return found
 
 
-def _require_classes(source: str, class_names: Sequence[str]) -> None:
-    if len(class_names) < 2:  # the softmax of one class is 1, whatever the image
-        found = ", ".join(map(escaped, class_names)) or "none"
-        raise DataError(f"`data` is {source}: found as classes {found}: expected two or more")
-
-
 def _check_protocol(protocol: str, source: str) -> None:
     if protocol not in PROTOCOLS:
         raise DataError(f"`protocol` is {protocol}: expected one of {', '.join(PROTOCOLS)}")
@@ -198,6 +189,7 @@ def _divide(
     source: str, splits: dict[str, Images], class_names: Sequence[str], seed: int, protocol: str
 ) -> tuple[Parts, str]:
     """How the stored splits are divided, and the splits in words."""
+    _require_classes(source, splits["train"], class_names)
     parts: Parts = {split: (split, None) for split in splits}
     if source == DIGITS:
         return parts, f"{protocol}: 70 % train, 10 % val, 20 % test of every class, seed {seed}"
@@ -250,6 +242,13 @@ def _in_three(
 ) -> tuple[list[int], list[int], list[int]]:
     _require(3, source, images, class_names)
     return three_way_split(images.classes, seed)
+
+
+def _require_classes(source: str, images: Images, class_names: Sequence[str]) -> None:
+    """Check that there are two or more classes where each image has one: the softmax of one is always 1."""
+    if len(class_names) < 2 and not isinstance(images.classes, Tensor):
+        found = ", ".join(map(escaped, class_names)) or "none"
+        raise DataError(f"`data` is {source}: found as classes {found}: expected two or more")
 
 
 def _require(count: int, source: str, images: Images, class_names: Sequence[str]) -> None:
