@@ -248,7 +248,7 @@ def _require_classes(source: str, images: Images, class_names: Sequence[str]) ->
     """Check that there are two or more classes where each image has one: the softmax of one is always 1."""
     if len(class_names) < 2 and not isinstance(images.classes, Tensor):
         found = ", ".join(map(escaped, class_names)) or "none"
-        raise DataError(f"`data` is {source}: found as classes {found}: expected two or more")
+        raise DataError(f"`data` is {source}: its classes are {found}: expected two or more")
 
 
 def _require(count: int, source: str, images: Images, class_names: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def test_one_class_is_refused(layout, tmp_path):
         separator, source = (" ", tmp_path / "all.txt") if layout == "list" else (",", tmp_path / "all.csv")
         rows = [f"train/owl/{n}.png{separator}owl\n" for n in range(3)]
         source.write_text("".join([f"path{separator}label\n"] * (layout == "table") + rows))
-    with pytest.raises(DataError, match="`data` is .*: found as classes owl: expected two or more"):
+    with pytest.raises(DataError, match="`data` is .*: its classes are owl: expected two or more"):
         load_data(str(source), SMALL, 0)
 
 
