@@ -86,10 +86,7 @@ def load_data(
     Raises:
         DataError: saying what is missing or wrong, and what was expected where.
     """
-    if not isinstance(source, str):
-        raise DataError(f"`data` is {source!r}: expected text")
-    require_arguments(preprocessing)
-    _check_protocol(protocol, source)
+    _check_asked(source, protocol)
     preprocessing = _adapted(preprocessing, source, augmentation=augmentation, hflip=hflip)
     transforms = {training: transform_for(preprocessing, training) for training in (True, False)}
     splits, class_names = read_source(source, seed, root)
@@ -168,7 +165,9 @@ def divide_source(
     return found
 
 
-def _check_protocol(protocol: str, source: str) -> None:
+def _check_asked(source: str, protocol: str) -> None:
+    if not isinstance(source, str):
+        raise DataError(f"`data` is {source!r}: expected text")
     if protocol not in PROTOCOLS:
         raise DataError(f"`protocol` is {protocol}: expected one of {', '.join(PROTOCOLS)}")
     if protocol == "released" and source not in SETS:
@@ -181,6 +180,7 @@ def _adapted(preprocessing: dict[str, Any], source: str, **asked: Any) -> dict[s
 
     A value of None is not asked for.
     """
+    require_arguments(preprocessing)
     prescribed = SQUASHED if source.startswith("vtab/") else {"augmentation": "none"} if source == DIGITS else {}
     return preprocessing | prescribed | {name: value for name, value in asked.items() if value is not None}
 
