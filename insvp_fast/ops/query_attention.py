@@ -48,7 +48,7 @@ def query_attention(
         [B, T, D]. Kept for backward: ``q``, ``kv`` and the probabilities, [B, heads, T, S].
 
     Raises:
-        ValueError: for shapes that do not fit, or a bias that would be trained.
+        ValueError: for shapes or dtypes that do not fit, or a bias that would be trained.
     """
     check_heads(num_heads)
     if q.ndim != 3 or kv.shape != (len(q), *kv.shape[1:-1], 2 * q.shape[2]) or q.shape[2] % num_heads:
@@ -57,6 +57,8 @@ def query_attention(
     check_num_keys(num_keys, kv, q.shape[1])
     check_bias(bias, num_heads, q.shape[1], kv.shape[1])
     check_tensors((q, kv, bias), FIELDS)
+    if q.dtype != kv.dtype:
+        raise ValueError(f"kv is {kv.dtype}: expected {q.dtype}, as q is")
     return cast(Tensor, apply(_QueryAttention, q, kv, num_heads, float(scale), num_keys, bias))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from insvp_fast import ops
 from insvp_fast.ops import Blend, FrozenLinear, PatchWeights
+from insvp_fast.testing import relative_error
 
 B, T, D = 2, 5, 24
 X = torch.randn(B, T, D)
@@ -176,6 +177,21 @@ def test_tensors_of_other_dtypes_are_refused(name, dtype):
     for call, argument in calls:
         with pytest.raises(ValueError, match=rf" is {dtype}.*: expected"):
             print(name, argument, call())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", RIGHT)
+def test_one_tensor_of_another_floating_dtype_is_computed_or_refused(name, dtype):
+    for call, _ in calls_with_one_changed(name, lambda x: x.to(dtype) if x.is_floating_point() else x):
+        if name == "query_attention":
+            with pytest.raises(ValueError, match=r"kv is torch.*: expected torch.*, as q is"):
+                call()
+            continue
+        torch.manual_seed(0)
+        found = call()
+        torch.manual_seed(0)
+        for result, expected in zip(found, getattr(ops, name)(**RIGHT[name]), strict=True):
+            assert relative_error(result, expected) < 0.05  # roundings of 16 bits
 
 
 @pytest.mark.parametrize("name", [name for name in RIGHT if name != "dropout"])

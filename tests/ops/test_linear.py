@@ -17,7 +17,7 @@ NAMES = {"plain": "reference", "widened": "reference"}  # the implementations of
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_linear(dtype, weight_dtype):
     weight, bias = torch.randn(48, 33).to(weight_dtype), torch.randn(48).to(weight_dtype)
     inputs = [torch.randn(2, 5, 33).to(dtype).requires_grad_()]
@@ -140,7 +140,7 @@ def test_rows_of_a_convolutions_weight(how):
 
 
 @PROVIDERS
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("affine", [False, True])
 def test_a_layer_scale_is_folded_in(how, weight_dtype, affine):
     impl = NAMES.get(how, how)
@@ -194,7 +194,7 @@ def test_linear_opcheck():
 
 
 @PROVIDERS
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_norms_affine_map_is_folded_in(how, weight_dtype):
     impl = NAMES.get(how, how)
     weight, bias, gain, shift = (torch.randn(n).to(weight_dtype) for n in ((48, 33), (48,), (33,), (33,)))
