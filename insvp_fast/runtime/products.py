@@ -102,9 +102,9 @@ class FrozenLinear(NamedTuple):
             constant = self._constant() if forward else None
             if constant is not None:  # a copy: nothing that is kept may keep the weights alive
                 constant = constant[rows].to(torch.float32 if how == "native" else dtype, copy=True)
-            if how != "native":
-                return _pack(matrix.to(dtype)), constant
-            return native.pack_linear(matrix.to(dtype) if matrix.dtype == torch.float64 else matrix, dtype), constant
+            if how != "native" or matrix.dtype == torch.float64:  # which native packing does not read
+                matrix = matrix.to(dtype)
+            return native.pack_linear(matrix, dtype) if how == "native" else _pack(matrix), constant
 
         return packed(self.sources, (how, direction, self.first, self.last, dtype), make, look=forward)
 
