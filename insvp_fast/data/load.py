@@ -16,7 +16,7 @@ from insvp_fast.data.cache import cache_images
 from insvp_fast.data.images import Images, Part, files_of
 from insvp_fast.data.lists import abbreviated, class_indices, escaped
 from insvp_fast.data.sets import DIGITS, PROTOCOLS, SETS
-from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source, tested_split
+from insvp_fast.data.sources import SETS_IN_WORDS, read_source, read_test_source, require_text, tested_split
 from insvp_fast.data.splits import describe, divide, stratified_split, three_way_split
 from insvp_fast.data.transforms import (
     Transform,
@@ -86,12 +86,13 @@ def load_data(
     Raises:
         DataError: saying what is missing or wrong, and what was expected where.
     """
-    _check_asked(source, protocol)
+    _check(source, protocol)
     preprocessing = _adapted(preprocessing, source, augmentation=augmentation, hflip=hflip)
     transforms = {training: transform_for(preprocessing, training) for training in (True, False)}
     splits, class_names = read_source(source, seed, root)
     for images in splits.values():
         images.exif_rotation = exif_rotation
+    _require_classes(source, splits["train"], class_names)
     parts, words = _divide(source, splits, class_names, seed, protocol)
     words += _describe_overlap(splits)
     view = _views(splits, transforms, cache, Path(source).resolve().name)
@@ -165,9 +166,9 @@ def divide_source(
     return found
 
 
-def _check_asked(source: str, protocol: str) -> None:
-    if not isinstance(source, str):
-        raise DataError(f"`data` is {source!r}: expected text")
+def _check(source: str, protocol: str) -> None:
+    """Check what is asked for before anything is read."""
+    require_text(source)
     if protocol not in PROTOCOLS:
         raise DataError(f"`protocol` is {protocol}: expected one of {', '.join(PROTOCOLS)}")
     if protocol == "released" and source not in SETS:
@@ -189,7 +190,6 @@ def _divide(
     source: str, splits: dict[str, Images], class_names: Sequence[str], seed: int, protocol: str
 ) -> tuple[Parts, str]:
     """How the stored splits are divided, and the splits in words."""
-    _require_classes(source, splits["train"], class_names)
     parts: Parts = {split: (split, None) for split in splits}
     if source == DIGITS:
         return parts, f"{protocol}: 70 % train, 10 % val, 20 % test of every class, seed {seed}"

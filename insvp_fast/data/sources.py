@@ -18,13 +18,14 @@ from insvp_fast.data.tables import Listed
 from insvp_fast.data.timm_formats import read_timm_format
 from insvp_fast.errors import DataError
 
-__all__ = ["SETS_IN_WORDS", "read_source", "read_test_source", "tested_split"]
+__all__ = ["SETS_IN_WORDS", "read_source", "read_test_source", "require_text", "tested_split"]
 
 SETS_IN_WORDS = ", ".join(HTA) + " and the 19 tasks vtab/NAME"
 
 
 def read_source(source: str, seed: int = 0, root: str | None = None) -> Splits:
     """Read the splits of a data set as they are stored; arguments and errors are those of ``load_data``."""
+    require_text(source)
     if source == DIGITS:
         return _read_digits(seed)
     if source in SETS:
@@ -57,6 +58,7 @@ def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, roo
     Raises:
         DataError: if there is no such data set, it cannot be read, or an image has another class.
     """
+    require_text(source)
     path = Path(source)
     if source in (DIGITS, *SETS, "") or source.startswith(PREFIXES) or not path.exists():
         return read_source(source, seed, root)
@@ -66,6 +68,16 @@ def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, roo
     split = tested_split(folders)
     images = images_of_classes(read_class_folders(folders[split]), class_names, folders[split])
     return Splits({split: images}, list(class_names))
+
+
+def require_text(source: object) -> None:
+    """Refuse a source that is no text, such as a path.
+
+    Raises:
+        DataError: naming it.
+    """
+    if not isinstance(source, str):
+        raise DataError(f"`data` is {source!r}: expected text")
 
 
 def _locate(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -81,7 +81,7 @@ def require_arguments(preprocessing: object) -> None:
     Raises:
         DataError: naming it.
     """
-    if not isinstance(preprocessing, dict):
+    if not isinstance(preprocessing, Mapping):
         raise DataError(f"`preprocessing` is {preprocessing!r:.200}: expected arguments of timm.data.create_transform")
 
 

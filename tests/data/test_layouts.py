@@ -13,6 +13,7 @@ from insvp_fast.commands import cli
 from insvp_fast.data import insvp_preprocessing, load_data, load_test_data
 from insvp_fast.data.folders import require_class_folders
 from insvp_fast.data.lists import find_lists
+from insvp_fast.data.load import divide_source
 from insvp_fast.data.sources import read_source
 from insvp_fast.data.splits import stratified_split, three_way_split
 from insvp_fast.data.tables import parse_table
@@ -53,6 +54,7 @@ def test_one_class_is_refused(layout, tmp_path):
         source.write_text("".join([f"path{separator}label\n"] * (layout == "table") + rows))
     with pytest.raises(DataError, match="`data` is .*: its classes are owl: expected two or more"):
         load_data(str(source), SMALL, 0)
+    assert len(divide_source(str(source), 0)["train"]) > 0  # of an earlier run: which images it was trained on
 
 
 def test_a_folder_of_classes_is_divided_in_three(tmp_path):

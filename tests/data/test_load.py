@@ -4,8 +4,9 @@ import json
 import pickle
 import re
 import sys
-from collections import Counter
+from collections import Counter, UserDict
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import Subset
 from torchvision.transforms.functional import resize
 
 from insvp_fast.data import check, insvp_preprocessing, load_data, load_test_data, transform_for
+from insvp_fast.data.load import divide_source
 from insvp_fast.data.pickles import read_pickle
 from insvp_fast.data.readers import read_set
 from insvp_fast.data.sets import HTA, SETS, VTAB
@@ -336,17 +338,40 @@ def test_no_root_and_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("source", [None, Path("data"), 3])
-def test_a_source_is_text(source):
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda source: load_data(source, SMALL, 0),
+        lambda source: load_test_data(source, SMALL, 0, ["a", "b"]),
+        lambda source: divide_source(source, 0),
+        check,
+    ],
+    ids=["load_data", "load_test_data", "divide_source", "check"],
+)
+def test_a_source_is_text(read, source):
     with pytest.raises(DataError, match=re.escape(f"`data` is {source!r}: expected text")):
-        load_data(source, SMALL, 0)
+        read(source)
+
+
+PREPARE = {
+    "transform_for": transform_for,
+    "load_data": lambda preprocessing: load_data("digits", preprocessing, 0).plain_train.transform,
+    "load_test_data": lambda preprocessing: load_test_data("digits", preprocessing, 0, list("0123456789")).transform,
+}
 
 
 @pytest.mark.parametrize("wrong", [None, "timm", [224]])
-def test_what_is_no_preprocessing_is_refused(wrong):
+@pytest.mark.parametrize("prepare", PREPARE.values(), ids=PREPARE)
+def test_what_is_no_preprocessing_is_refused(prepare, wrong):
     message = re.escape(f"`preprocessing` is {wrong!r}: expected arguments of timm.data.create_transform")
-    for prepare in (transform_for, lambda wrong: load_data("digits", wrong, 0)):
-        with pytest.raises(DataError, match=message):
-            prepare(wrong)
+    with pytest.raises(DataError, match=message):
+        prepare(wrong)
+
+
+@pytest.mark.parametrize("kind", [MappingProxyType, UserDict])
+@pytest.mark.parametrize("prepare", PREPARE.values(), ids=PREPARE)
+def test_preprocessing_is_any_mapping(prepare, kind):
+    assert repr(prepare(kind(SMALL))) == repr(prepare(SMALL))
 
 
 def test_a_broken_image_is_named_when_it_is_read(fakes, tmp_path):
