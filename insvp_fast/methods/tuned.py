@@ -69,7 +69,10 @@ class TunedViT(MethodCheckpoint):
             raise ValueError("the backbone has two heads, as a distilled DeiT: expected one")
         self.backbone = module.requires_grad_(False).eval()
         with torch.device(weight.device):
-            self.method = method(module).to(weight.dtype)
+            made = method(module)
+            if not isinstance(made, Tuning):
+                raise TypeError(f"method= makes a {type(made).__name__}: expected a Tuning")
+            self.method = made.to(weight.dtype)
             self.head = self.method.make_head(head).to(weight.dtype).requires_grad_(True)
         self._options = options_of(method)
         for trained in self.method.trained_modules(module):

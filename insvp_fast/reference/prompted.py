@@ -35,6 +35,7 @@ class PromptedReference(nn.Module):
     Other arguments, shapes and errors: see ``InsVPReference``.
 
     Raises:
+        TypeError: if ``method`` makes no ``PromptMethod``.
         ValueError: if the method asks for what cannot be done with such a backbone.
     """
 
@@ -76,6 +77,8 @@ class PromptedReference(nn.Module):
         weight = pixel_layer(self.backbone).weight
         with torch.device(weight.device):
             method = make(Geometry.of(self.backbone, self.widths, self.in_channels, self.patch_size))
+        if not isinstance(method, PromptMethod):
+            raise TypeError(f"method= makes a {type(method).__name__}: expected a PromptMethod")
         supported = structure_of(self.backbone).SUPPORTS
         for name in ("reads_tokens", "gives_keys_values", "carry_prompts"):
             if getattr(method, name) and name not in supported:

@@ -445,6 +445,14 @@ def test_what_makes_no_method_is_refused(model, make):
         model(NAME, 6, method=make, **SIZE)
 
 
+@pytest.mark.parametrize("model", [PromptedReference, MethodViT, TunedViT])
+@pytest.mark.parametrize("made", [None, nn.Identity()])
+def test_a_function_that_makes_no_method_is_refused(model, made):
+    kind = model.KIND.__name__ if hasattr(model, "KIND") else "PromptMethod"
+    with pytest.raises(TypeError, match=f"method= makes a {type(made).__name__}: expected a {kind}"):
+        model(NAME, 6, method=lambda _: made, **SIZE)
+
+
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_a_method_of_the_other_kind_is_refused(name):
     other = TunedViT if issubclass(CLASSES[name], PromptMethod) else MethodViT
