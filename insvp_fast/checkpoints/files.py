@@ -123,7 +123,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
         listed = dict(json.loads(index.read_text())["weight_map"])
         names = sorted(set(listed.values()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{index}: found no index of safetensors: expected weight_map in it") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
@@ -145,7 +145,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        found = "a pickle" if "allow_pickle" in str(error) else "a truncated or foreign file"
+        found = "a pickle" if "Object arrays" in str(error) else "a truncated or foreign file"
         raise CheckpointError(f"{file}: found {found} in it: expected arrays as numpy.savez writes them") from error
 
 
@@ -183,7 +183,7 @@ def read_torch(file: Path) -> Any:
     try:
         # timm's train.py saves its options as a Namespace; unpickling one sets attributes and calls nothing
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a file is refused
+            warnings.filterwarnings("ignore", "Detected pickle protocol|.*looks like a TorchScript")  # both are refused
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -363,12 +363,21 @@ def test_what_is_in_the_cache_needs_no_hub(tmp_path):
 
 
 def test_another_revision_in_the_cache_does_not_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_hub_answers", lambda seconds: False)
+    asked: list[float] = []
+    monkeypatch.setattr(files, "_hub_answers", lambda seconds: asked.append(seconds))
+    monkeypatch.setattr(files, "hf_hub_download", lambda place, name, **hub: name)
+    monkeypatch.setattr(files.constants, "HF_HUB_OFFLINE", False)
     repository = tmp_path / "models--someone--flowers"
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots" / ("0" * 40) / "model.safetensors").touch()
     files.require_hub("someone/flowers", (".safetensors",), None, tmp_path)
+    assert files.find_file("someone/flowers", "model.safetensors", {"cache_dir": tmp_path}) == Path("model.safetensors")
+    assert asked == []
     with pytest.raises(CheckpointError, match="someone/flowers is not in the cache of the Hub, and .* not answer"):
         files.require_hub("someone/flowers", (".safetensors",), "v2", tmp_path)
+    monkeypatch.setattr(files.constants, "HF_HUB_ETAG_TIMEOUT", 7)
+    with pytest.raises(CheckpointError, match="does not answer within 7 seconds"):
+        files.find_file("someone/flowers", "model.safetensors", {"cache_dir": tmp_path, "revision": "v2"})
+    assert asked == [files.HUB_TIMEOUT, 7]

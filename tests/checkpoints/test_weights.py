@@ -1,8 +1,11 @@
 """Backbone weights in every format: files are written here by other names, and give the outputs that they came from."""
 
 import contextlib
+import io
 import json
+import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from timm import create_model
 from torch import nn
 
 from insvp_fast.checkpoints.backbone import create_backbone, weights_report
-from insvp_fast.checkpoints.files import read_torch
+from insvp_fast.checkpoints.files import read_npz, read_torch, read_weights
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.commands import cli
 from insvp_fast.errors import CheckpointError
@@ -426,13 +429,29 @@ def test_every_kind_of_file_is_read(suffix, tmp_path):
     assert backbone_sha256(backbone, torch.float32) == backbone_sha256(model, torch.float32)
 
 
-def test_a_shard_elsewhere_is_refused(tmp_path):
-    safetensors.torch.save_file(model_of().state_dict(), tmp_path / "w.safetensors")
-    (tmp_path / "in").mkdir()
-    index = tmp_path / "in" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"cls_token": "../w.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"found the file '../w.safetensors': expected one beside it"):
-        create_backbone(f"{VIT}@{index}", **SMALL)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "found no index of safetensors"),
+        ("3", "found no index of safetensors"),
+        ("{}", "found no index of safetensors"),
+        ('{"weight_map": 3}', "found no index of safetensors"),
+        ('{"weight_map": {"a": "w.safetensors", "b": 3}}', "found no index of safetensors"),
+        ('{"weight_map": {"a": ["w.safetensors"]}}', "found no index of safetensors"),
+        ('{"weight_map": {"a": 3}}', "found the file 3: expected one beside it"),
+        ('{"weight_map": {"a": "../w.safetensors"}}', "found the file '../w.safetensors': expected one beside it"),
+        ('{"weight_map": {"a": "v.safetensors"}}', "found the file 'v.safetensors': expected one beside it"),
+        ('{"weight_map": {"b": "w.safetensors"}}', r"differ in \['a', 'b'\]: expected the same tensors"),
+    ],
+)
+def test_a_wrong_index_of_files_is_refused(content, message, tmp_path):
+    folder, index = tmp_path / "in", tmp_path / "in" / "model.safetensors.index.json"
+    folder.mkdir()
+    for file in (tmp_path / "w.safetensors", folder / "w.safetensors"):
+        safetensors.torch.save_file({"a": torch.ones(1)}, file)
+    index.write_text(content)
+    with pytest.raises(CheckpointError, match=f"model.safetensors.index.json: .*{message}"):
+        read_weights(index)
 
 
 def test_a_head_of_another_size_is_left_out_with_a_warning(tmp_path):
@@ -539,6 +558,44 @@ def test_a_damaged_file_is_an_error_of_checkpoints(position, tmp_path):
         file.write_bytes(content)
         with contextlib.suppress(CheckpointError):
             read_torch(file)
+
+
+def test_a_damaged_or_foreign_npz_file_is_an_error_of_checkpoints(tmp_path):
+    streams = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.savez_compressed(streams[0], a=np.arange(1000))
+    np.save(streams[1], np.ones(3))
+    np.savez(streams[2], a=np.array([{}], dtype=object))
+    whole, array, objects = (stream.getvalue() for stream in streams)
+    damaged = whole[:60] + b"\xff" * 10 + whole[70:]
+    for content in (b"", b"text", array, whole[:100], damaged, pickle.dumps({"a": 1})):
+        (tmp_path / "x.npz").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"x.npz: found a truncated or foreign file in it: expected arrays"):
+            read_npz(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes(objects)
+    with pytest.raises(CheckpointError, match=r"x.npz: found a pickle in it: expected arrays"):
+        read_npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (lambda file: torch.save({"a": Path()}, file), "one with code, .*: it asks for pathlib.PosixPath"),
+        (lambda file: torch.save({"a": torch.ones(1)}, file, pickle_protocol=4), "not tensors of torch.save$"),
+        (
+            lambda file: torch.jit.save(torch.jit.script(nn.Identity()), file),
+            "found a TorchScript archive, which is",
+        ),
+    ],
+    ids=["path", "protocol", "TorchScript"],
+)
+def test_a_file_with_code_is_refused_in_one_error(save, message, tmp_path, recwarn):
+    save(tmp_path / "x.pth")
+    recwarn.clear()  # of what torch says about TorchScript
+    with pytest.raises(CheckpointError, match=f"x.pth: .*{message}"):
+        read_torch(tmp_path / "x.pth")
+    assert not recwarn.list
+    with pytest.raises(FileNotFoundError):
+        read_torch(tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("file", ["weights.npz", "weights.pth", "weights.bin"])
