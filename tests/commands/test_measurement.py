@@ -287,6 +287,11 @@ def test_a_table_says_what_a_row_says():
     text = tables.table([row(**values, error=3e-4), row(**values, **{"saved MB per image": 31.9})])
     title = f"| {TINY}, inference | fp32 | 8 | bare timm model | 2.00 | 0.50 (0.20-0.80) | 1.25 |"
     assert text.splitlines()[2:] == [f"{title}  | 3e-04 |", f"{title} 32 MB |  |"]
+    assert tables.table([row(provider="authors")]).splitlines()[-1].split(" | ")[3] == "authors"  # has no other name
+    told = "batch 8:   4.0000 s,      2.00 images/s, ratio 0.50 (0.20-0.80), floor ratio 1.25"
+    assert tables.line(row(**values, error=3.14e-4)).endswith(f"{told}, error 3.1e-04")
+    more = {"peak MB": 1234.4, "saved MB per image": 31.94}
+    assert tables.line(row(**values, **more)).endswith(f"{told}, saved 31.9 MB/image, peak 1234 MB")
 
 
 @pytest.mark.parametrize("trees", [("a", "b"), ("a", "a")])

@@ -209,6 +209,11 @@ def test_tables_beside_each_other_and_a_table_alone(tmp_path):
     (tmp_path / "train.txt").write_text("x/0.png elk\n")
     with pytest.raises(DataError, match="found train.csv and train.txt: expected one list for train"):
         load_data(str(tmp_path), SMALL, 0)
+    (tmp_path / "train.txt").unlink()
+    (tmp_path / "train.csv").write_text("path,label,split\nx/0.png,elk,train\n")
+    (tmp_path / "test.csv").write_text("x/1.png,elk\n")
+    with pytest.raises(DataError, match="found a column of splits in one of 2 lists: expected one list then"):
+        load_data(str(tmp_path), SMALL, 0)
     (tmp_path / "my_test.csv").write_text("".join(names))
     with pytest.raises(DataError, match="my_test.csv: found test alone: expected train as well"):
         load_data(str(tmp_path / "my_test.csv"), SMALL, 0)
@@ -336,6 +341,10 @@ def test_several_labels_per_image(kind, cached, tmp_path):
             target = part[n][1]
             assert target.dtype == torch.float32 and target.shape == (3,)
             assert target.tolist() == [name in labels for name in names]
+    if kind == "columns":  # in which one label each is no reason for one label each
+        list_file.write_text("path,yak,elk,owl,set\nx/0.png,0,1,0,train\nx/1.png,1,0,0,val\nx/2.png,0,0,0,test\n")
+        assert load_data(str(list_file), SMALL, 0).test[0][1].tolist() == [0, 0, 0]
+        list_file.write_text(MULTI[kind])
     # a model's order of classes, and lists of which only the others hold several labels
     tested = load_test_data(str(list_file), SMALL, 0, ["owl", "yak", "elk"])
     assert tested.classes.tolist() == [[0.0, 1.0, 1.0]]

@@ -62,6 +62,7 @@ def test_names_of_sets_are_known_without_torch():
 
 LISTS = {
     "lines.txt": "a b.png 10\n\n  c.png   9  \n",
+    "windows.txt": "\ufeffa b.png 10\r\nc.png 9\r\n",
     "object.json": json.dumps({"a b.png": 10, "c.png": "9"}),
     "pairs.json": json.dumps([["a b.png", 10], ["c.png", 9]]),
     "UPPER.JSON": '{"a b.png":\t10, "c.png": 9}',
@@ -90,6 +91,7 @@ def test_lists_of_each_kind(name, tmp_path):
         ("list.parquet", b"PAR1\x15\x04\x15\xa0", r"not UTF-8 .*: expected .*, \.txt, \.json, \.csv, \.tsv"),
         ("train-000.tar", b"", r"found an archive: expected a list, or `wds/.*` for a folder of archives"),
         ("train-000.TAR", b"", r"found an archive: expected a list, or `wds/.*` for a folder of archives"),
+        ("list.csv", f"a.png,{'x' * 2**18}", "not a list of images that can be read .*larger than field limit"),
         ("list.tsv", "a.png elk\nb.png owl\n", "found a.png elk: expected the columns path, label and"),
         ("list.txt", "a.png elk\nb.png owl\na.png owl\n", "found a.png twice, as elk and as owl: expected each"),
         ("list.txt", "a.png elk\n./a.png elk\n", "found ./a.png twice, as elk: expected each image once"),
