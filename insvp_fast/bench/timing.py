@@ -81,7 +81,7 @@ def compare(
     rounds: int,
     config: str = "paper",
     make: Callable[..., nn.Module] = make_model,
-    **kwargs: Any,
+    **backbone_kwargs: Any,
 ) -> list[Row]:
     """Time models against each other.
 
@@ -91,7 +91,7 @@ def compare(
         providers: what ``make`` builds; ratios are to the first.
         name: of the model in timm, a ViT or a Swin.
         config: one of ``CONFIGS``.
-        kwargs: further arguments of ``make``.
+        backbone_kwargs: for ``timm.create_model``; ``make`` gets them too.
 
     Returns:
         One row per provider: median seconds, ratio, the floor ratio and the rates of products that it is made of, and
@@ -99,9 +99,9 @@ def compare(
         pass saves for backward; on a GPU also its peak memory.
     """
     amp = AUTOCAST_DTYPES[precision]
-    models = {provider: make(provider, name, CONFIGS[config], **kwargs) for provider in providers}
+    models = {provider: make(provider, name, CONFIGS[config], **backbone_kwargs) for provider in providers}
     runs = {provider: JOBS[job](model, batch, amp) for provider, model in models.items()}
-    block = BlockProducts(name, CONFIGS[config], batch, amp or torch.float32, **_of_backbone(kwargs))
+    block = BlockProducts(name, CONFIGS[config], batch, amp or torch.float32, **backbone_kwargs)
     seconds = alternate({**runs, **block.runs}, rounds)
     exact: dict[str, Tensor] = {}
     rows = []
@@ -110,7 +110,7 @@ def compare(
         row |= {"batch": batch, "rounds": rounds, **summarize(seconds[provider], seconds[providers[0]])}
         row["images per second"] = batch / row["seconds"]
         kind = "bare" if provider.startswith("bare") else "reference"
-        flops = batch * needed_flops(kind, name, CONFIGS[config], job != "inference", **_of_backbone(kwargs))
+        flops = batch * needed_flops(kind, name, CONFIGS[config], job != "inference", **backbone_kwargs)
         row |= {"floor ratio": block.floor_ratio(seconds[provider], flops, seconds), "products": block.rates(seconds)}
         if DEVICE.type == "cuda":
             row["peak MB"] = peak_bytes(runs[provider], model) / 1e6
@@ -118,14 +118,10 @@ def compare(
             row["saved MB per image"] = saved_mb_per_image(provider, model, batch, amp)
         elif provider != "authors":  # its weights are its own
             if kind not in exact:
-                exact[kind] = _exact_logits(kind, name, batch, config, **kwargs)
+                exact[kind] = _exact_logits(kind, name, batch, config, **backbone_kwargs)
             row["error"] = relative_error(runs[provider]()["logits"], exact[kind])
         rows.append(row)
     return rows
-
-
-def _of_backbone(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key != "options"}  # those are of InsVPViT
 
 
 def _exact_logits(kind: str, name: str, batch: int, config: str, **kwargs: Any) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from insvp_fast.commands import cli
 from insvp_fast.data import insvp_preprocessing, load_data, load_test_data
 from insvp_fast.data.folders import require_class_folders
-from insvp_fast.data.lists import find_lists
+from insvp_fast.data.lists import find_lists, read_lists
 from insvp_fast.data.load import divide_source
 from insvp_fast.data.sources import read_source
 from insvp_fast.data.splits import stratified_split, three_way_split
@@ -223,6 +223,8 @@ def test_a_folder_is_no_list(tmp_path):
     (tmp_path / "train.txt").touch()
     (tmp_path / "test.txt").mkdir()
     assert find_lists(tmp_path / "train.txt") == {"train": tmp_path / "train.txt"}
+    with pytest.raises(DataError, match="test.txt: not a list of images that can be read"):
+        read_lists({"test": tmp_path / "test.txt"})
 
 
 def test_an_image_of_any_ending_beside_the_folders_of_classes_is_refused(tmp_path):
@@ -259,7 +261,9 @@ def test_names_of_lists_in_any_case(names, given, tmp_path):
     for source in given.split():
         assert find_lists(tmp_path / source) == dict(zip(("train", "val", "test"), files, strict=True))
     (tmp_path / "trainval.json").touch()
+    (tmp_path / "animals.csv").touch()
     alone = {
+        "animals.csv": "train",
         "constrained_val.txt": "val",
         "Testing.txt": "test",
         "test_pretrained.csv": "test",
@@ -308,7 +312,11 @@ def test_tables_that_are_refused(text, message, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("train.txt", "a.png 1e-3\n"), ("train.txt", "a.png 1\nb.png -0.5\n"), ("train.json", '{"a.png": 0.5}')],
+    [
+        ("train.txt", "a.png 1E-3\nb 1e-3\n"),
+        ("train.txt", "a.png 1\nb.png -0.5\n"),
+        ("train.json", '{"a.png": 0.5}'),
+    ],
 )
 def test_regression_is_refused_in_every_list(name, text, tmp_path):
     (tmp_path / name).write_text(text)

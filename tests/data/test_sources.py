@@ -85,6 +85,7 @@ def test_lists_of_each_kind(name, tmp_path):
         ("list.json", "[]", "found an empty list"),
         ("list.json", "3", "found 3: expected an object path -> label, or an array"),
         ("list.json", '[["a.png"]]', "expected an object path -> label, or an array"),
+        ("list.json", "[[3, 1]]", r"found \[3, 1\]: expected an object path -> label, or an array"),
         ("list.json", '{"a.png": [1]}', "expected an object path -> label, or an array"),
         ("list.json", '{"a.png": null}', "expected an object path -> label, or an array"),
         ("list.txt", b"\xff\xfe\x00", "not UTF-8 .*: expected a list saved as UTF-8"),

@@ -1,6 +1,7 @@
 """Each format of exported files, written from a tiny model, loaded and run on other sizes than it was traced with."""
 
 import copy
+import dataclasses
 import importlib
 import logging
 import shutil
@@ -16,7 +17,7 @@ from insvp_fast import InsVPConfig, InsVPReference, InsVPViT
 from insvp_fast.data import transform_for
 from insvp_fast.data.images import Images
 from insvp_fast.errors import CheckpointError, ExportError
-from insvp_fast.export import FORMATS, Facts, export_model, formats, load, measure_loss, onnx, programs
+from insvp_fast.export import FORMATS, ExportedModel, Facts, export_model, formats, load, measure_loss, onnx, programs
 from insvp_fast.export.graph import Graph, standard_model
 from insvp_fast.export.parity import check_parity
 from insvp_fast.testing import make_pair, relative_error
@@ -148,9 +149,24 @@ def test_wrong_logits_are_refused(model, facts):
 
     errors = [p.relative_error for p in check_parity(model, lambda batches: run(batches, lambda y: y), facts)]
     assert errors == [0, 0]
+    (less, _) = check_parity(model, lambda batches: run(batches, lambda y: y - 1e-6), facts)
+    assert less.largest_difference == pytest.approx(1e-6, rel=0.5)
     for change in (lambda y: y * (1 + 2e-5), lambda y: y.roll(1, 0) if len(y) > 1 else y, lambda y: y * float("nan")):
         with pytest.raises(ExportError, match="the exported logits are not the model's: batch"):
             check_parity(model, lambda batches, change=change: run(batches, change), facts)
+
+
+def test_a_loss_is_of_the_answers_and_of_classes_only_where_all_are_known(model, facts):
+    two = dataclasses.replace(facts, input=[2, 3, 32, 32])  # images at once, of which the file takes no other number
+    pixels = np.stack([*map(np.asarray, pictures(4, 32, 32))])
+    with torch.no_grad():
+        logits = torch.cat([model(facts.prepare(Image.fromarray(image))[None]) for image in pixels])
+    classes = [*logits[:3].argmax(1).tolist(), logits[3].argmin().item()]  # the last is wrong before, and right after
+    turned = measure_loss(model, ExportedModel(lambda images: -model(images), two), Images(pixels, classes))
+    assert turned[:4] == (4, 0.75, 0.25, 0)
+    unknown = Images(pixels, [*classes[:3], -1])
+    less = measure_loss(model, ExportedModel(lambda images: model(images) - 0.25, two), unknown)
+    assert less[:4] == (4, None, None, 1) and less.largest_difference == pytest.approx(0.25, rel=1e-5)
 
 
 def test_a_file_that_does_not_load_is_not_left(model, file, facts, monkeypatch):
