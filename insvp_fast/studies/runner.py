@@ -52,7 +52,7 @@ def train_entries(
     Raises:
         KeyboardInterrupt: if a run was interrupted.
     """
-    known, interrupted, one_at_a_time, gpus = read_runs(folder), Event(), Lock(), _gpus_of(1 if launcher else jobs)
+    known, interrupted, one_at_a_time, gpus = read_runs(folder), Event(), Lock(), _gpus_of(jobs)
 
     def train_one(number: int) -> int:
         if interrupted.is_set():

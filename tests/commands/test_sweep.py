@@ -214,6 +214,13 @@ def test_a_run_is_a_process_of_its_own(status):
     assert runner._launch([sys.executable, "-c", program], ["--lr", "1"], None) == status
 
 
+def test_the_log_of_a_launched_run_holds_its_errors(tmp_path):
+    program = "import os; os.write(1, b'epoch 1\\n'); os.write(2, b'a warning\\n')"
+    for _ in range(2):
+        assert runner._launch([sys.executable, "-c", program], [], tmp_path / "logs" / "a.log") == 0
+    assert (tmp_path / "logs" / "a.log").read_text() == 2 * "epoch 1\na warning\n"
+
+
 def test_failed_runs_are_counted(grid, trainer, capsys):
     trainer.stops_at = {1: 1, 2: -9, 3: 1, 4: 1}
     assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch"]) == 1
@@ -251,6 +258,9 @@ def test_a_dry_run_trains_nothing(grid, trainer, capsys):
     [
         ("[grid]\nlr = 1", "lr is 1: expected a list of values"),
         ("[grid]\nrate = [1]", "rate is no setting"),
+        ("[grid]\nlr = []", "lr is []: expected a list of values"),
+        ("recipe = 1", "expected the tables [recipe] and [grid]\n"),
+        ("grid = 1", "expected the tables [recipe] and [grid]\n"),
         ("[seeds]\na = 1", "expected the tables [recipe] and [grid], found seeds"),
         ("[grid]\nlr = [0.001, 0.1, 1e-3]", "[grid] has the run {'lr': 0.001} twice"),
         ("[grid]\nimage_weights = [[0.7], 0.2, 0.7]\nseed = [4]", "{'image_weights': 0.7, 'seed': 4} twice"),

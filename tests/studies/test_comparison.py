@@ -21,7 +21,7 @@ from scipy import stats
 from insvp_fast.checkpoints.backbone import save_backbone
 from insvp_fast.commands import cli, paper
 from insvp_fast.data.sets import SETS
-from insvp_fast.errors import CommandError, TrainingError
+from insvp_fast.errors import INTERRUPTED, CommandError, TrainingError
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies import comparison, runner
 from insvp_fast.studies.comparison import Compared, compare
@@ -138,7 +138,7 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(probe=False).to_dict()}))
     epochs = [{"model": "InsVP", "epoch": epoch, "val_accuracy": epoch / 10} for epoch in (1, 2, 3)]
     on_val, on_test = {"kept_score": 0.9, "selected_on": "val"}, {"kept_score": 0.9, "selected_on": "test"}
-    for kept, facts, val in ((2, {}, 0.2), (0, on_val, 0.9), (0, on_test, None), (2, on_test, 0.2)):
+    for kept, facts, val in ((2, {}, 0.2), (0, on_val, 0.9), (2, on_val, 0.9), (0, on_test, None), (2, on_test, 0.2)):
         result = {"model": "InsVP", "trained_parameters": 7, "test_accuracy": 0.5, "kept_epoch": kept} | facts
         (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*epochs, result])))
         (score,) = scores_of(Found(tmp_path, Recipe()))
@@ -206,6 +206,7 @@ def test_without_a_score_on_val_no_rate_is_picked(trained, tmp_path, monkeypatch
     [
         (["--prompt-length", "4"], {"prompt_length": 4}),
         (["--released"], {"released": True}),
+        (["--released", "--head-init", "probe"], {"released": True, "head_init": "probe"}),
         (["--recipe", "mine.toml"], {"prompt_length": 5, "epochs": 4, "released": True, "select_on": "test"}),
     ],
 )
@@ -222,7 +223,7 @@ def test_other_methods_do_not_take_the_settings_of_insvp(options, expected, trai
     assert {name: getattr(probe, name) for name in expected if name not in own} == {
         name: value for name, value in expected.items() if name not in own
     }
-    assert probe.head_init == ("random" if ours.released else "auto")  # as InsVP's
+    assert probe.head_init == expected.get("head_init", "random" if ours.released else "auto")  # as InsVP's
 
 
 def test_the_data_sets_of_a_study_are_those_whose_files_are_there(tmp_path, capsys):
@@ -329,7 +330,7 @@ def test_figure_7_varies_only_prompts_that_are_on():
 
 def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):
     def compared(row: Row, accuracies: dict[int, float]) -> Compared:
-        facts = {"trained_parameters": 1234, "images_per_s": 5.0}
+        facts = {"trained_parameters": 1234, "images_per_s": 5.0, "peak_memory_mib": 321.4}
         scores = {seed: Score("InsVP", 0.5, accuracy, facts) for seed, accuracy in accuracies.items()}
         return Compared(row, 1e-3, True, scores)
 
@@ -337,8 +338,10 @@ def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):
     results = [compared(study.rows[0], {0: 0.5, 1: 0.7}), compared(study.rows[1], {1: 0.75, 2: 0.1})]
     text = report("table5", study, {"cub": results}, Protocol({}, (1e-3, 1e-2), (0, 1, 2)), tmp_path)
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
-    assert lines[2][1:-1] == ["no prompts", "1,234", "0.001*", "50.00", "60.00 ± 14.14", "–", "5", "–", "2", "85.3"]
-    assert lines[3][1:-1] == ["p_l", "1,234", "0.001*", "50.00", "42.50 ± 45.96", "+5.00", "5", "–", "2", "87.1"]
+    assert lines[2][1:-1] == ["no prompts", "1,234", "0.001*", "50.00", "60.00 ± 14.14", "–", "5", "321", "2", "85.3"]
+    assert lines[3][1:-1] == ["p_l", "1,234", "0.001*", "50.00", "42.50 ± 45.96", "+5.00", "5", "321", "2", "87.1"]
+    content = [line.split(",") for line in (tmp_path / "table5.csv").read_text().replace("1,234", "1234").splitlines()]
+    assert [len(cells) for cells in content] == [10] * 3 and content[2][:2] == ["cub", "p_l"]
     assert (tmp_path / "table5.md").read_text() == text
 
 
@@ -537,10 +540,11 @@ def test_the_cores_are_divided_among_the_jobs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner.multiprocessing, "get_context", lambda kind: Context())
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
-    for jobs in (2, 3, 16):
+    monkeypatch.setattr(runner.torch, "get_num_threads", lambda: 6)  # of one job, as they were
+    for jobs in (1, 2, 3, 16):
         with pytest.raises(RuntimeError, match="enough"):
             runner._fork(Recipe(), None, None, jobs, runner._gpus_of(jobs))
-    assert given == [4, 2, 1]
+    assert given == [6, 4, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -553,6 +557,8 @@ def test_the_cores_are_divided_among_the_jobs(tmp_path, monkeypatch):
         (1, None, 2, [None] * 2),
         (0, "", 2, [None] * 2),
         (1, "MIG-4,MIG-5", 2, ["MIG-4", "MIG-5"]),  # PyTorch sees one of them
+        (2, "HIP_VISIBLE_DEVICES", 2, [None] * 2),
+        (2, "ROCR_VISIBLE_DEVICES", 2, [None] * 2),
     ],
 )
 def test_the_gpus_are_given_to_the_jobs_in_turn(count, visible, jobs, expected, tmp_path, monkeypatch):
@@ -566,7 +572,9 @@ def test_the_gpus_are_given_to_the_jobs_in_turn(count, visible, jobs, expected, 
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(runner, "_run", run)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
+    if visible is not None and visible.endswith("_DEVICES"):
+        monkeypatch.setenv(visible, "0,1")
+    elif visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     entries = [Entry({"seed": seed}, Recipe(seed=seed), []) for seed in range(2 * jobs)]
     assert runner.train_entries(entries, tmp_path, jobs) == 0
@@ -584,6 +592,30 @@ def test_a_run_sees_its_gpu_alone(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runner._train(Recipe(), None, None, "2", torch.get_num_threads())
     assert len(seen) == 2 and "CUDA_VISIBLE_DEVICES is 2: expected a GPU that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt("resume it"), INTERRUPTED, "interrupted; resume it\n"),
+        (TrainingError("no data"), 1, "insvp train: error: no data\n"),
+        (ValueError("a fault"), 1, "ValueError: a fault\n"),
+    ],
+)
+def test_a_run_that_ends_early_says_why_and_has_its_status(error, status, told, threads, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def train(*arguments):
+        asked.append((*arguments, torch.get_num_threads()))
+        raise error
+
+    threads(2)
+    monkeypatch.setattr(runner, "train", train)
+    for resume in (None, tmp_path):
+        with pytest.raises(SystemExit) as stop:
+            runner._train(recipe := Recipe(), resume, None, None, 1)
+        assert stop.value.code == status and capsys.readouterr().err.endswith(told)
+    assert asked == [(recipe, None, 1), (None, tmp_path, 1)]  # a resumed run has its own recipe
 
 
 def test_all_that_a_run_prints_is_added_to_its_log(tmp_path, monkeypatch):
