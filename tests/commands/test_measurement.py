@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from torch.nn import functional
 
 from benchmarks import bench_gelu, bench_norm_insert, bench_superpose, results
 from benchmarks.operations import DTYPES, evaluate
@@ -16,7 +17,7 @@ from insvp_fast.bench import floor, models, tables, timing
 from insvp_fast.bench.floor import BlockProducts, needed_flops
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES
 from insvp_fast.runtime import products
-from insvp_fast.testing import DEVICE, saved_bytes
+from insvp_fast.testing import DEVICE, relative_error, saved_bytes
 from tools import speed
 
 TINY, CUT = "vit_tiny_patch16_224", {"img_size": 32, "depth": 1}
@@ -97,6 +98,37 @@ def test_the_products_of_a_block_are_made_by_all_that_can(dtype, monkeypatch):
         monkeypatch.setattr(products, "onednn_works", lambda dtype: True)
         monkeypatch.setattr(floor.native, "available", lambda dtype: True)
         assert floor._providers(dtype) == ["plain", "onednn", "native"]
+        monkeypatch.setattr(products, "onednn_works", lambda dtype: False)
+        assert floor._providers(dtype) == ["plain", "native"]
+        monkeypatch.setattr(floor.native, "available", lambda dtype: False)
+        assert floor._providers(dtype) == ["plain"]
+        monkeypatch.setattr(floor.hardware, "has_products", lambda dtype: False)
+        monkeypatch.setattr(products, "cpu_provider", lambda dtype: "widened")
+        assert floor._providers(dtype) == ["widened"]
+
+
+def test_a_product_is_made_by_what_its_name_says():
+    x, layer = torch.randn(4, 64).bfloat16(), products.FrozenLinear(torch.randn(32, 64).bfloat16())
+    made = {"plain": functional.linear, "widened": products.linear}
+    made |= {"onednn": floor.torch_private.packed_linear} if products.onednn_works(x.dtype) else {}
+    made |= {"native": floor.native.linear} if floor.native.available(x.dtype) else {}
+    for how, function in made.items():
+        product = floor._product(x, layer, how)
+        assert product.func is function
+        assert relative_error(product(), x.double() @ layer.weight.double().T) < 1e-2
+
+
+@pytest.mark.parametrize("part", ["patch_embed", "attn", "mlp", "block"])
+def test_a_part_whose_operations_are_not_known_is_refused(part):
+    with torch.device("meta"):
+        model = timm.create_model(TINY, **CUT)
+    floor.require_known(model)
+    if part == "block":
+        model.blocks.append(torch.nn.Identity())
+    else:
+        setattr(model if part == "patch_embed" else model.blocks[0], part, torch.nn.Identity())
+    with pytest.raises(ValueError, match="whose operations are known, found Identity"):
+        floor.require_known(model)
 
 
 def test_runs_alternate_and_the_rounds_before_are_not_timed(monkeypatch):
@@ -124,7 +156,7 @@ def rows_of(monkeypatch):
     seconds = {"bare": [2.0, 8.0, 4.0], "other": [1.0, 4.0, 8.0]}
     built = []
 
-    def rows(job, precision, other="insvp_fast", make=models.make_model):
+    def rows(job, precision, other="insvp_fast", make=models.make_model, config="paper"):
         def alternate(runs, rounds):
             for name in (*runs, other):
                 runs[name]()
@@ -137,7 +169,7 @@ def rows_of(monkeypatch):
 
         monkeypatch.setattr(timing, "alternate", alternate)
         monkeypatch.setattr(timing, "BlockProducts", products)
-        found = timing.compare(job, precision, ["bare", other], TINY, 4, 3, make=make, **CUT)
+        found = timing.compare(job, precision, ["bare", other], TINY, 4, 3, config, make=make, **CUT)
         return found, built[-1], seconds["other"]
 
     return rows
@@ -190,6 +222,14 @@ def test_weights_of_another_model_have_no_error(rows_of):
     bare, authors = rows_of("inference", "fp32", "authors", make)[0]
     assert "error" in bare and "error" not in authors
     assert "saved MB per image" in rows_of("training step", "fp32", "authors", make)[0][1]
+
+
+def test_a_compiled_model_is_measured_as_its_kind(rows_of):
+    def make(provider, *arguments, **kwargs):
+        return models.make_model(provider.removesuffix(" compiled"), *arguments, **kwargs)
+
+    bare, compiled = rows_of("inference", "fp32", "bare compiled", make, "released")[0]
+    assert compiled["error"] < 1e-5 and bare["config"] == compiled["config"] == "released"
 
 
 def test_the_bare_backbone_is_frozen_and_evaluated_and_images_are_random():

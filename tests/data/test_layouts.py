@@ -251,6 +251,7 @@ def test_folders_of_classes_may_hold_different_folders(tmp_path):
         ("TrainList01.txt ValList01.txt testlist01.txt", "TrainList01.txt"),
         ("train2017.tsv val2017.tsv test2017.tsv", "train2017.tsv"),
         ("test_run_train.txt test_run_val.txt test_run_test.txt", "test_run_train.txt"),
+        ("myTrainingSet.txt myvalset.txt mytestset.txt", "myTrainingSet.txt"),
         ("a+b_train.txt a+b_val.txt a+b_test.txt", "a+b_train.txt"),
     ],
 )
