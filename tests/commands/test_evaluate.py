@@ -14,6 +14,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 from insvp_fast import InsVPConfig, InsVPViT
 from insvp_fast.commands import cli, evaluate
 from insvp_fast.commands.options import make_folder
+from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.evaluation import evaluate_run
 from tests.commands.finished_run import CLASSES, noise, with_random_head, write_run
@@ -107,3 +108,20 @@ def test_eval_refuses_other_classes(run, tmp_path, capsys):
     assert "found the class wolf: expected some of the 6 classes of train: ant, bee" in capsys.readouterr().err
     assert cli.main(["eval", str(run), "--data", ""]) == 1
     assert "--data is '': no such folder or list" in capsys.readouterr().err
+
+
+def test_data_of_another_kind_and_none_at_all_are_refused(run, images, tmp_path):
+    place = images / "test" / "ant" / "0.png"
+    (tmp_path / "all.csv").write_text(f"path,labels,split\n{place},ant;bee,train\n{place},ant,test\n")
+    with pytest.raises(DataError, match="found several labels per image, expected one label, as the model was trained"):
+        evaluate_run(run, str(tmp_path / "all.csv"))
+    with pytest.raises(TrainingError, match="is an adapter, which does not say what it is tested on: expected `data`"):
+        evaluate_run(run / "adapter")
+
+
+def test_a_run_is_not_tested_on_images_that_training_may_have_seen(images, tmp_path):
+    model = with_random_head(InsVPViT(load_backbone(), len(CLASSES), InsVPConfig(prompt_length=2)))
+    model.trained_on = {"undivided_sha256": "0" * 64, "split_seed": 0}  # of other images
+    run = write_run(tmp_path / "run", images / "test", model, CLASSES)
+    with pytest.raises(DataError, match="training divided it, and its images have changed: the model may have seen"):
+        evaluate_run(run)

@@ -116,6 +116,9 @@ def test_a_product_is_made_by_what_its_name_says():
         product = floor._product(x, layer, how)
         assert product.func is function
         assert relative_error(product(), x.double() @ layer.weight.double().T) < 1e-2
+    called: list[bool] = []
+    floor._multiply([lambda: called.append(torch.is_inference_mode_enabled())] * 2)
+    assert called == [True, True]
 
 
 @pytest.mark.parametrize("part", ["patch_embed", "attn", "mlp", "block"])
