@@ -482,6 +482,21 @@ def test_a_jpeg_of_many_scans_is_refused(scans, inside, behind, tmp_path):
     assert read_image(file, max_pixels=None if scans > 100 else 2000).size == (32, 32)
 
 
+@pytest.mark.parametrize("marker", [b"\xff", b"\xff\0", b"\xff\x01", b"\xff\xd0", b"\xff\xd7"])
+def test_no_marker_without_content_hides_scans_of_a_jpeg(marker):
+    content = b"\xff\xd8" + marker + b"\xff\xda\0\2" * 101
+    with pytest.raises(DataError, match="it has over 100 scans"):
+        read_image(io.BytesIO(content), max_pixels=96 * 64)
+
+
+@pytest.mark.parametrize("magic", [b"II*\0", b"II+\0", b"II\0*", b"MM\0*", b"MM\0+", b"MM*\0"])
+def test_tags_of_every_kind_of_tiff_are_counted_before_it_is_opened(magic):
+    order, size, counter = "little" if magic[:1] == b"I" else "big", *((8, 8) if magic[2:3] == b"+" else (4, 2))
+    content = magic.ljust(size, b"\0") + (2 * size).to_bytes(size, order) + (10_001).to_bytes(counter, order)
+    with pytest.raises(DataError, match="it has 10,001 tags: expected at most 10,000"):
+        read_image(io.BytesIO(content), max_pixels=96 * 64)
+
+
 def test_a_jpeg_of_many_segments_is_refused():
     """Each is looked at before anything is decoded."""
     content = saved(Image.new("L", (32, 32)), "JPEG").read()
