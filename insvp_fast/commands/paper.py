@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, add_running, positive
+from insvp_fast.commands.options import add_json, add_running, make_folder, positive
 from insvp_fast.commands.settings import add_settings
 from insvp_fast.data.sets import DIGITS, SETS
 from insvp_fast.errors import CommandError, TrainingError
@@ -74,6 +74,7 @@ def run(
         study = study._replace(rows=method_rows(tuple(methods)))
     folder = Path(given.pop("output", Path("paper", table)))
     sets = _data_sets(study, recipe, given)
+    make_folder(folder)
     launch, rates = shlex.split(launcher or ""), [given["lr"]] if "lr" in given else rates or RATES
 
     def protocol(data: str) -> Protocol:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_json, add_running
+from insvp_fast.commands.options import add_json, add_running, make_folder
 from insvp_fast.errors import CommandError
 from insvp_fast.studies.entries import Entry, find_run, read_runs, scores_of, settings_of_probe, with_one_probe
 from insvp_fast.studies.grid import read_grid
@@ -54,6 +54,7 @@ def run(file: str, output: str | None, jobs: int, launcher: str | None, dry_run:
         commands = [f"insvp train {shlex.join(entry.arguments)}" for entry in entries]
         print(*commands, sep="\n")
         return {"commands": commands}
+    make_folder(folder)
     failed = 0
     try:
         failed = train_entries(

@@ -221,6 +221,15 @@ def test_the_log_of_a_launched_run_holds_its_errors(tmp_path):
     assert (tmp_path / "logs" / "a.log").read_text() == 2 * "epoch 1\na warning\n"
 
 
+@pytest.mark.parametrize("command", [["sweep", "grid.toml"], ["paper", "table5", "--data", "digits"]])
+def test_where_no_folder_can_be_made_nothing_is_trained(command, grid, trainer, capsys, monkeypatch):
+    monkeypatch.chdir(grid.parent)
+    Path("file").touch()
+    assert cli.main([*command, "--output", "file/out", "--launcher", "launch"]) == 1
+    error = "insvp: error: --output is file/out: no folder can be made there (Not a directory)"
+    assert capsys.readouterr().err.splitlines()[-1] == error and not trainer.commands
+
+
 def test_failed_runs_are_counted(grid, trainer, capsys):
     trainer.stops_at = {1: 1, 2: -9, 3: 1, 4: 1}
     assert cli.main(["sweep", str(grid), "--output", str(trainer.folder), "--launcher", "launch"]) == 1
