@@ -122,17 +122,17 @@ def test_general_path(variant):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "size", "shape"),
     [
-        ("vit_tiny_patch16_224", 40),
-        ("beit_base_patch16_224", 40),
-        ("eva02_tiny_patch14_224", 30),
-        ("swin_tiny_patch4_window7_224", 226),
+        ("vit_tiny_patch16_224", 40, {"depth": 2}),
+        ("beit_base_patch16_224", 40, {"depth": 2}),
+        ("eva02_tiny_patch14_224", 30, {"depth": 2}),
+        ("swin_tiny_patch4_window7_224", 114, {"depths": (1, 2), "num_heads": (3, 6)}),
     ],
 )
-def test_what_patches_leave_over_is_cut_as_timm_does(name, size):
+def test_what_patches_leave_over_is_cut_as_timm_does(name, size, shape):
     with pytest.warns(UserWarning, match=rf"patch_embed has img_size=\({size}, {size}\): expected"):
-        reference, fast = make_pair(name, InsVPConfig(patch_prompt=False, **NO_DROPOUT), img_size=size)
+        reference, fast = make_pair(name, InsVPConfig(patch_prompt=False, **NO_DROPOUT), img_size=size, **shape)
     assert_equal_numbers(reference, fast, images(fast))
 
 
