@@ -24,9 +24,9 @@ CONFIGS = {
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2}
 
 
-def make_models(config, change=lambda model: None):
+def make_models(config, change=lambda model: None, **sizes):
     """The reference and the fast model, with the same change of both."""
-    backbone = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    backbone = timm.create_model("vit_tiny_patch16_224", **(SIZES | sizes))
     reference = InsVPReference(copy.deepcopy(backbone), 5, CONFIGS[config])
     fast = InsVPViT(backbone, 5, CONFIGS[config])
     fast.load_state_dict(reference.state_dict())
@@ -123,7 +123,7 @@ def test_an_own_method_is_called(config, path, name, where):
 @torch.no_grad()
 def test_compiled_code_calls_a_method_that_is_replaced_later():
     """Each in its turn: a model is traced once more for each, and called as it was traced first in between."""
-    reference, fast = (model.eval() for model in make_models("paper"))
+    reference, fast = (model.eval() for model in make_models("paper", depth=1))
     torch.compiler.reset()
     image, compiled = images(), torch.compile(fast, backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(recompile_limit=2 * len(METHODS["paper"])):
