@@ -10,7 +10,6 @@ exact but for the rounding of W*g. So is a frozen factor of its outputs, the lay
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -201,7 +200,7 @@ def _by_rows(
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is no size where there are no columns
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])  # -1 is no size where there are no columns
 
 
 def _flat(x: Tensor) -> Tensor:
