@@ -33,9 +33,9 @@ from insvp_fast.ops.registry import (
     register,
     require,
     triton_reason,
-    widened,
 )
 from insvp_fast.runtime import hardware, native, torch_private
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = ["ATTENTION", "attention", "attention_bwd_reference", "attention_reference", "cpu_attention"]
 

@@ -10,17 +10,9 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from insvp_fast.ops.autograd import apply, differentiates, first_order, only_needed
-from insvp_fast.ops.registry import (
-    Implementation,
-    Size,
-    call,
-    native_reason,
-    register,
-    require,
-    triton_reason,
-    widened,
-)
+from insvp_fast.ops.registry import Implementation, Size, call, native_reason, register, require, triton_reason
 from insvp_fast.runtime import native
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = ["conv", "conv_bwd_reference", "conv_reference", "conv_triton_reason"]
 

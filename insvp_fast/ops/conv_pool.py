@@ -19,16 +19,9 @@ from insvp_fast.ops.conv import (
     margin,
     narrow_grads,
 )
-from insvp_fast.ops.registry import (
-    Implementation,
-    Size,
-    call,
-    register,
-    require,
-    triton_reason,
-    widened,
-)
+from insvp_fast.ops.registry import Implementation, Size, call, register, require, triton_reason
 from insvp_fast.runtime import native
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = ["conv_pool", "conv_pool_bwd_reference", "conv_pool_reference", "conv_pool_triton_reason"]
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, save, saved
 from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
-from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason, widened
+from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason
 from insvp_fast.runtime import native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate_bwd
+from insvp_fast.runtime.dtypes import widened
 from insvp_fast.runtime.products import FrozenLinear
 
 __all__ = ["KEEP", "derivative_code", "derivative_from_code", "mlp"]

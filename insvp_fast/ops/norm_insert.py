@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, only_needed, save, saved
-from insvp_fast.ops.registry import (
-    Implementation,
-    call,
-    native_reason,
-    register,
-    require,
-    triton_reason,
-    widened,
-)
+from insvp_fast.ops.registry import Implementation, call, native_reason, register, require, triton_reason
 from insvp_fast.runtime import buffers, native
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = ["norm_insert", "norm_insert_bwd_reference", "norm_insert_reference"]
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from insvp_fast.runtime import native, torch_private, triton_kernels
-from insvp_fast.runtime.dtypes import widened
 
 __all__ = [
     "PACKS",
@@ -37,7 +36,6 @@ __all__ = [
     "run_alone",
     "tensor_fields",
     "triton_reason",
-    "widened",
 ]
 
 LIBRARY = Library("insvp_fast", "DEF")

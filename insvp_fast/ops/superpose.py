@@ -18,10 +18,10 @@ from insvp_fast.ops.registry import (
     register,
     require,
     triton_reason,
-    widened,
 )
 from insvp_fast.reference import fold, normalize, unfold
 from insvp_fast.runtime import native
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = ["Blend", "PatchWeights", "superpose", "superpose_bwd_reference", "superpose_reference"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import check_heads, merge_heads, split_heads, split_packed
-from insvp_fast.ops.registry import AnyTensor, Implementation, call, native_reason, register, require, widened
+from insvp_fast.ops.registry import AnyTensor, Implementation, call, native_reason, register, require
 from insvp_fast.runtime import native
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = ["WINDOW_ATTENTION", "window_attention", "window_attention_bwd_reference", "window_attention_reference"]
 
