@@ -100,8 +100,6 @@ def differentiates(arguments: Sequence[Any]) -> bool:
 class _NoBackward:
     """Takes what ``forward`` leaves to ``backward``, and keeps no tensor that it is asked to save."""
 
-    needs_input_grad = ()
-
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
