@@ -233,7 +233,7 @@ def launch_config(kind: str, K: int, R: int, dtype: torch.dtype, arch: int | str
     Raises:
         ValueError: for R outside of 1 to 128.
     """
-    if not 1 <= R <= 128:
+    if not covers(R):
         raise ValueError(f"superpose: the hidden width must be 1 to 128, got {R}")
     BLOCK_R = max(16, triton.next_power_of_2(R))
     wide = dtype == torch.float32
