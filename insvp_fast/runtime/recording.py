@@ -52,7 +52,7 @@ def current() -> Recording | None:
     return _thread.recording
 
 
-def record(recording: Recording | None, function: Callable[[], T]) -> T:
+def record(recording: Recording, function: Callable[[], T]) -> T:
     """``function()``, of which ``recording`` takes note."""
     outside = _thread.recording
     try:
