@@ -36,7 +36,7 @@ __all__ = [
     "sdpa_order",
     "softmax_bwd",
     "transforming",
-]  # fmt: skip
+]
 
 
 def _attempt(function: Callable[[], Any], otherwise: Any) -> Any:
