@@ -4,8 +4,9 @@ One file per operation, all alike: the public function, which checks its argumen
 its gradient written out, ``<op>_bwd_reference``; the operands of the operators as named tuples; the autograd function;
 the implementations, each with the reason why it may not compute some operands; and their registration
 (``registry.py``). ``linear``, ``project_q_kv``, ``mlp`` and ``gated_mlp`` have PyTorch's own formulas,
-``absorbed_attention`` and ``query_attention`` consist of PyTorch's products, ``blend_prompts`` is no operator.
-Gradients are first-order only. ``programs.py`` runs the native calls of many operations in a row again.
+``absorbed_attention`` and ``query_attention`` that of ``attention``; ``query_attention`` and ``blend_prompts`` are no
+operators. Gradients are first-order only. ``programs.py`` runs the native calls of many operations in a row again,
+``graphs.py`` their kernels on a GPU.
 
 The functions hide the modules of the same name: import a formula by ``from insvp_fast.ops.superpose import
 superpose_reference``.

@@ -10,8 +10,8 @@
 - ``prepack``: the packed weights behind them, made once and again when they change.
 - ``fingerprint``: what tells that they have changed.
 - ``native``: the C++ library for CPUs.
-- ``triton_kernels``: whether those for GPUs can run.
 - ``recording``, ``programs``: its calls, recorded and run again.
+- ``triton_kernels``: whether those for GPUs can run.
 - ``cuda_graphs``: the kernels of a function on a GPU, launched all at once.
 - ``torch_private``: all that is used of PyTorch and not promised by it, with fallbacks.
 """
