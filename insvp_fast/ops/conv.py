@@ -38,7 +38,7 @@ def conv(
         dilation: of the kernel, from 1 on.
         height, width: of the result, at most H and W.
         relu: whether to end in a ReLU.
-        dtype: of the result; that of x if not given. Arithmetic is fp32, but on GPUs the operands of matrix
+        dtype: of the result; that of x if not given. Arithmetic is fp32 at least, but on GPUs the operands of matrix
             products have 16 bits if x or the result has. These compute the gradient of the weight, and all where the
             weight is large.
         operands: on CPUs, the dtype to which factors may be rounded where that is faster; None for none. With gradients

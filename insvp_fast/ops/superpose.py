@@ -58,9 +58,9 @@ def superpose(
     """The prompted image x + w_g·p_g + w_l·G_l(x), unfolded into patches, in one pass (eq. 5, 6 and 7).
 
     Args:
-        image, global_prompt: [B, C, H, W], fp32, bf16 or fp16; no global prompt, no such term. The image may be uint8.
+        image, global_prompt: [B, C, H, W], of floating dtypes, the image also of uint8; no global prompt, no such term.
         weights, blend: trained weights of the patch prompter, and fixed numbers.
-        dtype: of the result; the image's, for uint8 the scale's, if not given. Arithmetic is fp32.
+        dtype: of the result; the image's, for uint8 the scale's, if not given. Arithmetic is fp32 at least.
         scale, shift: [C], fp32, for a uint8 image u and for no other: x is u·scale + shift. Neither has a gradient.
         kept: [B, C, H, W], bool, dropout's mask: the patch prompt counts only where it is True. That what is left
             counts more, by 1 / (1 - p), is for ``patch_weight`` to say.
