@@ -244,7 +244,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _drops_out(prompter: nn.Module) -> bool:
-    """Whether dropout is on behind the last layer of a patch prompter."""
+    """Whether the dropout of a prompter is on."""
     dropout = getattr(prompter, "dropout", None)
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 

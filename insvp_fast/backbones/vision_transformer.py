@@ -190,12 +190,11 @@ def _constant(backbone: VisionTransformer, tokens: Tensor) -> Tensor:  # of [B, 
         constant: Tensor = backbone._pos_embed(torch.zeros(1, *shape, dtype=dtype, device=device))
         return constant
 
-    # for images of any size it would be kept too often
     if torch.compiler.is_compiling() or torch_private.dispatches([tokens]):
         return make()
     names = "pos_embed", "cls_token", "reg_token", "dist_token"
     sources = [w for name in names if (w := getattr(backbone, name, None)) is not None]
-    if backbone.dynamic_img_size or not sources:
+    if backbone.dynamic_img_size or not sources:  # for images of any size it would be kept too often
         return make()
     numbers = [
         (name, repr(value))
