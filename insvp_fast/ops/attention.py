@@ -284,7 +284,7 @@ def _num_keys_reason(a: _Fwd | _Bwd) -> str | None:
 
 
 def _fwd_sdpa(a: _Fwd) -> tuple[Tensor, Tensor]:
-    return _sdpa(*a).to(a.qkv.dtype).contiguous(), _nothing(a)
+    return _sdpa(*a).contiguous(), _nothing(a)
 
 
 def _fwd_triton(a: _Fwd) -> tuple[Tensor, Tensor]:
