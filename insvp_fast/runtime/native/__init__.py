@@ -3,7 +3,7 @@
 They check their arguments before C++ reads them, and return contiguous tensors.
 
 Raises:
-    ValueError: for a tensor of another shape, or on another device than the CPU.
+    ValueError: for a tensor of another shape, or on another device than the CPU; for sizes and indices outside of one.
     TypeError: for another dtype.
     RuntimeError: where the library is not in use; ``native_status()`` says why.
     MemoryError: where there is no memory for the results or the workspace.

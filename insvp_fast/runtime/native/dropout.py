@@ -39,7 +39,7 @@ def dropout_fwd(x: Tensor, p: float, generator: Generator) -> tuple[Tensor, Tens
 
 
 def dropout_mask(shape: Sequence[int], p: float, generator: Generator) -> Tensor:
-    """Where ``dropout_fwd`` keeps an element of a tensor of this shape."""
+    """Where ``dropout_fwd`` keeps an element of a tensor of this shape (bool). Errors: see ``native``."""
     kept = buffers.empty(shape, torch.bool)
     if kept.numel():
         _draw((None, None, 0), kept, p, 0.0, generator)
@@ -76,7 +76,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def dropout_bwd(grad: Tensor, kept: Tensor, p: float) -> Tensor:
-    """The gradient by x, of what ``dropout_fwd`` has kept."""
+    """The gradient by x, of what ``dropout_fwd`` has kept.
+
+    grad in float32 or bfloat16, of the shape of kept (bool); so is the result. Errors: see ``native``.
+    """
     grad = require("grad", grad, tuple(kept.shape), *TYPE_CODES)
     kept = require("kept", kept, tuple(kept.shape), torch.bool)
     d_x = buffers.empty(grad.shape, grad.dtype)
