@@ -1,4 +1,4 @@
-"""What a backbone family provides for the fast path of ``InsVPViT``."""
+"""What a backbone family provides for the fast path of ``PromptedViT``."""
 
 from __future__ import annotations
 

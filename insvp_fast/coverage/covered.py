@@ -77,8 +77,8 @@ def unsupported_reason(part: Covered) -> str | None:
     """Why a model or a prompter takes the general path, in words; None if it takes the fast path.
 
     Args:
-        part: an ``InsVPViT`` (the answer is about its backbone), or one of its prompters, which take a fast or general
-            path of their own.
+        part: an ``InsVPViT``, ``MethodViT`` or ``AdapterBank`` (the answer is about its backbone), or a prompter of the
+            first, which takes a fast or general path of its own.
 
     Raises:
         TypeError: for another module, which has no fast path.
