@@ -57,16 +57,16 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     recipe = _resolve(recipe, resume)
     accelerator = create_accelerator(recipe.amp, recipe.trackers)
     wanted = recipe.batch_size
-    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator, begins=resume is None)
+    recipe, backbone, data = _prepare(recipe, accelerator, begins=resume is None)
     logger = RunLogger(recipe, accelerator, Path(resume) if resume else None)
     with _advice_to_resume(logger.folder), locked(logger.folder) if logger.active else nullcontext():
-        logger.start(asked, insvp_config(recipe) if recipe.method == "insvp" else None, preprocessing, data, backbone)
+        logger.start(asked, insvp_config(recipe) if recipe.method == "insvp" else None, data, backbone)
         if report := weights_report(backbone):
             logger.say(f"backbone: {report}")
         if recipe.batch_size != wanted:
             logger.say(f"batch size {recipe.batch_size}: the largest up to {wanted} that fits into memory")
         for candidate in candidates_of(recipe):
-            train_candidate(candidate, backbone, data, logger, preprocessing)
+            train_candidate(candidate, backbone, data, logger)
         if recipe.pictures and accelerator.is_main_process:
             metric = score_name(recipe.metric_for(data.multi_label))
             plot_curves(logger.epochs, logger.folder / "curve.png", metric)
@@ -74,24 +74,18 @@ def train(recipe: Recipe | None = None, resume: str | Path | None = None) -> Pat
     return logger.folder
 
 
-def train_candidate(
-    candidate: Candidate,
-    backbone: nn.Module,
-    data: Data,
-    logger: RunLogger,
-    preprocessing: dict[str, Any],
-) -> nn.Module:
+def train_candidate(candidate: Candidate, backbone: nn.Module, data: Data, logger: RunLogger) -> nn.Module:
     """Train a model around a copy of the backbone."""
     recipe, accelerator = logger.recipe, logger.accelerator
     set_seed(recipe.seed)
-    model = _build_model(candidate, backbone, data, logger, preprocessing)
+    model = _build_model(candidate, backbone, data, logger)
     if candidate.method == LINEAR:
         train_linear_probe(candidate.name, model, data, logger)
         if candidate.is_adapter and accelerator.is_main_process:
             with replace_folder(logger.folder / "adapter") as new:
                 model.save_pretrained(new)
     else:
-        _fit(candidate, model, data, logger, preprocessing)
+        _fit(candidate, model, data, logger)
     accelerator.free_memory()
     return model
 
@@ -108,13 +102,13 @@ def find_lr(recipe: Recipe) -> float:
         raise TrainingError(f"`method` is {LINEAR}: it is fitted to convergence, without a learning rate")
     recipe = _resolve(recipe, None)
     accelerator = create_accelerator(recipe.amp)
-    recipe, backbone, data, preprocessing = _prepare(recipe, accelerator)
+    recipe, backbone, data = _prepare(recipe, accelerator)
     # a head that begins as a probe has nothing left to learn at small rates
     recipe = dataclasses.replace(recipe, head_init="random")
     folder = Path(recipe.output, f"{Path(recipe.data).resolve().name}-lr")
     candidate, logger = candidates_of(recipe)[-1], RunLogger(recipe, accelerator, folder)
     set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
-    model = _build_model(candidate, backbone, data, logger, preprocessing)
+    model = _build_model(candidate, backbone, data, logger)
     found = range_test(Trainer(candidate, model, data, logger))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,18 +116,16 @@ def find_lr(recipe: Recipe) -> float:
     return found.suggestion()
 
 
-def _build_model(
-    candidate: Candidate, backbone: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]
-) -> Any:
+def _build_model(candidate: Candidate, backbone: nn.Module, data: Data, logger: RunLogger) -> Any:
     recipe, accelerator = logger.recipe, logger.accelerator
     model: Any = build_model(candidate.method, recipe, backbone, len(data.class_names))
-    model.class_names, model.preprocessing = list(data.class_names), preprocessing
+    model.class_names, model.preprocessing = list(data.class_names), data.preprocessing
     model.multi_label, model.exif_rotation, model.trained_on = data.multi_label, recipe.exif_rotation, data.origin
     fit_clusters(model, data, recipe, accelerator)
     return model
 
 
-def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
+def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger) -> None:
     """Train by gradient descent; write the adapter and the plot of its prompts."""
     recipe, accelerator = logger.recipe, logger.accelerator
     if accelerator.num_processes > 1:
@@ -152,7 +144,7 @@ def _fit(candidate: Candidate, model: nn.Module, data: Data, logger: RunLogger, 
     trainer.save_adapter("adapter")
     if recipe.pictures and accelerator.is_main_process and candidate.method == "insvp":
         trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        _plot_prompts(trained, data, logger, preprocessing)
+        _plot_prompts(trained, data, logger)
     logger.log_result(result)
     trainer.save()
 
@@ -169,10 +161,8 @@ def _resolve(recipe: Recipe | None, resume: str | Path | None) -> Recipe:
     return dataclasses.replace(recipe, amp=resolve_amp(recipe.amp))
 
 
-def _prepare(
-    recipe: Recipe, accelerator: Accelerator, begins: bool = True
-) -> tuple[Recipe, nn.Module, Data, dict[str, Any]]:
-    """The recipe with a batch size that fits, the backbone, the data, and how its images are prepared.
+def _prepare(recipe: Recipe, accelerator: Accelerator, begins: bool = True) -> tuple[Recipe, nn.Module, Data]:
+    """The recipe with a batch size that fits, the backbone and the data.
 
     What does not fit together is refused here, before there is a folder and before anything is trained.
 
@@ -182,7 +172,7 @@ def _prepare(
     backbone = load_backbone(recipe.backbone, recipe.checkpoint, recipe.img_size)
     model: Any = build_model(recipe.method, recipe, backbone, 1)
     begins_as_probe(recipe, model)
-    data, preprocessing = _load_data(recipe, backbone, accelerator)
+    data = _load_data(recipe, backbone, accelerator)
     recipe.check_labels(data.multi_label)
     if begins and recipe.init_from:
         model.trained_on = data.origin
@@ -191,17 +181,15 @@ def _prepare(
     if recipe.auto_batch:
         model = build_model(recipe.method, recipe, backbone, len(data.class_names))
         fit_clusters(model, data, recipe, accelerator)
-        recipe = find_batch_size(recipe, model, tuple(preprocessing["input_size"]), accelerator)
-    return recipe, backbone, data, preprocessing
+        recipe = find_batch_size(recipe, model, tuple(data.preprocessing["input_size"]), accelerator)
+    return recipe, backbone, data
 
 
-def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) -> tuple[Data, dict[str, Any]]:
-    """The data set, and how its images are prepared."""
-    preprocessing = resolve_preprocessing(backbone, recipe.preprocessing)
+def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) -> Data:
     with accelerator.local_main_process_first():  # one process of each machine fills the cache
-        data = load_data(
+        return load_data(
             recipe.data,
-            preprocessing,
+            resolve_preprocessing(backbone, recipe.preprocessing),
             recipe.split_seed,
             root=recipe.root,
             protocol=recipe.protocol,
@@ -210,10 +198,9 @@ def _load_data(recipe: Recipe, backbone: nn.Module, accelerator: Accelerator) ->
             cache=str(CACHE) if recipe.cache else None,
             exif_rotation=recipe.exif_rotation,
         )
-    return data, data.preprocessing  # VTAB has its own
 
 
-def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing: dict[str, Any]) -> None:
+def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger) -> None:
     """Draw prompts.png: an image of each class of the test data."""
     labels = data.test.classes  # type: ignore[attr-defined]  # which all data sets of images have
     several = data.multi_label
@@ -223,7 +210,7 @@ def _plot_prompts(model: InsVPViT, data: Data, logger: RunLogger, preprocessing:
     if reason is not None:
         logger.say(f"prompts.png: {reason}")
     classes = None if several else [labels[index] for index in chosen]
-    plot_prompts(shown, data.class_names, preprocessing, logger.folder / "prompts.png", classes=classes)
+    plot_prompts(shown, data.class_names, data.preprocessing, logger.folder / "prompts.png", classes=classes)
 
 
 def _describe_steps(recipe: Recipe, accelerator: Accelerator) -> str:

@@ -24,6 +24,7 @@ from insvp_fast.config import InsVPConfig
 from insvp_fast.data import Data
 from insvp_fast.data.images import names_sha256
 from insvp_fast.data.lists import escaped
+from insvp_fast.data.sets import SPLITS
 from insvp_fast.errors import TrainingError
 from insvp_fast.json_files import read_json
 from insvp_fast.training.accelerator import from_main
@@ -66,14 +67,7 @@ class RunLogger:
             folder = from_main(accelerator, lambda: _new_folder(Path(recipe.output), Path(recipe.data).resolve().name))
         self.folder: Path = folder
 
-    def start(
-        self,
-        asked: Recipe,
-        config: InsVPConfig | None,
-        preprocessing: dict[str, Any],
-        data: Data,
-        backbone: nn.Module,
-    ) -> None:
+    def start(self, asked: Recipe, config: InsVPConfig | None, data: Data, backbone: nn.Module) -> None:
         """Write config.json, everything that determines the run, unless it exists; begin to log to the trackers.
 
         Args:
@@ -85,13 +79,11 @@ class RunLogger:
         """
         metric = score_name(self.recipe.metric_for(data.multi_label))
         self.shown = [metric] if data.multi_label or metric == "accuracy" else ["accuracy", metric]
-        splits = {split: getattr(data, split) for split in ("train", "val", "test")}
-        images = {split: len(part) for split, part in splits.items()}
 
         def write_config() -> None:
             for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
-            content = self._describe(asked, config, preprocessing, data, splits, backbone)
+            content = self._describe(asked, config, data, backbone)
             file = self.folder / CONFIG_FILE
             if file.exists():
                 _require_same_inputs(read_json(file, TrainingError), content)
@@ -101,24 +93,17 @@ class RunLogger:
         from_main(self.accelerator, write_config)
         names = [candidate.name for candidate in candidates_of(self.recipe)]
         start_trackers(self.accelerator, self.recipe, self.folder, self._run_id(), names)
-        self._say_protocol(preprocessing, data, images, metric)
+        self._say_protocol(data, metric)
 
-    def _describe(
-        self,
-        asked: Recipe,
-        config: InsVPConfig | None,
-        preprocessing: dict[str, Any],
-        data: Data,
-        splits: dict[str, Any],
-        backbone: nn.Module,
-    ) -> dict[str, Any]:
+    def _describe(self, asked: Recipe, config: InsVPConfig | None, data: Data, backbone: nn.Module) -> dict[str, Any]:
         """The content of config.json."""
+        splits = {split: getattr(data, split) for split in SPLITS}
         return {
             "id": secrets.token_hex(8),
             "recipe": absolute_paths(self.recipe, is_name).to_dict(),
             "asked": dict(asked.to_dict().items() - self.recipe.to_dict().items()),
             "insvp": config and config.to_dict(),
-            "preprocessing": preprocessing,
+            "preprocessing": data.preprocessing,
             "augmentation": data.augmentation,
             "class_names": data.class_names,
             "multi_label": data.multi_label,
@@ -139,15 +124,15 @@ class RunLogger:
             "working_folder": str(Path.cwd()),
         }
 
-    def _say_protocol(self, preprocessing: dict[str, Any], data: Data, images: dict[str, int], metric: str) -> None:
-        counts = ", ".join(f"{count} {split}" for split, count in images.items())
+    def _say_protocol(self, data: Data, metric: str) -> None:
+        counts = ", ".join(f"{len(getattr(data, split))} {split}" for split in SPLITS)
         classes = f"{len(data.class_names)} classes{_several_labels(data) if data.multi_label else ''}"
         self.say(f"{self.recipe.backbone} on {self.recipe.data}: {counts} images, {classes}")
         self.say(f"splits: {data.protocol}")
         split = self.recipe.selection_split
         best = "the best epoch" + (f" by {WORDS[metric].strip()}" if metric in WORDS else "")
         kept = "the last epoch" if split is None else f"{best} on {split}"
-        statistics = f"mean {_join(preprocessing['mean'])}, std {_join(preprocessing['std'])}"
+        statistics = f"mean {_join(data.preprocessing['mean'])}, std {_join(data.preprocessing['std'])}"
         augmentation = "augmentation {augmentation}, flips with probability {hflip:g}".format(**data.augmentation)
         self.say(f"preprocessing {self.recipe.preprocessing} ({statistics}), {augmentation}; keeps {kept}")
 
