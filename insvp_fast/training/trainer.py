@@ -256,13 +256,10 @@ class Trainer:
 
     def _evaluate_epoch(self) -> dict[str, float | None]:
         """The scores of an epoch; val's are None where val is trained on."""
-        scores: dict[str, float | None] = {}
         if self.recipe.retrain:
-            scores = dict.fromkeys((f"val_{score_name(self.metric)}", "val_loss"))
-        wanted = {"val": not self.recipe.retrain, "test": self.recipe.selection_split == "test"}
-        for split in (split for split, want in wanted.items() if want):
-            scores |= self._evaluate(self.model, split)
-        return scores
+            return dict.fromkeys((f"val_{score_name(self.metric)}", "val_loss"))
+        splits = ("val", "test") if self.recipe.selection_split == "test" else ("val",)
+        return {name: score for split in splits for name, score in self._evaluate(self.model, split).items()}
 
     def _evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         loader = self.eval_loaders[split]
