@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from insvp_fast.commands.options import add_model, check_address, port_number, positive, read_class_names
+from insvp_fast.commands.options import add_address, add_model, check_address, positive, read_class_names
 from insvp_fast.errors import CommandError
 
 SUMMARY = "try a trained model in a browser"
@@ -20,10 +20,7 @@ SUMMARY = "try a trained model in a browser"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=port_number, default=7860, help="the port, 0 for any that is free (default: 7860)"
-    )
+    add_address(parser, 7860)
     for option, default, text in (
         ("--max-bytes", 16 * 2**20, "bytes of an image"),
         ("--max-pixels", 25_000_000, "pixels of an image, by its header"),

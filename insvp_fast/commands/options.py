@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from insvp_fast.commands.settings import FIELDS
 from insvp_fast.errors import CommandError
-from insvp_fast.training.setting import SEED
+from insvp_fast.training.setting import Limits, at_least
 
 __all__ = [
     "RUN_OR_ADAPTER",
+    "add_address",
     "add_amp",
     "add_backbone",
     "add_json",
@@ -22,11 +24,10 @@ __all__ = [
     "add_running",
     "add_tta",
     "check_address",
+    "integer",
     "make_folder",
     "output_file",
-    "port_number",
     "positive",
-    "random_seed",
     "read_class_names",
 ]
 
@@ -36,24 +37,27 @@ RUN_OR_ADAPTER: dict[str, Any] = {
 }
 
 
-def positive(text: str) -> int:
-    """The argparse type of a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return int(text)
+def integer(limits: Limits) -> Callable[[str], int]:
+    """The argparse type of an integer that these limits accept; none accept one below 0."""
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and limits.accepts(int(text))):
+            raise argparse.ArgumentTypeError(f"{text}: expected {limits.expected}")
+        return int(text)
+
+    return parse
 
 
-def _not_negative(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
-    return int(text)
+positive = integer(at_least(1))
 
 
-def port_number(text: str) -> int:
-    """The argparse type of a port."""
-    if not (text.isdecimal() and int(text) < 2**16):
-        raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
-    return int(text)
+def add_address(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add the address that a server listens at."""
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
+    kind = integer(Limits(lambda number: number < 2**16, "a port, 0 to 65535"))
+    parser.add_argument(
+        "--port", type=kind, default=port, help="the port, 0 for any that is free (default: %(default)s)"
+    )
 
 
 def check_address(host: str, port: int) -> None:
@@ -71,13 +75,6 @@ def check_address(host: str, port: int) -> None:
         reason = os.strerror(number) if number > 0 else str(getattr(error, "strerror", error))
         problem = f"--host is {host!r} and --port {port}: no server can listen there ({reason})"
         raise CommandError(problem) from error
-
-
-def random_seed(text: str) -> int:
-    """The argparse type of a random seed."""
-    if not (text.isdecimal() and SEED.accepts(int(text))):
-        raise argparse.ArgumentTypeError(f"{text}: expected {SEED.expected}")
-    return int(text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +136,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=_not_negative,
+        type=integer(at_least(0)),
         metavar="N",
         help="processes that load images (default: as in training; 0 for an adapter)",
     )

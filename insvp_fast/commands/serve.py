@@ -13,11 +13,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from insvp_fast.commands.options import add_model, check_address, port_number, positive, read_class_names
+from insvp_fast.commands.options import add_address, add_model, check_address, integer, positive, read_class_names
 from insvp_fast.errors import CommandError
+from insvp_fast.training import setting
 
 SUMMARY = "serve trained models over HTTP"
-MAX_THREADS = 1024
+THREADS = setting.Limits(lambda number: 1 <= number <= 1024, "1 to 1024")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a run folder, an adapter folder, or the name of an adapter on the Hub; requests name it by the last part,"
     text += " or by NAME of NAME=RUN"
     add_model(parser, "runs", nargs="+", help=text)
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=port_number, default=8000, help="the port, 0 for any that is free (default: 8000)"
-    )
+    add_address(parser, 8000)
     for option, default, text in (
         ("--max-batch", 8, "images computed together"),
         ("--max-bytes", 16 * 2**20, "bytes of a request"),
@@ -46,15 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long an image waits for others to be computed with (default: 5)",
     )
     parser.add_argument(
-        "--threads", type=thread_count, metavar="N", help="CPU threads of the model (default: PyTorch's)"
+        "--threads", type=integer(THREADS), metavar="N", help="CPU threads of the model (default: PyTorch's)"
     )
-
-
-def thread_count(text: str) -> int:
-    """The argparse type of a number of threads."""
-    if not (text.isdecimal() and 1 <= int(text) <= MAX_THREADS):
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 to {MAX_THREADS}")
-    return int(text)
 
 
 def milliseconds(text: str) -> float:

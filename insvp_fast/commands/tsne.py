@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from insvp_fast.commands.options import add_backbone, add_json, add_loading, output_file, positive, random_seed
+from insvp_fast.commands.options import add_backbone, add_json, add_loading, integer, output_file, positive
 from insvp_fast.errors import CommandError
+from insvp_fast.training.setting import SEED
 
 SUMMARY = "draw features and specific prompts by t-SNE"
 Collected = tuple[dict[str, Any], tuple[list[tuple[str, int]], list[str]]]  # see _collect
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backbone(parser)
     parser.add_argument("--images", type=positive, metavar="N", default=1000, help="at most so many (default: 1000)")
     parser.add_argument(
-        "--seed", type=random_seed, metavar="N", default=0, help="of the choice and of t-SNE (default: 0)"
+        "--seed", type=integer(SEED), metavar="N", default=0, help="of the choice and of t-SNE (default: 0)"
     )
     parser.add_argument("--output", metavar="FILE", help=".png, .pdf or .svg (default: tsne.png, in the first RUN)")
     add_loading(parser)
