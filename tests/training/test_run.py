@@ -13,14 +13,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from insvp_fast import __version__
 from insvp_fast.commands import cli
-from insvp_fast.data import transform_for
 from insvp_fast.errors import InsVPError
 from insvp_fast.training import run as run_module
-from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.evaluation import evaluate_run
 from insvp_fast.training.load import load_run
 from insvp_fast.training.prediction import load_classifier, predict
@@ -96,21 +94,6 @@ def test_eval_repeats_the_test_accuracy(digits_run, few_digits):
     assert evaluate_run(digits_run.folder)[1].top1 == read_records(digits_run.folder)[-1]["test_accuracy"]
 
 
-def test_predict_agrees_with_the_model(digits_run, tmp_path):
-    digits = load_digits()
-    files = [str(tmp_path / f"{i}.png") for i in range(3)]
-    for file, picture in zip(files, digits.images, strict=False):
-        Image.fromarray(np.rint(picture * (255 / 16)).astype(np.uint8)).save(file)
-    transform = transform_for(resolve_preprocessing(load_backbone()))
-    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
-    with torch.inference_mode():
-        chances = digits_run.insvp.eval()(images).softmax(1)
-    for row, file, chance in zip(predict(load_classifier(digits_run.folder), files), files, chances, strict=True):
-        ((name, share),) = row.ranking
-        assert (row.file, name) == (file, str(chance.argmax().item()))
-        assert share == pytest.approx(chance.max().item(), abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("files", "settings", "message"),
     [
@@ -123,12 +106,6 @@ def test_predict_agrees_with_the_model(digits_run, tmp_path):
 def test_predict_refuses_what_would_classify_nothing(files, settings, message, digits_run):
     with pytest.raises(ValueError, match=message):
         next(predict(load_classifier(digits_run.folder), files, **settings))
-
-
-def test_predict_names_the_file_that_is_no_image(digits_run, tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
-    (row,) = predict(load_classifier(digits_run.folder), [str(tmp_path / "text.png")])
-    assert not row.ranking and "text.png: not an image" in row.error
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
