@@ -43,7 +43,6 @@ def run_benchmark(file: str | None, name: str, batch: int | None, rounds: int) -
 
 
 def _write(path: Path, name: str, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = path.with_suffix(".png")
     _plot(rows, picture)
     facts = "\n".join(f"- {key}: {value}" for key, value in machine_facts().items())

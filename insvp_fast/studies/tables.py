@@ -57,6 +57,5 @@ def write_table(folder: Path, name: str, header: Sequence[str], rows: Sequence[S
     """Write ``name.csv`` with the rows and ``name.md`` with the text."""
     content = io.StringIO()
     csv.writer(content, lineterminator="\n").writerows([header, *rows])
-    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / f"{name}.csv", content.getvalue().encode())
     write_file(folder / f"{name}.md", text.encode())

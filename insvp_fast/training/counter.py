@@ -36,9 +36,7 @@ class Counter:
         self.bar.__exit__()
 
     def add(self, images: int) -> None:
-        """Count images that are done now."""
-        if not images:
-            return
+        """Count images that are done now, one or more."""
         self.done += images
         now = time.perf_counter()
         speed = (self.done - self.before) / (now - self.start)

@@ -104,7 +104,6 @@ def test_scores_beside_a_bar_are_those_of_its_own_training():
 
 def count():
     with Counter("eval", 40, 8) as counter:
-        counter.add(0)
         counter.add(16)
         print("a line meanwhile")
         counter.add(16)
