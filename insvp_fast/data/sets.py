@@ -1,4 +1,4 @@
-"""The named data sets: classes, images per split, files on disk, where to get them. A plain table, without imports."""
+"""The named data sets: classes, images per split, files on disk, where to get them. A plain table."""
 
 from __future__ import annotations
 

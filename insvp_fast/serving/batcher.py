@@ -17,8 +17,7 @@ Result = TypeVar("Result")
 class Batcher(Generic[Item, Result]):
     """Collects items into batches, in the order of their arrival, and computes one batch at a time.
 
-    Batchers that share an executor of one thread take turns. What an item is, only ``compute`` knows: a function over
-    several adapters would take pairs of adapter and image.
+    Batchers that share an executor of one thread take turns. What an item is, only ``compute`` knows.
 
     Args:
         compute: as many results as items, in their order.

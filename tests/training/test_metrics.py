@@ -1,4 +1,4 @@
-"""Metrics and the plot of the confusion matrix."""
+"""Metrics."""
 
 import numpy as np
 import pytest
