@@ -353,7 +353,7 @@ def direction_rows(
     yield row | {"direction": "backward, by difference", "us": both["us"] - forward["us"]}
 
 
-def timed(run: Callable[[int], object], flops: float = 0.0, nbytes: float = 0.0) -> Row:
+def timed(run: Callable[[int], object], flops: float, nbytes: float = 0.0) -> Row:
     """Microseconds of a run, median and percentiles, and its rates; the run gets the number of the operands to use."""
     turn = itertools.count()
 

@@ -144,7 +144,7 @@ def activation_cases(arch: int | str) -> Iterator[Case]:
                 yield case(f"activation_bwd{suffix}-{label}", activation._activation_bwd_kernel, bwd, constants, "N")
 
 
-def attention_cases(arch: int | str, every_shape: bool = False) -> Iterator[Case]:
+def attention_cases(arch: int | str, every_shape: bool) -> Iterator[Case]:
     """ViT-B/16 with 9 prompts, the most tokens that ``attention.covers`` allows, and other shapes within."""
     bf16, fp16, d = torch.bfloat16, torch.float16, 64
     shapes = [(bf16, 12, 197, 206), (fp16, 3, 231, 240)]
@@ -286,12 +286,11 @@ def fingerprint_cases() -> Iterator[Case]:
 def cases(target: str, every_shape: bool = False) -> list[Case]:
     """Every kernel with the launch parameters for ``target``."""
     arch = int(target) if target.isdigit() else target
-    attentions = attention_cases(arch, every_shape)
     return [
         *superpose_cases(arch),
         *norm_insert_cases(arch),
         *activation_cases(arch),
-        *attentions,
+        *attention_cases(arch, every_shape),
         *conv_cases(arch),
         *windows_cases(arch),
         *conv_pool_cases(arch),

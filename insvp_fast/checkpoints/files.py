@@ -72,7 +72,7 @@ def find_file(place: str, name: str, hub: Mapping[str, Any]) -> Path:
 
 
 def require_hub(
-    repository: str, endings: tuple[str, ...], revision: str | None = None, cache_dir: str | Path | None = None
+    repository: str, endings: tuple[str, ...], revision: str | None, cache_dir: str | Path | None = None
 ) -> None:
     """Fail at once, where a download would retry for minutes: the file is not cached, and the Hub does not answer.
 

@@ -49,7 +49,7 @@ def read_source(source: str, seed: int = 0, root: str | None = None) -> Splits:
     return Splits({split: images_of_classes(files[split], classes, folders[split]) for split in files}, classes)
 
 
-def read_test_source(source: str, class_names: Sequence[str], seed: int = 0, root: str | None = None) -> Splits:
+def read_test_source(source: str, class_names: Sequence[str], seed: int, root: str | None) -> Splits:
     """Read the splits of a data set for testing alone: of a folder or list, only test, or else val, or else train.
 
     Args:

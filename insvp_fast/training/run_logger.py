@@ -48,7 +48,7 @@ class RunLogger:
     """Records a run in its folder and prints it; in distributed training only the main process writes and prints.
 
     Args:
-        folder: of a run that is resumed; None makes a new one, ``<output>/<data>-<n>``.
+        folder: of a run that is resumed, or of a range test; None makes a new one, ``<output>/<data>-<n>``.
 
     Attributes:
         epochs, results: the records of all epochs, and the final record of each model, so far.
@@ -57,7 +57,7 @@ class RunLogger:
         TrainingError: if the folder cannot be made.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path | None = None) -> None:
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: Path | None) -> None:
         self.recipe, self.accelerator, self.active = recipe, accelerator, accelerator.is_main_process
         self.shown = ["accuracy"]
         self.epochs: list[dict[str, Any]] = []

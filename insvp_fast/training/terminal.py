@@ -38,7 +38,7 @@ class Bar:
         shown: whether there is a bar.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0, active: bool = True) -> None:
+    def __init__(self, name: str, total: int, done: int, active: bool) -> None:
         self.shown, self.drawn = active and is_terminal(sys.stderr), 0.0
         self.progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
