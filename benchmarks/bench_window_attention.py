@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.operations import Operation, each_case, time_operation
 from insvp_fast import ops
-from insvp_fast.backbones.swin import tokens_of_windows
+from insvp_fast.backbones.windows import tokens_of_windows
 from insvp_fast.ops.window_attention import window_attention_reference
 from insvp_fast.testing import DEVICE
 
@@ -17,7 +17,7 @@ STAGES = {"first": (56, 4), "third": (14, 16)}  # side of the grid, heads
 
 def operation(stage: str) -> Operation:
     side, heads = STAGES[stage]
-    windows = tokens_of_windows((side, side), (7, 7), (3, 3), DEVICE)
+    windows = tokens_of_windows((side, side), (7, 7), (3, 3), torch.empty(0, device=DEVICE))
     (n, w), T = windows.shape, side * side
     bias, mask = torch.randn(heads, w, w, device=DEVICE), torch.randn(n, w, w, device=DEVICE)
     shape = {"num_heads": heads, "windows": windows, "bias": bias, "mask": mask, "scale": WIDTH**-0.5}

@@ -16,6 +16,8 @@ from insvp_fast.backbones.layers import Affine, in_own_dtype, norm_requirements
 from insvp_fast.coverage import Table, rule
 from insvp_fast.coverage.rules import IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
+from insvp_fast.runtime import torch_private
+from insvp_fast.runtime.prepack import packed
 
 __all__ = ["BIASES", "bias_tensors", "norm_heads", "project_q_kv", "project_qkv", "qkv_requirements"]
 
@@ -65,15 +67,21 @@ def project_q_kv(attn: Any, y: Tensor, affine: Affine, num_queries: int) -> tupl
 def _layers(attn: Any, affine: Affine) -> list[FrozenLinear]:
     """The packed layer, or the three layers of queries, keys and values.
 
-    Three parts of a bias make three layers: a bias put together here would be another tensor each time, and the weights
-    packed with it each time.
+    Three parts of a bias make three layers where no bias is kept: another one would be packed each time.
     """
     if attn.qkv is None:
         return [FrozenLinear.of(layer, *affine) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
     if getattr(attn, "q_bias", None) is None:
         return [FrozenLinear.of(attn.qkv, *affine)]
-    weights, biases = attn.qkv.weight.chunk(3), (attn.q_bias, attn.k_bias, attn.v_bias)
-    return [FrozenLinear(*layer, *affine) for layer in zip(weights, biases, strict=True)]
+    parts = attn.q_bias, attn.k_bias, attn.v_bias
+    if torch.compiler.is_compiling() or torch_private.dispatches(parts) or any(_unkept(part) for part in parts):
+        return [FrozenLinear(*layer, *affine) for layer in zip(attn.qkv.weight.chunk(3), parts, strict=True)]
+    return [FrozenLinear(attn.qkv.weight, packed(parts, "bias", lambda: torch.cat(parts)), *affine)]
+
+
+def _unkept(x: Tensor) -> bool:
+    """Whether what is made of a tensor is made in each pass; on a GPU it was not tried otherwise."""
+    return not x.is_cpu or x.is_inference()
 
 
 def _for_all_heads(attn: Any, x: Tensor) -> Tensor:

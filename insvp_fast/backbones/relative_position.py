@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
+from timm.layers import Mlp, PatchEmbed, RelPosBias, RelPosMlp
 from timm.models.beit import Attention, Beit, RelativePositionBias
 from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer_relpos import (
@@ -47,11 +47,13 @@ from insvp_fast.backbones.vit_blocks import (
     pre_norm_block,
     prefixed,
 )
+from insvp_fast.backbones.windows import position_bias, tokens_of_windows
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.relative_position import attention_bias
+from insvp_fast.runtime import native
 
 __all__ = [
     "SUPPORTS",
@@ -60,6 +62,7 @@ __all__ = [
     "embed",
     "final_norm",
     "forward_block",
+    "only_operations",
     "pixel_weight",
     "read_tokens",
     "requirements",
@@ -216,11 +219,25 @@ def forward_block(
     return order(run, attend, residual, branch, prompts, options, num_queries)
 
 
+def only_operations(
+    backbone: Beit | VisionTransformerRelPos,
+    block: int,
+    options: BlockOptions,
+    num_tokens: int,
+    num_queries: int | None,
+) -> bool:
+    """Only of BEiT's blocks, with a plain MLP, and with layer scales only where they are folded."""
+    blk = backbone.blocks[block]
+    if not isinstance(blk, BeitBlock) or num_queries is not None or options.attention not in ("auto", "native"):
+        return False
+    scaled = blk.gamma_1 is not None or blk.gamma_2 is not None
+    return isinstance(blk.mlp, Mlp) and (options.folds_scale or not scaled)
+
+
 def _attention(
     attn: Any, y: Tensor, affine: Affine, num_tokens: int, options: BlockOptions, num_queries: int | None
 ) -> Tensor:  # [B, S, D] -> [B, num_queries or T, D]
-    bias = attention_bias(attn, options.shared)
-    bias = None if bias is None else bias.flatten(0, -3)
+    bias = _bias(attn, options.shared)
     if num_queries is None:
         return _attend(attn, y, affine, num_tokens, bias, options.attention)
     bias = None if bias is None else bias[:, :num_queries]
@@ -230,11 +247,20 @@ def _attention(
     return ops.query_attention(q, kv, attn.num_heads, attn.scale, bias=bias)
 
 
+def _bias(attn: Any, shared: Tensor | None) -> Tensor | None:  # [heads, T, T]
+    """The bias of the scores; kept if it is looked up in a table of BEiT's alone."""
+    if isinstance(attn, Attention) and attn.relative_position_bias_table is not None and shared is None:
+        return position_bias(attn)
+    bias = attention_bias(attn, shared)
+    return None if bias is None else bias.flatten(0, -3)
+
+
 def _attend(attn: Any, y: Tensor, affine: Affine, num_tokens: int, bias: Tensor | None, impl: str) -> Tensor:
     packed = project_qkv(attn, y, affine)
     if isinstance(attn, RelPosAttention):
         packed = norm_heads(attn, packed, 3)
     if bias is None:
         return ops.attention(packed, attn.num_heads, num_tokens, attn.scale, impl=impl)
-    window = torch.arange(num_tokens, dtype=torch.int32, device=y.device).unsqueeze(0)
+    window = tokens_of_windows((1, num_tokens), (1, num_tokens), (0, 0), y)
+    native.lasting(window)
     return ops.window_attention(packed, attn.num_heads, window, bias, None, attn.scale, impl=impl)

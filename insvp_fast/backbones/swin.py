@@ -6,7 +6,6 @@ are other lists: nothing is rolled, cut, padded or put together again.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Hashable
 from typing import Any
@@ -29,16 +28,14 @@ from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import forward_mlp, norm_insert, norm_requirements
 from insvp_fast.backbones.vision_transformer import check_image, filled_size, patch_projection, pixel_weight
 from insvp_fast.backbones.vit_blocks import branch_requirements, inactive_dropout, prefixed
+from insvp_fast.backbones.windows import position_bias, tokens_of_windows
 from insvp_fast.coverage import Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR, difference
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
 from insvp_fast.reference.swin import locate
-from insvp_fast.runtime import buffers, native, torch_private
-from insvp_fast.runtime.dtypes import widened
+from insvp_fast.runtime import buffers, native
 from insvp_fast.runtime.elementwise import put, put_sum
-from insvp_fast.runtime.fingerprint import SMALL
-from insvp_fast.runtime.prepack import packed
 
 __all__ = [
     "SUPPORTS",
@@ -206,9 +203,8 @@ def forward_block(
     attn, mlp = blk.attn, blk.mlp
     residual, y, affine = norm_insert(blk.norm1, residual, branch, prompts, options)
     qkv = ops.linear(y, FrozenLinear.of(attn.qkv, *affine))
-    find = tokens_of_windows if type(residual) is Tensor else _tokens_of_windows  # a FakeTensor must not be kept
-    windows = find(grid, tuple(blk.window_size), tuple(blk.shift_size), residual.device)
-    summands = _position_bias(attn), blk.attn_mask
+    windows = tokens_of_windows(grid, tuple(blk.window_size), tuple(blk.shift_size), residual)
+    summands = position_bias(attn), blk.attn_mask
     native.lasting(windows, blk.attn_mask)
     out = ops.window_attention(qkv, attn.num_heads, windows, *summands, attn.scale, impl=options.attention)
     branch = ops.linear(out, FrozenLinear.of(attn.proj))
@@ -222,21 +218,6 @@ def only_operations(
     """Not of an MLP with a norm of its own."""
     stage, number = locate(backbone, block)
     return isinstance(backbone.layers[stage].blocks[number].mlp, Mlp) and options.attention in ("auto", "native")
-
-
-def _position_bias(attn: WindowAttention) -> Tensor:  # [heads, w, w]
-    """The bias of the scores that timm looks up, in at least fp32; kept where every change would be seen."""
-    sources = attn.relative_position_bias_table, attn.relative_position_index
-
-    def make() -> Tensor:
-        bias: Tensor = attn._get_rel_pos_bias()[0]
-        return bias.to(widened(bias.dtype))
-
-    seen = all(x.is_cpu and x.nbytes <= SMALL and not x.requires_grad for x in sources)
-    if not seen or torch.compiler.is_compiling() or torch_private.dispatches(sources):  # those of a trace neither
-        return make()
-    with torch.inference_mode(False):  # backward may keep it
-        return packed(sources, "position bias", make)
 
 
 def _merge(
@@ -285,29 +266,6 @@ def _of_rows(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def _of_squares(x: Tensor, grid: tuple[int, int]) -> Tensor:
     view: Tensor = x.unflatten(2, (2, 2, -1)).unflatten(1, grid)
     return view.permute(0, 1, 4, 2, 3, 5)
-
-
-def tokens_of_windows(
-    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
-) -> Tensor:
-    """The tokens of each window after a cyclic shift up and to the left, int32 [n, w]; windows and tokens by rows."""
-    # tensors of a trace must not be kept, nor those of a GPU, for which its other streams and graphs would have to wait
-    if torch.compiler.is_compiling() or device.type != "cpu":
-        return _tokens_of_windows(grid, window, shift, device)
-    with torch.inference_mode(False):  # backward may keep them
-        return _kept_tokens_of_windows(grid, window, shift, device)
-
-
-def _tokens_of_windows(
-    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
-) -> Tensor:
-    (H, W), (h, w) = grid, window
-    tokens = torch.arange(H * W, dtype=torch.int32, device=device).view(H, W)
-    shifted = tokens.roll((-shift[0], -shift[1]), (0, 1))
-    return shifted.view(H // h, h, W // w, w).transpose(1, 2).reshape(-1, h * w)
-
-
-_kept_tokens_of_windows = functools.lru_cache(_tokens_of_windows)
 
 
 def final_norm(backbone: SwinTransformer, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # -> [B, H, W, D]

@@ -158,19 +158,28 @@ class Uses:
 
     def __init__(self, uses: Sequence[Use] = ()) -> None:
         self._uses = [*uses]
+        self._made: dict[Hashable, tuple[int, int]] = {}  # where what the uses made is: their numbers and places
+        self._chained: list[tuple[Hashable, int, int]] = []  # of these, what other uses make theirs of
         self._last: _Found | None = None  # one object, of which another thread never sees half
 
-    def add(self, use: Use) -> int:
-        """Its number."""
+    def add(self, use: Use, made: Sequence[Tensor | None]) -> int:
+        """The number of a use that has just made these; None for what no native call reads."""
+        number = len(self._uses)
         self._uses.append(use)
-        return len(self._uses) - 1
+        sources = {place(w) for w in use.sources if w is not None}
+        self._chained += [(where, *self._made[where]) for where in sources & self._made.keys()]
+        self._made |= {place(x): (number, i) for i, x in enumerate(made) if x is not None}
+        return number
 
     def weights(self) -> list[Tensor]:
         """All that is packed, each once."""
         return [*{id(w): w for use in self._uses for w in use.sources if w is not None}.values()]
 
     def made(self) -> list[tuple[Tensor | None, ...]] | None:
-        """For each use what ``packed`` would return, with one look at all weights; None if a size is another."""
+        """For each use what ``packed`` would return, with one look at all weights.
+
+        None if a size is another, or if something would be made of what was made of weights that have changed.
+        """
         state: list[object] = [_changes, len(self._uses)]
         for use in self._uses:
             state += [None if w is None else (place(w), w._version, w.data_ptr()) for w in use.sources]
@@ -187,7 +196,12 @@ class Uses:
         if last.broken():
             _drop_broken(self._looked_at(found))  # to look again at each would look at its next sample
             found = [None] * len(found)
-        return [use.made(record) for use, record in zip(self._uses, found, strict=True)]
+        made = [use.made(record) for use, record in zip(self._uses, found, strict=True)]
+        for where, number, i in self._chained:
+            x = made[number][i]
+            if x is None or place(x) != where:
+                return None
+        return made
 
     def _looked_at(self, found: Sequence[_Record | None]) -> dict[object, _Record]:
         return {r.key: r for use, r in zip(self._uses, found, strict=True) if use.look and r is not None}

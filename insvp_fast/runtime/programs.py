@@ -192,9 +192,10 @@ class Recorder(Recording):
         self._known[id(storage)] = _Known(weakref.ref(storage, lambda _: free.append(piece)), piece, _version(x))
 
     def packed(self, made: Sequence[Tensor | None], use: Use) -> None:
-        number = self.uses.add(use)
-        for i, x in enumerate(made):
-            if x is not None and x.layout is torch.strided:  # not oneDNN's, which no native call reads
+        readable = [x if x is not None and x.layout is torch.strided else None for x in made]  # not oneDNN's layout
+        number = self.uses.add(use, readable)
+        for i, x in enumerate(readable):
+            if x is not None:
                 self._know(x.untyped_storage(), self._piece(Packed(number, i)))
 
     def lasts(self, x: Tensor) -> None:

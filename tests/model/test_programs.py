@@ -73,6 +73,7 @@ MODELS = {  # and how many native calls the programs of their blocks have
     "all tokens": ("vit_tiny_patch16_224", {}, ALL_TOKENS, [6 * 7]),
     "one prompt for all": ("vit_tiny_patch16_224", {"common_prompt": False}, ALL_TOKENS, [6 * 7]),
     "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [8 * 7 + 4]),  # four for a merging
+    "BEiT": ("beit_base_patch16_224", {}, VIT, [6 * 7]),
     "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7 + FEW]),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
     "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True, "prompted_blocks": (0, 2)}, VIT, []),
@@ -394,6 +395,52 @@ def test_no_program_of_swin_outlives_what_it_was_made_for(change):
     change(model)
     found, expected = [model(image) for _ in range(2)], prepared(model, image)
     assert all(torch.equal(one, expected) for one in found) and not torch.equal(expected, before[-1])
+
+
+def first_attention(model):
+    return model.backbone.blocks[0].attn
+
+
+BEIT_CHANGES = {
+    "a weight": lambda m: first_attention(m).qkv.weight.mul_(2),
+    "a bias of queries": lambda m: first_attention(m).q_bias.add_(torch.randn(24)),
+    "that, unseen": lambda m: first_attention(m).q_bias.data.add_(torch.randn(24)),
+    "that, another parameter": lambda m: setattr(first_attention(m), "q_bias", frozen_of(24)),
+    "the data of a bias of values": lambda m: setattr(first_attention(m).v_bias, "data", torch.randn(24)),
+    "bias and weight": lambda m: [x.mul_(2) for x in (first_attention(m).v_bias, first_attention(m).qkv.weight)],
+    "the biases of positions": lambda m: first_attention(m).relative_position_bias_table.normal_(),
+    "those, unseen": lambda m: first_attention(m).relative_position_bias_table.data.normal_(),
+    "their places": lambda m: first_attention(m).relative_position_index.data.fill_(0),
+    "a layer scale": lambda m: m.backbone.blocks[0].gamma_1.mul_(3),
+    "no packed weights": lambda m: [prepack.clear(), first_attention(m).q_bias.add_(1)],
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("change", BEIT_CHANGES.values(), ids=BEIT_CHANGES)
+def test_no_program_of_beit_outlives_what_it_was_made_for(change, gradients):
+    model, image = model_of("beit_base_patch16_224", **VIT), image_of(2)
+
+    def run():
+        if gradients:
+            return logits_and_gradients(model, image)
+        with torch.no_grad():
+            return [model(image)]
+
+    with torch.no_grad():
+        for block in model.backbone.blocks:
+            block.attn.relative_position_bias_table.normal_()
+    before = [run() for _ in range(3)]
+    with torch.no_grad():
+        change(model)
+    found = [run() for _ in range(3)]
+    assert any(programs_of(model))
+    prepack.clear()
+    with no_programs():
+        expected = run()
+    assert not torch.equal(expected[0], before[-1][0])
+    for each in found:
+        assert_equal(each, expected)
 
 
 @torch.no_grad()
