@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import check_heads
-from insvp_fast.ops.registry import Size, call, register, require
-from insvp_fast.runtime import buffers
+from insvp_fast.ops.registry import Implementation, Size, call, native_reason, register, require
+from insvp_fast.runtime import buffers, native
 
 __all__ = ["rotate", "rotate_bwd_reference", "rotate_reference"]
 
@@ -28,13 +30,14 @@ def rotate(
         first: the row of the first rotated token. The N rows from there on are rotated; the others, prefix tokens
             before and prompts behind, stay as they are.
         half: whether feature i is paired with i + d/2; else 2·i is with 2·i + 1.
-        impl: "auto" or "reference".
+        impl: "auto" lets the device decide; "native" or "reference" insists.
 
     Returns:
         A new tensor like ``packed``. Kept for backward: ``rotation``.
 
     Raises:
         ValueError: for shapes that do not fit, a rotation that would be trained, or an unknown ``impl``.
+        RuntimeError: if the implementation asked for cannot run here.
     """
     check_heads(num_heads)
     if rotation.ndim < 2:
@@ -144,5 +147,25 @@ def _fake(a: _Operands) -> Tensor:
     return a.x.new_empty(a.x.shape)
 
 
-register("rotate_fwd", _Operands, "Tensor", fake=_fake, reference=lambda a: _lean(a, forward=True))
-register("rotate_bwd", _Operands, "Tensor", fake=_fake, reference=lambda a: _lean(a, forward=False))
+def _native(a: _Operands, forward: bool) -> Tensor:
+    return native.rotate(a.x, a.num_heads, a.rotation, int(a.first), half=a.half, forward=forward)
+
+
+def _native_reason(a: _Operands) -> str | None:
+    return native_reason(a.x.device, a.x.dtype, weights=[a.rotation])
+
+
+def _auto(a: _Operands) -> Sequence[str]:
+    return ["native"] if a.x.device.type == "cpu" and native.native_status().isa != "generic" else []
+
+
+for _name, _forward in (("rotate_fwd", True), ("rotate_bwd", False)):
+    register(
+        _name,
+        _Operands,
+        "Tensor",
+        fake=_fake,
+        reference=partial(_lean, forward=_forward),
+        auto=_auto,
+        native=Implementation(partial(_native, forward=_forward), _native_reason, recordable=True),
+    )

@@ -29,6 +29,7 @@ from insvp_fast.runtime.native.library import DTYPES, Call, NativeStatus, availa
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
 from insvp_fast.runtime.native.program import Place, Steps
+from insvp_fast.runtime.native.rotate import rotate
 from insvp_fast.runtime.native.superpose import superpose_bwd, superpose_fwd
 from insvp_fast.runtime.native.weighted_sum import weighted_sum
 from insvp_fast.runtime.recording import interrupt, lasting
@@ -68,6 +69,7 @@ __all__ = [
     "norm_insert_fwd",
     "pack_linear",
     "ptr",
+    "rotate",
     "superpose_bwd",
     "superpose_fwd",
     "weighted_sum",
