@@ -146,11 +146,12 @@ class InsVPViT(AdapterCheckpoint, TimmInterface, PromptedViT, InsVPReference):
 
         Where PyTorch draws the masks of dropout, they depend on its calls: those of the reference take one for a block.
         """
+        if torch.compiler.is_compiling() or (self.recompute == "block" and torch.is_grad_enabled()):
+            return False  # the former also because no compiler can trace how masks are drawn
         common = self.common_prompts or ()
         dropped = self._common_dropout() > 0 and not all(c.is_cpu and draws_natively(c.dtype) for c in common)
-        made_again = torch.compiler.is_compiling() or (self.recompute == "block" and torch.is_grad_enabled())
         mixed = len({prompts.dtype for prompts in common}) > 1
-        return not (dropped or made_again or mixed or foreign(self, "feature_prompt", "block_prompts"))
+        return not (dropped or mixed or foreign(self, "feature_prompt", "block_prompts"))
 
     def _common_dropout(self) -> float:
         return self.config.common_dropout if self.training else 0.0

@@ -401,6 +401,18 @@ def test_compiles_whole(backend):
             assert relative_error(compiled_value, value) < tolerance, name
 
 
+@pytest.mark.parametrize("dropout", ["global_dropout", "patch_dropout", "common_dropout", "specific_dropout"])
+def test_every_dropout_compiles_whole_in_training(dropout):
+    config = InsVPConfig(prompt_length=2, **NO_DROPOUT | {dropout: 0.5})
+    _, fast = make_pair("vit_tiny_patch16_224", config, **TINY)
+    image, compiled = images(fast), torch.compile(fast, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for model in (fast, compiled):
+        torch.manual_seed(0)
+        outputs.append(model(image))
+    assert relative_error(outputs[1], outputs[0]) < 1e-5
+
+
 def test_exports_with_any_batch_size():
     _, fast = make_pair("vit_tiny_patch16_224", **TINY)
     fast.eval()
