@@ -16,6 +16,7 @@ from typing import IO, Self
 from insvp_fast.atomic_files import replace_file, write_file
 from insvp_fast.errors import TrainingError
 from insvp_fast.training.prediction import Prediction
+from insvp_fast.training.run_lock import acquire
 
 __all__ = ["PredictionFile", "row_writer"]
 
@@ -83,7 +84,8 @@ class PredictionFile:
         images, skipped: the numbers of images done, and of those among them that have no row.
 
     Raises:
-        TrainingError: if FILE.part was begun with other settings or images, or what is recorded of it is damaged.
+        TrainingError: if FILE.part was begun with other settings or images, what is recorded of it is damaged, or
+            another process writes it.
         OSError: if the file cannot be written.
     """
 
@@ -94,16 +96,14 @@ class PredictionFile:
         self.settings = {"format": form, "top_k": top_k, "batch_size": batch_size, **settings}
         self.part, self.record = (file.with_name(file.name + ending) for ending in (".part", ".part.json"))
         self.remaining, self.images, self.skipped, self.digest = iter(images), 0, 0, hashlib.sha256()
-        resumed = self.part.exists() and self.record.exists()
-        if resumed:
-            self._resume()
-        else:
-            self.record.unlink(missing_ok=True)  # of a file that was put in its place
-        self.last_commit = time.monotonic()
         # file names that are not UTF-8 are escaped
-        self.stream = open(  # noqa: SIM115
-            self.part, "a" if resumed else "w", encoding="utf-8", errors="backslashreplace", newline=""
-        )
+        self.stream = open(self.part, "a", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
+        try:
+            resumed = self._begin()
+        except BaseException:
+            self.stream.close()
+            raise
+        self.last_commit = time.monotonic()
         self.write_row = row_writer(self.stream, form, top_k, header=not resumed)
 
     def __enter__(self) -> Self:
@@ -151,6 +151,19 @@ class PredictionFile:
         except OSError:  # it counts as unreadable
             version = ""
         self.digest.update(os.fsencode(image) + b"\0" + version.encode() + b"\0")
+
+    def _begin(self) -> bool:
+        """Make FILE.part what this command goes on with; returns whether an earlier one left something."""
+        if not acquire(self.stream, self.part, "write it by one process alone"):
+            raise TrainingError(
+                f"{self.part} is being written by another process: expected one, or --shard K/N with a file for each"
+            )
+        if resumed := self.record.exists() and self.part.stat().st_size > 0:
+            self._resume()
+        else:
+            self.record.unlink(missing_ok=True)  # of a file that was put in its place
+            os.truncate(self.part, 0)
+        return resumed
 
     def _resume(self) -> None:
         """Pass over the images that are done, and cut off what was not recorded."""

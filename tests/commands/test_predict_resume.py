@@ -20,7 +20,7 @@ from insvp_fast.commands import cli
 from insvp_fast.data import image_list
 from insvp_fast.data.folders import image_files
 from insvp_fast.data.image_list import ImageList
-from insvp_fast.errors import INTERRUPTED, DataError
+from insvp_fast.errors import INTERRUPTED, DataError, TrainingError
 from insvp_fast.training import counter, prediction_file
 from insvp_fast.training.prediction import Classifier, Prediction, load_classifier, predict
 from insvp_fast.training.prediction_file import PredictionFile
@@ -195,6 +195,35 @@ def test_without_a_whole_batch_nothing_is_left_to_go_on_from(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+
+    def begin() -> PredictionFile:
+        return PredictionFile(tmp_path / "out.csv", [], "csv", top_k=1, batch_size=2, settings={})
+
+    def hold():
+        with begin() as rows:
+            rows.add(ROW)
+            rows.stream.flush()
+            begun.set()
+            signal.pause()
+
+    child = context.Process(target=hold)
+    child.start()
+    assert begun.wait(60)
+    part = tmp_path / "out.csv.part"
+    before = part.read_bytes()
+    with pytest.raises(TrainingError, match="out.csv.part is being written by another process: expected one, or"):
+        begin()
+    assert part.read_bytes() == before and child.is_alive()
+    child.kill()
+    child.join()
+    with begin() as rows:
+        rows.finish()
+    assert (tmp_path / "out.csv").read_text() == "file,class,probability\n"
 
 
 def test_skipped_files_are_not_forgotten(run, images, tmp_path, capsys):
