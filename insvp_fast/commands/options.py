@@ -156,11 +156,13 @@ def output_file(path: str | Path, option: str = "--output") -> Path:
     """The file that an option or its default names, whose folder is made if it does not exist.
 
     Raises:
-        CommandError: if a folder has that name, or the folder to put it in is read-only or cannot be made.
+        CommandError: if something else than a file has that name, or the folder to put it in is read-only or cannot be
+            made.
     """
     file = Path(path)
-    if file.is_dir():
-        raise CommandError(f"{option} is {path}: found a folder, expected the name of a file")
+    if file.exists() and not file.is_file():  # it would be replaced, a device too
+        found = "a folder" if file.is_dir() else "a device or pipe"
+        raise CommandError(f"{option} is {path}: found {found}, expected the name of a file")
     _make_folder(file.parent, f"{option} is {path}")
     return file
 

@@ -157,13 +157,16 @@ def test_predict_wants_images(run, path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "file"), [("predict", "out.csv"), ("export", "out.onnx"), ("tsne", "out.png"), ("report", "out.html")]
 )
-def test_a_folder_in_the_place_of_the_file_is_told_before_the_work(command, file, run, images, tmp_path, capsys):
-    (tmp_path / file).mkdir()
+@pytest.mark.parametrize(("make", "found"), [(os.mkdir, "a folder"), (os.mkfifo, "a device or pipe")])
+def test_what_is_no_file_is_told_before_the_work_and_stays(make, found, command, file, run, images, tmp_path, capsys):
+    make(tmp_path / file)
+    before = (tmp_path / file).stat()
     more = {"predict": [str(images / "test")], "export": ["--format", "onnx"]}.get(command, [])
     assert cli.main([command, str(run), *more, "--output", str(tmp_path / file)]) == 1
     printed = capsys.readouterr()
-    assert printed.err == f"insvp: error: --output is {tmp_path / file}: found a folder, expected the name of a file\n"
+    assert printed.err == f"insvp: error: --output is {tmp_path / file}: found {found}, expected the name of a file\n"
     assert printed.out == "" and [*tmp_path.rglob("*")] == [tmp_path / file]
+    assert os.path.samestat((tmp_path / file).stat(), before)
 
 
 def test_a_reader_that_stops_is_no_error(run, images):
