@@ -211,7 +211,7 @@ def test_one_process_at_a_time_writes_a_file(tmp_path):
             begun.set()
             signal.pause()
 
-    child = context.Process(target=hold)
+    child = context.Process(target=hold, daemon=True)
     child.start()
     assert begun.wait(60)
     part = tmp_path / "out.csv.part"
