@@ -55,8 +55,10 @@ def run(recipe: str | None, resume: str | None, find_lr: bool = False, **given: 
 
     if find_lr:
         result: dict[str, Any] = {"lr": run.find_lr(settings)}
+        if not PartialState().is_main_process:
+            return None
         print(f"suggested: --lr {result['lr']:.2g}")
-        return result if PartialState().is_main_process else None
+        return result
     folder = run.train(settings, resume=resume)
     return {"run": folder, "results": read_results(folder)} if PartialState().is_main_process else None
 

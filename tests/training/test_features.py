@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
@@ -206,6 +207,14 @@ def test_a_rate_is_found(pictures, tmp_path, capsys, monkeypatch):
     assert np.diff(np.log(rates)) == pytest.approx(np.log(1e7) / 14)
     assert Image.open(tmp_path / "pictures-lr" / "lr.png").size[0] > 300
     assert [path.name for path in tmp_path.iterdir()] == ["pictures-lr"]
+
+
+@pytest.mark.parametrize("is_main_process", [True, False])
+def test_one_process_alone_prints_the_rate(is_main_process, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "find_lr", lambda recipe: 0.0056)
+    monkeypatch.setattr(PartialState, "is_main_process", is_main_process)
+    assert command(pictures, tmp_path, "--find-lr") == 0
+    assert capsys.readouterr().out.count("suggested: --lr 0.0056") == is_main_process
 
 
 def test_a_range_test_begins_alike_each_time_and_not_as_a_probe(pictures, tmp_path, monkeypatch):
