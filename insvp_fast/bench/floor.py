@@ -16,11 +16,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
+from timm.models import beit
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from insvp_fast.backbones.vision_transformer import read_tokens
+from insvp_fast.backbones import family_of
 from insvp_fast.config import InsVPConfig
 from insvp_fast.reference import InsVPReference
 from insvp_fast.runtime import cuda_graphs, hardware, native, products, torch_private
@@ -143,14 +144,15 @@ def require_known(backbone: nn.Module) -> None:
     Raises:
         ValueError: if it does not.
     """
-    if not isinstance(backbone, VisionTransformer | SwinTransformer):
-        raise ValueError(f"expected a VisionTransformer or SwinTransformer of timm, found {type(backbone).__name__}")
+    if not isinstance(backbone, VisionTransformer | SwinTransformer | beit.Beit):
+        found = type(backbone).__name__
+        raise ValueError(f"expected a VisionTransformer, SwinTransformer or Beit of timm, found {found}")
     swin = isinstance(backbone, SwinTransformer)
     blocks: Any = [block for stage in backbone.layers for block in stage.blocks] if swin else backbone.blocks
     parts = [part for block in blocks for part in (block, getattr(block, "attn", None), getattr(block, "mlp", None))]
-    known = {Block, Attention, SwinTransformerBlock, WindowAttention, Mlp, PatchEmbed, type(None)}
+    known = {Block, Attention, SwinTransformerBlock, WindowAttention, beit.Block, beit.Attention, Mlp, PatchEmbed}
     parts += [backbone.patch_embed, getattr(backbone, "attn_pool", None)]
-    if unknown := {type(part) for part in parts} - known:
+    if unknown := {type(part) for part in parts} - known - {type(None)}:
         names = " and ".join(sorted(kind.__name__ for kind in unknown))
         raise ValueError(f"expected blocks, patch embedding and pooling whose operations are known, found {names}")
 
@@ -186,7 +188,8 @@ def _vit_terms(backbone: Any, L: int, saves: bool) -> tuple[float, float]:
     """
     D, J, N = backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.num_patches
     T, hidden = N + backbone.num_prefix_tokens, backbone.blocks[0].mlp.fc1.out_features
-    queries = (J - 1) * T + ((saves and read_tokens(backbone)) or T)
+    family: Any = family_of(backbone)
+    queries = (J - 1) * T + ((saves and family.read_tokens(backbone)) or T)
     matrices = _patch_embedding(backbone) + queries * 2 * D * (D + hidden) + J * (T + L) * 2 * D * D
     return matrices, queries * (T + L) * 2 * D
 

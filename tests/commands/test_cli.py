@@ -402,7 +402,7 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
         (["recipes", "--released"], "--released is given without the NAME of a recipe"),
         (
             ["bench", "--model", "nonsense"],
-            "--model is nonsense: timm has no such model: expected a VisionTransformer or SwinTransformer",
+            "--model is nonsense: timm has no such model: expected a VisionTransformer, SwinTransformer or Beit",
         ),
         (
             ["bench", "--model", "vit_shapes_32"],

@@ -73,6 +73,7 @@ def prompter_multiplications(config, side, patch, grid, widths):
         ("vit_base_patch16_224", 197, {"global_pool": "avg"}, (224, 16, 16, [3])),
         ("vit_small_patch14_reg4_dinov2", 1, {"img_size": 224, "depth": 2}, (224, 14, 8, [6])),
         ("swin_base_patch4_window7_224", None, {}, (224, 4, 8, [2, 4, 8, 16])),
+        ("beit_base_patch16_224", 197, {}, (224, 16, 16, [3])),
     ],
 )
 def test_insvp_needs_what_its_equations_say(name, asked, kwargs, geometry, config):
