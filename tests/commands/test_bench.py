@@ -392,7 +392,9 @@ def test_the_command_refuses_no_rounds(capsys):
 def test_the_command_refuses_a_model_with_prompts_in_one_sentence(capsys):
     with warnings.catch_warnings(action="error"):
         assert cli.main(["bench", "--model", "insvp_vit_shapes_32"]) == 1
-    expected = "--model is insvp_vit_shapes_32: expected a VisionTransformer, SwinTransformer or Beit of timm, found InsVPViT"
+    expected = (
+        "--model is insvp_vit_shapes_32: expected a VisionTransformer, SwinTransformer or Beit of timm, found InsVPViT"
+    )
     assert capsys.readouterr().err == f"insvp: error: {expected}\n"
 
 
