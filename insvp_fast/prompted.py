@@ -334,21 +334,21 @@ class PromptedViT(BackboneSettings, Covered, PromptedReference):
         prompts = [self.block_prompts(j, context, len(residual)) for j in blocks]
 
         def compute(inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
-            residual, branch, *tokens = inputs
+            residual, branch, shared, *tokens = inputs
             for j, p in zip(blocks, prompts, strict=True):
                 inserted = tokens.pop()
                 own = None if p is None else p._replace(tokens=inserted)
-                rest = own, options, self._queries(j, num_queries)
+                rest = own, options._replace(shared=shared), self._queries(j, num_queries)
                 residual, branch = self._family.forward_block(self.backbone, j, residual, branch, *rest)
             return residual, branch
 
         # of prompts that several blocks share, PyTorch adds the gradients in this order: those of the last come first
-        inputs = residual, branch, *(None if p is None else p.tokens for p in reversed(prompts))
-        if options.shared is not None or any(p is not None and p.lengths is not None for p in prompts):
+        inputs = residual, branch, options.shared, *(None if p is None else p.tokens for p in reversed(prompts))
+        if any(p is not None and p.lengths is not None for p in prompts):
             native.interrupt()  # these decide by values
             return compute(inputs)
         programs = self._kept("programs", Programs)
-        outputs: Any = programs.run((tuple(blocks), options, num_queries), inputs, compute)
+        outputs: Any = programs.run((tuple(blocks), options._replace(shared=None), num_queries), inputs, compute)
         residual, branch = outputs
         return residual, branch
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import PatchDropoutWithIndices, PatchEmbed, attention, pos_embed_sincos
+from timm.layers import Mlp, PatchDropoutWithIndices, PatchEmbed, attention, pos_embed_sincos
 from timm.layers.attention import AttentionRope
 from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingCat,
@@ -53,6 +53,7 @@ __all__ = [
     "embed",
     "final_norm",
     "forward_block",
+    "only_operations",
     "pixel_weight",
     "read_tokens",
     "requirements",
@@ -189,6 +190,16 @@ def forward_block(
 ) -> tuple[Tensor, Tensor]:  # residual and branch, [B, num_queries or T, D]
     """One block (eq. 11)."""
     return run_block(backbone, block, residual, branch, prompts, options, num_queries, mixed=backbone.rope_mixed)
+
+
+def only_operations(backbone: Eva, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None) -> bool:
+    """Only of blocks with norms in front, one product for queries, keys and values, and a plain MLP."""
+    blk: Any = backbone.blocks[block]
+    if not isinstance(blk, EvaBlock) or num_queries is not None or options.attention not in ("auto", "native"):
+        return False
+    scaled = blk.gamma_1 is not None or blk.gamma_2 is not None
+    plain = all(isinstance(norm, nn.Identity) for norm in (blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm))
+    return blk.attn.qkv is not None and plain and isinstance(blk.mlp, Mlp) and (options.folds_scale or not scaled)
 
 
 def run_block(

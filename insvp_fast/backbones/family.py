@@ -21,7 +21,7 @@ class BlockOptions(NamedTuple):
     attention: str  # the implementation, one of ``ops.ATTENTION``; blocks with ``num_queries`` have only one
     mlp_keeps: str  # what the MLP keeps for backward: the argument ``keep`` of ``ops.mlp``
     grid: tuple[int, int]  # the numbers of patches from top to bottom and from left to right
-    shared: Any  # what the family's ``shared`` returns
+    shared: Tensor | None  # what the family's ``shared`` returns
 
     @property
     def folds_scale(self) -> bool:
@@ -66,7 +66,7 @@ class BackboneFamily(Protocol):
     def embed(self, backbone: Any, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Unfolded patches [B, N, K], N = the product of ``grid``, to the first block's tokens [B, T, D] (eq. 1)."""
 
-    def shared(self, backbone: Any, grid: tuple[int, int]) -> Any:
+    def shared(self, backbone: Any, grid: tuple[int, int]) -> Tensor | None:
         """What does not depend on the image and is made once for all blocks, which find it in ``BlockOptions``."""
 
     def forward_block(

@@ -36,6 +36,7 @@ pytestmark = [
 
 SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 6), "num_heads": (3, 6), "patch_size": 2}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 6}
+ALL_ROTATED = VIT | {"depth": 5, "global_pool": "avg"}
 ALL_TOKENS = VIT | {"global_pool": "avg", "class_token": False}
 
 
@@ -73,6 +74,8 @@ MODELS = {  # and how many native calls the programs of their blocks have
     "all tokens": ("vit_tiny_patch16_224", {}, ALL_TOKENS, [6 * 7]),
     "one prompt for all": ("vit_tiny_patch16_224", {"common_prompt": False}, ALL_TOKENS, [6 * 7]),
     "Swin": ("swin_tiny_patch4_window7_224", {}, SWIN, [8 * 7 + 4]),  # four for a merging
+    "rotations": ("vit_small_patch16_dinov3", {}, VIT | {"depth": 5}, [5 * 8]),
+    "rotations of each block": ("vit_small_patch16_rope_mixed_224", {}, ALL_ROTATED, [5 * 8]),
     "BEiT": ("beit_base_patch16_224", {}, VIT, [6 * 7]),
     "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7 + FEW]),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
@@ -416,10 +419,26 @@ BEIT_CHANGES = {
 }
 
 
+ROTATION_CHANGES = {
+    "a weight": lambda m: first_attention(m).qkv.weight.mul_(2),
+    "angles": lambda m: m.backbone.rope.periods.mul_(3),
+    "their memory": lambda m: setattr(m.backbone.rope, "periods", m.backbone.rope.periods * 3),
+    "pairs": lambda m: setattr(first_attention(m), "rotate_half", not first_attention(m).rotate_half),
+    "a method": lambda m: setattr(m.backbone.rope, "get_embed", lambda shape: torch.ones(16, 16)),
+}
+
+
+BEIT_MODEL, ROTATED = ("beit_base_patch16_224", {}, VIT), ("vit_small_patch16_dinov3", {}, ALL_ROTATED)
+OF_FAMILIES = {f"BEiT: {name}": (BEIT_MODEL, change) for name, change in BEIT_CHANGES.items()}
+OF_FAMILIES |= {f"rotations: {name}": (ROTATED, change) for name, change in ROTATION_CHANGES.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the general path")
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("change", BEIT_CHANGES.values(), ids=BEIT_CHANGES)
-def test_no_program_of_beit_outlives_what_it_was_made_for(change, gradients):
-    model, image = model_of("beit_base_patch16_224", **VIT), image_of(2)
+@pytest.mark.parametrize(("kind", "change"), OF_FAMILIES.values(), ids=OF_FAMILIES)
+def test_no_program_of_these_outlives_what_it_was_made_for(kind, change, gradients):
+    (name, config, sizes), image = kind, image_of(2)
+    model = model_of(name, config, **sizes)
 
     def run():
         if gradients:
@@ -428,13 +447,13 @@ def test_no_program_of_beit_outlives_what_it_was_made_for(change, gradients):
             return [model(image)]
 
     with torch.no_grad():
-        for block in model.backbone.blocks:
-            block.attn.relative_position_bias_table.normal_()
+        for table in (x for x in model.backbone.parameters() if x.shape[-1] == 3):  # of positions, in timm zeros
+            table.normal_()
     before = [run() for _ in range(3)]
+    assert any(programs_of(model))
     with torch.no_grad():
         change(model)
     found = [run() for _ in range(3)]
-    assert any(programs_of(model))
     prepack.clear()
     with no_programs():
         expected = run()
