@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from insvp_fast.errors import TrainingError
 from insvp_fast.figures.prompts import PromptedImages, explain
 from insvp_fast.probabilities import decide
 from insvp_fast.training.accelerator import create_accelerator
@@ -67,10 +66,9 @@ def find_results(
         TrainingError: if it is no finished run, or the logits of its model are not a number.
         DataError: if its data are not there, have other classes, or an image cannot be read.
     """
-    recipe, model, preprocessing, names, _ = run = load_run(folder, backbone)
-    if recipe is None or names is None:
-        raise TrainingError(f"{folder} is an adapter, which does not say how it was trained: expected a run folder")
+    _, model, preprocessing, names, _ = run = load_run(folder, backbone)
     images = own_test_data(run)
+    assert names is not None  # those of a run
     batch_size, workers = run.loading(batch_size, workers)
     device = create_accelerator().device
     loader = Loader(images, BatchSampler(len(images), batch_size), workers, device)

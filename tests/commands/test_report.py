@@ -98,7 +98,7 @@ def test_a_browser_shows_it_without_a_complaint(report, tmp_path):
     assert "missing is not defined" in open_page(broken, tmp_path / "profile")[1][0]
 
 
-def test_several_labels_per_image(tmp_path, capsys):
+def test_several_labels_per_image(tmp_path, capsys, monkeypatch):
     run = write_run_of_several_labels(tmp_path)
     assert cli.main(["report", str(run), "--mistakes", "2", "--output", str(tmp_path / "new" / "page.html")]) == 0
     assert "mAP" in capsys.readouterr().out
@@ -109,6 +109,15 @@ def test_several_labels_per_image(tmp_path, capsys):
     for text in page.behind("true"):
         assert re.sub(r" \(\d+\.\d%\)", "", text) in ("none", "sea, sky", "sky", "sea", "sand")
 
+    def judge(logits, targets):  # of two images one label too many, or too few
+        found = targets - 0.5
+        found[:2, 0] *= -1
+        return found, torch.arange(len(targets)) + 1.0
+
+    monkeypatch.setattr(results, "_judge", judge)
+    found = find_results(run, most=6, batch_size=6)
+    assert found.wrong == 2 and found.mistakes.losses == [2.0, 1.0]
+
 
 @pytest.mark.parametrize(
     ("method", "titles", "reason"),
@@ -117,12 +126,16 @@ def test_several_labels_per_image(tmp_path, capsys):
         ("lora", ["image"], "no Grad-CAM of a TunedViT: its method changes the backbone"),
     ],
 )
-def test_other_methods_have_fewer_pictures(method, titles, reason, images, tmp_path):
+def test_other_methods_have_fewer_pictures(method, titles, reason, images, tmp_path, capsys):
     torch.manual_seed(0)
     model = with_random_head(create_model(method, load_backbone(), 6))
     names = sorted(path.name for path in (images / "test").iterdir())
     run = write_run(tmp_path / method, images, model, names, method=method)
-    assert cli.main(["report", str(run), "--mistakes", "1"]) == 0
+    printed = []
+    for command in (["report", str(run), "--mistakes", "1"], ["eval", str(run)]):
+        assert cli.main(command) == 0
+        printed.append(re.search(r"top-1 .* top-5 (?!100).* F1 [0-9.]+%", capsys.readouterr().out)[0])
+    assert printed[0] == printed[1]
     page = Page(run / "report.html")
     alternatives = [value for name, value in page.attributes if name == "alt"]
     assert alternatives[2:] == titles  # after the curves and the confusion matrix
@@ -235,6 +248,15 @@ def test_a_right_image_is_no_mistake_however_large_its_loss(hostile, monkeypatch
     monkeypatch.setattr(results, "_judge", judge)
     found = results.find_results(hostile, most=3)
     assert found.mistakes.losses == [1.0] * 3 and 3 < found.wrong < 8
+
+
+def test_a_model_without_mistakes_has_a_page(hostile, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_judge", lambda logits, targets: (targets[:, None], torch.ones(len(targets))))
+    found = find_results(hostile, most=3)
+    assert (found.wrong, found.mistakes.names, found.mistakes.shown) == (0, [], None)
+    (tmp_path / "page.html").write_text(render(hostile, found, []))
+    page = Page(tmp_path / "page.html")
+    assert "Every test image is classified correctly." in page.texts and not page.sources("png")
 
 
 def test_labels_with_a_probability_of_at_least_a_half_are_predicted():
