@@ -99,7 +99,7 @@ class _Parser(MultiPartParser):
 async def _read_form(request: Request, max_images: int, files: contextlib.AsyncExitStack) -> list[Upload]:
     """The files of a multipart body; ``files`` closes them."""
     async with contextlib.aclosing(request.stream()) as stream:
-        parser = _Parser(request.headers, stream, max_files=max_images, max_fields=1)
+        parser = _Parser(request.headers, stream, max_files=max_images)
         form = await parser.parse()
     files.push_async_callback(form.close)
     if not parser.ended:
