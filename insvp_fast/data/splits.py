@@ -34,7 +34,8 @@ def describe(protocol: str, rule: str, seed: int) -> str:
         return f"{protocol}: the official train, val and test"
     if rule.startswith("first"):
         return f"{protocol}: train is the first 80 % of the official training images, val the rest; official test"
-    also = ", where the authors' code draws two that overlap" if protocol == "released" and rule == "80/20" else ""
+    # a rule of the released protocol alone
+    also = ", where the authors' code draws two that overlap" if rule == "80/20" else ""
     how = f"train/val {rule} of the official training images by one permutation, seed {seed}{also}"
     return f"{protocol}: {how}; official test"
 

@@ -130,6 +130,8 @@ def test_few_images_per_class_are_divided(per_class):
 def test_the_division_is_the_one_it_was():
     """These are scikit-learn's numbers: splits that were recorded must not move."""
     assert stratified_split(range(40), [0, 1] * 20, 0.1, 0)[1] == [24, 30, 15, 13]
+    several = torch.arange(40)[:, None].bitwise_and(2 ** torch.arange(6)).bool()  # no two images have the same labels
+    assert stratified_split(range(40), several, 0.1, 0)[1] == [22, 20, 25, 4]
 
 
 # Tables

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import sys
 from collections import Counter, UserDict
 from pathlib import Path
@@ -123,6 +124,40 @@ def test_the_tasks_of_vtab():
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *(("dtd", "dtd/dtd/labels/test1.txt"), ("dogs", "test_list.mat"), ("food101", "food-101/meta/test.json")),
+        *(("cifar10", "cifar-10-batches-py/test_batch"), ("cifar100", "cifar-100-python/test")),
+        *(("gtsrb", "gtsrb/GT-final_test.csv"), ("svhn", "test_32x32.mat"), ("vtab/dmlab", "dmlab/test.txt")),
+    ],
+)
+def test_the_test_images_are_those_of_its_file(name, file, tmp_path):
+    for folder, count in (("set", 2), ("smaller", 1)):
+        make_fake_dataset(name, tmp_path / folder, images_per_class=count, classes=5)
+    shutil.copy(tmp_path / "smaller" / file, tmp_path / "set" / file)
+    splits = read_set(name, tmp_path / "set").splits
+    assert (len(splits["train"]), len(splits["test"])) == (10, 5)
+
+
+def test_a_task_has_the_classes_that_800_images_leave_out(tmp_path):
+    make_fake_dataset("vtab/dmlab", tmp_path, classes=4)
+    assert read_set("vtab/dmlab", tmp_path).class_names == ["0", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(("name", "folder"), [("cub", "CUB_200_2011"), ("nabirds", "nabirds")])
+def test_birds_are_divided_by_their_list(name, folder, tmp_path):
+    make_fake_dataset(name, tmp_path, images_per_class=2, classes=5)
+    file = tmp_path / folder / "train_test_split.txt"
+    file.write_text(file.read_text().replace(" 0\n", " 1\n", 3))
+    file.with_name("test.json").write_text("{}")  # without the other lists it divides nothing
+    splits = read_set(name, tmp_path).splits
+    assert (len(splits["train"]), len(splits["test"])) == (13, 7)
+    file.write_text(file.read_text().replace("\n", "\n\n", 1) + "another 1\n")
+    with pytest.raises(DataError, match=r"images.txt, image_class_labels.txt and train_test_split.txt list different"):
+        read_set(name, tmp_path)
+
+
 def test_birds_are_mapped_from_the_training_file(tmp_path):
     """A species without a training image must not shift the others' labels."""
     make_fake_dataset("nabirds", tmp_path, images_per_class=2, classes=5)
@@ -152,9 +187,11 @@ def test_lists_may_number_the_species_anew(name, folder, tmp_path):
     make_fake_dataset(name, tmp_path, images_per_class=2, classes=4)
     official, home = read_set(name, tmp_path).class_names, tmp_path / folder
     images = sorted(path.relative_to(home / "images").as_posix() for path in home.rglob("*.jpg"))
-    for split, first in (("train", 0), ("val", 1), ("test", 2)):
-        (home / f"{split}.json").write_text(json.dumps({image: i for i, image in enumerate(images[first::4])}))
-    assert read_set(name, tmp_path).class_names == official
+    for label in ("{}", "species {}"):
+        for split, first in (("train", 0), ("val", 1), ("test", 2)):
+            rows = {image: label.format(i) for i, image in enumerate(images[first::4])}
+            (home / f"{split}.json").write_text(json.dumps(rows))
+        assert read_set(name, tmp_path).class_names == official
 
 
 def test_species_of_one_name_stay_two_classes(tmp_path):
@@ -245,7 +282,7 @@ def test_splits_do_not_overlap(name, protocol, fakes):
 def test_what_differs_from_the_authors_is_said():
     assert "one permutation, seed 5, where the authors' code draws two that overlap" in describe("released", "80/20", 5)
     assert "overlap" not in describe("released", "90/10", 5)
-    assert "first 80 %" in describe("released", "first 80 %", 0)
+    assert "the first 80 %" in describe("released", "first 80 %", 0)
     assert describe("paper", "official", 0) == "paper: the official train, val and test"
 
 
