@@ -67,12 +67,12 @@ def train_entries(
         log = folder / "logs" / _log_name(entry) if jobs > 1 else None
         start, resumed = time.perf_counter(), found.folder if found else None
         status = _launch(launcher, arguments, log) if launcher else _fork(entry.recipe, resumed, log, jobs, gpus)
-        if log and status not in (0, INTERRUPTED):
-            print(f"{where} failed, see {log}", flush=True)
-        elif log:
+        if log and status == 0:
             scores = scores_of(find_run(read_runs(folder), entry.recipe))
             told = ", ".join(f"{score.model} {score.test:.1%}" for score in scores)
             print(f"{where} {time.perf_counter() - start:.0f} s: {told}", flush=True)
+        elif log and status != INTERRUPTED:
+            print(f"{where} failed, see {log}", flush=True)
         with one_at_a_time:
             after()
         if status == INTERRUPTED:

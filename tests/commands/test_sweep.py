@@ -252,6 +252,16 @@ def test_a_sweep_may_grow_and_start_from_recipes(tmp_path):
     assert [entry.recipe.prompt_length for entry in entries] == [None, 9, None, 16]
     assert entries[3].recipe == replace(Recipe(**read_recipe("svhn", released=True)), root="r", output=str(tmp_path))
     assert entries[3].arguments == ["--recipe", "svhn", "--root", "r", "--released", "--output", str(tmp_path)]
+    file.write_text('[recipe]\nroot = "r"\n[grid]\nrecipe = ["cub", "svhn"]')
+    assert [entry.recipe.prompt_length for entry in read_grid(file, tmp_path)] == [None, None]
+
+
+def test_the_arguments_of_a_run_give_its_settings(tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text("[grid]\nimage_weights = [[0.75, 0.5], 0.25]\npictures = [false, true]\nbatch_size = [3]")
+    for entry in read_grid(file, tmp_path):
+        options = vars(cli._parser().parse_args(["train", *entry.arguments]))
+        assert Recipe(**{name: options[name] for name in options.keys() & entry.recipe.to_dict()}) == entry.recipe
 
 
 def test_a_dry_run_trains_nothing(grid, trainer, capsys):

@@ -24,11 +24,11 @@ from insvp_fast.data.sets import SETS
 from insvp_fast.errors import INTERRUPTED, CommandError, TrainingError
 from insvp_fast.recipes import read_recipe
 from insvp_fast.studies import comparison, runner
-from insvp_fast.studies.comparison import Compared, compare
+from insvp_fast.studies.comparison import Compared, compare, settings_of
 from insvp_fast.studies.entries import Entry, Found, Protocol, Row, Score, find_run, scores_of, with_one_probe
 from insvp_fast.studies.paper import ABLATION, STUDIES, UNVARIED, VTAB_GROUPS, sensitivity
 from insvp_fast.studies.report import paper_number, report
-from insvp_fast.studies.tables import paired_difference
+from insvp_fast.studies.tables import markdown, paired_difference
 from insvp_fast.training.candidates import insvp_config
 from insvp_fast.training.recipe import Recipe
 
@@ -138,7 +138,8 @@ def test_val_is_that_of_the_kept_epoch_also_of_epoch_0(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"recipe": Recipe(probe=False).to_dict()}))
     epochs = [{"model": "InsVP", "epoch": epoch, "val_accuracy": epoch / 10} for epoch in (1, 2, 3)]
     on_val, on_test = {"kept_score": 0.9, "selected_on": "val"}, {"kept_score": 0.9, "selected_on": "test"}
-    for kept, facts, val in ((2, {}, 0.2), (0, on_val, 0.9), (2, on_val, 0.9), (0, on_test, None), (2, on_test, 0.2)):
+    cases = [(2, {}, 0.2), (None, {}, 0.1), (0, on_val, 0.9), (2, on_val, 0.9), (0, on_test, None), (2, on_test, 0.2)]
+    for kept, facts, val in cases:
         result = {"model": "InsVP", "trained_parameters": 7, "test_accuracy": 0.5, "kept_epoch": kept} | facts
         (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*epochs, result])))
         (score,) = scores_of(Found(tmp_path, Recipe()))
@@ -199,6 +200,7 @@ def test_without_a_score_on_val_no_rate_is_picked(trained, tmp_path, monkeypatch
     monkeypatch.setattr(comparison, "scores_of", lambda run: [score._replace(val=None) for score in scores_of(run)])
     with pytest.raises(TrainingError, match="ours: no run recorded a score on val: expected one, by which"):
         compare(rows, protocol, tmp_path)
+    assert compare(rows, protocol._replace(rates=(0.1,)), tmp_path)[0].rate == 0.1  # there is nothing to pick
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,11 @@ def test_other_methods_do_not_take_the_settings_of_insvp(options, expected, trai
         name: value for name, value in expected.items() if name not in own
     }
     assert probe.head_init == expected.get("head_init", "random" if ours.released else "auto")  # as InsVP's
+
+
+def test_a_recipe_without_settings_of_insvp_is_handed_on_by_its_name():
+    settings = {"recipe": "cub", "lr": 0.01}
+    assert settings_of(Row("LoRA", {"method": "lora"}), Protocol(settings, (), ())) == settings | {"method": "lora"}
 
 
 def test_the_data_sets_of_a_study_are_those_whose_files_are_there(tmp_path, capsys):
@@ -343,6 +350,12 @@ def test_a_report_pairs_by_seed_and_stands_beside_the_paper(tmp_path):
     content = [line.split(",") for line in (tmp_path / "table5.csv").read_text().replace("1,234", "1234").splitlines()]
     assert [len(cells) for cells in content] == [10] * 3 and content[2][:2] == ["cub", "p_l"]
     assert (tmp_path / "table5.md").read_text() == text
+    assert b"\r" not in (tmp_path / "table5.csv").read_bytes()
+
+
+def test_the_columns_of_a_table_are_aligned():
+    lines = ["| lr  | model |", "| --- | ----- |", "| 0.1 | SSF   |"]
+    assert markdown(["lr", "model"], [[0.1, "SSF"]]).splitlines() == lines
 
 
 def test_a_report_of_some_rows_invents_no_numbers(tmp_path):
@@ -387,6 +400,8 @@ def test_a_sweep_trains_a_probe_once():
     changed = with_one_probe([Entry({}, recipe, []) for recipe in recipes])
     assert [entry.recipe.probe for entry in changed] == [True, False, True]  # the last would only fit it again
     assert changed[1] == Entry({}, replace(recipes[1], probe=False), ["--no-probe"])
+    alone = [Entry({}, Recipe(method="linear", seed=seed), []) for seed in (0, 1)]
+    assert with_one_probe(alone) == alone[:1]
 
 
 def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
@@ -400,6 +415,41 @@ def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
     assert "logistic regression" in (tmp_path / "runs" / "logs" / "method=linear.log").read_text()
     runner.train_entries(entries, tmp_path / "runs")
     assert capsys.readouterr().out.count("finished: ") == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_study_tells_what_became_of_its_runs(jobs, tmp_path, monkeypatch, capsys):
+    entries = [Entry({"seed": n}, Recipe(seed=n, probe=False), ["--seed", str(n)]) for n in range(5)]
+    result = {"model": "InsVP", "trained_parameters": 7, "test_accuracy": 0.5, "kept_epoch": 1}
+    asked = {}
+
+    def write(recipe: Recipe, metrics: str) -> None:
+        run = tmp_path / f"run-{recipe.seed}"
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+        (run / "metrics.jsonl").write_text(metrics)
+
+    def fork(recipe, resumed, log, *_) -> int:
+        asked[recipe.seed] = resumed, log
+        status = {3: 1, 4: INTERRUPTED}.get(recipe.seed, 0)
+        if status == 0:
+            write(recipe, json.dumps(result))
+        return status
+
+    write(entries[0].recipe, json.dumps(result))
+    write(entries[1].recipe, "")
+    monkeypatch.setattr(runner, "_fork", fork)
+    assert runner.train_entries(entries[:4], tmp_path, jobs) == 1
+    logs = [tmp_path / "logs" / f"seed={n}.log" if jobs > 1 else None for n in range(5)]
+    assert asked == {1: (tmp_path / "run-1", logs[1]), 2: (None, logs[2]), 3: (None, logs[3])}
+    told = [f"[1/4] finished: {tmp_path}/run-0", f"[2/4] insvp train --resume {tmp_path}/run-1"]
+    told += [f"[{n + 1}/4] insvp train --seed {n}" for n in (2, 3)]
+    if jobs > 1:  # whose output is not shown
+        told += [f"[{n + 1}/4] 0 s: InsVP 50.0%" for n in (1, 2)] + [f"[4/4] failed, see {logs[3]}"]
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(told)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        runner.train_entries(entries[4:], tmp_path, jobs)
+    assert capsys.readouterr().out == "[1/1] insvp train --seed 4\n"
 
 
 def test_the_status_of_a_run_is_told_while_others_start(tmp_path, monkeypatch):
@@ -454,7 +504,7 @@ def test_a_probe_that_would_be_another_is_fitted_too(settings):
 
 def test_a_run_without_a_probe_fits_none_for_others():
     changed = with_one_probe([Entry({}, Recipe(probe=False), []), Entry({}, Recipe(), [])])
-    assert [entry.recipe.probe for entry in changed] == [False, True]
+    assert [(entry.recipe.probe, entry.arguments) for entry in changed] == [(False, []), (True, [])]
 
 
 def test_val_is_the_mean_over_the_seeds_too(tmp_path):
@@ -467,19 +517,22 @@ def test_val_is_the_mean_over_the_seeds_too(tmp_path):
 
 def test_the_tasks_of_vtab_count_for_their_groups(tmp_path):
     study = STUDIES["table2"]
-    row = next(row for row in study.rows if row.label == "InsVP")
+    row, failed = (next(row for row in study.rows if row.label == label) for label in ("InsVP", "Linear"))
     accuracies = {task: number / 10 for number, tasks in enumerate(VTAB_GROUPS.values(), 1) for task in tasks[:2]}
     results = {
-        f"vtab/{task}": [Compared(row, None, False, {0: Score("InsVP", None, test, {"trained_parameters": 7})})]
+        f"vtab/{task}": [
+            Compared(failed, None, False, {}),
+            Compared(row, None, False, {0: Score("InsVP", None, test, {"trained_parameters": 7})}),
+        ]
         for task, test in accuracies.items()
     }
     text = report("table2", study, results, Protocol({}, (1e-3,), (0,)), tmp_path)
     table = [line for line in text.splitlines() if line.startswith("| ")]
-    header, _, line = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table[-3:])
+    header, _, without, line = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table[-4:])
     assert header == ["model", *(name for group in VTAB_GROUPS for name in (group, "paper"))]
     sizes, papers = [*map(len, VTAB_GROUPS.values())], [f"{number:.1f}" for number in study.numbers["InsVP"]]
     assert line[1::2] == [f"{10 * number}.00 (2 of {size})" for number, size in enumerate(sizes, 1)]
-    assert line[2::2] == papers
+    assert line[2::2] == papers and without[1::2] == [f"– (0 of {size})" for size in sizes]
 
 
 @pytest.mark.parametrize(("name", "data"), [("table1", "vtab/cifar"), ("table5", "vtab/cifar"), ("table2", "cub")])
@@ -634,4 +687,6 @@ def test_all_that_a_run_prints_is_added_to_its_log(tmp_path, monkeypatch):
 def test_a_probe_that_another_study_has_fitted_beside_it_is_not_the_model(monkeypatch):
     scores = [Score("InsVP", 0.5, 0.5, {}), Score("linear probe", 0.9, 0.9, {})]
     monkeypatch.setattr(comparison, "scores_of", lambda run: scores)
-    assert comparison._score([], Entry({}, Recipe(probe=False), [])) is scores[0]
+    for _ in range(2):
+        assert comparison._score([], Entry({}, Recipe(probe=False), [])).model == "InsVP"
+        scores.reverse()
