@@ -17,6 +17,8 @@ from insvp_fast.commands.options import make_folder
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.evaluation import evaluate_run
+from insvp_fast.training.load import Run
+from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import CLASSES, noise, with_random_head, write_run
 
 
@@ -125,3 +127,9 @@ def test_a_run_is_not_tested_on_images_that_training_may_have_seen(images, tmp_p
     run = write_run(tmp_path / "run", images / "test", model, CLASSES)
     with pytest.raises(DataError, match="training divided it, and its images have changed: the model may have seen"):
         evaluate_run(run)
+
+
+def test_images_are_loaded_as_in_training_unless_told_otherwise():
+    trained, adapter = (Run(recipe, None, {}, None) for recipe in (Recipe(batch_size=3, workers=1), None))
+    assert trained.loading(None, None) == (3, 1) and trained.loading(5, 0) == (5, 0)
+    assert adapter.loading(None, None) == (Recipe.batch_size, Recipe.workers)

@@ -233,6 +233,8 @@ def test_what_is_no_run_is_refused(hostile, tmp_path, capsys):
     shutil.copytree(hostile / "adapter", tmp_path / "adapter")
     assert cli.main(["report", str(tmp_path / "adapter")]) == 1
     assert "is not a run folder of `insvp train`" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="an adapter does not say where its test images are: expected a run folder"):
+        find_results(tmp_path / "adapter", 3)
 
 
 def test_the_loss_of_an_image_of_several_labels_is_the_mean_over_the_classes():
