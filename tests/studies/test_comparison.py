@@ -11,6 +11,7 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 from threading import Barrier, Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -505,6 +506,19 @@ def test_a_probe_that_would_be_another_is_fitted_too(settings):
 def test_a_run_without_a_probe_fits_none_for_others():
     changed = with_one_probe([Entry({}, Recipe(probe=False), []), Entry({}, Recipe(), [])])
     assert [(entry.recipe.probe, entry.arguments) for entry in changed] == [(False, []), (True, [])]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),  # whether a run fits the probe, and is finished
+    [((True, False), (True, True)), ((False, True), (False, False)), ((False, False), None)],
+)
+def test_the_probe_is_fitted_where_the_least_is_trained_again(first, second):
+    recipes, runs = [Recipe(lr=0.1), Recipe(lr=0.2)], []
+    for recipe, state in zip(recipes, (first, second), strict=True):
+        if state:
+            runs.append(SimpleNamespace(recipe=replace(recipe, probe=state[0]), finished=state[1]))
+    changed = with_one_probe([Entry({}, recipe, []) for recipe in recipes], runs)
+    assert [entry.recipe.probe for entry in changed] == [False, True]
 
 
 def test_val_is_the_mean_over_the_seeds_too(tmp_path):
