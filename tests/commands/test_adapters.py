@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -20,12 +21,13 @@ from insvp_fast.checkpoints.backbone import create_backbone, save_backbone
 from insvp_fast.commands import cli
 from insvp_fast.data import load_data, load_test_data, transform_for
 from insvp_fast.data.decode import read_image
-from insvp_fast.errors import TrainingError
+from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.export import Facts
 from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
 from insvp_fast.training import evaluation
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
+from insvp_fast.training.load import load_run, own_test_data
 from insvp_fast.training.loader import Loader
 from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
@@ -324,7 +326,7 @@ def test_parquet_holds_what_csv_holds(form, run, images, probabilities, tmp_path
 
 
 @pytest.mark.parametrize("turned", [True, False])
-def test_eval_of_other_data_turns_images_as_training_did(turned, run, images, tmp_path, monkeypatch):
+def test_eval_turns_images_as_training_did(turned, run, images, tmp_path, monkeypatch):
     model = InsVPViT.from_pretrained(run / "adapter")
     model.exif_rotation = turned
     model.save_pretrained(tmp_path)
@@ -338,3 +340,8 @@ def test_eval_of_other_data_turns_images_as_training_did(turned, run, images, tm
     monkeypatch.setattr(evaluation, "Loader", Spy)
     evaluation.evaluate_run(tmp_path, data=str(images))
     assert seen == [turned]
+    own = load_run(run)
+    own.model.exif_rotation = turned
+    assert own_test_data(own).exif_rotation == turned
+    with pytest.raises(DataError, match="cub in nowhere: no such folder"):
+        own_test_data(own._replace(recipe=dataclasses.replace(own.recipe, data="cub", root="nowhere")))
