@@ -409,7 +409,7 @@ def test_runs_are_forked_at_several_at_a_time(tmp_path, pictures, capsys):
     settings = {"data": str(pictures), "epochs": 1, "batch_size": 8, "amp": "off", "output": str(tmp_path / "runs")}
     settings |= {"pictures": False}
     entries = [Entry({"method": method}, Recipe(method=method, **settings), []) for method in ("linear", "lora")]
-    runner.train_entries(entries, tmp_path / "runs", jobs=2)
+    assert runner.train_entries(entries, tmp_path / "runs", jobs=2) == 0
     runs = runner.read_runs(tmp_path / "runs")
     assert sorted(run.recipe.method for run in runs if run.finished) == ["linear", "lora"]
     assert not list((tmp_path / "runs").rglob("*.png"))
@@ -622,6 +622,7 @@ def test_the_cores_are_divided_among_the_jobs(tmp_path, monkeypatch):
         (2, "5,GPU-7", 3, ["5", "GPU-7", "5"]),
         (3, None, 1, [None]),
         (1, None, 2, [None] * 2),
+        (1, "0,9", 2, [None] * 2),  # there is no GPU 9
         (0, "", 2, [None] * 2),
         (1, "MIG-4,MIG-5", 2, ["MIG-4", "MIG-5"]),  # PyTorch sees one of them
         (2, "HIP_VISIBLE_DEVICES", 2, [None] * 2),
