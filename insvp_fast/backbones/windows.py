@@ -13,6 +13,7 @@ from torch import Tensor
 
 from insvp_fast.runtime import torch_private
 from insvp_fast.runtime.dtypes import widened
+from insvp_fast.runtime.fingerprint import SMALL
 from insvp_fast.runtime.prepack import packed
 
 __all__ = ["position_bias", "tokens_of_windows"]
@@ -30,7 +31,8 @@ def position_bias(attn: Any) -> Tensor:  # [heads, w, w]
 
     table, index = sources
     size = index.numel() * table.shape[-1] * widened(table.dtype).itemsize
-    kept = size <= LARGEST and all(x.is_cpu and not x.requires_grad for x in sources)
+    seen = table.nbytes <= SMALL and all(x.is_cpu for x in sources)  # any write to them, in the next pass
+    kept = seen and size <= LARGEST and not table.requires_grad
     if not kept or torch.compiler.is_compiling() or torch_private.dispatches(sources):  # those of a trace neither
         return make()
     with torch.inference_mode(False):  # backward may keep it

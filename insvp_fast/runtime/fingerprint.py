@@ -35,6 +35,11 @@ class Region(NamedTuple):
         span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
         return cls(storage, int(x.storage_offset()) * x.element_size(), span * x.element_size())
 
+    def pieces(self) -> list[Region]:
+        """Itself in pieces, each of which a look reads in full."""
+        starts = range(0, self.nbytes, SMALL)
+        return [self._replace(offset=self.offset + i, nbytes=min(SMALL, self.nbytes - i)) for i in starts]
+
     def address(self) -> int | None:
         """Where it is now, or None if it is no more."""
         storage = self.storage()

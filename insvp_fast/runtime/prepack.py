@@ -7,10 +7,10 @@ have changed. Two things are compared before each forward product:
   version counter, which counts operations in place, ``load_state_dict`` and optimizers that loop over parameters;
 - what is in the weights, for writes that the counter does not see: ``weight.data.add_()``, fused optimizers, NumPy and
   DLPack aliases, flat buffers that weights are views of, two parameters with one storage. A look at a fingerprint reads
-  a 128th of a large weight, another 128th each time, and weights up to 64 KB in full: a write of 8 KB or more in a row
-  is seen at once, a smaller one within 128 forward passes. Without the native library a look reads less, and a small
-  write may take thousands of passes. On a GPU, which is not waited for, all of it takes a pass or a few more
-  (``DeviceFingerprint``).
+  a 128th of a large weight, another 128th each time, and indices and weights up to 64 KB in full: a write of 8 KB or
+  more in a row is seen at once, a smaller one within 128 forward passes. Without the native library a look reads less,
+  and a small write may take thousands of passes. On a GPU, which is not waited for, all of it takes a pass or a few
+  more (``DeviceFingerprint``).
 
 A backward pass relies on the check of the forward pass, and reads the memory that the weights had in it. ``verify()``
 compares everything, ``clear()`` drops everything.
@@ -297,6 +297,9 @@ def _new_record(key: object, weights: Sequence[Tensor], state: list[int]) -> _Re
             _drop(key)
 
     storages = tuple(weakref.ref(w.untyped_storage(), drop) for w in weights)
-    regions = [Region.of(w, storage) for w, storage in zip(weights, storages, strict=True)]
+    regions: list[Region] = []
+    for w, storage in zip(weights, storages, strict=True):
+        region = Region.of(w, storage)
+        regions += [region] if w.is_floating_point() else region.pieces()
     # before anything is made: a write between the two will be seen
     return _Record(key, storages, state, fingerprint(regions, weights[0].device), {})
