@@ -62,6 +62,8 @@ class Programs:
             if read is not None and (pair is None or later is not None):
                 memory = forward.run(_starts(given), read)
                 return forward.outputs(memory) if pair is None else _Replayed.apply(pair, memory, later, *inputs)
+            # weights have changed, so that the others' turn would come too, and till then they would hold what was made
+            self._programs = OrderedDict()
         if any(needs):
             if not _may_hook():
                 return compute(inputs)
@@ -74,9 +76,10 @@ class Programs:
 
     def keep(self, key: Hashable, program: Program | _Pair | None) -> None:
         """Note what was recorded, or that it was no program."""
-        self._programs[key] = program
-        while len(self._programs) > MOST:
-            self._programs.popitem(last=False)
+        programs = self._programs  # which another thread may replace
+        programs[key] = program
+        while len(programs) > MOST:
+            programs.popitem(last=False)
 
 
 def _may_hook() -> bool:

@@ -586,6 +586,20 @@ def test_a_program_keeps_no_weight_and_nothing_packed_alive():
 
 
 @torch.no_grad()
+def test_no_program_keeps_alive_what_was_packed_of_an_old_bias():
+    """BEiT's weights are packed with a bias that was put together, which a program holds."""
+    prepack.clear()
+    model = model_of("beit_base_patch16_224", **VIT)
+    for batch in (1, 2, 3, 1, 2, 3):
+        model(image_of(batch))
+    before = len(prepack._records)
+    first_attention(model).q_bias.add_(1)
+    model(image_of(1))  # the programs of the other batches would wait for their turn
+    gc.collect()
+    assert len(prepack._records) == before
+
+
+@torch.no_grad()
 def test_numbers_of_prompts_are_checked_anew_each_time():
     """They say how far the attention reads, so that others would let C++ read anywhere."""
     few, many = (model_of(config={"prompt_length": length}) for length in (2, 7))
