@@ -62,7 +62,7 @@ class Programs:
             if read is not None and (pair is None or later is not None):
                 memory = forward.run(_starts(given), read)
                 return forward.outputs(memory) if pair is None else _Replayed.apply(pair, memory, later, *inputs)
-            # weights have changed, so that the others' turn would come too, and till then they would hold what was made
+            # weights have changed: others would be refused too, and until then hold what was made of the old ones
             self._programs = OrderedDict()
         if any(needs):
             if not _may_hook():
