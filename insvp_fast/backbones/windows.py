@@ -1,6 +1,6 @@
 """What attention in windows reads besides tokens: which tokens stand in each window, and the biases of the scores.
 
-Both are kept on CPUs, where looking them up would take as long as attention itself.
+Both are kept on CPUs, so that blocks call nothing but operations, and programs can record them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from insvp_fast.runtime.prepack import packed
 
 __all__ = ["position_bias", "tokens_of_windows"]
 
-LARGEST = 4 << 20  # bytes of a bias that is kept for each block: of 1024 tokens they would be more than all weights
+LARGEST = 4 << 20  # bytes of a bias that is kept: a BEiT-L's of 1024 tokens would take more than all its weights
 
 
 def position_bias(attn: Any) -> Tensor:  # [heads, w, w]
