@@ -20,10 +20,11 @@ import json, statistics, sys, time, warnings
 import torch
 from insvp_fast import InsVPViT
 warnings.simplefilter("ignore")
-batch, depth, rounds = map(int, sys.argv[1:])
+name, (batch, depth, rounds) = sys.argv[1], map(int, sys.argv[2:])
 torch.manual_seed(0)
-model = InsVPViT("vit_base_patch16_224", 200, depth=depth)
-image, target = torch.randn(batch, 3, 224, 224), torch.randint(0, 200, (batch,))
+model = InsVPViT(name, 200, depth=depth)
+size = model.backbone.patch_embed.img_size
+image, target = torch.randn(batch, 3, *size), torch.randint(0, 200, (batch,))
 found = {}
 for job in ("inference", "training"):
     model.train(job == "training")
@@ -46,12 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
+    parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each job in a process")
     parser.add_argument("--pairs", type=int, default=5, help="processes of each checkout")
     options = parser.parse_args()
-    arguments = [str(number) for number in (options.batch, options.depth, options.rounds)]
+    arguments = [options.model, *map(str, (options.batch, options.depth, options.rounds))]
     ratios: dict[str, list[float]] = {}
     for pair in range(options.pairs):
         step = 1 if pair % 2 else -1  # who begins; both run, also if they are the same checkout, which shows the noise

@@ -57,6 +57,8 @@ def only_operations(
 
     ``num_queries``: how many of the tokens ask, as in ``forward_block``.
     """
+    if options.attention not in ("auto", "native"):  # the others call PyTorch's functions
+        return False
     ask = getattr(family_of(backbone), "only_operations", lambda *_: False)
     answer: bool = ask(backbone, block, options, num_tokens, num_queries)
     return answer

@@ -195,7 +195,7 @@ def forward_block(
 def only_operations(backbone: Eva, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None) -> bool:
     """Only of blocks with norms in front, one product for queries, keys and values, and a plain MLP."""
     blk: Any = backbone.blocks[block]
-    if not isinstance(blk, EvaBlock) or num_queries is not None or options.attention not in ("auto", "native"):
+    if not isinstance(blk, EvaBlock) or num_queries is not None:
         return False
     scaled = blk.gamma_1 is not None or blk.gamma_2 is not None
     plain = all(isinstance(norm, nn.Identity) for norm in (blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm))

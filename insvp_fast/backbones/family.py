@@ -39,9 +39,10 @@ class BackboneFamily(Protocol):
     None without it.
 
     A module has ``attention_choices(backbone)`` if its attention does not have all of ``ops.ATTENTION``, and
-    ``only_operations(backbone, block, options, num_tokens, num_queries)`` if there are blocks that call nothing but
-    operations, so that a program can record them (``insvp_fast/runtime/programs.py``). Besides what they are given and
-    packed weights, these read only tensors of which they tell ``native.lasting``.
+    ``only_operations(backbone, block, options, num_tokens, num_queries)``, asked where attention itself is one, if
+    there are blocks that call nothing but operations, so that a program can record them
+    (``insvp_fast/runtime/programs.py``). Besides what they are given and packed weights, these read only tensors of
+    which they tell ``native.lasting``.
 
     It has ``embeds_by_operations(backbone)``, asked in every pass, if the same may be true of ``embed``.
 

@@ -67,7 +67,7 @@ def project_q_kv(attn: Any, y: Tensor, affine: Affine, num_queries: int) -> tupl
 def _layers(attn: Any, affine: Affine) -> list[FrozenLinear]:
     """The packed layer, or the three layers of queries, keys and values.
 
-    Three parts of a bias make three layers where no bias is kept: another one would be packed each time.
+    Three parts of a bias make three layers where their whole is not kept: a new one would be packed each time.
     """
     if attn.qkv is None:
         return [FrozenLinear.of(layer, *affine) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]

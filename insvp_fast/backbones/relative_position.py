@@ -228,7 +228,7 @@ def only_operations(
 ) -> bool:
     """Only of BEiT's blocks, with a plain MLP, and with layer scales only where they are folded."""
     blk = backbone.blocks[block]
-    if not isinstance(blk, BeitBlock) or num_queries is not None or options.attention not in ("auto", "native"):
+    if not isinstance(blk, BeitBlock) or num_queries is not None:
         return False
     scaled = blk.gamma_1 is not None or blk.gamma_2 is not None
     return isinstance(blk.mlp, Mlp) and (options.folds_scale or not scaled)

@@ -217,7 +217,7 @@ def only_operations(
 ) -> bool:
     """Not of an MLP with a norm of its own."""
     stage, number = locate(backbone, block)
-    return isinstance(backbone.layers[stage].blocks[number].mlp, Mlp) and options.attention in ("auto", "native")
+    return isinstance(backbone.layers[stage].blocks[number].mlp, Mlp)
 
 
 def _merge(

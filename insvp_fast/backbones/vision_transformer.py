@@ -260,7 +260,7 @@ def only_operations(
 ) -> bool:
     """Only of timm's plain ``Block``, without norms of heads, and with layer scales only where they are folded."""
     blk: Any = backbone.blocks[block]
-    if not isinstance(blk, Block) or options.attention not in ("auto", "native"):  # the others call PyTorch's functions
+    if not isinstance(blk, Block):
         return False
     if num_queries is not None and not absorbs(blk.attn, num_queries, num_tokens, backbone.embed_dim):
         return False

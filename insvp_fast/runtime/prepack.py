@@ -300,6 +300,6 @@ def _new_record(key: object, weights: Sequence[Tensor], state: list[int]) -> _Re
     regions: list[Region] = []
     for w, storage in zip(weights, storages, strict=True):
         region = Region.of(w, storage)
-        regions += [region] if w.is_floating_point() else region.pieces()
+        regions += [region] if w.is_floating_point() else region.pieces()  # all of an index in each look
     # before anything is made: a write between the two will be seen
     return _Record(key, storages, state, fingerprint(regions, weights[0].device), {})
