@@ -30,6 +30,16 @@ settings.register_profile("insvp_fast", deadline=None, derandomize=True)
 settings.load_profile("insvp_fast")
 
 
+# PyTorch's generator begins with another number in each process: what modules, fixtures and tests draw is seeded here.
+def pytest_collectstart():
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
