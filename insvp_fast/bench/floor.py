@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.layers.attention import AttentionRope
 from timm.models import beit
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -46,10 +48,10 @@ class Shape(NamedTuple):
 
 
 class BlockProducts:
-    """The four products of a block, by every provider that this machine has.
+    """The products of a block, by every provider that this machine has.
 
     Attributes:
-        runs: by the provider's name, all four products, on a GPU ten times.
+        runs: by the provider's name, all products, on a GPU ten times.
         flops: of a run.
 
     Args:
@@ -134,8 +136,16 @@ def _block_shapes(backbone: Any, L: int) -> list[Shape]:
         T, block = math.prod(stage.output_resolution), stage.blocks[0]
     else:
         T, block = backbone.patch_embed.num_patches + backbone.num_prefix_tokens, backbone.blocks[0]
-    D, hidden = block.norm1.normalized_shape[0], block.mlp.fc1.out_features
-    return [Shape(T + L, D, 3 * D), Shape(T, D, D), Shape(T, D, hidden), Shape(T, hidden, D)]
+    D = block.norm1.normalized_shape[0]
+    return [
+        Shape(T + L, D, 3 * D),
+        Shape(T, D, D),
+        *(Shape(T, layer.in_features, layer.out_features) for layer in _linears(block.mlp)),
+    ]
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
 def require_known(backbone: nn.Module) -> None:
@@ -144,13 +154,14 @@ def require_known(backbone: nn.Module) -> None:
     Raises:
         ValueError: if it does not.
     """
-    if not isinstance(backbone, VisionTransformer | SwinTransformer | beit.Beit):
+    if not isinstance(backbone, VisionTransformer | SwinTransformer | beit.Beit | Eva):
         found = type(backbone).__name__
-        raise ValueError(f"expected a VisionTransformer, SwinTransformer or Beit of timm, found {found}")
+        raise ValueError(f"expected a VisionTransformer, SwinTransformer, Beit or Eva of timm, found {found}")
     swin = isinstance(backbone, SwinTransformer)
     blocks: Any = [block for stage in backbone.layers for block in stage.blocks] if swin else backbone.blocks
     parts = [part for block in blocks for part in (block, getattr(block, "attn", None), getattr(block, "mlp", None))]
     known = {Block, Attention, SwinTransformerBlock, WindowAttention, beit.Block, beit.Attention, Mlp, PatchEmbed}
+    known |= {EvaBlock, EvaAttention, AttentionRope, GluMlp, SwiGLU}
     parts += [backbone.patch_embed, getattr(backbone, "attn_pool", None)]
     if unknown := {type(part) for part in parts} - known - {type(None)}:
         names = " and ".join(sorted(kind.__name__ for kind in unknown))
@@ -187,10 +198,10 @@ def _vit_terms(backbone: Any, L: int, saves: bool) -> tuple[float, float]:
     ``saves``: in the last block only the tokens ask that the head reads, one if that is the class token.
     """
     D, J, N = backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.num_patches
-    T, hidden = N + backbone.num_prefix_tokens, backbone.blocks[0].mlp.fc1.out_features
+    T, mlp = N + backbone.num_prefix_tokens, sum(layer.weight.numel() for layer in _linears(backbone.blocks[0].mlp))
     family: Any = family_of(backbone)
     queries = (J - 1) * T + ((saves and family.read_tokens(backbone)) or T)
-    matrices = _patch_embedding(backbone) + queries * 2 * D * (D + hidden) + J * (T + L) * 2 * D * D
+    matrices = _patch_embedding(backbone) + queries * (2 * D * D + mlp) + J * (T + L) * 2 * D * D
     return matrices, queries * (T + L) * 2 * D
 
 

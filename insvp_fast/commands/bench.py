@@ -56,7 +56,7 @@ def check_model(name: str, **backbone_kwargs: Any) -> None:
 
     if not timm.is_model(name):
         raise CommandError(
-            f"--model is {name}: timm has no such model: expected a VisionTransformer, SwinTransformer or Beit"
+            f"--model is {name}: timm has no such model: expected a VisionTransformer, SwinTransformer, Beit or Eva"
         )
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of shipped weights, which stay unread

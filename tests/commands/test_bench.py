@@ -152,7 +152,11 @@ def test_the_floor_is_of_the_best_product_in_the_same_round():
     assert block.floor_ratio([30.0, 40.0, 120.0], 10 * block.flops, seconds) == 3.0  # of 3, 2 and 3
 
 
-@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
+NAMES = "test_vit vit_giant_patch14_dinov2 swin_tiny_patch4_window7_224 beit_base_patch16_224 eva02_tiny_patch14_224"
+NAMES += " vit_base_patch16_rope_224"
+
+
+@pytest.mark.parametrize("name", NAMES.split())
 def test_the_bare_backbone_needs_what_pytorch_counts(name):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0).requires_grad_(False)
@@ -392,10 +396,8 @@ def test_the_command_refuses_no_rounds(capsys):
 def test_the_command_refuses_a_model_with_prompts_in_one_sentence(capsys):
     with warnings.catch_warnings(action="error"):
         assert cli.main(["bench", "--model", "insvp_vit_shapes_32"]) == 1
-    expected = (
-        "--model is insvp_vit_shapes_32: expected a VisionTransformer, SwinTransformer or Beit of timm, found InsVPViT"
-    )
-    assert capsys.readouterr().err == f"insvp: error: {expected}\n"
+    expected = "expected a VisionTransformer, SwinTransformer, Beit or Eva of timm, found InsVPViT"
+    assert capsys.readouterr().err == f"insvp: error: --model is insvp_vit_shapes_32: {expected}\n"
 
 
 def test_double_precision_is_the_measure():

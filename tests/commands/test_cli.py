@@ -402,13 +402,13 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
         (["recipes", "--released"], "--released is given without the NAME of a recipe"),
         (
             ["bench", "--model", "nonsense"],
-            "--model is nonsense: timm has no such model: expected a VisionTransformer, SwinTransformer or Beit",
+            "--model is nonsense: timm has no such model: expected a VisionTransformer, SwinTransformer, Beit or Eva",
         ),
         (
             ["bench", "--model", "vit_shapes_32"],
             "--model is vit_shapes_32: timm has no such model: expected a VisionTransform",
         ),
-        (["bench", "--model", "resnet18"], "SwinTransformer or Beit of timm, found ResNet"),
+        (["bench", "--model", "resnet18"], "SwinTransformer, Beit or Eva of timm, found ResNet"),
         (
             ["bench", "--model", "vit_base_patch16_224.none"],
             "--model is vit_base_patch16_224.none: Invalid pretrained tag",
