@@ -44,7 +44,10 @@ def test_operations_in_every_dtype(run, dtype):
     exact = with_gradients(plain, [t.detach().double().requires_grad_() for t in inputs])
     for value, rough, expected in zip(with_gradients(run, inputs), with_gradients(plain, inputs), exact, strict=True):
         assert value.dtype == dtype and value.shape == expected.shape
-        assert_within_budget(value, rough, expected, dtype)
+        if dtype == torch.float64:  # no precision is higher: sums in another order
+            assert relative_error(value, expected) < 1e-14
+        else:
+            assert_within_budget(value, rough, expected, dtype)
 
 
 def run_conv_alone(x, weight, bias, **kwargs):
