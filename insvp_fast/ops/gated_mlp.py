@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, save, saved
-from insvp_fast.ops.linear import PROVIDERS, auto_providers, frozen_operands, provider_reason
+from insvp_fast.ops.linear import PROVIDERS, auto_providers, frozen_operands, provider_reason, require_all_outputs
 from insvp_fast.ops.registry import PACKS, Implementation, call, register, require
-from insvp_fast.runtime import products
+from insvp_fast.runtime import buffers, native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
+from insvp_fast.runtime.elementwise import put_sum
 from insvp_fast.runtime.products import FrozenLinear
 
 __all__ = ["gated_mlp"]
@@ -35,11 +36,10 @@ def gated_mlp(
 
     Args:
         x: [..., D]; its dtype is that of the products and of the result.
-        gate, value: layers [M, D] with the same gain and shift, all of their outputs; without ``value`` there is no
-            product of the two, and the hidden layer is that of ``mlp``. The two halves of one packed layer are views of
-            its weight.
-        fc2: the layer [D, M]; its gain and shift are the affine map of the norm of the hidden layer. The others have no
-            scale.
+        gate, value: layers [M, D] with the same gain and shift, or the M outputs that each has of one packed layer;
+            without ``value`` there is no product of the two, and the hidden layer is that of ``mlp``.
+        fc2: the layer [D, M], all of its outputs; its gain and shift are the affine map of the norm of the hidden
+            layer. The others have no scale.
         activation: as in ``mlp``.
         eps: of the LayerNorm of the hidden layer; None if it has none.
         keep: for backward, "pre", ``gate(x)`` and ``value(x)``, [..., M] each, or "input", x, to compute them again.
@@ -66,8 +66,10 @@ def gated_mlp(
         wv, bv, gain_v, shift_v, *_ = frozen_operands(x, value, fc2)
         if gain_v is not gain or shift_v is not shift:
             raise ValueError("gate and value have a gain or shift of their own: expected those of one norm before both")
+    require_all_outputs(fc2=fc2)
     weights = wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, scale
-    operands = _Fwd(x, *weights, eps, activation, keep if needed else "nothing")
+    firsts = gate.first, 0 if value is None else value.first
+    operands = _Fwd(x, *weights, *firsts, eps, activation, keep if needed else "nothing")
     require("gated_mlp_fwd", impl, operands)
     return cast(Tensor, apply(_GatedMlp, *operands, impl))
 
@@ -85,6 +87,8 @@ class _Fwd(NamedTuple):
     gain2: Tensor | None
     shift2: Tensor | None
     scale: Tensor | None
+    gate_first: int  # of M outputs
+    value_first: int
     eps: float | None
     activation: str
     keep: str
@@ -105,34 +109,48 @@ class _Bwd(NamedTuple):
     gain2: Tensor | None
     shift2: Tensor | None
     scale: Tensor | None
+    gate_first: int  # of M outputs
+    value_first: int
     eps: float | None
     activation: str
     keep: str
 
 
 def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear | None, FrozenLinear]:
-    value = None if a.wv is None else FrozenLinear(a.wv, a.bv, a.gain, a.shift)
-    return FrozenLinear(a.wg, a.bg, a.gain, a.shift), value, FrozenLinear(a.w2, a.b2, a.gain2, a.shift2, a.scale)
+    fc2 = FrozenLinear(a.w2, a.b2, a.gain2, a.shift2, a.scale)
+
+    def opening(weight: Tensor, bias: Tensor | None, first: int) -> FrozenLinear:
+        return FrozenLinear(weight, bias, a.gain, a.shift, first=first, last=first + fc2.in_features)
+
+    value = None if a.wv is None else opening(a.wv, a.bv, a.value_first)
+    return opening(a.wg, a.bg, a.gate_first), value, fc2
 
 
 @first_order("gated_mlp", "torch.nn.functional.linear and silu")
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *weights, eps, activation, keep, impl = rest
+        *weights, gate_first, value_first, eps, activation, keep, impl = rest
         out, pre, value = call("gated_mlp_fwd", x, *rest)
         kept = (x, None) if keep == "input" else (pre, None if weights[2] is None else value)
         save(ctx, *kept, weights=weights)
-        ctx.rest = eps, activation, keep, impl
+        ctx.rest = gate_first, value_first, eps, activation, keep, impl
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call("gated_mlp_bwd", grad, *saved(ctx), *ctx.rest), *(None,) * 15
+        return call("gated_mlp_bwd", grad, *saved(ctx), *ctx.rest), *(None,) * 17
 
 
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
     gate, value, fc2 = _layers(a)
+    if how == "native":
+        pre = products.linear(a.x, gate, how)
+        factor = None if value is None else products.linear(a.x, value, how)
+        hidden = native.gate_fwd(pre, factor, ACTIVATIONS.index(a.activation), a.eps, keep=a.keep == "pre")
+        nothing = a.x.new_empty(0)
+        kept = (pre, nothing if factor is None else factor) if a.keep == "pre" else (nothing, nothing)
+        return products.linear(hidden, fc2, how), *kept
     pre, hidden = products.linear_activation(a.x, gate, a.activation, a.keep == "pre", how)
     nothing = factor = a.x.new_empty(0)
     if value is not None:
@@ -149,8 +167,16 @@ def _bwd(how: str, a: _Bwd) -> Tensor:
     if a.keep == "input":
         pre = products.linear(a.kept, gate, how)
         factor = None if value is None else products.linear(a.kept, value, how)
-    opened = activate(pre, a.activation)
     d_hidden = products.linear_bwd(a.grad, fc2, how)
+    if how == "native":
+        d_pre, d_factor = native.gate_bwd(d_hidden, pre, factor, ACTIVATIONS.index(a.activation), a.eps)
+        d_x = products.linear_bwd(d_pre, gate, how)
+        if value is None or d_factor is None:
+            return d_x
+        total = buffers.empty(d_x.shape, d_x.dtype)
+        put_sum(total, d_x, 1, products.linear_bwd(d_factor, value, how), 1)
+        return total
+    opened = activate(pre, a.activation)
     if a.eps is not None:
         d_hidden = _normalize_bwd(d_hidden, opened if factor is None else opened * factor, a.eps)
     if value is None or factor is None:
@@ -175,7 +201,7 @@ def _normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
-    kept = (*a.x.shape[:-1], a.wg.shape[0]) if a.keep == "pre" else 0
+    kept = (*a.x.shape[:-1], a.w2.shape[1]) if a.keep == "pre" else 0
     rows = a.x.shape[:-1]
     return a.x.new_empty(*rows, a.w2.shape[0]), a.x.new_empty(kept), a.x.new_empty(0 if a.wv is None else kept)
 
@@ -192,7 +218,7 @@ register(
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=auto_providers,
-    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_fwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )
 register(
     "gated_mlp_bwd",
@@ -202,5 +228,5 @@ register(
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=auto_providers,
-    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS},
+    **{how: Implementation(partial(_bwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )

@@ -96,6 +96,13 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     return *sources, first, first + features
 
 
+def require_all_outputs(**layers: FrozenLinear) -> None:
+    """Check that no range of its outputs is asked of a layer; raises ValueError."""
+    for name, layer in layers.items():
+        if layer.first or layer.out_features != len(layer.weight):
+            raise ValueError(f"{name} has the outputs {layer.first} to {layer.last}: expected all, without a range")
+
+
 def _check(layer: FrozenLinear, features: int) -> int:
     """The number of outputs of a layer that fits."""
     weight, bias, gain, shift, scale, first, last = layer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, save, saved
-from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason
+from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason, require_all_outputs
 from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason
 from insvp_fast.runtime import native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate_bwd
@@ -35,7 +35,8 @@ def mlp(
 
     Args:
         x: [..., D]; its dtype is that of the products and of the result.
-        fc1, fc2: layers [M, D] and [D, M], all of them; the first without scale, the second without gain and shift.
+        fc1, fc2: layers [M, D] and [D, M], all of their outputs; the first without scale, the second without gain and
+            shift.
         activation: "gelu", exact (erf); "gelu_tanh", its approximation by tanh; "quick_gelu", x sigmoid(1.702 x); or
             "silu", x sigmoid(x).
         keep: for backward, "pre", what the activation was applied to, [..., M]; "code", its derivative there rounded to
@@ -62,6 +63,7 @@ def mlp(
         raise ValueError("fc2 has a gain or shift: expected none")
     needed = torch.is_grad_enabled() and x.requires_grad
     w1, b1, gain, shift, _, w2, b2, _, _, scale, *_ = frozen_operands(x, fc1, fc2)
+    require_all_outputs(fc1=fc1, fc2=fc2)
     operands = _Fwd(x, w1, b1, w2, b2, gain, shift, scale, activation, keep if needed else "nothing")
     require("mlp_fwd", impl, operands)
     return cast(Tensor, apply(_Mlp, *operands, impl))

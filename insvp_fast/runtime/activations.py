@@ -11,7 +11,7 @@ from insvp_fast.runtime.dtypes import widened
 __all__ = ["ACTIVATIONS", "activate", "activate_bwd"]
 
 # GELU in its exact (erf) form; its approximation by tanh; x * sigmoid(1.702 x); x * sigmoid(x). Their order is that of
-# the codes in kernels/cpu/linear/linear.h.
+# the codes in kernels/cpu/common/abi.h.
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 QUICK = 1.702
 

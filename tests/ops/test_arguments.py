@@ -54,6 +54,18 @@ CASES = {
         lambda: ops.mlp(X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT.T, gain=WEIGHT[:, 0])),
         "fc2 has a gain or shift: expected none",
     ),
+    "mlp: a range of the first layer": (
+        lambda: ops.mlp(X, FrozenLinear(WEIGHT, last=24), FrozenLinear(WEIGHT[:24].T)),
+        "fc1 has the outputs 0 to 24: expected all",
+    ),
+    "mlp: a range of the second layer": (
+        lambda: ops.mlp(X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT.T, first=3)),
+        "fc2 has the outputs 3 to None: expected all",
+    ),
+    "gated_mlp: a range of the second layer": (
+        lambda: ops.gated_mlp(X, FrozenLinear(WEIGHT), None, FrozenLinear(WEIGHT.T, last=3)),
+        "fc2 has the outputs 0 to 3: expected all",
+    ),
     "gated_mlp: scale of the gate": (
         lambda: ops.gated_mlp(X, FrozenLinear(WEIGHT, scale=WEIGHT[:, 0]), None, FrozenLinear(WEIGHT.T)),
         "gate or value has a scale: expected none",

@@ -65,10 +65,19 @@ def test_halves_of_one_packed_layer():
     x, weights = inputs()
     wg, bg, wv, bv, *rest = weights
     weight, bias = torch.cat([wg, wv]), torch.cat([bg, bv])
-    halves = weight[:48], bias[:48], weight[48:], bias[48:]
-    assert torch.equal(run(x, *halves, *rest), run(x, *weights))
-    weight[50] *= 2  # a view of a packed weight is packed again when that changes
-    assert torch.equal(run(x, *halves, *rest), run(x, *(half.clone() for half in halves), *rest))
+    gain, shift, w2, b2, *_ = rest
+    whole, fc2 = FrozenLinear(weight, bias, gain, shift), FrozenLinear(w2, b2)
+
+    def of_halves():
+        return with_gradients(lambda x: ops.gated_mlp(x, whole._replace(last=48), whole._replace(first=48), fc2), [x])
+
+    def of_parts():
+        parts = (FrozenLinear(weight[i:j].clone(), bias[i:j].clone(), gain, shift) for i, j in ((0, 48), (48, 96)))
+        return with_gradients(lambda x: ops.gated_mlp(x, *parts, fc2), [x])
+
+    assert all(map(torch.equal, of_halves(), of_parts()))
+    weight[50] *= 2
+    assert all(map(torch.equal, of_halves(), of_parts()))
 
 
 def test_gradcheck_opcheck_and_refusals():
@@ -77,9 +86,9 @@ def test_gradcheck_opcheck_and_refusals():
     for options in ({"normed": True}, {"keep": "input"}):
         assert torch.autograd.gradcheck(lambda x, o=options: run(x, *weights, **o), [x])
     x = x.detach()
-    opcheck(torch.ops.insvp_fast.gated_mlp_fwd.default, (x, *weights, EPS, "silu", "pre", "auto"))
+    opcheck(torch.ops.insvp_fast.gated_mlp_fwd.default, (x, *weights, 0, 0, EPS, "silu", "pre", "auto"))
     pre, value = (torch.randn(2, 5, 48).double() for _ in range(2))
-    for kept in ((pre, value, *weights, EPS, "silu", "pre"), (x, None, *weights, None, "gelu", "input")):
+    for kept in ((pre, value, *weights, 0, 0, EPS, "silu", "pre"), (x, None, *weights, 0, 0, None, "gelu", "input")):
         opcheck(torch.ops.insvp_fast.gated_mlp_bwd.default, (torch.randn_like(x), *kept, "auto"))
     with pytest.raises(ValueError, match="keep='code': expected one of .* has no code in 8 bits"):
         run(x, *weights, keep="code")

@@ -25,6 +25,7 @@ from insvp_fast.runtime.native.conv import conv_bwd, conv_fwd, conv_pool_bwd, co
 from insvp_fast.runtime.native.copy import copy
 from insvp_fast.runtime.native.dropout import STATE_BYTES, dropout_bwd, dropout_fwd, dropout_mask
 from insvp_fast.runtime.native.fingerprint import LINES, Checksums, Look
+from insvp_fast.runtime.native.gate import gate_bwd, gate_fwd
 from insvp_fast.runtime.native.library import DTYPES, Call, NativeStatus, available, native_status, ptr
 from insvp_fast.runtime.native.linear import linear, linear_activation, linear_activation_bwd, pack_linear
 from insvp_fast.runtime.native.norm_insert import norm_insert_bwd, norm_insert_fwd
@@ -59,6 +60,8 @@ __all__ = [
     "dropout_bwd",
     "dropout_fwd",
     "dropout_mask",
+    "gate_bwd",
+    "gate_fwd",
     "interrupt",
     "lasting",
     "linear",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from insvp_fast.runtime import recording
 
-ABI = 14  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
+ABI = 15  # as in kernels/cpu/common/dispatch.cpp; raise both when an exported function is added or changed
 LIBRARY = Path(__file__).parent / "libinsvp_fast_cpu.so"
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(TYPE_CODES)

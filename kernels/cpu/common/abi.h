@@ -10,7 +10,9 @@
 
 namespace insvp_fast {
 
-enum class DType : int { f32 = 0, bf16 = 1 };  // the codes are part of the C ABI
+// The codes are part of the C ABI.
+enum class DType : int { f32 = 0, bf16 = 1 };
+enum class Activation : int { gelu, gelu_tanh, quick_gelu, silu };
 
 struct Array {
   void* data;  // null: absent

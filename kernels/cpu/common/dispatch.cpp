@@ -51,7 +51,7 @@ Isa isa(Isa limit) { return selected < limit ? selected : limit; }
 
 // To be raised, with ABI in insvp_fast/runtime/native/library.py, whenever an exported function is added or changed:
 // the loader refuses a library of another version.
-INSVP_FAST_API int insvp_fast_abi_version() { return 14; }
+INSVP_FAST_API int insvp_fast_abi_version() { return 15; }
 
 // Selects the best instruction set of the processor that is not above `limit` ("": no limit). Returns its name, or null
 // for an unknown limit.

@@ -94,6 +94,14 @@ inline vec rough_reciprocal(vec x) {
 #endif
 }
 
+// Calls f(i, n) for each vector of a row; n of its elements are in the row.
+template <class F>
+inline void for_each_vector(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) f(i, int64_t(kWidth));
+  if (i < size) f(i, size - i);
+}
+
 // Adds the halves of a vector until one element is left. Every size is a constant, so all stays in registers.
 template <int N>
 inline float sum(const float (&lane)[N]) {

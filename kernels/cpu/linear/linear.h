@@ -17,9 +17,7 @@ namespace {
 constexpr int64_t run_stride(int64_t depth) { return odd_lines(depth); }
 }  // namespace
 
-// The codes are part of the C ABI.
-enum class Epilogue : int { none, activate, activate_bwd };
-enum class Activation : int { gelu, gelu_tanh, quick_gelu, silu };
+enum class Epilogue : int { none, activate, activate_bwd };  // the codes are part of the C ABI
 
 struct Linear {
   Array x;  // row m at (m / T) * batch_stride + (m % T) * row_stride

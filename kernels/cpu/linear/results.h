@@ -1,6 +1,6 @@
 // From sums to results: bias, epilogue and dtype.
 #pragma once
-#include "activation.h"
+#include "common/activation.h"
 #include "common/array.h"
 #include "linear.h"
 #include "tile.h"

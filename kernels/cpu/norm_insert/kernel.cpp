@@ -6,14 +6,6 @@ namespace {
 
 using namespace insvp_fast;
 
-// Calls f(i, n) for each vector of a row; n of its elements are in the row.
-template <class F>
-inline void for_each(int64_t size, F f) {
-  int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) f(i, int64_t(kWidth));
-  if (i < size) f(i, size - i);
-}
-
 // Prefetch a line of the next row, which may be in another page of memory: there the processor's own prefetching ends.
 inline void expect_read(Array from, int64_t at) {
   if (from.data) __builtin_prefetch(static_cast<const char*>(from.data) + at * size_of(from.type), 0);
@@ -32,7 +24,7 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
     const bool next_is_token = s + 1 < a.T;
     vec total = {};
     if (s < a.T) {
-      for_each(D, [&](int64_t i, int64_t n) {
+      for_each_vector(D, [&](int64_t i, int64_t n) {
         vec v = read(a.residual, token + i, n);
         if (a.branch.data) write(a.total, token + i, v += read(a.branch, token + i, n), n);
         store_some(x + i, v, n);
@@ -40,7 +32,7 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
       });
     } else {
       const int64_t prompt = b * a.prompts_stride + (s - a.T) * D;
-      for_each(D, [&](int64_t i, int64_t n) {
+      for_each_vector(D, [&](int64_t i, int64_t n) {
         const vec v = read(a.prompts, prompt + i, n);
         store_some(x + i, v, n);
         total += v;
@@ -48,7 +40,7 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
     }
     const float mean = a.center ? sum(total) / D : 0.0f;
     vec squares = {};
-    for_each(D, [&](int64_t i, int64_t n) {
+    for_each_vector(D, [&](int64_t i, int64_t n) {
       vec v = load_some(x + i, n) - mean;
       if (n < kWidth) v = (vec)((bits32)v & is_one_of_the_first(n));
       squares += v * v;
@@ -61,7 +53,7 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
     });
     const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / D + a.eps);
     a.rstd[row] = rstd;
-    for_each(D, [&](int64_t i, int64_t n) {
+    for_each_vector(D, [&](int64_t i, int64_t n) {
       const vec v = (load_some(x + i, n) - mean) * rstd;
       if (!a.weight) return write(a.normed, row * D + i, v, n);
       write(a.xhat, row * D + i, v, n);
@@ -78,7 +70,7 @@ __attribute__((flatten)) void norm_insert_bwd_rows(const NormInsertBwd& args, in
     const int64_t b = row / S, s = row % S, token = (b * a.T + s) * D, prompt = (b * a.L + s - a.T) * D;
     const bool next_is_token = s + 1 < a.T;
     vec sums = {}, products = {};
-    for_each(D, [&](int64_t i, int64_t n) {
+    for_each_vector(D, [&](int64_t i, int64_t n) {
       vec v = read(a.grad_normed, row * D + i, n);
       if (a.weight) v *= load_some(a.weight + i, n);
       store_some(g + i, v, n);
@@ -93,7 +85,7 @@ __attribute__((flatten)) void norm_insert_bwd_rows(const NormInsertBwd& args, in
       }
     });
     const float mean = a.center ? sum(sums) / D : 0.0f, along = sum(products) / D, rstd = a.rstd[row];
-    for_each(D, [&](int64_t i, int64_t n) {
+    for_each_vector(D, [&](int64_t i, int64_t n) {
       vec v = rstd * (load_some(g + i, n) - mean - along * read(a.xhat, row * D + i, n));
       if (s >= a.T) return write(a.d_prompts, prompt + i, v, n);
       if (a.grad_total.data) v += read(a.grad_total, token + i, n);

@@ -1,8 +1,8 @@
 // Activations x * P(x) and their derivatives P(x) + x * P'(x), with P a distribution function: in GELU that of the
 // standard normal, Phi, in the others sigmoid(a x + b x^3).
 #pragma once
+#include "common/abi.h"
 #include "common/exp.h"
-#include "linear.h"
 
 namespace {
 
@@ -53,12 +53,6 @@ inline vec gelu(vec x) {
   return x * from_tail(x, tail.bell * tail.ratio);
 }
 
-template <bool ROUGH>
-inline vec gelu_derivative(vec x) {
-  const Tail tail = ROUGH ? rough_normal_tail(x) : normal_tail(x);
-  return from_tail(x, tail.bell * (tail.ratio - magnitude(x) * 0.39894228040f));  // 1 / sqrt(2 pi)
-}
-
 struct Cubic {
   float a, b;
 };
@@ -86,18 +80,32 @@ inline Sigmoid sigmoid(Cubic c, vec x) {
   return {u < 0.0f ? low : high, low * high * du};
 }
 
-// An activation and its derivative, for results in 16 bits if ROUGH.
+// An activation and its derivative, the slope, for results in 16 bits if ROUGH.
 template <bool ROUGH>
 inline vec activate(Activation activation, vec x) {
   if (activation == Activation::gelu) return gelu<ROUGH>(x);
   return x * sigmoid<ROUGH>(argument(activation), x).value;
 }
 
+struct Activated {
+  vec value, slope;
+};
+
+template <bool ROUGH>
+inline Activated activated(Activation activation, vec x) {
+  if (activation == Activation::gelu) {
+    const Tail tail = ROUGH ? rough_normal_tail(x) : normal_tail(x);
+    constexpr float density = 0.39894228040f;  // 1 / sqrt(2 pi)
+    return {x * from_tail(x, tail.bell * tail.ratio),
+            from_tail(x, tail.bell * (tail.ratio - magnitude(x) * density))};
+  }
+  const Sigmoid p = sigmoid<ROUGH>(argument(activation), x);
+  return {x * p.value, p.value + x * p.slope};
+}
+
 template <bool ROUGH>
 inline vec derivative(Activation activation, vec x) {
-  if (activation == Activation::gelu) return gelu_derivative<ROUGH>(x);
-  const Sigmoid p = sigmoid<ROUGH>(argument(activation), x);
-  return p.value + x * p.slope;
+  return activated<ROUGH>(activation, x).slope;
 }
 
 }  // namespace
