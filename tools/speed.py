@@ -19,6 +19,9 @@ CHILD = """
 import json, statistics, sys, time, warnings
 import torch
 from insvp_fast import InsVPViT
+from insvp_fast.runtime import native
+if not native.native_status():
+    sys.exit(f"{native.__path__[0]}: {native.native_status()}")
 warnings.simplefilter("ignore")
 name, (batch, depth, rounds) = sys.argv[1], map(int, sys.argv[2:])
 torch.manual_seed(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchDropoutWithIndices, PatchEmbed, attention, pos_embed_sincos
+from timm.layers import PatchDropoutWithIndices, PatchEmbed, attention, pos_embed_sincos
 from timm.layers.attention import AttentionRope
 from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingCat,
@@ -22,8 +22,16 @@ from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.layers import Affine, in_own_dtype, norm_requirements
-from insvp_fast.backbones.qkv import BIASES, bias_tensors, norm_heads, project_q_kv, project_qkv, qkv_requirements
+from insvp_fast.backbones.layers import Affine, in_own_dtype, is_operation, norm_requirements
+from insvp_fast.backbones.qkv import (
+    BIASES,
+    bias_tensors,
+    is_one_product,
+    norm_heads,
+    project_q_kv,
+    project_qkv,
+    qkv_requirements,
+)
 from insvp_fast.backbones.vision_transformer import (
     add_positions,
     check_image,
@@ -193,13 +201,14 @@ def forward_block(
 
 
 def only_operations(backbone: Eva, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None) -> bool:
-    """Only of blocks with norms in front, one product for queries, keys and values, and a plain MLP."""
+    """Only of blocks with norms in front, and one product for queries, keys and values."""
     blk: Any = backbone.blocks[block]
     if not isinstance(blk, EvaBlock) or num_queries is not None:
         return False
     scaled = blk.gamma_1 is not None or blk.gamma_2 is not None
     plain = all(isinstance(norm, nn.Identity) for norm in (blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm))
-    return blk.attn.qkv is not None and plain and isinstance(blk.mlp, Mlp) and (options.folds_scale or not scaled)
+    folded = options.folds_scale or not scaled
+    return plain and folded and is_operation(blk.mlp) and is_one_product(blk.attn)
 
 
 def run_block(

@@ -27,6 +27,7 @@ __all__ = [
     "forward_mlp",
     "has_gated_mlp",
     "in_own_dtype",
+    "is_operation",
     "mlp_requirements",
     "norm_insert",
     "norm_requirements",
@@ -153,13 +154,18 @@ def forward_mlp(
     if isinstance(mlp, Mlp):
         gate, value = FrozenLinear.of(mlp.fc1, *affine), None
     else:
-        gate, value = (FrozenLinear(*layer, *affine) for layer in _gate_and_value(mlp))
+        gate, value = _gate_and_value(mlp, affine)
     if isinstance(hidden_norm, nn.Identity):
         if value is None:
             return ops.mlp(x, gate, fc2, activation=activation, keep=keep)
         return ops.gated_mlp(x, gate, value, fc2, activation=activation, keep=keep)
     fc2 = FrozenLinear.of(mlp.fc2, *_affine(hidden_norm), scale)
     return ops.gated_mlp(x, gate, value, fc2, activation=activation, eps=hidden_norm.eps, keep=keep)
+
+
+def is_operation(mlp: nn.Module) -> bool:
+    """Whether an MLP is one operation: GeGluMlp has a norm before it as well."""
+    return isinstance(mlp, Mlp | GluMlp | SwiGLU)
 
 
 def has_gated_mlp(backbone: nn.Module) -> bool:
@@ -175,12 +181,10 @@ def _apply_affine(x: Tensor, affine: Affine) -> Tensor:
     return x if affine.shift is None else x + affine.shift
 
 
-def _gate_and_value(mlp: GluMlp | SwiGLU) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Weight and bias of what the activation is applied to, and of what that is multiplied by."""
+def _gate_and_value(mlp: GluMlp | SwiGLU, affine: Affine) -> tuple[FrozenLinear, FrozenLinear]:
+    """What the activation is applied to, and what that is multiplied by."""
     if isinstance(mlp, SwiGLU):
-        return (mlp.fc1_g.weight, mlp.fc1_g.bias), (mlp.fc1_x.weight, mlp.fc1_x.bias)
-    weight, bias = mlp.fc1.weight, mlp.fc1.bias
-    M = weight.shape[0] // 2
-    first = weight[:M], None if bias is None else bias[:M]
-    second = weight[M:], None if bias is None else bias[M:]
+        return FrozenLinear.of(mlp.fc1_g, *affine), FrozenLinear.of(mlp.fc1_x, *affine)
+    whole, M = FrozenLinear.of(mlp.fc1, *affine), len(mlp.fc1.weight) // 2
+    first, second = whole._replace(last=M), whole._replace(first=M)
     return (second, first) if mlp.gate_last else (first, second)

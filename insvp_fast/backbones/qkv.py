@@ -6,6 +6,7 @@ and ``v_bias``; or three layers, ``q_proj``, ``k_proj`` and ``v_proj``, of which
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from insvp_fast.ops import FrozenLinear
 from insvp_fast.runtime import torch_private
 from insvp_fast.runtime.prepack import packed
 
-__all__ = ["BIASES", "bias_tensors", "norm_heads", "project_q_kv", "project_qkv", "qkv_requirements"]
+__all__ = ["BIASES", "bias_tensors", "is_one_product", "norm_heads", "project_q_kv", "project_qkv", "qkv_requirements"]
 
 BIASES = ("q_bias", "k_bias", "v_bias")
 
@@ -64,24 +65,47 @@ def project_q_kv(attn: Any, y: Tensor, affine: Affine, num_queries: int) -> tupl
     return q, torch.cat([_for_all_heads(attn, part) for part in kv], dim=-1)
 
 
+def is_one_product(attn: Any) -> bool:
+    """Whether queries, keys and values are one layer, or three of which one is made and kept."""
+    return attn.qkv is not None or _become_one(attn.q_proj, attn.k_proj, attn.v_proj)
+
+
 def _layers(attn: Any, affine: Affine) -> list[FrozenLinear]:
     """The packed layer, or the three layers of queries, keys and values.
 
-    Three parts of a bias make three layers where their whole is not kept: a new one would be packed each time.
+    Three layers, or the parts of a bias, become one where that is kept: it would be packed anew in each pass.
     """
     if attn.qkv is None:
-        return [FrozenLinear.of(layer, *affine) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        layers = attn.q_proj, attn.k_proj, attn.v_proj
+        if not _become_one(*layers):
+            return [FrozenLinear.of(layer, *affine) for layer in layers]
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return [FrozenLinear(packed(weights, "weight", lambda: torch.cat(weights)), _whole_bias(biases), *affine)]
     if getattr(attn, "q_bias", None) is None:
         return [FrozenLinear.of(attn.qkv, *affine)]
-    parts = attn.q_bias, attn.k_bias, attn.v_bias
-    if torch.compiler.is_compiling() or torch_private.dispatches(parts) or any(_unkept(part) for part in parts):
-        return [FrozenLinear(*layer, *affine) for layer in zip(attn.qkv.weight.chunk(3), parts, strict=True)]
-    return [FrozenLinear(attn.qkv.weight, packed(parts, "bias", lambda: torch.cat(parts)), *affine)]
+    biases = [attn.q_bias, attn.k_bias, attn.v_bias]
+    if not _is_kept(*biases):
+        return [FrozenLinear(*layer, *affine) for layer in zip(attn.qkv.weight.chunk(3), biases, strict=True)]
+    return [FrozenLinear(attn.qkv.weight, _whole_bias(biases), *affine)]
 
 
-def _unkept(x: Tensor) -> bool:
-    """Whether what is made of a tensor is made in each pass; on a GPU it was not tried otherwise."""
-    return not x.is_cpu or x.is_inference()
+def _become_one(*layers: nn.Linear) -> bool:
+    sizes = {layer.weight.shape for layer in layers}
+    return len(sizes) == 1 and _is_kept(*(x for layer in layers for x in (layer.weight, layer.bias)))
+
+
+def _whole_bias(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Zeros for a part that is None, if not all are."""
+    if (some := next((part for part in parts if part is not None), None)) is None:
+        return None
+    return packed(parts, "bias", lambda: torch.cat([torch.zeros_like(some) if x is None else x for x in parts]))
+
+
+def _is_kept(*parts: Tensor | None) -> bool:
+    """Whether what is made of these is kept; on a GPU it was not tried."""
+    if torch.compiler.is_compiling() or torch_private.dispatches(parts):
+        return False
+    return all(x is None or (x.is_cpu and not x.is_inference()) for x in parts)
 
 
 def _for_all_heads(attn: Any, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed, RelPosBias, RelPosMlp
+from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
 from timm.models.beit import Attention, Beit, RelativePositionBias
 from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer_relpos import (
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.layers import LAYER_SCALE, Affine, mlp_requirements, norm_requirements
+from insvp_fast.backbones.layers import LAYER_SCALE, Affine, is_operation, mlp_requirements, norm_requirements
 from insvp_fast.backbones.qkv import (
     BIASES,
     bias_tensors,
@@ -226,12 +226,12 @@ def only_operations(
     num_tokens: int,
     num_queries: int | None,
 ) -> bool:
-    """Only of BEiT's blocks, with a plain MLP, and with layer scales only where they are folded."""
+    """Only of BEiT's blocks, with layer scales only where they are folded."""
     blk = backbone.blocks[block]
     if not isinstance(blk, BeitBlock) or num_queries is not None:
         return False
     scaled = blk.gamma_1 is not None or blk.gamma_2 is not None
-    return isinstance(blk.mlp, Mlp) and (options.folds_scale or not scaled)
+    return is_operation(blk.mlp) and (options.folds_scale or not scaled)
 
 
 def _attention(

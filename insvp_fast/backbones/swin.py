@@ -13,7 +13,7 @@ from typing import Any
 import timm.models.swin_transformer as timm_swin
 import torch
 import torch.nn.functional as F
-from timm.layers import Format, Mlp, PatchEmbed
+from timm.layers import Format, PatchEmbed
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.layers import forward_mlp, norm_insert, norm_requirements
+from insvp_fast.backbones.layers import forward_mlp, is_operation, norm_insert, norm_requirements
 from insvp_fast.backbones.vision_transformer import check_image, filled_size, patch_projection, pixel_weight
 from insvp_fast.backbones.vit_blocks import branch_requirements, inactive_dropout, prefixed
 from insvp_fast.backbones.windows import position_bias, tokens_of_windows
@@ -215,9 +215,9 @@ def forward_block(
 def only_operations(
     backbone: SwinTransformer, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None
 ) -> bool:
-    """Not of an MLP with a norm of its own."""
+    """Not of an MLP that is more than an operation."""
     stage, number = locate(backbone, block)
-    return isinstance(backbone.layers[stage].blocks[number].mlp, Mlp)
+    return is_operation(backbone.layers[stage].blocks[number].mlp)
 
 
 def _merge(

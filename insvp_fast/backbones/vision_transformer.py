@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import Format, HybridEmbed, Mlp, PatchDropout, PatchEmbed
+from timm.layers import Format, HybridEmbed, PatchDropout, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from insvp_fast import ops
 from insvp_fast.backbones.family import BlockOptions
-from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
+from insvp_fast.backbones.layers import in_own_dtype, is_operation, norm_requirements
 from insvp_fast.backbones.vit_blocks import absorbs, block_requirements, prefixed, run_block
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, convolution, difference
@@ -266,7 +266,7 @@ def only_operations(
         return False
     scales = () if options.folds_scale else (blk.ls1, blk.ls2)
     absent = blk.attn.q_norm, blk.attn.k_norm, blk.attn.norm, *scales
-    return isinstance(blk.mlp, Mlp) and all(isinstance(module, nn.Identity) for module in absent)
+    return is_operation(blk.mlp) and all(isinstance(module, nn.Identity) for module in absent)
 
 
 def embeds_by_operations(backbone: VisionTransformer) -> bool:

@@ -67,7 +67,7 @@ def model_of(name="vit_tiny_patch16_224", config=None, **sizes):
     return model.eval()
 
 
-FEW = 13  # native calls of a last block with one query; backward has two more. Other blocks have seven
+FEW = 13  # native calls of a last block with one query; most others have seven
 MODELS = {  # and how many native calls the programs of their blocks have
     "ViT": ("vit_tiny_patch16_224", {}, VIT, [5 * 7 + FEW]),
     "many heads": ("vit_tiny_patch16_224", {}, VIT | {"num_heads": 12}, [5 * 7]),  # the last makes keys and values
@@ -77,6 +77,10 @@ MODELS = {  # and how many native calls the programs of their blocks have
     "rotations": ("vit_small_patch16_dinov3", {}, VIT | {"depth": 5}, [5 * 8]),
     "rotations of each block": ("vit_small_patch16_rope_mixed_224", {}, ALL_ROTATED, [5 * 8]),
     "BEiT": ("beit_base_patch16_224", {}, VIT, [6 * 7]),
+    "EVA-02": ("eva02_base_patch14_224", {}, VIT, [6 * 10]),
+    "EVA-02, packed": ("eva02_tiny_patch14_224", {}, VIT, [6 * 10]),
+    "a packed gate": ("vit_giant_patch14_dinov2", {}, ALL_TOKENS, [6 * 9]),
+    "a norm of the hidden layer": ("vit_tiny_patch16_224", {}, VIT | {"scale_mlp_norm": True}, [5 * 8 + FEW + 1]),
     "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7 + FEW]),
     "norms of heads": ("vit_tiny_patch16_224", {}, VIT | {"qk_norm": True}, []),
     "prompts carried": ("vit_tiny_patch16_224", {"carry_prompts": True, "prompted_blocks": (0, 2)}, VIT, []),
@@ -87,7 +91,8 @@ MODELS = {  # and how many native calls the programs of their blocks have
 
 # and what is before and behind the blocks, where all is one program: six of the prompters, a blend for each block, the
 # embedding with one class token or none, the last sum
-WHOLE = dict.fromkeys(("ViT", "layer scale", "no prompt to carry"), 6 + 6 + 3 + 1) | {"all tokens": 6 + 6 + 2 + 1}
+CLASS_TOKEN = "ViT", "layer scale", "no prompt to carry", "a norm of the hidden layer"
+WHOLE = dict.fromkeys(CLASS_TOKEN, 6 + 6 + 3 + 1) | dict.fromkeys(("all tokens", "a packed gate"), 6 + 6 + 2 + 1)
 WHOLE |= {"Swin": 7 + 8 + 2 + 1}  # a convolution for each width, and the norm of the embedding
 WHOLE |= {"prompted image": 6 + 1 + 6 + 3 + 1}  # which is folded and, for products in bf16, rounded
 
@@ -361,7 +366,7 @@ def move_bias_of_embedding(model):
     norm.bias.data = behind_other_numbers(norm.bias + 0.5)
 
 
-def frozen_of(size):
+def frozen_of(*size):
     return nn.Parameter(torch.randn(size), requires_grad=False)
 
 
@@ -428,8 +433,36 @@ ROTATION_CHANGES = {
 }
 
 
+EVA_CHANGES = {
+    **{
+        f"{name} of {part}": lambda m, part=part, change=change: change(getattr(first_attention(m), f"{part}_proj"))
+        for part in "qkv"
+        for name, change in {
+            "a weight": lambda layer: layer.weight.mul_(2),
+            "a weight, unseen": lambda layer: layer.weight.data.mul_(2),
+            "another weight": lambda layer: setattr(layer, "weight", frozen_of(24, 24)),
+            "the data of a weight": lambda layer: setattr(layer.weight, "data", torch.randn(24, 24)),
+        }.items()
+    },
+    "a bias": lambda m: first_attention(m).v_proj.bias.add_(torch.randn(24)),
+    "one more bias": lambda m: setattr(first_attention(m).k_proj, "bias", frozen_of(24)),
+    "no bias": lambda m: [
+        setattr(layer, "bias", None) for layer in (first_attention(m).q_proj, first_attention(m).v_proj)
+    ],
+    "a gate": lambda m: first_block(m).mlp.fc1_g.weight.mul_(2),
+    "what is gated": lambda m: setattr(first_block(m).mlp.fc1_x.bias, "data", torch.randn(64)),
+    "a norm of the hidden layer": lambda m: first_block(m).mlp.norm.weight.mul_(2),
+    "its epsilon": lambda m: setattr(first_block(m).mlp.norm, "eps", 0.5),
+    "no norm": lambda m: setattr(first_block(m).mlp, "norm", nn.Identity()),
+    "an activation": lambda m: setattr(first_block(m).mlp, "act", nn.GELU()),
+}
+
+
 BEIT_MODEL, ROTATED = ("beit_base_patch16_224", {}, VIT), ("vit_small_patch16_dinov3", {}, ALL_ROTATED)
 OF_FAMILIES = {f"BEiT: {name}": (BEIT_MODEL, change) for name, change in BEIT_CHANGES.items()}
+OF_FAMILIES |= {
+    f"EVA-02: {name}": (("eva02_base_patch14_224", {}, VIT), change) for name, change in EVA_CHANGES.items()
+}
 OF_FAMILIES |= {f"rotations: {name}": (ROTATED, change) for name, change in ROTATION_CHANGES.items()}
 
 
@@ -655,14 +688,16 @@ def assert_equal(found, expected):
     assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(found, expected, strict=True))
 
 
-def of_backward(calls, autocast):
-    """A last block with one query has two more; a merging one less, but where the branch has a dtype of its own."""
-    return calls + {FEW % 7: 2, 4: int(autocast) - 1}.get(calls % 7, 0)
+# how many more native calls backward has: two for a last block with one query, a sum for each gate
+MORE_BACKWARD = dict.fromkeys((*CLASS_TOKEN, "prompted image"), 2)
+MORE_BACKWARD |= dict.fromkeys(("EVA-02", "EVA-02, packed", "a packed gate"), 6)
 
 
-@pytest.mark.parametrize(("name", "config", "sizes", "expected"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(name, config, sizes, expected, autocast):
+def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(kind, autocast):
+    name, config, sizes, expected = MODELS[kind]
+    more = int(autocast) - 1 if kind == "Swin" else MORE_BACKWARD.get(kind, 0)  # a branch with a dtype of its own
     if autocast and products.cpu_provider(torch.bfloat16) != "native":
         expected = []
     model = model_of(name, config, **sizes)
@@ -677,7 +712,7 @@ def test_programs_give_the_bits_of_gradients_that_are_prepared_anew(name, config
                 assert_equal(first, run(image))
     pairs = [program for program in programs_of(model) if program]
     assert [len(pair.forward.steps) for pair in pairs] == 2 * expected
-    assert [len(pair.backward.steps) for pair in pairs] == 2 * [of_backward(calls, autocast) for calls in expected]
+    assert [len(pair.backward.steps) for pair in pairs] == 2 * [calls + more for calls in expected]
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
