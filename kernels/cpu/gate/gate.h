@@ -19,7 +19,7 @@ struct GateBwd {
   Activation activation;
   bool normalize;
   float eps;
-  Array d_pre, d_factor, d_hidden, pre, factor;  // d_pre may be in the place of d_hidden; d_factor is absent as factor is
+  Array d_pre, d_factor, d_hidden, pre, factor;  // d_pre may be in the place of d_hidden; factor and d_factor absent
 };
 
 // Each computes the rows from `first` to before `last`; `scratch` holds so many rows of whole_lines(D) floats.
