@@ -38,6 +38,7 @@ __all__ = [
     "embed",
     "final_norm",
     "forward_block",
+    "only_operations",
     "pixel_weight",
     "read_tokens",
     "requirements",
@@ -154,3 +155,12 @@ def forward_block(
     if isinstance(backbone.blocks[block], EvaBlock):
         return eva.run_block(backbone, block, *rest, mixed=backbone.rope_is_mixed)
     return vision_transformer.forward_block(backbone, block, *rest)
+
+
+def only_operations(
+    backbone: NaFlexVit, block: int, options: BlockOptions, num_tokens: int, num_queries: int | None
+) -> bool:
+    """As of the family that a block is of."""
+    family: Any = eva if isinstance(backbone.blocks[block], EvaBlock) else vision_transformer
+    answer: bool = family.only_operations(backbone, block, options, num_tokens, num_queries)
+    return answer

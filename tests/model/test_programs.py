@@ -79,6 +79,8 @@ MODELS = {  # and how many native calls the programs of their blocks have
     "BEiT": ("beit_base_patch16_224", {}, VIT, [6 * 7]),
     "EVA-02": ("eva02_base_patch14_224", {}, VIT, [6 * 10]),
     "EVA-02, packed": ("eva02_tiny_patch14_224", {}, VIT, [6 * 10]),
+    "NaFlexVit": ("naflexvit_base_patch16_gap", {}, VIT, [6 * 7]),
+    "NaFlexVit with rotations": ("naflexvit_base_patch16_gap", {}, VIT | {"rope_type": "mixed"}, [6 * 8]),
     "a packed gate": ("vit_giant_patch14_dinov2", {}, ALL_TOKENS, [6 * 9]),
     "a norm of the hidden layer": ("vit_tiny_patch16_224", {}, VIT | {"scale_mlp_norm": True}, [5 * 8 + FEW + 1]),
     "layer scale": ("vit_tiny_patch16_224", {}, VIT | {"init_values": 0.5}, [5 * 7 + FEW]),
@@ -458,11 +460,21 @@ EVA_CHANGES = {
 }
 
 
+NAFLEX_CHANGES = {
+    "a weight": lambda m: first_attention(m).qkv.weight.mul_(2),
+    "positions": lambda m: m.backbone.embeds.pos_embed.mul_(2),
+    "angles": lambda m: m.backbone.rope.freqs.mul_(3),
+    "an activation": lambda m: setattr(first_block(m).mlp, "act", nn.SiLU()),
+}
+
+
+NAFLEX = "naflexvit_base_patch16_gap", {}, VIT | {"rope_type": "mixed"}
 BEIT_MODEL, ROTATED = ("beit_base_patch16_224", {}, VIT), ("vit_small_patch16_dinov3", {}, ALL_ROTATED)
 OF_FAMILIES = {f"BEiT: {name}": (BEIT_MODEL, change) for name, change in BEIT_CHANGES.items()}
 OF_FAMILIES |= {
     f"EVA-02: {name}": (("eva02_base_patch14_224", {}, VIT), change) for name, change in EVA_CHANGES.items()
 }
+OF_FAMILIES |= {f"NaFlexVit: {name}": (NAFLEX, change) for name, change in NAFLEX_CHANGES.items()}
 OF_FAMILIES |= {f"rotations: {name}": (ROTATED, change) for name, change in ROTATION_CHANGES.items()}
 
 
@@ -493,6 +505,17 @@ def test_no_program_of_these_outlives_what_it_was_made_for(kind, change, gradien
     assert not torch.equal(expected[0], before[-1][0])
     for each in found:
         assert_equal(each, expected)
+
+
+@pytest.mark.parametrize("rope_type", ["", "axial", "mixed"])
+@torch.no_grad()
+def test_images_of_each_size_have_a_program_of_their_own(rope_type):
+    model = model_of("naflexvit_base_patch16_gap", **VIT | {"rope_type": rope_type})
+    images = [torch.randn(2, 3, *size) for size in ((32, 32), (16, 64), (40, 24), (24, 40))]
+    for _ in range(3):
+        for image in images:
+            assert torch.equal(model(image), prepared(model, image))
+    assert all(programs_of(model))
 
 
 @torch.no_grad()
