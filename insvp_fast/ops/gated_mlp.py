@@ -148,9 +148,9 @@ def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
         pre = products.linear(a.x, gate, how)
         factor = None if value is None else products.linear(a.x, value, how)
         hidden = native.gate_fwd(pre, factor, ACTIVATIONS.index(a.activation), a.eps, keep=a.keep == "pre")
-        nothing = a.x.new_empty(0)
-        kept = (pre, nothing if factor is None else factor) if a.keep == "pre" else (nothing, nothing)
-        return products.linear(hidden, fc2, how), *kept
+        kept = (pre, factor) if a.keep == "pre" else (None, None)
+        # no result may be another one: PyTorch refuses that in compiled code
+        return products.linear(hidden, fc2, how), *(a.x.new_empty(0) if x is None else x for x in kept)
     pre, hidden = products.linear_activation(a.x, gate, a.activation, a.keep == "pre", how)
     nothing = factor = a.x.new_empty(0)
     if value is not None:

@@ -80,6 +80,17 @@ def test_halves_of_one_packed_layer():
     assert all(map(torch.equal, of_halves(), of_parts()))
 
 
+@pytest.mark.parametrize("keep", ["pre", "input", "nothing"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+def test_no_result_is_another_one(gated, keep):
+    """PyTorch checks it in compiled code."""
+    x, (wg, bg, wv, bv, *rest) = inputs()
+    weights = wg, bg, *((wv, bv) if gated else (None, None)), *rest
+    for impl in ("auto", "reference"):
+        arguments = x.detach(), *weights, 0, 0, EPS, "silu", keep, impl
+        opcheck(torch.ops.insvp_fast.gated_mlp_fwd.default, arguments, test_utils="test_schema")
+
+
 def test_gradcheck_opcheck_and_refusals():
     x, weights = inputs(torch.float64)
     weights = [w.double() for w in weights]
