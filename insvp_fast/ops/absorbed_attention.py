@@ -9,7 +9,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, save, saved
 from insvp_fast.ops.heads import add_bias, check_bias, check_heads, check_num_keys, without_padding
-from insvp_fast.ops.linear import frozen_operands
+from insvp_fast.ops.linear import frozen_operands, require_all_outputs
 from insvp_fast.ops.registry import AnyTensor, Implementation, call, native_reason, register, require
 from insvp_fast.runtime import buffers, native, torch_private
 from insvp_fast.runtime.elementwise import put
@@ -58,6 +58,7 @@ def absorbed_attention(
     if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or first or last % (3 * num_heads):
         found = f"x of shape {tuple(x.shape)}, num_queries={num_queries} and {last - first} outputs"
         raise ValueError(f"found {found}: expected [B, S, E], 0 to S, and 3*D with D in {num_heads} heads")
+    require_all_outputs(layer=layer)
     check_num_keys(num_keys, x, num_queries)
     check_bias(bias, num_heads, num_queries, x.shape[1])
     require("absorbed_attention_fwd", impl, _Fwd(x[:, :0], x, num_heads, scale, num_keys, bias))

@@ -68,6 +68,7 @@ def project_q_kv(x: Tensor, num_queries: int, layer: FrozenLinear, *, impl: str 
     if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or operands.last != 3 * x.shape[2] or operands.first:
         found = f"x of shape {tuple(x.shape)}, num_queries={num_queries} and {operands.last - operands.first} outputs"
         raise ValueError(f"found {found}: expected [B, S, D], 0 to S, and 3*D")
+    require_all_outputs(layer=layer)
     require("linear_fwd", impl, operands)
     q, kv = apply(_ProjectQKV, x, num_queries, *layer.sources, impl)
     return q, kv

@@ -88,6 +88,14 @@ CASES = {
         lambda: ops.project_q_kv(X, 1, FrozenLinear(torch.randn(3 * D, D), first=D)),
         "48 outputs: expected",
     ),
+    "project_q_kv: the first outputs": (
+        lambda: ops.project_q_kv(X, 1, FrozenLinear(torch.randn(4 * D, D), last=3 * D)),
+        "layer has the outputs 0 to 72: expected all",
+    ),
+    "absorbed_attention: the first outputs": (
+        lambda: ops.absorbed_attention(X, 1, FrozenLinear(torch.randn(4 * D, D), last=3 * D), 2, 0.5),
+        "layer has the outputs 0 to 72: expected all",
+    ),
     "project_q_kv: outputs": (
         lambda: ops.project_q_kv(X, 1, FrozenLinear(WEIGHT)),
         r"48 outputs: expected",
