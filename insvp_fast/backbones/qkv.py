@@ -73,7 +73,7 @@ def is_one_product(attn: Any) -> bool:
 def _layers(attn: Any, affine: Affine) -> list[FrozenLinear]:
     """The packed layer, or the three layers of queries, keys and values.
 
-    Three layers, or the parts of a bias, become one where that is kept: it would be packed anew in each pass.
+    Three layers, or the parts of a bias, become one where that is kept: else it would be packed anew in each pass.
     """
     if attn.qkv is None:
         layers = attn.q_proj, attn.k_proj, attn.v_proj
