@@ -19,6 +19,7 @@ from insvp_fast.runtime.products import FrozenLinear
 __all__ = ["gated_mlp"]
 
 KEEP = ("pre", "input")
+NO_VALUE = -1
 
 
 def gated_mlp(
@@ -61,15 +62,17 @@ def gated_mlp(
         raise ValueError("gate or value has a scale: expected none")
     needed = torch.is_grad_enabled() and x.requires_grad
     wg, bg, gain, shift, _, w2, b2, gain2, shift2, scale, *_ = frozen_operands(x, gate, fc2)
-    wv, bv = None, None
+    wv, bv, value_first = None, None, NO_VALUE
     if value is not None:
         wv, bv, gain_v, shift_v, *_ = frozen_operands(x, value, fc2)
+        value_first = value.first
         if gain_v is not gain or shift_v is not shift:
             raise ValueError("gate and value have a gain or shift of their own: expected those of one norm before both")
+        if wv is wg and bv is bg:  # torch.compile traces no autograd function that gets a tensor twice
+            wv, bv = None, None
     require_all_outputs(fc2=fc2)
     weights = wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, scale
-    firsts = gate.first, 0 if value is None else value.first
-    operands = _Fwd(x, *weights, *firsts, eps, activation, keep if needed else "nothing")
+    operands = _Fwd(x, *weights, gate.first, value_first, eps, activation, keep if needed else "nothing")
     require("gated_mlp_fwd", impl, operands)
     return cast(Tensor, apply(_GatedMlp, *operands, impl))
 
@@ -78,7 +81,7 @@ class _Fwd(NamedTuple):
     x: Tensor
     wg: Tensor
     bg: Tensor | None
-    wv: Tensor | None
+    wv: Tensor | None  # None: where there is a value, it is of the layer of the gate
     bv: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
@@ -88,7 +91,7 @@ class _Fwd(NamedTuple):
     shift2: Tensor | None
     scale: Tensor | None
     gate_first: int  # of M outputs
-    value_first: int
+    value_first: int  # or NO_VALUE
     eps: float | None
     activation: str
     keep: str
@@ -100,7 +103,7 @@ class _Bwd(NamedTuple):
     kept_value: Tensor | None  # value(x)
     wg: Tensor
     bg: Tensor | None
-    wv: Tensor | None
+    wv: Tensor | None  # None: where there is a value, it is of the layer of the gate
     bv: Tensor | None
     gain: Tensor | None
     shift: Tensor | None
@@ -110,7 +113,7 @@ class _Bwd(NamedTuple):
     shift2: Tensor | None
     scale: Tensor | None
     gate_first: int  # of M outputs
-    value_first: int
+    value_first: int  # or NO_VALUE
     eps: float | None
     activation: str
     keep: str
@@ -122,8 +125,11 @@ def _layers(a: _Fwd | _Bwd) -> tuple[FrozenLinear, FrozenLinear | None, FrozenLi
     def opening(weight: Tensor, bias: Tensor | None, first: int) -> FrozenLinear:
         return FrozenLinear(weight, bias, a.gain, a.shift, first=first, last=first + fc2.in_features)
 
-    value = None if a.wv is None else opening(a.wv, a.bv, a.value_first)
-    return opening(a.wg, a.bg, a.gate_first), value, fc2
+    gate, value = opening(a.wg, a.bg, a.gate_first), None
+    if a.value_first != NO_VALUE:
+        weight, bias = (a.wg, a.bg) if a.wv is None else (a.wv, a.bv)
+        value = opening(weight, bias, a.value_first)
+    return gate, value, fc2
 
 
 @first_order("gated_mlp", "torch.nn.functional.linear and silu")
@@ -132,7 +138,7 @@ class _GatedMlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, gate_first, value_first, eps, activation, keep, impl = rest
         out, pre, value = call("gated_mlp_fwd", x, *rest)
-        kept = (x, None) if keep == "input" else (pre, None if weights[2] is None else value)
+        kept = (x, None) if keep == "input" else (pre, None if value_first == NO_VALUE else value)
         save(ctx, *kept, weights=weights)
         ctx.rest = gate_first, value_first, eps, activation, keep, impl
         return cast(Tensor, out)
@@ -202,8 +208,8 @@ def _normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
 
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
     kept = (*a.x.shape[:-1], a.w2.shape[1]) if a.keep == "pre" else 0
-    rows = a.x.shape[:-1]
-    return a.x.new_empty(*rows, a.w2.shape[0]), a.x.new_empty(kept), a.x.new_empty(0 if a.wv is None else kept)
+    kept_value = 0 if a.value_first == NO_VALUE else kept
+    return a.x.new_empty(*a.x.shape[:-1], a.w2.shape[0]), a.x.new_empty(kept), a.x.new_empty(kept_value)
 
 
 def _bwd_fake(a: _Bwd) -> Tensor:

@@ -86,9 +86,26 @@ def test_no_result_is_another_one(gated, keep):
     """PyTorch checks it in compiled code."""
     x, (wg, bg, wv, bv, *rest) = inputs()
     weights = wg, bg, *((wv, bv) if gated else (None, None)), *rest
+    firsts = 0, 0 if gated else -1
     for impl in ("auto", "reference"):
-        arguments = x.detach(), *weights, 0, 0, EPS, "silu", keep, impl
+        arguments = x.detach(), *weights, *firsts, EPS, "silu", keep, impl
         opcheck(torch.ops.insvp_fast.gated_mlp_fwd.default, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_halves_of_one_packed_layer_compile(bias):
+    """In training too, where no tensor may be given twice to an autograd function."""
+    x, (wg, bg, wv, bv, _, _, w2, *_) = inputs()
+    whole, fc2 = FrozenLinear(torch.cat([wg, wv]), torch.cat([bg, bv]) if bias else None), FrozenLinear(w2)
+
+    def mlp(x):
+        return ops.gated_mlp(x, whole._replace(first=48), whole._replace(last=48), fc2)
+
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    for keep_gradients in (True, False):
+        with torch.set_grad_enabled(keep_gradients):
+            assert torch.equal(compiled(x), mlp(x))
+    assert all(map(torch.equal, with_gradients(compiled, [x]), with_gradients(mlp, [x])))
 
 
 def test_gradcheck_opcheck_and_refusals():
