@@ -155,8 +155,9 @@ def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
         factor = None if value is None else products.linear(a.x, value, how)
         hidden = native.gate_fwd(pre, factor, ACTIVATIONS.index(a.activation), a.eps, keep=a.keep == "pre")
         kept = (pre, factor) if a.keep == "pre" else (None, None)
-        # no result may be another one: PyTorch refuses that in compiled code
-        return products.linear(hidden, fc2, how), *(a.x.new_empty(0) if x is None else x for x in kept)
+        # no result may be another one: PyTorch warns of that in compiled code, and is going to refuse it
+        pre, factor = (a.x.new_empty(0) if x is None else x for x in kept)
+        return products.linear(hidden, fc2, how), pre, factor
     pre, hidden = products.linear_activation(a.x, gate, a.activation, a.keep == "pre", how)
     nothing = factor = a.x.new_empty(0)
     if value is not None:
