@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -235,8 +236,8 @@ def test_the_cases_are_what_conv_pool_launches(launches):
     assert_same_as_launched("conv_pool", "C9-bf16", launches)
 
 
-def test_an_interpreting_process_refuses():
-    child = subprocess.run(
-        [sys.executable, "-m", "tools.aot"], cwd=ROOT, env={"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert child.returncode == 2 and "TRITON_INTERPRET" in child.stderr
+def test_an_interpreting_process_refuses(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(compiler.__file__, run_name="__main__")
+    assert ended.value.code == 2 and "TRITON_INTERPRET" in capsys.readouterr().err
