@@ -54,6 +54,7 @@ def test_a_killed_run_ends_like_one_that_never_was(digits, tmp_path):
         "accumulate": 2,
         "ema": 0.9,
         "save_steps": 2,
+        "pictures": False,
     } | mixing
     whole = start(settings | {"output": str(tmp_path / "whole")}, log=tmp_path / "whole.log")
     folder, log = tmp_path / "killed" / "few-1", tmp_path / "killed.log"
@@ -68,7 +69,7 @@ def test_a_killed_run_ends_like_one_that_never_was(digits, tmp_path):
 
 
 def test_workers_change_nothing_and_resume_too(digits, tmp_path):
-    settings = {"data": str(digits), "epochs": 2, "batch_size": 50, "probe": False, "amp": "off"}
+    settings = {"data": str(digits), "epochs": 2, "batch_size": 50, "probe": False, "amp": "off", "pictures": False}
     whole = start(settings | {"output": str(tmp_path / "whole")}, log=tmp_path / "log")
     workers = settings | {"output": str(tmp_path), "workers": 1, "save_steps": 1}
     finish(start(workers, die=("step", 3), log=tmp_path / "log"), -signal.SIGKILL)
@@ -78,7 +79,7 @@ def test_workers_change_nothing_and_resume_too(digits, tmp_path):
 
 
 def test_a_run_killed_at_a_random_moment(digits, tmp_path):
-    settings = {"data": str(digits), "epochs": 2, "batch_size": 16, "probe": False, "save_steps": 1}
+    settings = {"data": str(digits), "epochs": 2, "batch_size": 16, "probe": False, "save_steps": 1, "pictures": False}
     log, folder = tmp_path / "log", tmp_path / "few-1"
     whole = start(settings | {"output": str(tmp_path / "whole")}, log=log)
     child = start(settings | {"output": str(tmp_path)}, log=log)
@@ -111,7 +112,8 @@ def test_a_finished_run_is_left_as_it_is(tiny, capsys, monkeypatch):
 
 
 def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
-    whole = train(Recipe(**tiny))
+    recipe = Recipe(**tiny, pictures=False)
+    whole = train(recipe)
     fsync, left = os.fsync, 12
 
     def full(descriptor):
@@ -124,7 +126,7 @@ def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(InsVPError, match=r"No space left on device: .*few-2; .*go on with `resume` .*few-2"):
-            train(Recipe(**tiny))
+            train(recipe)
     folder = whole.with_name("few-2")
     assert not list(folder.glob("*.new"))
     train(resume=folder)
@@ -148,7 +150,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch):
 
 
 def test_a_finished_run_stays_finished_when_resuming_it_is_interrupted(tiny, monkeypatch):
-    folder = train(Recipe(**tiny | {"epochs": 1, "probe": True, "head_init": "random"}))
+    folder = train(Recipe(**tiny | {"epochs": 1, "probe": True, "head_init": "random", "pictures": False}))
     before = (folder / "metrics.jsonl").read_bytes()
 
     def interrupted(*_):
@@ -350,7 +352,7 @@ def test_a_file_system_or_system_without_locks_is_warned_of(tmp_path, monkeypatc
 def test_only_its_own_recipe_resumes_a_run(tiny, tmp_path):
     with pytest.raises(InsVPError, match="not a run folder"):
         train(resume=tmp_path)
-    folder = train(Recipe(**tiny | {"epochs": 1}))
+    folder = train(Recipe(**tiny | {"epochs": 1, "pictures": False}))
     with pytest.raises(InsVPError, match="expected no other settings"):
         train(Recipe(**tiny), resume=folder)
     state = (folder / "last" / "state.json").read_text()

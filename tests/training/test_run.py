@@ -6,6 +6,7 @@ import platform
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +37,7 @@ def digits_run(tmp_path_factory):
         models = []
         patch.setattr(run_module, "train_candidate", lambda *args: models.append(train_candidate(*args)) or models[-1])
         recipe = Recipe(output=str(tmp_path_factory.mktemp("runs")), **SMALL)
-        first, again = train(recipe), train(recipe)
+        first, again = train(recipe), train(replace(recipe, pictures=False))
         yield SimpleNamespace(folder=first, again=again, probe=models[0], insvp=models[1], recipe=recipe)
 
 
@@ -133,7 +134,8 @@ def test_backbone_stays_as_it_was(digits_run, which):
 
 def test_training_on_an_image_folder(tmp_path, capsys):
     folder = make_folder(tmp_path / "brightness", {"train": 24, "val": 4, "test": 6})
-    run = train(Recipe(data=str(folder), output=str(tmp_path / "runs"), probe=False, epochs=5, batch_size=8, lr=3e-3))
+    settings = {"probe": False, "pictures": False, "epochs": 5, "batch_size": 8, "lr": 3e-3}
+    run = train(Recipe(data=str(folder), output=str(tmp_path / "runs"), **settings))
     assert run.name == "brightness-1"
     lines = capsys.readouterr().out
     assert "\r" not in lines  # no bar where there is no terminal

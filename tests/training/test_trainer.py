@@ -1,7 +1,6 @@
 """What the settings of a recipe change in training."""
 
 import json
-from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
 
@@ -107,7 +106,7 @@ def test_the_state_is_saved_as_often_as_asked_and_before_the_test(pictures, tmp_
     monkeypatch.setattr(Trainer, "save", noted)
     give_scores(monkeypatch, accuracy=[0.5] * 4)
     recipe = quick(pictures, tmp_path, epochs=3, batch_size=9, save_every=2, save_steps=1)  # of 18 images
-    train(replace(recipe, pictures=False))
+    train(recipe)
     within, ends = [(0, 1, False), (1, 1, False)], [(2, 0, False), (2, 1, False), (3, 0, False), (3, 0, True)]
     assert saved == within + ends
 
