@@ -114,7 +114,7 @@ def test_a_finished_run_is_left_as_it_is(tiny, capsys, monkeypatch):
 def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
     recipe = Recipe(**tiny, pictures=False)
     whole = train(recipe)
-    fsync, left = os.fsync, 12
+    fsync, left = os.fsync, 20  # full after the first epoch was written, and before the second was
 
     def full(descriptor):
         nonlocal left
@@ -129,6 +129,7 @@ def test_a_full_disk_keeps_the_last_state(tiny, monkeypatch):
             train(recipe)
     folder = whole.with_name("few-2")
     assert not list(folder.glob("*.new"))
+    assert json.loads((folder / "last" / "state.json").read_text())["epoch"] == 1
     train(resume=folder)
     assert outcome(folder) == outcome(whole)
 
