@@ -196,7 +196,7 @@ class _Attention(torch.autograd.Function):
 def _fwd_auto(a: _Fwd) -> Sequence[str]:
     if a.qkv.device.type != "cpu":
         return ["sdpa"]
-    return [*_native_first(), *(["explicit"] if _explicit_wins(a.qkv.dtype) else ["flash", "explicit"])]
+    return [*_native_first(), *(["explicit"] if _prefers_explicit(a.qkv.dtype) else ["flash", "explicit"])]
 
 
 def _bwd_auto(a: _Bwd) -> Sequence[str]:
@@ -209,9 +209,11 @@ def _native_first() -> Sequence[str]:
     return [] if native.native_status().isa == "generic" else ["native"]
 
 
-def _explicit_wins(dtype: torch.dtype) -> bool:
-    """Whether the plain products beat PyTorch's fused attention, whose backward has no 16-bit products."""
-    return hardware.wide_vectors() and hardware.has_products(dtype)
+def _prefers_explicit(dtype: torch.dtype) -> bool:
+    """Whether the plain products beat PyTorch's fused attention, whose backward has no 16-bit products, or that makes
+    numbers of NaN."""
+    wins = hardware.wide_vectors() and hardware.has_products(dtype)
+    return wins or not torch_private.FLASH_KEEPS_NAN
 
 
 def cpu_attention(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
 __all__ = [
+    "FLASH_KEEPS_NAN",
     "HAS_FLASH",
     "HAS_PRODUCTS",
     "batched",
@@ -124,8 +125,17 @@ def _flash_works() -> bool:
     return all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, expected, strict=True))
 
 
-# whether the two above are there; without them, the plain products
-HAS_FLASH = _works(_flash_works)
+def _flash_keeps_nan() -> bool:
+    ones = torch.ones(1, 1, 16, 16, device="cpu")
+    k = ones.clone()
+    k[0, 0, 2, 0] = torch.inf
+    out, logsumexp = flash_attention(ones, k, ones, 1.0)
+    _, _, d_v = flash_attention_bwd(ones, ones, k, ones, out, logsumexp, 1.0)
+    return bool(out.isnan().all() and d_v.isnan().all())
+
+
+# whether the two above are there, and make NaN of NaN; without them, the plain products
+HAS_FLASH, FLASH_KEEPS_NAN = _works(_flash_works), _works(_flash_keeps_nan)
 
 
 def pack_linear(matrix: Tensor) -> Tensor:

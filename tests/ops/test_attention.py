@@ -159,16 +159,17 @@ def test_attention_that_cannot_leave_out_keys_says_so(impl):
 
 @pytest.mark.parametrize("available", [True, False])
 @pytest.mark.parametrize("wide", [True, False])
-@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("flash", ["works", "makes numbers of NaN", "is absent"])
 def test_what_attention_takes(monkeypatch, available, wide, flash):
     if available and not native.native_status():
         pytest.skip(str(native.native_status()))
     if not available:
         monkeypatch.setattr(native, "available", lambda *dtypes: False)
     monkeypatch.setattr(hardware, "wide_vectors", lambda: wide)
-    monkeypatch.setattr(torch_private, "HAS_FLASH", flash)
+    monkeypatch.setattr(torch_private, "HAS_FLASH", flash != "is absent")
+    monkeypatch.setattr(torch_private, "FLASH_KEEPS_NAN", flash == "works")
     qkv = torch.randn(2, 5, 24)
-    expected = "explicit" if wide or not flash else "flash"
+    expected = "explicit" if wide or flash != "works" else "flash"
     expected = "native" if available and native.native_status().isa != "generic" else expected
     operands = _Fwd(qkv, 2, 3, 0.5)
     assert implementation("attention_fwd", "auto", operands) == expected

@@ -149,7 +149,8 @@ def without(monkeypatch):
 @pytest.mark.parametrize("replacement", [None, gone, refuses, lies])
 def test_each_function_is_tried_before_it_is_used(without, replacement):
     flash = "_scaled_dot_product_flash_attention_for_cpu"
-    assert not without(torch.ops.aten, flash, replacement).HAS_FLASH
+    changed = without(torch.ops.aten, flash, replacement)
+    assert not changed.HAS_FLASH and not changed.FLASH_KEEPS_NAN
     assert not without(torch.ops.aten, f"{flash}_backward", replacement).HAS_FLASH
     changed = without(torch, "_softmax_backward_data", replacement)
     assert changed.softmax_bwd is changed._softmax_bwd_formula
