@@ -95,7 +95,7 @@ def _become_one(*layers: nn.Linear) -> bool:
 
 
 def _whole_bias(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Zeros for a part that is None, if not all are."""
+    """All parts of a bias, with zeros for one that is None; None if all are."""
     if (some := next((part for part in parts if part is not None), None)) is None:
         return None
     return packed(parts, "bias", lambda: torch.cat([torch.zeros_like(some) if x is None else x for x in parts]))
