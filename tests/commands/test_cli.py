@@ -424,7 +424,7 @@ def test_a_missing_run_folder_is_one_line(command, tmp_path, capsys):
             for name, kind in {
                 "vit_small_patch16_18x2_224": "ParallelThingsBlock",
                 "vit_tiny_r_s16_p8_224": "HybridEmbed",
-                "vit_giant_patch14_dinov2": "GluMlp",
+                "vit_pe_core_tiny_patch16_384": "AttentionPoolLatent",
             }.items()
         ),
     ],
