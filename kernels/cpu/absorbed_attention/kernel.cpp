@@ -65,7 +65,7 @@ inline void soften(float* row, int64_t count, float scale) {
   for (int64_t s = 0; s < count; s += kWidth) {
     const vec e = exp(load_some(row + s, count - s) - most);
     store_some(row + s, e, count - s);
-    totals += count - s < kWidth ? (vec)((bits32)e & is_one_of_the_first(count - s)) : e;
+    totals += first_of(e, count - s);
   }
   const float total = sum(totals);
   for (int64_t s = 0; s < count; ++s) row[s] /= total;

@@ -58,6 +58,9 @@ inline bits32 is_one_of_the_first(int64_t n) {
   return (bits32)(place < static_cast<uint32_t>(n > 0 ? n : 0));
 }
 
+// The first n elements, or all if n is larger; zeros in the others.
+inline vec first_of(vec v, int64_t n) { return n < kWidth ? (vec)((bits32)v & is_one_of_the_first(n)) : v; }
+
 // The first n values, or a whole vector if n is larger; zeros in the other elements.
 template <class T>
 inline vec load_some(const T* from, int64_t n) {

@@ -13,10 +13,6 @@ inline T* row_of(Array array, int64_t row, int64_t D) {
   return array.data ? static_cast<T*>(array.data) + row * D : nullptr;
 }
 
-inline vec without_padding(vec v, int64_t n) {
-  return n < kWidth ? (vec)((bits32)v & is_one_of_the_first(n)) : v;
-}
-
 template <class T, Activation ACTIVATION>
 void fwd_rows(const GateFwd& args, int64_t first, int64_t last, float* h) {
   const GateFwd a = args;  // no store can change it
@@ -36,7 +32,7 @@ void fwd_rows(const GateFwd& args, int64_t first, int64_t last, float* h) {
     const float mean = sum(total) / D;
     vec squares = {};
     for_each_vector(D, [&](int64_t i, int64_t n) {
-      const vec v = without_padding(load_some(h + i, n) - mean, n);
+      const vec v = first_of(load_some(h + i, n) - mean, n);
       squares += v * v;
     });
     const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / D + a.eps);
@@ -71,7 +67,7 @@ void bwd_rows(const GateBwd& args, int64_t first, int64_t last, float* scratch) 
     const float mean = sum(total) / D;
     vec squares = {}, grads = {}, products = {};
     for_each_vector(D, [&](int64_t i, int64_t n) {
-      const vec v = without_padding(load_some(h + i, n) - mean, n), d = load_some(grad + i, n);
+      const vec v = first_of(load_some(h + i, n) - mean, n), d = load_some(grad + i, n);
       squares += v * v;
       grads += d;
       products += d * v;

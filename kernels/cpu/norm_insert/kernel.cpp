@@ -41,8 +41,7 @@ __attribute__((flatten)) void norm_insert_fwd_rows(const NormInsertFwd& args, in
     const float mean = a.center ? sum(total) / D : 0.0f;
     vec squares = {};
     for_each_vector(D, [&](int64_t i, int64_t n) {
-      vec v = load_some(x + i, n) - mean;
-      if (n < kWidth) v = (vec)((bits32)v & is_one_of_the_first(n));
+      const vec v = first_of(load_some(x + i, n) - mean, n);
       squares += v * v;
       if (next_is_token) {
         expect_read(a.residual, token + D + i);
