@@ -48,6 +48,7 @@ def absorbed_attention(
         [B, T, D]. Kept for backward: ``x``, and per head and query the probabilities [S] and a row [E].
 
     Raises:
+        TypeError: for a layer that is no ``FrozenLinear``.
         ValueError: for shapes that do not fit, a weight or bias that requires a gradient, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """

@@ -50,6 +50,7 @@ def gated_mlp(
         [..., D]
 
     Raises:
+        TypeError: for a layer that is no ``FrozenLinear``.
         ValueError: for shapes that do not fit, a weight that requires a gradient, or another ``activation``, ``keep``
             or ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
@@ -58,13 +59,15 @@ def gated_mlp(
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}; the gradient of a gated MLP has no code in 8 bits")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
-    if gate.scale is not None or (value is not None and value.scale is not None):
-        raise ValueError("gate or value has a scale: expected none")
     needed = torch.is_grad_enabled() and x.requires_grad
     wg, bg, gain, shift, _, w2, b2, gain2, shift2, scale, *_ = frozen_operands(x, gate, fc2)
+    if gate.scale is not None:
+        raise ValueError("gate has a scale: expected none")
     wv, bv, value_first = None, None, NO_VALUE
     if value is not None:
         wv, bv, gain_v, shift_v, *_ = frozen_operands(x, value, fc2)
+        if value.scale is not None:
+            raise ValueError("value has a scale: expected none")
         value_first = value.first
         if gain_v is not gain or shift_v is not shift:
             raise ValueError("gate and value have a gain or shift of their own: expected those of one norm before both")

@@ -41,6 +41,7 @@ def linear(x: Tensor, layer: FrozenLinear, *, impl: str = "auto") -> Tensor:
         [..., last - first]
 
     Raises:
+        TypeError: for a layer that is no ``FrozenLinear``.
         ValueError: for shapes that do not fit, a weight that requires a gradient, which would be lost, or an unknown
             ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
@@ -62,7 +63,7 @@ def project_q_kv(x: Tensor, num_queries: int, layer: FrozenLinear, *, impl: str 
         Queries [B, num_queries, D], and keys and values [B, S, 2·D].
 
     Raises:
-        ValueError, RuntimeError: as ``linear``.
+        TypeError, ValueError, RuntimeError: as ``linear``.
     """
     operands = _Fwd(x, *frozen_operands(x, layer))
     if x.ndim != 3 or not 0 <= num_queries <= x.shape[1] or operands.last != 3 * x.shape[2] or operands.first:
@@ -78,6 +79,7 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     """All that frozen layers are made of, one after the other, and the range of outputs of the last.
 
     Raises:
+        TypeError: for a layer that is no ``FrozenLinear``.
         ValueError: if a weight is trained, or a layer does not fit x or the layer before.
     """
     if not x.ndim:
@@ -101,11 +103,16 @@ def require_all_outputs(**layers: FrozenLinear) -> None:
     """Check that no range of its outputs is asked of a layer; raises ValueError."""
     for name, layer in layers.items():
         if layer.first or layer.out_features != len(layer.weight):
-            raise ValueError(f"{name} has the outputs {layer.first} to {layer.last}: expected all, without a range")
+            found = f"{layer.first} to {layer.first + layer.out_features}"
+            raise ValueError(f"{name} has the outputs {found}: expected all, without a range")
 
 
 def _check(layer: FrozenLinear, features: int) -> int:
     """The number of outputs of a layer that fits."""
+    if not isinstance(layer, FrozenLinear):
+        raise TypeError(
+            f"a layer is {type(layer).__name__}: expected ops.FrozenLinear, which its of() makes of nn.Linear"
+        )
     weight, bias, gain, shift, scale, first, last = layer
     outputs = len(weight) if weight.ndim else 0
     last = outputs if last is None else last

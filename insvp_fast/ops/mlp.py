@@ -49,6 +49,7 @@ def mlp(
         [..., D]
 
     Raises:
+        TypeError: for a layer that is no ``FrozenLinear``.
         ValueError: for shapes that do not fit, a weight that requires a gradient, or another ``activation``, ``keep``
             or ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
@@ -57,12 +58,12 @@ def mlp(
         raise ValueError(f"keep={keep!r}: expected one of {KEEP}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+    w1, b1, gain, shift, _, w2, b2, _, _, scale, *_ = frozen_operands(x, fc1, fc2)
     if fc1.scale is not None:
         raise ValueError("fc1 has a scale: expected none")
     if fc2.gain is not None or fc2.shift is not None:
         raise ValueError("fc2 has a gain or shift: expected none")
     needed = torch.is_grad_enabled() and x.requires_grad
-    w1, b1, gain, shift, _, w2, b2, _, _, scale, *_ = frozen_operands(x, fc1, fc2)
     require_all_outputs(fc1=fc1, fc2=fc2)
     operands = _Fwd(x, w1, b1, w2, b2, gain, shift, scale, activation, keep if needed else "nothing")
     require("mlp_fwd", impl, operands)

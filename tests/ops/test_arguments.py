@@ -60,7 +60,7 @@ CASES = {
     ),
     "mlp: a range of the second layer": (
         lambda: ops.mlp(X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT.T, first=3)),
-        "fc2 has the outputs 3 to None: expected all",
+        "fc2 has the outputs 3 to 24: expected all",
     ),
     "gated_mlp: a range of the second layer": (
         lambda: ops.gated_mlp(X, FrozenLinear(WEIGHT), None, FrozenLinear(WEIGHT.T, last=3)),
@@ -68,13 +68,13 @@ CASES = {
     ),
     "gated_mlp: scale of the gate": (
         lambda: ops.gated_mlp(X, FrozenLinear(WEIGHT, scale=WEIGHT[:, 0]), None, FrozenLinear(WEIGHT.T)),
-        "gate or value has a scale: expected none",
+        "gate has a scale: expected none",
     ),
     "gated_mlp: scale of the value": (
         lambda: ops.gated_mlp(
             X, FrozenLinear(WEIGHT), FrozenLinear(WEIGHT, scale=WEIGHT[:, 0]), FrozenLinear(WEIGHT.T)
         ),
-        "gate or value has a scale: expected none",
+        "value has a scale: expected none",
     ),
     "gated_mlp: shift of the value": (
         lambda: ops.gated_mlp(
@@ -274,6 +274,15 @@ def norm_insert(residual, branch=None, prompts=None, weight=None, bias=None):
 def test_wrong_shapes_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, argument) for name in RIGHT for argument, value in RIGHT[name].items() if isinstance(value, FrozenLinear)],
+)
+def test_layers_of_another_class_are_refused(name, argument):
+    with pytest.raises(TypeError, match="a layer is Linear: expected ops.FrozenLinear"):
+        getattr(ops, name)(**RIGHT[name] | {argument: torch.nn.Linear(D, D)})
 
 
 @pytest.mark.parametrize("impl", [impl for impl in ops.ATTENTION if impl not in ("triton", "xformers")])
