@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from insvp_fast.kernels.gpu import activation, attention, chip, conv, conv_pool, fingerprint, norm_insert, superpose
+from insvp_fast.kernels.gpu import (
+    activation,
+    attention,
+    chip,
+    conv,
+    conv_pool,
+    fingerprint,
+    gate,
+    norm_insert,
+    superpose,
+)
 
 # versions of triton that compile every shape without shortcomings (`python -m tools.aot --all`)
 CHECKED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
@@ -142,6 +152,27 @@ def activation_cases(arch: int | str) -> Iterator[Case]:
             if suffix == "" or name == "gelu":
                 bwd = pointers(dtype, "grad", "out") | pointers(kept, "kept") | n
                 yield case(f"activation_bwd{suffix}-{label}", activation._activation_bwd_kernel, bwd, constants, "N")
+
+
+def gate_cases(arch: int | str, every_shape: bool) -> Iterator[Case]:
+    """The hidden layer of EVA-02-B; of EVA-02-L, and the widest with the activation of most instructions."""
+    shapes = [("*bf16", 2048, "silu", True)]
+    if arch == 90 or every_shape:
+        shapes.append(("*fp32", gate.WIDEST[True], "gelu", True))
+    if every_shape:
+        shapes += [("*bf16", 2730, "silu", True), ("*bf16", gate.WIDEST[True], "gelu", True)]
+        shapes += [(dtype, gate.WIDEST[False], "gelu", False) for dtype in ("*bf16", "*fp32")]
+    for dtype, D, name, normalized in shapes:
+        config = {"ACTIVATION": name, "D": D, **gate.launch_config(D, normalized)}
+        label, sizes = f"{name}-D{D}-{dtype[1:]}", {"M": "i32"}
+        if normalized:
+            sizes["eps"] = "fp32"
+        else:
+            config["eps"] = None
+        fwd = pointers(dtype, "pre", "factor", "hidden") | sizes
+        bwd = pointers(dtype, "grad", "pre", "factor", "d_pre", "d_factor") | sizes
+        yield case(f"gate_fwd-{label}", gate._gate_fwd_kernel, fwd, config)
+        yield case(f"gate_bwd-{label}", gate._gate_bwd_kernel, bwd, config)
 
 
 def attention_cases(arch: int | str, every_shape: bool) -> Iterator[Case]:
@@ -290,6 +321,7 @@ def cases(target: str, every_shape: bool = False) -> list[Case]:
         *superpose_cases(arch),
         *norm_insert_cases(arch),
         *activation_cases(arch),
+        *gate_cases(arch, every_shape),
         *attention_cases(arch, every_shape),
         *conv_cases(arch),
         *windows_cases(arch),

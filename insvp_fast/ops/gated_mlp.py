@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, save, saved
-from insvp_fast.ops.linear import PROVIDERS, auto_providers, frozen_operands, provider_reason, require_all_outputs
-from insvp_fast.ops.registry import PACKS, Implementation, call, register, require
+from insvp_fast.ops.linear import auto_providers, frozen_operands, provider_reason, require_all_outputs
+from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason
 from insvp_fast.runtime import buffers, native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
 from insvp_fast.runtime.elementwise import put_sum
@@ -44,7 +44,8 @@ def gated_mlp(
         activation: as in ``mlp``.
         eps: of the LayerNorm of the hidden layer; None if it has none.
         keep: for backward, "pre", ``gate(x)`` and ``value(x)``, [..., M] each, or "input", x, to compute them again.
-        impl: "auto" lets the device decide; those of ``linear`` insist on a product.
+        impl: "auto" lets the device decide; those of ``linear`` insist on a product, "triton" on Triton's hidden layer
+            with PyTorch's products.
 
     Returns:
         [..., D]
@@ -151,16 +152,50 @@ class _GatedMlp(torch.autograd.Function):
         return call("gated_mlp_bwd", grad, *saved(ctx), *ctx.rest), *(None,) * 17
 
 
+def _fused(how: str, x: Tensor) -> tuple[str, Any]:
+    """The provider of the products, and what has ``gate_fwd`` and ``gate_bwd``."""
+    if how == "native":
+        return how, native
+    from insvp_fast.kernels.gpu import gate
+
+    return products.provider(x.dtype, x.device), gate
+
+
+def _fwd_fused(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
+    (how, kernel), (gate, value, fc2) = _fused(how, a.x), _layers(a)
+    pre = products.linear(a.x, gate, how)
+    factor = None if value is None else products.linear(a.x, value, how)
+    hidden = kernel.gate_fwd(pre, factor, a.activation, a.eps, keep=a.keep == "pre")
+    kept = (pre, factor) if a.keep == "pre" else (None, None)
+    # no result may be another one: PyTorch warns of that in compiled code, and is going to refuse it
+    pre, factor = (a.x.new_empty(0) if x is None else x for x in kept)
+    return products.linear(hidden, fc2, how), pre, factor
+
+
+def _bwd_fused(how: str, a: _Bwd) -> Tensor:
+    (how, kernel), (gate, value, fc2) = _fused(how, a.grad), _layers(a)
+    pre, factor = _opening(how, a, gate, value)
+    d_pre, d_factor = kernel.gate_bwd(products.linear_bwd(a.grad, fc2, how), pre, factor, a.activation, a.eps)
+    d_x = products.linear_bwd(d_pre, gate, how)
+    if value is None:
+        return d_x
+    d_x_value = products.linear_bwd(d_factor, value, how)
+    if how != "native":
+        return d_x.add_(d_x_value)
+    total = buffers.empty(d_x.shape, d_x.dtype)
+    put_sum(total, d_x, 1, d_x_value, 1)
+    return total
+
+
+def _opening(how: str, a: _Bwd, gate: FrozenLinear, value: FrozenLinear | None) -> tuple[Tensor, Tensor | None]:
+    """``gate(x)`` and ``value(x)``, kept or computed again."""
+    if a.keep == "pre":
+        return a.kept, a.kept_value
+    return products.linear(a.kept, gate, how), None if value is None else products.linear(a.kept, value, how)
+
+
 def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
     gate, value, fc2 = _layers(a)
-    if how == "native":
-        pre = products.linear(a.x, gate, how)
-        factor = None if value is None else products.linear(a.x, value, how)
-        hidden = native.gate_fwd(pre, factor, ACTIVATIONS.index(a.activation), a.eps, keep=a.keep == "pre")
-        kept = (pre, factor) if a.keep == "pre" else (None, None)
-        # no result may be another one: PyTorch warns of that in compiled code, and is going to refuse it
-        pre, factor = (a.x.new_empty(0) if x is None else x for x in kept)
-        return products.linear(hidden, fc2, how), pre, factor
     pre, hidden = products.linear_activation(a.x, gate, a.activation, a.keep == "pre", how)
     nothing = factor = a.x.new_empty(0)
     if value is not None:
@@ -173,19 +208,8 @@ def _fwd(how: str, a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
 
 def _bwd(how: str, a: _Bwd) -> Tensor:
     gate, value, fc2 = _layers(a)
-    pre, factor = a.kept, a.kept_value
-    if a.keep == "input":
-        pre = products.linear(a.kept, gate, how)
-        factor = None if value is None else products.linear(a.kept, value, how)
+    pre, factor = _opening(how, a, gate, value)
     d_hidden = products.linear_bwd(a.grad, fc2, how)
-    if how == "native":
-        d_pre, d_factor = native.gate_bwd(d_hidden, pre, factor, ACTIVATIONS.index(a.activation), a.eps)
-        d_x = products.linear_bwd(d_pre, gate, how)
-        if value is None or d_factor is None:
-            return d_x
-        total = buffers.empty(d_x.shape, d_x.dtype)
-        put_sum(total, d_x, 1, products.linear_bwd(d_factor, value, how), 1)
-        return total
     opened = activate(pre, a.activation)
     if a.eps is not None:
         d_hidden = _normalize_bwd(d_hidden, opened if factor is None else opened * factor, a.eps)
@@ -210,6 +234,15 @@ def _normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     return cast(Tensor, d_x).view(x.shape)
 
 
+def _triton_reason(a: _Fwd | _Bwd) -> str | None:
+    if reason := triton_reason(a[0].device, a[0].dtype):
+        return reason
+    from insvp_fast.kernels.gpu import gate
+
+    D = a.w2.shape[1]
+    return None if gate.covers(D, a.eps is not None) else f"does not cover a hidden layer of {D} numbers"
+
+
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor, Tensor]:
     kept = (*a.x.shape[:-1], a.w2.shape[1]) if a.keep == "pre" else 0
     kept_value = 0 if a.value_first == NO_VALUE else kept
@@ -228,7 +261,9 @@ register(
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
     auto=auto_providers,
-    **{how: Implementation(partial(_fwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
+    native=Implementation(partial(_fwd_fused, "native"), provider_reason("native"), recordable=True),
+    triton=Implementation(partial(_fwd_fused, "triton"), _triton_reason),
+    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in ("onednn", "widened")},
 )
 register(
     "gated_mlp_bwd",
@@ -238,5 +273,7 @@ register(
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
     auto=auto_providers,
-    **{how: Implementation(partial(_bwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
+    native=Implementation(partial(_bwd_fused, "native"), provider_reason("native"), recordable=True),
+    triton=Implementation(partial(_bwd_fused, "triton"), _triton_reason),
+    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in ("onednn", "widened")},
 )

@@ -194,8 +194,8 @@ def _bwd(how: str, a: _Bwd) -> Tensor:
 
 
 def auto_providers(a: Any) -> Sequence[str]:
-    """Of operands that begin with what is multiplied: the providers that "auto" tries."""
-    return [products.provider(a[0].dtype, a[0].device)]
+    """Of operands that begin with what is multiplied: what "auto" tries, on GPUs Triton for what is between them."""
+    return ["triton"] if a[0].is_cuda else [products.provider(a[0].dtype, a[0].device)]
 
 
 def provider_reason(how: str) -> Callable[[Any], str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, save, saved
-from insvp_fast.ops.linear import PROVIDERS, frozen_operands, provider_reason, require_all_outputs
+from insvp_fast.ops.linear import PROVIDERS, auto_providers, frozen_operands, provider_reason, require_all_outputs
 from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason
 from insvp_fast.runtime import native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate_bwd
@@ -187,11 +186,6 @@ def _triton_reason(a: _Fwd | _Bwd) -> str | None:
     return triton_reason(a[0].device, a[0].dtype)
 
 
-def _auto(a: _Fwd | _Bwd) -> Sequence[str]:
-    device = a[0].device
-    return ["triton"] if device.type == "cuda" else [products.provider(a[0].dtype, device)]
-
-
 def _fwd_fake(a: _Fwd) -> tuple[Tensor, Tensor]:
     kept = (*a.x.shape[:-1], a.w1.shape[0]) if a.keep in ("pre", "code") else 0
     dtype = torch.uint8 if a.keep == "code" else a.x.dtype
@@ -209,7 +203,7 @@ register(
     PACKS,
     fake=_fwd_fake,
     reference=partial(_fwd, "plain"),
-    auto=_auto,
+    auto=auto_providers,
     triton=Implementation(_fwd_triton, _triton_reason),
     **{how: Implementation(partial(_fwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )
@@ -220,7 +214,7 @@ register(
     PACKS,
     fake=_bwd_fake,
     reference=partial(_bwd, "plain"),
-    auto=_auto,
+    auto=auto_providers,
     triton=Implementation(_bwd_triton, _triton_reason),
     **{how: Implementation(partial(_bwd, how), provider_reason(how), recordable=how == "native") for how in PROVIDERS},
 )

@@ -57,7 +57,7 @@ def _sigmoid(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _activation(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         tail = _tail(tl.abs(x))
         return x * tl.where(x > 0, 1.0 - tail, tail)
@@ -67,7 +67,7 @@ def _activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _derivative(x, ACTIVATION: tl.constexpr):
+def derivative(x, ACTIVATION: tl.constexpr):
     """P(x) + x P'(x); of GELU computed at -|x| and mirrored."""
     if ACTIVATION == "gelu":
         a = tl.abs(x)
@@ -84,9 +84,9 @@ def _activation_fwd_kernel(pre_ptr, hidden_ptr, code_ptr, N, ACTIVATION: tl.cons
     """``code_ptr`` may be None."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(pre_ptr + offs, offs < N, 0.0).to(tl.float32)
-    tl.store(hidden_ptr + offs, _activation(x, ACTIVATION).to(hidden_ptr.dtype.element_ty), offs < N)
+    tl.store(hidden_ptr + offs, activate(x, ACTIVATION).to(hidden_ptr.dtype.element_ty), offs < N)
     if code_ptr is not None:
-        d = _derivative(x, ACTIVATION)
+        d = derivative(x, ACTIVATION)
         tl.store(code_ptr + offs, tl.where(d == d, d * STEPS + (ZERO + 0.5), NAN).to(tl.uint8), offs < N)
 
 
@@ -99,7 +99,7 @@ def _activation_bwd_kernel(grad_ptr, kept_ptr, out_ptr, N, ACTIVATION: tl.conste
     if kept_ptr.dtype.element_ty == tl.uint8:
         d = tl.where(kept == NAN, float("nan"), (kept - ZERO) * (1 / STEPS))
     else:
-        d = _derivative(kept, ACTIVATION)
+        d = derivative(kept, ACTIVATION)
     tl.store(out_ptr + offs, (grad * d).to(out_ptr.dtype.element_ty), offs < N)
 
 

@@ -28,7 +28,7 @@ def _rows(M, T, L, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def _mean(x, D: tl.constexpr):
+def mean(x, D: tl.constexpr):
     """Of each row, rounded correctly: ``/`` is less exact on GPUs, and a constant row would differ from its mean."""
     return tl.div_rn(tl.sum(x, 1, keep_dims=True), D)
 
@@ -54,8 +54,8 @@ def _norm_insert_fwd_kernel(
 
     deviation = x
     if CENTER:
-        deviation = tl.where(offs_d < D, x - _mean(x, D), 0.0)
-    rstd = tl.rsqrt(_mean(deviation * deviation, D) + eps)
+        deviation = tl.where(offs_d < D, x - mean(x, D), 0.0)
+    rstd = tl.rsqrt(mean(deviation * deviation, D) + eps)
     y = deviation * rstd
     rows = image * (T + L) + place
     tl.store(rstd_ptr + rows, rstd, rows < M)

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from insvp_fast.runtime import native
 from insvp_fast.runtime.activations import ACTIVATIONS
 from insvp_fast.testing import relative_error
-from tests.activations import FORMULAS
+from tests.kernels import gate_checks
+from tests.kernels.gate_checks import EPS, exact, operands
 from tests.kernels.native_checks import BF16, F32, needs_library
 
 pytestmark = [needs_library, pytest.mark.usefixtures("poison")]
 
 SHAPES = [(0, 8), (3, 0), (1, 1), (5, 7), (2, 3, 33), (4, 100), (2, 2, 2, 16), (3, 2049)]
-EPS = 1e-6
 
-
-def operands(shape, gated, dtype):
-    d_hidden, pre, factor = (torch.randn(shape).to(dtype) for _ in range(3))
-    return d_hidden, pre, factor if gated else None
-
-
-def exact(d_hidden, pre, factor, activation, eps):
-    """The hidden layer, and the gradients by pre and factor."""
-    inputs = [x.double().requires_grad_() for x in (pre, factor) if x is not None]
-    hidden = FORMULAS[activation](inputs[0])[0]
-    hidden = hidden if factor is None else hidden * inputs[1]
-    hidden = hidden if eps is None or not hidden.numel() else F.layer_norm(hidden, hidden.shape[-1:], eps=eps)
-    return [hidden, *torch.autograd.grad(hidden, inputs, d_hidden.double())]
-
-
-def computed(d_hidden, pre, factor, activation, eps):
-    code = ACTIVATIONS.index(activation)
-    found = native.gate_fwd(pre, factor, code, eps), *native.gate_bwd(d_hidden.clone(), pre, factor, code, eps)
-    return [x for x in found if x is not None]
+computed = functools.partial(gate_checks.computed, native)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,14 +40,14 @@ def test_parity(isa, shape, gated, dtype):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
 def test_results_may_take_the_place_of_operands(eps, gated):
     d_hidden, pre, factor = operands((37, 530), gated, BF16)
-    expected = native.gate_fwd(pre, factor, 0, eps)
+    expected = native.gate_fwd(pre, factor, "gelu", eps)
     assert expected.data_ptr() != pre.data_ptr()
-    grads = native.gate_bwd(d_hidden.mT.contiguous().mT, pre, factor, 0, eps)  # not contiguous: stays as it is
-    d_pre, d_factor = native.gate_bwd(d_hidden, pre, factor, 0, eps)
+    grads = native.gate_bwd(d_hidden.mT.contiguous().mT, pre, factor, "gelu", eps)  # not contiguous: stays as it is
+    d_pre, d_factor = native.gate_bwd(d_hidden, pre, factor, "gelu", eps)
     assert d_pre is d_hidden and torch.equal(d_pre, grads[0])
     assert torch.equal(d_factor, grads[1]) if gated else d_factor is None
     copy = pre.clone()
-    found = native.gate_fwd(copy, factor, 0, eps, keep=False)
+    found = native.gate_fwd(copy, factor, "gelu", eps, keep=False)
     assert found is copy and torch.equal(found, expected)
 
 
@@ -92,10 +74,10 @@ def test_any_layout_and_any_number_of_threads(threads):
 def test_what_is_refused():
     d_hidden, pre, factor = operands((2, 8), True, F32)
     with pytest.raises(ValueError, match=r"factor has shape \(2, 7\): expected"):
-        native.gate_fwd(pre, factor[:, 1:], 0, None)
+        native.gate_fwd(pre, factor[:, 1:], "gelu", None)
     with pytest.raises(TypeError, match=r"factor has dtype torch.bfloat16: expected torch.float32"):
-        native.gate_bwd(d_hidden, pre, factor.bfloat16(), 0, None)
+        native.gate_bwd(d_hidden, pre, factor.bfloat16(), "gelu", None)
     with pytest.raises(ValueError, match="d_hidden has shape"):
-        native.gate_bwd(d_hidden[:1], pre, factor, 0, None)
+        native.gate_bwd(d_hidden[:1], pre, factor, "gelu", None)
     with pytest.raises(TypeError, match=r"pre has dtype torch.float64"):
-        native.gate_fwd(pre.double(), None, 0, None)
+        native.gate_fwd(pre.double(), None, "gelu", None)

@@ -8,11 +8,12 @@ from torch.library import opcheck
 from insvp_fast import ops
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.runtime import products
-from insvp_fast.testing import assert_within_budget
+from insvp_fast.testing import assert_within_budget, relative_error
 from tests.activations import FORMULAS
 from tests.gradients import DTYPES, copies, with_gradients
 
 EPS = 1e-6
+OPTIONS = [{}, {"normed": True}, {"normed": True, "value": False, "activation": "gelu"}]
 
 
 def inputs(dtype=torch.float32):
@@ -34,7 +35,7 @@ def plain(x, wg, bg, wv, bv, gain, shift, w2, b2, gain2, shift2, scale, value=Tr
     return scale * F.linear(F.layer_norm(hidden, (48,), gain2, shift2, EPS) if normed else hidden, w2, b2)
 
 
-@pytest.mark.parametrize("options", [{}, {"normed": True}, {"normed": True, "value": False, "activation": "gelu"}])
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("keep", ["pre", "input"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", ["auto", "onednn", "reference"])
@@ -50,6 +51,41 @@ def test_gated_mlp(impl, dtype, keep, options):
     for value, low, expected in zip(values, rough, exact, strict=True):
         assert value.dtype == dtype
         assert_within_budget(value, low, expected, dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("keep", ["pre", "input", "nothing"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernels_of_gated_mlp_fit_in(dtype, keep, options):
+    """What runs on a GPU, with the kernels interpreted: the same products around them, in the same order."""
+    chip = pytest.importorskip("insvp_fast.kernels.gpu.chip")
+    if not chip.INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    x, (wg, bg, wv, bv, gain, shift, w2, b2, *affine, scale) = inputs(dtype)
+    value, normed, activation = (options.get(name) for name in ("value", "normed", "activation"))
+    weights = wg, bg, *((None, None) if value is False else (wv, bv)), gain, shift, w2, b2
+    weights = *weights, *(affine if normed else (None, None)), scale
+    rest = 0, -1 if value is False else 0, EPS if normed else None, activation or "silu", keep
+    forward, backward = torch.ops.insvp_fast.gated_mlp_fwd, torch.ops.insvp_fast.gated_mlp_bwd
+    eps = 4 * torch.finfo(dtype).eps  # the interpreter truncates 16-bit stores
+    with torch.no_grad(), products.override_provider(lambda dtype: "plain"):
+        found, expected = (forward(x, *weights, *rest, impl) for impl in ("triton", "reference"))
+        assert relative_error(found[0], expected[0]) < eps
+        if keep == "nothing":
+            return
+        if keep == "pre":
+            assert found[1].shape == expected[1].shape and torch.equal(found[2], expected[2])
+        kept = (x, None) if keep == "input" else (found[1], None if value is False else found[2])
+        grad = torch.randn_like(x)
+        values = [backward(grad, *kept, *weights, *rest, impl) for impl in ("triton", "reference")]
+    assert relative_error(*values) < eps
+
+
+def test_a_hidden_layer_that_no_kernel_covers(device):
+    pytest.importorskip("triton")
+    x, fc1, fc2 = (torch.randn(shape, device=device) for shape in ((2, 3), (8193, 3), (3, 8193)))
+    with pytest.raises(RuntimeError, match='impl="triton" does not cover a hidden layer of 8193 numbers'):
+        ops.gated_mlp(x, FrozenLinear(fc1), None, FrozenLinear(fc2), impl="triton")
 
 
 def test_it_keeps_what_it_says():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from insvp_fast.runtime import buffers
+from insvp_fast.runtime.activations import ACTIVATIONS
 from insvp_fast.runtime.native.library import TYPE_CODES, array, f32, i32, i64, launch, pointer, require
 
 __all__ = ["gate_bwd", "gate_fwd"]
@@ -14,10 +15,10 @@ _FWD = [*array * 3, *_REST]
 _BWD = [*array * 5, *_REST]
 
 
-def gate_fwd(pre: Tensor, factor: Tensor | None, activation: int, eps: float | None, *, keep: bool = True) -> Tensor:
+def gate_fwd(pre: Tensor, factor: Tensor | None, activation: str, eps: float | None, *, keep: bool = True) -> Tensor:
     """``normalize(activation(pre) * factor)``, with LayerNorm without an affine map, or without one if eps is None.
 
-    pre, and factor if there is one, [..., D] in float32 or bfloat16; activation as in ``linear_activation``. Computed
+    pre, and factor if there is one, [..., D] in float32 or bfloat16; activation one of ``ACTIVATIONS``. Computed
     in float32, rounded once; without ``keep`` pre is overwritten. Errors: see ``native``.
     """
     pre, factor = _operands(pre, factor)
@@ -28,7 +29,7 @@ def gate_fwd(pre: Tensor, factor: Tensor | None, activation: int, eps: float | N
 
 
 def gate_bwd(
-    d_hidden: Tensor, pre: Tensor, factor: Tensor | None, activation: int, eps: float | None
+    d_hidden: Tensor, pre: Tensor, factor: Tensor | None, activation: str, eps: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of ``gate_fwd`` by pre, which overwrites a contiguous ``d_hidden``, and by factor.
 
@@ -47,6 +48,6 @@ def _operands(pre: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None
     return pre, None if factor is None else require("factor", factor, pre.shape, pre.dtype)
 
 
-def _rest(pre: Tensor, activation: int, eps: float | None) -> tuple[object, ...]:
+def _rest(pre: Tensor, activation: str, eps: float | None) -> tuple[object, ...]:
     D = pre.shape[-1] if pre.ndim else 1
-    return activation, eps is not None, 0.0 if eps is None else eps, pre.numel() // max(D, 1), D
+    return ACTIVATIONS.index(activation), eps is not None, 0.0 if eps is None else eps, pre.numel() // max(D, 1), D
