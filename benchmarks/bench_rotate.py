@@ -1,35 +1,34 @@
-"""rotate of the queries and keys of a ViT-B, by implementation; for CPUs."""
+"""rotate: the rotary position embedding of queries and keys in a DINOv3-B; values, prompts and prefix are copied."""
 
 import functools
 
-import pytest
 import torch
 
-from benchmarks.operations import DTYPES
-from insvp_fast.ops.rotate import rotate_bwd_reference, rotate_reference
-from insvp_fast.testing import DEVICE, relative_error
+from benchmarks.operations import DTYPES, Operation, each_case, time_operation
+from insvp_fast import ops
+from insvp_fast.ops.rotate import rotate_reference
+from insvp_fast.testing import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="compares implementations for CPUs")
-
-S, N, HEADS, D = 265, 256, 12, 768  # a class token, patches and eight prompts
-
-
-@functools.cache
-def inputs(batch, dtype):
-    return torch.randn(batch, S, 3 * D).to(dtype), torch.randn(N, 2 * D // HEADS)
+PREFIX, N, L, HEADS, D = 5, 196, 9, 12, 768
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("half", [False, True], ids=["neighbors", "halves"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("impl", ["native", "reference"])
-def bench_rotate(benchmark, impl, batch, direction, half, dtype):
-    benchmark.group = f"rotate {direction} {half=} batch {batch} {dtype}"
-    x, rotation = inputs(batch, dtype)
-    forward = direction == "forward"
-    operator = torch.ops.insvp_fast.rotate_fwd if forward else torch.ops.insvp_fast.rotate_bwd
-    result = benchmark.pedantic(operator, (x, HEADS, rotation, 1, half, impl), rounds=30, warmup_rounds=3)
-    formula = rotate_reference if forward else rotate_bwd_reference
-    exact = formula(x.double(), HEADS, rotation.double(), 1, half)
-    assert relative_error(result, exact) < 4 * torch.finfo(dtype).eps
+def operation(batch, itemsize, half=True):
+    """``half``: how features are paired, in halves of a head as in DINOv3, or with their neighbors as in EVA-02."""
+    S = PREFIX + N + L
+    rotation = torch.randn(N, 2 * D // HEADS, device=DEVICE)
+    run = {"num_heads": HEADS, "rotation": rotation, "first": PREFIX, "half": half}
+    nbytes = 6.0 * batch * S * D * itemsize
+    return Operation(
+        name=f"rotate {batch}x{S}x{D}, {'halves' if half else 'neighbors'}",
+        plain=functools.partial(rotate_reference, **run),
+        fast=functools.partial(ops.rotate, **run),
+        make=lambda dtype: [torch.randn(batch, S, 3 * D, device=DEVICE).to(dtype).requires_grad_()],
+        nbytes=(nbytes, 2 * nbytes),
+        matmul=False,
+    )
+
+
+@each_case
+def bench_rotate(benchmark, tiny, implementation, direction, precision):
+    batch = 1 if tiny else 8 if DEVICE.type == "cpu" else 256
+    time_operation(benchmark, operation(batch, DTYPES[precision].itemsize), implementation, direction, precision)

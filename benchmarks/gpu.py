@@ -28,7 +28,15 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import bench_conv, bench_gated_mlp, bench_gelu, bench_mlp, bench_norm_insert, bench_superpose
+from benchmarks import (
+    bench_conv,
+    bench_gated_mlp,
+    bench_gelu,
+    bench_mlp,
+    bench_norm_insert,
+    bench_rotate,
+    bench_superpose,
+)
 from benchmarks.cuda_graphs import graphed
 from benchmarks.models import RELEASE, make_model, without_dropout
 from benchmarks.operations import Operation, evaluate
@@ -191,6 +199,7 @@ def kernels() -> Iterator[Row]:
             bench_gelu.operation(batch * T, SIZE),
             bench_mlp.operation(batch * T, SIZE),
             bench_gated_mlp.operation(batch * T, SIZE),
+            *(bench_rotate.operation(batch, SIZE, half) for half in (True, False)),
             bench_superpose.operation(batch, SIZE, autocast=True),
         ):
             yield from operation_rows(operation, batch)

@@ -102,6 +102,8 @@ def _limits(kernel: str, target: str) -> dict[str, int]:
         most["narrow"] = int("_code" in kernel and not nvidia)  # 8 values per lane, written as 8 bytes
     if kernel.startswith("gate") and "-D2730" not in kernel:  # whose rows are not aligned
         most["narrow"] = 0
+    if kernel.startswith("rotate") and "-d88" not in kernel:  # whose halves are not aligned
+        most["narrow"] = 0 if nvidia or "-pairs" in kernel else 4  # 4 numbers per lane of half a head
     if kernel.startswith("norm_insert"):
         most["narrow"] = 2  # the statistics, one number per row
         if nvidia:

@@ -14,6 +14,7 @@ from insvp_fast.kernels.gpu import (
     fingerprint,
     gate,
     norm_insert,
+    rotate,
     superpose,
 )
 
@@ -175,6 +176,20 @@ def gate_cases(arch: int | str, every_shape: bool) -> Iterator[Case]:
         yield case(f"gate_bwd-{label}", gate._gate_bwd_kernel, bwd, config)
 
 
+def rotate_cases(arch: int | str, every_shape: bool) -> Iterator[Case]:
+    """EVA-02-B and DINOv3-B, forward and backward; and the widest heads, of a width that is no power of two."""
+    shapes = [("*bf16", 64, True, True), ("*bf16", 64, False, False)]
+    if every_shape:
+        widths, ways = (64, 88, rotate.WIDEST), (True, False)
+        shapes += [shape for shape in itertools.product(("*bf16", "*fp32"), widths, ways, ways) if shape not in shapes]
+    for dtype, d, half, forward in shapes:
+        sizes = dict.fromkeys(("M", "S", "first", "N", "head_stride"), "i32")
+        signature = pointers(dtype, "x", "out") | pointers("*fp32", "rotation") | sizes
+        constants = {"PARTS": 3, "H": 12, "D": d, "HALF": half, "FORWARD": forward, **rotate.launch_config(d)}
+        label = f"{'half' if half else 'pairs'}-{'fwd' if forward else 'bwd'}-d{d}-{dtype[1:]}"
+        yield case(f"rotate-{label}", rotate._rotate_kernel, signature, constants, "head_stride")
+
+
 def attention_cases(arch: int | str, every_shape: bool) -> Iterator[Case]:
     """ViT-B/16 with 9 prompts, the most tokens that ``attention.covers`` allows, and other shapes within."""
     bf16, fp16, d = torch.bfloat16, torch.float16, 64
@@ -322,6 +337,7 @@ def cases(target: str, every_shape: bool = False) -> list[Case]:
         *norm_insert_cases(arch),
         *activation_cases(arch),
         *gate_cases(arch, every_shape),
+        *rotate_cases(arch, every_shape),
         *attention_cases(arch, every_shape),
         *conv_cases(arch),
         *windows_cases(arch),

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import check_heads
-from insvp_fast.ops.registry import Implementation, Size, call, native_reason, register, require
+from insvp_fast.ops.registry import (
+    Implementation,
+    Size,
+    call,
+    dtype_reason,
+    native_reason,
+    register,
+    require,
+    triton_reason,
+)
 from insvp_fast.runtime import buffers, native
 
 __all__ = ["rotate", "rotate_bwd_reference", "rotate_reference"]
@@ -30,7 +39,7 @@ def rotate(
         first: the row of the first rotated token. The N rows from there on are rotated; the others, prefix tokens
             before and prompts behind, stay as they are.
         half: whether feature i is paired with i + d/2; else 2·i is with 2·i + 1.
-        impl: "auto" lets the device decide; "native" or "reference" insists.
+        impl: "auto" lets the device decide; "native", "triton" or "reference" insists.
 
     Returns:
         A new tensor like ``packed``. Kept for backward: ``rotation``.
@@ -155,7 +164,24 @@ def _native_reason(a: _Operands) -> str | None:
     return native_reason(a.x.device, a.x.dtype, weights=[a.rotation])
 
 
+def _triton(a: _Operands, forward: bool) -> Tensor:
+    from insvp_fast.kernels.gpu import rotate as kernel
+
+    return kernel.rotate(a.x, a.num_heads, a.rotation, int(a.first), half=a.half, forward=forward)
+
+
+def _triton_reason(a: _Operands) -> str | None:
+    if reason := triton_reason(a.x.device, a.x.dtype) or dtype_reason((torch.float32,), a.rotation.dtype):
+        return reason
+    from insvp_fast.kernels.gpu import rotate as kernel
+
+    d = a.rotation.shape[-1] // 2
+    return None if kernel.covers(d) else f"does not cover heads of width {d}"
+
+
 def _auto(a: _Operands) -> Sequence[str]:
+    if a.x.is_cuda:
+        return ["triton"]
     return ["native"] if a.x.device.type == "cpu" and native.native_status().isa != "generic" else []
 
 
@@ -168,4 +194,5 @@ for _name, _forward in (("rotate_fwd", True), ("rotate_bwd", False)):
         reference=partial(_lean, forward=_forward),
         auto=_auto,
         native=Implementation(partial(_native, forward=_forward), _native_reason, recordable=True),
+        triton=Implementation(partial(_triton, forward=_forward), _triton_reason),
     )

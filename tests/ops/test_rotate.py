@@ -101,7 +101,7 @@ def test_operator():
         ({"rotation": torch.zeros(30, 16)}, "expected rows within 0 to 17"),
         ({"rotation": torch.zeros(9, 16, requires_grad=True)}, "frozen"),
         ({"first": -1}, "first=-1"),
-        ({"impl": "triton"}, "impl='triton'"),
+        ({"impl": "fast"}, "impl='fast'"),
     ],
 )
 def test_what_does_not_fit(change, words):

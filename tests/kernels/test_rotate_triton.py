@@ -1,0 +1,98 @@
+"""The Triton rotate against its formula in double precision."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from insvp_fast.kernels.gpu import chip
+from insvp_fast.kernels.gpu import rotate as kernel
+
+from insvp_fast import ops
+from insvp_fast.ops.rotate import rotate_bwd_reference, rotate_reference
+
+F32 = torch.float32
+# half a unit in the last place; a whole one of bf16, which the interpreter truncates
+ROUNDING = {F32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2.0 ** (-7 if chip.INTERPRETED else -8)}
+SHAPES = [
+    # B, S, first, N, parts besides the values, heads, d
+    (0, 3, 0, 3, 2, 1, 2),
+    (1, 4, 2, 0, 2, 3, 4),
+    (2, 1, 0, 1, 1, 1, 2),
+    (2, 9, 1, 5, 2, 2, 6),
+    (3, 7, 3, 4, 1, 3, 34),
+    (1, 13, 1, 9, 2, 12, 64),
+]
+each_pairing = pytest.mark.parametrize("half", [True, False], ids=["half", "interleaved"])
+
+
+def operands(B, S, first, N, parts, heads, d, own, dtype, device):
+    x = torch.randn(B, S, (parts + 1) * heads * d, device=device).to(dtype)
+    # any numbers, not only sines and cosines
+    return x, heads, torch.randn(*[heads] * own, N, 2 * d, device=device), first
+
+
+@each_pairing
+@pytest.mark.parametrize("own", [False, True], ids=["one for all heads", "one for each"])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape, dtype, own, half, device, poison):
+    x, heads, rotation, first = operands(*shape, own, dtype, device)
+    for formula, forward in ((rotate_reference, True), (rotate_bwd_reference, False)):
+        found = kernel.rotate(x, heads, rotation, first, half=half, forward=forward)
+        expected = formula(x.double(), heads, rotation.double(), first, half)
+        # two products, each below |x| * |rotation|, and one rounding to the dtype of the result
+        bound = 2**-22 * x.float().abs().amax() * rotation.abs().amax() if x.numel() and rotation.numel() else 0
+        assert found.dtype == dtype and found.isfinite().all()
+        assert ((found - expected).abs() <= bound + ROUNDING[dtype] * expected.abs()).all()
+        if rotation.numel() == 0:
+            assert torch.equal(found, x)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+@each_pairing
+def test_a_number_that_is_not_finite_reaches_its_pair_alone(half, device):
+    x, *rest = operands(2, 9, 1, 5, 2, 2, 6, False, F32, device)
+    clean = kernel.rotate(x, *rest, half=half, forward=True)
+    x[1, 2, 6 + 1] = float("nan")  # of the second head of the queries
+    x[0, 0, 3] = float("inf")  # of a prefix token
+    found = kernel.rotate(x, *rest, half=half, forward=True)
+    reached = torch.zeros(found.shape, dtype=torch.bool, device=device)
+    reached[1, 2, [6 + 1, 6 + (4 if half else 0)]] = True
+    assert torch.equal(found.isnan(), reached) and found[0, 0, 3] == float("inf")
+    reached[0, 0, 3] = True
+    assert torch.equal(found[~reached], clean[~reached])
+
+
+def test_any_layout(device):
+    x, heads, rotation, first = operands(3, 6, 1, 4, 2, 2, 8, True, F32, device)
+    for half, forward in itertools.product((True, False), repeat=2):
+        expected = kernel.rotate(x, heads, rotation, first, half=half, forward=forward)
+        strided = x.mT.contiguous().mT, heads, rotation.mT.contiguous().mT, first
+        found = kernel.rotate(*strided, half=half, forward=forward)
+        assert torch.equal(found, expected) and found.is_contiguous()
+
+
+@each_pairing
+def test_the_operation(half, device):
+    x, *rest = operands(2, 9, 1, 5, 2, 2, 6, False, F32, device)
+    x.requires_grad_()
+    found = ops.rotate(x, *rest, half=half, impl="triton")
+    grad = torch.randn_like(found)
+    assert torch.equal(found, kernel.rotate(x.detach(), *rest, half=half, forward=True))
+    (d_x,) = torch.autograd.grad(found, x, grad)
+    assert torch.equal(d_x, kernel.rotate(grad, *rest, half=half, forward=False))
+
+
+def test_what_is_refused(monkeypatch, device):
+    x, heads, rotation, first = operands(1, 2, 0, 1, 2, 1, 1026, False, F32, device)
+    with pytest.raises(ValueError, match="an even width of 2 to 1024, got 1026"):
+        kernel.rotate(x, heads, rotation, first, half=True, forward=True)
+    with pytest.raises(RuntimeError, match='impl="triton" does not cover heads of width 1026'):
+        ops.rotate(x, heads, rotation, first, impl="triton")
+    with pytest.raises(RuntimeError, match='impl="triton" cannot compute in torch.bfloat16: expected torch.float32'):
+        ops.rotate(x, heads, rotation.bfloat16(), first, impl="triton")
+    monkeypatch.setattr(chip, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="rotate: .*TRITON_INTERPRET"):
+        kernel.rotate(x.cpu(), heads, rotation, first, half=True, forward=True)
