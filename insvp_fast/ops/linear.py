@@ -92,8 +92,7 @@ def frozen_operands(x: Tensor, *layers: FrozenLinear) -> tuple[Any, ...]:
     for w in sources:
         if w is not None and w.requires_grad:
             raise ValueError(
-                "ops.linear and ops.mlp are for frozen weights: expected requires_grad=False,"
-                " use torch.nn.functional.linear"
+                "a FrozenLinear is made of frozen weights: expected requires_grad=False, use torch.nn.functional.linear"
             )
     first = layers[-1].first
     return *sources, first, first + features

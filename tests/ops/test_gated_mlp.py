@@ -162,5 +162,5 @@ def test_gradcheck_opcheck_and_refusals():
         ops.gated_mlp(x, FrozenLinear(weights[0], None, weights[4]), FrozenLinear(weights[2]), FrozenLinear(weights[6]))
     with pytest.raises(ValueError, match=r"weight has shape \(33, 48\): expected \[D_out, 33\]"):
         ops.gated_mlp(x, FrozenLinear(weights[0]), FrozenLinear(weights[6]), FrozenLinear(weights[6]))
-    with pytest.raises(ValueError, match="frozen weights"):
+    with pytest.raises(ValueError, match="a FrozenLinear is made of frozen weights"):
         run(x, *weights[:2], weights[2].requires_grad_(), *weights[3:])
