@@ -58,9 +58,10 @@ def attention(
         num_keys: [B], int64, T to S and at least 1, on the device of ``qkv``: image b attends to its first
             ``num_keys[b]`` tokens, and not to the padding behind them, which must be finite. None for all S.
         impl: "auto" lets the device decide: on GPUs the forward pass of "sdpa" (PyTorch's choice) and, where it covers
-            the operands, the backward pass of "triton", on CPUs the fastest of "native", "explicit" (PyTorch's
-            products, image after image) and "flash" (PyTorch's fused kernel for CPUs). One of these, "reference" or
-            "xformers" insists, in both directions. "xformers", "triton" and "flash" do without ``num_keys``.
+            the operands, the backward pass of "triton", on CPUs "native", else the faster of "explicit" (PyTorch's
+            products, image after image) and "flash" (PyTorch's fused kernel for CPUs, not where it loses NaN). One of
+            these, "reference" or "xformers" insists, in both directions. "xformers", "triton" and "flash" do not take
+            ``num_keys``.
 
     Returns:
         [B, T, D] in the dtype of ``qkv``. Kept for backward: ``qkv`` and what the implementation needs of the softmax.

@@ -46,7 +46,7 @@ def norm_insert(
         1/sigma of each row.
 
     Raises:
-        ValueError: for shapes that do not fit, an eps below 0, or an unknown ``impl``.
+        ValueError: for shapes that do not fit, an eps below 0, a norm that requires a gradient, or an unknown ``impl``.
         RuntimeError: if the implementation asked for cannot run here.
     """
     if not eps >= 0:
