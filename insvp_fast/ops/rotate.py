@@ -11,16 +11,7 @@ from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order
 from insvp_fast.ops.heads import check_heads
-from insvp_fast.ops.registry import (
-    Implementation,
-    Size,
-    call,
-    dtype_reason,
-    native_reason,
-    register,
-    require,
-    triton_reason,
-)
+from insvp_fast.ops.registry import Implementation, Size, call, native_reason, register, require, triton_reason
 from insvp_fast.runtime import buffers, native
 
 __all__ = ["rotate", "rotate_bwd_reference", "rotate_reference"]
@@ -35,7 +26,7 @@ def rotate(
         packed: [B, S, 3·D], queries, keys and values, or [B, S, 2·D], keys and values, with ``num_heads`` equal heads
             of width d folded into D, in any floating dtype. The values stay as they are.
         rotation: [N, 2·d], or [heads, N, 2·d], the sine for each feature and, behind them, the cosines; frozen. The
-            rotation is computed in the wider of both dtypes.
+            rotation is computed in the wider of both dtypes, or in fp32.
         first: the row of the first rotated token. The N rows from there on are rotated; the others, prefix tokens
             before and prompts behind, stay as they are.
         half: whether feature i is paired with i + d/2; else 2·i is with 2·i + 1.
@@ -171,7 +162,7 @@ def _triton(a: _Operands, forward: bool) -> Tensor:
 
 
 def _triton_reason(a: _Operands) -> str | None:
-    if reason := triton_reason(a.x.device, a.x.dtype) or dtype_reason((torch.float32,), a.rotation.dtype):
+    if reason := triton_reason(a.x.device, a.x.dtype, a.rotation.dtype):
         return reason
     from insvp_fast.kernels.gpu import rotate as kernel
 

@@ -92,7 +92,7 @@ def rotate(x: Tensor, num_heads: int, rotation: Tensor, first: int, *, half: boo
 
     Args:
         x: [B, S, 3·D·num_heads], or 2 instead of 3, in fp32, fp16 or bf16.
-        rotation: [N, 2·D] or [num_heads, N, 2·D] in fp32.
+        rotation: [N, 2·D] or [num_heads, N, 2·D], in fp32, fp16 or bf16.
 
     Returns:
         A new contiguous tensor like ``x``.

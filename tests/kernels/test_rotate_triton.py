@@ -75,6 +75,17 @@ def test_any_layout(device):
 
 
 @each_pairing
+def test_a_rotation_of_16_bits(half, device):
+    """As models in bf16 have it: its numbers are those of the same rotation in fp32."""
+    x, heads, rotation, first = operands(2, 9, 1, 5, 2, 2, 6, True, torch.bfloat16, device)
+    found, expected = (
+        kernel.rotate(x, heads, other, first, half=half, forward=True)
+        for other in (rotation.bfloat16(), rotation.bfloat16().float())
+    )
+    assert torch.equal(found, expected)
+
+
+@each_pairing
 def test_the_operation(half, device):
     x, *rest = operands(2, 9, 1, 5, 2, 2, 6, False, F32, device)
     x.requires_grad_()
@@ -91,8 +102,8 @@ def test_what_is_refused(monkeypatch, device):
         kernel.rotate(x, heads, rotation, first, half=True, forward=True)
     with pytest.raises(RuntimeError, match='impl="triton" does not cover heads of width 1026'):
         ops.rotate(x, heads, rotation, first, impl="triton")
-    with pytest.raises(RuntimeError, match='impl="triton" cannot compute in torch.bfloat16: expected torch.float32'):
-        ops.rotate(x, heads, rotation.bfloat16(), first, impl="triton")
+    with pytest.raises(RuntimeError, match='impl="triton" cannot compute in torch.float64: expected torch.float32'):
+        ops.rotate(x, heads, rotation.double(), first, impl="triton")
     monkeypatch.setattr(chip, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="rotate: .*TRITON_INTERPRET"):
         kernel.rotate(x.cpu(), heads, rotation, first, half=True, forward=True)
