@@ -52,6 +52,7 @@ from insvp_fast.backbones.vit_blocks import (
 from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.reference import Prompts
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = [
     "INDEXED_DROPOUT_OFF",
@@ -173,11 +174,16 @@ def embed(backbone: Eva, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [
 
 
 def shared(backbone: Eva, grid: tuple[int, int]) -> Tensor | None:
-    """The sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode for each block."""
+    """The sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode for each block.
+
+    In at least fp32, which the kernels read: models in 16 bits have some in theirs.
+    """
     rotation = _constants(backbone, pixel_weight(backbone), grid)[1]
-    if rotation is not None and rotation.shape[-2] != (patches := grid[0] * grid[1]):
+    if rotation is None:
+        return None
+    if rotation.shape[-2] != (patches := grid[0] * grid[1]):
         raise ValueError(f"the image has {patches} patches: the backbone has rotations of {rotation.shape[-2]}")
-    return rotation
+    return rotation.to(widened(rotation.dtype))
 
 
 def _constants(backbone: Eva, like: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:

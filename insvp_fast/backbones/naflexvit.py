@@ -31,6 +31,7 @@ from insvp_fast.coverage import Rule, Table, rule, watch
 from insvp_fast.coverage.rules import CALLED, DROPOUT_OFF, IDENTITY, LINEAR
 from insvp_fast.ops import FrozenLinear
 from insvp_fast.reference import Prompts
+from insvp_fast.runtime.dtypes import widened
 
 __all__ = [
     "SUPPORTS",
@@ -136,9 +137,11 @@ def embed(backbone: NaFlexVit, patches: Tensor, grid: tuple[int, int]) -> Tensor
 
 
 def shared(backbone: NaFlexVit, grid: tuple[int, int]) -> Tensor | None:
-    """The sines and cosines of the patches' rotations, [..., N, 2·d]; in mixed mode for each block."""
-    rotation: Tensor | None = None if backbone.rope is None else backbone.rope.get_embed(shape=grid)
-    return rotation
+    """The sines and cosines of the patches' rotations, as ``eva.shared`` gives them."""
+    if backbone.rope is None:
+        return None
+    rotation: Tensor = backbone.rope.get_embed(shape=grid)
+    return rotation.to(widened(rotation.dtype))
 
 
 def forward_block(

@@ -119,6 +119,18 @@ def test_a_program_gives_the_bits_of_what_is_prepared_anew(kind, autocast):
     assert [len(program.steps) for program in programs_of(model) if program] == 2 * expected
 
 
+@pytest.mark.parametrize("kind", ["ViT", "BEiT", "EVA-02", "rotations of each block", "NaFlexVit with rotations"])
+@torch.no_grad()
+def test_models_in_bf16_have_programs_of_their_blocks(kind):
+    """Though timm's rotations are in bf16 there."""
+    name, config, sizes, expected = MODELS[kind]
+    model, image = model_of(name, config, **sizes).bfloat16(), image_of(2).bfloat16()
+    first, second = model(image), model(image)
+    assert torch.equal(first, second) and torch.equal(first, prepared(model, image))
+    native = products.cpu_provider(torch.bfloat16) == "native"
+    assert [len(program.steps) for program in programs_of(model) if program] == (expected if native else [])
+
+
 def first_block(model):
     return (model.backbone.layers[0] if hasattr(model.backbone, "layers") else model.backbone).blocks[0]
 
