@@ -143,7 +143,7 @@ def test_threads_may_ask_at_once(held):
 
     def ask():
         try:
-            for number in range(300):
+            for number in range(90):
                 held[number % 3][1].broken()
         except Exception as error:
             errors.append(error)
