@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from insvp_fast.checkpoints.adapter_config import check_description
 from insvp_fast.checkpoints.files import find_file
 from insvp_fast.checkpoints.names import ADAPTER_FILE, WEIGHTS_FILE
 from insvp_fast.data import load_test_data
@@ -25,6 +26,8 @@ from insvp_fast.training.recipe import Recipe
 from insvp_fast.training.run_folder import CONFIG_FILE, is_run, read_config
 
 __all__ = ["Run", "adapter_sha256", "load_run", "own_test_data"]
+
+KINDS = {"preprocessing": dict, "class_names": list, "images_sha256": dict | None}  # in a run's config.json
 
 
 class Run(NamedTuple):
@@ -61,6 +64,7 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
         CheckpointError: if the backbone or an adapter cannot be loaded, or does not read RGB.
         TrainingError: if it is neither a finished run nor an adapter that says how images are prepared, the model does
             not take images of that size, or there are other class names than given.
+        ValueError: if the class names are one text.
     """
     if is_run(source):
         run = _load_folder(Path(source), backbone)
@@ -76,6 +80,8 @@ def load_run(source: str | Path, backbone: str | None = None, class_names: Seque
     _check_input_size(run, f"{source}: in {CONFIG_FILE if run.recipe else ADAPTER_FILE}")
     if class_names is None:
         return run
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names is {class_names!r}: expected a list of names")
     if list(class_names) != (run.class_names or list(class_names)):
         raise TrainingError(f"{source} has class names: expected the same, or none given")
     if len(class_names) != run.model.num_classes:
@@ -132,9 +138,9 @@ def _check_input_size(run: Run, where: str) -> None:
 
     Some backbones take any size, but not the prompts; those of VAPT have one from the second block on.
     """
-    model, size = run.model, run.preprocessing.get("input_size", ())
-    image = torch.zeros(1, *size, dtype=pixel_layer(model.backbone).weight.dtype)
+    model, size = run.model, run.preprocessing["input_size"]
     try:
+        image = torch.zeros(1, *size, dtype=pixel_layer(model.backbone).weight.dtype)
         with torch.no_grad():
             if isinstance(model, TunedViT):
                 structure_of(model.backbone).embed(model.backbone, image)
@@ -147,8 +153,10 @@ def _check_input_size(run: Run, where: str) -> None:
 
 def _load_folder(folder: Path, name: str | None) -> Run:
     recipe, config = read_config(folder)
-    if missing := [key for key in ("preprocessing", "class_names") if key not in config]:
-        raise TrainingError(f"{folder} is not a run folder of `insvp train`: its config has no {missing[0]}")
+    for key, kind in KINDS.items():
+        if not isinstance(config.get(key), kind):
+            problem = f"in {CONFIG_FILE} {key} is {config.get(key)!r:.200}: expected {getattr(kind, '__name__', kind)}"
+            raise TrainingError(f"{folder} is not a run folder of `insvp train`: {problem}")
     backbone = load_backbone(name or recipe.backbone, recipe.checkpoint if name is None else None, recipe.img_size)
     try:
         if not (folder / "adapter").is_dir():
@@ -158,5 +166,9 @@ def _load_folder(folder: Path, name: str | None) -> Run:
         raise TrainingError(f"{folder} has no adapter that can be loaded: {error}") from error
     model.preprocessing, model.class_names = config["preprocessing"], config["class_names"]
     model.exif_rotation = recipe.exif_rotation  # which adapters of earlier versions do not say
+    try:
+        check_description(model)
+    except ValueError as error:
+        raise TrainingError(f"{folder}: in {CONFIG_FILE} {error}") from error
     digests = config.get("images_sha256") or {}
     return Run(recipe, model, config["preprocessing"], config["class_names"], digests)

@@ -33,6 +33,8 @@ from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import CLASSES
 
+IMAGES = resolve_preprocessing(load_backbone())
+
 
 def printed(capsys, *arguments: object) -> str:
     assert cli.main(list(map(str, arguments))) == 0
@@ -155,6 +157,37 @@ def test_images_of_a_size_that_the_backbone_does_not_take_are_refused_before_the
         (source / name).write_text(json.dumps(config))
         said = refusal(capsys, command, source, *(["--data", images] if command == "eval" else [images]))
         assert f"{source}: in {name} preprocessing.input_size is {size}: expected a size of images" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"preprocessing": None},
+            "is not a run folder of `insvp train`: in config.json preprocessing is None: expected",
+        ),
+        ({"class_names": "abcdef"}, "is not a run folder .*: in config.json class_names is 'abcdef': expected list"),
+        ({"images_sha256": []}, r"is not a run folder .*: in config.json images_sha256 is \[\]: expected dict"),
+        (
+            {"class_names": CLASSES[1:]},
+            ": in config.json class_names has 5 names: expected one for each of the 6 class",
+        ),
+        ({"preprocessing": {}}, ": in config.json preprocessing has no input_size: expected"),
+        ({"preprocessing": IMAGES | {"input_size": [3, 2**40, 2**40]}}, "expected a size of images that the model tak"),
+    ],
+    ids=str,
+)
+def test_what_a_run_says_of_its_model_is_checked_as_in_an_adapter(wrong, message, run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+    (tmp_path / "adapter").symlink_to(run / "adapter")
+    with pytest.raises(TrainingError, match=f"^{tmp_path}.*{message}"):
+        load_run(tmp_path)
+
+
+def test_class_names_are_a_list(bare):
+    with pytest.raises(ValueError, match="class_names is 'abcdef': expected a list of names"):
+        load_run(bare, class_names="abcdef")
 
 
 def test_a_backbone_for_images_of_any_size_is_given_them(tmp_path):

@@ -188,7 +188,7 @@ def test_classes_are_counted_that_have_test_images(tested, most, caption, hostil
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config.pop("class_names"), "its config has no class_names"),
+        (lambda config: config.pop("class_names"), "in config.json class_names is None: expected list"),
         (lambda config: config.update(recipe=[]), "is not a run folder of `insvp train`: config.json has no recipe"),
         (lambda config: config["recipe"].update(tomorrow=1), "does not know: another version wrote config.json"),
         (lambda config: config.update(asked={"tomorrow": 1}), "does not know: another version wrote config.json"),
