@@ -27,7 +27,7 @@ from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
 from insvp_fast.training import evaluation
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
-from insvp_fast.training.load import load_run, own_test_data
+from insvp_fast.training.load import Run, load_run, own_test_data
 from insvp_fast.training.loader import Loader
 from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
@@ -188,6 +188,11 @@ def test_what_a_run_says_of_its_model_is_checked_as_in_an_adapter(wrong, message
 def test_class_names_are_a_list(bare):
     with pytest.raises(ValueError, match="class_names is 'abcdef': expected a list of names"):
         load_run(bare, class_names="abcdef")
+
+
+def test_an_adapter_has_no_test_images():
+    with pytest.raises(TrainingError, match="an adapter does not say where its test images are: expected a run folder"):
+        own_test_data(Run(None, None, {}, CLASSES))
 
 
 def test_a_backbone_for_images_of_any_size_is_given_them(tmp_path):

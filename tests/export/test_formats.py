@@ -19,7 +19,8 @@ from insvp_fast.data.images import Images
 from insvp_fast.errors import CheckpointError, ExportError
 from insvp_fast.export import FORMATS, ExportedModel, Facts, export_model, formats, load, measure_loss, onnx, programs
 from insvp_fast.export.graph import Graph, standard_model
-from insvp_fast.export.parity import check_parity
+from insvp_fast.export.parity import Parity, check_parity, run_in_new_process
+from insvp_fast.export.preprocessing import ExportedPreprocessing
 from insvp_fast.testing import make_pair, relative_error
 from tests.export.test_preprocessing import settings
 
@@ -149,11 +150,53 @@ def test_wrong_logits_are_refused(model, facts):
 
     errors = [p.relative_error for p in check_parity(model, lambda batches: run(batches, lambda y: y), facts)]
     assert errors == [0, 0]
-    (less, _) = check_parity(model, lambda batches: run(batches, lambda y: y - 1e-6), facts)
+    bare = dataclasses.replace(facts, preprocessing=None)  # unknown, and not needed where nothing of it is inside
+    (less, _) = check_parity(model, lambda batches: run(batches, lambda y: y - 1e-6), bare)
     assert less.largest_difference == pytest.approx(1e-6, rel=0.5)
+    assert str(Parity(7, 1e-6, 2e-5)) == "batch 7: relative error 1.0e-06, largest difference 2.0e-05"
     for change in (lambda y: y * (1 + 2e-5), lambda y: y.roll(1, 0) if len(y) > 1 else y, lambda y: y * float("nan")):
         with pytest.raises(ExportError, match="the exported logits are not the model's: batch"):
             check_parity(model, lambda batches, change=change: run(batches, change), facts)
+
+
+@pytest.mark.parametrize(
+    ("inside", "size", "change"),
+    [
+        ("normalize", 32, lambda pixels: pixels.flip(-1)),  # BGR
+        ("normalize", 32, lambda pixels: pixels.roll(1, 0) if len(pixels) > 1 else pixels),
+        ("resize, crop, normalize", None, lambda pixels: pixels.clamp(5, 250)),
+        (
+            "resize, crop, normalize",
+            None,
+            lambda pixels: pixels[:, 1:] if pixels.shape[1] > pixels.shape[2] else pixels,
+        ),
+        ("resize, crop, normalize", None, lambda pixels: pixels[:, :, 1:] if pixels.shape[2] > 50 else pixels),
+    ],
+)
+def test_wrong_preprocessing_inside_is_refused(inside, size, change, model, facts):
+    """Whatever a file does to images otherwise than training, be it to tall ones alone, or to wide ones."""
+    facts = dataclasses.replace(facts, inside=inside, input=[None, size, size, 3])
+    prepare = ExportedPreprocessing(facts.preprocessing, size is None, True)
+
+    def run(batches, change=lambda pixels: pixels):
+        with torch.no_grad():
+            return [model(prepare(change(images))) for images in batches]
+
+    assert all(p.relative_error < 1e-6 for p in check_parity(model, run, facts))
+    with pytest.raises(ExportError, match="the exported logits are not the model's: batch"):
+        check_parity(model, lambda batches: run(batches, change), facts)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("printf 'Traceback\\nSomeError: why\\n' >&2; exit 1", "SomeError: why"), ("exit 3", "exit status 3")],
+)
+def test_a_process_that_cannot_run_a_file_is_told(script, reason, tmp_path, monkeypatch):
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with pytest.raises(ExportError, match=f"a new process cannot run the exported file: {reason}$"):
+        run_in_new_process(tmp_path / "x.pt2", [torch.zeros(1)])
 
 
 def test_a_loss_is_of_the_answers_and_of_classes_only_where_all_are_known(model, facts):
