@@ -108,9 +108,9 @@ def own_test_data(run: Run) -> Images | Part:
         run.class_names,
         root=recipe.root,
         exif_rotation=model.exif_rotation,
-        undivided_sha256=(digest := (model.trained_on or {}).get("undivided_sha256")),
+        undivided_sha256=(model.trained_on or {}).get("undivided_sha256"),
     )
-    if digest is not None and isinstance(images, Images) and images.split == "train":
+    if isinstance(images, Images) and images.split == "train":
         divided = "training divided it, and its images have changed: the model may have seen some of them"
         raise DataError(f"`data` is {recipe.data}: {divided}: expected `data` with a test split")
     if run.images_sha256.get("test") not in (None, names_sha256(images)):

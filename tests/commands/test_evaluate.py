@@ -1,5 +1,6 @@
 """``insvp eval``."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from insvp_fast.commands.options import make_folder
 from insvp_fast.errors import DataError, TrainingError
 from insvp_fast.training.backbone import load_backbone
 from insvp_fast.training.evaluation import evaluate_run
-from insvp_fast.training.load import Run
+from insvp_fast.training.load import Run, load_run, own_test_data
 from insvp_fast.training.recipe import Recipe
 from tests.commands.finished_run import CLASSES, noise, with_random_head, write_run
 
@@ -127,6 +128,9 @@ def test_a_run_is_not_tested_on_images_that_training_may_have_seen(images, tmp_p
     run = write_run(tmp_path / "run", images / "test", model, CLASSES)
     with pytest.raises(DataError, match="training divided it, and its images have changed: the model may have seen"):
         evaluate_run(run)
+    own = load_run(run)
+    recipe = dataclasses.replace(own.recipe, data=str(images))  # which has a test split by now
+    assert len(own_test_data(own._replace(recipe=recipe))) == 16
 
 
 def test_images_are_loaded_as_in_training_unless_told_otherwise():
