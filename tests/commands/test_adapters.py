@@ -27,7 +27,7 @@ from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
 from insvp_fast.training import evaluation
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
-from insvp_fast.training.load import Run, load_run, own_test_data
+from insvp_fast.training.load import Run, adapter_sha256, load_run, own_test_data
 from insvp_fast.training.loader import Loader
 from insvp_fast.training.prediction import load_classifier, predict
 from insvp_fast.training.recipe import Recipe
@@ -188,6 +188,19 @@ def test_what_a_run_says_of_its_model_is_checked_as_in_an_adapter(wrong, message
 def test_class_names_are_a_list(bare):
     with pytest.raises(ValueError, match="class_names is 'abcdef': expected a list of names"):
         load_run(bare, class_names="abcdef")
+
+
+def test_the_digest_of_an_adapter_is_of_what_its_model_is_made_of(tmp_path):
+    (adapter := tmp_path / "run" / "adapter").mkdir(parents=True)
+    digests = []
+    for content in (b"1", b"2"):
+        for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+            (adapter / name).write_bytes(content)
+            if content == b"2":
+                digests.append(adapter_sha256(adapter))
+        digests.append(adapter_sha256(tmp_path / "run"))
+    first, config, weights, card, last = digests
+    assert len({first, config, weights}) == 3 and weights == card == last
 
 
 def test_an_adapter_has_no_test_images():
