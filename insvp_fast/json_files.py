@@ -21,7 +21,7 @@ def read_json(file: Path, error: type[InsVPError]) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as reason:
         raise error(f"{file}: no such file") from reason
-    except (OSError, ValueError) as reason:
+    except (OSError, RecursionError, ValueError) as reason:
         raise error(f"{file}: found no JSON: {reason}") from reason
     if not isinstance(content, dict):
         raise error(f"{file}: found no JSON: expected an object, not a {type(content).__name__}")

@@ -6,6 +6,7 @@ Where the weights came from is written into ``pretrained_cfg``, timm's descripti
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from importlib.resources import files
@@ -82,7 +83,7 @@ def create_backbone(
     """
     name, file, own = _parse(source)
     file, arguments = Path(checkpoint) if checkpoint else file, own | arguments
-    if file is not None and not file.is_file():
+    if file is not None and not os.path.isfile(file):
         raise CheckpointError(f"{file}: there is no such file")
     backbone = _build(name, pretrained and file is None, arguments)
     if file is not None and pretrained:
@@ -118,7 +119,7 @@ def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:
 
 def is_shipped(name: str) -> bool:
     """Whether the package holds this backbone."""
-    return name.isidentifier() and (ASSETS / f"{name}.json").is_file()
+    return name.isidentifier() and os.path.isfile(ASSETS / f"{name}.json")
 
 
 def image_size(source: str | None, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -253,9 +254,9 @@ def _parse(source: str) -> tuple[str, Path | None, dict[str, Any]]:
     if is_name(source) or source.startswith((*HUB, FOLDER)):
         return source, None, {}
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike its method, also where a name is too long for one
         return f"{FOLDER}{path}", None, {}
-    if path.is_file():
+    if os.path.isfile(path):
         name, arguments = _architecture_of(path)
         return name, path, arguments
     name, at, file = source.partition("@")
@@ -286,10 +287,13 @@ def _architecture_of(file: Path) -> tuple[str, dict[str, Any]]:
     options = facts.get("args")  # of train.py, a Namespace
     name = facts.get("arch", facts.get("architecture"))
     if not isinstance(name, str) or not is_model(name):
-        found = f"the architecture {name!r}, which timm does not know" if name else "no architecture in it"
+        found = "no architecture in it" if name is None else f"the architecture {name!r:.200}, which timm does not know"
         raise CheckpointError(f"{file}: found {found}: expected NAME@{file}, or the folder that timm saved")
     given = {to: value for key, to in TRAIN_OPTIONS.items() if (value := getattr(options, key, None)) is not None}
-    arguments = dict(facts.get("model_args") or getattr(options, "model_kwargs", None) or {})
+    arguments = facts.get("model_args", getattr(options, "model_kwargs", None))
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise CheckpointError(f"{file}: found the arguments {arguments!r:.200}: expected their names and values")
     require_architecture_only(arguments, file)
     return name, arguments | given
 
@@ -309,7 +313,7 @@ def _header(file: Path) -> dict[str, Any]:
     facts = read_metadata(file)
     try:
         return facts | {"model_args": json.loads(facts.get("model_args", "{}"))}
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise CheckpointError(f"{file}: found model_args that are not JSON: {error}") from error
 
 
@@ -331,7 +335,7 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _require_folder(folder: Path) -> None:
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else None
+    found = sorted(entry.name for entry in folder.iterdir()) if os.path.isdir(folder) else None
     if found is None:
         raise CheckpointError(f"{folder}: there is no such folder")
     if "config.json" not in found or not any(name.endswith(WEIGHTS) for name in found):

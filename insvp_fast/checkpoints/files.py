@@ -123,10 +123,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
         listed = dict(json.loads(index.read_text())["weight_map"])
         names = sorted(set(listed.values()))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{index}: found no index of safetensors: expected weight_map in it") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not os.path.isfile(index.parent / name):
             raise CheckpointError(f"{index}: found the file {name!r}: expected one beside it")
     tensors = {key: value for name in names for key, value in read_safetensors(index.parent / name).items()}
     if tensors.keys() != listed.keys():

@@ -35,7 +35,7 @@ def load_torch(file: Path) -> ExportedModel:
         raise CheckpointError(f"{file}: torch.export cannot load it: {error}") from error
     try:
         metadata = json.loads(extra[FACTS])
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise CheckpointError(f"{file}: not written by `insvp export`: it has no {FACTS}") from error
     return ExportedModel(program.module(), Facts.from_metadata(metadata, file))
 

@@ -708,6 +708,10 @@ WRONG_DESCRIPTIONS = {
         r"backbone\.dtype is 'int64': expected a flo",
     ),
     "no count": (lambda v: v.update(num_classes=-1, class_names=None), "num_classes is -1: expected at least 0"),
+    "no count of an integer": (
+        lambda v: v.update(num_classes=10**30, class_names=None),
+        "num_classes=10{30}: expected",
+    ),
     "no names": (lambda v: v.update(class_names=[1, 2, 3]), "class_names has 1: expected text"),
     "no size of a tensor": (lambda v: v["insvp"].update(prompt_length=2**62), "invalid|overflow"),
     "no such images": (
@@ -840,7 +844,7 @@ def test_no_value_of_a_description_is_a_traceback(method, tmp_path):
     assert refused[True] > 2 * refused[False] > 0
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"architectures": []}', "\x80"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"architectures": []}', "\x80", "[" * 100_000])
 def test_refuses_a_foreign_description(folder, content):
     (folder / FILES[1]).write_text(content, encoding="latin-1")
     refused(folder, "found no JSON|not an InsVP adapter", FILES[1])

@@ -242,6 +242,29 @@ WRONG = {
         lambda at: train_file(at / "w.pth", arch="visiontransformer"),
         "found the architecture 'visiontransformer', which timm does not know: expected NAME@",
     ),
+    "an architecture without a name": (
+        lambda at: train_file(at / "w.pth", arch=torch.zeros(2)),
+        r"w.pth: found the architecture tensor\(\[0., 0.\]\), which timm does not know",
+    ),
+    "arguments without names": (
+        lambda at: train_file(at / "w.pth", args=argparse.Namespace(model_kwargs=torch.zeros(2))),
+        r"w.pth: found the arguments tensor\(\[0., 0.\]\): expected their names",
+    ),
+    "arguments under numbers": (
+        lambda at: train_file(at / "w.pth", model_args={5: 1}),
+        "w.pth: found the arguments {5: 1}: expected their names",
+    ),
+    "a list of arguments": (
+        lambda at: plain_file(at / "w.safetensors", {"architecture": NAME, "model_args": "[1]"}),
+        r"w.safetensors: found the arguments \[1\]: expected their names",
+    ),
+    "arguments in 100,000 lists": (
+        lambda at: plain_file(at / "w.safetensors", {"architecture": NAME, "model_args": "[" * 100_000}),
+        "w.safetensors: found model_args that are not JSON",
+    ),
+    "a name that no file can have": (lambda at: "x" * 300, "timm has no model x{300}, and there is no such folder"),
+    "a file that cannot be": (lambda at: f"{NAME}@{'x' * 300}", "x{300}: there is no such file"),
+    "a folder that cannot be": (lambda at: f"local-dir:{'x' * 300}", "x{300}: there is no such folder"),
     "no safetensors": (
         lambda at: str((at / "w.safetensors").write_text("x") and at / "w.safetensors"),
         "w.safetensors",

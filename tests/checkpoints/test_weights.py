@@ -441,6 +441,8 @@ def test_every_kind_of_file_is_read(suffix, tmp_path):
         ('{"weight_map": {"a": 3}}', "found the file 3: expected one beside it"),
         ('{"weight_map": {"a": "../w.safetensors"}}', "found the file '../w.safetensors': expected one beside it"),
         ('{"weight_map": {"a": "v.safetensors"}}', "found the file 'v.safetensors': expected one beside it"),
+        (json.dumps({"weight_map": {"a": "v" * 300}}), "found the file 'v{300}': expected one beside it"),
+        ("[" * 100_000, "found no index of safetensors"),
         ('{"weight_map": {"b": "w.safetensors"}}', r"differ in \['a', 'b'\]: expected the same tensors"),
     ],
 )
