@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -35,8 +36,9 @@ from torch import Tensor, nn
 
 from insvp_fast.checkpoints import files
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
-from insvp_fast.checkpoints.adapter_config import AdapterConfig
-from insvp_fast.checkpoints.backbone import create_backbone, save_backbone, unlike_timm
+from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord
+from insvp_fast.checkpoints.backbone import create_backbone, save_backbone, shipped_backbone, unlike_timm
+from insvp_fast.checkpoints.files import read_metadata
 from insvp_fast.checkpoints.state_dict import backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data.transforms import transform_for
@@ -146,12 +148,15 @@ def test_any_configuration_comes_back(tmp_path, config, classes):
 
 @models
 def test_saves_what_is_trained_and_nothing_of_the_backbone(tmp_path, model_type):
-    model = make_model(model_type)
+    model = make_model(model_type).to(memory_format=torch.channels_last)  # whatever the order of its memory
     model.save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == FILES
     saved = safetensors.torch.load_file(tmp_path / FILES[2])
-    assert set(saved) == {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == trained.keys() and all(torch.equal(saved[name], p) for name, p in trained.items())
+    assert not all(p.is_contiguous() for p in trained.values())
     assert not any(key.startswith("backbone") for key in saved)
+    assert read_metadata(tmp_path / FILES[2]) == {"format": "pt"}  # which others' loaders ask for
 
 
 def test_saves_a_frozen_prompter_too(tmp_path):
@@ -646,16 +651,37 @@ def test_refuses_a_backbone_for_images_of_another_size(name, tmp_path):
 
 @models
 def test_another_number_of_classes_is_asked_of_a_new_head(model_type, folder):
-    with pytest.raises(
-        CheckpointError, match=r"adapter_config.json: the adapter has 3 classes: call reset_classifier\(7\)"
-    ):
-        model_type.from_pretrained(folder, make_backbone(), num_classes=7)
+    for wanted in (0, 7):  # no head, as timm says it, is another number too
+        message = rf"adapter_config.json: the adapter has 3 classes: call reset_classifier\({wanted}\)"
+        with pytest.raises(CheckpointError, match=message):
+            model_type.from_pretrained(folder, make_backbone(), num_classes=wanted)
     model = model_type.from_pretrained(folder, make_backbone(), num_classes=3)
     assert model.num_classes == 3
     if model_type is InsVPViT:
         model.reset_classifier(7)
         model.save_pretrained(folder, class_names=list("abcdefg"))
         assert InsVPViT.from_pretrained(folder, make_backbone()).num_classes == 7
+
+
+def test_a_backbone_of_the_same_weights_may_be_for_images_of_another_size():
+    small, large = (
+        create_backbone("swin_tiny_patch4_window7_224", False, **SWIN | {"img_size": size}) for size in (32, 64)
+    )
+    large.load_state_dict(small.state_dict())
+    record = BackboneRecord.of(small)
+    assert record._image_sizes(large) == ("64x64", "32x32")
+    record.require_same_weights(large, "here")
+
+
+def test_changed_embeddings_of_positions_are_another_backbone_unless_they_were_resampled():
+    backbone = shipped_backbone("vit_shapes_32", num_classes=0)
+    record = BackboneRecord.of(backbone)
+    unnamed = dataclasses.replace(record, name=None, arguments=None)  # which says nothing of a size
+    assert unnamed.unless("changed by hand") is unnamed
+    backbone.pos_embed.data += 1
+    for each in (record, unnamed):
+        with pytest.raises(CheckpointError, match="^here: the backbone has sha256 .*: expected"):
+            each.require_same_weights(backbone, "here")
 
 
 def test_one_changed_weight_makes_another_backbone():

@@ -21,7 +21,7 @@ from insvp_fast.checkpoints.backbone import create_backbone, save_backbone
 from insvp_fast.commands import cli
 from insvp_fast.data import load_data, load_test_data, transform_for
 from insvp_fast.data.decode import read_image
-from insvp_fast.errors import DataError, TrainingError
+from insvp_fast.errors import CheckpointError, DataError, TrainingError
 from insvp_fast.export import Facts
 from insvp_fast.methods import MethodViT, create_model
 from insvp_fast.methods.load import load_model
@@ -183,6 +183,25 @@ def test_what_a_run_says_of_its_model_is_checked_as_in_an_adapter(wrong, message
     (tmp_path / "adapter").symlink_to(run / "adapter")
     with pytest.raises(TrainingError, match=f"^{tmp_path}.*{message}"):
         load_run(tmp_path)
+
+
+def test_a_run_has_its_own_weights_and_says_what_its_adapter_does_not(run, tmp_path):
+    save_backbone(load_backbone(), weights := tmp_path / "own.safetensors")
+    config = json.loads((run / "config.json").read_text())
+    config["recipe"] |= {"checkpoint": str(weights), "exif_rotation": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = Path(shutil.copytree(run / "adapter", tmp_path / "adapter")) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"class_names": None, "preprocessing": None}))
+    model = load_run(tmp_path).model
+    assert (model.class_names, model.preprocessing, model.exif_rotation) == (CLASSES, IMAGES, False)
+    assert model.backbone.pretrained_cfg["file"] == str(weights)
+    weights.rename(moved := tmp_path / "moved.safetensors")
+    with pytest.raises(CheckpointError, match="own.safetensors: there is no such file"):
+        load_run(tmp_path)
+    assert load_run(tmp_path, f"vit_shapes_32@{moved}").class_names == CLASSES
+    shutil.rmtree(tmp_path / "adapter")
+    with pytest.raises(TrainingError, match="has no adapter that can be loaded: there is no such folder, training was"):
+        load_run(tmp_path, "vit_shapes_32")
 
 
 def test_class_names_are_a_list(bare):
