@@ -109,12 +109,7 @@ class Facts:
         try:
             names = required | {field.name for field in dataclasses.fields(cls) if field.name in metadata}
             values = {name: json.loads(metadata[name]) for name in names}
-        except (
-            KeyError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:  # of type: JSON, but not of texts under names
+        except (KeyError, RecursionError, TypeError, ValueError) as error:  # of type: JSON, but no texts under names
             found = f"its metadata are {metadata!s:.200}: expected JSON under {', '.join(sorted(required))}"
             raise CheckpointError(f"{file}: not written by `insvp export`: {found}") from error
         for name, value in values.items():

@@ -65,7 +65,7 @@ def reset_classifier(backbone: Any, num_classes: int, *global_pool: str | None) 
         ValueError: for a number of classes that is no integer, or below 0.
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or not 0 <= num_classes < 2**63:
-        raise ValueError(f"num_classes={num_classes!r}: expected an integer of at least 0")
+        raise ValueError(f"num_classes={num_classes!r}: expected an integer of at least 0, below 2**63")
     backbone.reset_classifier(num_classes, *global_pool)
 
 
