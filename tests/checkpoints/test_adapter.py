@@ -612,8 +612,9 @@ def test_reads_common_prompts_that_are_stacked_by_width(tmp_path, name, sizes):
 
 def test_says_that_timm_cannot_build_the_backbone(folder):
     edit(folder, lambda v: v["backbone"]["arguments"].update(flavour="sweet"))
-    with pytest.raises(CheckpointError, match=rf"adapter_config.json: timm does not build {NAME}.*'flavour'"):
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json: timm does not build {NAME}.*'flavour'") as caught:
         Reference.from_pretrained(folder, pretrained=False)
+    assert "elsewhere" not in str(caught.value)  # where the backbone would have no such argument either
     with pytest.raises(CheckpointError, match="adapter_config.json: timm has no model vit_unheard_of"):
         Reference.from_pretrained(folder, "vit_unheard_of")
 
@@ -1032,6 +1033,11 @@ def test_uploads_only_when_asked(tmp_path, monkeypatch):
     make_model().save_pretrained(tmp_path)
     with pytest.raises(pytest.fail.Exception, match="uploaded"):
         make_model().save_pretrained(tmp_path, push_to_hub=True)
+    names = []
+    monkeypatch.setattr(AdapterCheckpoint, "push_to_hub", lambda model, name, **_: names.append(name))
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained(".", push_to_hub=True)
+    assert names == [tmp_path.name]
 
 
 def test_uploads_the_three_files(tmp_path, monkeypatch):

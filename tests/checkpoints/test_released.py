@@ -18,7 +18,7 @@ from torch.func import functional_call
 from benchmarks.released import Released
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.released import to_released
-from insvp_fast.config import InsVPConfig
+from insvp_fast.config import RELEASED_PREPROCESSING, InsVPConfig
 from insvp_fast.errors import CheckpointError
 from insvp_fast.model import InsVPViT
 from insvp_fast.reference import InsVPReference
@@ -184,6 +184,7 @@ def test_leaves_the_given_state_dict_alone():
 @torch.no_grad()
 def test_becomes_an_adapter(tmp_path: Path):
     model = Reference.from_released(small())
+    assert model.preprocessing == RELEASED_PREPROCESSING and model.preprocessing is not RELEASED_PREPROCESSING
     model.save_pretrained(tmp_path)
     backbone = create_model("vit_base_patch16_224", depth=1)
     backbone.load_state_dict(model.backbone.state_dict(), strict=False)

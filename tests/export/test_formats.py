@@ -7,6 +7,7 @@ import logging
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from insvp_fast.data.images import Images
 from insvp_fast.errors import CheckpointError, ExportError
 from insvp_fast.export import FORMATS, ExportedModel, Facts, export_model, formats, load, measure_loss, onnx, programs
 from insvp_fast.export.graph import Graph, standard_model
-from insvp_fast.export.parity import Parity, check_parity, run_in_new_process
+from insvp_fast.export.parity import Parity, check_parity
 from insvp_fast.export.preprocessing import ExportedPreprocessing
 from insvp_fast.testing import make_pair, relative_error
 from tests.export.test_preprocessing import settings
@@ -191,12 +192,13 @@ def test_wrong_preprocessing_inside_is_refused(inside, size, change, model, fact
     ("script", "reason"),
     [("printf 'Traceback\\nSomeError: why\\n' >&2; exit 1", "SomeError: why"), ("exit 3", "exit status 3")],
 )
-def test_a_process_that_cannot_run_a_file_is_told(script, reason, tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", ["torch", "aoti"])
+def test_a_process_that_cannot_run_a_file_is_told(format, script, reason, tmp_path, monkeypatch):
     (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     with pytest.raises(ExportError, match=f"a new process cannot run the exported file: {reason}$"):
-        run_in_new_process(tmp_path / "x.pt2", [torch.zeros(1)])
+        formats._run(format, tmp_path / "x.pt2", [torch.zeros(1)])
 
 
 def test_a_loss_is_of_the_answers_and_of_classes_only_where_all_are_known(model, facts):
@@ -210,6 +212,19 @@ def test_a_loss_is_of_the_answers_and_of_classes_only_where_all_are_known(model,
     unknown = Images(pixels, [*classes[:3], -1])
     less = measure_loss(model, ExportedModel(lambda images: model(images) - 0.25, two), unknown)
     assert less[:4] == (4, None, None, 1) and less.largest_difference == pytest.approx(0.25, rel=1e-5)
+
+
+def test_a_file_of_before_is_replaced_by_one_of_the_model_in_fp32(model, file, facts, monkeypatch):
+    def capture(model, **_):
+        assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
+        return SimpleNamespace(facts=facts, operations=0)
+
+    monkeypatch.setattr(formats, "capture", capture)
+    monkeypatch.setattr(formats, "check_parity", lambda *_: [])
+    monkeypatch.setitem(FORMATS, "onnx", FORMATS["onnx"]._replace(write=lambda _, file: file.write_bytes(b"new")))
+    file("onnx").write_bytes(b"of before")
+    export_model(copy.deepcopy(model).bfloat16().train(), file("onnx"), "onnx")
+    assert file("onnx").read_bytes() == b"new" and [*file("onnx").parent.iterdir()] == [file("onnx")]
 
 
 def test_a_file_that_does_not_load_is_not_left(model, file, facts, monkeypatch):
