@@ -26,8 +26,8 @@ def load_backbone(
         img_size: the side of its images; None for that of the pretraining.
 
     Raises:
-        CheckpointError: if there is no such model, its weights cannot be found, it does not read RGB, or its patches do
-            not divide ``img_size``.
+        CheckpointError: if there is no such model, its weights cannot be found, it does not read RGB, or it is built
+            without ``img_size``, or its patches do not divide it.
     """
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
@@ -35,6 +35,8 @@ def load_backbone(
         structure = structure_of(backbone)
         patch_size = structure.patch_size(backbone) if structure.widths(backbone) else 1
     except (CheckpointError, TypeError, ValueError) as error:
+        if str(error).endswith("unexpected keyword argument 'img_size'"):  # as of a ResNet, and no method to ask before
+            raise CheckpointError(f"`img_size` is {img_size}: expected none, as {source} has no image size") from error
         raise CheckpointError(f"`backbone` is {source}: {error}") from error
     require_rgb(backbone, f"`backbone` is {source}")
     if img_size is not None and img_size % patch_size:

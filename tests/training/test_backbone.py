@@ -53,6 +53,8 @@ def test_the_shipped_backbone_in_another_size(size):
 def test_a_size_that_patches_do_not_divide_is_refused(tmp_path):
     with pytest.raises(InsVPError, match=r"^`img_size` is 36: expected a multiple of 8, the side of a patch$"):
         load_backbone(img_size=36)
+    with pytest.raises(InsVPError, match=r"^`img_size` is 64: expected none, as test_resnet has no image size$"):
+        load_backbone("test_resnet", None, 64)
 
 
 def test_timms_way_of_cropping_is_taken_over():
