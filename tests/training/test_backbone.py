@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from timm import create_model
 from timm.layers import resample_abs_pos_embed
 
+from insvp_fast.checkpoints.backbone import save_backbone
 from insvp_fast.errors import InsVPError
 from insvp_fast.training.backbone import load_backbone, resolve_preprocessing
 
@@ -53,8 +54,9 @@ def test_the_shipped_backbone_in_another_size(size):
 def test_a_size_that_patches_do_not_divide_is_refused(tmp_path):
     with pytest.raises(InsVPError, match=r"^`img_size` is 36: expected a multiple of 8, the side of a patch$"):
         load_backbone(img_size=36)
-    with pytest.raises(InsVPError, match=r"^`img_size` is 64: expected none, as test_resnet has no image size$"):
-        load_backbone("test_resnet", None, 64)
+    save_backbone(create_model("test_resnet"), file := tmp_path / "resnet.safetensors")
+    with pytest.raises(InsVPError, match=f"^`img_size` is 64: expected none, as {file} has no image size$"):
+        load_backbone(str(file), img_size=64)
 
 
 def test_timms_way_of_cropping_is_taken_over():
