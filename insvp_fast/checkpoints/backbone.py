@@ -119,7 +119,7 @@ def shipped_backbone(name: str, **arguments: Any) -> VisionTransformer:
 
 def is_shipped(name: str) -> bool:
     """Whether the package holds this backbone."""
-    return name.isidentifier() and os.path.isfile(ASSETS / f"{name}.json")
+    return name.isidentifier() and os.path.isfile(str(ASSETS / f"{name}.json"))
 
 
 def image_size(source: str | None, arguments: Mapping[str, Any]) -> tuple[int, int] | None:

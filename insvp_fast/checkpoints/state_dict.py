@@ -51,7 +51,7 @@ def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
         where: what messages call it.
 
     Raises:
-        CheckpointError: if there is no state dict in it.
+        CheckpointError: if there is no state dict in it, or without the prefixes two tensors have one name.
     """
     for outer, name in _wrappers(content):
         content = outer[name]
@@ -59,7 +59,7 @@ def unwrap_state_dict(content: Any, where: object) -> dict[str, Tensor]:
     if not all(isinstance(key, str) and _is_plain(value) for key, value in items):
         found = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{where}: found {found}: expected a state dict of dense tensors")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
+    return rename(content, ((r"^(module\.|_orig_mod\.)+", ""),), where)
 
 
 def _is_plain(value: object) -> bool:

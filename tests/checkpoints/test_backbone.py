@@ -16,6 +16,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from insvp_fast import InsVPConfig, InsVPReference
+from insvp_fast.checkpoints import backbone as builder
 from insvp_fast.checkpoints import files
 from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.backbone import create_backbone, hub_id, is_name, save_backbone, source_of
@@ -313,6 +314,31 @@ def test_the_commands_take_it(kind, tmp_path, capsys):
     (row,) = predict(load_classifier(run), [str(tmp_path / "val" / "2" / "0.png")], top_k=5)
     assert {name for name, _ in row.ranking} == {"10", "2"}
     Model.from_pretrained(run / "adapter")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("checkpoint_path", "cache_dir", "pretrained", "scriptable", "exportable", "no_jit"),
+        *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+    ],
+)
+def test_arguments_of_others_load_no_other_file(name):
+    builder.require_architecture_only({"img_size": 32, "depth": 1}, "here")
+    with pytest.raises(CheckpointError, match=f"here: found the argument {name}: expected those of an architecture"):
+        builder.require_architecture_only({"img_size": 32, name: "x"}, "here")
+
+
+def test_the_hub_is_asked_for_weights_that_come_from_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(builder, "require_hub", lambda repository, _, revision: asked.append((repository, revision)))
+    for name, arguments in (
+        ("hf-hub:someone/flowers@v2", {}),
+        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"pretrained_cfg_overlay": {"file": "own.pth"}}),
+    ):
+        builder._require_weights(name, arguments)
+    assert asked == [("someone/flowers", "v2"), ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", None)]
 
 
 def test_a_revision_of_the_hub_is_no_file():

@@ -214,6 +214,7 @@ WRONG = {
         {"conv.weight": torch.ones(1)},
         r"not a checkpoint of the authors' code: found \['conv.weight'\]",
     ),
+    "no backbone": ({"prompts": torch.ones(1, 9, 768)}, r"not a checkpoint of the authors' code: found \['prompts'\]"),
     "a bare backbone": ({"backbone.cls_token": torch.ones(1, 1, 768)}, "not a checkpoint of the authors' code"),
     "no tensors": ({"backbone.cls_token": 3}, "expected a state dict of dense tensors"),
     "a key missing": (_drop("backbone.norm.bias"), r"backbone.norm.bias is missing: expected shape \(768,\)"),

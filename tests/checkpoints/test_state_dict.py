@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from insvp_fast.checkpoints.state_dict import other_state_dicts, unwrap_state_dict
+from insvp_fast.checkpoints.state_dict import check_shapes, other_state_dicts, unwrap_state_dict
 from insvp_fast.errors import CheckpointError
 
 TENSORS = {"a.weight": torch.ones(2), "b.module.bias": torch.zeros(3)}
@@ -46,6 +46,17 @@ def test_wrappers_and_prefixes_are_taken_off(wrap, prefix):
 def test_what_holds_no_state_dict_is_refused(content, found):
     with pytest.raises(CheckpointError, match=f"best.pth: found {found}: expected a state dict of dense tensors"):
         unwrap_state_dict(content, "best.pth")
+
+
+def test_a_tensor_with_and_without_a_prefix_is_refused():
+    with pytest.raises(CheckpointError, match="best.pth: found a.weight twice, once as module.a.weight: expected one"):
+        unwrap_state_dict(TENSORS | {"module.a.weight": torch.zeros(2)}, "best.pth")
+
+
+@pytest.mark.parametrize(("missing", "more"), [(3, ""), (4, "; and 1 more")])
+def test_three_problems_are_named_and_the_others_counted(missing, more):
+    with pytest.raises(CheckpointError, match=rf"2 is missing: expected shape \(1,\){more}$"):
+        check_shapes({}, {str(i): (1,) for i in range(missing)}, "best.pth")
 
 
 def test_the_state_dicts_beside_the_one_that_is_taken_are_counted():

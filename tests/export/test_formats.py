@@ -165,7 +165,7 @@ def test_wrong_logits_are_refused(model, facts):
     [
         ("normalize", 32, lambda pixels: pixels.flip(-1)),  # BGR
         ("normalize", 32, lambda pixels: pixels.roll(1, 0) if len(pixels) > 1 else pixels),
-        ("resize, crop, normalize", None, lambda pixels: pixels.clamp(5, 250)),
+        ("resize, crop, normalize", None, lambda pixels: pixels.clamp(max=250)),
         (
             "resize, crop, normalize",
             None,
