@@ -39,7 +39,7 @@ from insvp_fast.checkpoints.adapter import AdapterCheckpoint
 from insvp_fast.checkpoints.adapter_config import AdapterConfig, BackboneRecord
 from insvp_fast.checkpoints.backbone import create_backbone, save_backbone, shipped_backbone, unlike_timm
 from insvp_fast.checkpoints.files import read_metadata
-from insvp_fast.checkpoints.state_dict import backbone_sha256
+from insvp_fast.checkpoints.state_dict import assign, backbone_sha256
 from insvp_fast.config import InsVPConfig
 from insvp_fast.data.transforms import transform_for
 from insvp_fast.errors import CheckpointError, InsVPError
@@ -683,6 +683,13 @@ def test_changed_embeddings_of_positions_are_another_backbone_unless_they_were_r
     for each in (record, unnamed):
         with pytest.raises(CheckpointError, match="^here: the backbone has sha256 .*: expected"):
             each.require_same_weights(backbone, "here")
+
+
+def test_the_tensors_of_a_file_are_copied():
+    """In its memory they may lie where products round otherwise."""
+    model, given = make_model(), make_model().state_dict()
+    assign(model, given, torch.float32)
+    assert not {value.data_ptr() for value in model.state_dict().values()} & {v.data_ptr() for v in given.values()}
 
 
 def test_one_changed_weight_makes_another_backbone():
