@@ -113,7 +113,23 @@ def _trace(module: nn.Module, example: Tensor, axes: dict[int, str]) -> Exported
     with torch.no_grad(), refusal("torch.export cannot trace the model"):
         # not strict, it would replace the calls of all modules, which the fast path takes for a change of the model
         program = torch.export.export(module, (example,), strict=True, dynamic_shapes=(dimensions,))
-        return program.run_decompositions({})  # of autograd functions to the operators in them
+        program = program.run_decompositions({})  # of autograd functions to the operators in them
+    _skip_resampling(program)
+    return program
+
+
+def _skip_resampling(program: ExportedProgram) -> None:
+    """Leave out bicubic resampling to the same size, which is the identity and which OpenVINO cannot convert.
+
+    timm resamples position embeddings in every export of a backbone that has ``dynamic_img_size``.
+    """
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._upsample_bicubic2d_aa.vec):
+        source = node.args[0]
+        sizes = [tuple(x.meta["val"].shape) for x in (source, node)]
+        if all(isinstance(size, int) for size in sum(sizes, ())) and sizes[0] == sizes[1]:
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 @contextmanager
@@ -128,8 +144,9 @@ def refusal(problem: str) -> Iterator[None]:
     except (InsVPError, MemoryError):
         raise
     except Exception as error:
-        lines = map(str.strip, str(error).splitlines())
-        said = (line for line in lines if line and not line.endswith(":"))  # rather than a headline
+        lines = (line.strip().removeprefix("-- ") for line in str(error).splitlines())
+        headlines = ":", "Model wasn't fully converted."  # of OpenVINO, which names the operation below
+        said = (line for line in lines if line and not line.endswith(headlines))
         raise ExportError(f"{problem}: {next(said, type(error).__name__)}") from error
 
 

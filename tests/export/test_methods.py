@@ -112,3 +112,20 @@ def test_images_of_one_channel(tmp_path):
     assert export_model(model, tmp_path / "model.pt2", "torch").facts.input == [None, 1, 16, 16]
     with pytest.raises(ExportError, match="the channels of the images are 1: expected 3 where"):
         export_model(model, tmp_path / "model.pt2", "torch", preprocess=True)
+
+
+def test_position_embeddings_of_a_dynamic_image_size_are_not_resampled():
+    """Which timm does in every export, to the size that they have, and which OpenVINO cannot convert."""
+    model, images = model_of("linear", dynamic_img_size=True, depth=1), torch.randn(2, 3, 16, 16)
+    program = capture(model, standard=True, batch=2).program
+    assert not [node for node in program.graph.nodes if "upsample" in str(node.target)]
+    with torch.no_grad():
+        assert relative_error(program.module()(images), copy.deepcopy(model).double()(images.double())) < 1e-5
+
+
+def test_a_refusal_of_openvino_names_the_operation():
+    text = "Check 'false' failed at a.cpp:1:\nFrontEnd API failed with OpConversionFailure:\n"
+    text += "Model wasn't fully converted.\nSummary:\n-- No conversion rule found for operations: aten.x\n"
+    reason = r"^it cannot: No conversion rule found for operations: aten\.x$"
+    with pytest.raises(ExportError, match=reason), graph.refusal("it cannot"):
+        raise RuntimeError(text)
