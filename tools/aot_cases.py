@@ -180,7 +180,7 @@ def rotate_cases(arch: int | str, every_shape: bool) -> Iterator[Case]:
     """EVA-02-B and DINOv3-B, forward and backward; and the widest heads, of a width that is no power of two."""
     shapes = [("*bf16", 64, True, True), ("*bf16", 64, False, False)]
     if every_shape:
-        widths, ways = (64, 88, rotate.WIDEST), (True, False)
+        widths, ways = (64, 88, rotate.WIDEST_HEAD), (True, False)
         shapes += [shape for shape in itertools.product(("*bf16", "*fp32"), widths, ways, ways) if shape not in shapes]
     for dtype, d, half, forward in shapes:
         sizes = dict.fromkeys(("M", "S", "first", "N", "head_stride"), "i32")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from insvp_fast.ops.autograd import apply, first_order, save, saved
-from insvp_fast.ops.linear import auto_providers, frozen_operands, provider_reason, require_all_outputs
+from insvp_fast.ops.linear import PROVIDERS, auto_providers, frozen_operands, provider_reason, require_all_outputs
 from insvp_fast.ops.registry import PACKS, Implementation, call, register, require, triton_reason
 from insvp_fast.runtime import buffers, native, products
 from insvp_fast.runtime.activations import ACTIVATIONS, activate, activate_bwd
@@ -263,7 +263,7 @@ register(
     auto=auto_providers,
     native=Implementation(partial(_fwd_fused, "native"), provider_reason("native"), recordable=True),
     triton=Implementation(partial(_fwd_fused, "triton"), _triton_reason),
-    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in ("onednn", "widened")},
+    **{how: Implementation(partial(_fwd, how), provider_reason(how)) for how in PROVIDERS if how != "native"},
 )
 register(
     "gated_mlp_bwd",
@@ -275,5 +275,5 @@ register(
     auto=auto_providers,
     native=Implementation(partial(_bwd_fused, "native"), provider_reason("native"), recordable=True),
     triton=Implementation(partial(_bwd_fused, "triton"), _triton_reason),
-    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in ("onednn", "widened")},
+    **{how: Implementation(partial(_bwd, how), provider_reason(how)) for how in PROVIDERS if how != "native"},
 )

@@ -109,9 +109,7 @@ def require_all_outputs(**layers: FrozenLinear) -> None:
 def _check(layer: FrozenLinear, features: int) -> int:
     """The number of outputs of a layer that fits."""
     if not isinstance(layer, FrozenLinear):
-        raise TypeError(
-            f"a layer is {type(layer).__name__}: expected ops.FrozenLinear, which its of() makes of nn.Linear"
-        )
+        raise TypeError(f"a layer is {type(layer).__name__}: expected ops.FrozenLinear, as FrozenLinear.of(layer) is")
     weight, bias, gain, shift, scale, first, last = layer
     outputs = len(weight) if weight.ndim else 0
     last = outputs if last is None else last

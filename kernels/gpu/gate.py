@@ -14,6 +14,8 @@ from insvp_fast.kernels.gpu.activation import activate, derivative
 from insvp_fast.kernels.gpu.norm_insert import mean
 from torch import Tensor
 
+WIDEST = {True: 4096, False: 8192}  # rows, normalized or not, for which backward has registers on every architecture
+
 
 @triton.jit
 def _places(M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -81,9 +83,6 @@ def launch_config(D: int, normalized: bool) -> dict[str, int]:
     BLOCK_D = triton.next_power_of_2(D)
     rows, warps = max(1, min(8, 512 // BLOCK_D)), max(1, BLOCK_D // 512)
     return {"BLOCK_M": rows, "BLOCK_D": BLOCK_D, **chip.launch_options(warps, 1, fused=False)}
-
-
-WIDEST = {True: 4096, False: 8192}  # rows, normalized or not, for which backward has registers on every architecture
 
 
 def covers(D: int, normalized: bool) -> bool:

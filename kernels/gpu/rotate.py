@@ -13,6 +13,8 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
+WIDEST_HEAD = 1024  # of which a program has one
+
 
 @triton.jit
 def _columns(D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
@@ -74,17 +76,14 @@ def launch_config(D: int) -> dict[str, int]:
     16 numbers per thread: two 16-byte loads of 16 bits, and of 32 bits twice as many.
     """
     if not covers(D):
-        raise ValueError(f"rotate: the heads must have an even width of 2 to {WIDEST}, got {D}")
+        raise ValueError(f"rotate: the heads must have an even width of 2 to {WIDEST_HEAD}, got {D}")
     BLOCK = triton.next_power_of_2(D // 2)
     return {"BLOCK_M": max(1, 1024 // BLOCK), "BLOCK": BLOCK, **chip.launch_options(4, 1)}
 
 
-WIDEST = 1024
-
-
 def covers(D: int) -> bool:
     """Whether the kernel takes heads of this width."""
-    return D % 2 == 0 and 2 <= D <= WIDEST
+    return D % 2 == 0 and 2 <= D <= WIDEST_HEAD
 
 
 def rotate(x: Tensor, num_heads: int, rotation: Tensor, first: int, *, half: bool, forward: bool) -> Tensor:

@@ -10,27 +10,12 @@ from insvp_fast.kernels.gpu import chip
 from insvp_fast.kernels.gpu import rotate as kernel
 
 from insvp_fast import ops
-from insvp_fast.ops.rotate import rotate_bwd_reference, rotate_reference
+from tests.kernels.rotate_checks import SHAPES, assert_rotated, operands
 
 F32 = torch.float32
 # half a unit in the last place; a whole one of bf16, which the interpreter truncates
 ROUNDING = {F32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2.0 ** (-7 if chip.INTERPRETED else -8)}
-SHAPES = [
-    # B, S, first, N, parts besides the values, heads, d
-    (0, 3, 0, 3, 2, 1, 2),
-    (1, 4, 2, 0, 2, 3, 4),
-    (2, 1, 0, 1, 1, 1, 2),
-    (2, 9, 1, 5, 2, 2, 6),
-    (3, 7, 3, 4, 1, 3, 34),
-    (1, 13, 1, 9, 2, 12, 64),
-]
 each_pairing = pytest.mark.parametrize("half", [True, False], ids=["half", "interleaved"])
-
-
-def operands(B, S, first, N, parts, heads, d, own, dtype, device):
-    x = torch.randn(B, S, (parts + 1) * heads * d, device=device).to(dtype)
-    # any numbers, not only sines and cosines
-    return x, heads, torch.randn(*[heads] * own, N, 2 * d, device=device), first
 
 
 @each_pairing
@@ -38,16 +23,10 @@ def operands(B, S, first, N, parts, heads, d, own, dtype, device):
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(shape, dtype, own, half, device, poison):
-    x, heads, rotation, first = operands(*shape, own, dtype, device)
-    for formula, forward in ((rotate_reference, True), (rotate_bwd_reference, False)):
-        found = kernel.rotate(x, heads, rotation, first, half=half, forward=forward)
-        expected = formula(x.double(), heads, rotation.double(), first, half)
-        # two products, each below |x| * |rotation|, and one rounding to the dtype of the result
-        bound = 2**-22 * x.float().abs().amax() * rotation.abs().amax() if x.numel() and rotation.numel() else 0
-        assert found.dtype == dtype and found.isfinite().all()
-        assert ((found - expected).abs() <= bound + ROUNDING[dtype] * expected.abs()).all()
-        if rotation.numel() == 0:
-            assert torch.equal(found, x)
+    given = operands(*shape, own, dtype, device)
+    for forward in (True, False):
+        found = kernel.rotate(*given, half=half, forward=forward)
+        assert_rotated(found, given, half, forward, ROUNDING[dtype])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
