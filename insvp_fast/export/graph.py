@@ -123,7 +123,9 @@ def _skip_resampling(program: ExportedProgram) -> None:
 
     timm resamples position embeddings in every export of a backbone that has ``dynamic_img_size``.
     """
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._upsample_bicubic2d_aa.vec):
+    for node in [*program.graph.nodes]:
+        if str(node.target) != "aten._upsample_bicubic2d_aa.vec":
+            continue
         source = node.args[0]
         sizes = [tuple(x.meta["val"].shape) for x in (source, node)]
         if all(isinstance(size, int) for size in sum(sizes, ())) and sizes[0] == sizes[1]:
