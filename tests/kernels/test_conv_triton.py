@@ -252,6 +252,8 @@ def test_what_is_not_finite_in_one_position_is_in_its_window(device, bad):
     y, _ = kernel.conv_pool_fwd(x, weight, bias, (1, 1), 12, 12, 4, SLOPE, torch.float32)
     want = conv_pool_formula(x, weight, bias, 12, 12, 4)
     assert not want[0, 0, 1, 1].isfinite()
+    if bad == "overflow":  # NaN where products are rounded before they are added, infinite where they are not
+        y, want = (t.masked_fill(t.isinf(), torch.nan) for t in (y, want))
     torch.testing.assert_close(y, want, equal_nan=True)
 
 
