@@ -241,8 +241,8 @@ def test_a_bad_pixel_reaches_only_what_reads_it(device):
 @pytest.mark.parametrize("bad", ["infinite weight", "weight that is no number", "infinite bias", "overflow"])
 def test_what_is_not_finite_in_one_position_is_in_its_window(device, bad):
     x, weight, bias = (t.detach() for t in inputs(1, 2, 12, 12, 3, 3, 3, torch.float32, device))
-    if bad == "overflow":  # an infinity less an infinity, in one position of its window only
-        x[0, :, 4, 4], x[0, 0, 5, 5], x[0, 1, 5, 6] = 0, 2e38, 2e38
+    if bad == "overflow":  # infinities of both signs in two positions of a window: in any order, one begins with +inf
+        x[0, :, 4, 4], x[0, 0, 5, 5], x[0, 1, 5, 6], x[0, 0, 6, 5], x[0, 1, 6, 6] = 0, 2e38, 2e38, -2e38, -2e38
         weight[0] *= 1e-3
         weight[0, 0, 1, 1], weight[0, 1, 1, 2] = 2, -2
     elif bad == "infinite bias":  # and the other infinity in sums of its window that are not the largest
