@@ -74,25 +74,25 @@ def techniques() -> list[Technique]:
 
 
 def main() -> None:
+    rows = techniques()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--depth", type=int, help="keep so many blocks of the backbone only, to try this script")
     parser.add_argument("--batch", type=int, default=4 if DEVICE.type == "cpu" else 64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--rows", nargs="+", type=int, help="only these, counted from 0")
+    every = range(len(rows))
+    parser.add_argument("--rows", nargs="+", type=int, choices=every, default=every, help="only these of all rows")
     parser.add_argument("--save", action="store_true", help="add the rows to the results of this machine")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a child process: print JSON
     arguments = parser.parse_args()
-    rows = techniques()
-    indices = range(len(rows)) if arguments.rows is None else arguments.rows
     if arguments.one:
-        row = rows[indices[0]]
+        row = rows[arguments.rows[0]]
         with nullcontext() if row.packed else products.override_provider(unpacked):
             print(json.dumps(measure(row, arguments)))
         return
     measured = []
-    for i in indices:
+    for i in arguments.rows:
         child = [sys.executable, "-m", "benchmarks.waterfall", "--one", "--rows", str(i), "--model", arguments.model]
         child += ["--batch", str(arguments.batch), "--rounds", str(arguments.rounds)]
         child += ["--precision", arguments.precision]
