@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 
 from insvp_fast.bench.machine import machine_facts
+from insvp_fast.commands.options import positive
 from insvp_fast.data.image_list import ImageList
 from insvp_fast.training.prediction import Classifier, load_classifier
 
@@ -40,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder or an adapter folder")
     parser.add_argument("images", nargs="*", help="files and folders; by default 64 made-up JPEGs of 500x375 pixels")
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", type=positive, default=8)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--loop-seconds", type=float, default=10, help="of each plain loop")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--options", default="", help="of `insvp serve`, such as '--max-wait-ms 2'")
     parser.add_argument("--output", default="serving.json")
     arguments = parser.parse_args()

@@ -27,6 +27,9 @@ from benchmarks.parity import errors, expected
 from insvp_fast.bench.jobs import AUTOCAST_DTYPES, forward_backward, training_step
 from insvp_fast.bench.models import CONFIGS
 from insvp_fast.bench.timing import Row, alternate, peak_bytes, saved_mb_per_image, summarize
+from insvp_fast.commands.bench import check_model
+from insvp_fast.commands.options import positive
+from insvp_fast.errors import InsVPError
 from insvp_fast.runtime import hardware, products
 from insvp_fast.testing import DEVICE
 
@@ -77,20 +80,27 @@ def main() -> None:
     rows = techniques()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--depth", type=int, help="keep so many blocks of the backbone only, to try this script")
-    parser.add_argument("--batch", type=int, default=4 if DEVICE.type == "cpu" else 64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--depth", type=positive, help="keep so many blocks of the backbone only, to try this script")
+    parser.add_argument("--batch", type=positive, default=4 if DEVICE.type == "cpu" else 64)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     every = range(len(rows))
     parser.add_argument("--rows", nargs="+", type=int, choices=every, default=every, help="only these of all rows")
     parser.add_argument("--save", action="store_true", help="add the rows to the results of this machine")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a child process: print JSON
     arguments = parser.parse_args()
+    if arguments.save and arguments.depth is not None:
+        parser.error("--save --depth: expected the whole backbone in saved results")
     if arguments.one:
         row = rows[arguments.rows[0]]
         with nullcontext() if row.packed else products.override_provider(unpacked):
             print(json.dumps(measure(row, arguments)))
         return
+    cut = {} if arguments.depth is None else {"depth": arguments.depth}
+    try:
+        check_model(arguments.model, **cut)
+    except InsVPError as error:
+        parser.error(str(error))
     measured = []
     for i in arguments.rows:
         child = [sys.executable, "-m", "benchmarks.waterfall", "--one", "--rows", str(i), "--model", arguments.model]

@@ -337,6 +337,25 @@ def test_the_waterfall_leaves_out_what_it_cannot_switch():
     assert any(row.graph for row in rows) == (DEVICE.type == "cuda")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--rows 99", "invalid choice: 99"),
+        ("--rows -1", "invalid choice: -1"),
+        ("--rounds 0", "--rounds: 0: expected at least 1"),
+        ("--batch 0", "--batch: 0: expected at least 1"),
+        ("--depth 0", "--depth: 0: expected at least 1"),
+        ("--model vit_none", "--model is vit_none: timm has no such model"),
+        ("--depth 1 --save", "--save --depth: expected the whole backbone"),
+    ],
+)
+def test_arguments_of_the_waterfall_are_checked_first(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("sys.argv", ["waterfall", *arguments.split()])
+    with pytest.raises(SystemExit):
+        waterfall.main()
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_row_of_the_waterfall():
     command = [sys.executable, "-m", "benchmarks.waterfall", "--model", "vit_tiny_patch16_224", "--depth", "1"]
