@@ -33,6 +33,7 @@ from insvp_fast.backbones.qkv import (
 )
 from insvp_fast.backbones.vision_transformer import (
     add_positions,
+    as_wide_as_scales,
     check_image,
     embed_patches,
     final_norm,
@@ -187,10 +188,11 @@ def embed(
     """The patch embedding as a product, with class token and position embedding where there are such (eq. 1)."""
     tokens = embed_patches(backbone.patch_embed, patches)
     positions = getattr(backbone, "pos_embed", None)
-    constant = tokens.new_zeros(1, *tokens.shape[1:], dtype=pixel_weight(backbone).dtype)
+    constant = tokens.new_zeros(1, *tokens.shape[1:])
     if backbone.cls_token is not None:
         constant = torch.cat([backbone.cls_token, constant], dim=1)
-    return add_positions(tokens, constant if positions is None else constant + positions)
+    constant = constant if positions is None else constant + positions
+    return add_positions(tokens, as_wide_as_scales(constant, backbone.blocks))
 
 
 def shared(backbone: Beit | VisionTransformerRelPos, grid: tuple[int, int]) -> Tensor | None:

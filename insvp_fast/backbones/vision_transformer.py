@@ -10,6 +10,7 @@ makes the tokens; it is called as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from insvp_fast.runtime.prepack import packed
 __all__ = [
     "SUPPORTS",
     "add_positions",
+    "as_wide_as_scales",
     "check_image",
     "check_shape",
     "embed",
@@ -188,7 +190,7 @@ def _constant(backbone: VisionTransformer, tokens: Tensor) -> Tensor:  # of [B, 
 
     def make() -> Tensor:
         constant: Tensor = backbone._pos_embed(torch.zeros(1, *shape, dtype=dtype, device=device))
-        return constant
+        return as_wide_as_scales(constant, backbone.blocks)
 
     if torch.compiler.is_compiling() or torch_private.dispatches([tokens]):
         return make()
@@ -218,6 +220,14 @@ def embed_patches(patch_embed: PatchEmbed, patches: Tensor) -> Tensor:  # [B, N,
     """The patch embedding as a product, and its norm."""
     projection = patch_embed.proj
     return in_own_dtype(patch_embed.norm, ops.linear(patches, FrozenLinear.of(projection)))
+
+
+def as_wide_as_scales(constant: Tensor, blocks: nn.Module) -> Tensor:
+    """In the dtype that the residual has: that of timm's layer scales, which autocast does not cast, if it is wider."""
+    if constant.dtype == next(blocks.parameters(), constant).dtype:  # that of all parameters
+        return constant
+    dtypes = [p.dtype for name, p in blocks.named_parameters() if "gamma" in name]
+    return constant.to(reduce(torch.promote_types, dtypes, constant.dtype))
 
 
 def add_positions(tokens: Tensor, constant: Tensor) -> Tensor:

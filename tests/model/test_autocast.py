@@ -5,8 +5,12 @@ import itertools
 
 import pytest
 import torch
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
-from insvp_fast import InsVPConfig
+from insvp_fast import InsVPConfig, InsVPReference, InsVPViT, unsupported_reason
 from insvp_fast.testing import DEVICE, make_pair, relative_error, trained_gradients
 from tests.model.parity import DRAWS, assert_errors_within_budget
 
@@ -72,3 +76,36 @@ def test_common_prompts_of_another_dtype(dtype, amp):
         assert torch.equal(first, again)
         draws.append((numbers(fast, image, amp), numbers(reference, image, amp), exact))
     assert_errors_within_budget(draws, amp)
+
+
+SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+IMAGE = {"img_size": 32, "patch_size": 8, "num_classes": 0}
+FAMILIES = {
+    "ViT": lambda positions, **rest: VisionTransformer(**IMAGE, pos_embed="learn" if positions else "none", **rest),
+    "Eva": lambda positions, **rest: Eva(**IMAGE, use_abs_pos_emb=positions, use_rot_pos_emb=True, **rest),
+    "relative positions": lambda positions, **rest: VisionTransformerRelPos(**IMAGE, **rest),
+    "NaFlex": lambda positions, **rest: NaFlexVit(
+        NaFlexVitCfg(pos_embed="learned" if positions else "none", patch_size=8, reg_tokens=0, **rest),
+        img_size=32,
+        num_classes=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+@pytest.mark.parametrize("positions", [True, False], ids=["positions", "no positions"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_without_a_class_token_have_the_dtype_of_timms(family, positions, layer_scale):
+    """Autocast casts products alone: what else is added to the tokens decides over their dtype."""
+    backbone = FAMILIES[family](positions, init_values=layer_scale, **SIZES)
+    fast, reference = InsVPViT(backbone, 0).eval(), InsVPReference(backbone, 0).eval()
+    reference.load_state_dict(fast.state_dict())
+    assert unsupported_reason(fast) is None
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        exact = copy.deepcopy(reference).double()(image.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = fast.forward_features(image), reference.forward_features(image)
+            errors = [relative_error(model(image), exact) for model in (fast, reference)]
+    assert found.dtype == expected.dtype
+    assert errors[0] < 2 * errors[1]
