@@ -13,7 +13,7 @@ import triton.language as tl
 from insvp_fast.kernels.gpu import chip
 from torch import Tensor
 
-WIDEST_HEAD = 1024  # of which a program has one
+WIDEST_HEAD = 1024  # of which a program has two
 
 
 @triton.jit

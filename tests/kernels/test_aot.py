@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton
-from insvp_fast.kernels.gpu import activation, attention, chip, conv, conv_pool, norm_insert, superpose
+from insvp_fast.kernels.gpu import activation, attention, chip, conv, conv_pool, gate, norm_insert, rotate, superpose
 
 from tools import aot as compiler
 from tools.aot import SHARED_LIMIT, cases, shortcomings
@@ -162,7 +162,7 @@ def launches(monkeypatch):
     """The launches of all kernels, in their order; nothing is run."""
     monkeypatch.setattr(chip, "INTERPRETED", True)
     seen = []
-    for module in (superpose, norm_insert, activation, attention, conv, conv_pool):
+    for module in (superpose, norm_insert, activation, gate, rotate, attention, conv, conv_pool):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
     return seen
@@ -203,6 +203,19 @@ def test_the_cases_are_what_activation_launches(launches):
     activation.activation_bwd(activation.activation_fwd(pre, "gelu"), pre, "gelu")
     activation.activation_bwd_code(*activation.activation_fwd_code(pre, "gelu"))
     assert_same_as_launched("activation", "-gelu-bf16", launches)
+
+
+def test_the_cases_are_what_gate_launches(launches):
+    pre = torch.zeros(3, 2048, dtype=torch.bfloat16)
+    gate.gate_bwd(gate.gate_fwd(pre, pre, "silu", 1e-6), pre, pre, "silu", 1e-6)
+    assert_same_as_launched("gate", "silu-D2048-bf16", launches)
+
+
+@pytest.mark.parametrize(("half", "label"), [(True, "half-fwd-d64-bf16"), (False, "pairs-bwd-d64-bf16")])
+def test_the_cases_are_what_rotate_launches(half, label, launches):
+    packed = torch.zeros(2, 5, 3 * 768, dtype=torch.bfloat16)
+    rotate.rotate(packed, 12, torch.zeros(4, 128), 1, half=half, forward=half)
+    assert_same_as_launched("rotate", label, launches)
 
 
 def test_the_cases_are_what_attention_launches(launches):
