@@ -186,7 +186,8 @@ def require_method(make: object, kind: type[nn.Module]) -> None:
         TypeError: naming it.
     """
     made = make.func if isinstance(make, partial) else make
-    if not callable(made) or (isinstance(made, type) and not issubclass(made, kind)):
+    unfit = not callable(made) or isinstance(made, nn.Module)  # a module that is made already can be called
+    if unfit or (isinstance(made, type) and not issubclass(made, kind)):
         found = made.__name__ if isinstance(made, type) else repr(made)
         raise TypeError(f"method={found}: expected a subclass of {kind.__name__}; create_model takes names")
 

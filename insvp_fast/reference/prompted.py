@@ -14,6 +14,7 @@ from insvp_fast.reference.masks import with_mask
 from insvp_fast.reference.method import Geometry, PromptMethod
 from insvp_fast.reference.structure import Prompts, in_channels, pixel_layer
 from insvp_fast.reference.structures import structure_of
+from insvp_fast.reference.vision_transformer import block_reason
 
 __all__ = ["PromptedReference", "check_blocks"]
 
@@ -86,6 +87,10 @@ class PromptedReference(nn.Module):
                 raise ValueError(f"{kinds[0]} has {name}=True, which prompts in a {kinds[1]} cannot have")
             setattr(self, name, getattr(method, name))
         self.prompted_blocks = method.prompted_blocks
+        if self.gives_keys_values:
+            for j, block in enumerate(self.backbone.blocks):
+                if reason := None if self.prompted_blocks and j not in self.prompted_blocks else block_reason(block):
+                    raise ValueError(f"{type(method).__name__} has gives_keys_values=True: {reason}")
         return method.to(weight.dtype)
 
     def _own_method(self) -> PromptMethod:  # no property: what lists a module's attributes would raise
@@ -104,13 +109,22 @@ class PromptedReference(nn.Module):
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
         """See ``PromptMethod.prompt_image``."""
-        return self._own_method().prompt_image(image)
+        prompted, *context = found = self._own_method().prompt_image(image)
+        if isinstance(found, Tensor) or len(context) != 1:
+            kind, found = type(self.method).__name__, type(found).__name__
+            raise TypeError(f"{kind}.prompt_image returns a {found}: expected the image and a context, of any kind")
+        return prompted, *context
 
     def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:
         """See ``PromptMethod.block_prompts``."""
-        prompts = self._own_method().block_prompts(block, context, batch, tokens)
+        prompts, kind = self._own_method().block_prompts(block, context, batch, tokens), type(self.method).__name__
+        if not isinstance(prompts, Prompts | None):
+            found = f"{kind}.block_prompts returns a {type(prompts).__name__} for block {block}"
+            raise TypeError(f"{found}: expected Prompts or None")
+        if self.carry_prompts and (prompts is not None) != (block in self.prompted_blocks):
+            found = f"block {block} has {'no ' * (prompts is None)}prompts of its own"
+            raise ValueError(f"{found}: expected some in {kind}.prompted_blocks={self.prompted_blocks} alone")
         if prompts is not None and prompts.keys_values is not None and not self.gives_keys_values:
-            kind = type(self.method).__name__
             raise ValueError(f"the prompts of block {block} have keys_values: expected {kind}.gives_keys_values=True")
         return prompts
 

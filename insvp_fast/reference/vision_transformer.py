@@ -15,6 +15,7 @@ from insvp_fast.reference.structure import Prompts, Stream, require_plain, squar
 __all__ = [
     "SUPPORTS",
     "apply_block",
+    "block_reason",
     "embed",
     "final_norm",
     "insert",
@@ -84,18 +85,21 @@ def apply_block(
     return (h._replace(tokens=z) if isinstance(h, Stream) else z), outputs
 
 
-def require_block(block: Any) -> None:
-    """Check that a block is one into which keys and values can be put.
-
-    Raises:
-        TypeError: if it is of another class than timm's ``Block``, and may compute something else.
-    """
+def block_reason(block: Any) -> str | None:
+    """Why keys and values cannot be put into a block, or None: another class than timm's may compute something else."""
     attn: Any = getattr(block, "attn", None)
-    if type(block) is not Block or type(attn) is not Attention or attn.gate is not None:
-        raise TypeError(
-            f"a block is a {type(block).__name__} with a {type(attn).__name__}: expected timm's Block with an Attention"
-            " without a gate, into which keys and values can be put"
-        )
+    if type(block) is Block and type(attn) is Attention and attn.gate is None:
+        return None
+    return (
+        f"a block is a {type(block).__name__} with a {type(attn).__name__}: expected timm's Block with an Attention"
+        " without a gate, into which keys and values can be put"
+    )
+
+
+def require_block(block: Any) -> None:
+    """Raise TypeError for a block into which keys and values cannot be put."""
+    if reason := block_reason(block):
+        raise TypeError(reason)
 
 
 def _run_with_keys_values(block: Any, x: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:

@@ -413,11 +413,51 @@ def test_other_backbones():
             torch.testing.assert_close(model.eval()(image), plain.eval()(image), rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="E2VPT has gives_keys_values=True, which prompts in a .* cannot have"):
             create_model("e2vpt", copy.deepcopy(backbone), 6)
-    scaled = timm.create_model(NAME, **SIZE | {"block_fn": timm.models.vision_transformer.ResPostBlock})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = create_model("dualprompt", scaled, 6, **OPTIONS["dualprompt"])
-    with pytest.raises(TypeError, match="a block is a ResPostBlock with a Attention: expected timm's Block"):
+    post = timm.create_model(NAME, **SIZE | {"block_fn": timm.models.vision_transformer.ResPostBlock})
+    message = "has gives_keys_values=True: a block is a ResPostBlock with a Attention: expected timm's Block"
+    for name in ("dualprompt", "e2vpt"):
+        with pytest.raises(ValueError, match=message):
+            create_model(name, copy.deepcopy(post), 6, **OPTIONS[name])
+    model = create_model("dualprompt", NAME, 6, backbone_kwargs=SIZE, **OPTIONS["dualprompt"])
+    model.backbone.blocks = post.blocks
+    with pytest.raises(TypeError, match="a block is a ResPostBlock"):
+        model(torch.randn(1, 3, 48, 32))
+
+
+class Returns(PromptMethod):
+    """A method of one's own that returns what it is given."""
+
+    def __init__(self, geometry, prompts=None, image=None, carry_prompts=False, prompted_blocks=()):
+        super().__init__(geometry)
+        self.prompts, self.image = prompts or {}, image
+        self.carry_prompts, self.prompted_blocks = carry_prompts, prompted_blocks
+
+    def prompt_image(self, image):
+        return (image, None) if self.image is None else self.image
+
+    def block_prompts(self, block, context, batch, tokens=None):
+        return self.prompts.get(block)
+
+
+SOME = Prompts(torch.zeros(1, 2, 48))
+
+
+@pytest.mark.parametrize("kind", [PromptedReference, MethodViT])
+@pytest.mark.parametrize(
+    ("error", "options", "message"),
+    [
+        (TypeError, {"prompts": {1: SOME.tokens}}, "Returns.block_prompts returns a Tensor for block 1: expected Prom"),
+        (TypeError, {"image": torch.zeros(1, 3, 48, 32)}, "prompt_image returns a Tensor: expected the image and a"),
+        (TypeError, {"image": torch.zeros(2, 3, 48, 32)}, "prompt_image returns a Tensor: expected the image and a"),
+        (TypeError, {"image": (1, 2, 3)}, "prompt_image returns a tuple: expected the image and a context"),
+        (ValueError, {"prompts": {0: SOME}}, r"block 0 has prompts of its own: .* Returns.prompted_blocks=\(\) alone"),
+        (ValueError, {"prompts": {0: SOME}, "prompted_blocks": (0, 2)}, "block 2 has no prompts of its own: expected"),
+    ],
+)
+def test_what_a_method_of_ones_own_may_not_return(kind, error, options, message):
+    """Where prompts run on, both paths would else compute something different."""
+    model = kind(NAME, 6, method=partial(Returns, **options, carry_prompts=error is ValueError), **SIZE)
+    with pytest.raises(error, match=message):
         model(torch.randn(1, 3, 48, 32))
 
 
@@ -439,7 +479,7 @@ def test_what_cannot_be_is_said_at_once(name, options, message):
 
 
 @pytest.mark.parametrize("model", [MethodViT, TunedViT])
-@pytest.mark.parametrize("make", ["vpt_deep", None, nn.Identity, partial(nn.Linear, 3), MethodViT])
+@pytest.mark.parametrize("make", ["vpt_deep", None, nn.Identity, partial(nn.Linear, 3), MethodViT, nn.Identity()])
 def test_what_makes_no_method_is_refused(model, make):
     with pytest.raises(TypeError, match=f"method=.*: expected a subclass of {model.KIND.__name__}; create_model takes"):
         model(NAME, 6, method=make, **SIZE)
