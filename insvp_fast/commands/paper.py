@@ -172,19 +172,21 @@ def _data_sets(study: PaperStudy, recipe: str | None, given: dict[str, Any]) -> 
     """The data sets to run: the given one, those of the study that are there, or the digits.
 
     Raises:
-        CommandError: if none of the study's sets is there.
+        CommandError: if none of the study's sets is there, or not the given one.
     """
     own = (read_recipe(recipe) if recipe else {"data": DIGITS}) | given
-    if "data" in own:
-        return [str(own["data"])]
-    root = str(own.get("root", "."))
+    root = str(own.get("root") or ".")
+    asked = [str(own["data"])] if "data" in own else study.sets
     there = [
         name
-        for name in study.sets
-        if all(Path(root.replace("{data}", name), file).exists() for file in SETS[name].files)
+        for name in asked
+        if name not in SETS or all(Path(root.replace("{data}", name), file).exists() for file in SETS[name].files)
     ]
-    for name in (name for name in study.sets if name not in there):
-        print(f"left out: {name}, whose files are not in {root.replace('{data}', name)} (see `insvp data list`)")
+    for name in (name for name in asked if name not in there):
+        reason = f"{name}, whose files are not in {root.replace('{data}', name)} (see `insvp data list`)"
+        if "data" in own:
+            raise CommandError(f"`data` is {reason}")
+        print(f"left out: {reason}")
     if not there:
         raise CommandError(f"`root` is {root}: expected the files of some of {', '.join(study.sets)}")
     return there

@@ -109,11 +109,12 @@ class PromptedReference(nn.Module):
 
     def prompt_image(self, image: Tensor) -> tuple[Tensor, Any]:
         """See ``PromptMethod.prompt_image``."""
-        prompted, *context = found = self._own_method().prompt_image(image)
-        if isinstance(found, Tensor) or len(context) != 1:
-            kind, found = type(self.method).__name__, type(found).__name__
-            raise TypeError(f"{kind}.prompt_image returns a {found}: expected the image and a context, of any kind")
-        return prompted, *context
+        found: Any = self._own_method().prompt_image(image)
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            what = f"{type(self.method).__name__}.prompt_image returns a {type(found).__name__}"
+            raise TypeError(f"{what}: expected the image and a context, of any kind")
+        prompted, context = found
+        return prompted, context
 
     def block_prompts(self, block: int, context: Any, batch: int, tokens: Tensor | None = None) -> Prompts | None:
         """See ``PromptMethod.block_prompts``."""

@@ -246,6 +246,8 @@ def test_the_data_sets_of_a_study_are_those_whose_files_are_there(tmp_path, caps
     assert capsys.readouterr().out == told
     with pytest.raises(CommandError, match="none: expected the files of some of cub, nabirds, cifar100, svhn"):
         paper._data_sets(study, "paper", {"root": "none"})
+    with pytest.raises(CommandError, match="`data` is cub, whose files are not in none"):
+        paper._data_sets(study, "paper", {"root": "none", "data": "cub"})
     (tmp_path / "mine.toml").write_text(f"root = '{root}'")
     assert paper._data_sets(study, str(tmp_path / "mine.toml"), {}) == ["cub"]
     assert paper._data_sets(study, None, {}) == ["digits"]
@@ -271,7 +273,9 @@ def test_a_folder_of_the_name_of_a_set_is_none_of_the_papers(trained, tmp_path, 
 
 def test_each_data_set_has_the_recipe_of_its_name(trained, tmp_path):
     command = ["paper", "table1", "--methods", "insvp", "--recipe", "paper", "--data", "svhn", "--seeds", "1"]
-    command += ["--lr", "0.01", "--backbone", "vit_shapes_32", "--output", str(tmp_path)]
+    command += ["--lr", "0.01", "--backbone", "vit_shapes_32", "--output", str(tmp_path), "--root", str(tmp_path)]
+    for file in SETS["svhn"].files:
+        (tmp_path / file).mkdir(parents=True)
     assert cli.main(command) == 0
     own, common = read_recipe("svhn"), read_recipe("paper")
     differ = [name for name in own if own[name] != common.get(name) and name not in ("recipe", "backbone", "lr")]
