@@ -84,8 +84,8 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=4 if DEVICE.type == "cpu" else 64)
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    every = range(len(rows))
-    parser.add_argument("--rows", nargs="+", type=int, choices=every, default=every, help="only these of all rows")
+    numbers = range(len(rows))
+    parser.add_argument("--rows", nargs="+", type=int, choices=numbers, default=numbers, help="only these of the table")
     parser.add_argument("--save", action="store_true", help="add the rows to the results of this machine")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a child process: print JSON
     arguments = parser.parse_args()

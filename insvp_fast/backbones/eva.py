@@ -34,7 +34,6 @@ from insvp_fast.backbones.qkv import (
 )
 from insvp_fast.backbones.vision_transformer import (
     add_positions,
-    as_wide_as_scales,
     check_image,
     embed_patches,
     final_norm,
@@ -170,8 +169,8 @@ def _attention_requirements(attn: nn.Module | None, backbone: Any) -> Table:
 def embed(backbone: Eva, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, K] -> [B, T, D]
     """The patch embedding as a product, with position embedding and prefix tokens (eq. 1)."""
     tokens = embed_patches(backbone.patch_embed, patches)
-    constant = as_wide_as_scales(_constants(backbone, tokens, grid)[0], backbone.blocks)
-    embedded: Tensor = backbone.norm_pre(add_positions(tokens, constant))
+    constant, _ = _constants(backbone, tokens, grid)
+    embedded: Tensor = backbone.norm_pre(add_positions(tokens, constant, backbone.blocks))
     return embedded
 
 

@@ -21,7 +21,6 @@ from insvp_fast.backbones.family import BlockOptions
 from insvp_fast.backbones.layers import in_own_dtype, norm_requirements
 from insvp_fast.backbones.vision_transformer import (
     add_positions,
-    as_wide_as_scales,
     check_shape,
     final_norm,
     patch_projection,
@@ -134,7 +133,7 @@ def embed(backbone: NaFlexVit, patches: Tensor, grid: tuple[int, int]) -> Tensor
         embeds._apply_factorized_pos_embed(positions, grid)
     prefix = [token for token in (embeds.cls_token, embeds.reg_token) if token is not None]
     constant = torch.cat([*prefix, positions], dim=1) if prefix else positions.to(tokens.dtype)
-    embedded: Tensor = backbone.norm_pre(add_positions(tokens, as_wide_as_scales(constant, backbone.blocks)))
+    embedded: Tensor = backbone.norm_pre(add_positions(tokens, constant, backbone.blocks))
     return embedded
 
 

@@ -33,7 +33,6 @@ from insvp_fast.backbones.qkv import (
 )
 from insvp_fast.backbones.vision_transformer import (
     add_positions,
-    as_wide_as_scales,
     check_image,
     embed_patches,
     final_norm,
@@ -192,7 +191,7 @@ def embed(
     if backbone.cls_token is not None:
         constant = torch.cat([backbone.cls_token, constant], dim=1)
     constant = constant if positions is None else constant + positions
-    return add_positions(tokens, as_wide_as_scales(constant, backbone.blocks))
+    return add_positions(tokens, constant, backbone.blocks)
 
 
 def shared(backbone: Beit | VisionTransformerRelPos, grid: tuple[int, int]) -> Tensor | None:

@@ -35,7 +35,6 @@ from insvp_fast.runtime.prepack import packed
 __all__ = [
     "SUPPORTS",
     "add_positions",
-    "as_wide_as_scales",
     "check_image",
     "check_shape",
     "embed",
@@ -180,7 +179,8 @@ def embed(backbone: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -
     else:
         tokens = embed_patches(backbone.patch_embed, patches)
         tokens = torch.unflatten(tokens, 1, grid) if backbone.dynamic_img_size else tokens
-    embedded: Tensor = backbone.norm_pre(add_positions(tokens.flatten(1, -2), _constant(backbone, tokens)))
+    tokens = add_positions(tokens.flatten(1, -2), _constant(backbone, tokens), backbone.blocks)
+    embedded: Tensor = backbone.norm_pre(tokens)
     return embedded
 
 
@@ -190,7 +190,7 @@ def _constant(backbone: VisionTransformer, tokens: Tensor) -> Tensor:  # of [B, 
 
     def make() -> Tensor:
         constant: Tensor = backbone._pos_embed(torch.zeros(1, *shape, dtype=dtype, device=device))
-        return as_wide_as_scales(constant, backbone.blocks)
+        return constant
 
     if torch.compiler.is_compiling() or torch_private.dispatches([tokens]):
         return make()
@@ -222,16 +222,14 @@ def embed_patches(patch_embed: PatchEmbed, patches: Tensor) -> Tensor:  # [B, N,
     return in_own_dtype(patch_embed.norm, ops.linear(patches, FrozenLinear.of(projection)))
 
 
-def as_wide_as_scales(constant: Tensor, blocks: nn.Module) -> Tensor:
-    """In the dtype that the residual has: that of timm's layer scales, which autocast does not cast, if it is wider."""
-    if constant.dtype == next(blocks.parameters(), constant).dtype:  # that of all parameters
-        return constant
-    dtypes = [p.dtype for name, p in blocks.named_parameters() if "gamma" in name]
-    return constant.to(reduce(torch.promote_types, dtypes, constant.dtype))
+def add_positions(tokens: Tensor, constant: Tensor, blocks: nn.Module) -> Tensor:
+    """Put prefix tokens before the patch tokens [B, N, D] and add the positions: ``constant``, [1, T, D], has both.
 
-
-def add_positions(tokens: Tensor, constant: Tensor) -> Tensor:
-    """Put prefix tokens before the patch tokens [B, N, D] and add the positions: ``constant``, [1, T, D], has both."""
+    The result has the dtype that the residual has in timm: autocast casts neither positions nor layer scales.
+    """
+    if constant.dtype != next(blocks.parameters(), constant).dtype:  # that of all parameters
+        scales = [p.dtype for name, p in blocks.named_parameters() if "gamma" in name]
+        constant = constant.to(reduce(torch.promote_types, scales, constant.dtype))
     embedded: Tensor = _AddPositions.apply(tokens, constant)
     return embedded
 

@@ -87,10 +87,9 @@ class PromptedReference(nn.Module):
                 raise ValueError(f"{kinds[0]} has {name}=True, which prompts in a {kinds[1]} cannot have")
             setattr(self, name, getattr(method, name))
         self.prompted_blocks = method.prompted_blocks
-        if self.gives_keys_values:
-            for j, block in enumerate(self.backbone.blocks):
-                if reason := None if self.prompted_blocks and j not in self.prompted_blocks else block_reason(block):
-                    raise ValueError(f"{type(method).__name__} has gives_keys_values=True: {reason}")
+        for j, block in enumerate(self.backbone.blocks if self.gives_keys_values else ()):
+            if j in (self.prompted_blocks or [j]) and (reason := block_reason(block)):
+                raise ValueError(f"{type(method).__name__} has gives_keys_values=True: {reason}")
         return method.to(weight.dtype)
 
     def _own_method(self) -> PromptMethod:  # no property: what lists a module's attributes would raise

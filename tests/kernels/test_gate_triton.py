@@ -32,8 +32,8 @@ def operands(shape, gated, dtype, device):
 def test_parity(shape, dtype, gated, device, poison):
     activations = ACTIVATIONS if dtype == torch.float32 else ("silu",)  # which differ before the result is rounded
     for activation, eps in itertools.product(activations, (None, EPS)):
-        narrower = min(shape[-1], kernel.WIDEST[eps is not None])
-        given = operands((*shape[:-1], narrower), gated, dtype, device)
+        width = min(shape[-1], kernel.WIDEST[eps is not None])
+        given = operands((*shape[:-1], width), gated, dtype, device)
         for value, truth in zip(computed(*given, activation, eps), exact(*given, activation, eps), strict=True):
             assert value.dtype == dtype and value.shape == truth.shape and value.isfinite().all()
             assert relative_error(value, truth) < TOLERANCE[dtype], (activation, eps)

@@ -455,7 +455,7 @@ SOME = Prompts(torch.zeros(1, 2, 48))
     ],
 )
 def test_what_a_method_of_ones_own_may_not_return(kind, error, options, message):
-    """Where prompts run on, both paths would else compute something different."""
+    """Where prompts run on, the fast path plans by ``prompted_blocks``, the reference by what it gets."""
     model = kind(NAME, 6, method=partial(Returns, **options, carry_prompts=error is ValueError), **SIZE)
     with pytest.raises(error, match=message):
         model(torch.randn(1, 3, 48, 32))
