@@ -87,7 +87,7 @@ class PromptMethod(nn.Module):
         gives_keys_values: whether its prompts may have ``keys_values``.
         carry_prompts: whether the outputs of prompt tokens are the prompts of a block that has none of its own. The
             others end with their block, and cost their keys and values alone.
-        prompted_blocks: the blocks that have prompts of their own, in order. With ``carry_prompts`` each must have some.
+        prompted_blocks: the blocks that have prompts of their own, in order; with ``carry_prompts`` each must.
     """
 
     reads_tokens = False
